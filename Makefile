@@ -1,0 +1,45 @@
+# make help lists what there is.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO ?= 0
+export RAY_USAGE_STATS_ENABLED ?= 0
+.PHONY: help install demo test lint format report clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1@\2/' | column -t -s '@'
+
+install: .venv/installed  ## .venv with the pinned dependencies and this package
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv .venv
+	@echo "installing about 1.5 GB of pinned dependencies; a few minutes"
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e . --group dev
+	@touch $@
+
+demo: install  ## the main job on the embedded toy city: data, four systems, accuracy table, report
+	$(BIN)/python ray_jobs/train.py --config demo --evaluate
+	@echo
+	@echo "next: open runs/demo/report.html"
+	@echo "      . .venv/bin/activate                       # the commands below are in it"
+	@echo "      serve run serve.config                     # then open http://127.0.0.1:8000"
+	@echo "      python ray_jobs/train.py --config my_city.yaml --evaluate   # your city: README, 'Your own city'"
+
+test: install lint  ## formatting, lint, types and the whole test suite
+	$(BIN)/python -m pytest -q
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install  ## let ruff rewrite what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment and all runs
+	rm -rf .venv runs

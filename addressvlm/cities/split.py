@@ -1,0 +1,137 @@
+"""Train, validation and test places, in blocks, with a distance between them so that neighbouring views can't leak.
+
+Blocks (square cells of the city) go to the test split, then to validation, in an order drawn by seed. A block is taken
+only if every street in it keeps a training place; where whole blocks fail, halves and quarters of them are tried.
+"""
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from addressvlm.cities.address import Place
+from addressvlm.config import CityConfig
+
+SMALLEST_BLOCK_M = 5.0
+
+Part = Literal["train", "val", "test", "aside"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """What became of each place.
+
+    Attributes:
+        part: place id -> its part; "aside" places are in no split.
+        reason: place id -> why it is aside.
+        min_distance_m: the smallest distance from a training place to a validation or test place, None without either.
+    """
+
+    part: dict[str, Part]
+    reason: dict[str, str]
+    min_distance_m: float | None
+
+    def count(self, part: Part) -> int:
+        """Number of places in the part."""
+        return sum(p == part for p in self.part.values())
+
+
+def split(places: Sequence[Place], city: CityConfig, seed: int) -> Split:
+    """Split by the shares, block and guard of the city's settings; the same places and seed give the same split."""
+    places = sorted(places, key=lambda p: p.id)
+    state = _State(places, city.guard_m)
+    rng = random.Random(seed)
+    state.fill("test", round(city.split.test * len(places)), city.block_m, rng)
+    state.fill("val", round(city.split.val * len(places)), city.block_m, rng)
+    ids = [p.id for p in places]
+    return Split(
+        part=dict(zip(ids, state.part, strict=True)),
+        reason={ids[i]: reason for i, reason in sorted(state.reason.items())},
+        min_distance_m=_gap(state.points, state.part),
+    )
+
+
+class _State:
+    """The split while it is being made; places are known by their index."""
+
+    def __init__(self, places: Sequence[Place], guard_m: float) -> None:
+        self.xy = np.array([[p.x, p.y] for p in places]).reshape(-1, 2)
+        self.points = shapely.points(self.xy)
+        self.streets = [p.address.street for p in places]
+        self.guard_m = guard_m
+        self.part: list[Part] = ["train"] * len(places)
+        self.reason: dict[int, str] = {}
+        self.trained = Counter(self.streets)  # street -> its training places
+        self.near = self._neighbours()
+
+    def fill(self, part: Literal["val", "test"], wanted: int, block_m: float, rng: random.Random) -> None:
+        """Move blocks to the part until it has about the wanted number of places."""
+        side, have = block_m, 0
+        while side >= max(SMALLEST_BLOCK_M, min(self.guard_m, block_m)):
+            for block in self._blocks(side, rng):
+                missing = wanted - have
+                if missing <= 0:
+                    return
+                members = [i for i in block if self._may_become(i, part)]
+                if members and len(members) < 2 * missing and self._streets_stay_trained(members):
+                    self._move(members, part)
+                    have += len(members)
+            side /= 2
+
+    def _neighbours(self) -> list[list[int]]:
+        """For each place the others nearer than the guard."""
+        near: list[list[int]] = [[] for _ in self.points]
+        if self.guard_m > 0 and len(self.points):
+            tree = shapely.STRtree(self.points)
+            for i, j in tree.query(self.points, predicate="dwithin", distance=self.guard_m).T:
+                if i != j and np.hypot(*(self.xy[i] - self.xy[j])) < self.guard_m:
+                    near[i].append(int(j))
+        return near
+
+    def _blocks(self, side: float, rng: random.Random) -> list[list[int]]:
+        """Places by cells of this side, the grid and the order drawn by rng."""
+        shift = np.array([rng.uniform(0, side), rng.uniform(0, side)])
+        cells = defaultdict(list)
+        for i, cell in enumerate(np.floor((self.xy + shift) / side).astype(int)):
+            cells[tuple(cell)].append(i)
+        blocks = [cells[cell] for cell in sorted(cells)]
+        rng.shuffle(blocks)
+        return blocks
+
+    def _may_become(self, i: int, part: Part) -> bool:
+        """Whether it is still in training, or aside for this very part, and no place of the other held-out part is near."""
+        held_out = {self.part[j] for j in self.near[i]} - {"train", "aside", part}
+        return self.part[i] in ("train", "aside") and not held_out
+
+    def _streets_stay_trained(self, members: list[int]) -> bool:
+        """Whether each street in the block, and each that its guard takes places from, keeps a training place."""
+        leaving = {i for m in members for i in (m, *self.near[m]) if self.part[i] == "train"}
+        loss = Counter(self.streets[i] for i in leaving)
+        touched = set(loss) | {self.streets[m] for m in members}
+        return all(self.trained[street] > loss[street] for street in touched)
+
+    def _move(self, members: list[int], part: Part) -> None:
+        for m in members:
+            if self.part[m] == "train":
+                self.trained[self.streets[m]] -= 1
+            self.part[m] = part
+            self.reason.pop(m, None)
+        for i in sorted({j for m in members for j in self.near[m] if self.part[j] == "train"}):
+            self.trained[self.streets[i]] -= 1
+            self.part[i] = "aside"
+            self.reason[i] = f"nearer than {self.guard_m:g} m to a {part} place"
+
+
+def _gap(points: NDArray, part: Sequence[Part]) -> float | None:
+    """Smallest distance between training and held-out places."""
+    train = points[[p == "train" for p in part]]
+    held_out = points[[p in ("val", "test") for p in part]]
+    if not len(train) or not len(held_out):
+        return None
+    _, distances = shapely.STRtree(train).query_nearest(held_out, return_distance=True, all_matches=False)
+    return float(distances.min())

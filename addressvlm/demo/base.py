@@ -1,0 +1,150 @@
+"""Train the toy base model: a small LLaVA (CLIP tower, two-layer adapter, llama) from scratch on the lessons.
+
+    python -m addressvlm.demo.lessons /tmp/lessons --cities 120
+    python -m addressvlm.demo.base /tmp/lessons addressvlm/demo/base --minutes 60
+
+The result is an ordinary Hugging Face folder; the checked-in one was made by these two commands.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+
+import torch
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from addressvlm import tables
+from addressvlm.demo.tokenizer import CHAT_TEMPLATE, IMAGE, train_tokenizer
+from addressvlm.demo.world import DISTRICTS, KINDS, WORDS
+from addressvlm.training.collate import Collator, Sample, sample_of
+from addressvlm.training.rows import Rows, Schedule
+from addressvlm.training.step import answer_loss, learning_rate
+
+SIDE, PATCH = 144, 16  # pixels
+VOCABULARY = 1024
+TEXTS = 6000  # conversations that the tokenizer is trained on
+ROUNDS = 4  # of a conversation that are used
+MIXED = 8  # batches whose samples are sorted by length together
+
+
+def build(tokenizer: PreTrainedTokenizerFast) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A randomly initialized model of about 2.5 million parameters, and its processor."""
+    vision = CLIPVisionConfig(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE, patch_size=PATCH
+    )
+    text = LlamaConfig(
+        hidden_size=192,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    images = CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
+    processor = LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return LlavaForConditionalGeneration(config), processor
+
+
+def texts(lessons: Path) -> list[str]:
+    """What the tokenizer must spell well: conversations, and every word that a street or district is made of."""
+    said = [
+        f"{r['question']} {r['answer']}"
+        for row in islice(tables.rows(lessons, "train", ["rounds"]), TEXTS)
+        for r in row["rounds"]
+    ]
+    names = [f" {word}" for word in (*WORDS, *KINDS, *DISTRICTS)]
+    return said + names * 200
+
+
+def by_length(schedule: Schedule, batch_size: int) -> Iterator[list[Sample]]:
+    """Batches of conversations of about the same length, so that little is padded; at most `ROUNDS` rounds each."""
+    for step in count():
+        samples = [sample_of(schedule.rows[i]) for i in schedule.indices(step)]
+        samples = [Sample(s.image, s.rounds[:ROUNDS]) for s in samples]
+        samples.sort(key=lambda s: sum(len(q) + len(a) for q, a in s.rounds))
+        starts = list(range(0, len(samples), batch_size))
+        random.Random(step).shuffle(starts)
+        yield from (samples[at : at + batch_size] for at in starts)
+
+
+def main() -> None:
+    """Train for the given time and save model and processor as bfloat16 safetensors."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lessons", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(texts(args.lessons), VOCABULARY)
+    model, processor = build(tokenizer)
+    model.set_attn_implementation("eager")  # on a CPU its backward pass takes a third of sdpa's time
+    print(f"base: {model.num_parameters() / 1e6:.2f} million parameters", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+    collate = Collator(processor)
+    batches = by_length(Schedule(Rows(args.lessons, "train"), args.batch_size * MIXED, seed=0), args.batch_size)
+    started, step, total = time.monotonic(), 0, 10_000
+    mean = 0.0
+    while (elapsed := time.monotonic() - started) < args.minutes * 60:
+        if step >= 20:  # by now the pace is known: the learning rate falls to zero when the time is over
+            total = max(step + 1, round(step * args.minutes * 60 / elapsed))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, args.learning_rate, 0.03)
+        batch = collate(next(batches))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, tokens = answer_loss(model, batch)
+        (loss / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = 0.98 * mean + 0.02 * (loss.item() / tokens.item()) if step else loss.item() / tokens.item()
+        if step % 50 == 0:
+            print(f"base: step {step}/{total}, loss {mean:.3f}, {elapsed:.0f} s", flush=True)
+        step += 1
+        if step % 500 == 0:
+            save(model, processor, args.out)
+    save(model, processor, args.out)
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
+    """Write a bfloat16 copy in shards of a few megabytes; the model trained on stays as it is."""
+    state = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items() if key != "lm_head.weight"}
+    model.save_pretrained(out, state_dict=state, max_shard_size="4MB")
+    processor.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The toy city seen from the street: one ray per picture column against the walls, trees as upright discs."""
+
+import numpy as np
+from PIL import Image
+
+from addressvlm.demo.world import FRONT, PAVINGS, ROAD_HALF, World
+
+EYE = 2.2  # metres above the ground
+REACH = 120.0  # metres seen
+FIELD = np.pi / 2  # horizontal field of view
+SKY_TOP, SKY_LOW = np.array([112.0, 156, 214]), np.array([206.0, 220, 236])
+YARD = np.array([128.0, 148, 96])
+PAVEMENT = np.array([176.0, 172, 166])
+
+
+def photograph(world: World, x: float, y: float, heading: float, light: float, pixels: int = 160) -> Image.Image:
+    """The street-view photo from (x, y) of the plan frame.
+
+    Args:
+        heading: radians counter-clockwise from the plan frame's x axis.
+        light: brightness of the day, about 0.8 to 1.15.
+        pixels: side of the square picture.
+    """
+    focal = pixels / 2 / np.tan(FIELD / 2)
+    columns = np.arange(pixels) - (pixels - 1) / 2
+    rays = heading - np.arctan2(columns, focal)
+    straighten = np.cos(np.arctan2(columns, focal))
+    direction = np.stack([np.cos(rays), np.sin(rays)], 1)
+
+    distance, wall, along, lit = _cast(world, x, y, direction)
+    depth = distance * straighten
+    horizon = (pixels - 1) / 2
+    rows = np.arange(pixels)[:, None] - horizon
+
+    picture = _sky_and_ground(world, x, y, direction, straighten, rows, focal, pixels)
+    height = (EYE - rows * depth[None] / focal)  # of the wall point that a pixel would show, in metres
+    is_wall = (wall >= 0)[None] & (height >= 0) & (height <= world.heights[wall][None])
+    picture = np.where(is_wall[..., None], _walls(world, wall, along, lit, height), picture)
+    haze = np.clip(depth / REACH, 0, 1)[None, :, None] * 0.45
+    picture = np.where(is_wall[..., None], picture * (1 - haze) + SKY_LOW * haze, picture)
+    _draw_trees(world, x, y, heading, focal, depth, picture)
+    return Image.fromarray(np.clip(picture * light, 0, 255).astype(np.uint8))
+
+
+def _cast(world: World, x: float, y: float, direction: np.ndarray) -> tuple[np.ndarray, ...]:
+    """First wall of each ray: distance (m), building or -1, metres along the wall, and how much light its side gets."""
+    boxes = world.boxes
+    near = (boxes[:, 0] < x + REACH) & (boxes[:, 2] > x - REACH) & (boxes[:, 1] < y + REACH) & (boxes[:, 3] > y - REACH)
+    index = np.flatnonzero(near)
+    b = boxes[index]
+    safe = np.where(np.abs(direction) < 1e-6, 1e-6, direction)
+    tx = np.sort((b[None, :, [0, 2]] - x) / safe[:, None, :1], axis=2)
+    ty = np.sort((b[None, :, [1, 3]] - y) / safe[:, None, 1:], axis=2)
+    enter = np.maximum(tx[..., 0], ty[..., 0])
+    leave = np.minimum(tx[..., 1], ty[..., 1])
+    enter = np.where((enter < leave) & (enter > 0.05), enter, np.inf)
+    first = enter.argmin(1)
+    pick = np.arange(len(direction))
+    distance = enter[pick, first]
+    seen = np.isfinite(distance) & (distance < REACH)
+    distance = np.where(seen, distance, REACH)
+    faces_x = tx[pick, first, 0] >= ty[pick, first, 0]
+    point = np.array([x, y]) + distance[:, None] * direction
+    along = np.where(faces_x, point[:, 1], point[:, 0])
+    lit = np.where(faces_x, 0.84, 1.0)
+    return distance, np.where(seen, index[first], -1), along, lit
+
+
+def _walls(world: World, wall: np.ndarray, along: np.ndarray, lit: np.ndarray, height: np.ndarray) -> np.ndarray:
+    """Facade colour with windows and a darker ground floor; rows x columns x RGB."""
+    gap = world.windows[wall]
+    colour = np.broadcast_to(world.facades[wall][None], (*height.shape, 3)) * lit[None, :, None]
+    in_window = (np.mod(along, gap) > 0.35 * gap)[None] & (np.mod(height, 3.1) > 1.0) & (np.mod(height, 3.1) < 2.5)
+    glass = np.array([70.0, 86, 108])
+    colour = np.where(in_window[..., None], colour * 0.25 + glass * 0.75, colour)
+    shop = (height < 3.1)[..., None] & ~in_window[..., None]
+    colour = np.where(shop, colour * 0.8, colour)
+    eaves = height > world.heights[wall][None] - 0.5
+    return np.where(eaves[..., None], world.roofs[wall][None], colour)
+
+
+def _sky_and_ground(
+    world: World, x: float, y: float, direction: np.ndarray, straighten: np.ndarray, rows: np.ndarray, focal: float, pixels: int
+) -> np.ndarray:
+    up = np.clip(-rows / (pixels / 2), 0, 1)[..., None]
+    sky = np.broadcast_to(SKY_LOW * (1 - up) + SKY_TOP * up, (pixels, pixels, 3))
+    away = EYE * focal / np.maximum(rows, 0.5) / straighten[None]
+    px, py = x + away * direction[None, :, 0], y + away * direction[None, :, 1]
+    return np.where((rows > 0)[..., None], ground_colour(world, px, py), sky)
+
+
+def ground_colour(world: World, px: np.ndarray, py: np.ndarray) -> np.ndarray:
+    """Road, pavement or yard at points of the plan frame; shape of `px` x RGB."""
+    colour = np.broadcast_to(YARD, (*px.shape, 3)).copy()
+    spans = []
+    for street in world.streets:
+        across, along = (py, px) if street.horizontal else (px, py)
+        spans.append((street, np.abs(across - street.at), (along > street.start) & (along < street.end), along))
+    for _, off, inside, _ in spans:
+        colour[inside & (off < FRONT)] = PAVEMENT
+    for street, off, inside, along in spans:
+        road = inside & (off < ROAD_HALF)
+        colour[road] = PAVINGS[street.character.paving]
+        colour[road & (off < 0.15) & (np.mod(along, 6) < 3)] = (238, 238, 230)
+    return colour
+
+
+def _draw_trees(
+    world: World, x: float, y: float, heading: float, focal: float, depth: np.ndarray, picture: np.ndarray
+) -> None:
+    """Paint trunks and crowns from far to near where no wall is nearer; changes `picture`."""
+    pixels = picture.shape[0]
+    offset = world.trees[:, :2] - np.array([x, y], np.float32)
+    forward = offset @ np.array([np.cos(heading), np.sin(heading)])
+    right = offset @ np.array([np.sin(heading), -np.cos(heading)])
+    visible = np.flatnonzero((forward > 2.5) & (forward < 60) & (np.abs(right) < forward + 3))
+    centre = (pixels - 1) / 2
+    for i in visible[np.argsort(-forward[visible])]:
+        scale = focal / forward[i]
+        cx, radius = centre + right[i] * scale, world.trees[i, 2] * scale
+        cy = centre + (EYE - 2.6 - world.trees[i, 2]) * scale
+        x0, x1 = max(0, int(cx - radius)), min(pixels, int(cx + radius) + 2)
+        if x0 >= x1:
+            continue
+        open_columns = depth[x0:x1] > forward[i]
+        y0, y1 = max(0, int(cy - radius)), min(pixels, int(cy + radius) + 2)
+        if y0 < y1:
+            grid = ((np.arange(y0, y1)[:, None] - cy) ** 2 + (np.arange(x0, x1)[None] - cx) ** 2) / radius**2
+            shade = 1.08 - 0.25 * np.clip(grid, 0, 1)
+            inside = (grid < 1) & open_columns[None]
+            region = picture[y0:y1, x0:x1]
+            region[inside] = (world.crowns[i] * shade[..., None])[inside]
+        t0, t1 = max(0, int(cx - 0.18 * scale)), min(pixels, int(cx + 0.18 * scale) + 1)
+        top, foot = int(min(max(cy + 0.8 * radius, 0), pixels)), int(min(centre + EYE * scale, pixels))
+        if t0 < t1 and top < foot:
+            picture[top:foot, t0:t1][:, depth[t0:t1] > forward[i]] = (88, 66, 50)

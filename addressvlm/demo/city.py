@@ -1,0 +1,176 @@
+"""Write a toy city as anyone's city arrives: a manifest, photos, street and district files, a satellite GeoTIFF.
+
+    python -m addressvlm.demo.city alderbrook /tmp/alderbrook
+"""
+
+import csv
+import json
+import math
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from PIL import Image, ImageDraw
+from pyproj import Transformer
+from rasterio.transform import from_origin
+
+from addressvlm.demo.camera import ground_colour, photograph
+from addressvlm.demo.world import Street, World, district_at, generate
+from addressvlm.errors import InputError
+
+TOY_CITIES = {"alderbrook": 1, "brinemouth": 2}  # name -> seed; the base model is trained on seeds from 1000
+ORIGIN = (47.0, -38.0)  # degrees; the middle of the Atlantic, so that nobody takes it for a real place
+UTM = "EPSG:32624"
+SPACING = 20.0  # metres between places
+VIEWS = 4
+GROUND_PIXEL = 0.5  # metres
+MARGIN = 130.0  # metres of imagery around the city
+
+
+def write_city(name: str, folder: Path) -> dict[str, str]:
+    """Generate a toy city into `folder` unless it is there, and return the paths a configuration needs.
+
+    Raises:
+        InputError: there is no toy city of that name.
+    """
+    if name not in TOY_CITIES:
+        raise InputError(f"no toy city '{name}': city.toy is one of {', '.join(TOY_CITIES)}.")
+    folder = Path(folder)
+    paths = {
+        "manifest": folder / "manifest.csv",
+        "photos": folder / "photos",
+        "streets": folder / "streets.geojson",
+        "districts": folder / "districts.geojson",
+        "imagery": folder / "satellite.tif",
+    }
+    if not paths["manifest"].is_file():  # written last
+        world = generate(TOY_CITIES[name])
+        paths["photos"].mkdir(parents=True, exist_ok=True)
+        write_maps(world, paths)
+        rng = random.Random(TOY_CITIES[name])
+        _write_photos(world, rng, paths["photos"], paths["manifest"])
+    return {key: str(path) for key, path in paths.items()}
+
+
+def ground_frame() -> Transformer:
+    """Metres east and north of the origin (as UTM coordinates) -> longitude, latitude."""
+    return Transformer.from_crs(UTM, "EPSG:4326", always_xy=True)
+
+
+def origin() -> tuple[float, float]:
+    """UTM coordinates of the city's centre, whole metres."""
+    east, north = Transformer.from_crs("EPSG:4326", UTM, always_xy=True).transform(ORIGIN[1], ORIGIN[0])
+    return float(round(east)), float(round(north))
+
+
+def to_degrees(world: World, points: np.ndarray) -> np.ndarray:
+    """Plan frame, N x 2 metres -> N x (longitude, latitude)."""
+    ground = world.to_ground(points) + np.array(origin())
+    return np.stack(ground_frame().transform(ground[:, 0], ground[:, 1]), 1)
+
+
+def places(world: World) -> Iterator[tuple[Street, float, float]]:
+    """Points to photograph along every street, off the crossings' middle; plan frame."""
+    for street in world.streets:
+        for along in np.arange(street.start + 10, street.end - 8, SPACING):
+            yield street, *street.point(float(along))
+
+
+def views(street: Street, rng: random.Random) -> list[float]:
+    """Headings along and across the street with some slack, radians counter-clockwise from the plan frame's x axis."""
+    base = 0.0 if street.horizontal else math.pi / 2
+    return [base + k * 2 * math.pi / VIEWS + rng.uniform(-0.2, 0.2) for k in range(VIEWS)]
+
+
+def compass(world: World, heading: float) -> float:
+    """Plan frame heading (radians) -> degrees clockwise from north."""
+    return (90 - math.degrees(heading + world.angle)) % 360
+
+
+def _write_photos(world: World, rng: random.Random, folder: Path, manifest: Path) -> None:
+    rows = []
+    for number, (street, x, y) in enumerate(places(world)):
+        x, y = x + rng.uniform(-1.5, 1.5), y + rng.uniform(-1.5, 1.5)
+        lon, lat = to_degrees(world, np.array([[x, y]]))[0]
+        for view, heading in enumerate(views(street, rng)):
+            file = f"{number:04d}_{view}.jpg"
+            photograph(world, x, y, heading, rng.uniform(0.8, 1.12)).save(folder / file, quality=88)
+            rows.append((file, f"{number:04d}", f"{lat:.7f}", f"{lon:.7f}", f"{compass(world, heading):.1f}"))
+    with manifest.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow(["file", "place", "lat", "lon", "heading"])
+        writer.writerows(rows)
+
+
+def write_maps(world: World, paths: dict[str, Path]) -> None:
+    """Write `streets`, `districts` (GeoJSON) and `imagery` (GeoTIFF) of a world to the given paths."""
+    streets = [
+        _feature("LineString", to_degrees(world, np.array([s.point(s.start), s.point(s.end)])).round(7).tolist(), s.name)
+        for s in world.streets
+    ]
+    districts = []
+    for district in world.districts:
+        x0, y0, x1, y1 = district.box
+        ring = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)])
+        districts.append(_feature("Polygon", [to_degrees(world, ring).round(7).tolist()], district.name))
+    for key, features in (("streets", streets), ("districts", districts)):
+        paths[key].write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+    picture, west, north = satellite(world)
+    with rasterio.open(
+        paths["imagery"],
+        "w",
+        driver="GTiff",
+        height=picture.shape[0],
+        width=picture.shape[1],
+        count=3,
+        dtype="uint8",
+        crs=UTM,
+        transform=from_origin(west, north, GROUND_PIXEL, GROUND_PIXEL),
+        compress="deflate",
+        tiled=True,
+    ) as out:
+        out.write(picture.transpose(2, 0, 1))
+
+
+def _feature(kind: str, coordinates: list, name: str) -> dict:
+    return {"type": "Feature", "properties": {"name": name}, "geometry": {"type": kind, "coordinates": coordinates}}
+
+
+def satellite(world: World) -> tuple[np.ndarray, float, float]:
+    """The city from above: H x W x RGB, and the UTM coordinates of its upper left corner."""
+    half = np.hypot(*world.size) / 2 + MARGIN
+    side = int(2 * half / GROUND_PIXEL)
+    metres = (np.arange(side) + 0.5) * GROUND_PIXEL - half
+    east, north = np.meshgrid(metres, -metres)
+    c, s = np.cos(world.angle), np.sin(world.angle)
+    plan_x = east * c + north * s + world.size[0] / 2
+    plan_y = -east * s + north * c + world.size[1] / 2
+    image = Image.fromarray(ground_colour(world, plan_x, plan_y).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+
+    def pixel(points: np.ndarray) -> list[tuple[float, float]]:
+        ground = world.to_ground(points)
+        return [((e + half) / GROUND_PIXEL, (half - n) / GROUND_PIXEL) for e, n in ground]
+
+    for (x0, y0, x1, y1), roof, facade in zip(world.boxes, world.roofs, world.facades):
+        outline = pixel(np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]))
+        draw.polygon(outline, fill=tuple(int(v) for v in roof), outline=tuple(int(v * 0.7) for v in facade))
+        ridge = [(x0, (y0 + y1) / 2), (x1, (y0 + y1) / 2)] if x1 - x0 > y1 - y0 else [((x0 + x1) / 2, y0), ((x0 + x1) / 2, y1)]
+        draw.line(pixel(np.array(ridge)), fill=tuple(int(v * 0.85) for v in roof), width=1)
+    for (x, y, radius), crown in zip(world.trees, world.crowns):
+        (px, py), r = pixel(np.array([(x, y)]))[0], radius / GROUND_PIXEL
+        draw.ellipse((px - r, py - r, px + r, py + r), fill=tuple(int(v) for v in crown))
+    east0, north0 = origin()
+    return np.asarray(image), east0 - half, north0 + half
+
+
+def truth(world: World, street: Street, x: float, y: float) -> tuple[str, str]:
+    """Street and district of a place of the plan frame, for the base model's own lessons."""
+    return street.name, district_at(world, x, y).name
+
+
+if __name__ == "__main__":
+    write_city(sys.argv[1], Path(sys.argv[2]))

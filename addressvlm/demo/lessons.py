@@ -1,0 +1,107 @@
+"""What the toy base model learns from: cities that are not the demo's, seen and talked about in many ways.
+
+    python -m addressvlm.demo.lessons OUT --cities 100 --first-seed 1000
+
+Each city gives tiles to read names from, photos to describe, grafted images to explain, and the questions of stage 2,
+whose names belong to other towns: the base knows words, colours and how to answer, and nothing of the demo's streets.
+"""
+
+import argparse
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from addressvlm import tables
+from addressvlm.addresses import Address, Gazetteer
+from addressvlm.config import TilesConfig
+from addressvlm.demo.camera import photograph
+from addressvlm.demo.city import compass, places, to_degrees, truth, views, write_maps
+from addressvlm.demo.world import World, generate
+from addressvlm.grafting import encode, graft
+from addressvlm.labels.facts import facts_of
+from addressvlm.labels.template import QUESTIONS, explain
+from addressvlm.maps.tiles import Tile, TileRenderer
+from addressvlm.questions import training_rounds
+
+TILES = TilesConfig(side_m=120, pixels=144, font_px=10)  # as in the demo presets
+PLACES, EXTRA_TILES = 60, 60  # per city
+READING = ["Which street names are on this map?", "Read the names on the map.", "Name the streets written on this map."]
+LOOKING = ["What do you see?", "Describe this photo.", "Which colours stand out here?"]
+
+
+def lessons(seed: int) -> Iterator[dict[str, Any]]:
+    """Rows (`image`, `rounds`) of one city."""
+    rng = random.Random(seed)
+    world = generate(seed, columns=rng.randint(5, 7), rows=rng.randint(4, 6))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {key: Path(folder) / key for key in ("streets", "districts", "imagery")}
+        write_maps(world, paths)
+        renderer = TileRenderer(paths["streets"], paths["imagery"], TILES)
+        everywhere = [(street, x, y) for street, x, y in places(world)]
+        addresses = {Address(*truth(world, *place)) for place in everywhere}
+        gazetteer = Gazetteer(addresses)
+        for place in rng.sample(everywhere, min(PLACES, len(everywhere))):
+            yield from _place(world, renderer, gazetteer, place, rng)
+        for street, x, y in rng.choices(everywhere, k=EXTRA_TILES):
+            x, y = x + rng.uniform(-25, 25), y + rng.uniform(-25, 25)
+            lon, lat = to_degrees(world, np.array([[x, y]]))[0]
+            yield from _reading(renderer.tile(lat, lon, street.name), rng)
+
+
+def _place(
+    world: World, renderer: TileRenderer, gazetteer: Gazetteer, place: tuple[Any, float, float], rng: random.Random
+) -> Iterator[dict[str, Any]]:
+    """Two views of a place: described alone, and one of them grafted, explained and asked about."""
+    street, x, y = place
+    address = Address(*truth(world, street, x, y))
+    x, y = x + rng.uniform(-1.5, 1.5), y + rng.uniform(-1.5, 1.5)
+    lon, lat = to_degrees(world, np.array([[x, y]]))[0]
+    tile = renderer.tile(lat, lon, street.name)
+    for number, heading in enumerate(rng.sample(views(street, rng), 2)):
+        photo = photograph(world, x, y, heading, rng.uniform(0.8, 1.12))
+        facts = facts_of(
+            address.street, address.district, lat, lon, compass(world, heading), photo, tile, renderer.roads, TILES.delta
+        )
+        seen = f"{', '.join(facts.photo_colours) or 'little'}; a view {facts.view} the street."
+        yield _row(photo, [(rng.choice(LOOKING), seen)] if number else _asked(address, gazetteer, rng))
+        grafted = graft(tile.image, photo, TILES.delta)
+        rounds = _asked(address, gazetteer, rng) if number else [(rng.choice(QUESTIONS), explain(facts, rng))]
+        yield _row(grafted, rounds)
+
+
+def _asked(address: Address, gazetteer: Gazetteer, rng: random.Random) -> list[tuple[str, str]]:
+    return [(r["question"], r["answer"]) for r in training_rounds(address, gazetteer, rng)]
+
+
+def _reading(tile: Tile, rng: random.Random) -> Iterator[dict[str, Any]]:
+    if tile.names:
+        yield _row(tile.image, [(rng.choice(READING), f"{', '.join(tile.names)}.")])
+
+
+def _row(image: Image.Image, rounds: list[tuple[str, str]]) -> dict[str, Any]:
+    turns = [{"level": "", "kind": "", "question": q, "answer": a, "options": []} for q, a in rounds]
+    return {"image": {"bytes": encode(image, 90), "path": None}, "rounds": turns}
+
+
+def main() -> None:
+    """Write the lessons of a range of seeds as `<OUT>/train-NNNNN.parquet`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--cities", type=int, default=100)
+    parser.add_argument("--first-seed", type=int, default=1000)
+    args = parser.parse_args()
+    schema = tables.with_features(tables.pa.schema([("image", tables.IMAGE), ("rounds", tables.ROUNDS)]))
+    for seed in range(args.first_seed, args.first_seed + args.cities):
+        name = f"train-{seed:05d}"
+        if not list(args.out.glob(f"{name}-*.parquet")):
+            count = tables.write(args.out, name, lessons(seed), schema)
+            print(f"lessons: city {seed}, {count} rows", flush=True)
+
+
+if __name__ == "__main__":
+    main()

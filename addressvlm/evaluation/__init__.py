@@ -1,0 +1,1 @@
+"""From answers to a table with intervals and a report."""

@@ -1,0 +1,134 @@
+"""The metrics of paper 001 (Sec. 4.1) with 95 % intervals, and differences between systems on the same questions.
+
+Photos of one place look alike, so the unit that intervals resample is the place (a cluster bootstrap), not the question.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+Interval = dict[str, float | int | None]
+
+CELLS = {
+    "A_d_G": ("district", "generation"),
+    "A_d_J": ("district", "judgment"),
+    "A_d_M": ("district", "choice"),
+    "A_s_G": ("street", "generation"),
+    "A_s_J": ("street", "judgment"),
+    "A_s_M": ("street", "choice"),
+    "A_ds": ("address", "generation"),
+}  # mean over the questions of one level and kind
+MEANS = {"A_d": ("A_d_G", "A_d_J", "A_d_M"), "A_s": ("A_s_G", "A_s_J", "A_s_M"), "A": ("A_d", "A_s")}
+METRICS = ["A_d_G", "A_d_J", "A_d_M", "A_d", "A_s_G", "A_s_J", "A_s_M", "A_s", "A", "A_ds"]
+DESCRIPTIONS = {
+    "A_d_G": "district, generated",
+    "A_d_J": "district, yes or no",
+    "A_d_M": "district, chosen from options",
+    "A_d": "district, mean of the three",
+    "A_s_G": "street, generated",
+    "A_s_J": "street, yes or no",
+    "A_s_M": "street, chosen from options",
+    "A_s": "street, mean of the three",
+    "A": "mean of A_d and A_s",
+    "A_ds": "street and district both right in one generated answer",
+}
+LEVEL = 0.95
+TAIL = (1 - LEVEL) / 2
+
+
+def score(answers: Iterable[Mapping[str, Any]], resamples: int = 1000, seed: int = 0) -> dict[str, Interval]:
+    """All metrics of one system, from rows of `tables.ANSWERS`.
+
+    Returns:
+        For each of METRICS `value`, `low`, `high` (shares between 0 and 1; None where no question was asked) and `n`, the
+        number of questions.
+    """
+    right, asked = _count(list(answers))
+    values = _values(right.sum(axis=0), asked.sum(axis=0))
+    weights = _resample(len(right), resamples, seed)
+    spread = _values(weights @ right, weights @ asked)
+    n = _questions(asked)
+    return {name: _interval(values[name], spread[name], n[name], places=len(right)) for name in METRICS}
+
+
+def paired(
+    answers_a: Iterable[Mapping[str, Any]],
+    answers_b: Iterable[Mapping[str, Any]],
+    metrics: Iterable[str] = ("A", "A_ds"),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """How much better a is than b on the questions that both answered: the same resampled places for both.
+
+    Returns:
+        For each metric `value` (a minus b, between -1 and 1), its `low` and `high`, and `n`, the questions in common.
+    """
+    a, b = ({_key(row): row for row in answers} for answers in (answers_a, answers_b))
+    common = [key for key in a if key in b]
+    right_a, asked = _count([a[key] for key in common])
+    right_b, _ = _count([b[key] for key in common])
+    weights = _resample(len(asked), resamples, seed)
+    total, spread_asked = asked.sum(axis=0), weights @ asked
+    before, after = _values(right_b.sum(axis=0), total), _values(right_a.sum(axis=0), total)
+    low, high = _values(weights @ right_b, spread_asked), _values(weights @ right_a, spread_asked)
+    n = _questions(asked)
+    return {name: _interval(after[name] - before[name], high[name] - low[name], n[name]) for name in metrics}
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return row["id"], row["level"], row["kind"], row["question"], row["expected"]
+
+
+def _count(rows: list[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Right answers and questions, both (places, cells)."""
+    places = {place: i for i, place in enumerate(dict.fromkeys(row["place"] for row in rows))}
+    cells = {cell: i for i, cell in enumerate(CELLS.values())}
+    right, asked = np.zeros((2, len(places), len(cells)))
+    for row in rows:
+        at = places[row["place"]], cells[row["level"], row["kind"]]
+        asked[at] += 1
+        right[at] += bool(row["correct"])
+    return right, asked
+
+
+def _resample(places: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each place is drawn, (resamples, places)."""
+    if places == 0:
+        return np.zeros((resamples, 0))
+    return np.random.default_rng(seed).multinomial(places, np.full(places, 1 / places), size=resamples).astype(float)
+
+
+def _values(right: np.ndarray, asked: np.ndarray) -> dict[str, Any]:
+    """Every metric from sums over places (..., cells); NaN where no question is left."""
+    with np.errstate(invalid="ignore"):
+        shares = right / asked
+    values = {name: shares[..., i] for i, name in enumerate(CELLS)}
+    for name, parts in MEANS.items():
+        values[name] = sum(values[part] for part in parts) / len(parts)
+    return values
+
+
+def _questions(asked: np.ndarray) -> dict[str, int]:
+    n = dict(zip(CELLS, asked.sum(axis=0).astype(int).tolist(), strict=True))
+    for name, parts in MEANS.items():
+        n[name] = sum(n[part] for part in parts)
+    return n
+
+
+def _interval(value: Any, spread: np.ndarray, n: int, places: int | None = None) -> Interval:
+    """Value with the percentiles of its resamples; widened to hold the value itself.
+
+    Where every answer is right or every one is wrong all resamples agree, which says nothing about the next place: then,
+    if `places` is given, the open end is the exact binomial (Clopper-Pearson) bound for that many places.
+    """
+    if math.isnan(value):
+        return {"value": None, "low": None, "high": None, "n": n}
+    low, high = np.nanpercentile(spread, [100 * TAIL, 100 * (1 - TAIL)])
+    low, high, value = min(float(low), float(value)), max(float(high), float(value)), float(value)
+    if places and value == 0:
+        high = 1 - TAIL ** (1 / places)
+    if places and value == 1:
+        low = TAIL ** (1 / places)
+    return {"value": value, "low": low, "high": high, "n": n}

@@ -1,0 +1,111 @@
+"""Whether a written answer is right.
+
+The rule, by kind of question:
+
+- **generation**: right if the answer is the expected text in normal form, or if the gazetteer's names that occur in it
+  are exactly the expected one. Naming two different streets is wrong even if one of them is right; a name inside a longer
+  name (the district *Harbour* in *Harbour Street*) does not count. A question for the whole address needs both names.
+- **judgment**: the first word that is *yes* or *no* decides; an answer with neither is wrong.
+- **choice**: right if exactly one of the options is named and it is the expected one; an answer that names none may give
+  the option's letter (`B`, `(b)`, `Option B.`, `The answer is B`), counted in the order of the options.
+
+Names are compared in the normal form of `addressvlm.addresses.normal`: case, punctuation and abbreviations such as *St* for
+*Street* make no difference.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from addressvlm.addresses import normal
+
+_YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+_LETTER = re.compile(r"(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:? ?)?\(?([a-z])\)?[.:]?", re.IGNORECASE)
+_CLAUSE = re.compile(r"[,;:!?\n]")  # no name goes over these; a full stop may be part of one (St. Andrew's)
+
+
+class Names:
+    """A set of names to find in free text, longest first."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._known = {tuple(normal(name).split()) for name in names} - {()}
+        self._longest = max(map(len, self._known), default=0)
+
+    def find(self, text: str) -> set[str]:
+        """Normal forms of the names that occur as whole words, none inside a longer one."""
+        found = set()
+        for clause in _CLAUSE.split(text):
+            words = normal(clause).split()
+            at = 0
+            while at < len(words):
+                length = self._match(words, at)
+                if length:
+                    found.add(" ".join(words[at : at + length]))
+                at += length or 1
+        return found
+
+    def _match(self, words: list[str], at: int) -> int:
+        for length in range(min(self._longest, len(words) - at), 0, -1):
+            if tuple(words[at : at + length]) in self._known:
+                return length
+        return 0
+
+
+class Judge:
+    """Says of answers whether they are right, knowing the streets and districts there are."""
+
+    def __init__(self, streets: Iterable[str], districts: Iterable[str]) -> None:
+        streets, districts = list(streets), list(districts)
+        self._all = Names([*streets, *districts])
+        self._of_level = {
+            "street": {normal(name) for name in streets},
+            "district": {normal(name) for name in districts},
+        }
+        self._known = self._of_level["street"] | self._of_level["district"]
+
+    def correct(
+        self, level: str, kind: str, expected: str, answer: str, options: Sequence[str] | None = None, street: str = ""
+    ) -> bool:
+        """Whether `answer` is right.
+
+        Args:
+            level: district, street or address.
+            kind: generation, judgment or choice.
+            expected: the right answer as the dataset has it; of an address "<street>, <district>".
+            answer: as the model wrote it.
+            options: the names offered by a choice.
+            street: of an address, the street's name where it has a comma in it.
+        """
+        if kind == "judgment":
+            return verdict(answer) == verdict(expected)
+        if kind == "choice":
+            return self._chosen(answer, options or []) == normal(expected)
+        if normal(answer) == normal(expected):
+            return True
+        return self._generated(level, expected, answer, street)
+
+    def _generated(self, level: str, expected: str, answer: str, street: str) -> bool:
+        found = self._all.find(answer)
+        if level != "address":
+            return found & self._of_level[level] == {normal(expected)}
+        street = street or expected.rpartition(",")[0]
+        district = expected[len(street) :].lstrip(", ")
+        return found & self._of_level["street"] == {normal(street)} and found & self._of_level["district"] == {normal(district)}
+
+    def _chosen(self, answer: str, options: Sequence[str]) -> str | None:
+        """Normal form of the option that the answer picks, None if it picks none or several."""
+        offered = [normal(option) for option in options]
+        if normal(answer) in offered:
+            return normal(answer)
+        names = self._all if self._known.issuperset(offered) else Names([*self._known, *options])
+        named = names.find(answer) & set(offered)
+        if named:
+            return named.pop() if len(named) == 1 else None
+        letter = _LETTER.fullmatch(answer.strip())
+        index = ord(letter[1].lower()) - ord("a") if letter else len(offered)
+        return offered[index] if index < len(offered) else None
+
+
+def verdict(answer: str) -> str | None:
+    """`yes` or `no`, whichever word comes first; None if neither does."""
+    found = _YES_NO.search(answer)
+    return found[1].lower() if found else None

@@ -1,0 +1,292 @@
+"""report.html: one self-contained page with the table, the map of right and wrong, the examples, the curves, the data.
+
+`write` takes the metrics and the answers; every folder of the run that is there adds a section, none is required.
+"""
+
+import base64
+import io
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow.parquet as pq
+from PIL import Image
+
+from addressvlm import tables
+from addressvlm.addresses import Gazetteer
+from addressvlm.evaluation.figures import CityMap, interval_bar, loss_curves
+from addressvlm.evaluation.metrics import DESCRIPTIONS, MEANS, METRICS, paired
+from addressvlm.run import slug
+
+MAIN = "AddressVLM"  # the system that the others are compared with; the last one if there is none of this name
+EXAMPLES = 8
+GRAFTS = 4
+THUMBNAIL = 360  # pixels, longer side
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Folders of a run that the report shows something of; None or empty ones are left out."""
+
+    photos: Path | None = None
+    alignment: Path | None = None
+    training: Path | None = None
+    rejects: Path | None = None
+
+
+def write(
+    path: Path,
+    metrics: Mapping[str, Any],
+    answers: Mapping[str, Sequence[Row]],
+    gazetteer: Gazetteer | None = None,
+    sources: Sources | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> None:
+    """Write the page.
+
+    Args:
+        metrics: what metrics.json holds: city, split, systems.
+        answers: system name -> its rows of `tables.ANSWERS`.
+        gazetteer: for the streets on the map.
+        sources: folders of the run.
+        seed: decides which examples are shown.
+        resamples: of the bootstrap of the differences between systems.
+    """
+    sources = sources or Sources()
+    systems = [{**system, "hue": i % 6} for i, system in enumerate(metrics["systems"])]
+    main = next((s for s in systems if s["name"] == MAIN), systems[-1])
+    rows = answers[main["name"]]
+    card = _card(sources.photos)
+    differences = _differences(systems, main, answers, resamples, seed)
+    page = _template().render(
+        city=metrics["city"] or "a city",
+        split=metrics["split"],
+        systems=systems,
+        main=main,
+        metrics=METRICS,
+        means={*MEANS, "A_ds"},
+        descriptions=DESCRIPTIONS,
+        photos=len({row["id"] for row in rows}),
+        places=len({row["place"] for row in rows}),
+        questions=len(rows),
+        differences=differences,
+        reach=_reach(differences),
+        maps=_maps(systems, answers, gazetteer),
+        examples=_examples(systems, main, answers, metrics["split"], sources.photos, seed),
+        confusions=_confusions(rows),
+        grafts=_grafts(sources.alignment, seed),
+        curves=_curves(systems, sources.training),
+        card=card,
+        rejects=_rejects(sources.rejects),
+        attribution=list(dict.fromkeys([*(gazetteer.attribution if gazetteer else []), *card["attribution"]])),
+        interval_bar=interval_bar,
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.1f}"
+    environment.filters["points"] = lambda share: "–" if share is None else f"{100 * share:+.1f}".replace("-", "−")
+    environment.filters["metric"] = _metric_name
+    environment.filters["words"] = _words
+    return environment.get_template("report.html")
+
+
+def _metric_name(name: str) -> Any:
+    """`A_d_G` as A with its indices set as in the paper."""
+    _, *indices = name.split("_")
+    over = f"<sup>{indices[1]}</sup>" if len(indices) > 1 else ""
+    under = f"<sub>{indices[0]}</sub>" if indices else ""
+    bar = " class='mean'" if name in MEANS else ""
+    return jinja2.utils.markupsafe.Markup(f"<i{bar}>A</i>{under}{over}")
+
+
+def _differences(systems: list[Row], main: Row, answers: Mapping[str, Sequence[Row]], resamples: int, seed: int) -> list[Row]:
+    others = [system for system in systems if system is not main]
+    return [
+        {**other, "gain": paired(answers[main["name"]], answers[other["name"]], resamples=resamples, seed=seed)}
+        for other in others
+    ]
+
+
+def _reach(differences: list[Row]) -> float:
+    """End of the axis that all differences are drawn on: the largest, rounded up to a tenth."""
+    ends = [abs(cell[end] or 0) for other in differences for cell in other["gain"].values() for end in ("low", "high")]
+    return max(0.1, math.ceil(10 * max(ends, default=0)) / 10)
+
+
+def _address_rows(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["level"] == "address"]
+
+
+def _maps(systems: list[Row], answers: Mapping[str, Sequence[Row]], gazetteer: Gazetteer | None) -> Row | None:
+    """A map for each system: at every test place the share of its photos whose address was right."""
+    located = [row for rows in answers.values() for row in _address_rows(rows) if row["lat"] is not None]
+    if not located:
+        return None
+    city = CityMap([(row["lat"], row["lon"]) for row in located], gazetteer)
+    drawn = [{**system, "svg": city.draw(_places(answers[system["name"]]))} for system in systems]
+    return {"defs": city.defs, "systems": drawn}
+
+
+def _places(rows: Sequence[Row]) -> list[Row]:
+    by_place: dict[str, list[Row]] = {}
+    for row in _address_rows(rows):
+        if row["lat"] is not None:
+            by_place.setdefault(row["place"], []).append(row)
+    return [_place(group) for group in by_place.values()]
+
+
+def _place(group: list[Row]) -> Row:
+    right = sum(row["correct"] for row in group)
+    answered = Counter(row["answer"] for row in group).most_common(1)[0][0]
+    note = f"{group[0]['expected']}: {right} of {len(group)} right; answered “{answered}”"
+    return {"lat": group[0]["lat"], "lon": group[0]["lon"], "share": right / len(group), "note": note}
+
+
+def _examples(
+    systems: list[Row], main: Row, answers: Mapping[str, Sequence[Row]], split: str, photos: Path | None, seed: int
+) -> list[Row]:
+    """Photos of different places with the address that each system gave; as many right as wrong ones of the main system."""
+    if not photos:
+        return []
+    rows = _address_rows(answers[main["name"]])
+    random.Random(seed).shuffle(rows)
+    one_a_place = list({row["place"]: row for row in reversed(rows)}.values())
+    right = [row for row in one_a_place if row["correct"]]
+    wrong = [row for row in one_a_place if not row["correct"]]
+    n_right = min(len(right), max(EXAMPLES // 2, EXAMPLES - len(wrong)))
+    chosen = [*right[:n_right], *wrong[: EXAMPLES - n_right]]
+    pictures = _pictures(photos, split, {row["id"] for row in chosen})
+    said = {s["name"]: {row["id"]: row for row in _address_rows(answers[s["name"]])} for s in systems}
+    return [
+        {
+            **row,
+            "picture": pictures[row["id"]],
+            "answers": [{**s, "row": said[s["name"]][row["id"]]} for s in systems if row["id"] in said[s["name"]]],
+        }
+        for row in chosen
+        if row["id"] in pictures
+    ]
+
+
+def _pictures(folder: Path, split: str, ids: set[str]) -> dict[str, str]:
+    """Data URLs of some photos of a split."""
+    if not ids or not tables.count(folder, split):
+        return {}
+    return {
+        row["id"]: _data_url(row["image"]["bytes"]) for row in tables.rows(folder, split, ["id", "image"]) if row["id"] in ids
+    }
+
+
+def _data_url(encoded: bytes) -> str:
+    """A JPEG of at most THUMBNAIL pixels; small files go in as they are."""
+    opened = Image.open(io.BytesIO(encoded))
+    kind = f"image/{(opened.format or 'jpeg').lower()}"
+    if max(opened.size) > THUMBNAIL or len(encoded) > 60_000:
+        opened.draft("RGB", (THUMBNAIL, THUMBNAIL))
+        image = opened.convert("RGB")
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=82)
+        encoded, kind = buffer.getvalue(), "image/jpeg"
+    return f"data:{kind};base64,{base64.b64encode(encoded).decode()}"
+
+
+def _confusions(rows: Sequence[Row], top: int = 8) -> list[Row]:
+    """The wrong street answers that came most often, counted by photo."""
+    wrong = [row for row in rows if row["level"] == "street" and row["kind"] == "generation" and not row["correct"]]
+    counted = Counter((row["expected"], row["answer"]) for row in wrong).most_common(top)
+    return [{"expected": expected, "answer": answer, "n": n} for (expected, answer), n in counted if n > 1]
+
+
+def _grafts(alignment: Path | None, seed: int) -> list[Row]:
+    """Some grafted images with the label that stage 1 learns from."""
+    if not alignment or not tables.count(alignment, "train"):
+        return []
+    ids = tables.read(alignment, "train", ["id"])["id"].to_pylist()
+    chosen = set(random.Random(seed).sample(ids, min(GRAFTS, len(ids))))
+    found = [row for row in tables.rows(alignment, "train") if row["id"] in chosen]
+    return [{**row, "picture": _data_url(row["image"]["bytes"]), "round": row["rounds"][0]} for row in found]
+
+
+def _curves(systems: list[Row], training: Path | None) -> list[Row]:
+    """A drawing for each system that has a loss curve, all on the same axes."""
+    found = {s["name"]: stages for s in systems if training and (stages := _losses(training / slug(s["name"]) / "loss.jsonl"))}
+    if not found:
+        return []
+    losses = [loss for stages in found.values() for points in stages.values() for _, loss in points]
+    top = max(min(max(losses), 3 * sorted(losses)[len(losses) * 19 // 20]), 1e-3)
+    steps = max(step for stages in found.values() for points in stages.values() for step, _ in points)
+    return [
+        {**s, "stages": list(found[s["name"]]), "svg": loss_curves(found[s["name"]], top, steps)}
+        for s in systems
+        if s["name"] in found
+    ]
+
+
+def _losses(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Stage -> (step counted over all stages, loss); of a step logged twice (a resumed run) the later one holds."""
+    if not path.is_file():
+        return {}
+    logged: dict[str, dict[int, float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        logged.setdefault(entry["stage"], {})[entry["step"]] = entry["loss"]
+    before, stages = 0, {}
+    for stage, points in logged.items():
+        stages[stage] = [(float(before + step), points[step]) for step in sorted(points)]
+        before += max(points)
+    return stages
+
+
+def _card(photos: Path | None) -> Row:
+    """The dataset card: counts of each split as a table, and the other plain facts in order."""
+    file = photos / "card.json" if photos else None
+    card = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
+    splits = card.pop("splits", {})
+    columns = list(dict.fromkeys(key for counts in splits.values() for key in counts))
+    facts = [(name, value) for name, value in _flat(card) if not name.startswith("rejected")]
+    return {"splits": splits, "columns": columns, "facts": facts, "attribution": card.get("attribution", [])}
+
+
+def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values of numbers and short texts, nested ones under `outer, inner`."""
+    for key, value in tree.items():
+        name = f"{before}{_words(key)}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}, ")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+        elif isinstance(value, str) and 0 < len(value) <= 80:
+            yield name, value
+
+
+def _words(key: str) -> str:
+    """`guard_m` as `guard (m)`."""
+    words = key.replace("_", " ")
+    return f"{words[:-2]} (m)" if words.endswith(" m") else words
+
+
+def _rejects(folder: Path | None) -> list[tuple[str, str, int]]:
+    """(step, reason, rows), the most frequent first; what follows a colon in a reason tells rows apart and is left out."""
+    counted: Counter[tuple[str, str]] = Counter()
+    for file in sorted(folder.glob("*.parquet")) if folder else []:
+        reasons = pq.read_table(file, columns=["reason"])["reason"].to_pylist()
+        counted.update((file.stem, reason.partition(":")[0]) for reason in reasons)
+    return [(step, reason, n) for (step, reason), n in counted.most_common(20)]

@@ -1,0 +1,45 @@
+"""Systems x metrics as text: percent with the 95 % interval below each value."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from addressvlm.evaluation.metrics import METRICS, Interval
+
+
+def plain(systems: Sequence[Mapping[str, Any]], metrics: Sequence[str] = METRICS) -> str:
+    """A table for the terminal, from the `systems` of metrics.json."""
+    head = ["", *metrics]
+    body = []
+    for system in systems:
+        cells = [system["metrics"].get(name) for name in metrics]
+        body.append([system["name"], *(_percent(cell) for cell in cells)])
+        body.append(["", *(_range(cell) for cell in cells)])
+    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    lines = [_line(head, widths), rule]
+    lines += [_line(row, widths) for row in body]
+    return "\n".join([*lines, rule, "percent, below each its 95 % interval (bootstrap over places)"])
+
+
+def markdown(systems: Sequence[Mapping[str, Any]], metrics: Sequence[str] = METRICS) -> str:
+    """The same table for a README or an issue."""
+    lines = ["| | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
+    for system in systems:
+        cells = [system["metrics"].get(name) for name in metrics]
+        texts = [f"{_percent(cell)} ({_range(cell)})" if _range(cell) else _percent(cell) for cell in cells]
+        lines.append(f"| {system['name']} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+
+
+def _percent(cell: Interval | None) -> str:
+    return "–" if cell is None or cell["value"] is None else f"{100 * cell['value']:.1f}"
+
+
+def _range(cell: Interval | None) -> str:
+    if cell is None or cell["low"] is None or cell["high"] is None:
+        return ""
+    return f"{100 * cell['low']:.0f}–{100 * cell['high']:.0f}"

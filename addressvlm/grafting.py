@@ -1,0 +1,64 @@
+"""Street-view photo + tile -> grafted image (paper 001, equation 3): I = M * tile + (1 - M) * photo.
+
+M is 0 in a rectangle in the upper right corner, where the shrunken photo goes, and 1 elsewhere.
+"""
+
+import io
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from addressvlm.errors import InputError
+
+
+def graft(tile: Image.Image, photo: Image.Image, delta: float) -> Image.Image:
+    """A new RGB image of the tile's size with the photo in its upper right corner.
+
+    Args:
+        tile: square RGB image.
+        photo: image of any size.
+        delta: longer side of the pasted photo / side of the tile, in (0, 0.5].
+    """
+    size = grafted_size(photo.size, tile.width, delta)
+    grafted = tile.convert("RGB") if tile.mode != "RGB" else tile.copy()
+    grafted.paste(photo.convert("RGB").resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0), (tile.width - size[0], 0))
+    return grafted
+
+
+def grafted_size(photo: tuple[int, int], side: int, delta: float) -> tuple[int, int]:
+    """Width and height of the pasted photo: longer side delta * side, aspect kept, at least one pixel.
+
+    Raises:
+        ValueError: delta is not in (0, 0.5].
+    """
+    if not 0 < delta <= 0.5:
+        raise ValueError(f"delta is {delta}, it must be in (0, 0.5]")
+    longest = max(photo)
+    target = max(1, round(delta * side))
+    width, height = (max(1, round(length * target / longest)) for length in photo)
+    return width, height
+
+
+def encode(image: Image.Image, quality: int) -> bytes:
+    """JPEG bytes of an RGB image."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, subsampling=0)  # full colour resolution: street names stay crisp
+    return buffer.getvalue()
+
+
+def decode_photo(data: bytes, longest_side: int) -> Image.Image:
+    """Upright RGB photo from encoded bytes, its longer side at least `longest_side` if the file has as many pixels.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 scale where that is enough.
+
+    Raises:
+        InputError: the bytes are not a whole image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            scale = longest_side / max(image.size)
+            if scale < 1:
+                image.draft("RGB", (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+            upright: Image.Image = ImageOps.exif_transpose(image)
+            return upright.convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"the photo can't be decoded ({' '.join(str(error).split())}).") from None

@@ -1,0 +1,135 @@
+"""What can be said about a grafted image without a model: read off the street network, the tile and the photo."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import shapely
+from PIL import Image
+from shapely.geometry.base import BaseGeometry
+
+from addressvlm.addresses import normal
+from addressvlm.labels.colours import photo_colours, tile_colours
+from addressvlm.maps.roads import Roads
+from addressvlm.maps.tiles import Tile
+
+COMPASS = ["north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest"]
+DIRECTIONS = ["north-south", "northeast-southwest", "east-west", "northwest-southeast"]
+TANGENT_M = 15.0  # the street's direction is that of the stretch this far to both sides
+MEETING_M = 12.0  # lines that end this near to each other meet (dual carriageways, gaps in the data)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts on one photo and its tile; None or empty where nothing is known."""
+
+    street: str
+    district: str
+    names: tuple[str, ...] = ()  # that can be read on the tile
+    direction: str | None = None  # of the street at the place, one of DIRECTIONS
+    view: str | None = None  # along, across or oblique to the street
+    facing: str | None = None  # compass word of the camera
+    cross_street: str | None = None  # the nearest one that meets `street` on the tile
+    cross_distance_m: int | None = None  # from the camera to where they meet, in tens of metres
+    cross_direction: str | None = None  # compass word, from the camera
+    photo_colours: tuple[str, ...] = ()
+    tile_colours: tuple[str, ...] = ()  # empty for a drawn map, whose colours mean nothing
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Facts":
+        """What `to_json` wrote."""
+        values = json.loads(text)
+        known = {f.name for f in fields(cls)}
+        kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        return cls(**kept)
+
+
+def facts_of(
+    street: str,
+    district: str,
+    lat: float,
+    lon: float,
+    heading: float | None,
+    photo: Image.Image,
+    tile: Tile,
+    roads: Roads,
+    delta: float = 0.5,
+    imagery: bool = True,
+) -> Facts:
+    """Facts of a photo taken at (lat, lon) degrees looking to `heading` (degrees clockwise from north, None if unknown).
+
+    Args:
+        photo, tile: as grafted; `delta` is the share of the tile's side that the photo covers.
+        roads: the network that the tile was drawn from.
+        imagery: whether the tile shows more than the drawn map.
+    """
+    x, y = roads.to_metres(lat, lon)
+    here = shapely.Point(x, y)
+    half = (tile.bounds[2] - tile.bounds[0]) / 2
+    own, others = _lines(roads, street, x, y, half)
+    bearing = _bearing(own, here) if own is not None else None
+    cross = _nearest_crossing(own, others, here, half) if own is not None else None
+    return Facts(
+        street=street,
+        district=district,
+        names=tuple(tile.names),
+        direction=None if bearing is None else DIRECTIONS[round(bearing / 45) % 4],
+        view=None if bearing is None or heading is None else _view(heading, bearing),
+        facing=None if heading is None else compass(heading),
+        cross_street=cross[0] if cross else None,
+        cross_distance_m=10 * round(cross[1].distance(here) / 10) if cross else None,
+        cross_direction=compass(math.degrees(math.atan2(cross[1].x - x, cross[1].y - y))) if cross else None,
+        photo_colours=tuple(photo_colours(photo)),
+        tile_colours=tuple(tile_colours(tile.image, delta)) if imagery else (),
+    )
+
+
+def compass(degrees: float) -> str:
+    """One of eight compass words for a direction clockwise from north."""
+    return COMPASS[round(degrees / 45) % 8]
+
+
+def _lines(roads: Roads, street: str, x: float, y: float, half: float) -> tuple[BaseGeometry | None, dict[str, BaseGeometry]]:
+    """The lines of `street` and of each other named street around a point."""
+    groups: dict[str, list[BaseGeometry]] = {}
+    for road in roads.within(x, y, half):
+        if road.name:
+            groups.setdefault(road.name, []).append(road.line)
+    merged = {name: shapely.line_merge(shapely.union_all(lines)) for name, lines in groups.items()}
+    own = next((name for name in merged if normal(name) == normal(street)), None)
+    return (merged.pop(own) if own is not None else None), merged
+
+
+def _bearing(line: BaseGeometry, here: shapely.Point) -> float:
+    """Direction of the line at its point nearest to `here`, degrees clockwise from north, in [0, 180)."""
+    part = min(shapely.get_parts(line), key=lambda p: p.distance(here))
+    at = part.project(here)
+    first, last = part.interpolate(max(0.0, at - TANGENT_M)), part.interpolate(min(part.length, at + TANGENT_M))
+    return math.degrees(math.atan2(last.x - first.x, last.y - first.y)) % 180
+
+
+def _view(heading: float, bearing: float) -> str:
+    """How the camera looks at a street of that bearing."""
+    angle = abs((heading - bearing + 90) % 180 - 90)
+    return "along" if angle <= 30 else "across" if angle >= 60 else "oblique"
+
+
+def _nearest_crossing(
+    own: BaseGeometry, others: dict[str, BaseGeometry], here: shapely.Point, half: float
+) -> tuple[str, shapely.Point] | None:
+    """The street that meets `own` nearest to `here`, and where, within `half` metres; None if none does."""
+    found: list[tuple[float, str, shapely.Point]] = []
+    for name, line in others.items():
+        meeting = own.intersection(line)
+        if meeting.is_empty and own.distance(line) <= MEETING_M:
+            meeting = shapely.Point(shapely.shortest_line(own, line).coords[0])
+        if meeting.is_empty:
+            continue
+        point = shapely.get_point(shapely.shortest_line(here, meeting), 1)
+        found.append((point.distance(here), name, point))
+    nearest = min(found, key=lambda f: (f[0], f[1]), default=None)
+    return (nearest[1], nearest[2]) if nearest and nearest[0] <= half else None

@@ -1,0 +1,49 @@
+"""Load a vision-language model and its processor, any family that `AutoModelForImageTextToText` knows."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from addressvlm.errors import InputError
+
+TOY_BASE = Path(__file__).parents[1] / "demo" / "base"
+
+
+def locate(name: str) -> str:
+    """What to hand to transformers for `model.base`: the embedded model's folder for `toy`, else folder or hub name.
+
+    Raises:
+        InputError: it looks like a folder and there is none, or the folder holds no model.
+    """
+    if name == "toy":
+        return str(TOY_BASE)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder} holds no model (no config.json): give the folder that save_pretrained wrote.")
+        return str(folder)
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise InputError(f"no model folder {name}: give an existing folder, a hub name like owner/model, or `toy`.")
+    return name
+
+
+def load(name: str, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Model in eval mode on the CPU and its processor; safetensors only.
+
+    Raises:
+        InputError: the model or its processor isn't there, isn't a vision-language model, or has no chat template.
+    """
+    where = locate(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        # The Pillow image processors: the default ones need torchvision, which has no CPU build.
+        processor = AutoProcessor.from_pretrained(where, backend="pil", **options)
+        model = AutoModelForImageTextToText.from_pretrained(where, dtype=getattr(torch, dtype), use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise InputError(f"model '{name}' can't be loaded: {' '.join(str(error).split())[:300]}.") from error
+    if not getattr(processor, "chat_template", None):
+        raise InputError(f"model '{name}' has no chat template: add chat_template.jinja to its folder.")
+    return model.eval(), processor

@@ -1,0 +1,108 @@
+"""Attach LoRA (or full tuning) to the parts, choose which of them a stage trains, save and merge the result."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from addressvlm.config import ModelConfig, Part, PartConfig
+from addressvlm.errors import InputError
+from addressvlm.models.base import load
+from addressvlm.models.parts import linear_leaves, part_of, parts_of
+
+
+def attach(model: nn.Module, config: ModelConfig) -> tuple[PeftModel, dict[Part, str]]:
+    """One PEFT adapter over all three parts, and where the parts are.
+
+    Targets are anchored to each part's path, for the same leaf names (`q_proj`, …) occur in the vision encoder too.
+
+    Raises:
+        InputError: the model's parts can't be named.
+    """
+    parts = parts_of(model)
+    settings: dict[Part, PartConfig] = {"vision": config.vision, "adapter": config.adapter, "llm": config.llm}
+    patterns, ranks, alphas, whole = [], {}, {}, []
+    for part, setting in settings.items():
+        if setting.full:
+            whole.append(parts[part].removeprefix("model."))
+            continue
+        leaves = linear_leaves(model, part, parts)
+        pattern = _pattern(parts[part], leaves)
+        patterns.append(pattern)
+        ranks[pattern], alphas[pattern] = setting.rank, setting.alpha
+    lora = LoraConfig(
+        r=max(ranks.values(), default=1),
+        target_modules="|".join(f"(?:{p})" for p in patterns) or "(?!)",
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        lora_dropout=config.lora_dropout,
+        modules_to_save=whole or None,
+    )
+    return get_peft_model(model, lora), parts  # type: ignore[arg-type, return-value]
+
+
+def _pattern(prefix: str, leaves: list[str]) -> str:
+    """A regular expression for exactly these modules below `prefix`, by their last names."""
+    names = sorted({leaf.rsplit(".", 1)[-1] for leaf in leaves})
+    return rf"{re.escape(prefix)}\.(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+
+
+def train_only(model: PeftModel, parts: dict[Part, str], chosen: list[Part]) -> None:
+    """Let the adapter's weights of the chosen parts learn and freeze all others."""
+    for name, parameter in model.named_parameters():
+        ours = "lora_" in name or "modules_to_save" in name
+        parameter.requires_grad = ours and part_of(_plain(name), parts) in chosen
+
+
+def _plain(name: str) -> str:
+    return name.replace(".modules_to_save.default", "").replace(".original_module", "")
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Put normalization layers with running statistics in eval mode; call after `model.train()`."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that learn, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """All weights of the adapter, whichever stage trains them, by name, on the CPU."""
+    return {
+        name: p.detach().cpu().contiguous()
+        for name, p in model.named_parameters()
+        if "lora_" in name or "modules_to_save" in name
+    }
+
+
+def load_adapter_state(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
+    """Put back what `adapter_state` gave.
+
+    Raises:
+        InputError: the state is of another base model or another rank.
+    """
+    own = adapter_state(model)
+    if own.keys() != state.keys() or any(own[k].shape != state[k].shape for k in own):
+        raise InputError(
+            "the checkpoint belongs to another base model or other LoRA settings: give the run another name, or restore "
+            "the settings it was made with."
+        )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in state:
+                parameter.copy_(state[name])
+
+
+def export(adapter: Path, config: ModelConfig, merged: Path) -> None:
+    """Merge a saved adapter into its base model and write an ordinary Hugging Face folder."""
+    base, processor = load(config.base, config.dtype, config.trust_remote_code)
+    whole: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    whole.save_pretrained(merged)
+    processor.save_pretrained(merged)

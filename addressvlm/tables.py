@@ -1,0 +1,175 @@
+"""The one data format: Parquet with encoded image bytes, in the layout `datasets.load_dataset("parquet", …)` opens.
+
+A table is a folder of `<split>-NNNNN.parquet` files. Every table that a model learns from has the columns `image`
+(encoded bytes) and `rounds` (the conversation about it); the rest says where the row comes from.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from addressvlm.errors import InputError
+
+ROWS_PER_GROUP = 64  # a reader that wants one row reads this many images
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+ROUNDS = pa.list_(
+    pa.struct(
+        [
+            ("level", pa.string()),  # district, street, address or alignment
+            ("kind", pa.string()),  # generation, judgment, choice or explanation
+            ("question", pa.string()),
+            ("answer", pa.string()),
+            ("options", pa.list_(pa.string())),  # choice: the names offered; judgment: the one name asked about
+        ]
+    )
+)
+
+
+def with_features(schema: pa.Schema) -> pa.Schema:
+    """The same schema with the metadata from which Hugging Face `datasets` decodes `image` columns as pictures."""
+    features = {field.name: _feature(field.type) for field in schema}
+    return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _feature(kind: pa.DataType) -> Any:
+    if kind == IMAGE:
+        return {"_type": "Image"}
+    if pa.types.is_struct(kind):
+        return {kind.field(i).name: _feature(kind.field(i).type) for i in range(kind.num_fields)}
+    if pa.types.is_list(kind):
+        return {"feature": _feature(kind.value_type), "_type": "List"}
+    names = {"double": "float64", "float": "float32"}
+    return {"dtype": names.get(str(kind), str(kind)), "_type": "Value"}
+
+
+PHOTOS = with_features(
+    pa.schema(
+        [
+            ("id", pa.string()),
+            ("place", pa.string()),
+            ("lat", pa.float64()),  # degrees, WGS84
+            ("lon", pa.float64()),
+            ("heading", pa.float32()),  # degrees clockwise from north, null if unknown
+            ("image", IMAGE),
+            ("street", pa.string()),
+            ("district", pa.string()),
+            ("cross_street", pa.string()),  # the nearest other named street, null if none is near
+            ("distance_m", pa.float32()),  # to `street`
+            ("ambiguous", pa.bool_()),
+            ("rounds", ROUNDS),
+        ]
+    )
+)
+GRAFTS = with_features(
+    pa.schema(
+        [
+            ("id", pa.string()),
+            ("place", pa.string()),
+            ("image", IMAGE),  # photo grafted onto the tile
+            ("street", pa.string()),
+            ("district", pa.string()),
+            ("names", pa.list_(pa.string())),  # street names that can be read on the tile
+            ("facts", pa.string()),  # JSON of addressvlm.labels.facts.Facts
+        ]
+    )
+)
+ALIGNMENT = with_features(
+    pa.schema(
+        [
+            ("id", pa.string()),
+            ("place", pa.string()),
+            ("image", IMAGE),
+            ("street", pa.string()),
+            ("district", pa.string()),
+            ("rounds", ROUNDS),  # one round: the alignment question and the label
+            ("source", pa.string()),  # who wrote the label: template, openai:<model>, or fallback:template
+            ("attempts", pa.int32()),
+        ]
+    )
+)
+ANSWERS = with_features(
+    pa.schema(
+        [
+            ("id", pa.string()),
+            ("place", pa.string()),
+            ("lat", pa.float64()),
+            ("lon", pa.float64()),
+            ("street", pa.string()),
+            ("district", pa.string()),
+            ("level", pa.string()),
+            ("kind", pa.string()),
+            ("question", pa.string()),
+            ("options", pa.list_(pa.string())),
+            ("expected", pa.string()),
+            ("answer", pa.string()),  # as the model wrote it
+            ("correct", pa.bool_()),
+        ]
+    )
+)
+REJECTS = pa.schema(
+    [("file", pa.string()), ("row", pa.int64()), ("id", pa.string()), ("reason", pa.string())]  # row 1 is the first
+)
+
+
+def files(folder: Path, split: str) -> list[Path]:
+    """The files of one split, in order.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = sorted(Path(folder).glob(f"{split}-*.parquet"))
+    if not found:
+        raise InputError(f"no table {folder}/{split}-*.parquet: run the step that writes it, or give another folder.")
+    return found
+
+
+def count(folder: Path, split: str) -> int:
+    """Number of rows of a split; 0 if the split has no files."""
+    return sum(pq.read_metadata(f).num_rows for f in sorted(Path(folder).glob(f"{split}-*.parquet")))
+
+
+def read(folder: Path, split: str, columns: list[str] | None = None) -> pa.Table:
+    """A split as one table; name the columns where images are not wanted."""
+    return pa.concat_tables([pq.read_table(f, columns=columns) for f in files(folder, split)])
+
+
+def rows(folder: Path, split: str, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """A split row by row, one row group in memory at a time."""
+    for file in files(folder, split):
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns):
+                yield from batch.to_pylist()
+
+
+def write(folder: Path, split: str, items: Iterable[dict[str, Any]], schema: pa.Schema, rows_per_file: int = 2048) -> int:
+    """Write rows as `<split>-NNNNN.parquet`, return how many; memory holds one row group."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written, group, writer = 0, [], None
+
+    def flush() -> None:
+        nonlocal writer, written, group
+        if not group:
+            return
+        if writer is None:
+            writer = pq.ParquetWriter(folder / f"{split}-{written // rows_per_file:05d}.parquet", schema)
+        writer.write_table(pa.Table.from_pylist(group, schema=schema))
+        written += len(group)
+        group = []
+        if written % rows_per_file == 0:
+            writer.close()
+            writer = None
+
+    for item in items:
+        group.append(item)
+        if len(group) == min(ROWS_PER_GROUP, rows_per_file):
+            flush()
+    flush()
+    if writer is not None:
+        writer.close()
+    return written

@@ -1,0 +1,31 @@
+"""The loss and the learning rate of a step."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from addressvlm.training.collate import IGNORE
+
+
+def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed cross-entropy over the answer tokens of a batch and their number.
+
+    Logits are computed only at columns where some row has an answer: with a 50k vocabulary they are the largest tensor.
+    """
+    labels = batch["labels"]
+    wanted = (labels[:, 1:] != IGNORE).any(0).nonzero().squeeze(1)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs, use_cache=False, logits_to_keep=wanted).logits.float()
+    targets = labels[:, 1:][:, wanted]
+    total = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORE, reduction="sum")
+    return total, (targets != IGNORE).sum()
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the share `warmup` of the steps, then a cosine to zero."""
+    warm = max(1, round(steps * warmup))
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

@@ -1,0 +1,86 @@
+"""What every job shares: its flags, its Ray, its way of ending."""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+
+from addressvlm import InputError
+from addressvlm.config import Config, load
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The flags that all jobs have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="demo", help="a preset's name or a YAML file (default: demo)")
+    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+    parser.add_argument("--redo", action="store_true", help="do this step again even if it is done or its settings changed")
+    return parser
+
+
+def configure(args: argparse.Namespace) -> Config:
+    """The configuration that the flags ask for."""
+    return load(args.config, args.sets)
+
+
+def connect() -> None:
+    """Join the Ray around this process (a submitted job, RAY_ADDRESS, `ray start` on this machine), or start a local one.
+
+    Raises:
+        InputError: Ray refuses the token or can't be reached.
+    """
+    if ray.is_initialized():
+        return
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        ray.init(address=None if _ray_is_around() else "local", log_to_driver=True, logging_level="warning")
+    except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        sentence = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"Ray can't be reached ({sentence}): start one with `ray start --head`, and set RAY_AUTH_MODE=token both there "
+            "and here if ~/.ray/auth_token exists (see README, 'On a cluster')."
+        ) from None
+
+
+def _ray_is_around() -> bool:
+    """Whether a cluster was named or started, without starting one."""
+    return bool(os.environ.get("RAY_ADDRESS")) or Path("/tmp/ray/ray_current_cluster").exists()
+
+
+def require_cpus(needed: float, what: str, key: str) -> None:
+    """Refuse a plan that Ray would wait for in vain.
+
+    Raises:
+        InputError: the cluster has fewer CPUs and no autoscaler could bring more.
+    """
+    have = ray.cluster_resources().get("CPU", 0)
+    if needed > have:
+        raise InputError(f"{what} asks for {needed:g} CPUs and the cluster has {have:g}: lower {key}, or add nodes.")
+
+
+_last_shown: dict[str, float] = {}
+
+
+def progress(step: str, done: int, total: int) -> None:
+    """Print `step: done/total`, at most every five seconds and always at the end."""
+    now = time.monotonic()
+    if done >= total or now - _last_shown.get(step, 0.0) >= 5:
+        _last_shown[step] = now
+        print(f"{step}: {done:,}/{total:,}", flush=True)
+
+
+def job(main: Callable[[], None]) -> None:
+    """Run a job's main; what a person can mend ends as one sentence and exit status 1."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on.", file=sys.stderr, flush=True)
+        sys.exit(130)

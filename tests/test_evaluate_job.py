@@ -1,0 +1,207 @@
+"""pytest tests/test_evaluate_job.py: the evaluate job on a real Ray with a random model, from photos to report."""
+
+import io
+import json
+import os
+import random
+
+import pytest
+from PIL import Image
+
+from addressvlm import InputError, tables
+from addressvlm.addresses import Address, Gazetteer
+from addressvlm.config import EvaluateConfig, validate
+from addressvlm.evaluation import asking, metrics
+from addressvlm.inference import Localizer
+from addressvlm.questions import test_rounds as rounds_to_test
+from addressvlm.run import Run
+from ray_jobs import evaluate
+from tests.tiny import tiny_llava
+
+ADDRESSES = [Address("Mill Street", "Harbour"), Address("Oak Avenue", "Old Town"), Address("Elm Row", "Old Town")]
+GAZETTEER = Gazetteer(ADDRESSES, city="Toytown", attribution=["generated"])
+
+
+def jpeg(seed):
+    rng = random.Random(seed)
+    buffer = io.BytesIO()
+    Image.new("RGB", (48, 36), tuple(rng.randrange(256) for _ in range(3))).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def photo(i):
+    address = ADDRESSES[i % 3]
+    return {
+        "id": f"photo{i}", "place": f"place{i // 2}", "lat": 52.2 + i / 1000, "lon": 0.1 - i / 1000, "heading": None,
+        "image": {"bytes": jpeg(i), "path": f"{i}.jpg"}, "street": address.street, "district": address.district,
+        "cross_street": None, "distance_m": 3.0, "ambiguous": False,
+        "rounds": rounds_to_test(address, GAZETTEER, random.Random(i)),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two random models, one of which knows the city."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_llava(folder / "base", seed=0)
+    tiny_llava(folder / "tuned" / "merged", seed=1)
+    GAZETTEER.save(folder / "tuned" / "merged" / "gazetteer.geojson")
+    return folder
+
+
+@pytest.fixture
+def config(models, tmp_path):
+    made = validate(
+        {
+            "name": "r", "storage": str(tmp_path), "model": {"base": str(models / "base")},
+            "evaluate": {"workers": 2, "batch_size": 8, "max_new_tokens": 4, "bootstrap": 100},
+            "train": {"systems": [{"name": "zero-shot"}, {"name": "AddressVLM", "stages": ["localization"]}]},
+        },
+        "test",
+    )  # fmt: skip
+    run = Run(made)
+    tables.write(run.photos, "test", [photo(i) for i in range(10)], tables.PHOTOS)
+    GAZETTEER.save(run.gazetteer)
+    run.model("AddressVLM").mkdir(parents=True)
+    (run.model("AddressVLM") / "merged").symlink_to(models / "tuned" / "merged")
+    return made
+
+
+def write_yaml(config, path):
+    path.write_text(config.model_dump_json())  # JSON is YAML
+    return str(path)
+
+
+def test_scores_every_system_of_the_run(ray_local, config, capsys):
+    evaluate.run_step(config, redo=False)
+    run = Run(config)
+    scored = json.loads(run.metrics.read_text())
+    assert set(scored) == {"city", "split", "systems"}
+    assert (scored["city"], scored["split"]) == ("Toytown", "test")
+    assert [s["name"] for s in scored["systems"]] == ["zero-shot", "AddressVLM"]
+    asked = sum(len(row["rounds"]) for row in tables.rows(run.photos, "test"))
+    for system in scored["systems"]:
+        assert list(system["metrics"]) == metrics.METRICS
+        assert system["metrics"]["A_ds"]["n"] == 10
+        assert system["metrics"]["A"]["n"] == asked - 10
+    for slug in ("zero-shot", "addressvlm"):
+        answers = tables.read(run.answers / slug, "test")
+        assert answers.schema.equals(tables.ANSWERS)
+        assert len(answers) == asked
+        assert len(set(zip(*(answers[c].to_pylist() for c in ("id", "level", "kind", "question")), strict=True))) == asked
+    assert "<svg" in run.report.read_text()
+    printed = capsys.readouterr().out
+    assert "A_ds" in printed
+    assert str(run.metrics) in printed
+    assert f"{asked}/{asked}" in printed
+
+    evaluate.run_step(config, redo=False)
+    assert "zero-shot: already answered" in capsys.readouterr().out
+    other = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_new_tokens": 5})})
+    with pytest.raises(InputError, match="max_new_tokens"):
+        evaluate.run_step(other, redo=False)
+
+
+def test_answers_do_not_depend_on_the_number_of_workers(ray_local, config):
+    run = Run(config)
+    evaluate.run_step(config, redo=False)
+    before = tables.read(run.answers / "addressvlm", "test").to_pylist()
+    one = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"workers": 1, "batch_size": 3})})
+    evaluate.run_step(one, redo=True)
+    assert tables.read(run.answers / "addressvlm", "test").to_pylist() == before
+
+
+def test_a_named_model_on_a_folder_of_photos(ray_local, config, models, tmp_path):
+    yaml = write_yaml(config, tmp_path / "c.yaml")
+    model = f"mine={models / 'tuned' / 'merged'}"
+    limit = ["--set", "evaluate.max_photos=3"]
+    both = ["--model", model, "--model", str(models / "base")]
+    evaluate.main(["--config", yaml, *both, "--data", str(Run(config).photos), *limit])
+    out = Run(config).folder / "evaluations" / "r"
+    scored = json.loads((out / "metrics.json").read_text())
+    assert [s["name"] for s in scored["systems"]] == ["mine", "base"]
+    assert {s["metrics"]["A_ds"]["n"] for s in scored["systems"]} == {3}
+    ids = tables.read(out / "answers" / "mine", "test")["id"].unique().to_pylist()
+    assert ids == sorted(ids, key=lambda photo: int(photo.removeprefix("photo")))
+    assert not Run(config).metrics.exists()
+
+
+def test_a_manifest_of_new_photos(ray_local, config, models, tmp_path):
+    new = tmp_path / "new"
+    new.mkdir()
+    lines = ["file,lat,lon,street,district"]
+    for i, address in enumerate(ADDRESSES):
+        (new / f"{i}.jpg").write_bytes(jpeg(i))
+        lines.append(f"{i}.jpg,{52 + i / 100},{i / 100},{address.street},{address.district}")
+    (tmp_path / "new.csv").write_text("\n".join(lines))
+    out = tmp_path / "scored"
+    yaml = write_yaml(config, tmp_path / "c.yaml")
+    arguments = ["--config", yaml, "--model", str(models / "tuned" / "merged"), "--out", str(out)]
+    evaluate.main([*arguments, "--data", str(tmp_path / "new.csv"), "--photos", str(new)])
+    scored = json.loads((out / "metrics.json").read_text())
+    assert [s["name"] for s in scored["systems"]] == ["tuned"]
+    assert scored["systems"][0]["metrics"]["A_ds"]["n"] == 3
+
+    (new / "3.jpg").write_bytes(jpeg(3))
+    (tmp_path / "new.csv").write_text("\n".join([*lines, "3.jpg,52.03,0.03,Mill Street,Harbour"]))
+    os.utime(tmp_path / "new.csv", (2e9, 2e9))
+    with pytest.raises(InputError, match="made with other settings"):  # the answers were to other photos
+        evaluate.main([*arguments, "--data", str(tmp_path / "new.csv"), "--photos", str(new)])
+    evaluate.main([*arguments, "--data", str(tmp_path / "new.csv"), "--photos", str(new), "--redo"])
+    assert json.loads((out / "metrics.json").read_text())["systems"][0]["metrics"]["A_ds"]["n"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "/nowhere/at/all"], "no model folder /nowhere/at/all"),
+        (["--data", "/nowhere.csv"], "--data /nowhere.csv does not exist"),
+        (["--split", "val"], r"no table .*val-\*\.parquet"),
+        (["--set", "evaluate.workers=999"], "asks for 999 CPUs and the cluster has"),
+        (["--model", "a=toy", "--model", "A=toy"], "two models are called 'A'"),
+    ],
+)
+def test_what_a_person_can_mend_is_one_sentence(ray_local, config, tmp_path, arguments, sentence):
+    with pytest.raises(InputError, match=sentence):
+        evaluate.main(["--config", write_yaml(config, tmp_path / "c.yaml"), *arguments])
+
+
+def test_untrained_system(ray_local, config):
+    (Run(config).model("AddressVLM") / "merged").unlink()
+    with pytest.raises(InputError, match=r"'AddressVLM' is not trained yet.*ray_jobs/train\.py"):
+        evaluate.run_step(config, redo=False)
+
+
+def test_a_broken_model_is_told_from_the_worker(ray_local, config, models, tmp_path):
+    broken = tiny_llava(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(InputError, match=r"broken' can't be loaded"):
+        evaluate.main(["--config", write_yaml(config, tmp_path / "c.yaml"), "--model", str(broken)])
+
+
+def test_digest_follows_the_weights(models, tmp_path):
+    same, other = tiny_llava(tmp_path / "a", seed=0), tiny_llava(tmp_path / "b", seed=5)
+    assert evaluate.digest(str(models / "base")) == evaluate.digest(str(same)) != evaluate.digest(str(other))
+    assert evaluate.digest("owner/model") == "owner/model"
+
+
+def test_each_photo_is_asked_its_own_questions(models):
+    localizer = Localizer(models / "base")
+    photos = [photo(i) for i in range(3)]
+    settings = EvaluateConfig(batch_size=4, max_new_tokens=3)
+    rows = [row for batch in asking.ask(localizer, photos, settings, seed=0) for row in batch]
+    assert len(rows) == sum(len(p["rounds"]) for p in photos)
+    row = next(row for row in rows if row["id"] == "photo2" and row["level"] == "address")
+    image = Image.open(io.BytesIO(photos[2]["image"]["bytes"]))
+    assert row["answer"] == localizer.answer([image], [row["question"]], 3)[0]
+    assert row["expected"] == "Elm Row, Old Town"
+
+
+def test_sampled_answers_repeat(models):
+    localizer = Localizer(models / "base")
+    settings = EvaluateConfig(batch_size=4, max_new_tokens=8, temperature=5.0)
+
+    def sample(seed):
+        return [row["answer"] for batch in asking.ask(localizer, [photo(0)], settings, seed) for row in batch]
+
+    assert sample(1) == sample(1) != sample(2)

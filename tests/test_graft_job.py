@@ -1,0 +1,204 @@
+"""python -m pytest tests/test_graft_job.py"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+
+from addressvlm import InputError, tables
+from addressvlm.config import Config, validate
+from addressvlm.labels.facts import Facts
+from addressvlm.maps.grafts import Grafter
+from addressvlm.run import Run
+from ray_jobs import graft, label
+from ray_jobs.stream import person_error
+from tests import town
+from tests.endpoint import Endpoint, says
+
+
+def photo(colour: tuple[int, int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), colour).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def rows(places: int = 8, views: int = 3) -> list[dict[str, Any]]:
+    """Photos along Mill Street; the views of a place follow one another."""
+    found = []
+    for place in range(places):
+        lat, lon = town.degrees(12 * place - 40, 0)
+        for view in range(views):
+            found.append({
+                "id": f"{place}_{view}", "place": str(place), "lat": lat, "lon": lon,
+                "heading": None if view == 0 else 120.0 * view,
+                "image": {"bytes": photo((200, 30, 30)), "path": f"{place}_{view}.jpg"}, "street": "Mill Street",
+                "district": "Harbour", "cross_street": "King Street", "distance_m": 1.0, "ambiguous": False, "rounds": [],
+            })  # fmt: skip
+    return found
+
+
+def config_of(folder: Path, **changes: Any) -> Config:
+    town.write_streets(folder / "streets.geojson")
+    tree = {
+        "name": "town",
+        "storage": str(folder / "runs"),
+        "city": {"manifest": "unused.csv", "streets": str(folder / "streets.geojson")},
+        "tiles": {"pixels": 160, "font_px": 10.0},
+        **changes,
+    }
+    return validate(tree, "test")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run with photos: one of them is not a picture, all others are good."""
+    config = config_of(tmp_path_factory.mktemp("graft"))
+    photos = rows()
+    photos[5]["image"]["bytes"] = b"no picture"
+    tables.write(Run(config).photos, "train", photos, tables.PHOTOS, rows_per_file=10)
+    return config
+
+
+def test_photos_become_labelled_grafts(config: Config, ray_local: None, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(config)
+    graft.run_step(config, redo=False)
+    label.run_step(config, redo=False)
+    out = capsys.readouterr().out
+    assert "graft: 24/24" in out
+    assert "1 rejected" in out
+    assert "23 template" in out
+
+    grafts = list(tables.rows(run.grafts, "train"))
+    assert [row["id"] for row in grafts] == [row["id"] for row in rows() if row["id"] != "1_2"]  # in order, less the bad one
+    (reject,) = pq.read_table(run.rejects / "graft.parquet").to_pylist()
+    assert (reject["id"], reject["file"]) == ("1_2", "1_2.jpg")
+    assert "can't be decoded" in reject["reason"]
+
+    one = datasets.load_dataset(
+        "parquet", data_files=str(run.grafts / "train-*.parquet"), split="train", cache_dir=str(run.folder)
+    )[0]
+    assert one["image"].size == (160, 160)
+    corner = np.asarray(one["image"].convert("RGB"))[4:56, 84:156]
+    assert abs(corner.astype(int) - (200, 30, 30)).max() < 30
+    assert "Mill Street" in one["names"]
+    assert Facts.from_json(one["facts"]).cross_street == "King Street"
+
+    files = str(run.alignment / "train-*.parquet")
+    labels = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(run.folder))
+    assert len(labels) == 23
+    assert labels[0]["image"].size == (160, 160)
+    (round_,) = labels[0]["rounds"]
+    assert "Mill Street" in round_["answer"]
+    assert (round_["level"], round_["kind"], labels[0]["source"]) == ("alignment", "explanation", "template")
+
+
+def test_done_steps_are_skipped_and_changed_ones_refused(
+    config: Config, ray_local: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graft.run_step(config, redo=False)
+    label.run_step(config, redo=False)
+    before = (Run(config).alignment / "train-00000.parquet").read_bytes()
+    capsys.readouterr()
+    graft.run_step(config, redo=False)
+    label.run_step(config.model_copy(update={"labels": config.labels.model_copy(update={"concurrency": 2})}), redo=False)
+    assert capsys.readouterr().out == "graft: already done\nlabel: already done\n"
+    with pytest.raises(InputError, match=r"tiles\.delta"):
+        graft.run_step(config.model_copy(update={"tiles": config.tiles.model_copy(update={"delta": 0.3})}), redo=False)
+    label.run_step(config, redo=True)
+    assert (Run(config).alignment / "train-00000.parquet").read_bytes() == before  # labels are the same every time
+
+
+def test_too_many_bad_places_stop_the_run(tmp_path: Path, ray_local: None) -> None:
+    config = config_of(tmp_path)
+    photos = rows(places=2)
+    for row in photos[:4]:
+        row["lat"] += 1.0
+    tables.write(Run(config).photos, "train", photos, tables.PHOTOS)
+    with pytest.raises(InputError, match=r"4 of 6 photos have no graft \(first: no street of the map"):
+        graft.run_step(config, redo=False)
+    assert pq.read_metadata(Run(config).rejects / "graft.parquet").num_rows == 4
+    assert not Run(config).grafts.exists()
+
+
+def test_missing_inputs_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path)
+    with pytest.raises(InputError, match="no table"):
+        graft.run_step(config, redo=False)
+    with pytest.raises(InputError, match="no table"):
+        label.run_step(config, redo=False)
+    tables.write(Run(config).photos, "train", rows(1), tables.PHOTOS)
+    tables.write(Run(config).grafts, "train", [{"id": "a", "facts": "{}"}], tables.GRAFTS)
+    (tmp_path / "streets.geojson").unlink()
+    with pytest.raises(InputError, match=r"streets.geojson can't be read"):
+        graft.run_step(config, redo=False)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    paid = config.model_copy(update={"labels": config.labels.model_copy(update={"labeler": "openai"})})
+    with pytest.raises(InputError, match="OPENAI_API_KEY"):
+        label.run_step(paid, redo=False)
+
+
+def test_labels_of_an_endpoint(tmp_path: Path, ray_local: None) -> None:
+    """Good texts are taken; for places where the endpoint talks nonsense the template's are, marked as such."""
+    good = (
+        "The road leads on between two plain walls here, and the map shows it running straight. This is Mill Street in Harbour."
+    )
+    with Endpoint(lambda n, body: says(good if "to the east" in str(body) else "No idea.")).running() as endpoint:
+        labels = {"labeler": "openai", "model": "m", "base_url": endpoint.url, "attempts": 2, "concurrency": 4}
+        config = config_of(tmp_path, labels=labels)
+        tables.write(Run(config).photos, "train", rows(places=8, views=1), tables.PHOTOS)
+        graft.run_step(config, redo=False)
+        label.run_step(config, redo=False)
+    found = list(tables.rows(Run(config).alignment, "train"))
+    east = [row for row in rows(places=8, views=1) if row["lon"] < town.degrees(38, 0)[1]]
+    assert [row["source"] for row in found] == ["openai:m"] * len(east) + ["fallback:template"] * (8 - len(east))
+    assert {row["rounds"][0]["answer"] for row in found[: len(east)]} == {good}
+    assert len(endpoint.asked) == len(east) + 2 * (8 - len(east))
+
+
+def test_errors_of_tasks_arrive_as_themselves(tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal inside a Ray task ends the job with the same sentence."""
+    config = config_of(tmp_path, labels={"labeler": "openai", "base_url": "http://127.0.0.1:9/v1", "retries": 0})
+    photos = rows(places=8)
+    tables.write(Run(config).photos, "train", photos, tables.PHOTOS)
+    graft.run_step(config, redo=False)
+    with pytest.raises(InputError, match=r"^http://127\.0\.0\.1:9/v1/ keeps failing"):
+        label.run_step(config, redo=False)
+    assert not Run(config).alignment.exists()
+
+
+def test_a_place_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path)
+    grafter = Grafter(config.city.streets, None, config.tiles)
+    drawn = []
+    draw = grafter.renderer.tile
+    monkeypatch.setattr(grafter.renderer, "tile", lambda *spot: (drawn.append(spot), draw(*spot))[1])
+    found = list(grafter.rows(rows(places=4, views=3)))
+    assert len(found) == 12
+    assert len(drawn) == 4
+
+
+def test_an_exception_of_a_worker_keeps_its_sentence(ray_local: None) -> None:
+    @ray.remote
+    class Worker:
+        def __init__(self) -> None:
+            raise InputError("no model folder: give one that exists.")
+
+        def work(self) -> None: ...
+
+    with pytest.raises(ray.exceptions.RayError) as caught:
+        ray.get(Worker.remote().work.remote())
+    assert str(person_error(caught.value)) == "no model folder: give one that exists."
+
+    def fail(batch: Any) -> Any:
+        raise InputError("the batch is bad: mend it.")
+
+    with pytest.raises(ray.exceptions.RayError) as caught:
+        ray.data.range(1).map_batches(fail).materialize()
+    assert str(person_error(caught.value)) == "the batch is bad: mend it."
+    assert person_error(KeyError("ours")) is None

@@ -1,0 +1,90 @@
+"""python -m pytest tests/test_grafting.py"""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from addressvlm import InputError
+from addressvlm.grafting import decode_photo, encode, graft, grafted_size
+
+SIDES = st.integers(1, 400)
+
+
+@settings(deadline=None, max_examples=60)
+@given(width=SIDES, height=SIDES, side=st.integers(32, 200), delta=st.floats(0.05, 0.5))
+def test_only_the_upper_right_corner_changes(width: int, height: int, side: int, delta: float) -> None:
+    tile, photo = Image.new("RGB", (side, side), (10, 20, 30)), Image.new("RGB", (width, height), (200, 100, 0))
+    grafted = np.asarray(graft(tile, photo, delta))
+    w, h = grafted_size((width, height), side, delta)
+    assert max(w, h) == round(delta * side)
+    inside = np.zeros((side, side), bool)
+    inside[:h, side - w :] = True
+    assert (grafted[inside] == (200, 100, 0)).all()
+    assert (grafted[~inside] == (10, 20, 30)).all()
+    assert tile.getpixel((side - 1, 0)) == (10, 20, 30)  # the tile itself stays as it was
+
+
+@given(width=SIDES, height=SIDES)
+def test_aspect_is_kept(width: int, height: int) -> None:
+    w, h = grafted_size((width, height), 336, 0.5)
+    scale = 168 / max(width, height)
+    assert abs(w - width * scale) <= 0.5 or w == 1
+    assert abs(h - height * scale) <= 0.5 or h == 1
+
+
+@pytest.mark.parametrize("delta", [0.0, -0.1, 0.51, 1.0])
+def test_delta_beyond_its_range(delta: float) -> None:
+    with pytest.raises(ValueError, match="delta"):
+        graft(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8)), delta)
+
+
+def test_golden_picture() -> None:
+    """A 4x4 tile with a 4x2 photo of two colours at delta 0.5: the photo is 2x1 pixels."""
+    tile = Image.new("RGB", (4, 4), (0, 0, 255))
+    photo = Image.new("RGB", (40, 20), (255, 0, 0))
+    photo.paste((0, 255, 0), (20, 0, 40, 20))
+    b, r, g = (0, 0, 255), (255, 0, 0), (0, 255, 0)
+    rows = np.asarray(graft(tile, photo, 0.5)).astype(int)
+    golden = np.array([[b, b, r, g], [b, b, b, b], [b, b, b, b], [b, b, b, b]])
+    assert abs(rows - golden).max() <= 40  # LANCZOS bleeds a little over the edge between red and green
+    assert (rows[1:] == golden[1:]).all()
+
+
+def picture(size: tuple[int, int], form: str = "JPEG", **options: object) -> bytes:
+    image = Image.new("RGB", size, (255, 255, 255))
+    image.paste((255, 0, 0), (0, 0, size[0] // 2, size[1] // 2))  # red upper left
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def test_large_jpegs_are_decoded_small_but_large_enough() -> None:
+    photo = decode_photo(picture((2048, 1024)), 168)
+    assert photo.size == (256, 128)
+    assert decode_photo(picture((100, 50)), 168).size == (100, 50)
+    assert decode_photo(picture((2048, 1024), "PNG"), 168).mode == "RGB"
+
+
+def test_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    photo = decode_photo(picture((400, 200), exif=exif), 100)
+    assert photo.height == 2 * photo.width
+    assert photo.getpixel((photo.width - 2, 1))[1] < 60  # red is now in the upper right
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", picture((64, 64))[:200]])
+def test_bad_bytes(data: bytes) -> None:
+    with pytest.raises(InputError, match="can't be decoded"):
+        decode_photo(data, 168)
+
+
+def test_encoding_keeps_letters_crisp() -> None:
+    tile = Image.new("RGB", (64, 64), (255, 255, 255))
+    tile.paste((200, 0, 0), (30, 0, 32, 64))
+    again = np.asarray(Image.open(io.BytesIO(encode(tile, 92)))).astype(int)
+    assert abs(again - np.asarray(tile).astype(int)).mean() < 3
