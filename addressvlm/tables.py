@@ -150,7 +150,8 @@ def write(folder: Path, split: str, items: Iterable[dict[str, Any]], schema: pa.
     """Write rows as `<split>-NNNNN.parquet`, return how many; memory holds one row group."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    written, group, writer = 0, [], None
+    written, writer = 0, None
+    group: list[dict[str, Any]] = []
 
     def flush() -> None:
         nonlocal writer, written, group

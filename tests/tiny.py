@@ -41,6 +41,7 @@ def tiny_llava(folder: Path, seed: int = 0, side: int = 32, patch: int = 8) -> P
         vision_feature_select_strategy="default",
     )
     model = LlavaForConditionalGeneration(config)
+    model.lm_head.weight.data.mul_(20)  # LoRA leaves the head as it is, so it must be able to say something
     images = CLIPImageProcessorPil(size={"height": side, "width": side}, do_center_crop=False)
     processor = LlavaProcessor(
         image_processor=images,

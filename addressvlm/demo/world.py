@@ -166,8 +166,7 @@ def _build(world: World, rng: random.Random, xs: list[float], ys: list[float]) -
             along = street.start
             while along < street.end - 8:
                 length = rng.uniform(9, 20)
-                near = min(crossings, key=lambda c, a=along, n=length: abs(c - a - n / 2))
-                if abs(near - along - length / 2) < FRONT + length / 2:
+                if min(abs(c - along - length / 2) for c in crossings) < FRONT + length / 2:
                     along += 3
                     continue
                 a0, a1 = along, along + length - rng.choice([0.0, 0.0, 2.5])

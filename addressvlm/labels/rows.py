@@ -7,7 +7,7 @@ from typing import Any
 
 from addressvlm.addresses import Gazetteer
 from addressvlm.config import LabelsConfig
-from addressvlm.labels import Labeler, Request
+from addressvlm.labels import Labeler, Request, make_labeler
 from addressvlm.labels.facts import Facts
 
 

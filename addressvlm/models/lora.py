@@ -41,7 +41,7 @@ def attach(model: nn.Module, config: ModelConfig) -> tuple[PeftModel, dict[Part,
         lora_dropout=config.lora_dropout,
         modules_to_save=whole or None,
     )
-    return get_peft_model(model, lora), parts  # type: ignore[arg-type, return-value]
+    return get_peft_model(model, lora), parts
 
 
 def _pattern(prefix: str, leaves: list[str]) -> str:

@@ -99,7 +99,7 @@ def train_system(
     base, processor = load(config.model.base, config.model.dtype, config.model.trust_remote_code)
     torch.manual_seed(config.seed)  # of LoRA's random halves
     model, parts = attach(base, config.model)
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device)
     collate = Collator(processor)
     at = json.loads((checkpoint / "position.json").read_text()) if checkpoint else {"stage": 0, "step": 0}
     done = sum(s.steps for s in stages[: at["stage"]]) + at["step"]

@@ -1,0 +1,62 @@
+"""Small tables to train on: coloured squares whose colour is their street."""
+
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from addressvlm import tables
+from addressvlm.addresses import Address, Gazetteer
+from addressvlm.config import Config, validate
+from addressvlm.run import Run
+
+STREETS = {"Mill Street": "red", "Oak Avenue": "blue", "Lake Road": "green"}
+
+
+def picture(colour: str) -> dict:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def table_rows(count: int) -> list[dict]:
+    """`count` rows of a table with the columns that training reads."""
+    rows = []
+    for number in range(count):
+        street, colour = list(STREETS.items())[number % len(STREETS)]
+        rounds = [
+            {"level": "street", "kind": "generation", "question": "Which street is this?", "answer": street, "options": []},
+            {"level": "street", "kind": "judgment", "question": "Is it?", "answer": "Yes" if number % 2 else "No", "options": []},
+        ]
+        rows.append({"id": str(number), "place": str(number), "image": picture(colour), "rounds": rounds})
+    return rows
+
+
+def trained_config(tmp_path: Path, base: Path, rows: int = 24, **train: object) -> Config:
+    """A run whose photos and alignment tables are written, ready to train on `base`."""
+    stage = {"batch_size": 4, "learning_rate": 0.02, "epochs": 2}
+    config = validate(
+        {
+            "name": "small",
+            "storage": str(tmp_path / "runs"),
+            "model": {
+                "base": str(base),
+                "vision": {"rank": 2, "alpha": 4},
+                "llm": {"rank": 8, "alpha": 16},
+                "lora_dropout": 0.1,
+            },
+            "train": {
+                "workers": 1,
+                "checkpoint_every": 2,
+                "stages": {"alignment": {"data": "alignment", **stage}, "localization": {"data": "photos", **stage}},
+                **train,
+            },
+        },
+        "test",
+    )
+    run = Run(config)
+    schema = tables.with_features(tables.pa.schema([*[tables.PHOTOS.field(c) for c in ("id", "place", "image", "rounds")]]))
+    for folder in (run.photos, run.alignment):
+        tables.write(folder, "train", table_rows(rows), schema)
+    Gazetteer([Address(street, "Harbour") for street in STREETS]).save(run.gazetteer)
+    return config

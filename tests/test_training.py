@@ -1,0 +1,224 @@
+"""Collation, order, loss, resume and what is saved, on a random LLaVA without Ray.
+
+    python -m pytest -q tests/test_training.py
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from addressvlm import InputError, tables
+from addressvlm.config import ModelConfig, PartConfig
+from addressvlm.models import load
+from addressvlm.models.lora import adapter_state, attach, train_only, trainable
+from addressvlm.models.parts import part_of
+from addressvlm.run import Run
+from addressvlm.training.collate import IGNORE, Collator, Sample, messages
+from addressvlm.training.rows import Rows, Schedule, steps_of
+from addressvlm.training.step import answer_loss, learning_rate
+from addressvlm.training.system import train_system
+from tests.cities import table_rows, trained_config
+from tests.tiny import tiny_llava
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llava(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def loaded(base: Path) -> tuple:
+    return load(str(base))
+
+
+def sample(*rounds: tuple[str, str]) -> Sample:
+    return Sample(Image.new("RGB", (40, 30), "red"), list(rounds))
+
+
+def test_loss_is_on_the_answers_and_their_end_only(loaded: tuple) -> None:
+    batch = Collator(loaded[1])([sample(("Which street is this?", "Mill Street"), ("Is it?", "Yes"))])
+    learned = batch["labels"][0][batch["labels"][0] != IGNORE]
+    assert loaded[1].tokenizer.decode(learned) == "Mill Street<|end|>Yes<|end|>"
+
+
+def test_tokens_are_those_of_the_whole_text(loaded: tuple) -> None:
+    processor = loaded[1]
+    rounds = [("Which street is this?", "Mill Street"), ("Is it?", "Yes")]
+    batch = Collator(processor)([sample(*rounds), sample(rounds[0])])
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    told = "<|user|>Which street is this?<|end|><|assistant|>Mill Street<|end|><|user|>Is it?<|end|><|assistant|>Yes<|end|>"
+    assert text.replace("<image>", "") == told
+    assert text.count("<image>") == 16  # (32 / 8)^2: none is ever cut
+    assert batch["attention_mask"][1].sum() < batch["attention_mask"][0].sum()
+
+
+def test_loss_equals_that_of_the_rows_alone(loaded: tuple) -> None:
+    model, processor = loaded
+    collate = Collator(processor)
+    samples = [sample(("Which street is this?", "Mill Street")), sample(("Is it?", "Yes"), ("Which?", "Oak Avenue"))]
+    together, count = answer_loss(model, collate(samples))
+    alone = [answer_loss(model, collate([s])) for s in samples]
+    assert count == sum(n for _, n in alone)
+    torch.testing.assert_close(together, sum(loss for loss, _ in alone), rtol=1e-5, atol=1e-5)
+
+
+def test_loss_equals_that_of_transformers(loaded: tuple) -> None:
+    model, processor = loaded
+    batch = Collator(processor)([sample(("Which street is this?", "Mill Street"))])
+    total, count = answer_loss(model, batch)
+    torch.testing.assert_close(total / count, model(**batch).loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chosen", [["vision"], ["adapter"], ["llm"], ["vision", "adapter", "llm"]])
+def test_only_the_chosen_parts_learn(base: Path, chosen: list) -> None:
+    model, parts = attach(load(str(base))[0], ModelConfig(vision=PartConfig(rank=2), llm=PartConfig(rank=3)))
+    train_only(model, parts, chosen)
+    names = trainable(model)
+    assert names
+    assert {part_of(n.replace(".modules_to_save.default", ""), parts) for n in names} == set(chosen)
+    ranks = {p.shape[0] for n, p in adapter_state(model).items() if "lora_A" in n and "vision_tower" in n}
+    assert ranks == {2}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 300),
+    world=st.sampled_from([1, 2, 4]),
+    per_rank=st.integers(1, 6),
+    seed=st.integers(0, 5),
+)
+def test_steps_cover_each_epoch_once_whatever_the_workers(rows: int, world: int, per_rank: int, seed: int) -> None:
+    class Counted(Rows):
+        def __init__(self) -> None:
+            bounds = [*range(0, rows, 64), rows]
+            self.groups = [(0, i, b - a) for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))]
+            self.starts = torch.tensor(bounds).numpy()
+
+    per_step = world * per_rank
+    schedule = Schedule(Counted(), per_step, seed)
+    steps = -(-2 * rows // per_step)
+    seen = [i for s in range(steps) for i in sorted(x for r in range(world) for x in schedule.indices(s, r, world))]
+    alone = [i for s in range(steps) for i in sorted(schedule.indices(s))]
+    assert seen == alone
+    stream = [schedule._row(p) for p in range(2 * rows)]
+    assert sorted(stream[:rows]) == sorted(stream[rows:]) == list(range(rows))
+
+
+def test_rows_are_those_of_the_table(tmp_path: Path) -> None:
+    rows = table_rows(150)
+    schema = tables.with_features(tables.pa.schema([tables.PHOTOS.field(c) for c in ("id", "image", "rounds")]))
+    tables.write(tmp_path, "train", rows, schema, rows_per_file=64)
+    table = Rows(tmp_path, "train", ("id", "rounds"))
+    assert len(table) == 150
+    assert [table[i]["id"] for i in (149, 0, 64, 63)] == ["149", "0", "64", "63"]
+
+
+def test_steps_and_learning_rate() -> None:
+    assert steps_of(100, 8, 2, None) == 25
+    assert steps_of(3, 8, 1, None) == 1
+    assert steps_of(100, 8, 2, 7) == 7
+    rates = [learning_rate(s, 100, 1.0, 0.1) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[-1] < 0.001
+
+
+def losses(run: Run, system: str) -> list[float]:
+    path = run.training / run.model(system).name / "loss.jsonl"
+    return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+
+
+def test_training_learns_and_resumes_to_equal_weights(tmp_path: Path, base: Path) -> None:
+    config = trained_config(tmp_path / "whole", base)
+    kept: list[Path] = []
+
+    def keep(metrics: dict, folder: Path) -> None:
+        kept.append(shutil.copytree(folder, tmp_path / f"checkpoint{len(kept)}"))
+
+    train_system(config, "AddressVLM", None, keep)
+    run = Run(config)
+    curve = losses(run, "AddressVLM")
+    assert len(curve) == 24
+    assert sum(curve[-4:]) < 0.8 * sum(curve[:4])
+    whole = load_file(run.model("AddressVLM") / "adapter" / "adapter_model.safetensors")
+    middle = next(k for k in kept if json.loads((k / "position.json").read_text()) == {"stage": 0, "step": 10})
+    for checkpoint in (middle, kept[-3]):
+        shutil.rmtree(run.model("AddressVLM"))
+        train_system(config, "AddressVLM", checkpoint, lambda metrics, folder: None)
+        again = load_file(run.model("AddressVLM") / "adapter" / "adapter_model.safetensors")
+        assert all(torch.equal(whole[k], again[k]) for k in whole)
+        assert losses(run, "AddressVLM") == curve
+
+
+def test_merged_folder_needs_nothing_of_ours(tmp_path: Path, base: Path) -> None:
+    config = trained_config(tmp_path, base)
+    train_system(config, "stage 2 only", None, lambda metrics, folder: None)
+    folder = Run(config).model("stage 2 only") / "merged"
+    script = (
+        "import sys; sys.modules['addressvlm'] = None\n"
+        "from PIL import Image\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n"
+        f"m = AutoModelForImageTextToText.from_pretrained({str(folder)!r})\n"
+        f"p = AutoProcessor.from_pretrained({str(folder)!r}, backend='pil')\n"
+        "chat = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'Which street is this?'}]}]\n"
+        "for colour in ('red', 'blue', 'green'):\n"
+        "    text = p.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)\n"
+        "    inputs = p(text=[text], images=[Image.new('RGB', (32, 32), colour)], return_tensors='pt')\n"
+        "    out = m.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs['input_ids'].shape[1]:]\n"
+        "    print(p.tokenizer.decode(out, skip_special_tokens=True))\n"
+    )
+    told = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert told.stdout == "".join(f"{line}\n" for line in answers_of_the_adapter(folder.parent / "adapter", base))
+
+
+def answers_of_the_adapter(adapter: Path, base: Path) -> list[str]:
+    model, processor = load(str(base))
+    tuned = PeftModel.from_pretrained(model, str(adapter)).eval()
+    text = processor.apply_chat_template(messages([("Which street is this?", "")]), add_generation_prompt=True, tokenize=False)
+    answers = []
+    for colour in ("red", "blue", "green"):
+        inputs = processor(text=[text], images=[Image.new("RGB", (32, 32), colour)], return_tensors="pt")
+        tokens = tuned.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        answers.append(processor.tokenizer.decode(tokens, skip_special_tokens=True))
+    return answers
+
+
+def test_a_part_without_gradient_is_said(tmp_path: Path, base: Path) -> None:
+    config = trained_config(tmp_path, base)
+    config.model.vision.full = False
+    model, processor = load(str(base))
+    from addressvlm.training import loop
+    from addressvlm.training.system import stages_of
+
+    tuned, parts = attach(model, config.model)
+    stage = stages_of(config, config.train.systems[1], 1)[0]
+    tuned.get_input_embeddings().weight.data.zero_()
+    broken = {**parts, "vision": "model.nothing"}
+    with pytest.raises(InputError, match="no gradient reaches the vision part"):
+        loop.run(tuned, broken, Collator(processor), stage, "ddp")
+
+
+def test_a_diverging_loss_is_said(tmp_path: Path, base: Path) -> None:
+    config = trained_config(tmp_path, base)
+    for stage in config.train.stages.values():
+        stage.learning_rate, stage.clip = 1e30, 1e30
+    with pytest.raises(InputError, match="lower train.stages.localization.learning_rate"):
+        train_system(config, "stage 2 only", None, lambda metrics, folder: None)
+
+
+def test_checkpoint_of_another_rank_is_refused(tmp_path: Path, base: Path) -> None:
+    config = trained_config(tmp_path, base)
+    kept: list[Path] = []
+    train_system(config, "stage 2 only", None, lambda m, f: kept.append(shutil.copytree(f, tmp_path / f"c{len(kept)}")))
+    config.model.llm.rank = 3
+    with pytest.raises(InputError, match="another base model or other LoRA settings"):
+        train_system(config, "stage 2 only", kept[0], lambda metrics, folder: None)
