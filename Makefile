@@ -18,7 +18,7 @@ install: .venv/installed  ## .venv with the pinned dependencies and this package
 	$(PYTHON) -m venv .venv
 	@echo "installing about 1.5 GB of pinned dependencies; a few minutes"
 	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e . --group dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: install  ## the main job on the embedded toy city: data, four systems, accuracy table, report

@@ -140,6 +140,8 @@ class TrainConfig(Strict):
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
     strategy: Literal["ddp", "zero2"] = "ddp"  # zero2 is DeepSpeed
+    # Of the forward and backward pass; weights stay as they are. auto: bfloat16 where the processor has instructions for it
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     checkpoint_every: int = Field(50, ge=1)  # optimizer steps
     max_failures: int = Field(3, ge=0)  # lost workers tolerated per system
     stages: dict[str, StageConfig] = {

@@ -66,7 +66,10 @@ class Localizer:
     def answer(
         self, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int = 64, temperature: float = 0.0
     ) -> list[str]:
-        """One answer to each question about the image at the same position; greedy unless the temperature is above 0."""
+        """One answer to each question about the image at the same position; greedy unless the temperature is above 0.
+
+        An image object that is given several times goes through the model once, if the model's family allows it.
+        """
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} images and {len(questions)} questions: there must be one image a question")
         if not images:
@@ -180,7 +183,7 @@ class Localizer:
 
     @torch.inference_mode()
     def _generate(self, prompts: list[str], images: list[list[Image.Image]], max_tokens: int, temperature: float) -> list[str]:
-        inputs = self._inputs(prompts, images)
+        inputs = self._share_images(self._inputs(prompts, images), images)
         sampling = (
             {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
             if temperature > 0
@@ -195,6 +198,38 @@ class Localizer:
         )
         new = ids[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def _share_images(self, inputs: Any, images: list[list[Image.Image]]) -> dict[str, Any]:
+        """The same inputs, with a key-value cache of every different image where prompts show one image each, again and again.
+
+        Rows become image, padding, question; positions are counted by the attention mask, so padding in the middle is as
+        good as on the left. Families whose inputs are not one row a prompt, or whose images differ in length, stay as
+        they are.
+        """
+        token = getattr(self.model.config, "image_token_id", None) or getattr(self.model.config, "image_token_index", None)
+        different = {id(shown[0]): row for row, shown in reversed(list(enumerate(images))) if shown}
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        others = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
+        plain = all(len(value) == len(ids) and value.shape[:2] != ids.shape for value in others.values())
+        if token is None or not plain or 2 * len(different) > len(images) or any(len(shown) != 1 for shown in images):
+            return dict(inputs)
+        padding = (mask == 0).sum(1).tolist()
+        ends = {int((row == token).nonzero()[-1]) + 1 - pads for row, pads in zip(ids, padding, strict=True)}
+        if len(ends) != 1:
+            return dict(inputs)
+        end, first = ends.pop(), torch.tensor(list(different.values()), device=ids.device)
+        order = {image: number for number, image in enumerate(different)}
+        ids, mask = _pads_after(end, padding, ids), _pads_after(end, padding, mask)
+        seen = {key: value[first] for key, value in others.items()}
+        cache = self.model(input_ids=ids[first, :end], attention_mask=mask[first, :end], **seen, use_cache=True).past_key_values
+        cache.batch_select_indices(torch.tensor([order[id(shown[0])] for shown in images], device=ids.device))
+        return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+
+
+def _pads_after(end: int, padding: list[int], rows: torch.Tensor) -> torch.Tensor:
+    """Rows (B, T) whose padding on the left is put behind their first `end` tokens instead."""
+    moved = [torch.cat([r[p : p + end], r[:p], r[p + end :]]) for r, p in zip(rows, padding, strict=True)]
+    return torch.stack(moved)
 
 
 def user_turn(question: str) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def connect() -> None:
     if ray.is_initialized():
         return
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     try:
         ray.init(address=None if _ray_is_around() else "local", log_to_driver=True, logging_level="warning")
     except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
@@ -52,15 +54,16 @@ def _ray_is_around() -> bool:
     return bool(os.environ.get("RAY_ADDRESS")) or Path("/tmp/ray/ray_current_cluster").exists()
 
 
-def require_cpus(needed: float, what: str, key: str) -> None:
-    """Refuse a plan that Ray would wait for in vain.
+def require(resource: str, needed: float, what: str, key: str) -> None:
+    """Refuse a plan that Ray would wait for in vain; `resource` is CPU or GPU.
 
     Raises:
-        InputError: the cluster has fewer CPUs and no autoscaler could bring more.
+        InputError: the cluster has fewer of them, and its autoscaler, if any, may not bring enough.
     """
-    have = ray.cluster_resources().get("CPU", 0)
-    if needed > have:
-        raise InputError(f"{what} asks for {needed:g} CPUs and the cluster has {have:g}: lower {key}, or add nodes.")
+    have = ray.cluster_resources().get(resource, 0)
+    may_have = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    if needed > max(have, may_have.get(resource, 0)):
+        raise InputError(f"{what} asks for {needed:g} {resource}s and the cluster has {have:g}: lower {key}, or add nodes.")
 
 
 _last_shown: dict[str, float] = {}

@@ -28,7 +28,7 @@ from addressvlm.models.base import locate
 from addressvlm.run import DONE, Run, is_done, slug, writing
 from ray_jobs import prepare
 from ray_jobs.asking import answers_of
-from ray_jobs.common import arguments, configure, connect, job, require_cpus
+from ray_jobs.common import arguments, configure, connect, job, require
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def evaluate(config: Config, task: Job, redo: bool) -> None:
     folders = {name: locate(model) for name, model in task.systems.items()}
     tables.files(task.data, task.split)
     need = config.evaluate
-    require_cpus(need.workers * need.cpus_per_worker, "evaluate", "evaluate.workers or evaluate.cpus_per_worker")
+    require("CPU", need.workers * need.cpus_per_worker, "evaluate", "evaluate.workers or evaluate.cpus_per_worker")
     ids = _chosen_ids(config, task)
     judge, gazetteer = _judge(task, folders)
     for name, folder in folders.items():

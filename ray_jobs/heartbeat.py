@@ -6,7 +6,7 @@ from types import TracebackType
 
 
 class Heartbeat:
-    """Prints what `say` returns every `every_s` seconds until the block ends."""
+    """Prints what `say` returns every `every_s` seconds until the block ends; nothing if it returns nothing."""
 
     def __init__(self, say: Callable[[], str], every_s: float = 30.0) -> None:
         self._say, self._every_s = say, every_s
@@ -22,4 +22,5 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._over.wait(self._every_s):
-            print(self._say(), flush=True)
+            if said := self._say():
+                print(said, flush=True)

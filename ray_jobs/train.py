@@ -10,27 +10,44 @@ models/<system>/adapter (PEFT), models/<system>/merged (an ordinary Hugging Face
 loss.jsonl, TensorBoard).
 """
 
+import errno
 import functools
 import logging
 import os
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")  # importing torch can take minutes on a busy machine
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # or every line of a worker comes twice
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # Ray's own error line; lost nodes are noticed without it
 
-import ray.train
-import ray.train.torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+try:
+    import ray.train.torch
+
+    import addressvlm  # noqa: F401
+except ImportError as missing:
+    sys.exit(
+        f"error: {missing.name} is not installed for {sys.executable}: activate the environment of `make install` "
+        "(. .venv/bin/activate) before `ray start` and before this command."
+    )
+
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from addressvlm import InputError
 from addressvlm.config import Config, SystemConfig
 from addressvlm.models.base import locate
-from addressvlm.run import LAST_MODEL, Run, claim, is_done, mark_done, slug
+from addressvlm.run import LAST_MODEL, Run, claim, is_done, mark_done, slug, storage
 from addressvlm.training.system import train_system
 from ray_jobs import graft, label, prepare
-from ray_jobs.common import arguments, configure, connect, job, require_cpus
+from ray_jobs.common import arguments, configure, connect, job, require
+from ray_jobs.heartbeat import Heartbeat
+
+QUIET_S = 30.0  # without a step for so long, the driver says that it is still there
 
 
 def settings(config: Config, system: SystemConfig) -> dict[str, Any]:
@@ -66,23 +83,23 @@ def run_step(config: Config, redo: bool = False, only: list[str] | None = None) 
             _train(config, system, redo)
         else:
             print(f"train: {system.name}: already done", flush=True)
-    last = next((s for s in wanted if s.name == "AddressVLM"), wanted[-1])
-    (run.folder.parent / LAST_MODEL).write_text(f"{run.model(last.name) / 'merged'}\n")
+    if wanted:
+        last = next((s for s in wanted if s.name == "AddressVLM"), wanted[-1])
+        (run.folder.parent / LAST_MODEL).write_text(f"{run.model(last.name) / 'merged'}\n")
 
 
 def _train(config: Config, system: SystemConfig, redo: bool) -> None:
     """One Ray Train run; the same name and storage path make it go on where it stopped."""
     run, train = Run(config), config.train
-    needed = train.workers * train.cpus_per_worker
-    require_cpus(needed, f"training '{system.name}' with {train.workers} workers", "train.workers or train.cpus_per_worker")
-    have = ray.cluster_resources().get("GPU", 0)
-    if train.workers * train.gpus_per_worker > have:
-        raise InputError(f"train.gpus_per_worker={train.gpus_per_worker:g} asks for more GPUs than the cluster's {have:g}.")
-    claim(run.training / slug(system.name), settings(config, system), redo)
-    print(f"train: {system.name}: starting {train.workers} workers", flush=True)
+    what = f"training '{system.name}' with {train.workers} workers"
+    require("CPU", train.workers * train.cpus_per_worker, what, "train.workers or train.cpus_per_worker")
+    require("GPU", train.workers * train.gpus_per_worker, what, "train.workers or train.gpus_per_worker")
+    folder = run.training / slug(system.name)
+    claim(folder, settings(config, system), redo)
+    notice = Notice.remote()
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config.model_dump(), "system": system.name},
+        train_loop_config={"config": _absolute(config).model_dump(), "system": system.name, "notice": notice},
         scaling_config=ScalingConfig(
             num_workers=train.workers,
             use_gpu=train.gpus_per_worker > 0,
@@ -93,43 +110,117 @@ def _train(config: Config, system: SystemConfig, redo: bool) -> None:
             storage_path=str(run.training),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=train.max_failures, controller_failure_limit=0),
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # what matters of it is said below
         ),
     )
+    print(f"train: {system.name}: starting {train.workers} workers", flush=True)
     try:
-        trainer.fit()
+        with Heartbeat(functools.partial(_waiting, system.name, folder / "loss.jsonl"), QUIET_S):
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise _sentence(error) from error
+        raise _told(notice) or _explained(error, config, system.name) or error from error
+    if said := _told(notice):
+        raise said
     mark_done(run.model(system.name), settings(config, system))
     print(f"train: {system.name}: saved in {run.model(system.name)}", flush=True)
 
 
-def _sentence(error: Exception) -> Exception:
-    """The InputError that a worker ended with, if that is what stopped the training."""
-    failures = list(getattr(error, "worker_failures", {}).values()) + [error.__cause__, error]
-    for failure in failures:
-        while failure is not None:
-            if isinstance(failure, InputError):
-                return failure
-            failure = getattr(failure, "cause", None) or failure.__cause__
-    return error
+def _absolute(config: Config) -> Config:
+    """With paths that mean the same in a worker, whose working directory is another."""
+    config = config.model_copy(deep=True)
+    config.storage = str(storage(config.storage))
+    if Path(config.model.base).expanduser().is_dir():
+        config.model.base = str(Path(config.model.base).expanduser().absolute())
+    return config
+
+
+def _waiting(system: str, losses: Path) -> str:
+    """What to say while no step is made; nothing while they are."""
+    if not losses.is_file():
+        return f"train: {system}: waiting for the workers"
+    if time.time() - losses.stat().st_mtime < QUIET_S:
+        return ""
+    return f"train: {system}: {len(losses.read_text().splitlines()):,} steps done, working"
+
+
+def _told(notice: Any) -> InputError | None:
+    said = ray.get(notice.read.remote())
+    return InputError(said) if said else None
+
+
+def _explained(error: Exception, config: Config, system: str) -> InputError | None:
+    """A sentence for the failures that somebody at the cluster can mend; None for our defects."""
+    failures = getattr(error, "worker_failures", {}).values()
+    if any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures):
+        return InputError(
+            f"training '{system}' lost workers more often than train.max_failures={config.train.max_failures} (out of memory, "
+            "or machines went away): lower batch_size of train.stages if memory is short, and run the same command again to "
+            "go on from the last checkpoint."
+        )
+    if isinstance(error, ray.train.ControllerError):
+        sentence = " ".join(str(error.controller_failure).split())[:200]
+        return InputError(
+            f"training '{system}' could not be started ({sentence}): look at `ray status`, run the same command again, and if "
+            "it stays so, begin anew with --redo."
+        )
+    return None
+
+
+@ray.remote(num_cpus=0)
+class Notice:
+    """Holds the sentence with which a worker gave up; a restarted worker group reads it and ends instead of trying again."""
+
+    def __init__(self) -> None:
+        self.said: str | None = None
+
+    def write(self, said: str) -> None:
+        self.said = self.said or said
+
+    def read(self) -> str | None:
+        return self.said
 
 
 def train_worker(given: dict[str, Any]) -> None:
     """What each worker of the group runs."""
-    logging.getLogger("deepspeed").setLevel(logging.ERROR)
-    config = Config.model_validate(given["config"])
+    _be_quiet()
+    config, notice = Config.model_validate(given["config"]), given["notice"]
+    if ray.get(notice.read.remote()):
+        return
+    report = functools.partial(_report, sharded=config.train.strategy != "ddp")
     found = ray.train.get_checkpoint()
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if found:
-            checkpoint = Path(found.to_directory(folder))
-        train_system(
-            config,
-            given["system"],
-            checkpoint,
-            functools.partial(_report, sharded=config.train.strategy != "ddp"),
-            ray.train.torch.get_device(),
-        )
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = Path(found.to_directory(folder)) if found else None
+            train_system(config, given["system"], checkpoint, report, ray.train.torch.get_device())
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        said = _sentence(error, config)
+        if said is None:
+            raise
+        ray.get(notice.write.remote(said))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # so that workers waiting for this one end too
+
+
+def _sentence(error: Exception, config: Config) -> str | None:
+    """What a person can do about an error that would come back at every attempt."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "a GPU is out of memory: lower batch_size in train.stages and raise accumulate by as much."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return f"{config.storage} can't be written ({error.strerror}): free room or set storage elsewhere, then run again."
+    return None
+
+
+def _be_quiet() -> None:
+    """No progress bars of loading and no chatter of DeepSpeed between our lines."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train writes a line there at every report
 
 
 def _report(metrics: dict[str, Any], folder: Path, sharded: bool) -> None:

@@ -48,6 +48,7 @@ def trained_config(tmp_path: Path, base: Path, rows: int = 24, **train: object) 
             "train": {
                 "workers": 1,
                 "checkpoint_every": 2,
+                "precision": "float32",  # so that runs of different workers agree
                 "stages": {"alignment": {"data": "alignment", **stage}, "localization": {"data": "photos", **stage}},
                 **train,
             },

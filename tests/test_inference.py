@@ -114,6 +114,22 @@ def test_a_batch_answers_like_one_by_one(localizer):
     assert any(together)
 
 
+def test_questions_about_one_image_share_it(localizer, monkeypatch):
+    first, second = picture(1), picture(2, (20, 60))
+    questions = ["Which street is this?", "Yes?", "Which district is this? Options: A; B; C; D.", "No?"] * 2
+    images = [first, second, first, second, second, first, second, first]
+    passes = []
+    tower = localizer.model.model.vision_tower
+    hook = tower.register_forward_hook(lambda module, given, out: passes.append(len(out.last_hidden_state)))
+    together = localizer.answer(images, questions, max_new_tokens=6)
+    hook.remove()
+    assert passes == [2]
+    assert together == [localizer.answer([i], [q], max_new_tokens=6)[0] for i, q in zip(images, questions, strict=True)]
+    monkeypatch.setattr(localizer, "_share_images", lambda inputs, images: dict(inputs))
+    assert together == localizer.answer(images, questions, max_new_tokens=6)
+    assert len(set(together)) > 2
+
+
 def test_generation_stops_at_the_end_token(localizer):
     inputs = localizer._inputs([localizer._prompt([user_turn("Yes?")])], [[picture(1)]])
     free = localizer.model.generate(**inputs, max_new_tokens=4)

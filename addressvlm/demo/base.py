@@ -1,9 +1,10 @@
 """Train the toy base model: a small LLaVA (CLIP tower, two-layer adapter, llama) from scratch on the lessons.
 
-    python -m addressvlm.demo.lessons /tmp/lessons --cities 120
-    python -m addressvlm.demo.base /tmp/lessons addressvlm/demo/base --minutes 60
+    python -m addressvlm.demo.lessons /tmp/lessons --cities 90 --first-seed 2000
+    python -m addressvlm.demo.sight /tmp/lessons /tmp/sight.safetensors --minutes 15
+    python -m addressvlm.demo.base /tmp/lessons addressvlm/demo/base --sight /tmp/sight.safetensors --minutes 30
 
-The result is an ordinary Hugging Face folder; the checked-in one was made by these two commands.
+The result is an ordinary Hugging Face folder; the checked-in one was made by these three commands.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from itertools import count, islice
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -38,11 +40,20 @@ ROUNDS = 4  # of a conversation that are used
 MIXED = 8  # batches whose samples are sorted by length together
 
 
-def build(tokenizer: PreTrainedTokenizerFast) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A randomly initialized model of about 2.5 million parameters, and its processor."""
-    vision = CLIPVisionConfig(
+def vision_config() -> CLIPVisionConfig:
+    """The vision encoder: 81 patches, four layers."""
+    return CLIPVisionConfig(
         hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE, patch_size=PATCH
     )
+
+
+def image_processor() -> CLIPImageProcessorPil:
+    """Any picture to SIDE x SIDE pixels."""
+    return CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
+
+
+def build(tokenizer: PreTrainedTokenizerFast) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A randomly initialized model of about 2.5 million parameters, and its processor."""
     text = LlamaConfig(
         hidden_size=192,
         intermediate_size=384,
@@ -57,16 +68,15 @@ def build(tokenizer: PreTrainedTokenizerFast) -> tuple[LlavaForConditionalGenera
         pad_token_id=tokenizer.pad_token_id,
     )
     config = LlavaConfig(
-        vision_config=vision,
+        vision_config=vision_config(),
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
-    images = CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
     processor = LlavaProcessor(
-        image_processor=images,
+        image_processor=image_processor(),
         tokenizer=tokenizer,
         patch_size=PATCH,
         num_additional_image_tokens=1,
@@ -104,13 +114,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lessons", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--sight", type=Path, required=True, help="weights that addressvlm.demo.sight wrote")
+    parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = train_tokenizer(texts(args.lessons), VOCABULARY)
     model, processor = build(tokenizer)
+    model.model.vision_tower.load_state_dict(load_file(args.sight))
     model.set_attn_implementation("eager")  # on a CPU its backward pass takes a third of sdpa's time
     print(f"base: {model.num_parameters() / 1e6:.2f} million parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)

@@ -4,6 +4,7 @@
 
 Each city gives tiles to read names from, photos to describe, grafted images to explain, and the questions of stage 2,
 whose names belong to other towns: the base knows words, colours and how to answer, and nothing of the demo's streets.
+Beside its conversation every image has `traits`, what is true of its street, for the vision encoder's own schooling.
 """
 
 import argparse
@@ -29,9 +30,12 @@ from addressvlm.maps.tiles import Tile, TileRenderer
 from addressvlm.questions import training_rounds
 
 TILES = TilesConfig(side_m=120, pixels=144, font_px=10)  # as in the demo presets
-PLACES, EXTRA_TILES = 60, 60  # per city
+PLACES, EXTRA_TILES = 60, 50  # per city
+SCHEMA = tables.with_features(
+    tables.pa.schema([("image", tables.IMAGE), ("rounds", tables.ROUNDS), ("traits", tables.pa.list_(tables.pa.string()))])
+)
 READING = ["Which street names are on this map?", "Read the names on the map.", "Name the streets written on this map."]
-LOOKING = ["What do you see?", "Describe this photo.", "Which colours stand out here?"]
+LOOKING = ["What do you see?", "Describe this photo.", "What is this street like?"]
 
 
 def lessons(seed: int) -> Iterator[dict[str, Any]]:
@@ -56,22 +60,27 @@ def lessons(seed: int) -> Iterator[dict[str, Any]]:
 def _place(
     world: World, renderer: TileRenderer, gazetteer: Gazetteer, place: tuple[Any, float, float], rng: random.Random
 ) -> Iterator[dict[str, Any]]:
-    """Two views of a place: described alone, and one of them grafted, explained and asked about."""
+    """Two views of a place, each described alone and grafted; a part of the images is asked about as in stage 2."""
     street, x, y = place
     address = Address(*truth(world, street, x, y))
     x, y = x + rng.uniform(-1.5, 1.5), y + rng.uniform(-1.5, 1.5)
     lon, lat = to_degrees(world, np.array([[x, y]]))[0]
     tile = renderer.tile(lat, lon, street.name)
-    for number, heading in enumerate(rng.sample(views(street, rng), 2)):
+    for heading in rng.sample(views(street, rng), 2):
         photo = photograph(world, x, y, heading, rng.uniform(0.8, 1.12))
         facts = facts_of(
             address.street, address.district, lat, lon, compass(world, heading), photo, tile, renderer.roads, TILES.delta
         )
-        seen = f"{', '.join(facts.photo_colours) or 'little'}; a view {facts.view} the street."
-        yield _row(photo, [(rng.choice(LOOKING), seen)] if number else _asked(address, gazetteer, rng))
-        grafted = graft(tile.image, photo, TILES.delta)
-        rounds = _asked(address, gazetteer, rng) if number else [(rng.choice(QUESTIONS), explain(facts, rng))]
-        yield _row(grafted, rounds)
+        traits = [*street.character.traits(), facts.view or ""]
+        look = [(rng.choice(LOOKING), f"{', '.join(traits)}.")]
+        yield _row(photo, _asked(address, gazetteer, rng) if rng.random() < 0.15 else look, traits)
+        explained = [(rng.choice(QUESTIONS), explain(facts, rng))]
+        rounds = _asked(address, gazetteer, rng) if rng.random() < 0.3 else explained
+        yield _row(graft(tile.image, photo, TILES.delta), rounds, [*traits, *_words(tile)])
+
+
+def _words(tile: Tile) -> list[str]:
+    return [name.split()[0] for name in tile.names]
 
 
 def _asked(address: Address, gazetteer: Gazetteer, rng: random.Random) -> list[tuple[str, str]]:
@@ -80,12 +89,12 @@ def _asked(address: Address, gazetteer: Gazetteer, rng: random.Random) -> list[t
 
 def _reading(tile: Tile, rng: random.Random) -> Iterator[dict[str, Any]]:
     if tile.names:
-        yield _row(tile.image, [(rng.choice(READING), f"{', '.join(tile.names)}.")])
+        yield _row(tile.image, [(rng.choice(READING), f"{', '.join(tile.names)}.")], _words(tile))
 
 
-def _row(image: Image.Image, rounds: list[tuple[str, str]]) -> dict[str, Any]:
+def _row(image: Image.Image, rounds: list[tuple[str, str]], traits: list[str]) -> dict[str, Any]:
     turns = [{"level": "", "kind": "", "question": q, "answer": a, "options": []} for q, a in rounds]
-    return {"image": {"bytes": encode(image, 90), "path": None}, "rounds": turns}
+    return {"image": {"bytes": encode(image, 90), "path": None}, "rounds": turns, "traits": traits}
 
 
 def main() -> None:
@@ -95,11 +104,10 @@ def main() -> None:
     parser.add_argument("--cities", type=int, default=100)
     parser.add_argument("--first-seed", type=int, default=1000)
     args = parser.parse_args()
-    schema = tables.with_features(tables.pa.schema([("image", tables.IMAGE), ("rounds", tables.ROUNDS)]))
     for seed in range(args.first_seed, args.first_seed + args.cities):
         name = f"train-{seed:05d}"
         if not list(args.out.glob(f"{name}-*.parquet")):
-            count = tables.write(args.out, name, lessons(seed), schema)
+            count = tables.write(args.out, name, lessons(seed), SCHEMA)
             print(f"lessons: city {seed}, {count} rows", flush=True)
 
 

@@ -67,6 +67,18 @@ class Character:
             windows=rng.choice([2.0, 3.0, 4.5]),
         )
 
+    def traits(self) -> list[str]:
+        """The character in words, always in this order."""
+        return [
+            f"{self.paving} road",
+            f"{self.crown} trees",
+            f"{self.facade} fronts",
+            f"{self.roof} roofs",
+            f"{self.floors} floors",
+            {2.0: "narrow", 3.0: "usual", 4.5: "wide"}[self.windows] + " windows",
+            {9.0: "dense", 14.0: "many", 22.0: "some", 60.0: "few"}[self.tree_gap] + " trees",
+        ]
+
 
 @dataclass
 class Street:

@@ -30,18 +30,25 @@ def locate(name: str) -> str:
     return name
 
 
-def load(name: str, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load(name: str, dtype: str = "float32", trust_remote_code: bool = False, attention: str | None = None) -> tuple[Any, Any]:
     """Model in eval mode on the CPU and its processor; safetensors only.
+
+    Args:
+        attention: an attention implementation of transformers; by default its own choice where there is a GPU, else
+            `eager`, whose step on a CPU takes a quarter less in bfloat16 than that of `sdpa` (float32: a twentieth).
 
     Raises:
         InputError: the model or its processor isn't there, isn't a vision-language model, or has no chat template.
     """
     where = locate(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    attention = attention or (None if torch.cuda.is_available() else "eager")
     try:
         # The Pillow image processors: the default ones need torchvision, which has no CPU build.
         processor = AutoProcessor.from_pretrained(where, backend="pil", **options)
-        model = AutoModelForImageTextToText.from_pretrained(where, dtype=getattr(torch, dtype), use_safetensors=True, **options)
+        model = AutoModelForImageTextToText.from_pretrained(
+            where, dtype=getattr(torch, dtype), use_safetensors=True, attn_implementation=attention, **options
+        )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"model '{name}' can't be loaded: {' '.join(str(error).split())[:300]}.") from error
     if not getattr(processor, "chat_template", None):

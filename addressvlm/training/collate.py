@@ -51,9 +51,7 @@ class Collator:
         """Inputs with `labels`; B x T tokens padded on the right, other tensors as the processor stacks them."""
         turns = [self._turns(sample.rounds) for sample in samples]
         first = self.processor(text=[t[0][0] for t in turns], images=[[s.image] for s in samples])
-        sequences = [
-            self._sequence(ids, conversation) for ids, conversation in zip(first["input_ids"], turns, strict=True)
-        ]
+        sequences = [self._sequence(ids, conversation) for ids, conversation in zip(first["input_ids"], turns, strict=True)]
         length = max(len(ids) for ids, _ in sequences)
         batch = {
             "input_ids": torch.tensor([ids + [self.pad] * (length - len(ids)) for ids, _ in sequences]),

@@ -18,7 +18,7 @@ from addressvlm.models.parts import part_of
 from addressvlm.training import strategy as strategies
 from addressvlm.training.collate import Collator, sample_of
 from addressvlm.training.rows import Schedule
-from addressvlm.training.step import answer_loss, learning_rate
+from addressvlm.training.step import answer_loss, autocast, learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def run(
     collate: Collator,
     stage: Stage,
     strategy: str,
+    precision: str = "float32",
     start: int = 0,
     restore: Callable[[strategies.Strategy], None] | None = None,
     after: Callable[[Progress, strategies.Strategy], None] = lambda progress, strategy: None,
@@ -64,6 +65,7 @@ def run(
     """Train from step `start` (0 unless resumed) to the stage's last one.
 
     Args:
+        precision: of forward and backward pass, see `train.precision`.
         restore: loads the checkpoint of step `start` into the strategy.
         after: called on every worker after every step.
 
@@ -75,7 +77,8 @@ def run(
     train_only(model, parts, stage.config.parts)
     model.train()
     keep_statistics(model)
-    _freeze_unused(model, parts, collate, stage)
+    with autocast(device, precision):
+        _freeze_unused(model, parts, collate, stage)
     spread = strategies.make(strategy, model, stage.config)
     if restore:
         restore(spread)
@@ -86,7 +89,8 @@ def run(
         total = _sum(tokens.clone())
         loss = torch.zeros(1, device=device)
         for number, batch in enumerate(batches):
-            part_loss, _ = answer_loss(spread.module, {k: v.to(device) for k, v in batch.items()})
+            with autocast(device, precision):
+                part_loss, _ = answer_loss(spread.module, {k: v.to(device) for k, v in batch.items()})
             # Workers' gradients are averaged, so each multiplies by their number: the mean is over all answer tokens.
             spread.backward(part_loss * (world / total.item()), last=number == len(batches) - 1)
             loss += part_loss.detach()

@@ -23,6 +23,23 @@ def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tenso
     return total, (targets != IGNORE).sum()
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass: matrix products and convolutions in bfloat16, sums and norms in float32; or nothing.
+
+    Args:
+        precision: float32, bfloat16, or auto, which is bfloat16 where the device multiplies it faster than float32.
+    """
+    wanted = _multiplies_bfloat16(device) if precision == "auto" else precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear warm-up over the share `warmup` of the steps, then a cosine to zero."""
     warm = max(1, round(steps * warmup))

@@ -74,7 +74,7 @@ class Journal:
             left = (now - self.began) / (self.done - self.first) * (self.total - self.done)
             print(
                 f"train: {self.system}: {progress.stage} step {progress.step}/{progress.steps}, loss {progress.loss:.3f}, "
-                f"{progress.samples_per_s:.0f} photos/s, {left:.0f} s left",
+                f"{progress.samples_per_s:.1f} photos/s, {left:.0f} s left",
                 flush=True,
             )
 
@@ -103,7 +103,10 @@ def train_system(
     collate = Collator(processor)
     at = json.loads((checkpoint / "position.json").read_text()) if checkpoint else {"stage": 0, "step": 0}
     done = sum(s.steps for s in stages[: at["stage"]]) + at["step"]
-    journal = Journal(run.training / run.model(name).name, name, done, sum(s.steps for s in stages)) if rank == 0 else None
+    total = sum(s.steps for s in stages)
+    journal = Journal(run.training / run.model(name).name, name, done, total) if rank == 0 else None
+    if journal and done:
+        print(f"train: {name}: going on after step {done} of {total}", flush=True)
 
     for number, stage in enumerate(stages):
         if number < at["stage"]:
@@ -127,7 +130,8 @@ def train_system(
                 report(progress.as_dict(), Path(folder))
 
         start = at["step"] if resumed else 0
-        loop.run(model, parts, collate, stage, config.train.strategy, start, restore if resumed else None, after)
+        how = config.train.strategy, config.train.precision
+        loop.run(model, parts, collate, stage, *how, start, restore if resumed else None, after)
     if rank == 0:
         save(config, model, run.model(name))
 
