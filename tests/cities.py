@@ -26,7 +26,13 @@ def table_rows(count: int) -> list[dict]:
         street, colour = list(STREETS.items())[number % len(STREETS)]
         rounds = [
             {"level": "street", "kind": "generation", "question": "Which street is this?", "answer": street, "options": []},
-            {"level": "street", "kind": "judgment", "question": "Is it?", "answer": "Yes" if number % 2 else "No", "options": []},
+            {
+                "level": "street",
+                "kind": "judgment",
+                "question": "Is it?",
+                "answer": "Yes" if number % 2 else "No",
+                "options": [],
+            },
         ]
         rows.append({"id": str(number), "place": str(number), "image": picture(colour), "rounds": rounds})
     return rows

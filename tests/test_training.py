@@ -1,8 +1,9 @@
 """Collation, order, loss, resume and what is saved, on a random LLaVA without Ray.
 
-    python -m pytest -q tests/test_training.py
+python -m pytest -q tests/test_training.py
 """
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -13,8 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from addressvlm import InputError, tables
@@ -101,7 +102,7 @@ def test_steps_cover_each_epoch_once_whatever_the_workers(rows: int, world: int,
     class Counted(Rows):
         def __init__(self) -> None:
             bounds = [*range(0, rows, 64), rows]
-            self.groups = [(0, i, b - a) for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))]
+            self.groups = [(0, i, b - a) for i, (a, b) in enumerate(itertools.pairwise(bounds))]
             self.starts = torch.tensor(bounds).numpy()
 
     per_step = world * per_rank
@@ -211,7 +212,7 @@ def test_a_diverging_loss_is_said(tmp_path: Path, base: Path) -> None:
     config = trained_config(tmp_path, base)
     for stage in config.train.stages.values():
         stage.learning_rate, stage.clip = 1e30, 1e30
-    with pytest.raises(InputError, match="lower train.stages.localization.learning_rate"):
+    with pytest.raises(InputError, match=r"lower train\.stages\.localization\.learning_rate"):
         train_system(config, "stage 2 only", None, lambda metrics, folder: None)
 
 

@@ -33,7 +33,7 @@ def photograph(world: World, x: float, y: float, heading: float, light: float, p
     rows = np.arange(pixels)[:, None] - horizon
 
     picture = _sky_and_ground(world, x, y, direction, straighten, rows, focal, pixels)
-    height = (EYE - rows * depth[None] / focal)  # of the wall point that a pixel would show, in metres
+    height = EYE - rows * depth[None] / focal  # of the wall point that a pixel would show, in metres
     is_wall = (wall >= 0)[None] & (height >= 0) & (height <= world.heights[wall][None])
     picture = np.where(is_wall[..., None], _walls(world, wall, along, lit, height), picture)
     haze = np.clip(depth / REACH, 0, 1)[None, :, None] * 0.45
@@ -105,9 +105,7 @@ def ground_colour(world: World, px: np.ndarray, py: np.ndarray) -> np.ndarray:
     return colour
 
 
-def _draw_trees(
-    world: World, x: float, y: float, heading: float, focal: float, depth: np.ndarray, picture: np.ndarray
-) -> None:
+def _draw_trees(world: World, x: float, y: float, heading: float, focal: float, depth: np.ndarray, picture: np.ndarray) -> None:
     """Paint trunks and crowns from far to near where no wall is nearer; changes `picture`."""
     pixels = picture.shape[0]
     offset = world.trees[:, :2] - np.array([x, y], np.float32)

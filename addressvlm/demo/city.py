@@ -1,6 +1,6 @@
 """Write a toy city as anyone's city arrives: a manifest, photos, street and district files, a satellite GeoTIFF.
 
-    python -m addressvlm.demo.city alderbrook /tmp/alderbrook
+python -m addressvlm.demo.city alderbrook /tmp/alderbrook
 """
 
 import csv
@@ -155,12 +155,12 @@ def satellite(world: World) -> tuple[np.ndarray, float, float]:
         ground = world.to_ground(points)
         return [((e + half) / GROUND_PIXEL, (half - n) / GROUND_PIXEL) for e, n in ground]
 
-    for (x0, y0, x1, y1), roof, facade in zip(world.boxes, world.roofs, world.facades):
+    for (x0, y0, x1, y1), roof, facade in zip(world.boxes, world.roofs, world.facades, strict=False):
         outline = pixel(np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]))
         draw.polygon(outline, fill=tuple(int(v) for v in roof), outline=tuple(int(v * 0.7) for v in facade))
         ridge = [(x0, (y0 + y1) / 2), (x1, (y0 + y1) / 2)] if x1 - x0 > y1 - y0 else [((x0 + x1) / 2, y0), ((x0 + x1) / 2, y1)]
         draw.line(pixel(np.array(ridge)), fill=tuple(int(v * 0.85) for v in roof), width=1)
-    for (x, y, radius), crown in zip(world.trees, world.crowns):
+    for (x, y, radius), crown in zip(world.trees, world.crowns, strict=False):
         (px, py), r = pixel(np.array([(x, y)]))[0], radius / GROUND_PIXEL
         draw.ellipse((px - r, py - r, px + r, py + r), fill=tuple(int(v) for v in crown))
     east0, north0 = origin()

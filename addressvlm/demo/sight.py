@@ -84,7 +84,10 @@ def main() -> None:
         optimizer.zero_grad()
         if step % 50 == 0:
             found = ((scores > 0) & (wanted > 0)).sum() / wanted.sum()
-            print(f"sight: step {step}/{total}, loss {loss.item():.2f}, {found:.0%} of the traits seen, {elapsed:.0f} s", flush=True)
+            print(
+                f"sight: step {step}/{total}, loss {loss.item():.2f}, {found:.0%} of the traits seen, {elapsed:.0f} s",
+                flush=True,
+            )
         step += 1
     save_file({key: value.contiguous() for key, value in pupil.encoder.state_dict().items()}, args.out)
 

@@ -5,6 +5,7 @@ the map still looks like a city. What a street looks like (facades, roofs, trees
 character, the district's and chance, and the same buildings and trees are seen by the camera and from above.
 """
 
+import itertools
 import random
 from dataclasses import dataclass, field
 
@@ -158,9 +159,9 @@ def _districts(rng: random.Random, xs: list[float], ys: list[float], width: floa
     """2 x 2 districts (3 x 2 in a wide city) whose borders run between streets."""
     cuts_x = [0.0, *((xs[i] + xs[i + 1]) / 2 for i in ([1, 4] if len(xs) > 6 else [len(xs) // 2 - 1])), width]
     cuts_y = [0.0, (ys[len(ys) // 2 - 1] + ys[len(ys) // 2]) / 2, height]
-    cells = [(x0, y0, x1, y1) for x0, x1 in zip(cuts_x, cuts_x[1:]) for y0, y1 in zip(cuts_y, cuts_y[1:])]
+    cells = [(x0, y0, x1, y1) for x0, x1 in itertools.pairwise(cuts_x) for y0, y1 in itertools.pairwise(cuts_y)]
     names = rng.sample(DISTRICTS, len(cells))
-    return [District(name, cell, Character.draw(rng)) for name, cell in zip(names, cells)]
+    return [District(name, cell, Character.draw(rng)) for name, cell in zip(names, cells, strict=False)]
 
 
 def district_at(world: World, x: float, y: float) -> District:
