@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO ?= 0
 export RAY_USAGE_STATS_ENABLED ?= 0
-.PHONY: help install demo test lint format report clean
+.PHONY: help install demo test lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list

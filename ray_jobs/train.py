@@ -52,7 +52,7 @@ QUIET_S = 30.0  # without a step for so long, the driver says that it is still t
 
 def settings(config: Config, system: SystemConfig) -> dict[str, Any]:
     """What a trained system depends on."""
-    train = config.train.model_dump(include={"workers", "strategy"})
+    train = config.train.model_dump(include={"workers", "strategy", "precision"})
     stages = {name: config.train.stages[name].model_dump() for name in system.stages}
     equal = next((s for s in config.train.systems if s.name == system.equal_steps_to), None)
     others = {name: config.train.stages[name].model_dump() for name in equal.stages} if equal else {}
@@ -113,7 +113,7 @@ def _train(config: Config, system: SystemConfig, redo: bool) -> None:
             logging_config=LoggingConfig(log_level="CRITICAL"),  # what matters of it is said below
         ),
     )
-    print(f"train: {system.name}: starting {train.workers} workers", flush=True)
+    print(f"train: {system.name}: starting {train.workers} worker{'s' if train.workers > 1 else ''}", flush=True)
     try:
         with Heartbeat(functools.partial(_waiting, system.name, folder / "loss.jsonl"), QUIET_S):
             trainer.fit()

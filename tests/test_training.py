@@ -26,7 +26,7 @@ from addressvlm.models.parts import part_of
 from addressvlm.run import Run
 from addressvlm.training.collate import IGNORE, Collator, Sample, messages
 from addressvlm.training.rows import Rows, Schedule, steps_of
-from addressvlm.training.step import answer_loss, learning_rate
+from addressvlm.training.step import answer_loss, autocast, learning_rate
 from addressvlm.training.system import train_system
 from tests.cities import table_rows, trained_config
 from tests.tiny import tiny_llava
@@ -191,6 +191,21 @@ def answers_of_the_adapter(adapter: Path, base: Path) -> list[str]:
         tokens = tuned.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         answers.append(processor.tokenizer.decode(tokens, skip_special_tokens=True))
     return answers
+
+
+def test_bfloat16_is_for_products_only(tmp_path: Path, base: Path) -> None:
+    square = torch.ones(2, 2)
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        with autocast(torch.device("cpu"), precision):
+            found[precision] = (square @ square).dtype
+    assert found == {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    config = trained_config(tmp_path, base, precision="bfloat16")
+    train_system(config, "stage 2 only", None, lambda metrics, folder: None)
+    curve = losses(Run(config), "stage 2 only")
+    assert sum(curve[-3:]) < 0.8 * sum(curve[:3])
+    saved = load_file(Run(config).model("stage 2 only") / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
 
 
 def test_a_part_without_gradient_is_said(tmp_path: Path, base: Path) -> None:

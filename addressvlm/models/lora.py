@@ -1,6 +1,7 @@
 """Attach LoRA (or full tuning) to the parts, choose which of them a stage trains, save and merge the result."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,11 @@ def attach(model: nn.Module, config: ModelConfig) -> tuple[PeftModel, dict[Part,
         lora_dropout=config.lora_dropout,
         modules_to_save=whole or None,
     )
-    return get_peft_model(model, lora), parts
+    tuned = get_peft_model(model, lora)
+    for name, weights in adapter_weights(tuned):
+        if weights.dtype != torch.float32:
+            weights.data = weights.data.float()  # small updates vanish in bfloat16
+    return tuned, parts
 
 
 def _pattern(prefix: str, leaves: list[str]) -> str:
@@ -52,13 +57,13 @@ def _pattern(prefix: str, leaves: list[str]) -> str:
 
 def train_only(model: PeftModel, parts: dict[Part, str], chosen: list[Part]) -> None:
     """Let the adapter's weights of the chosen parts learn and freeze all others."""
-    for name, parameter in model.named_parameters():
-        ours = "lora_" in name or "modules_to_save" in name
-        parameter.requires_grad = ours and part_of(_plain(name), parts) in chosen
+    model.requires_grad_(False)
+    for name, weights in adapter_weights(model):
+        weights.requires_grad = part_of(_plain(name), parts) in chosen
 
 
 def _plain(name: str) -> str:
-    return name.replace(".modules_to_save.default", "").replace(".original_module", "")
+    return name.replace(".modules_to_save.default", "")
 
 
 def keep_statistics(model: nn.Module) -> None:
@@ -73,13 +78,16 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def adapter_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What the adapter consists of: LoRA matrices and parts that are tuned whole."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            yield name, parameter
+
+
 def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
     """All weights of the adapter, whichever stage trains them, by name, on the CPU."""
-    return {
-        name: p.detach().cpu().contiguous()
-        for name, p in model.named_parameters()
-        if "lora_" in name or "modules_to_save" in name
-    }
+    return {name: weights.detach().cpu().contiguous() for name, weights in adapter_weights(model)}
 
 
 def load_adapter_state(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
