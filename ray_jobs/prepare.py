@@ -33,6 +33,7 @@ from addressvlm.config import CityConfig, Config
 from addressvlm.questions import test_rounds, training_rounds
 from addressvlm.run import Run, is_done, writing
 from ray_jobs.common import arguments, configure, connect, job, progress
+from ray_jobs.heartbeat import Heartbeat
 
 PHOTOS_AT_A_TIME = 32
 SPLITS = ("train", "val", "test")
@@ -59,7 +60,8 @@ def run_step(config: Config, redo: bool = False) -> None:
     if is_done(run.photos, settings(config), redo):
         print("prepare: already done", flush=True)
         return
-    filled = resolve(config, run)
+    with Heartbeat(lambda: "prepare: drawing, working", 10.0):
+        filled = resolve(config, run)
     with writing(run.photos, settings(config)) as folder:
         streets, places, photos = _collect(filled.city, folder, run.rejects / "prepare.parquet")
         divided = split([places[p] for p in sorted({photo.place for photo in photos})], filled.city, config.seed)
@@ -134,8 +136,10 @@ def _stage_photos(photos: list[manifest.Photo], city: CityConfig, folder: Path) 
     """Read and check all photos on the cluster; the good ones go to a table of their own, returns row -> reason of the bad."""
     bad: dict[int, str] = {}
 
+    done = 0
+
     def good() -> Iterator[dict[str, Any]]:
-        done = 0
+        nonlocal done
         for batch in _checked(photos, city) if photos else ():
             done += len(batch)
             progress("prepare: photos checked", done, len(photos))
@@ -145,7 +149,8 @@ def _stage_photos(photos: list[manifest.Photo], city: CityConfig, folder: Path) 
                 else:
                     bad[item["row"]] = item["reason"]
 
-    tables.write(folder, "photos", good(), CHECKED)
+    with Heartbeat(lambda: f"prepare: {done:,} photos checked so far, working"):
+        tables.write(folder, "photos", good(), CHECKED)
     return bad
 
 

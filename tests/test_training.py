@@ -197,7 +197,7 @@ def test_bfloat16_is_for_products_only(tmp_path: Path, base: Path) -> None:
     square = torch.ones(2, 2)
     found = {}
     for precision in ("float32", "bfloat16"):
-        with autocast(torch.device("cpu"), precision):
+        with autocast(torch.device("cpu"), torch.float32, precision):
             found[precision] = (square @ square).dtype
     assert found == {"float32": torch.float32, "bfloat16": torch.bfloat16}
     config = trained_config(tmp_path, base, precision="bfloat16")

@@ -10,7 +10,7 @@ The result is an ordinary Hugging Face folder; the checked-in one was made by th
 import argparse
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from pathlib import Path
 
@@ -38,6 +38,7 @@ VOCABULARY = 1024
 TEXTS = 6000  # conversations that the tokenizer is trained on
 ROUNDS = 4  # of a conversation that are used
 MIXED = 8  # batches whose samples are sorted by length together
+SHORT = 0.6  # share of the time in which only the shorter half of the lessons is taught
 
 
 def vision_config() -> CLIPVisionConfig:
@@ -98,13 +99,16 @@ def texts(lessons: Path) -> list[str]:
     return said + names * 200
 
 
-def by_length(schedule: Schedule, batch_size: int) -> Iterator[list[Sample]]:
-    """Batches of conversations of about the same length, so that little is padded; at most `ROUNDS` rounds each."""
+def by_length(schedule: Schedule, batch_size: int, short: Callable[[], bool]) -> Iterator[list[Sample]]:
+    """Batches of conversations of about the same length, so that little is padded; at most `ROUNDS` rounds each.
+
+    While `short()` is true only the shorter half of the lessons is taught: those in which nearly every word is seen.
+    """
     for step in count():
         samples = [sample_of(schedule.rows[i]) for i in schedule.indices(step)]
         samples = [Sample(s.image, s.rounds[:ROUNDS]) for s in samples]
         samples.sort(key=lambda s: sum(len(q) + len(a) for q, a in s.rounds))
-        starts = list(range(0, len(samples), batch_size))
+        starts = list(range(0, len(samples) // 2 if short() else len(samples), batch_size))
         random.Random(step).shuffle(starts)
         yield from (samples[at : at + batch_size] for at in starts)
 
@@ -117,7 +121,7 @@ def main() -> None:
     parser.add_argument("--sight", type=Path, required=True, help="weights that addressvlm.demo.sight wrote")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = train_tokenizer(texts(args.lessons), VOCABULARY)
@@ -126,10 +130,12 @@ def main() -> None:
     model.set_attn_implementation("eager")  # on a CPU its backward pass takes a third of sdpa's time
     print(f"base: {model.num_parameters() / 1e6:.2f} million parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
-    collate = Collator(processor)
-    batches = by_length(Schedule(Rows(args.lessons, "train"), args.batch_size * MIXED, seed=0), args.batch_size)
-    started, step, total = time.monotonic(), 0, 10_000
-    mean = 0.0
+    learning = [p for name, p in model.named_parameters() if "vision_tower" not in name]
+    model.model.vision_tower.requires_grad_(False)  # it has been to school; a beginner's gradients would spoil it
+    optimizer = torch.optim.AdamW(learning, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+    collate, started, step, total, mean = Collator(processor), time.monotonic(), 0, 10_000, 0.0
+    schedule = Schedule(Rows(args.lessons, "train"), args.batch_size * MIXED, seed=0)
+    batches = by_length(schedule, args.batch_size, lambda: time.monotonic() - started < SHORT * args.minutes * 60)
     while (elapsed := time.monotonic() - started) < args.minutes * 60:
         if step >= 20:  # by now the pace is known: the learning rate falls to zero when the time is over
             total = max(step + 1, round(step * args.minutes * 60 / elapsed))
@@ -139,7 +145,7 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             loss, tokens = answer_loss(model, batch)
         (loss / tokens).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         mean = 0.98 * mean + 0.02 * (loss.item() / tokens.item()) if step else loss.item() / tokens.item()

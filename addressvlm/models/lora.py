@@ -43,7 +43,7 @@ def attach(model: nn.Module, config: ModelConfig) -> tuple[PeftModel, dict[Part,
         modules_to_save=whole or None,
     )
     tuned = get_peft_model(model, lora)
-    for name, weights in adapter_weights(tuned):
+    for _, weights in adapter_weights(tuned):
         if weights.dtype != torch.float32:
             weights.data = weights.data.float()  # small updates vanish in bfloat16
     return tuned, parts

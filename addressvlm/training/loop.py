@@ -73,11 +73,11 @@ def run(
         InputError: the loss is not finite, a chosen part gets no gradient, or no answer token is left to learn.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = next(model.parameters()).device
+    device, dtype = next(model.parameters()).device, model.get_base_model().dtype
     train_only(model, parts, stage.config.parts)
     model.train()
     keep_statistics(model)
-    with autocast(device, precision):
+    with autocast(device, dtype, precision):
         _freeze_unused(model, parts, collate, stage)
     spread = strategies.make(strategy, model, stage.config)
     if restore:
@@ -89,7 +89,7 @@ def run(
         total = _sum(tokens.clone())
         loss = torch.zeros(1, device=device)
         for number, batch in enumerate(batches):
-            with autocast(device, precision):
+            with autocast(device, dtype, precision):
                 part_loss, _ = answer_loss(spread.module, {k: v.to(device) for k, v in batch.items()})
             # Workers' gradients are averaged, so each multiplies by their number: the mean is over all answer tokens.
             spread.backward(part_loss * (world / total.item()), last=number == len(batches) - 1)

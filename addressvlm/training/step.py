@@ -23,13 +23,15 @@ def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tenso
     return total, (targets != IGNORE).sum()
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, weights: torch.dtype, precision: str) -> torch.autocast:
     """The context of a forward pass: matrix products and convolutions in bfloat16, sums and norms in float32; or nothing.
 
     Args:
+        weights: dtype of the base model; with bfloat16 weights beside float32 adapters the products are in bfloat16.
         precision: float32, bfloat16, or auto, which is bfloat16 where the device multiplies it faster than float32.
     """
     wanted = _multiplies_bfloat16(device) if precision == "auto" else precision == "bfloat16"
+    wanted = wanted or weights == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
