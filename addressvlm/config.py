@@ -81,6 +81,7 @@ class LabelsConfig(Strict):
     """Who writes the alignment labels (paper 001, Sec. 3.2)."""
 
     labeler: Literal["template", "openai"] = "template"
+    ask_address: bool = False  # begin each conversation about a grafted image with a stage 2 question for the address
     model: str = "gpt-4o-mini"  # for `openai`: the model's name at the endpoint; the key is in OPENAI_API_KEY
     base_url: str | None = None  # for `openai`: any compatible endpoint
     concurrency: int = Field(16, ge=1)  # requests in flight

@@ -84,9 +84,14 @@ def test_a_failed_step_leaves_the_last_good_one(tmp_path: Path) -> None:
     folder = tmp_path / "step"
     with writing(folder, {"a": 1}) as partial:
         (partial / "table").write_text("good")
-    with pytest.raises(ZeroDivisionError), writing(folder, {"a": 2}) as partial:
-        (partial / "table").write_text("half")
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with writing(folder, {"a": 2}) as partial:
+            (partial / "table").write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert (folder / "table").read_text() == "good"
 
 
