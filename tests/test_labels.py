@@ -19,6 +19,7 @@ from addressvlm.labels.checks import Checker, Names
 from addressvlm.labels.colours import colour_word, photo_colours
 from addressvlm.labels.facts import COMPASS, DIRECTIONS, Facts, compass, facts_of
 from addressvlm.labels.prompt import load_prompt
+from addressvlm.labels.rows import label_rows
 from addressvlm.labels.template import QUESTIONS, explain
 from addressvlm.maps.tiles import TileRenderer
 from tests import town
@@ -283,3 +284,15 @@ def test_prompt_has_its_slots() -> None:
         assert part in text
     assert "{" not in text
     assert "too short" in prompt.ask_again(["too short"])
+
+
+def test_a_conversation_may_begin_with_a_stage_2_question(tmp_path: Path) -> None:
+    graft = {"id": "1", "place": "p", "street": FACTS.street, "district": FACTS.district, "facts": FACTS.to_json()}
+    graft["image"] = {"bytes": b"", "path": None}
+    nowhere = str(tmp_path / "gazetteer.geojson")
+    plain, asked = (
+        label_rows(LabelsConfig(ask_address=ask).model_dump_json(), 0, nowhere, [graft])[0]["rounds"] for ask in (False, True)
+    )
+    assert [r["kind"] for r in plain] == ["explanation"]
+    assert [(r["level"], r["kind"], r["answer"]) for r in asked[:1]] == [("address", "generation", "Mill Street, Harbour")]
+    assert asked[1:] == plain
