@@ -1,16 +1,14 @@
-"""Addresses of a city: the pair street and district, a normal form to compare names in, and the gazetteer.
+"""Addresses of a city: the pair street and district, and the gazetteer of all that there are.
 
-Names stay as the source writes them. The normal form is for matching only and is never shown.
+Names stay as the source writes them, in its script; other spellings (`addressvlm.names`) are for matching only.
 """
 
 import json
 import math
 import random
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,37 +17,8 @@ import shapely
 from shapely.geometry.base import BaseGeometry
 
 from addressvlm.errors import InputError
+from addressvlm.names import NameIndex
 
-# The short form stands for all of them. "Saint" and "Street" share "st": which one is meant follows from the rest.
-_SHORT = {
-    "st": ["street", "saint", "str"],
-    "ave": ["avenue", "av"],
-    "rd": ["road"],
-    "ln": ["lane"],
-    "dr": ["drive"],
-    "blvd": ["boulevard", "boul"],
-    "pl": ["place"],
-    "sq": ["square"],
-    "ct": ["court"],
-    "ter": ["terrace", "terr"],
-    "cl": ["close"],
-    "cres": ["crescent"],
-    "gdns": ["gardens"],
-    "hwy": ["highway"],
-    "pkwy": ["parkway"],
-    "mt": ["mount"],
-    "and": ["&"],
-    "n": ["north"],
-    "s": ["south"],
-    "e": ["east"],
-    "w": ["west"],
-    "ne": ["northeast"],
-    "nw": ["northwest"],
-    "se": ["southeast"],
-    "sw": ["southwest"],
-}
-_FORM = {long: short for short, longs in _SHORT.items() for long in longs}
-_APOSTROPHES = "'’‘ʼ`´"
 METRES_PER_DEGREE = 111_320.0
 
 
@@ -65,38 +34,16 @@ class Address:
         return f"{self.street}, {self.district}"
 
 
-@lru_cache(maxsize=65536)
-def normal(name: str) -> str:
-    """The form in which two spellings of one name are equal: `St. Mary's Rd` and `saint marys road`.
-
-    Case, width, punctuation and common abbreviations vanish; scripts written without spaces are split into characters.
-    """
-    characters = []
-    for character in unicodedata.normalize("NFKC", name).casefold():
-        if character in _APOSTROPHES:
-            continue
-        if character != "&" and unicodedata.category(character)[0] in "PSZC":
-            characters.append(" ")
-        else:
-            characters.append(f" {character} " if _unspaced(character) or character == "&" else character)
-    words = "".join(characters).split()
-    words = [w[:-3] + "strasse" if len(w) > 5 and w.endswith("str") else w for w in words]
-    return " ".join(_FORM.get(w, w) for w in words)
-
-
-def _unspaced(character: str) -> bool:
-    """Whether it belongs to Chinese or Japanese script."""
-    return "\u3040" <= character <= "\u30ff" or "\u3400" <= character <= "\u9fff"
-
-
 class Gazetteer:
     """The streets and districts that an answer can name, with their shapes and how often they were photographed.
 
     Attributes:
         streets, districts: names, sorted.
         addresses: every pair of street and district that occurs, sorted.
-        geometry: street name -> its lines in degrees (lon, lat); streets without known lines are absent.
+        geometry: street name -> its shape in degrees (lon, lat): lines, or the area or point of a square or block;
+            streets without a known shape are absent.
         district_geometry: the same for districts.
+        variants: name of a street or district -> its other names (languages, old and short forms) where it has any.
     """
 
     def __init__(
@@ -108,6 +55,7 @@ class Gazetteer:
         places: Mapping[str, int] | None = None,
         city: str = "",
         attribution: Iterable[str] = (),
+        variants: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.addresses = sorted(set(addresses))
         self.streets = sorted({a.street for a in self.addresses})
@@ -120,8 +68,10 @@ class Gazetteer:
         self._photos = Counter(photos or {})
         self._places = Counter(places or {})
         self._order: dict[tuple[str, str], list[str]] = {}
-        self._street_index = _Index(self.streets)
-        self._district_index = _Index(self.districts)
+        known = {*self.streets, *self.districts}
+        self.variants = {name: list(others) for name, others in (variants or {}).items() if others and name in known}
+        self._street_index = NameIndex(self.streets, self.variants)
+        self._district_index = NameIndex(self.districts, self.variants)
 
     def photos_of(self, street: str) -> int:
         """Number of training photos taken on the street."""
@@ -132,9 +82,14 @@ class Gazetteer:
         return self._places[street]
 
     def near(
-        self, name: str, n: int, rng: random.Random | None = None, level: Literal["street", "district"] = "street"
+        self,
+        name: str,
+        n: int,
+        rng: random.Random | None = None,
+        level: Literal["street", "district"] = "street",
+        near_share: float = 0.5,
     ) -> list[str]:
-        """Up to n other names of the level: the nearest first, or with `rng` about half near and half from anywhere.
+        """Up to n other names of the level: the nearest first, or with `rng` about `near_share` near, the rest from anywhere.
 
         Near means among the nearest 2n by distance of the shapes; names without a shape count as far.
         """
@@ -142,7 +97,7 @@ class Gazetteer:
         if rng is None:
             return order[:n]
         pool = order[: 2 * n]
-        chosen = rng.sample(pool, min(sum(rng.random() < 0.5 for _ in range(n)), len(pool)))
+        chosen = rng.sample(pool, min(sum(rng.random() < near_share for _ in range(n)), len(pool)))
         taken = set(chosen)
         rest = [other for other in order if other not in taken]
         chosen += rng.sample(rest, min(n - len(chosen), len(rest)))
@@ -150,11 +105,11 @@ class Gazetteer:
         return chosen
 
     def find_street(self, text: str) -> str | None:
-        """The one street named in free text, None if there is none or if there are several."""
+        """The one street named in free text, under any of its names; None if there is none or if there are several."""
         return self._street_index.find(text)
 
     def find_district(self, text: str) -> str | None:
-        """The one district named in free text, None if there is none or if there are several."""
+        """The one district named in free text, under any of its names; None if there is none or if there are several."""
         return self._district_index.find(text)
 
     def save(self, path: Path) -> None:
@@ -163,11 +118,14 @@ class Gazetteer:
         for address in self.addresses:
             districts_of[address.street].append(address.district)
         features = [
-            _feature(self.geometry.get(name), kind="street", name=name, districts=districts_of[name],
-                     photos=self._photos[name], places=self._places[name])
+            _feature(self.geometry.get(name), kind="street", name=name, variants=self.variants.get(name, []),
+                     districts=districts_of[name], photos=self._photos[name], places=self._places[name])
             for name in self.streets
         ]  # fmt: skip
-        features += [_feature(self.district_geometry.get(name), kind="district", name=name) for name in self.districts]
+        features += [
+            _feature(self.district_geometry.get(name), kind="district", name=name, variants=self.variants.get(name, []))
+            for name in self.districts
+        ]
         tree = {"type": "FeatureCollection", "city": self.city, "attribution": self.attribution, "features": []}
         lines = ",\n".join(json.dumps(feature, ensure_ascii=False) for feature in features)
         Path(path).write_text(json.dumps(tree, ensure_ascii=False)[:-2] + f"\n{lines}\n]}}\n", encoding="utf-8")
@@ -191,6 +149,7 @@ class Gazetteer:
                 {f["properties"]["name"]: f["properties"].get("places", 0) for f in streets},
                 tree.get("city", ""),
                 tree.get("attribution", []),
+                {f["properties"]["name"]: f["properties"].get("variants", []) for f in streets + districts},
             )
         except OSError as error:
             raise InputError(
@@ -216,34 +175,6 @@ class Gazetteer:
                 distances[known] = shapely.distance(here, [_to_metres(shapes[others[i]], squeeze) for i in known])
             self._order[key] = [others[i] for i in np.argsort(distances, kind="stable")]
         return self._order[key]
-
-
-class _Index:
-    """Finds which of the names a free text holds."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names: dict[tuple[str, ...], list[str]] = defaultdict(list)
-        for name in names:
-            self.names[tuple(normal(name).split())].append(name)
-        self.longest = max((len(words) for words in self.names), default=0)
-
-    def find(self, text: str) -> str | None:
-        words = normal(text).split()
-        spans = [
-            (start, start + length)
-            for length in range(min(self.longest, len(words)), 0, -1)
-            for start in range(len(words) - length + 1)
-            if tuple(words[start : start + length]) in self.names
-        ]
-        whole = [s for s in spans if not any(o != s and o[0] <= s[0] and s[1] <= o[1] for o in spans)]
-        forms = {tuple(words[start:end]) for start, end in whole}
-        if len(forms) != 1:
-            return None
-        names = self.names[forms.pop()]
-        if len(names) == 1:
-            return names[0]
-        as_written = [n for n in names if n.casefold() in text.casefold()]  # one form, several spellings in the city
-        return max(as_written, key=len) if as_written else None
 
 
 def _to_metres(shape: BaseGeometry, squeeze: float) -> BaseGeometry:

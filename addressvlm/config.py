@@ -64,6 +64,7 @@ class GeocoderConfig(Strict):
     retries: int = Field(4, ge=0)
     max_requests: int | None = Field(None, ge=1)  # stop asking after so many (a paid service); cached answers are free
     user_agent: str = "addressvlm (set city.geocoder.user_agent to your contact)"
+    cache: str | None = None  # SQLite file of answers, shared by all runs; default: <storage>/geocoder.sqlite
 
 
 class PartitionConfig(Strict):
@@ -93,6 +94,7 @@ class CityConfig(Strict):
     districts: str | None = None  # the same kinds of file; may be the same OSM extract
     district_source: Literal["auto", "polygons", "admin", "place"] = "auto"  # what a district is in an OSM file
     admin_level: int | None = Field(None, ge=2, le=12)  # OSM admin boundaries of this level; default: the finest that covers
+    unit: Literal["auto", "streets", "blocks"] = "auto"  # what an address names; auto: blocks where OSM's streets have no names
     language: str | None = None  # show `name:<language>` where OSM has it instead of `name`
     max_distance_m: float = Field(40.0, gt=0)  # a photo further than this from any named street is rejected
     vote_m: float = Field(0.0, ge=0)  # neighbours within this vote on a place's street (paper 002, A.2); 0: no vote
@@ -109,6 +111,7 @@ class CityConfig(Strict):
     max_megapixels: float = Field(100.0, gt=0)  # larger photos are rejected unread
     max_reject_share: float = Field(0.1, ge=0, le=1)  # the run stops when more rows than this are bad
     attribution: list[str] = []  # licences and sources of what goes in; travels with the dataset
+    license: str = "other"  # of the dataset, for its card: an identifier of the Hugging Face hub (cc-by-4.0, odbl, …)
 
     @model_validator(mode="after")
     def _partition_is_there(self) -> CityConfig:
@@ -131,6 +134,7 @@ class TilesConfig(Strict):
     pixels: int = Field(336, ge=32, le=2048)  # side of the tile and of the grafted image, in pixels
     names: bool = True  # street names written along the streets (off: paper 001 Table 2, "w/o road")
     font_px: float = Field(13.0, gt=0)  # height of the street names, in tile pixels
+    font: str | None = None  # TTF or OTF file for names in scripts that DejaVu Sans Bold lacks (Japanese, Thai, Devanagari …)
     delta: float = Field(0.5, gt=0, le=0.5)  # longer side of the pasted photo / side of the tile
     jpeg_quality: int = Field(92, ge=30, le=100)
 

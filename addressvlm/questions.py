@@ -1,11 +1,11 @@
 """Conversations about where a photo was taken (paper 001, Sec. 3.3 and its supplement).
 
-Each level (district, street, address) has ten ways to ask; the kind of question is told by a short suffix. Negatives
-are a mix of near names, which are hard, and names from anywhere in the city.
+Each level (district, street, address) has ten openings; what follows one makes it a question of its kind, so that there
+are ten templates for every level and kind. Wrong names are a mix of near ones, which are hard, and of any in the city.
 """
 
 import random
-from typing import Any
+from typing import Any, Literal
 
 from addressvlm.addresses import Address, Gazetteer
 
@@ -54,43 +54,57 @@ SUFFIXES = {"generation": "Name it.", "judgment": "Answer Yes or No.", "choice":
 ADDRESS_QUESTION = f"{TEMPLATES['address'][0]} {SUFFIXES['generation']}"  # what the service asks
 
 
-def training_rounds(address: Address, gazetteer: Gazetteer, rng: random.Random, rounds: int = 7) -> list[dict[str, Any]]:
+def templates(level: str, kind: str) -> list[str]:
+    """Ten ways to ask; `{name}` stands in a judgment and `{options}` in a choice. The whole address is only generated."""
+    claim = f" {CLAIMS[level]}" if kind == "judgment" else ""
+    return [f"{opening}{claim} {SUFFIXES[kind]}" for opening in TEMPLATES[level]]
+
+
+def training_rounds(
+    address: Address, gazetteer: Gazetteer, rng: random.Random, rounds: int = 7, near_share: float = 0.5
+) -> list[dict[str, Any]]:
     """A conversation of `rounds` questions in random order, rows of `tables.ROUNDS`.
 
     The three kinds are equally frequent (1:1:1 over many photos); one generation question asks for the whole address.
-    Kinds that the gazetteer can't serve (a wrong name where there is only one) turn into generation.
+    A level of which the gazetteer knows only one name has no wrong one, so judgments and choices go to the other level, and
+    turn into generation where that has none either. About `near_share` of the wrong names are among the nearest, the rest
+    from anywhere.
     """
+    wrong = _Wrong(gazetteer, near_share, rng)
     kinds = ["generation", "judgment", "choice"]
     rng.shuffle(kinds)
     levels = {kind: rng.sample(["street", "district"], 2) for kind in kinds}
     levels["generation"].insert(0, "address")
     conversation = []
     for i in range(rounds):
-        kind, turn = kinds[i % 3], i // 3
-        level = levels[kind][turn % len(levels[kind])]
-        if kind == "generation" or len(_names(gazetteer, level)) < 2:
-            conversation.append(_generation(level, address, rng))
+        kind = kinds[i % 3]
+        turn = i // 3 % len(levels[kind])
+        in_turn = levels[kind][turn:] + levels[kind][:turn]
+        level = next((level for level in in_turn if kind == "generation" or wrong.exists(level, address)), None)
+        if kind == "generation" or level is None:
+            conversation.append(_generation(in_turn[0], address, rng))
         elif kind == "judgment":
-            conversation.append(_judgment(level, address, gazetteer, rng, true=rng.random() < 0.5))
+            conversation.append(_judgment(level, address, wrong, rng, true=rng.random() < 0.5))
         else:
-            conversation.append(_choice(level, address, gazetteer, rng))
+            conversation.append(_choice(level, address, wrong, rng))
     rng.shuffle(conversation)
     return conversation
 
 
-def test_rounds(address: Address, gazetteer: Gazetteer, rng: random.Random) -> list[dict[str, Any]]:
+def test_rounds(address: Address, gazetteer: Gazetteer, rng: random.Random, near_share: float = 0.5) -> list[dict[str, Any]]:  # noqa: PT028
     """The questions that the metrics are made of, each to be asked on its own, rows of `tables.ROUNDS`.
 
     For district and for street: generation, judgment with Yes, judgment with No, choice; then the whole address: nine.
     A level of which the gazetteer knows only one name has no wrong name to offer, so its last two are left out.
     """
+    wrong = _Wrong(gazetteer, near_share, rng)
     conversation = []
     for level in ("district", "street"):
         conversation.append(_generation(level, address, rng))
-        conversation.append(_judgment(level, address, gazetteer, rng, true=True))
-        if set(_names(gazetteer, level)) - {_true(level, address)}:
-            conversation.append(_judgment(level, address, gazetteer, rng, true=False))
-            conversation.append(_choice(level, address, gazetteer, rng))
+        conversation.append(_judgment(level, address, wrong, rng, true=True))
+        if wrong.exists(level, address):
+            conversation.append(_judgment(level, address, wrong, rng, true=False))
+            conversation.append(_choice(level, address, wrong, rng))
     conversation.append(_generation("address", address, rng))
     return conversation
 
@@ -98,8 +112,20 @@ def test_rounds(address: Address, gazetteer: Gazetteer, rng: random.Random) -> l
 test_rounds.__test__ = False  # type: ignore[attr-defined]  # the name is the domain's, not pytest's
 
 
-def _names(gazetteer: Gazetteer, level: str) -> list[str]:
-    return gazetteer.districts if level == "district" else gazetteer.streets
+class _Wrong:
+    """Names of the city that are not the true one."""
+
+    def __init__(self, gazetteer: Gazetteer, near_share: float, rng: random.Random) -> None:
+        self.gazetteer, self.near_share, self.rng = gazetteer, near_share, rng
+
+    def exists(self, level: str, address: Address) -> bool:
+        names = self.gazetteer.districts if level == "district" else self.gazetteer.streets
+        return any(name != _true(level, address) for name in names)
+
+    def draw(self, level: str, address: Address, n: int) -> list[str]:
+        """Up to n of them."""
+        kind: Literal["street", "district"] = "district" if level == "district" else "street"
+        return self.gazetteer.near(_true(level, address), n, self.rng, kind, self.near_share)
 
 
 def _true(level: str, address: Address) -> str:
@@ -111,23 +137,17 @@ def _round(level: str, kind: str, question: str, answer: str, options: list[str]
 
 
 def _generation(level: str, address: Address, rng: random.Random) -> dict[str, Any]:
-    question = f"{rng.choice(TEMPLATES[level])} {SUFFIXES['generation']}"
-    return _round(level, "generation", question, _true(level, address), [])
+    return _round(level, "generation", rng.choice(templates(level, "generation")), _true(level, address), [])
 
 
-def _judgment(level: str, address: Address, gazetteer: Gazetteer, rng: random.Random, true: bool) -> dict[str, Any]:
-    name = _true(level, address) if true else _wrong(level, address, gazetteer, 1, rng)[0]
-    question = f"{rng.choice(TEMPLATES[level])} {CLAIMS[level].format(name=name)} {SUFFIXES['judgment']}"
+def _judgment(level: str, address: Address, wrong: _Wrong, rng: random.Random, true: bool) -> dict[str, Any]:
+    name = _true(level, address) if true else wrong.draw(level, address, 1)[0]
+    question = rng.choice(templates(level, "judgment")).format(name=name)
     return _round(level, "judgment", question, "Yes" if true else "No", [name])
 
 
-def _choice(level: str, address: Address, gazetteer: Gazetteer, rng: random.Random) -> dict[str, Any]:
-    options = [_true(level, address), *_wrong(level, address, gazetteer, OPTIONS - 1, rng)]
+def _choice(level: str, address: Address, wrong: _Wrong, rng: random.Random) -> dict[str, Any]:
+    options = [_true(level, address), *wrong.draw(level, address, OPTIONS - 1)]
     rng.shuffle(options)
-    question = f"{rng.choice(TEMPLATES[level])} {SUFFIXES['choice'].format(options='; '.join(options))}"
+    question = rng.choice(templates(level, "choice")).format(options="; ".join(options))
     return _round(level, "choice", question, _true(level, address), options)
-
-
-def _wrong(level: str, address: Address, gazetteer: Gazetteer, n: int, rng: random.Random) -> list[str]:
-    """Up to n names of the level that are not the true one."""
-    return gazetteer.near(_true(level, address), n, rng, "district" if level == "district" else "street")

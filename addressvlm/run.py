@@ -1,7 +1,8 @@
 """Where a run keeps its things, and what of it is already done.
 
 A step writes into a folder of its own and leaves `_done.json` there last, with the settings it used. A second run with
-the same settings skips the step; with other settings it stops and says which, so that nothing is mixed or lost.
+the same settings skips the step; with other settings it stops and says which, so that nothing is mixed or lost. Until
+then the folder is called `<step>.partial`; a step made of shards (addressvlm/shards.py) goes on with what is in it.
 """
 
 import json
@@ -17,6 +18,8 @@ from addressvlm.config import Config
 from addressvlm.errors import InputError
 
 DONE = "_done.json"
+WORK = "_work"  # in a partial folder: what the finished step does not need
+BEGUN = f"{WORK}/begun.json"  # what is being made there
 LAST_MODEL = "last-model"
 
 
@@ -61,7 +64,7 @@ class Run:
 
 
 def is_done(folder: Path, settings: dict[str, Any], redo: bool = False) -> bool:
-    """Whether a step finished with these settings.
+    """Whether a step finished with these settings; clears up what it no longer needs.
 
     Raises:
         InputError: it finished with other settings; names the first that differ.
@@ -72,6 +75,7 @@ def is_done(folder: Path, settings: dict[str, Any], redo: bool = False) -> bool:
     before = json.loads(mark.read_text())
     now = json.loads(json.dumps(settings))
     if before == now:
+        shutil.rmtree(Path(folder) / WORK, ignore_errors=True)
         return True
     changed = sorted(_differences(before, now))
     shown = ", ".join(changed[:3]) + (", …" if len(changed) > 3 else "")
@@ -88,7 +92,7 @@ def _differences(before: Any, now: Any, at: str = "") -> Iterator[str]:
 
 def mark_done(folder: Path, settings: dict[str, Any]) -> None:
     """Leave the mark that `is_done` looks for."""
-    (Path(folder) / DONE).write_text(json.dumps(settings, indent=1))
+    _write_whole(Path(folder) / DONE, json.dumps(settings, indent=1))
 
 
 def claim(folder: Path, settings: dict[str, Any], redo: bool = False) -> None:
@@ -97,14 +101,15 @@ def claim(folder: Path, settings: dict[str, Any], redo: bool = False) -> None:
     Raises:
         InputError: it was begun with other settings, or the folder can't be written.
     """
-    if redo:
-        shutil.rmtree(folder, ignore_errors=True)
-    if not is_done(folder, settings):
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    try:
+        if redo:
+            _remove(folder, DONE)
+        if not is_done(folder, settings):
+            folder.mkdir(parents=True, exist_ok=True)
             mark_done(folder, settings)
-        except OSError as error:
-            raise _storage_error(error, Path(folder)) from error
+    except OSError as error:
+        raise storage_error(error, folder) from error
 
 
 @contextmanager
@@ -115,19 +120,74 @@ def writing(folder: Path, settings: dict[str, Any]) -> Iterator[Path]:
         InputError: the place can't be written, or the disk is full.
     """
     folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
+    partial = _partial(folder)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial, BEGUN)
         partial.mkdir(parents=True)
         yield partial
-        mark_done(partial, settings)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        _publish(partial, folder, settings)
     except OSError as error:
-        raise _storage_error(error, folder) from error
+        raise storage_error(error, folder) from error
 
 
-def _storage_error(error: OSError, folder: Path) -> Exception:
+@contextmanager
+def resuming(folder: Path, settings: dict[str, Any], redo: bool = False) -> Iterator[Path]:
+    """Like `writing`, but the temporary folder keeps what an earlier attempt with the same settings left in it.
+
+    With `redo` only an attempt that was to redo the step as well is gone on with.
+
+    Raises:
+        InputError: the place can't be written, or the disk is full.
+    """
+    folder = Path(folder)
+    partial = _partial(folder)
+    now = json.loads(json.dumps({"settings": settings, "redo": redo}))
+    try:
+        if not _goes_on(partial, now):
+            _remove(partial, BEGUN)
+            (partial / WORK).mkdir(parents=True)
+            _write_whole(partial / BEGUN, json.dumps(now))
+        yield partial
+        _publish(partial, folder, settings)
+        shutil.rmtree(folder / WORK)
+    except OSError as error:
+        raise storage_error(error, folder) from error
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
+def _goes_on(partial: Path, now: dict[str, Any]) -> bool:
+    """Whether what was begun there is what is wanted now."""
+    try:
+        before = json.loads((partial / BEGUN).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(before["settings"] == now["settings"] and (before["redo"] or not now["redo"]))
+
+
+def _remove(folder: Path, mark: str) -> None:
+    """Remove a folder, first the mark by which it would count as something."""
+    (folder / mark).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(partial: Path, folder: Path, settings: dict[str, Any]) -> None:
+    mark_done(partial, settings)
+    _remove(folder, DONE)
+    partial.rename(folder)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+def storage_error(error: OSError, folder: Path) -> Exception:
+    """The sentence for an error of writing to a folder; other errors come back as they are."""
     if error.errno in (1, 2, 13, 17, 20, 30):  # EPERM, ENOENT, EACCES, EEXIST, ENOTDIR, EROFS
         return InputError(f"{folder} can't be written ({error.strerror}): set `storage` to a folder you may write.")
     if error.errno in (28, 122):  # ENOSPC, EDQUOT

@@ -56,10 +56,14 @@ PHOTOS = with_features(
             ("lon", pa.float64()),
             ("heading", pa.float32()),  # degrees clockwise from north, null if unknown
             ("image", IMAGE),
-            ("street", pa.string()),
+            ("street", pa.string()),  # as the answers name it: with city.answer sub_street it is the sub-street
             ("district", pa.string()),
+            ("sub_street", pa.string()),  # null without a partition
+            ("address_source", pa.string()),  # manifest, map, nominatim, google or neighbour
             ("cross_street", pa.string()),  # the nearest other named street, null if none is near
-            ("distance_m", pa.float32()),  # to `street`
+            ("distance_m", pa.float32()),  # to the street
+            ("margin_m", pa.float32()),  # how much further `second_street` is, null without one
+            ("second_street", pa.string()),  # the one that the address may be confused with
             ("ambiguous", pa.bool_()),
             ("rounds", ROUNDS),
         ]

@@ -141,6 +141,7 @@ def _judge(task: Job, folders: dict[str, str]) -> tuple[Judge, Gazetteer]:
     """One judge for all systems, who knows the names of the data and of every model's city, and the data's gazetteer."""
     truth = tables.read(task.data, task.split, ["street", "district"])
     streets, districts = set(truth["street"].to_pylist()), set(truth["district"].to_pylist())
+    variants: dict[str, list[str]] = {}
     own = Gazetteer([])
     for folder in [task.data, *map(Path, folders.values())]:
         if (folder / "gazetteer.geojson").is_file():
@@ -148,7 +149,8 @@ def _judge(task: Job, folders: dict[str, str]) -> tuple[Judge, Gazetteer]:
             own = gazetteer if folder == task.data else own
             streets.update(gazetteer.streets)
             districts.update(gazetteer.districts)
-    return Judge(sorted(streets), sorted(districts)), own
+            variants |= gazetteer.variants
+    return Judge(sorted(streets), sorted(districts), variants), own
 
 
 def _systems_of(config: Config, run: Run) -> dict[str, str]:
@@ -197,7 +199,7 @@ def _dataset(config: Config, given: str, photos: str | None, models: dict[str, s
         raise InputError(f"--data {given} does not exist: give a run, a folder with test-*.parquet, or a manifest file.")
     if config.city.toy:
         config = resolve(config, Run(config))
-    city = config.city.model_copy(update={"toy": None, "manifest": str(path), "photos": photos})
+    city = config.city.model_copy(update={"toy": None, "reader": "auto", "manifest": str(path), "photos": photos})
     config = config.model_copy(update={"city": city})
     folder = out / "photos"
     mark = folder / DONE

@@ -6,7 +6,6 @@
 Reads <run>/photos (train), writes <run>/grafts; rows without a tile go to <run>/rejects/graft.parquet.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,18 +16,19 @@ from addressvlm import InputError, tables
 from addressvlm.cities.source import resolve
 from addressvlm.config import Config
 from addressvlm.maps.grafts import Grafter, graft_rows
-from addressvlm.run import Run, is_done, writing
+from addressvlm.run import Run, is_done, resuming, storage
+from addressvlm.shards import Made, Rows, Work, forget, plan, sources_fingerprint
 from ray_jobs import common, prepare
-from ray_jobs.stream import Rows, mapped
+from ray_jobs.stream import sharded
 
-BATCH = 64  # photos at a time
+SHARD = 256  # photos; a second or two of work
+FETCHING_ONLY = {"cache", "per_second", "user_agent", "attribution"}  # settings that no graft depends on
 COLUMNS = ["id", "place", "lat", "lon", "heading", "image", "street", "district"]
-RESULT = pa.schema([*tables.GRAFTS, ("reason", pa.string())])
 
 
 def settings(config: Config) -> dict[str, Any]:
     """What the grafts depend on."""
-    return {**prepare.settings(config), "tiles": config.tiles.model_dump()}
+    return {**prepare.settings(config), "tiles": config.tiles.model_dump(exclude=FETCHING_ONLY)}
 
 
 def run_step(config: Config, redo: bool) -> None:
@@ -41,33 +41,36 @@ def run_step(config: Config, redo: bool) -> None:
     if is_done(run.grafts, settings(config), redo):
         print("graft: already done", flush=True)
         return
-    tables.files(run.photos, "train")  # says which step is missing
-    total = tables.count(run.photos, "train")
+    shards = plan(run.photos, "train", SHARD)
+    total = sum(shard.rows for shard in shards)
     sources = resolve(config, run)
-    Grafter(sources.city.streets, sources.tiles.imagery, config.tiles)  # a missing file is told before Ray is asked
-    function = partial(graft_rows, sources.city.streets, sources.tiles.imagery, config.tiles.model_dump_json())
-    common.progress("graft", 0, total)
-    with writing(run.grafts, settings(config)) as folder:
-        rejects: Rows = []
-        found = mapped("graft", run.photos, "train", COLUMNS, function, RESULT, BATCH)
-        written = tables.write(folder, "train", _good(found, rejects, total), tables.GRAFTS)
+    files = (sources.city.streets, sources.tiles.imagery)
+    tiles = config.tiles.model_copy(update={"cache": config.tiles.cache or str(storage(config.storage) / "tile-cache")})
+    Grafter(*files, tiles, config.city.language)  # a missing file is told before Ray is asked
+    function = partial(graft_batch, *files, tiles.model_dump_json(), config.city.language)
+    with resuming(run.grafts, settings(config), redo) as folder:
+        made = sharded("graft", shards, folder, Work(function, tables.GRAFTS, COLUMNS, sources_fingerprint(*files)))
+        written = sum(summary["written"].get("train", 0) for summary in made)
+        rejects = [reject for summary in made for reject in summary["rejects"]]
         _write_rejects(run, rejects)
         if not written or len(rejects) > config.city.max_reject_share * total:
+            forget(folder, [summary for summary in made if summary["rejects"]])
             first = rejects[0]["reason"] if rejects else "there are no training photos"
             bad = f"{len(rejects)} of {total} photos have no graft (first: {first})"
             raise InputError(f"{bad}: see {run.rejects}/graft.parquet.")
     print(f"graft: {written:,} grafted images in {run.grafts}, {len(rejects):,} rejected", flush=True)
 
 
-def _good(rows: Iterator[dict[str, Any]], rejects: Rows, total: int) -> Iterator[dict[str, Any]]:
-    """The rows that have an image; the others are appended to `rejects`."""
-    for done, row in enumerate(rows, start=1):
+def graft_batch(streets: str | None, imagery: str | None, tiles: str, language: str | None, photos: Rows) -> Made:
+    """Rows of PHOTOS -> rows of GRAFTS, and rejects where there is no image; see `graft_rows`."""
+    good, rejects = [], []
+    for row in graft_rows(streets, imagery, tiles, photos, language):
         reason = row.pop("reason")
         if reason is None:
-            yield row
+            good.append(row)
         else:
             rejects.append({"file": row["image"]["path"], "row": None, "id": row["id"], "reason": reason})
-        common.progress("graft", done, total)
+    return Made({"train": good}, rejects)
 
 
 def _write_rejects(run: Run, rejects: Rows) -> None:

@@ -7,8 +7,8 @@
 Reads <run>/grafts, writes <run>/alignment.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,13 @@ from addressvlm.config import Config
 from addressvlm.labels import make_labeler
 from addressvlm.labels.prompt import load_prompt
 from addressvlm.labels.rows import label_rows
-from addressvlm.run import Run, is_done, writing
+from addressvlm.run import Run, is_done, resuming
+from addressvlm.shards import Made, Rows, Work, plan, sources_fingerprint
 from ray_jobs import common, graft
-from ray_jobs.stream import mapped
+from ray_jobs.stream import sharded
 
-BATCH = 256  # rows at a time for a labeler that does not wait for anybody
+SHARD = 2048  # rows for a labeler that does not wait for anybody
+PAID_SHARD = 64  # rows of which an interruption may lose the labels
 WAITING_ONLY = ("concurrency", "timeout_s", "retries")  # settings that no label depends on
 
 
@@ -41,34 +43,24 @@ def run_step(config: Config, redo: bool) -> None:
     if is_done(run.alignment, settings(config), redo):
         print("label: already done", flush=True)
         return
-    tables.files(run.grafts, "train")  # says which step is missing
-    total = tables.count(run.grafts, "train")
-    make_labeler(config.labels, config.seed)  # a missing key is told before Ray is asked
     asks = config.labels.labeler != "template"
-    function = partial(label_rows, config.labels.model_dump_json(), config.seed, str(run.gazetteer))
-    common.progress("label", 0, total)
-    sources: Counter[str] = Counter()
-    with writing(run.alignment, settings(config)) as folder:
-        rows = mapped(
-            "label",
-            run.grafts,
-            "train",
-            tables.GRAFTS.names,
-            function,
-            tables.ALIGNMENT,
-            batch_size=2 * config.labels.concurrency if asks else BATCH,
-            tasks=1 if asks else None,  # so that `concurrency` holds for the whole job
-        )
-        tables.write(folder, "train", _counted(rows, sources, total), tables.ALIGNMENT)
-    by = ", ".join(f"{n:,} {source}" for source, n in sources.most_common())
+    shards = plan(run.grafts, "train", PAID_SHARD if asks else SHARD)
+    make_labeler(config.labels, config.seed)  # a missing key is told before Ray is asked
+    tasks = math.ceil(config.labels.concurrency / PAID_SHARD) if asks else None  # `concurrency` holds for the whole job
+    labels = config.labels.model_copy(update={"concurrency": config.labels.concurrency // (tasks or 1)})
+    function = partial(label_batch, labels.model_dump_json(), config.seed, str(run.gazetteer))
+    work = Work(function, tables.ALIGNMENT, tables.GRAFTS.names, sources_fingerprint(str(run.gazetteer)))
+    with resuming(run.alignment, settings(config), redo) as folder:
+        made = sharded("label", shards, folder, work, tasks)
+    total = sum(summary["rows"] for summary in made)
+    by = ", ".join(f"{n:,} {source}" for source, n in sum((Counter(m["counts"]) for m in made), Counter()).most_common())
     print(f"label: {total:,} labels in {run.alignment}: {by}", flush=True)
 
 
-def _counted(rows: Iterator[dict[str, Any]], sources: Counter[str], total: int) -> Iterator[dict[str, Any]]:
-    for done, row in enumerate(rows, start=1):
-        sources[row["source"]] += 1
-        common.progress("label", done, total)
-        yield row
+def label_batch(labels: str, seed: int, gazetteer: str, grafts: Rows) -> Made:
+    """Rows of GRAFTS -> rows of ALIGNMENT, counted by who wrote them; see `label_rows`."""
+    rows = label_rows(labels, seed, gazetteer, grafts)
+    return Made({"train": rows}, counts=Counter(row["source"] for row in rows))
 
 
 def main(argv: list[str] | None = None) -> None:

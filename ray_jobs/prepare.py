@@ -4,45 +4,70 @@
     python ray_jobs/prepare.py --config demo
     python ray_jobs/prepare.py --config my_city.yaml --set city.guard_m=30
 
-Writes below <storage>/<name>: photos/{train,val,test}-*.parquet, photos/gazetteer.geojson, photos/card.json,
-rejects/prepare.parquet (rows that can't be used, with the reason), aside.parquet (places the distance guard keeps out).
+Writes below <storage>/<name>: photos/{train,val,test}-*.parquet, photos/gazetteer.geojson, the dataset card
+(photos/card.json, README.md, card.html), rejects/prepare.parquet (rows that can't be used, with the reason),
+aside.parquet (places that are in no split, with the reason). Run it again after an interruption: it goes on.
 """
 
-import json
-import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
+from shapely.geometry.base import BaseGeometry
 
 from addressvlm import InputError, tables
 from addressvlm.addresses import Gazetteer
-from addressvlm.cities import manifest
-from addressvlm.cities.address import Place, assign
-from addressvlm.cities.photos import check_photo
+from addressvlm.cities import readers
+from addressvlm.cities.address import Place, assign, with_sub_streets
+from addressvlm.cities.card import count_questions, make_card, write_card
+from addressvlm.cities.dataset import CHECKED, LISTED, SPLITS, answering, check, files_of, finish, gazetteer_of, listed
+from addressvlm.cities.photo import Photo
 from addressvlm.cities.source import resolve
-from addressvlm.cities.split import Split, split
+from addressvlm.cities.split import Split, split, thin_views
 from addressvlm.cities.streets import StreetMap
 from addressvlm.config import CityConfig, Config
-from addressvlm.questions import test_rounds, training_rounds
-from addressvlm.run import Run, is_done, writing
-from ray_jobs.common import arguments, configure, connect, job, progress
+from addressvlm.maps.sources import open_imagery
+from addressvlm.run import WORK, Run, is_done, resuming, storage
+from addressvlm.shards import Summary, Work, forget, plan, sources_fingerprint
+from ray_jobs.common import arguments, configure, connect, job
 from ray_jobs.heartbeat import Heartbeat
+from ray_jobs.stream import sharded
 
-PHOTOS_AT_A_TIME = 32
-SPLITS = ("train", "val", "test")
-STAGED = "staged"
-CHECKED = pa.schema([("row", pa.int64()), ("bytes", pa.binary()), ("reason", pa.string())])
+CHECKED_AT_A_TIME = 256  # photos
+SHARD = 2048  # photos of all splits
+CHECKED_FOLDER = f"{WORK}/checked"
 ASIDE = pa.schema(
     [("place", pa.string()), ("lat", pa.float64()), ("lon", pa.float64()), ("street", pa.string()),
      ("district", pa.string()), ("reason", pa.string())]
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is: the street map, places by id, photos with an address, the ids of those that can't be used.
+
+    `answers` are the places with the addresses that questions name, `sub_streets` the shapes of those that the map lacks.
+    """
+
+    streets: StreetMap
+    places: dict[str, Place]
+    answers: dict[str, Place]
+    sub_streets: dict[str, BaseGeometry]
+    photos: list[Photo]
+    bad: set[str]
+    rejects: list[dict[str, Any]]
+
+    @property
+    def good(self) -> list[Photo]:
+        return [photo for photo in self.photos if photo.id not in self.bad]
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -62,27 +87,22 @@ def run_step(config: Config, redo: bool = False) -> None:
         return
     with Heartbeat(lambda: "prepare: drawing, working", 10.0):
         filled = resolve(config, run)
-    with writing(run.photos, settings(config)) as folder:
-        streets, places, photos = _collect(filled.city, folder, run.rejects / "prepare.parquet")
-        divided = split([places[p] for p in sorted({photo.place for photo in photos})], filled.city, config.seed)
+    imagery = filled.tiles.imagery and open_imagery(filled.tiles.imagery, "EPSG:3857", filled.tiles).attribution
+    with resuming(run.photos, settings(config), redo) as folder:
+        found = _find(filled, folder, run.rejects / "prepare.parquet")
+        divided = split([found.answers[p] for p in sorted({photo.place for photo in found.good})], filled.city, config.seed)
         for part in ("train", "test"):
             if not divided.count(part):
                 raise InputError(
                     f"{len(divided.part)} places are too few for a {part} split in blocks of {filled.city.block_m:g} m: add "
                     "photos of more places, or lower city.block_m and city.guard_m."
                 )
+        photos = thin_views(found.good, divided.part, filled.city.density.views, config.seed)
         train = [photo for photo in photos if divided.part[photo.place] == "train"]
-        gazetteer = _gazetteer(filled.city, streets, places, train)
-        gazetteer.save(folder / run.gazetteer.name)
-        for part in SPLITS:
-            chosen = [photo for photo in photos if divided.part[photo.place] == part]
-            tables.write(folder, part, _rows(config, folder, chosen, places, gazetteer, part), tables.PHOTOS)
-        shutil.rmtree(folder / STAGED)
-        _write_aside(run.folder / "aside.parquet", places, divided)
-        rejects = pq.read_table(run.rejects / "prepare.parquet").to_pylist()
-        card = _card(config, places, photos, divided.part, gazetteer, rejects)
-        card |= {"aside": dict(Counter(divided.reason.values())), "min_train_to_held_out_m": divided.min_distance_m}
-        (folder / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False), encoding="utf-8")
+        gazetteer = gazetteer_of(filled.city, found.streets, found.answers, train, found.sub_streets)
+        _write_tables(config, folder, found, photos, divided, gazetteer)
+        _write_aside(run.folder / "aside.parquet", found.places, divided)
+        card = _write_card(filled, folder, found, photos, divided, gazetteer, [imagery] if imagery else [])
     _print_card(card)
 
 
@@ -94,135 +114,86 @@ def prepare_test(config: Config, folder: Path, gazetteer: Gazetteer | None = Non
     Raises:
         InputError: an input file can't be used, or too many rows are bad.
     """
-    config = resolve(config, Run(config))
-    with writing(folder, settings(config)) as inside:
-        rejects_file = Path(folder).with_name(f"{Path(folder).name}-rejects.parquet")
-        streets, places, photos = _collect(config.city, inside, rejects_file)
-        gazetteer = gazetteer or _gazetteer(config.city, streets, places, photos)
-        gazetteer.save(inside / "gazetteer.geojson")
-        tables.write(inside, "test", _rows(config, inside, photos, places, gazetteer, "test"), tables.PHOTOS)
-        shutil.rmtree(inside / STAGED)
-        part = {photo.place: "test" for photo in photos}
-        card = _card(config, places, photos, part, gazetteer, pq.read_table(rejects_file).to_pylist())
-        (inside / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False), encoding="utf-8")
+    filled = resolve(config, Run(config))
+    with resuming(folder, settings(config)) as inside:
+        found = _find(filled, inside, Path(folder).with_name(f"{Path(folder).name}-rejects.parquet"))
+        divided = Split({photo.place: "test" for photo in found.good}, {}, None)
+        gazetteer = gazetteer or gazetteer_of(filled.city, found.streets, found.answers, found.good, found.sub_streets)
+        _write_tables(config, inside, found, found.good, divided, gazetteer)
+        card = _write_card(filled, inside, found, found.good, divided, gazetteer)
     _print_card(card)
 
 
-def _collect(city: CityConfig, folder: Path, rejects_file: Path) -> tuple[StreetMap, dict[str, Place], list[manifest.Photo]]:
-    """Read the manifest, give addresses, check the photos (kept in `folder/staged`); bad rows go to the rejects table."""
-    rows, rejects = manifest.read(Path(str(city.manifest)).expanduser())
-    total = len(rows) + len(rejects)
-    centre = (float(np.mean([p.lat for p in rows])), float(np.mean([p.lon for p in rows]))) if rows else (0.0, 0.0)
-    streets = StreetMap.load(city.streets, city.districts, centre)
-    print(f"prepare: {total:,} rows in {city.manifest}, {len(streets.street_names):,} named streets", flush=True)
-    places, photos, without_address = assign(rows, streets, city)
-    bad = _stage_photos(photos, city, folder / STAGED)
-    rejects += without_address + [photo.reject(bad[photo.row]) for photo in photos if photo.row in bad]
-    rejects.sort(key=lambda reject: reject["row"])
+def _find(config: Config, folder: Path, rejects_file: Path) -> Found:
+    """Read the photos' table or folder, give addresses, check the photos; bad rows go to the rejects table."""
+    city, source = config.city, readers.where(config.city)
+    with Heartbeat(lambda: "prepare: finding addresses, working"):
+        rows, rejects = readers.read(city)
+        total = len(rows) + len(rejects)
+        streets = _street_map(city, rows)
+        print(f"prepare: {total:,} rows in {source}, {len(streets.street_names):,} named streets", flush=True)
+        cache = storage(config.storage) / "geocoder.sqlite"
+        places, photos, without_address = assign(rows, streets, city, config.seed, cache)
+        sub_streets = {}
+        if city.answer == "sub_street" and city.partition is not None:
+            sub_streets = with_sub_streets(places, photos, streets, city.partition)[1].shapes()
+    answers = answering(places, city)
+    made = _check_photos(photos, answers, city, folder)
+    unusable = [reject for summary in made for reject in summary["rejects"]]
+    rejects = sorted(rejects + without_address + unusable, key=lambda reject: reject["row"])
     rejects_file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rejects, schema=tables.REJECTS), rejects_file)
-    good = [photo for photo in photos if photo.row not in bad]
-    if len(rejects) > city.max_reject_share * total or not good:
-        top = ", ".join(f"{n} {kind}" for kind, n in Counter(_kind(r) for r in rejects).most_common(3))
+    found = Found(streets, places, answers, sub_streets, photos, {reject["id"] for reject in unusable}, rejects)
+    if len(rejects) > city.max_reject_share * total or not found.good:
+        forget(folder / CHECKED_FOLDER, [summary for summary in made if summary["rejects"]])
+        kinds = Counter(str(reject["reason"]).partition(":")[0] for reject in rejects)
+        top = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(3))
         first = f"row {rejects[0]['row']}, {rejects[0]['reason']}"
         raise InputError(
-            f"{len(rejects)} of {total} rows of {city.manifest} are bad ({top}; the first is {first}): mend the rows listed in "
+            f"{len(rejects)} of {total} rows of {source} are bad ({top}; the first is {first}): mend the rows listed in "
             f"{rejects_file}, or raise city.max_reject_share."
         )
-    return streets, places, good
+    return found
 
 
-def _stage_photos(photos: list[manifest.Photo], city: CityConfig, folder: Path) -> dict[int, str]:
-    """Read and check all photos on the cluster; the good ones go to a table of their own, returns row -> reason of the bad."""
-    bad: dict[int, str] = {}
-
-    done = 0
-
-    def good() -> Iterator[dict[str, Any]]:
-        nonlocal done
-        for batch in _checked(photos, city) if photos else ():
-            done += len(batch)
-            progress("prepare: photos checked", done, len(photos))
-            for item in batch.to_pylist():
-                if item["reason"] is None:
-                    yield item
-                else:
-                    bad[item["row"]] = item["reason"]
-
-    with Heartbeat(lambda: f"prepare: {done:,} photos checked so far, working"):
-        tables.write(folder, "photos", good(), CHECKED)
-    return bad
-
-
-def _checked(photos: list[manifest.Photo], city: CityConfig) -> Iterator[pa.Table]:
-    """Tables of CHECKED in the order of the manifest, made by Ray Data."""
-    base = Path(city.photos or Path(str(city.manifest)).parent).expanduser().absolute()
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    wanted = pa.table({"row": [p.row for p in photos], "file": [p.file for p in photos]})
-    blocks = [wanted.slice(start, PHOTOS_AT_A_TIME) for start in range(0, len(photos), PHOTOS_AT_A_TIME)]
-    options = {"base": str(base), "max_megapixels": city.max_megapixels}
-    checked = ray.data.from_arrow(blocks).map_batches(check_batch, fn_kwargs=options, batch_format="pyarrow", batch_size=None)
-    return iter(checked.iter_batches(batch_size=None, batch_format="pyarrow"))
-
-
-def check_batch(batch: pa.Table, base: str, max_megapixels: float) -> pa.Table:
-    """Columns row, file -> row, bytes (null if bad), reason (null if good)."""
-    checked = [check_photo(Path(base) / file, max_megapixels) for file in batch["file"].to_pylist()]
-    return pa.table(
-        {
-            "row": batch["row"],
-            "bytes": [c if isinstance(c, bytes) else None for c in checked],
-            "reason": [c if isinstance(c, str) else None for c in checked],
-        },
-        schema=CHECKED,
+def _street_map(city: CityConfig, photos: list[Photo]) -> StreetMap:
+    centre = (float(np.mean([p.lat for p in photos])), float(np.mean([p.lon for p in photos]))) if photos else (0.0, 0.0)
+    return StreetMap.load(
+        city.streets,
+        city.districts,
+        centre,
+        district_source=city.district_source,
+        admin_level=city.admin_level,
+        language=city.language,
+        unit=city.unit,
     )
 
 
-def _rows(
-    config: Config, folder: Path, photos: list[manifest.Photo], places: dict[str, Place], gazetteer: Gazetteer, part: str
-) -> Iterator[dict[str, Any]]:
-    """Rows of `tables.PHOTOS` for the chosen photos, in the order of the manifest."""
-    chosen = {photo.row: photo for photo in photos}
-    for staged in tables.rows(folder / STAGED, "photos") if chosen else ():
-        photo = chosen.get(staged["row"])
-        if photo is None:
-            continue
-        place = places[photo.place]
-        rng = random.Random(f"{config.seed}:{photo.id}")
-        if part == "train":
-            rounds = training_rounds(place.address, gazetteer, rng, config.city.rounds)
-        else:
-            rounds = test_rounds(place.address, gazetteer, rng)
-        yield {
-            "id": photo.id,
-            "place": photo.place,
-            "lat": photo.lat,
-            "lon": photo.lon,
-            "heading": photo.heading,
-            "image": {"bytes": staged["bytes"], "path": photo.file},
-            "street": place.address.street,
-            "district": place.address.district,
-            "cross_street": place.cross_street,
-            "distance_m": place.distance_m,
-            "ambiguous": place.ambiguous,
-            "rounds": rounds,
-        }
+def _check_photos(photos: list[Photo], places: dict[str, Place], city: CityConfig, folder: Path) -> list[Summary]:
+    """Read and check all photos on the cluster; the good ones go to a table of their own, the others are rejects."""
+    if not photos:
+        return []
+    base = readers.base(city)
+    work = Work(partial(check, base, city.model_dump_json()), CHECKED, made_from_rows=partial(files_of, base))
+    wanted = folder / WORK / "listed"
+    shutil.rmtree(wanted, ignore_errors=True)
+    tables.write(wanted, "photos", listed(photos, places), LISTED, CHECKED_AT_A_TIME)
+    return sharded("prepare: photos checked", plan(wanted, "photos", CHECKED_AT_A_TIME), folder / CHECKED_FOLDER, work)
 
 
-def _gazetteer(city: CityConfig, streets: StreetMap, places: dict[str, Place], photos: list[manifest.Photo]) -> Gazetteer:
-    """The addresses of these photos with the shapes of their streets and districts."""
-    addresses = [places[place].address for place in sorted({photo.place for photo in photos})]
-    return Gazetteer(
-        addresses,
-        streets.street_shapes([a.street for a in addresses]),
-        streets.district_shapes([a.district for a in addresses]),
-        Counter(places[photo.place].address.street for photo in photos),
-        Counter(a.street for a in addresses),
-        city.name,
-        city.attribution,
-    )
+def _write_tables(
+    config: Config, folder: Path, found: Found, photos: list[Photo], divided: Split, gazetteer: Gazetteer
+) -> None:
+    """Save the gazetteer and write the tables of all splits, conversations included, on the cluster."""
+    file = folder / "gazetteer.geojson"
+    gazetteer.save(file)
+    part_of = {photo.id: divided.part[photo.place] for photo in photos}
+    position = {part: number for number, part in enumerate(SPLITS)}
+    parts = np.array([position.get(part_of.get(photo.id, "none"), -1) for photo in found.photos], dtype=np.int8)
+    names = sources_fingerprint(str(file))
+    function = partial(finish, parts, (str(file), names), config.city.model_dump_json(), config.seed)
+    work = Work(function, tables.PHOTOS, made_from=names + sha256(parts).hexdigest())
+    sharded("prepare: photos written", plan(folder / CHECKED_FOLDER, "photos", SHARD), folder, work)
 
 
 def _write_aside(path: Path, places: dict[str, Place], divided: Split) -> None:
@@ -235,41 +206,23 @@ def _write_aside(path: Path, places: dict[str, Place], divided: Split) -> None:
     pq.write_table(pa.Table.from_pylist(items, schema=ASIDE), path)
 
 
-def _kind(reject: dict[str, Any]) -> str:
-    return str(reject["reason"]).partition(":")[0]
-
-
-def _card(
+def _write_card(
     config: Config,
-    places: dict[str, Place],
-    photos: list[manifest.Photo],
-    part: dict[str, Any],
+    folder: Path,
+    found: Found,
+    photos: list[Photo],
+    divided: Split,
     gazetteer: Gazetteer,
-    rejects: list[dict[str, Any]],
+    attribution: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What is in the dataset and where it comes from."""
-
-    def counts(chosen: list[manifest.Photo]) -> dict[str, int]:
-        addresses = [places[photo.place].address for photo in chosen]
-        return {
-            "photos": len(chosen),
-            "places": len({photo.place for photo in chosen}),
-            "streets": len({a.street for a in addresses}),
-            "districts": len({a.district for a in addresses}),
-            "ambiguous_photos": sum(places[photo.place].ambiguous for photo in chosen),
-        }
-
-    parts = [p for p in (*SPLITS, "aside") if p in part.values()]
-    return {
-        "city": config.city.name,
-        "attribution": config.city.attribution,
-        "seed": config.seed,
-        "guard_m": config.city.guard_m,
-        **counts(photos),
-        "gazetteer": {"streets": len(gazetteer.streets), "addresses": len(gazetteer.addresses)},
-        "splits": {p: counts([photo for photo in photos if part[photo.place] == p]) for p in parts},
-        "rejected": dict(Counter(_kind(r) for r in rejects).most_common()),
-    }
+    """Count what is in the tables and write the card beside them."""
+    with Heartbeat(lambda: "prepare: drawing the dataset card, working"):
+        questions = {split: count_questions(folder, split) for split in SPLITS}
+        asked = {split: counted for split, counted in questions.items() if counted}
+        card = make_card(config, found.places, photos, divided, gazetteer, found.rejects, asked, attribution)
+        used = {photo.place for photo in photos}
+        write_card(folder, card, [place for place in found.places.values() if place.id in used], divided, gazetteer)
+    return card
 
 
 def _print_card(card: dict[str, Any]) -> None:

@@ -1,66 +1,63 @@
-"""Ray Data as the jobs use it: rows of a table, in order, through a plain function in Ray tasks."""
+"""Ray Data as the jobs use it: shards of a table through a plain function, in tasks that write what they make.
 
+Image bytes go from file to file inside a task; only the shards' summaries come back. Ray Data's own checkpoints resume by
+row as well, but pass all bytes through the object store and name their files by the order in which tasks end.
+"""
+
+import json
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
 import ray.data
 
-from addressvlm import InputError, tables
+from addressvlm import InputError
+from addressvlm.shards import Shard, Summary, Work, make, tidy
+from ray_jobs.common import progress
 from ray_jobs.heartbeat import Heartbeat
 
-Rows = list[dict[str, Any]]
-
-STOP = "_stop"  # column of the sentence with which a task stops the job; an exception would lose its type on the way
+STOP = "stop"  # key of the sentence with which a task stops the job; an exception would lose its type on the way
 
 
-def mapped(
-    step: str,
-    folder: Path,
-    split: str,
-    columns: list[str],
-    function: Callable[[Rows], Rows],
-    schema: pa.Schema,
-    batch_size: int,
-    tasks: int | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Rows of a table through `function`, at most `tasks` batches at a time; the order is kept.
+def sharded(step: str, shards: list[Shard], folder: Path, work: Work, tasks: int | None = None) -> list[Summary]:
+    """Make all shards that are not made yet, at most `tasks` at a time; summaries in the order of the shards.
 
     Args:
-        step: what to call it in the line that is printed now and then while nothing comes back.
-        function: gets up to `batch_size` rows of these columns, returns rows of `schema`.
+        step: what to call it in the lines that are printed.
+        folder: where the files go; all nodes must see it.
 
     Raises:
-        InputError: one that `function` raised.
+        InputError: one that the work raised.
     """
+    tidy(folder, len(shards))
+    total = sum(shard.rows for shard in shards)
+    progress(step, 0, total)
+    if not shards:
+        return []
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    result = pa.schema([*schema, (STOP, pa.string())])
+    context.execution_options.preserve_order = False
 
-    def on_batch(batch: pa.Table) -> pa.Table:
+    def on_shard(row: dict[str, Any]) -> dict[str, Any]:
         try:
-            rows = function(batch.to_pylist())
+            summary = make(shards[row["shard"]], folder, work)
         except InputError as error:
-            rows = [{STOP: str(error)}]
-        return pa.Table.from_pylist(rows, schema=result)
+            summary = {STOP: str(error)}
+        return {"summary": json.dumps(summary)}
 
-    files = [str(file) for file in tables.files(folder, split)]
-    dataset = ray.data.read_parquet(files, columns=columns).map_batches(
-        on_batch, batch_size=batch_size, batch_format="pyarrow", concurrency=tasks
-    )
-    done = 0
+    numbers = [{"shard": shard.number} for shard in shards]
+    dataset = ray.data.from_items(numbers, override_num_blocks=len(shards)).map(on_shard, concurrency=tasks)
+    done, summaries = 0, []
     with Heartbeat(lambda: f"{step}: {done:,} rows so far, working"):
-        for batch in dataset.iter_batches(batch_size=batch_size, batch_format="pyarrow", prefetch_batches=1):
-            for row in batch.to_pylist():
-                stop = row.pop(STOP)
-                if stop is not None:
-                    raise InputError(stop)
-                done += 1
-                yield row
+        for row in dataset.iter_rows():
+            summary = json.loads(row["summary"])
+            if STOP in summary:
+                raise InputError(summary[STOP])
+            done += summary["rows"]
+            progress(step, done, total)
+            summaries.append(summary)
+    return sorted(summaries, key=lambda summary: summary["number"])
 
 
 def person_error(error: BaseException) -> InputError | None:

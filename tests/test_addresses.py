@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from shapely.geometry import LineString, box
 
 from addressvlm import InputError
-from addressvlm.addresses import Address, Gazetteer, normal
+from addressvlm.addresses import Address, Gazetteer
+from addressvlm.names import NameIndex, bare, normal, proper, spellings
 
 
 def gazetteer() -> Gazetteer:
@@ -18,7 +19,9 @@ def gazetteer() -> Gazetteer:
     lines = {n: LineString([(0.001 * i, 0), (0.001 * i, 0.01)]) for i, n in enumerate(names)}
     addresses = [Address(n, "Harbour" if i < 3 else "North Gate") for i, n in enumerate(names)]
     polygons = {"Harbour": box(-1, 0, 0.0025, 1), "North Gate": box(0.0025, 0, 1, 1)}
-    return Gazetteer(addresses, lines, polygons, {"Mill Street": 8}, {"Mill Street": 2}, "Town", ["made up"])
+    return Gazetteer(
+        addresses, lines, polygons, {"Mill Street": 8}, {"Mill Street": 2}, "Town", ["made up"], {"Zoo Avenue": ["Bear Road"]}
+    )
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,13 @@ def gazetteer() -> Gazetteer:
         ("Fifth & Main", "fifth and main"),
         ("Ｍｉｌｌ Street", "Mill street"),
         ("Saint-Pierre", "St Pierre"),
+        ("Karl-Marx-Straße", "Karl-Marx-Str."),
+        ("Nieuwstraat", "Nieuwstr."),
+        ("R. Lafayette", "rue Lafayette"),
+        ("C/ Mayor", "Calle Mayor"),
+        ("Av. Paulista", "Avenida Paulista"),
+        ("Bd. Voltaire", "Boulevard Voltaire"),
+        ("ул. Ленина", "улица Ленина"),
     ],
 )
 def test_spellings_of_one_name_have_one_form(one: str, other: str) -> None:
@@ -45,6 +55,50 @@ def test_different_names_stay_different() -> None:
 @given(st.text())
 def test_normal_form_is_stable(name: str) -> None:
     assert normal(normal(name)) == normal(name)
+    assert len(bare(name).split()) == len(normal(name).split())
+
+
+def test_accents_may_be_left_out_unless_that_makes_two_names_one() -> None:
+    assert bare("Rue de l'Église Sainte-Œuvre") == "r de leglise ste oeuvre"
+    assert bare("が") == normal("が")  # another letter, not an accent
+    index = NameIndex(["Rue de l'Église", "Løkken", "Rua Côco", "Rua Cocó"])
+    assert index.find("rue de l eglise") is None  # another word
+    assert index.find("it is RUE DE L'EGLISE") == "Rue de l'Église"
+    assert index.find("lokken") == "Løkken"
+    assert index.find("Rua Cocó") == "Rua Cocó"
+    assert index.find("R. Côco") == "Rua Côco"
+    assert index.find("Rua Coco") is None
+
+
+@given(st.lists(st.text("aàáeéè oøn", min_size=1), unique_by=normal, max_size=6))
+def test_each_name_is_found_by_itself(names: list[str]) -> None:
+    index = NameIndex(names)
+    for name in names:
+        if normal(name):
+            assert index.find(name) == name
+
+
+@pytest.mark.parametrize(("name", "has"), [("E Street", False), ("St. Av", False), ("E Carson St", True), ("銀座", True)])
+def test_names_of_nothing_but_common_words(name: str, has: bool) -> None:
+    assert proper(name) == has
+
+
+def test_spellings_of_openstreetmap() -> None:
+    tags = {
+        "name": "明治通り",
+        "name:en": "Meiji-dori Avenue",
+        "name:zh-Hant": "明治通",
+        "name:etymology": "Meiji",
+        "alt_name": "環状5号; 環状五号線",
+        "old_name": "市街路",
+        "name:left": "何か",
+    }
+    assert spellings(tags) == ("明治通り", ["環状5号", "環状五号線", "Meiji-dori Avenue", "明治通", "市街路"])
+    assert spellings(tags, "en")[0] == "Meiji-dori Avenue"
+    assert "明治通り" in spellings(tags, "en")[1]
+    assert spellings(tags, "fr")[0] == "明治通り"
+    assert spellings({"name:en": "No Local Name"}) == ("", [])
+    assert spellings({"name:en": "No Local Name"}, "en") == ("No Local Name", [])
 
 
 @pytest.mark.parametrize(
@@ -76,6 +130,30 @@ def test_two_spellings_in_one_city_are_told_apart_as_written() -> None:
     assert city.find_street("on E. St") is None
 
 
+def test_variants_lead_to_the_name_that_is_shown() -> None:
+    streets = [
+        Address("明治通り", "渋谷区"),
+        Address("Mill Road", "A"),
+        Address("Lenin Street", "A"),
+        Address("Main Street", "A"),
+    ]
+    variants = {
+        "明治通り": ["Meiji-dori Avenue"],
+        "渋谷区": ["Shibuya"],
+        "Mill Road": ["Lenin Street", "The Mills", "M", "42"],
+        "Main Street": ["The Mills"],
+        "Elsewhere": ["Nowhere"],
+    }
+    city = Gazetteer(streets, variants=variants)
+    assert city.find_street("on meiji dori ave, I think") == "明治通り"
+    assert city.find_district("Meiji-dori Avenue, Shibuya") == "渋谷区"
+    assert city.find_street("Lenin St") == "Lenin Street"  # a name goes before another street's old one
+    assert city.find_street("The Mills") is None  # two streets are called so
+    assert city.find_street("M 42") is None
+    assert city.find_street("Meiji-dori Avenue, that is 明治通り") == "明治通り"
+    assert "Elsewhere" not in city.variants
+
+
 def test_near_orders_by_distance_and_mixes_with_rng() -> None:
     city = gazetteer()
     assert city.near("Mill Street", 2) == ["Mill Lane", "St. Mary's Road"]
@@ -95,6 +173,8 @@ def test_save_and_load_keep_everything(tmp_path: Path) -> None:
     assert again.geometry == city.geometry
     assert again.district_geometry == city.district_geometry
     assert (again.places_of("Mill Street"), again.photos_of("Mill Street"), again.places_of("Zoo Avenue")) == (2, 8, 0)
+    assert again.variants == {"Zoo Avenue": ["Bear Road"]}
+    assert again.find_street("Bear Rd") == "Zoo Avenue"
     assert (again.city, again.attribution) == ("Town", ["made up"])
 
 

@@ -55,6 +55,14 @@ def test_generation_is_right_if_it_names_exactly_the_expected(level, expected, a
     assert judge.correct(level, "generation", expected, answer) is right
 
 
+def test_a_variant_counts_as_the_name_and_a_name_of_its_own_does_not():
+    local = Judge(["Via Roma", "Corso"], ["Mitte"], {"Via Roma": ["Romstraße", "Corso"], "Mitte": ["Centre"]})
+    assert local.correct("street", "generation", "Via Roma", "Romstrasse")
+    assert local.correct("address", "generation", "Via Roma, Mitte", "Romstraße, Centre")
+    assert local.correct("street", "choice", "Via Roma", "It is Romstraße", ["Corso", "Via Roma"])
+    assert not local.correct("street", "generation", "Via Roma", "Corso")
+
+
 def test_address_whose_street_has_a_comma():
     local = Judge(["Rue A, Nord", "Quai"], ["Centre"])
     assert local.correct("address", "generation", "Rue A, Nord, Centre", "rue a nord centre", street="Rue A, Nord")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from addressvlm import InputError
-from addressvlm.grafting import decode_photo, encode, graft, grafted_size
+from addressvlm.grafting import decode_photo, decode_tile, encode, graft, graft_place, grafted_size
 
 SIDES = st.integers(1, 400)
 
@@ -88,3 +88,65 @@ def test_encoding_keeps_letters_crisp() -> None:
     tile.paste((200, 0, 0), (30, 0, 32, 64))
     again = np.asarray(Image.open(io.BytesIO(encode(tile, 92)))).astype(int)
     assert abs(again - np.asarray(tile).astype(int)).mean() < 3
+
+
+def textured(size: tuple[int, int], seed: int) -> Image.Image:
+    """A picture with detail of all sizes, as photos have, and hard edges, as maps have."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full((size[1], size[0], 3), 128.0)
+    for octave in range(2, 9):
+        noise = Image.fromarray(rng.integers(0, 255, (2**octave, 2**octave, 3), dtype=np.uint8))
+        pixels += (np.asarray(noise.resize(size, Image.Resampling.BICUBIC)) - 127.5) / octave**1.5
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    image.paste((255, 255, 255), (size[0] // 3, 0, size[0] // 2, size[1]))
+    return image
+
+
+def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [(640, 640), (640, 480), (1920, 1080), (400, 700), (168, 168), (90, 60)])
+def test_pixels_stay_near_those_of_the_plain_loop(size: tuple[int, int]) -> None:
+    """Draft decoding and cheaper filters against opening all of it and LANCZOS, on the scale to 255."""
+    tile, photo = encoded(textured((512, 512), 1), "PNG"), encoded(textured(size, 2), "JPEG", quality=90)
+    (found,) = graft_place(tile, [photo], pixels=336, delta=0.5, quality=92)
+
+    expected = Image.open(io.BytesIO(tile)).convert("RGB").resize((336, 336))
+    opened = Image.open(io.BytesIO(photo)).convert("RGB")
+    small = opened.resize(grafted_size(opened.size, 336, 0.5), Image.Resampling.LANCZOS)
+    expected.paste(small, (336 - small.width, 0))
+    plain = encoded(expected, "JPEG", quality=92, subsampling=0)
+
+    first, second = (np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in (plain, found))
+    apart = abs(first - second)
+    assert apart.mean() < 2
+    assert np.percentile(apart, 99.9) <= 25
+    assert abs((first - second).mean()) < 0.3  # no brighter, no darker
+
+
+def test_a_place_of_many_views_is_the_same_as_one_by_one() -> None:
+    tile = encoded(textured((512, 512), 1), "PNG")
+    photos = [encoded(textured((300, 200), seed), "JPEG") for seed in range(3)]
+    together = list(graft_place(tile, photos, 160))
+    assert together == [data for photo in photos for data in graft_place(tile, [photo], 160)]
+    assert len(set(together)) == 3
+    assert together == list(graft_place(tile, photos, 160))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_tiles_of_any_kind_and_size(form: str) -> None:
+    whole = textured((336, 336), 1)
+    assert decode_tile(encoded(whole, form), 336).size == (336, 336)
+    assert decode_tile(encoded(whole.convert("L"), form), 100).mode == "RGB"
+    assert decode_tile(encoded(whole, "PNG"), 336).tobytes() == whole.tobytes()
+    with pytest.raises(InputError, match="the tile can't be decoded"):
+        decode_tile(encoded(whole, form)[:300], 336)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_photos_of_any_colours(mode: str) -> None:
+    photo = decode_photo(encoded(textured((640, 320), 3).convert(mode), "JPEG"), 168)
+    assert (photo.mode, photo.size) == ("RGB", (320, 160))

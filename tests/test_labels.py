@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from addressvlm import InputError
-from addressvlm.addresses import normal
 from addressvlm.config import LabelsConfig, TilesConfig
 from addressvlm.labels import Request, make_labeler
 from addressvlm.labels.checks import Checker, Names
@@ -22,6 +21,7 @@ from addressvlm.labels.prompt import load_prompt
 from addressvlm.labels.rows import label_rows
 from addressvlm.labels.template import QUESTIONS, explain
 from addressvlm.maps.tiles import TileRenderer
+from addressvlm.names import normal
 from tests import town
 from tests.endpoint import Endpoint, refuses, says
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import rasterio
@@ -13,6 +14,7 @@ from addressvlm.config import TilesConfig
 from addressvlm.maps.roads import Roads
 from addressvlm.maps.tiles import TileRenderer
 from tests import town
+from tests.tileserver import TileServer
 
 CONFIG = TilesConfig()
 
@@ -104,6 +106,33 @@ def test_names_that_the_font_lacks_are_not_claimed(tmp_path: Path) -> None:
     assert tile.names == ["Rue de l'Évêché"]
 
 
+def test_another_font_draws_what_the_first_lacks(tmp_path: Path) -> None:
+    """STIX stands for a font of another script: it has letters that DejaVu Sans Bold lacks."""
+    path = town.write_streets(tmp_path / "s.geojson", {"𝒜𝒞𝒟 Mill Street": [(-300, 0), (300, 0)]})
+    font = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "STIXGeneral.ttf"))
+    assert TileRenderer(path, None, CONFIG).tile(*town.degrees(0, 0)).names == []
+    named = TileRenderer(path, None, CONFIG.model_copy(update={"font": font})).tile(*town.degrees(0, 0))
+    assert named.names == ["𝒜𝒞𝒟 Mill Street"]
+    plain = TileRenderer(town.write_streets(tmp_path / "p.geojson", {"Mill Street": [(-300, 0), (300, 0)]}), None, CONFIG)
+    spans = [
+        np.ptp(np.nonzero(np.asarray(tile.image.convert("L")) < 150)[1]) for tile in (named, plain.tile(*town.degrees(0, 0)))
+    ]
+    assert spans[0] > spans[1] + 2 * CONFIG.font_px
+    for bad in (str(tmp_path / "none.ttf"), str(path)):
+        with pytest.raises(InputError, match=r"set tiles\.font to"):
+            TileRenderer(path, None, CONFIG.model_copy(update={"font": bad}))
+
+
+def test_names_lie_on_the_straight_part_of_a_street(tmp_path: Path) -> None:
+    """A street with a bend and a long straight stretch: all letters are level, and beside the bend there are none."""
+    path = town.write_streets(tmp_path / "s.geojson", {"Mill Street": [(-90, 10), (-75, -40), (-60, -80), (300, -80)]})
+    tile = TileRenderer(path, None, CONFIG).tile(*town.degrees(0, 0))
+    assert tile.names == ["Mill Street"]
+    rows, columns = np.nonzero(dark(tile.image))
+    assert np.ptp(rows) <= CONFIG.font_px * 1.2
+    assert columns.min() > CONFIG.pixels / 2 - 60 * CONFIG.pixels / CONFIG.side_m
+
+
 def test_same_place_same_pixels(streets: Path) -> None:
     renderer = TileRenderer(streets, None, CONFIG)
     first = renderer.tile(*town.degrees(0, 0))
@@ -150,6 +179,15 @@ def test_imagery_in_any_projection_and_scale(tmp_path: Path, streets: Path, imag
                 reproject(rasterio.band(source, [1, 2, 3]), rasterio.band(out, [1, 2, 3]))
         found = np.asarray(TileRenderer(None, other, bare).tile(*town.degrees(-60, 60)).image).astype(int)
         assert (abs(found - expected).max(axis=-1) > 60).mean() < 0.01
+
+
+def test_imagery_behind_an_address(imagery: Path) -> None:
+    """A GeoTIFF on a web server is read in ranges."""
+    data, bare = imagery.read_bytes(), CONFIG.model_copy(update={"names": False})
+    with TileServer(lambda path: (200, {}, data)).running() as running:
+        found = TileRenderer(None, f"{running.url}/satellite.tif", bare).tile(*town.degrees(-60, 60))
+        assert {headers["Range"][:6] for _, headers, _ in running.asked} == {"bytes="}
+    assert found.image.tobytes() == TileRenderer(None, imagery, bare).tile(*town.degrees(-60, 60)).image.tobytes()
 
 
 def test_imagery_of_one_band_and_with_a_palette(tmp_path: Path) -> None:
@@ -201,12 +239,14 @@ def test_bad_sources_are_named(tmp_path: Path, streets: Path) -> None:
     with pytest.raises(InputError, match="is not GeoJSON"):
         TileRenderer(tmp_path / "not.geojson", None, CONFIG)
     (tmp_path / "empty.geojson").write_text('{"features": []}')
-    with pytest.raises(InputError, match="no LineString"):
+    with pytest.raises(InputError, match="has no lines"):
         TileRenderer(tmp_path / "empty.geojson", None, CONFIG)
     (tmp_path / "not.tif").write_text("no picture")
     with pytest.raises(InputError, match=r"not.tif can't be opened"):
         TileRenderer(streets, tmp_path / "not.tif", CONFIG)
     with pytest.raises(InputError, match="no coordinate system"):
         TileRenderer(streets, town.write_imagery(tmp_path / "no_crs.tif", crs=None), CONFIG)
+    with pytest.raises(InputError, match=r"s3://bucket/city.tif: give a file"):
+        TileRenderer(streets, "s3://bucket/city.tif", CONFIG)
     with pytest.raises(InputError, match="uint16 samples"):
         TileRenderer(streets, town.write_imagery(tmp_path / "deep.tif", dtype="uint16"), CONFIG)

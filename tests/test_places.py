@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from addressvlm import InputError
 from addressvlm.addresses import Address
-from addressvlm.cities import manifest
+from addressvlm.cities.photo import Photo
 from addressvlm.cities.address import Place, assign
 from addressvlm.cities.split import split
 from addressvlm.cities.streets import StreetMap
@@ -48,9 +49,9 @@ def town(tmp_path: Path) -> CityConfig:
     )
 
 
-def photo(row: int, x: float, y: float, **given: Any) -> manifest.Photo:
+def photo(row: int, x: float, y: float, **given: Any) -> Photo:
     given = {"place": f"p{row}"} | given
-    return manifest.Photo(row=row, id=f"{row}", file=f"{row}.jpg", lat=y / DEGREE_M, lon=x / DEGREE_M, **given)
+    return Photo(row=row, id=f"{row}", file=f"{row}.jpg", lat=y / DEGREE_M, lon=x / DEGREE_M, **given)
 
 
 # streets
@@ -128,7 +129,7 @@ def test_addresses_from_the_map(town: CityConfig) -> None:
 
 def test_photos_of_a_place_share_its_address_and_strays_are_told(town: CityConfig) -> None:
     group = [photo(1, -10, 5), photo(2, -10, 7), photo(3, -10, 9), photo(4, 200, 9)]
-    group = [manifest.Photo(**(p.__dict__ | {"place": "here"})) for p in group]
+    group = [replace(p, place="here") for p in group]
     places, addressed, rejects = assign(group, StreetMap.load(town.streets, town.districts), town)
     assert [p.row for p in addressed] == [1, 2, 3]
     assert places["here"].distance_m == pytest.approx(7, abs=0.1)

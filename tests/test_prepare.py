@@ -16,7 +16,7 @@ from addressvlm import InputError, tables
 from addressvlm.addresses import Gazetteer
 from addressvlm.cities.source import resolve
 from addressvlm.config import Config, validate
-from addressvlm.run import Run
+from addressvlm.run import WORK, Run
 from ray_jobs import prepare
 from tests.test_places import DEGREE_M, geojson
 
@@ -81,6 +81,8 @@ def test_a_dataset_comes_out_that_datasets_opens(tmp_path: Path, capsys: pytest.
     assert sum(part["photos"] for part in card["splits"].values()) == card["photos"] == 60
     assert card["min_train_to_held_out_m"] >= config.city.guard_m
     assert card["attribution"] == ["drawn for this test"]
+    assert {p.name for p in folder.iterdir()} >= {"README.md", "card.html", "figures", "gazetteer.geojson"}
+    assert (row["address_source"], row["second_street"], row["sub_street"]) == ("map", row["cross_street"], None)
     places = [set(opened[split]["place"]) for split in files]
     assert not places[0] & places[1] | places[0] & places[2] | places[1] & places[2]
 
@@ -89,7 +91,7 @@ def test_a_dataset_comes_out_that_datasets_opens(tmp_path: Path, capsys: pytest.
     assert set(opened["test"]["street"]) <= set(gazetteer.streets) == set(gazetteer.geometry)
     aside = pq.read_table(Run(config).folder / "aside.parquet").to_pylist()
     assert len(aside) == card["splits"].get("aside", {"places": 0})["places"]
-    assert not (folder / prepare.STAGED).exists()
+    assert not (folder / WORK).exists()
 
     before = tables.read(folder, "test")
     prepare.run_step(config)
@@ -100,7 +102,8 @@ def test_a_dataset_comes_out_that_datasets_opens(tmp_path: Path, capsys: pytest.
 
 def test_every_bad_row_is_kept_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     far = {"lat": 5000 / DEGREE_M, "place": "far"}
-    bad = {3: {"lat": 91}, 5: {"photo": "0.jpg"}, 8: far, 10: {"photo": "none.jpg"}, 11: {"lon": ""}}
+    between = {"lat": 75 / DEGREE_M, "place": "between"}
+    bad = {3: {"lat": 91}, 5: {"photo": "0.jpg"}, 7: between, 8: far, 10: {"photo": "none.jpg"}, 11: {"lon": ""}}
     config = city(tmp_path, bad, max_reject_share=0.2, max_megapixels=1)
     (tmp_path / "photos" / "19.jpg").write_bytes(b"")
     (tmp_path / "photos" / "20.jpg").write_text("this is not a photo")
@@ -114,7 +117,8 @@ def test_every_bad_row_is_kept_with_its_reason(tmp_path: Path, capsys: pytest.Ca
     assert {row: reason.partition(":")[0] for row, reason in reasons.items()} == {
         3: "latitude out of range",
         5: "duplicate id",
-        8: "no street near",
+        7: "no street near",
+        8: "outside the map",
         10: "photo missing",
         11: "empty cell",
         20: "photo empty",
@@ -125,9 +129,9 @@ def test_every_bad_row_is_kept_with_its_reason(tmp_path: Path, capsys: pytest.Ca
     assert "row 1" in reasons[5]
     assert "none.jpg" in reasons[10]
     card = json.loads((Run(config).photos / "card.json").read_text())
-    assert card["photos"] == 51
+    assert card["photos"] == 50
     assert card["rejected"] == dict.fromkeys((r.partition(":")[0] for r in reasons.values()), 1)
-    assert "prepare: 9 rows rejected" in capsys.readouterr().out
+    assert "prepare: 10 rows rejected" in capsys.readouterr().out
 
 
 def test_too_many_bad_rows_stop_the_run_and_are_listed(tmp_path: Path) -> None:
@@ -136,6 +140,49 @@ def test_too_many_bad_rows_stop_the_run_and_are_listed(tmp_path: Path) -> None:
         prepare.run_step(config)
     assert sorted(rejected(config)) == list(range(1, 8))
     assert not Run(config).photos.exists()
+
+
+def test_mended_photos_are_looked_at_again(tmp_path: Path) -> None:
+    """Both after a stop and where an interrupted run had seen them bad."""
+    config = city(tmp_path)
+    for n in range(0, 20):
+        (tmp_path / "photos" / f"{n}.jpg").rename(tmp_path / f"{n}.jpg")
+    with pytest.raises(InputError, match=r"20 of 60 rows .*20 photo missing"):
+        prepare.run_step(config)
+    for n in range(0, 20):
+        (tmp_path / f"{n}.jpg").rename(tmp_path / "photos" / f"{n}.jpg")
+    prepare.run_step(config)
+    assert rejected(config) == {}
+
+
+def test_questions_about_sub_streets(tmp_path: Path) -> None:
+    """A cross street cuts the three streets; answers name the part, and test photos only parts that training knows."""
+    config = city(tmp_path, partition={"gap_m": 50, "min_places": 1}, answer="sub_street", guard_m=5)
+    cross = {**STREETS, "Cross Street": [[5, -400], [5, 700]]}
+    geojson(tmp_path / "streets.geojson", "LineString", cross)
+    prepare.run_step(config)
+    gazetteer = Gazetteer.load(Run(config).gazetteer)
+    assert "Street A west of Cross Street" in gazetteer.streets
+    assert set(gazetteer.geometry) == set(gazetteer.streets)
+    rows = [row for part in ("train", "test") for row in tables.rows(Run(config).photos, part)]
+    assert {row["street"] for row in rows} <= set(gazetteer.streets)
+    assert all(row["street"] == row["sub_street"] for row in rows)
+    named = {round_["answer"] for row in rows for round_ in row["rounds"] if round_["level"] == "street"} - {"Yes", "No"}
+    assert named <= set(gazetteer.streets)
+    card = json.loads((Run(config).photos / "card.json").read_text())
+    assert card["sub_streets"] > card["streets"] == 3
+
+
+def test_panoramas_are_cut_into_views(tmp_path: Path) -> None:
+    config = city(tmp_path, panorama={"headings": [0, 90], "pixels": 64})
+    for n in range(60):
+        Image.new("RGB", (256, 128), (4 * n, 0, 0)).save(tmp_path / "photos" / f"{n}.jpg")
+    prepare.run_step(config)
+    rows = [row for part in ("train", "val", "test") for row in tables.rows(Run(config).photos, part)]
+    aside = json.loads((Run(config).photos / "card.json").read_text())["splits"].get("aside", {"photos": 0})["photos"]
+    assert len(rows) + aside == 120
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert Image.open(io.BytesIO(rows[0]["image"]["bytes"])).size == (64, 64)
 
 
 def test_nothing_good_is_said_even_if_all_may_be_bad(tmp_path: Path) -> None:

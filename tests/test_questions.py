@@ -3,6 +3,9 @@
 import random
 from collections import Counter
 
+import pytest
+from shapely.geometry import LineString
+
 from addressvlm import questions
 from addressvlm.addresses import Address, Gazetteer
 from tests.test_addresses import gazetteer
@@ -10,12 +13,16 @@ from tests.test_addresses import gazetteer
 HERE = Address("Mill Street", "Harbour")
 
 
-def test_ten_templates_a_level_all_different() -> None:
-    assert {level: len(set(templates)) for level, templates in questions.TEMPLATES.items()} == {
-        "district": 10,
-        "street": 10,
-        "address": 10,
-    }
+@pytest.mark.parametrize("level", ["district", "street"])
+@pytest.mark.parametrize("kind", ["generation", "judgment", "choice"])
+def test_ten_templates_a_level_and_kind_all_asked(level: str, kind: str) -> None:
+    asked = set()
+    for seed in range(150):
+        for r in questions.training_rounds(HERE, gazetteer(), random.Random(seed)):
+            if (r["level"], r["kind"]) == (level, kind):
+                asked.add(r["question"].replace("; ".join(r["options"]) or "-", "{options}" if kind == "choice" else "{name}"))
+    assert len(asked) == 10
+    assert asked == set(questions.templates(level, kind))
 
 
 def test_training_rounds_are_balanced() -> None:
@@ -63,6 +70,31 @@ def test_test_rounds_are_the_nine_of_the_metrics() -> None:
         ("address", "generation", "Mill Street, Harbour"),
     ]
     assert [len(r["options"]) for r in rounds if r["kind"] == "choice"] == [2, 4]
+
+
+def far_and_wide() -> Gazetteer:
+    """Fifty parallel streets, number 0 at the western end."""
+    lines = {f"Street {i}": LineString([(0.001 * i, 0), (0.001 * i, 0.01)]) for i in range(50)}
+    return Gazetteer([Address(name, "Town") for name in lines], lines)
+
+
+@pytest.mark.parametrize(("near_share", "low", "high"), [(0.0, 0.03, 0.2), (0.5, 0.45, 0.65), (1.0, 1.0, 1.0)])
+def test_the_mix_of_near_and_any_wrong_names_is_a_setting(near_share: float, low: float, high: float) -> None:
+    here, city, wrong = Address("Street 0", "Town"), far_and_wide(), []
+    for seed in range(300):
+        rng = random.Random(seed)
+        asked = questions.training_rounds(here, city, rng, 7, near_share) + questions.test_rounds(here, city, rng, near_share)
+        wrong += [name for r in asked if r["kind"] == "choice" for name in r["options"] if name != here.street]
+    near = sum(int(name.removeprefix("Street ")) <= 6 for name in wrong)  # near are the nearest six for three wrong names
+    assert low <= near / len(wrong) <= high
+
+
+def test_kinds_stay_balanced_where_there_is_one_district() -> None:
+    rng, here = random.Random(0), Address("Street 3", "Town")
+    rounds = [r for _ in range(300) for r in questions.training_rounds(here, far_and_wide(), rng)]
+    kinds = Counter(r["kind"] for r in rounds)
+    assert all(abs(n / len(rounds) - 1 / 3) < 0.03 for n in kinds.values())
+    assert {r["level"] for r in rounds if r["kind"] != "generation"} == {"street"}
 
 
 def test_same_seed_same_rounds() -> None:

@@ -58,7 +58,8 @@ def run(tmp_path):
     place = {"lat": 52.2, "lon": 0.1, "street": "Mill Street", "district": "Harbour"}
     images = [{"id": f"photo{i}", "place": "p", "image": {"bytes": jpeg((900, 600)), "path": None}} for i in range(6)]
     tables.write(tmp_path / "photos", "test", [photo | place | image for image in images], tables.PHOTOS)
-    card = {"city": "Toytown", "guard_m": 25.0, "attribution": ["© photographer"], "splits": {"train": {"photos": 1234}}}
+    card = {"city": "Toytown", "guard_m": 25.0, "attribution": ["© photographer"], "splits": {"train": {"photos": 1234}},
+            "min_train_to_held_out_m": 27.34, "questions_by_kind": {"train": {"street": {"choice": 99}}}}  # fmt: skip
     (tmp_path / "photos" / "card.json").write_text(json.dumps(card))
     label = {
         "level": "alignment",
@@ -117,6 +118,7 @@ def test_shows_everything_the_run_has(run):
     page = written(run, all_sources(run))
     for text in (
         "Toytown",
+        "No held-out place is nearer than 27.3 m to a training place (guard 25 m).",
         "83.3",
         "Why there?",
         "The bend &amp; the tower.",

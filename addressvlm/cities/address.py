@@ -1,17 +1,28 @@
-"""The address of each place: from the manifest where it says so, else the nearest named street and the district around."""
+"""The address of each place: from the table where it says so, else by the rules of paper 002 (Sec. 5.1 and A.2) and offline.
+
+The street is the nearest named one within a limit, lines of the street map only: buildings and their addresses are set
+aside. Neighbours may vote (addressvlm/cities/votes.py), an external geocoder may be asked instead
+(addressvlm/cities/geocoders.py), corners are marked ambiguous, the district is the polygon around.
+"""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from addressvlm.addresses import Address
-from addressvlm.cities.manifest import Photo
+from addressvlm.cities import geocoders
+from addressvlm.cities.partition import SubStreets
+from addressvlm.cities.photo import Photo, looks_swapped
 from addressvlm.cities.streets import StreetMap
-from addressvlm.config import CityConfig
+from addressvlm.cities.votes import vote
+from addressvlm.config import CityConfig, PartitionConfig
 from addressvlm.errors import InputError
+from addressvlm.names import normal
 
 CROSS_STREET_M = 200.0  # how far a street may be and still be called the nearest other one
 
@@ -29,62 +40,223 @@ class Place:
     distance_m: float | None  # to the street, None if the map does not have it near
     cross_street: str | None  # nearest street of another name
     ambiguous: bool  # that other street is so near that the address may be judged wrong
+    source: str = "map"  # of the street: manifest, map, nominatim, google, or neighbour (a geocoder's answer from next to it)
+    margin_m: float | None = None  # distance to the other street less that to its own; below 0 if the other is nearer
+    second_street: str | None = None  # that other street
+    sub_street: str | None = None  # None without city.partition, unless the table gives it
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """The street that a place is said to be on, and by whom; a geocoder says more."""
+
+    street: str | None
+    source: str
+    district: str | None = None
+    second: str | None = None
+    tie: bool = False
+
+
+@dataclass(frozen=True)
+class _Spots:
+    """The places as columns, in the order of the rows."""
+
+    ids: list[str]
+    groups: list[list[Photo]]
+    lat: NDArray[np.float64]
+    lon: NDArray[np.float64]
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
 
 
 def assign(
-    photos: Sequence[Photo], streets: StreetMap, city: CityConfig
+    photos: Sequence[Photo], streets: StreetMap, city: CityConfig, seed: int = 0, cache: Path | None = None
 ) -> tuple[dict[str, Place], list[Photo], list[dict[str, Any]]]:
     """Addresses of all places: (places by id, the photos that have one, rows of `tables.REJECTS` for the others).
 
+    Args:
+        photos: in the order of the table, which is that of the drive if the neighbours are to vote.
+        seed: draws the places that an external geocoder is asked about.
+        cache: file of that geocoder's answers where the city's settings name none.
+
     Raises:
-        InputError: rows lack a street (or district) and the city has no streets (or districts) file.
+        InputError: rows lack a street (or district) and the city has no streets (or districts) file, latitude and longitude
+            are swapped, or the geocoder can't be used.
     """
     _require_maps(photos, city)
+    _refuse_swapped(photos, streets, city)
     rejects: list[dict[str, Any]] = []
-    groups = {place: _consistent(place, group, streets, city, rejects) for place, group in _by_place(photos).items()}
-    groups = {place: group for place, group in groups.items() if group}
-    if not groups:
+    spots = _spots(photos, streets, city, rejects)
+    if not spots.ids:
         return {}, [], rejects
-    lat = np.array([np.mean([p.lat for p in group]) for group in groups.values()])
-    lon = np.array([np.mean([p.lon for p in group]) for group in groups.values()])
-    x, y = streets.to_metres(lat, lon)
-    around = streets.around(lat, lon, max(city.max_distance_m, city.ambiguous_m, CROSS_STREET_M))
-    districts = streets.district(lat, lon)
+    near = _Near(spots, streets)
+    claims = _claims(spots, near, streets, city, seed, cache)
+    districts = streets.district(spots.lat, spots.lon)
+    found = near.to([claim.street for claim in claims])
     places: dict[str, Place] = {}
     addressed: list[Photo] = []
-    for i, (place, group) in enumerate(groups.items()):
-        street, distance = _street(group, around[i], city)
-        district = _given(group, "district") or districts[i]
-        if street is None or district is None:
-            nearest = f"{around[i][0][0]} is {around[i][0][1]:.0f} m away" if around[i] else "none is near"
-            no_street = f"no street near: {nearest}, the limit is {city.max_distance_m:g} m"
-            no_district = f"outside all districts: {lat[i]:.5f}, {lon[i]:.5f}"
-            rejects += [photo.reject(no_street if street is None else no_district) for photo in group]
+    for i, (claim, (metres, second, second_metres)) in enumerate(zip(claims, found, strict=True)):
+        district = _given(spots.groups[i], "district") or districts[i] or claim.district
+        if claim.street is None or district is None:
+            reason = _reason(spots, i, near, streets, city, claim.street is None)
+            rejects += [photo.reject(reason) for photo in spots.groups[i]]
             continue
-        cross, cross_distance = next(((n, d) for n, d in around[i] if n != street), (None, np.inf))
-        places[place] = Place(
-            id=place,
-            lat=float(lat[i]),
-            lon=float(lon[i]),
-            x=float(x[i]),
-            y=float(y[i]),
-            address=Address(street, district),
-            distance_m=distance,
-            cross_street=cross,
-            ambiguous=bool(cross_distance <= city.ambiguous_m),
+        second = second or claim.second
+        places[spots.ids[i]] = Place(
+            id=spots.ids[i],
+            lat=float(spots.lat[i]),
+            lon=float(spots.lon[i]),
+            x=float(spots.x[i]),
+            y=float(spots.y[i]),
+            address=Address(claim.street, district),
+            distance_m=metres,
+            cross_street=second,
+            ambiguous=claim.tie or (second_metres is not None and second_metres <= city.ambiguous_m),
+            source=claim.source,
+            margin_m=None if metres is None or second_metres is None else second_metres - metres,
+            second_street=second,
+            sub_street=_given(spots.groups[i], "sub_street"),
         )
-        addressed += group
+        addressed += spots.groups[i]
+    if city.partition is not None:
+        places = with_sub_streets(places, addressed, streets, city.partition)[0]
     return places, addressed, rejects
+
+
+def with_sub_streets(
+    places: Mapping[str, Place],
+    photos: Sequence[Photo],
+    streets: StreetMap,
+    config: PartitionConfig,
+    counted: Collection[str] | None = None,
+) -> tuple[dict[str, Place], SubStreets]:
+    """The places with the sub-streets of a partition made for them, and the partition; what the table gives stays.
+
+    Args:
+        photos: of these places.
+        counted: ids of the places that count for `min_places` (the training places); default: all.
+    """
+    given = {place: _given(group, "sub_street") for place, group in _by_place(photos).items()}
+    open_ = [p for p in places.values() if not given.get(p.id)]
+    counts = [counted is None or p.id in counted for p in open_]
+    parts = SubStreets(streets, config, [p.address.street for p in open_], [p.x for p in open_], [p.y for p in open_], counts)
+    names = {p.id: name for p, name in zip(open_, parts.names, strict=True)}
+    return {i: replace(p, sub_street=names.get(i, given.get(i))) for i, p in places.items()}, parts
+
+
+class _Near:
+    """The two nearest streets of every place, and any other street that is asked for."""
+
+    def __init__(self, spots: _Spots, streets: StreetMap) -> None:
+        self._spots, self._streets = spots, streets
+        self.first, self.metres, self.second, self.second_metres = streets.nearest_two(spots.lat, spots.lon, CROSS_STREET_M)
+        self._names = [*streets.street_names, None]
+
+    def name(self, code: int) -> str | None:
+        """The street with this code, None for -1."""
+        return self._names[code]
+
+    def to(self, names: Sequence[str | None]) -> list[tuple[float | None, str | None, float | None]]:
+        """For the named street of each place: metres to it, the nearest street of another name, metres to that."""
+        found: list[tuple[float | None, str | None, float | None]] = []
+        others = []
+        for i, name in enumerate(names):
+            both = [
+                (self.name(self.first[i]), float(self.metres[i])),
+                (self.name(self.second[i]), float(self.second_metres[i])),
+            ]
+            found.append(_measured(name, [(n, d) for n, d in both if n is not None]))
+            if name is not None and name not in (both[0][0], both[1][0]):
+                others.append(i)
+        if others:
+            around = self._streets.around(self._spots.lat[others], self._spots.lon[others], CROSS_STREET_M)
+            for i, streets in zip(others, around, strict=True):
+                found[i] = _measured(names[i], streets)
+        return found
+
+
+def _measured(name: str | None, near: Sequence[tuple[str, float]]) -> tuple[float | None, str | None, float | None]:
+    """Metres to the named street, the first other one and metres to that, None where there is none."""
+    metres = next((d for n, d in near if n == name), None)
+    other, other_metres = next(((n, d) for n, d in near if n != name), (None, None))
+    return metres, other, other_metres
+
+
+def _claims(spots: _Spots, near: _Near, streets: StreetMap, city: CityConfig, seed: int, cache: Path | None) -> list[_Claim]:
+    """Who says what about the street of each place: the table, else the geocoder if there is one, else the map."""
+    given = [_given(group, "street") for group in spots.groups]
+    claims = [_Claim(street, "manifest") for street in given]
+    if city.geocoder is None:
+        own = np.where(near.metres <= city.max_distance_m, near.first, -1)
+        if city.vote_m > 0:
+            code = {name: i for i, name in enumerate(streets.street_names)}
+            voters = np.array([o if g is None else code.get(g, -1) for g, o in zip(given, own, strict=True)], dtype=np.int32)
+            rivals = np.where(near.second_metres <= min(city.ambiguous_m, city.max_distance_m), near.second, -1)
+            own = vote(spots.x, spots.y, voters, rivals, city.vote_m)
+        return [c if c.street else _Claim(near.name(o), "map") for c, o in zip(claims, own.tolist(), strict=True)]
+    file = Path(city.geocoder.cache).expanduser() if city.geocoder.cache else cache
+    if file is None:
+        raise InputError("the geocoder's answers have no file to be kept in: set city.geocoder.cache.")
+    open_ = [i for i, street in enumerate(given) if street is None]
+    ids, where = [spots.ids[i] for i in open_], (spots.lat[open_], spots.lon[open_], spots.x[open_], spots.y[open_])
+    answers, sources = geocoders.locate(ids, *where, city.geocoder, file, seed, city.language)
+    spelling = _spelling(streets)
+    for i, answer, source in zip(open_, answers, sources, strict=True):
+        claims[i] = _Claim(None, source)
+        if answer:
+            street, second = (name and spelling.get(normal(name), name) for name in (answer.street, answer.second))
+            claims[i] = _Claim(street, source, answer.district, second if second != street else None, answer.tie)
+    return claims
+
+
+def _spelling(streets: StreetMap) -> dict[str, str]:
+    """Normal form of the names and their variants -> the name as the map writes it."""
+    forms = {normal(other): name for name in streets.street_names for other in streets.variants.get(name, [])}
+    return forms | {normal(name): name for name in streets.street_names}
+
+
+def _reason(spots: _Spots, i: int, near: _Near, streets: StreetMap, city: CityConfig, no_street: bool) -> str:
+    """Why a place has no address."""
+    lat, lon = float(spots.lat[i]), float(spots.lon[i])
+    nearest = near.name(near.first[i])
+    if streets.bounds is not None and nearest is None:
+        west, south, east, north = streets.bounds
+        if not (west <= lon <= east and south <= lat <= north):
+            covered = f"{south:.4f} to {north:.4f}, {west:.4f} to {east:.4f}"
+            return f"outside the map: {lat:.5f}, {lon:.5f} is not in {covered}"
+    if not no_street:
+        return f"outside all districts: {lat:.5f}, {lon:.5f}"
+    if city.geocoder is not None:
+        return f"no geocoded street: none for {lat:.5f}, {lon:.5f}, nor within {geocoders.FILL_M:g} m of it"
+    distance = f"{nearest} is {near.metres[i]:.0f} m away" if nearest else "none is near"
+    return f"no street near: {distance}, the limit is {city.max_distance_m:g} m"
 
 
 def _require_maps(photos: Sequence[Photo], city: CityConfig) -> None:
     for column, path in (("street", city.streets), ("district", city.districts)):
         row = next((p.row for p in photos if not getattr(p, column)), None)
-        if row is not None and not path:
+        if row is not None and not path and city.geocoder is None:
             raise InputError(
-                f"row {row} of {city.manifest} gives no {column} and city.{column}s is not set: set it to a GeoJSON file, or "
-                f"add a column {column} to every row."
+                f"row {row} of {city.manifest or city.photos} gives no {column} and city.{column}s is not set: set it to a "
+                f"GeoJSON or OpenStreetMap file, or add a column {column} to every row."
             )
+
+
+def _refuse_swapped(photos: Sequence[Photo], streets: StreetMap, city: CityConfig) -> None:
+    if streets.bounds is not None and looks_swapped(photos, streets.bounds):
+        raise InputError(
+            f"latitude and longitude look swapped in {city.manifest or city.photos}: most photos lie outside of "
+            f"{city.streets or city.districts} as they are and inside the other way round; swap the two columns."
+        )
+
+
+def _spots(photos: Sequence[Photo], streets: StreetMap, city: CityConfig, rejects: list[dict[str, Any]]) -> _Spots:
+    """The places of the photos, in the order of their first rows; photos that don't fit their place are rejected."""
+    groups = {place: _consistent(place, group, streets, city, rejects) for place, group in _by_place(photos).items()}
+    groups = {place: group for place, group in groups.items() if group}
+    lat = np.array([np.mean([p.lat for p in group]) for group in groups.values()])
+    lon = np.array([np.mean([p.lon for p in group]) for group in groups.values()])
+    return _Spots(list(groups), list(groups.values()), lat, lon, *streets.to_metres(lat, lon))
 
 
 def _by_place(photos: Sequence[Photo]) -> dict[str, list[Photo]]:
@@ -119,11 +291,3 @@ def _given(group: list[Photo], column: str) -> str | None:
     """What most photos of the group say in the column, the first on a tie; None if none says anything."""
     said = Counter(getattr(p, column) for p in group if getattr(p, column))
     return said.most_common(1)[0][0] if said else None
-
-
-def _street(group: list[Photo], around: list[tuple[str, float]], city: CityConfig) -> tuple[str | None, float | None]:
-    """The street and the distance to it: the given one at any distance, else the nearest within the limit."""
-    given = _given(group, "street")
-    if given:
-        return given, next((d for name, d in around if name == given), None)
-    return around[0] if around and around[0][1] <= city.max_distance_m else (None, None)

@@ -1,5 +1,6 @@
 """Where the city's files are: those of the settings, or those of a toy city that is made first."""
 
+from addressvlm.cities import readers
 from addressvlm.config import Config
 from addressvlm.errors import InputError
 from addressvlm.run import Run
@@ -9,13 +10,10 @@ def resolve(config: Config, run: Run) -> Config:
     """The settings with the paths filled in; a toy city is drawn into the run's `input` folder if it is not there.
 
     Raises:
-        InputError: no manifest is set, there is no such toy city, or the folder can't be written.
+        InputError: neither manifest nor photos are set, there is no such toy city, or the folder can't be written.
     """
     if not config.city.toy:
-        if not config.city.manifest:
-            raise InputError(
-                "city.manifest is not set: set it to the CSV, JSONL or Parquet table of your photos, or set city.toy."
-            )
+        readers.where(config.city)
         return config
     from addressvlm.demo.city import write_city
 

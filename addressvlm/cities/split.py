@@ -2,11 +2,12 @@
 
 Blocks (square cells of the city) go to the test split, then to validation, in an order drawn by seed. A block is taken
 only if every street in it keeps a training place; where whole blocks fail, halves and quarters of them are tried.
+What is left for training can be thinned, by place and by view, to see what density does (paper 001, Fig. 5).
 """
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ import shapely
 from numpy.typing import NDArray
 
 from addressvlm.cities.address import Place
+from addressvlm.cities.photo import Photo
 from addressvlm.config import CityConfig
 
 SMALLEST_BLOCK_M = 5.0
@@ -42,18 +44,43 @@ class Split:
 
 
 def split(places: Sequence[Place], city: CityConfig, seed: int) -> Split:
-    """Split by the shares, block and guard of the city's settings; the same places and seed give the same split."""
+    """Split by the shares, block, guard and density of the city's settings; the same places and seed give the same split.
+
+    Every street of a held-out place keeps a training place.
+    Density is applied last and with draws of its own, so that the held-out places do not depend on it.
+    """
     places = sorted(places, key=lambda p: p.id)
     state = _State(places, city.guard_m)
     rng = random.Random(seed)
     state.fill("test", round(city.split.test * len(places)), city.block_m, rng)
     state.fill("val", round(city.split.val * len(places)), city.block_m, rng)
+    state.thin(city.density.places, random.Random(f"{seed}:density"))
     ids = [p.id for p in places]
     return Split(
         part=dict(zip(ids, state.part, strict=True)),
         reason={ids[i]: reason for i, reason in sorted(state.reason.items())},
         min_distance_m=_gap(state.points, state.part),
     )
+
+
+def thin_views(photos: Sequence[Photo], part: Mapping[str, Part], share: float, seed: int) -> list[Photo]:
+    """The photos with only this share of the views of each training place, at least one; held-out places keep all.
+
+    Args:
+        photos: of places in `part`, in any order, which is kept.
+        part: place id -> its part, as in `Split`.
+        share: in (0, 1]; a smaller one leaves a subset of what a larger one leaves.
+    """
+    views = defaultdict(list)
+    for photo in photos:
+        if part[photo.place] == "train":
+            views[photo.place].append(photo.id)
+    dropped: set[str] = set()
+    for place, ids in views.items():
+        order = sorted(ids)
+        random.Random(f"{seed}:{place}").shuffle(order)
+        dropped.update(order[max(1, round(share * len(order))) :])
+    return [photo for photo in photos if photo.id not in dropped]
 
 
 class _State:
@@ -82,6 +109,21 @@ class _State:
                     self._move(members, part)
                     have += len(members)
             side /= 2
+
+    def thin(self, share: float, rng: random.Random) -> None:
+        """Put training places aside until this share is left, and one more for each street that would have none.
+
+        The order of the places is drawn once: a smaller share leaves a subset of what a larger one leaves.
+        """
+        order = [i for i, part in enumerate(self.part) if part == "train"]
+        rng.shuffle(order)
+        kept = round(share * len(order))
+        seen: set[str] = set()
+        for rank, i in enumerate(order):
+            if rank >= kept and self.streets[i] in seen:
+                self.part[i] = "aside"
+                self.reason[i] = f"thinned to {share:g} of the training places"
+            seen.add(self.streets[i])
 
     def _neighbours(self) -> list[list[int]]:
         """For each place the others nearer than the guard."""

@@ -1,8 +1,8 @@
-"""A city's named streets and districts from GeoJSON: what is near a point, how far, and in which direction it runs."""
+"""A city's named streets and districts: what is near a point, how far, and in which direction it runs."""
 
-import json
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,67 +10,96 @@ import numpy as np
 import pyproj
 import shapely
 from numpy.typing import ArrayLike, NDArray
-from shapely.geometry import LineString, MultiLineString
+from shapely.geometry import LineString
 from shapely.geometry.base import BaseGeometry
 
-from addressvlm.errors import InputError
+from addressvlm.cities import districts as districts_of
+from addressvlm.cities import features
+from addressvlm.cities.extract import Bounds, Extract, Feature
+from addressvlm.cities.nearest import NearIndex
+from addressvlm.cities.network import Unit, network, variants_of, wanted
+from addressvlm.cities.osm import is_district
+from addressvlm.names import spellings
 
 DISTRICT_TOLERANCE_M = 50.0  # a point in a gap or just off the edge (a quay, a bridge) belongs to the polygon beside it
-POINTS_AT_A_TIME = 2048
+POINTS_AT_A_TIME = 1 << 16
 
 
 class StreetMap:
-    """Named lines and polygons, in metres on a plane around their centre (x east, y north) for everything measured.
+    """Named shapes, in metres on a plane around their centre (x east, y north) for everything measured.
+
+    A street is lines; a square, or a block where addresses are blocks, is an area (0 m from every point in it) or a point.
 
     Attributes:
-        names: one per line, as written in the file; the same name may have many lines.
-        lines: LineStrings in metres.
-        district_names, district_polygons: the same for districts, polygons in metres; empty without a districts file.
+        street_names, district_names: sorted, each once; empty without a file.
+        names, lines: the name and the LineString in metres of every line; the same name may have many.
+        district_polygons: those of `district_names`, in metres.
+        variants: name of a street or district -> its other names (languages, old and short forms), where it has any.
+        bounds: west, south, east, north of all shapes in degrees; None without any.
     """
 
     def __init__(
         self,
         names: Sequence[str],
-        lines: Sequence[BaseGeometry],
+        shapes: Sequence[BaseGeometry],
         districts: Sequence[tuple[str, BaseGeometry]] = (),
         centre: tuple[float, float] = (0.0, 0.0),
+        variants: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        """Lines and polygons in degrees (lon, lat); `centre` (lat, lon) is used where there is neither."""
-        self._degrees = np.array(lines, dtype=object)
-        around = lines or [polygon for _, polygon in districts] or [shapely.Point(centre[1], centre[0])]
-        west, south, east, north = shapely.total_bounds(around)
-        plane = f"+proj=aeqd +lat_0={(south + north) / 2:.6f} +lon_0={(west + east) / 2:.6f} +datum=WGS84 +units=m +no_defs"
-        self._projection = pyproj.Transformer.from_crs("EPSG:4326", plane, always_xy=True)
-        self.names = np.array(names, dtype=object)
-        self.lines = self._project(lines)
+        """Shapes and polygons in degrees (lon, lat); `centre` (lat, lon) is used where there is neither."""
+        districts = sorted(districts, key=lambda d: d[0])
+        self._names, self._degrees = np.array(names, dtype=object), np.array(shapes, dtype=object)
+        self._district_degrees = dict(districts)
+        self.variants = {name: list(others) for name, others in (variants or {}).items()}
+        everything = [*shapes, *self._district_degrees.values()]
+        self.bounds: Bounds | None = tuple(shapely.total_bounds(everything).tolist()) if everything else None
+        self._projection = _plane(shapes or everything or [shapely.Point(centre[1], centre[0])])
+        metres, is_line = self._project(shapes), shapely.get_dimensions(self._degrees) == 1
+        self.street_names = sorted(set(names))
+        code = {name: i for i, name in enumerate(self.street_names)}
+        self._index = NearIndex(metres, np.array([code[name] for name in names], dtype=np.int64))
+        self.names, self.lines = self._names[is_line], metres[is_line]
+        self._tree = shapely.STRtree(self.lines)
         self.district_names = [name for name, _ in districts]
         self.district_polygons = self._project([polygon for _, polygon in districts])
-        self._district_degrees = dict(districts)
-        self._areas = shapely.area(self.district_polygons)
-        self._tree = shapely.STRtree(self.lines)
         self._district_tree = shapely.STRtree(self.district_polygons)
-        self.street_names = sorted(set(names))
-        self._codes = np.searchsorted(self.street_names, names) if len(names) else np.zeros(0, dtype=int)
+        self._areas = shapely.area(self.district_polygons)
 
     @classmethod
     def load(
-        cls, streets: str | Path | None, districts: str | Path | None = None, centre: tuple[float, float] = (0.0, 0.0)
+        cls,
+        streets: str | Path | None,
+        districts: str | Path | None = None,
+        centre: tuple[float, float] = (0.0, 0.0),
+        *,
+        district_source: districts_of.Source = "auto",
+        admin_level: int | None = None,
+        language: str | None = None,
+        unit: Unit = "auto",
     ) -> "StreetMap":
-        """Read GeoJSON in degrees (WGS84) with the property `name`; features without a name are left out.
+        """Read streets and districts from files of any kind that `features.read` knows; the two may be one file.
 
-        Without files the map knows nothing and measures on a plane around `centre` (lat, lon).
+        Without files the map knows nothing and measures on a plane around `centre` (lat, lon). The other settings are those
+        of `CityConfig`; they say what is taken from an OpenStreetMap extract.
 
         Raises:
-            InputError: a file is missing, is not such GeoJSON, or has nothing named in it.
+            InputError: a file is missing or damaged, or has nothing named in it.
         """
-        lines = _features(Path(streets), ("LineString", "MultiLineString"), "street", "city.streets") if streets else []
-        polygons = _features(Path(districts), ("Polygon", "MultiPolygon"), "district", "city.districts") if districts else []
-        parts = [(name, part) for name, shape in lines for part in shapely.get_parts(shape)]
-        merged: dict[str, list[BaseGeometry]] = {}
-        for name, polygon in polygons:
-            merged.setdefault(name, []).append(polygon if polygon.is_valid else shapely.make_valid(polygon))
-        whole = [(name, shapely.union_all(shapes)) for name, shapes in merged.items()]
-        return cls([name for name, _ in parts], [part for _, part in parts], whole, centre)
+        both = streets is not None and districts is not None and Path(streets) == Path(districts)
+        names, shapes, variants = [], [], {}
+        if streets:
+            extract = features.read(streets, "city.streets", lambda t: wanted(t) or (both and is_district(t)))
+            found = network(_lines_of(extract) if both else extract, str(streets), language, unit)
+            names, shapes, variants = found.names, found.shapes, found.variants
+        polygons: list[tuple[str, BaseGeometry]] = []
+        if districts:
+            extract = extract if both else features.read(districts, "city.districts", is_district)
+            on_street = shapely.point_on_surface(list(dict(zip(names, shapes, strict=True)).values()))
+            layer = districts_of.choose(_named(extract, language), on_street, str(districts), district_source, admin_level)
+            polygons = _merged(layer, language)
+            for name, others in variants_of(layer, language).items():
+                variants[name] = list(dict.fromkeys([*variants.get(name, []), *others]))
+        return cls(names, shapes, polygons, centre, variants)
 
     def to_metres(self, lat: ArrayLike, lon: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Degrees to x (east) and y (north) in metres from the centre of the map."""
@@ -84,49 +113,57 @@ class StreetMap:
 
     def around(self, lat: ArrayLike, lon: ArrayLike, limit_m: float) -> list[list[tuple[str, float]]]:
         """For each point the named streets within the limit as (name, metres), the nearest first, each name once."""
-        points = shapely.points(*self.to_metres(np.atleast_1d(lat), np.atleast_1d(lon)))
-        found: list[list[tuple[str, float]]] = [[] for _ in points]
-        for start in range(0, len(points), POINTS_AT_A_TIME):
-            part = points[start : start + POINTS_AT_A_TIME]
-            index, line = self._tree.query(part, predicate="dwithin", distance=limit_m)
-            distance = np.round(shapely.distance(part[index], self.lines[line]), 2)  # cm, so that a corner is a tie
-            order = np.lexsort((self._codes[line], distance, index))
-            seen: set[tuple[int, int]] = set()
-            for i in order:
-                key = (int(index[i]), int(self._codes[line[i]]))
-                if key not in seen:
-                    seen.add(key)
-                    found[start + key[0]].append((self.street_names[key[1]], float(distance[i])))
+        x, y = self.to_metres(np.atleast_1d(lat), np.atleast_1d(lon))
+        found: list[list[tuple[str, float]]] = [[] for _ in x]
+        point, code, metres = self._index.all(x, y, limit_m)
+        for i, street, distance in zip(point.tolist(), code.tolist(), metres.tolist(), strict=True):
+            found[i].append((self.street_names[street], distance))
         return found
+
+    def nearest_two(
+        self, lat: ArrayLike, lon: ArrayLike, limit_m: float
+    ) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int32], NDArray[np.float64]]:
+        """The nearest street and the nearest one of another name for N points, without a step of Python a point.
+
+        Returns:
+            code: (N,) positions in `street_names`, -1 where there is none within the limit.
+            distance: (N,) metres to the cm, inf where there is none.
+            second code, second distance: the same for the other street. Of two equally near the first by name comes first.
+        """
+        x, y = self.to_metres(np.atleast_1d(lat), np.atleast_1d(lon))
+        return self._index.two(x, y, limit_m)
 
     def nearest(
         self, lat: ArrayLike, lon: ArrayLike, limit_m: float
     ) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[Any], NDArray[np.float64]]:
-        """The nearest street and the nearest street of another name, for N points.
+        """`nearest_two` with names instead of codes: (N,) strings, None where there is no street within the limit."""
+        names = np.array([*self.street_names, None], dtype=object)
+        first, distance, second, second_distance = self.nearest_two(lat, lon, limit_m)
+        return names[first], distance, names[second], second_distance
+
+    def district_codes(self, lat: ArrayLike, lon: ArrayLike) -> NDArray[np.int32]:
+        """For N points the district around each (the smallest if they overlap), or the one beside it.
 
         Returns:
-            street: (N,) names, None where there is none within the limit.
-            distance: (N,) metres, inf where there is none.
-            second, second distance: the same for the other street.
+            (N,) positions in `district_names`, -1 for a point outside all of them.
         """
-        found = [streets[:2] + [(None, math.inf)] * 2 for streets in self.around(lat, lon, limit_m)]
-        first, second = [f[0] for f in found], [f[1] for f in found]
-        return (
-            np.array([name for name, _ in first], dtype=object),
-            np.array([distance for _, distance in first]),
-            np.array([name for name, _ in second], dtype=object),
-            np.array([distance for _, distance in second]),
-        )
+        x, y = self.to_metres(np.atleast_1d(lat), np.atleast_1d(lon))
+        codes = np.full(len(x), -1, dtype=np.int32)
+        for start in range(0, len(x), POINTS_AT_A_TIME):
+            points = shapely.points(x[start : start + POINTS_AT_A_TIME], y[start : start + POINTS_AT_A_TIME])
+            polygon, point = shapely.STRtree(points).query(self.district_polygons, predicate="intersects")
+            smallest_last = np.lexsort((polygon, self._areas[polygon]))[::-1]
+            codes[start + point[smallest_last]] = polygon[smallest_last]
+            outside = np.flatnonzero(codes[start : start + len(points)] < 0)
+            point, polygon = self._district_tree.query(points[outside], predicate="dwithin", distance=DISTRICT_TOLERANCE_M)
+            metres = shapely.distance(points[outside[point]], self.district_polygons[polygon])
+            nearest_last = np.lexsort((polygon, self._areas[polygon], metres))[::-1]
+            codes[start + outside[point[nearest_last]]] = polygon[nearest_last]
+        return codes
 
     def district(self, lat: ArrayLike, lon: ArrayLike) -> list[str | None]:
-        """For each point the district around it (the smallest if they overlap), or the one beside it, else None."""
-        points = shapely.points(*self.to_metres(np.atleast_1d(lat), np.atleast_1d(lon)))
-        index, polygon = self._district_tree.query(points, predicate="dwithin", distance=DISTRICT_TOLERANCE_M)
-        distance = shapely.distance(points[index], self.district_polygons[polygon])
-        names: list[str | None] = [None] * len(points)
-        for i in np.lexsort((self._areas[polygon], distance, index))[::-1]:  # the best comes last and stays
-            names[index[i]] = self.district_names[polygon[i]]
-        return names
+        """`district_codes` as names, None for a point outside all districts."""
+        return [self.district_names[code] if code >= 0 else None for code in self.district_codes(lat, lon).tolist()]
 
     def lines_near(self, x: float, y: float, half_side_m: float) -> list[tuple[str, LineString]]:
         """Named lines that touch the square around a point, in metres, in the order of the file."""
@@ -150,13 +187,13 @@ class StreetMap:
         return math.degrees(math.atan2(forth.x - back.x, forth.y - back.y)) % 180
 
     def street_shapes(self, names: Sequence[str]) -> dict[str, BaseGeometry]:
-        """The lines of each street in degrees (lon, lat); unknown names are absent."""
-        wanted = set(names)
-        parts: dict[str, list[BaseGeometry]] = {}
-        for name, line in zip(self.names, self._degrees, strict=True):
-            if name in wanted:
-                parts.setdefault(name, []).append(line)
-        return {name: lines[0] if len(lines) == 1 else MultiLineString(lines) for name, lines in parts.items()}
+        """The shape of each street in degrees (lon, lat), of one or several parts; unknown names are absent."""
+        wanted_names = set(names)
+        parts: dict[str, list[BaseGeometry]] = defaultdict(list)
+        for name, shape in zip(self._names, self._degrees, strict=True):
+            if name in wanted_names:
+                parts[name].append(shape)
+        return {name: _one(found) for name, found in parts.items()}
 
     def district_shapes(self, names: Sequence[str]) -> dict[str, BaseGeometry]:
         """The polygon of each district in degrees (lon, lat); unknown names are absent."""
@@ -169,26 +206,37 @@ class StreetMap:
         )
 
 
-def _features(path: Path, kinds: tuple[str, ...], what: str, key: str) -> list[tuple[str, BaseGeometry]]:
-    """Name and shape of the named features of these kinds; InputError if there are none."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        shapes = [
-            (str(f["properties"]["name"]).strip(), shapely.force_2d(shapely.geometry.shape(f["geometry"])))
-            for f in tree["features"]
-            if (f.get("geometry") or {}).get("type") in kinds and str((f.get("properties") or {}).get("name") or "").strip()
-        ]
-    except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror}): set {key} to a GeoJSON file that exists.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, shapely.errors.ShapelyError) as error:
-        detail = " ".join(str(error).split())[:120]
-        raise InputError(f"{path} is not GeoJSON ({type(error).__name__}: {detail}): export it again as GeoJSON.") from None
-    shapes = [(name, shape) for name, shape in shapes if not shape.is_empty]
-    if not shapes:
-        raise InputError(f"{path} has no named {what}: it needs {kinds[0]} features with the property `name`.")
-    west, south, east, north = shapely.total_bounds([shape for _, shape in shapes])
-    if not (-180 <= west <= east <= 180 and -90 <= south <= north <= 90):
-        raise InputError(
-            f"{path} has coordinates from ({west:g}, {south:g}) to ({east:g}, {north:g}): export it in degrees (WGS84)."
-        )
-    return shapes
+def _plane(shapes: Sequence[BaseGeometry]) -> pyproj.Transformer:
+    """From degrees to metres on a plane around the middle of the shapes."""
+    west, south, east, north = shapely.total_bounds(shapes)
+    plane = f"+proj=tmerc +lat_0={(south + north) / 2:.6f} +lon_0={(west + east) / 2:.6f} +k=1 +datum=WGS84 +units=m +no_defs"
+    return pyproj.Transformer.from_crs("EPSG:4326", plane, always_xy=True)
+
+
+def _lines_of(extract: Extract) -> Extract:
+    """Of a table that holds streets and districts, the streets; of OpenStreetMap's objects, all."""
+    return extract if extract.osm else Extract.of([f for f in extract.features if f.dimension < 2], extract.bounds)
+
+
+def _named(extract: Extract, language: str | None) -> Extract:
+    """The objects that have a name."""
+    found = [f for f in extract.features if spellings(f.tags, language)[0]]
+    return Extract.of(found, extract.bounds, extract.osm, extract.incomplete)
+
+
+def _merged(layer: Sequence[Feature], language: str | None) -> list[tuple[str, BaseGeometry]]:
+    """Areas of one name as one, under the name that is shown."""
+    parts: dict[str, list[BaseGeometry]] = defaultdict(list)
+    for area in layer:
+        shape = area.shape if area.shape.is_valid else shapely.make_valid(area.shape)
+        parts[spellings(area.tags, language)[0]].append(shape)
+    return [(name, shapely.union_all(shapes)) for name, shapes in parts.items()]
+
+
+def _one(parts: list[BaseGeometry]) -> BaseGeometry:
+    """Several parts as one shape: a MultiLineString if they are lines."""
+    if len(parts) == 1:
+        return parts[0]
+    kinds = {part.geom_type for part in parts}
+    build = {"LineString": shapely.multilinestrings, "Polygon": shapely.multipolygons, "Point": shapely.multipoints}
+    return build[kinds.pop()](parts) if len(kinds) == 1 else shapely.geometrycollections(parts)

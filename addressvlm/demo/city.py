@@ -46,7 +46,7 @@ def write_city(name: str, folder: Path) -> dict[str, str]:
         "districts": folder / "districts.geojson",
         "imagery": folder / "satellite.tif",
     }
-    if not paths["manifest"].is_file():  # written last
+    if not paths["manifest"].is_file():  # there last, and whole
         world = generate(TOY_CITIES[name])
         paths["photos"].mkdir(parents=True, exist_ok=True)
         write_maps(world, paths)
@@ -99,10 +99,12 @@ def _write_photos(world: World, rng: random.Random, folder: Path, manifest: Path
             file = f"{number:04d}_{view}.jpg"
             photograph(world, x, y, heading, rng.uniform(0.8, 1.12)).save(folder / file, quality=88)
             rows.append((file, f"{number:04d}", f"{lat:.7f}", f"{lon:.7f}", f"{compass(world, heading):.1f}"))
-    with manifest.open("w", newline="", encoding="utf-8") as out:
+    temporary = manifest.with_suffix(".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
         writer.writerow(["file", "place", "lat", "lon", "heading"])
         writer.writerows(rows)
+    temporary.rename(manifest)
 
 
 def write_maps(world: World, paths: dict[str, Path]) -> None:

@@ -9,14 +9,14 @@ The rule, by kind of question:
 - **choice**: right if exactly one of the options is named and it is the expected one; an answer that names none may give
   the option's letter (`B`, `(b)`, `Option B.`, `The answer is B`), counted in the order of the options.
 
-Names are compared in the normal form of `addressvlm.addresses.normal`: case, punctuation and abbreviations such as *St* for
-*Street* make no difference.
+Names are compared in the normal form of `addressvlm.names.normal`: case, punctuation and abbreviations such as *St* for
+*Street* make no difference. A variant of a name (another language, an old or short form in the gazetteer) counts as the name.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from addressvlm.addresses import normal
+from addressvlm.names import normal
 
 _YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 _LETTER = re.compile(r"(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:? ?)?\(?([a-z])\)?[.:]?", re.IGNORECASE)
@@ -24,14 +24,16 @@ _CLAUSE = re.compile(r"[,;:!?\n]")  # no name goes over these; a full stop may b
 
 
 class Names:
-    """A set of names to find in free text, longest first."""
+    """A set of names to find in free text, longest first, each under its variants too."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._known = {tuple(normal(name).split()) for name in names} - {()}
+    def __init__(self, names: Iterable[str], variants: Mapping[str, Iterable[str]] | None = None) -> None:
+        others = {normal(other): normal(name) for name, all_of in (variants or {}).items() for other in all_of}
+        forms = others | {normal(name): normal(name) for name in names}
+        self._known = {tuple(form.split()): name for form, name in forms.items() if form}
         self._longest = max(map(len, self._known), default=0)
 
     def find(self, text: str) -> set[str]:
-        """Normal forms of the names that occur as whole words, none inside a longer one."""
+        """Normal forms of the names that occur as whole words or by a variant, none inside a longer one."""
         found = set()
         for clause in _CLAUSE.split(text):
             words = normal(clause).split()
@@ -39,7 +41,7 @@ class Names:
             while at < len(words):
                 length = self._match(words, at)
                 if length:
-                    found.add(" ".join(words[at : at + length]))
+                    found.add(self._known[tuple(words[at : at + length])])
                 at += length or 1
         return found
 
@@ -53,9 +55,12 @@ class Names:
 class Judge:
     """Says of answers whether they are right, knowing the streets and districts there are."""
 
-    def __init__(self, streets: Iterable[str], districts: Iterable[str]) -> None:
+    def __init__(
+        self, streets: Iterable[str], districts: Iterable[str], variants: Mapping[str, Iterable[str]] | None = None
+    ) -> None:
+        """`variants`: name of a street or district -> other names it goes by, which count as the name."""
         streets, districts = list(streets), list(districts)
-        self._all = Names([*streets, *districts])
+        self._all = Names([*streets, *districts], variants)
         self._of_level = {
             "street": {normal(name) for name in streets},
             "district": {normal(name) for name in districts},

@@ -28,6 +28,7 @@ MAIN = "AddressVLM"  # the system that the others are compared with; the last on
 EXAMPLES = 8
 GRAFTS = 4
 THUMBNAIL = 360  # pixels, longer side
+ONLY_IN_CARD = ("rejected", "sources", "questions_by_kind", "places_per")  # details of card.json that the page leaves there
 
 Row = dict[str, Any]
 
@@ -261,8 +262,9 @@ def _card(photos: Path | None) -> Row:
     card = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
     splits = card.pop("splits", {})
     columns = list(dict.fromkeys(key for counts in splits.values() for key in counts))
-    facts = [(name, value) for name, value in _flat(card) if not name.startswith("rejected")]
-    return {"splits": splits, "columns": columns, "facts": facts, "attribution": card.get("attribution", [])}
+    facts = list(_flat({key: value for key, value in card.items() if key not in ONLY_IN_CARD}))
+    leak = {key: card.get(key) for key in ("min_train_to_held_out_m", "guard_m")}
+    return {"splits": splits, "columns": columns, "facts": facts, "attribution": card.get("attribution", []), **leak}
 
 
 def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

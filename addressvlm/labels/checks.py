@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterable
 
-from addressvlm.addresses import normal
 from addressvlm.labels.facts import Facts
+from addressvlm.names import normal
 
 WORDS = (15, 150)
 

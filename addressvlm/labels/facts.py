@@ -9,10 +9,10 @@ import shapely
 from PIL import Image
 from shapely.geometry.base import BaseGeometry
 
-from addressvlm.addresses import normal
 from addressvlm.labels.colours import photo_colours, tile_colours
 from addressvlm.maps.roads import Roads
 from addressvlm.maps.tiles import Tile
+from addressvlm.names import normal
 
 COMPASS = ["north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest"]
 DIRECTIONS = ["north-south", "northeast-southwest", "east-west", "northwest-southeast"]

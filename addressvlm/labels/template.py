@@ -2,8 +2,8 @@
 
 import random
 
-from addressvlm.addresses import normal
 from addressvlm.labels.facts import Facts
+from addressvlm.names import normal
 
 QUESTIONS = [
     "Where was the photo in the upper right corner taken? Explain from what can be seen.",

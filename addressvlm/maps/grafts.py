@@ -16,27 +16,29 @@ KEPT_TILES = 128  # of the last places; a 336 px tile is 0.3 MB
 Spot = tuple[float, float, str]
 
 
-def graft_rows(streets: str | None, imagery: str | None, tiles: str, photos: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def graft_rows(
+    streets: str | None, imagery: str | None, tiles: str, photos: Iterable[dict[str, Any]], language: str | None = None
+) -> list[dict[str, Any]]:
     """`Grafter.rows` with a Grafter that the process keeps between calls; `tiles` is a TilesConfig as JSON."""
-    return list(_kept_grafter(streets, imagery, tiles).rows(photos))
+    return list(_kept_grafter(streets, imagery, tiles, language).rows(photos))
 
 
 @cache
-def _kept_grafter(streets: str | None, imagery: str | None, tiles: str) -> "Grafter":
-    return Grafter(streets, imagery, TilesConfig.model_validate_json(tiles))
+def _kept_grafter(streets: str | None, imagery: str | None, tiles: str, language: str | None) -> "Grafter":
+    return Grafter(streets, imagery, TilesConfig.model_validate_json(tiles), language)
 
 
 class Grafter:
     """Grafts the photos of one city; a place's tile is drawn once."""
 
-    def __init__(self, streets: str | None, imagery: str | None, config: TilesConfig) -> None:
-        """Open the sources of the tiles.
+    def __init__(self, streets: str | None, imagery: str | None, config: TilesConfig, language: str | None = None) -> None:
+        """Open the sources of the tiles; `language` as in `TileRenderer`.
 
         Raises:
             InputError: a file is missing or is not what it should be.
         """
         self.config = config
-        self.renderer = TileRenderer(streets, imagery, config)
+        self.renderer = TileRenderer(streets, imagery, config, language)
         self._tiles: OrderedDict[Spot, Tile | InputError] = OrderedDict()
 
     def rows(self, photos: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -13,15 +13,16 @@ from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
 from addressvlm.errors import InputError
+from addressvlm.maps.window import EDGE, Bounds, corners_of, cut
 
-MIN_COVERED = 0.5  # share of a tile that the imagery must cover
-EDGE = 2  # source pixels read beyond the tile, for interpolation
+# For a COG behind http(s): bounded waits, and no listing of the folder it lies in.
+GDAL_OPTIONS = {"GDAL_HTTP_TIMEOUT": 20, "GDAL_HTTP_MAX_RETRY": 3, "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
 
 
-class Imagery:
-    """A GeoTIFF (or anything else GDAL reads) seen in the coordinates `crs`; holds no pixels between calls."""
+class GeoTiff:
+    """A GeoTIFF or COG (or anything else GDAL reads) seen in the coordinates `crs`; holds no pixels between calls."""
 
-    def __init__(self, path: str | Path, crs: str) -> None:
+    def __init__(self, path: str | Path, crs: str, attribution: str | None = None) -> None:
         """Open the file.
 
         Raises:
@@ -29,6 +30,7 @@ class Imagery:
         """
         self._source = _open(path)
         self.path, self.crs = path, crs
+        self.attribution = attribution or self._source.tags().get("TIFFTAG_COPYRIGHT", "")
         kind = self._source.dtypes[0]
         if kind != "uint8":
             raise InputError(f"{path} has {kind} samples: convert it to 8 bits (gdal_translate -ot Byte -scale).")
@@ -44,35 +46,28 @@ class Imagery:
             table[value] = colour[:3]
         return table
 
-    def read(self, bounds: tuple[float, float, float, float], pixels: int) -> Image.Image:
+    def read(self, bounds: Bounds, pixels: int) -> Image.Image:
         """The square `bounds` (west, south, east, north in `crs`) as an RGB image of pixels x pixels.
-
-        Over the side of a tile every projection is straight to far less than a pixel, so three corners place it.
 
         Raises:
             InputError: the imagery covers less than half of it, or its file is damaged there.
         """
-        west, south, east, north = bounds
-        x, y = self._to_source(np.array([west, east, west, east]), np.array([north, north, south, south]))
+        x, y = self._to_source(*corners_of(bounds))
         t = ~self._source.transform
-        corners = np.column_stack(
-            (t.a * x + t.b * y + t.c, t.d * x + t.e * y + t.f)
-        )  # upper left, upper right, lower left, lower right
-        right, down = (corners[1] - corners[0]) / pixels, (corners[2] - corners[0]) / pixels
-        first = np.floor(corners.min(axis=0) - EDGE).clip(0).astype(int)
-        last = np.ceil(corners.max(axis=0) + EDGE).clip(max=(self._source.width, self._source.height)).astype(int)
+        corners = np.column_stack((t.a * x + t.b * y + t.c, t.d * x + t.e * y + t.f))
+        if not np.isfinite(corners).all():
+            raise InputError(f"{self.path} covers only 0% of the tile.")
+        fourth = corners[1] + corners[2] - corners[0]
+        square = np.vstack((corners, fourth))
+        first = np.floor(square.min(axis=0) - EDGE).clip(0).astype(int)
+        last = np.ceil(square.max(axis=0) + EDGE).clip(max=(self._source.width, self._source.height)).astype(int)
         if (last <= first).any():
             raise InputError(f"{self.path} covers only 0% of the tile.")
-        shrink = max(1.0, float(np.hypot(*right)))
+        shrink = max(1.0, float(np.hypot(*(corners[1] - corners[0]))) / pixels)
         values, covered = self._window(first, last, shrink)
         scale = np.array([values.width, values.height]) / (last - first)
-        (a, d), (b, e), (c, f) = right * scale, down * scale, (corners[0] - first) * scale
         smooth = Image.Resampling.NEAREST if self._palette is not None else Image.Resampling.BILINEAR
-        size, affine, place = (pixels, pixels), Image.Transform.AFFINE, (a, b, c, d, e, f)
-        share = np.asarray(covered.transform(size, affine, place)).mean() / 255
-        if share < MIN_COVERED:
-            raise InputError(f"{self.path} covers only {share:.0%} of the tile.")
-        return values.transform(size, affine, place, smooth)
+        return cut(values, covered, (corners - first) * scale, pixels, str(self.path), smooth)
 
     def _window(self, first: np.ndarray, last: np.ndarray, shrink: float) -> tuple[Image.Image, Image.Image]:
         """Source pixels from `first` to `last` (column, row), `shrink` times smaller: RGB, and where there are any (L)."""
@@ -81,8 +76,9 @@ class Imagery:
         bands = [1, 2, 3] if self._source.count >= 3 else [1]
         smooth = Resampling.nearest if self._palette is not None else Resampling.average
         try:
-            values = self._source.read(bands, window=window, out_shape=(len(bands), height, width), resampling=smooth)
-            mask = self._source.dataset_mask(window=window, out_shape=(height, width))
+            with rasterio.Env(**GDAL_OPTIONS):
+                values = self._source.read(bands, window=window, out_shape=(len(bands), height, width), resampling=smooth)
+                mask = self._source.dataset_mask(window=window, out_shape=(height, width))
         except RasterioError as error:
             raise InputError(f"{self.path} can't be read ({' '.join(str(error).split())}): is the file complete?") from None
         if self._palette is not None:
@@ -91,7 +87,7 @@ class Imagery:
 
 
 def centre_of(path: str | Path) -> tuple[float, float]:
-    """Latitude and longitude of the middle of the imagery.
+    """Latitude and longitude of the middle of a GeoTIFF.
 
     Raises:
         InputError: it can't be opened or has no georeference.
@@ -103,7 +99,7 @@ def centre_of(path: str | Path) -> tuple[float, float]:
 
 def _open(path: str | Path) -> rasterio.DatasetReader:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), rasterio.Env(**GDAL_OPTIONS):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             source = rasterio.open(path)
     except RasterioError as error:

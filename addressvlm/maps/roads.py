@@ -1,16 +1,17 @@
 """The lines of a street file in local metres, found by where they are: what tiles are drawn from."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyproj
 import shapely
-import shapely.geometry
 from shapely.geometry.base import BaseGeometry
 
+from addressvlm.cities import features
+from addressvlm.cities.osm import is_road
 from addressvlm.errors import InputError
+from addressvlm.names import spellings
 
 # Width of the carriageway in metres by the `highway` value of OpenStreetMap; other values are residential streets.
 WIDTHS_M = {
@@ -42,24 +43,22 @@ class Road:
 
 
 class Roads:
-    """The lines of a GeoJSON file (WGS84) around their centre, x east and y north in metres."""
+    """The lines of a street file in metres around their centre, x east and y north."""
 
-    def __init__(self, path: str | Path | None, centre: tuple[float, float] = (0.0, 0.0)) -> None:
+    def __init__(self, path: str | Path | None, centre: tuple[float, float] = (0.0, 0.0), language: str | None = None) -> None:
         """Read the whole file; without one there are no roads and the plane lies around `centre` (lat, lon).
 
+        Any kind of file that `addressvlm.cities.features` reads; names in the language if the file has them in it.
+
         Raises:
-            InputError: the file is missing, is not GeoJSON, or has no lines.
+            InputError: the file is missing or damaged, or has no lines.
         """
-        names, kinds, lines = _read(Path(path)) if path else ([], [], [])
-        geometries = np.array(lines, dtype=object)
+        names, kinds, lines = _read(Path(path), language) if path else ([], [], [])
         west, south, east, north = shapely.total_bounds(lines or [shapely.Point(centre[::-1])])
-        if not (-180 <= west <= east <= 180 and -90 <= south <= north <= 90):
-            span = f"({west:g}, {south:g}) to ({east:g}, {north:g})"
-            raise InputError(f"{path} has coordinates from {span}: export it in degrees (WGS84).")
         lat, lon = (south + north) / 2, (west + east) / 2
         self.crs = f"+proj=tmerc +lat_0={lat:.6f} +lon_0={lon:.6f} +k=1 +datum=WGS84 +units=m +no_defs"
         self._project = pyproj.Transformer.from_crs("EPSG:4326", self.crs, always_xy=True).transform
-        metres = shapely.transform(geometries, lambda xy: np.column_stack(self._project(xy[:, 0], xy[:, 1])))
+        metres = shapely.transform(np.array(lines, dtype=object), lambda xy: np.column_stack(self._project(xy[:, 0], xy[:, 1])))
         widths = [WIDTHS_M.get(kind.removesuffix("_link"), OTHER_WIDTH_M) for kind in kinds]
         self.roads = [Road(*road) for road in zip(names, widths, metres, strict=True)]
         self._tree = shapely.STRtree(metres)
@@ -75,22 +74,16 @@ class Roads:
         return [self.roads[i] for i in sorted(self._tree.query(square, predicate="intersects"))]
 
 
-def _read(path: Path) -> tuple[list[str], list[str], list[BaseGeometry]]:
-    """Names, highway classes and lines (degrees) of a GeoJSON file."""
+def _read(path: Path, language: str | None) -> tuple[list[str], list[str], list[BaseGeometry]]:
+    """Names ("" where there is none), highway classes and lines (degrees); a paved area is the line around it."""
     names: list[str] = []
     kinds: list[str] = []
     lines: list[BaseGeometry] = []
-    try:
-        for feature in json.loads(path.read_text(encoding="utf-8"))["features"]:
-            geometry, properties = feature.get("geometry") or {}, feature.get("properties") or {}
-            if geometry.get("type") in ("LineString", "MultiLineString"):
-                names.append(str(properties.get("name") or "").strip())
-                kinds.append(str(properties.get("highway") or ""))
-                lines.append(shapely.force_2d(shapely.geometry.shape(geometry)))
-    except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror}): set city.streets to a GeoJSON file that exists.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, shapely.errors.ShapelyError) as error:
-        raise InputError(f"{path} is not GeoJSON ({type(error).__name__}): export the streets again as GeoJSON.") from None
+    for feature in features.read(path, "city.streets", is_road).features:
+        if feature.dimension == 1 or (feature.dimension == 2 and is_road(feature.tags)):
+            names.append(spellings(feature.tags, language)[0])
+            kinds.append(feature.tags.get("highway", ""))
+            lines.append(feature.shape if feature.dimension == 1 else shapely.boundary(feature.shape))
     if not lines:
-        raise InputError(f"{path} has no LineString features: give the GeoJSON of the city's streets.")
+        raise InputError(f"{path} has no lines: give the file of the city's streets.")
     return names, kinds, lines

@@ -7,6 +7,7 @@ imagery open between calls; it belongs to one thread.
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +16,18 @@ import numpy as np
 import shapely
 from PIL import Image
 from shapely.geometry.base import BaseGeometry
+from shapely.ops import substring
 
-from addressvlm.addresses import normal
 from addressvlm.config import TilesConfig
 from addressvlm.errors import InputError
-from addressvlm.maps.imagery import Imagery, centre_of
 from addressvlm.maps.roads import Road, Roads
-from addressvlm.maps.style import glyphs, map_style, name_style
+from addressvlm.maps.sources import centre_of, open_imagery
+from addressvlm.maps.style import Lettering, map_style, name_style
+from addressvlm.maps.window import Bounds
+from addressvlm.names import normal
 
-Bounds = tuple[float, float, float, float]  # west, south, east, north in local metres
+BEND = 0.75  # of a street that its name may ignore, as a multiple of the font's size
+TRIED = 6  # stretches of each street that its name is tried on
 PLANE = "epsg:3857"  # mapnik's word for "already in metres"; map and layers agree, so nothing is projected
 
 
@@ -39,8 +43,12 @@ class Tile:
 class TileRenderer:
     """Draws tiles of one city."""
 
-    def __init__(self, streets: str | Path | None, imagery: str | Path | None, config: TilesConfig) -> None:
-        """Open the sources: GeoJSON of streets and a GeoTIFF; one of the two may be absent.
+    def __init__(
+        self, streets: str | Path | None, imagery: str | Path | None, config: TilesConfig, language: str | None = None
+    ) -> None:
+        """Open the sources: a file of streets and imagery (see `sources.open_imagery`); one of the two may be absent.
+
+        Names are written in `language` where the file of streets has them in it.
 
         Raises:
             InputError: both are absent, a file is missing or is not what it should be.
@@ -48,15 +56,15 @@ class TileRenderer:
         if not streets and not imagery:
             raise InputError("there is nothing to draw tiles from: set city.streets or tiles.imagery.")
         self.config = config
-        self.roads = Roads(streets, centre_of(imagery) if imagery and not streets else (0.0, 0.0))
-        self.imagery = Imagery(imagery, self.roads.crs) if imagery else None
-        self._glyphs = glyphs()
+        self.roads = Roads(streets, centre_of(imagery) if imagery and not streets else (0.0, 0.0), language)
+        self.imagery = open_imagery(imagery, self.roads.crs, config) if imagery else None
+        self._lettering = Lettering(config.font)
         size, scale = config.pixels, config.pixels / config.side_m
         self._map = mapnik.Map(size, size, PLANE)
         mapnik.load_map_from_string(self._map, map_style(scale, over_imagery=self.imagery is not None))
         self._names = {on_line: mapnik.Map(size, size, PLANE) for on_line in (True, False)}
         for on_line, canvas in self._names.items():
-            mapnik.load_map_from_string(canvas, name_style(config.font_px, on_line))
+            mapnik.load_map_from_string(canvas, name_style(self._lettering.faces, config.font_px, on_line))
 
     def tile(self, lat: float, lon: float, street: str = "") -> Tile:
         """Draw the tile centred on a point given in degrees; `street` is named first, by default the nearest one.
@@ -108,9 +116,11 @@ class TileRenderer:
         detector.insert(mapnik.Box2d(size - corner, 0, size, corner))
         written = []
         for number, (name, pieces) in enumerate(_labels(roads, bounds, free, street, simplify_m=2 / metre)):
-            if not self._glyphs.issuperset(name.replace(" ", "")):
+            if not self._lettering.has(name):
                 continue
-            if any(self._write(canvas, detector, bounds, name, piece, on_line=True) for piece in pieces[:3]):
+            length = (self._lettering.width(name) + 1) * font / metre
+            stretches = _stretches(pieces[:3], length, bend_m=BEND * font / metre)
+            if any(self._write(canvas, detector, bounds, name, stretch, on_line=True) for stretch in stretches):
                 written.append(name)
             elif number == 0:  # the place's own street is worth a level name, if it is too short, too bent or hidden
                 points = _beside(name, roads, bounds, font / metre)
@@ -167,6 +177,22 @@ def _labels(
     entries.sort(key=lambda e: (e[0], e[2]))
     ordered = entries[:1] + sorted(entries[1:], key=lambda e: (e[1], e[2]))
     return [(name, pieces) for _, _, name, pieces in ordered]
+
+
+def _stretches(pieces: list[shapely.LineString], length: float, bend_m: float) -> Iterator[BaseGeometry]:
+    """Where to try a name `length` metres long: the straightest stretches of its street first, at last whole pieces.
+
+    A stretch that leaves its chord by less than `bend_m` is straightened: level letters are read more easily.
+    """
+    found = []
+    for piece in pieces:
+        starts = np.arange(0, piece.length - length, length / 10)
+        for start in starts:
+            stretch = shapely.simplify(substring(piece, start, start + length), bend_m)
+            bent = 1 - shapely.Point(stretch.coords[0]).distance(shapely.Point(stretch.coords[-1])) / stretch.length
+            found.append((round(200 * bent), abs(start + length / 2 - piece.length / 2), stretch))
+    yield from (stretch for _, _, stretch in sorted(found, key=lambda f: f[:2])[:TRIED])
+    yield from pieces
 
 
 def _beside(name: str, roads: list[Road], bounds: Bounds, font_m: float) -> list[BaseGeometry]:

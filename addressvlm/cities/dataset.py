@@ -1,0 +1,159 @@
+"""From checked photos with addresses to the rows of a city dataset; every function works on some rows at a time."""
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from shapely.geometry.base import BaseGeometry
+
+from addressvlm import tables
+from addressvlm.addresses import Address, Gazetteer
+from addressvlm.cities import storage
+from addressvlm.cities.address import Place
+from addressvlm.cities.photo import Photo
+from addressvlm.cities.photos import check_photo
+from addressvlm.cities.streets import StreetMap
+from addressvlm.config import CityConfig
+from addressvlm.questions import test_rounds, training_rounds
+from addressvlm.shards import Made, Rows, files_fingerprint
+
+SPLITS = ("train", "val", "test")
+LISTED = pa.schema(
+    [
+        ("index", pa.int64()),  # of the photo among those with an address
+        ("row", pa.int64()),
+        ("file", pa.string()),
+        ("view", pa.float64()),
+        *[field for field in tables.PHOTOS if field.name not in ("image", "rounds")],
+    ]
+)
+CHECKED = pa.schema([*LISTED, tables.PHOTOS.field("image")])
+
+
+def listed(photos: Iterable[Photo], places: Mapping[str, Place]) -> Iterator[dict[str, Any]]:
+    """Rows of LISTED: everything about the photos but their pixels."""
+    for index, photo in enumerate(photos):
+        place = places[photo.place]
+        yield {
+            "index": index,
+            "row": photo.row,
+            "file": photo.file,
+            "view": photo.view,
+            "id": photo.id,
+            "place": photo.place,
+            "lat": photo.lat,
+            "lon": photo.lon,
+            "heading": photo.heading,
+            "street": place.address.street,
+            "district": place.address.district,
+            "sub_street": place.sub_street,
+            "address_source": place.source,
+            "cross_street": place.cross_street,
+            "distance_m": place.distance_m,
+            "margin_m": place.margin_m,
+            "second_street": place.second_street,
+            "ambiguous": place.ambiguous,
+        }
+
+
+def check(base: str, city: str, rows: Rows) -> Made:
+    """Rows of LISTED -> rows of CHECKED in the split `photos`; photos that can't be used are rejects.
+
+    Args:
+        base: folder or URI that files are relative to.
+        city: a CityConfig as JSON.
+    """
+    config = _city(city)
+    fov_deg, pixels = (config.panorama.fov_deg, config.panorama.pixels) if config.panorama else (None, None)
+    good, rejects = [], []
+    for row in rows:
+        checked = check_photo(storage.join(base, row["file"]), config.max_megapixels, row["view"], fov_deg, pixels)
+        if isinstance(checked, bytes):
+            good.append({**row, "image": {"bytes": checked, "path": row["file"]}})
+        else:
+            rejects.append({"file": row["file"], "row": row["row"], "id": row["id"], "reason": checked})
+    return Made({"photos": good}, rejects)
+
+
+def files_of(base: str, rows: Iterable[dict[str, Any]]) -> str:
+    """Fingerprint of the files that rows of LISTED name."""
+    return files_fingerprint(storage.join(base, row["file"]) for row in rows)
+
+
+def finish(part: NDArray[np.int8], gazetteer: tuple[str, str], city: str, seed: int, rows: Rows) -> Made:
+    """Rows of CHECKED -> rows of `tables.PHOTOS` in their splits, with conversations.
+
+    The conversation about a photo depends on the seed and the photo's id alone, besides address and gazetteer.
+
+    Args:
+        part: (photos,) position of the photo's split in SPLITS by `index`, -1 if it is in none.
+        gazetteer: path and fingerprint of where the wrong names come from.
+        city: a CityConfig as JSON.
+    """
+    names, config = _kept_gazetteer(*gazetteer), _city(city)
+    made: dict[str, Rows] = {split: [] for split in SPLITS}
+    for row in rows:
+        if part[row["index"]] < 0:
+            continue
+        split = SPLITS[part[row["index"]]]
+        address, rng = Address(row["street"], row["district"]), random.Random(f"{seed}:{row['id']}")
+        if split == "train":
+            rounds = training_rounds(address, names, rng, config.rounds, config.near_negatives)
+        else:
+            rounds = test_rounds(address, names, rng, config.near_negatives)
+        made[split].append({**row, "rounds": rounds})
+    return Made(made)
+
+
+def answering(places: Mapping[str, Place], city: CityConfig) -> dict[str, Place]:
+    """The places with the address that questions are about: that of the sub-street where the settings say so."""
+    if city.answer == "street":
+        return dict(places)
+    return {i: replace(p, address=Address(p.sub_street or p.address.street, p.address.district)) for i, p in places.items()}
+
+
+def gazetteer_of(
+    city: CityConfig,
+    streets: StreetMap,
+    places: Mapping[str, Place],
+    photos: Iterable[Photo],
+    sub_streets: Mapping[str, BaseGeometry] | None = None,
+) -> Gazetteer:
+    """The addresses of these photos with the shapes of their streets and districts.
+
+    Args:
+        places: see `answering`.
+        sub_streets: shapes of sub-streets, where the addresses name them.
+    """
+    photos_at = Counter(photo.place for photo in photos)
+    addresses = [places[place].address for place in sorted(photos_at)]
+    on_street: Counter[str] = Counter()
+    for place, count in photos_at.items():
+        on_street[places[place].address.street] += count
+    return Gazetteer(
+        addresses,
+        {**streets.street_shapes([a.street for a in addresses]), **(sub_streets or {})},
+        streets.district_shapes([a.district for a in addresses]),
+        on_street,
+        Counter(a.street for a in addresses),
+        city.name,
+        city.attribution,
+        streets.variants,
+    )
+
+
+@lru_cache(maxsize=2)
+def _kept_gazetteer(path: str, fingerprint: str) -> Gazetteer:
+    return Gazetteer.load(Path(path))
+
+
+@lru_cache(maxsize=2)
+def _city(city: str) -> CityConfig:
+    return CityConfig.model_validate_json(city)

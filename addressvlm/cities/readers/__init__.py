@@ -1,0 +1,53 @@
+"""Photos of a city from what people have: a table, a folder with GPS in the files, names that tell, others' exports."""
+
+from typing import Any
+
+from addressvlm.cities import storage
+from addressvlm.cities.photo import Photo
+from addressvlm.cities.readers.exif import Exif
+from addressvlm.cities.readers.ial import Ial
+from addressvlm.cities.readers.kartaview import KartaView
+from addressvlm.cities.readers.manifest import Manifest
+from addressvlm.cities.readers.mapillary import Mapillary
+from addressvlm.cities.readers.names import Pitts, SfXl
+from addressvlm.cities.readers.rows import to_photos
+from addressvlm.cities.readers.source import Reader, base, sample, where
+from addressvlm.config import CityConfig
+from addressvlm.errors import InputError
+
+__all__ = ["READERS", "Reader", "base", "read", "recognize", "where"]
+
+READERS: dict[str, Reader] = {  # in the order in which `auto` asks them
+    "mapillary": Mapillary(),
+    "kartaview": KartaView(),
+    "ial": Ial(),
+    "pitts": Pitts(),
+    "sfxl": SfXl(),
+    "manifest": Manifest(),
+    "exif": Exif(),
+}
+
+
+def read(city: CityConfig) -> tuple[list[Photo], list[dict[str, Any]]]:
+    """The good photos, and the bad rows as rows of `tables.REJECTS`; both in the order of the source.
+
+    Raises:
+        InputError: there is no such source, it is not of the kind that `city.reader` says, or it has no rows.
+    """
+    if storage.is_remote(base(city)):
+        storage.filesystem(base(city))  # a missing package is told here rather than by every photo
+    reader = READERS[recognize(city) if city.reader == "auto" else city.reader]
+    photos, rejects = to_photos(reader.rows(city), city.panorama)
+    if not photos and not rejects:
+        raise InputError(f"the manifest {where(city)} has no rows: it needs one per photo, with the columns file, lat, lon.")
+    return photos, rejects
+
+
+def recognize(city: CityConfig) -> str:
+    """The name of the reader for this city's source.
+
+    Raises:
+        InputError: there is no such source, or it is no table and no folder.
+    """
+    seen = sample(city)
+    return next(name for name, reader in READERS.items() if reader.recognizes(seen))

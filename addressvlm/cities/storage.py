@@ -1,0 +1,129 @@
+"""Files of a city wherever they are: a local path, or a URI (file://, s3://, gs://, and what fsspec has a package for)."""
+
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from textwrap import shorten
+from typing import IO, Literal
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+from fsspec.registry import known_implementations
+from pyarrow import fs
+
+from addressvlm.errors import InputError
+
+GCS_RETRY_S = 60  # its default is 15 minutes
+
+
+def is_remote(where: str) -> bool:
+    """Whether this is a URI of something that is not a local file."""
+    return "://" in where and not where.startswith("file://")
+
+
+def local(where: str) -> Path:
+    """The path that a local name or file:// URI means; `~` is the home folder."""
+    return Path(unquote(urlsplit(where).path)) if where.startswith("file://") else Path(where).expanduser()
+
+
+def join(folder: str, file: str) -> str:
+    """A file inside a folder; a URI or an absolute path stays as it is."""
+    if "://" in file or (not is_remote(folder) and Path(file).is_absolute()):
+        return file
+    return f"{folder.rstrip('/')}/{file}" if is_remote(folder) else str(local(folder) / file)
+
+
+def parent(where: str) -> str:
+    """The folder that holds it."""
+    return where.rstrip("/").rpartition("/")[0] if is_remote(where) else str(local(where).parent)
+
+
+def suffix(where: str) -> str:
+    """The ending in small letters, with its dot."""
+    return PurePosixPath(where).suffix.lower()
+
+
+def filesystem(where: str) -> tuple[fs.FileSystem, str]:
+    """The remote file system and the path in it.
+
+    Raises:
+        InputError: nothing is known by this scheme, or the package for it is not installed.
+        OSError: the store can't be reached.
+    """
+    scheme, _, path = where.partition("://")
+    return _filesystem(scheme, path.partition("/")[0]), path
+
+
+def open_binary(where: str) -> IO[bytes]:
+    """Open for reading, at any position.
+
+    Raises:
+        InputError: see `filesystem`.
+        OSError: there is no such file (FileNotFoundError), or it can't be read.
+    """
+    if not is_remote(where):
+        return local(where).open("rb")
+    store, path = filesystem(where)
+    return store.open_input_file(path)
+
+
+def read_bytes(where: str) -> bytes:
+    """The whole file; raises as `open_binary` does."""
+    with open_binary(where) as file:
+        return file.read()
+
+
+def kind(where: str) -> Literal["file", "folder"] | None:
+    """What is there, None if nothing is; raises as `open_binary` does."""
+    if not is_remote(where):
+        path = local(where)
+        return "folder" if path.is_dir() else "file" if path.exists() else None
+    store, inside = filesystem(where)
+    found = store.get_file_info(inside.rstrip("/")).type
+    return {fs.FileType.File: "file", fs.FileType.Directory: "folder"}.get(found)  # type: ignore[return-value]
+
+
+def walk(folder: str) -> list[str]:
+    """Files below the folder as sorted relative paths with forward slashes; hidden ones are left out."""
+    return sorted(file for file in _files(folder) if not any(part.startswith(".") for part in file.split("/")))
+
+
+def said(error: OSError) -> str:
+    """What went wrong in a few words; stores tell whole stories."""
+    return error.strerror or shorten(str(error), 160)
+
+
+def _files(folder: str) -> Iterator[str]:
+    if not is_remote(folder):
+        top = local(folder)
+        for here, _, names in os.walk(top):
+            inside = Path(here).relative_to(top)
+            yield from ((inside / name).as_posix() for name in names)
+        return
+    store, path = filesystem(folder)
+    top_length = len(path.rstrip("/")) + 1
+    for info in store.get_file_info(fs.FileSelector(path.rstrip("/"), recursive=True)):
+        if info.type == fs.FileType.File:
+            yield info.path.lstrip("/")[top_length:]
+
+
+@lru_cache(maxsize=64)
+def _filesystem(scheme: str, bucket: str) -> fs.FileSystem:
+    if scheme == "s3":
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")  # a store that is not Amazon's
+        if endpoint or {"AWS_REGION", "AWS_DEFAULT_REGION"} & os.environ.keys():
+            return fs.S3FileSystem(endpoint_override=endpoint)
+        return fs.FileSystem.from_uri(f"s3://{bucket}")[0]  # asks for the bucket's region
+    if scheme in ("gs", "gcs"):
+        emulator = urlsplit(os.environ.get("STORAGE_EMULATOR_HOST", ""))
+        if emulator.netloc:
+            return fs.GcsFileSystem(anonymous=True, scheme=emulator.scheme, endpoint_override=emulator.netloc)
+        return fs.FileSystem.from_uri(f"gs://{bucket}?retry_limit_seconds={GCS_RETRY_S}")[0]
+    try:
+        return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
+    except ValueError:
+        raise InputError(f"{scheme}://{bucket} can't be read: write a local path, or an s3:// or gs:// address.") from None
+    except ImportError:
+        package = known_implementations[scheme]["class"].partition(".")[0]
+        raise InputError(f"{scheme}://{bucket} needs a Python package that is missing: pip install {package}.") from None

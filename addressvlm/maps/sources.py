@@ -1,0 +1,67 @@
+"""Which imagery is meant: a GeoTIFF or COG, an MBTiles or PMTiles archive, or the address of an XYZ server."""
+
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from addressvlm.config import TilesConfig
+from addressvlm.errors import InputError
+from addressvlm.maps import imagery
+from addressvlm.maps.archives import MbTiles, PmTiles
+from addressvlm.maps.imagery import GeoTiff
+from addressvlm.maps.mercator import Mosaic
+from addressvlm.maps.window import Bounds
+from addressvlm.maps.xyz import XyzServer
+
+ARCHIVES: dict[str, type[MbTiles] | type[PmTiles]] = {".mbtiles": MbTiles, ".pmtiles": PmTiles}
+CACHE = "runs/tile-cache"  # where tiles.cache is not set
+
+
+class Imagery(Protocol):
+    """The city from above."""
+
+    attribution: str
+
+    def read(self, bounds: Bounds, pixels: int) -> Image.Image:
+        """The square `bounds` (west, south, east, north in local metres) as an RGB image of pixels x pixels.
+
+        Raises:
+            InputError: too little of it is covered, or it can't be had.
+        """
+        ...
+
+
+def open_imagery(text: str | Path, crs: str, config: TilesConfig) -> Imagery:
+    """Imagery seen in the coordinates `crs`; `text` is a path or an address.
+
+    Raises:
+        InputError: it is missing, is not what its name says, or is an address that is neither http nor https.
+    """
+    name = str(text)
+    if "{" in name:
+        cache = Path(config.cache or CACHE)
+        server = XyzServer(name, cache, config.user_agent, config.per_second, config.attribution)
+        return Mosaic(server, crs, config.zoom)
+    if "://" in name and urlsplit(name).scheme not in ("http", "https"):
+        raise InputError(
+            f"tiles.imagery is {name}: give a file, an http(s) address of a COG, or https://host/{{z}}/{{x}}/{{y}}.png."
+        )
+    archive = ARCHIVES.get(Path(name).suffix.lower())
+    if archive:
+        return Mosaic(archive(name, config.attribution), crs, config.zoom)
+    return GeoTiff(name, crs, config.attribution)
+
+
+def centre_of(text: str | Path) -> tuple[float, float]:
+    """Latitude and longitude of the middle of the imagery.
+
+    Raises:
+        InputError: it can't be opened, or has no middle.
+    """
+    name = str(text)
+    if "{" in name:
+        raise InputError("an XYZ server has no middle of its own: set city.streets as well.")
+    archive = ARCHIVES.get(Path(name).suffix.lower())
+    return archive(name).centre() if archive else imagery.centre_of(name)

@@ -1,0 +1,157 @@
+#!/usr/bin/env python
+"""Coordinates -> street, second street, margin and district, against a loop that looks them up row by row.
+
+    python benchmarks/annotation.py streets.geojson districts.geojson
+
+As many coordinates as SF-IAL-Large has photos (paper 002, Table 1) are strewn along the streets of the file by seed. The
+loop does the same with the same library on a sample of the rows, in turn with ours: first the nearest street alone, then
+all columns, then all columns where several rows share a place, as the views of a panorama do. Speeds are of CPU time.
+"""
+
+import argparse
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import pyproj
+import shapely
+from numpy.typing import NDArray
+
+from addressvlm.cities.annotation import annotate
+from addressvlm.cities.streets import StreetMap
+
+ROWS = 1_960_000
+PLACES = 233_820  # of SF-IAL-Large
+NOISE_M = 6.0
+LIMIT_M = 40.0
+Columns = tuple[NDArray, NDArray]  # code of the street, metres
+
+
+def strewn(streets: StreetMap, rows: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Latitude and longitude of points along the streets, as dense everywhere, some metres beside the line."""
+    rng = np.random.default_rng(seed)
+    lines = np.array([line for line in streets.lines if shapely.get_dimensions(line) == 1], dtype=object)
+    length = shapely.length(lines)
+    line = np.sort(rng.choice(len(lines), rows, p=length / length.sum()))
+    points = shapely.line_interpolate_point(lines[line], rng.uniform(0, 1, rows), normalized=True)
+    xy = shapely.get_coordinates(points) + rng.normal(0, NOISE_M, (rows, 2))
+    return streets.to_degrees(xy[:, 0], xy[:, 1])
+
+
+class Row(NamedTuple):
+    """What the loop says of one row."""
+
+    street: str | None = None
+    metres: float = np.inf
+    second: str | None = None
+    second_metres: float = np.inf
+    district: str | None = None
+
+
+class Loop:
+    """One row after the other."""
+
+    def __init__(self, streets: StreetMap) -> None:
+        self.names, self.lines, self.tree = streets.names, streets.lines, shapely.STRtree(streets.lines)
+        self.district_names, self.polygons = streets.district_names, streets.district_polygons
+        self.district_tree = shapely.STRtree(streets.district_polygons)
+        lon, lat = streets.to_degrees([0.0], [0.0])[::-1]
+        plane = f"+proj=tmerc +lat_0={lat[0]:.6f} +lon_0={lon[0]:.6f} +datum=WGS84 +units=m +no_defs"
+        self.project = pyproj.Transformer.from_crs("EPSG:4326", plane, always_xy=True).transform
+
+    def nearest(self, lat: NDArray[np.float64], lon: NDArray[np.float64]) -> list[Row]:
+        """The nearest street."""
+        found = []
+        for row_lat, row_lon in zip(lat.tolist(), lon.tolist(), strict=True):
+            point = shapely.Point(self.project(row_lon, row_lat))
+            line = self.tree.nearest(point)
+            metres = self.lines[line].distance(point)
+            found.append(Row(self.names[line], metres) if metres <= LIMIT_M else Row())
+        return found
+
+    def columns(self, lat: NDArray[np.float64], lon: NDArray[np.float64]) -> list[Row]:
+        """The nearest street, the nearest of another name, the district."""
+        found = []
+        for row_lat, row_lon in zip(lat.tolist(), lon.tolist(), strict=True):
+            point = shapely.Point(self.project(row_lon, row_lat))
+            best: dict[str, float] = {}
+            for line in self.tree.query(point, predicate="dwithin", distance=LIMIT_M):
+                name = self.names[line]
+                best[name] = min(best.get(name, np.inf), self.lines[line].distance(point))
+            two = sorted(best.items(), key=lambda item: item[1])[:2] + [(None, np.inf)] * 2
+            inside = self.district_tree.query(point, predicate="intersects")
+            smallest = min(inside, key=lambda i: self.polygons[i].area, default=None)
+            district = None if smallest is None else self.district_names[smallest]
+            found.append(Row(*two[0], *two[1], district))
+        return found
+
+
+def agreement(streets: StreetMap, ours: Columns, rows: list[Row]) -> float:
+    """Share of rows with the same street, or with another one as near (two streets share a line or a corner)."""
+    names = np.array([*streets.street_names, None], dtype=object)
+    same = names[ours[0]] == np.array([row.street for row in rows], dtype=object)
+    return float(np.mean(same | np.isclose(ours[1], [row.metres for row in rows], atol=0.03)))
+
+
+def compare(
+    name: str, streets: StreetMap, where: tuple[NDArray, NDArray], loop: Callable[..., list[Row]],
+    ours: Callable[..., Columns], sample: int, rounds: int,
+) -> None:  # fmt: skip
+    """Run both in turn, print the time of a row and the ratio."""
+    lat, lon = where
+    chosen = np.sort(np.random.default_rng(0).choice(len(lat), min(sample, len(lat)), replace=False))
+    ours_us, loop_us = [], []
+    for _ in range(rounds):
+        started = time.process_time()
+        rows = loop(lat[chosen], lon[chosen])
+        loop_us.append((time.process_time() - started) / len(chosen) * 1e6)
+        started = time.process_time()
+        columns = ours(lat, lon)
+        ours_us.append((time.process_time() - started) / len(lat) * 1e6)
+    ratios = [a / b for a, b in zip(loop_us, ours_us, strict=True)]
+    same = agreement(streets, (columns[0][chosen], columns[1][chosen]), rows)
+    print(
+        f"{name:33}  loop {min(loop_us):5.1f} us/row  ours {min(ours_us):5.2f} us/row {1e6 / min(ours_us):9,.0f} rows/s   "
+        f"ratio {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})   same street {100 * same:.2f} %",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("streets", help="file of named lines, as city.streets")
+    parser.add_argument("districts", nargs="?", help="file of named polygons, as city.districts")
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"coordinates (default: {ROWS:,})")
+    parser.add_argument("--sample", type=int, default=20_000, help="rows of the loop (default: 20,000)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default: 3)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    streets = StreetMap.load(args.streets, args.districts)
+    lat, lon = strewn(streets, args.rows, args.seed)
+    before = psutil.Process().memory_info().rss
+    print(f"{len(lat):,} coordinates, {len(streets.lines):,} lines, {before / 2**20:,.0f} MiB in use", flush=True)
+    loop, turns = Loop(streets), (args.sample, args.rounds)
+
+    def nearest(lat: NDArray, lon: NDArray) -> Columns:
+        return streets.nearest_two(lat, lon, LIMIT_M)[:2]
+
+    def columns(lat: NDArray, lon: NDArray) -> Columns:
+        found = annotate(lat, lon, streets, LIMIT_M)
+        return found.street, found.distance_m
+
+    views = -(-ROWS // PLACES)
+    same_place = np.repeat(np.arange(0, len(lat), views), views)[: len(lat)]
+    compare("nearest street", streets, (lat, lon), loop.nearest, nearest, *turns)
+    compare("street, second street, district", streets, (lat, lon), loop.columns, columns, *turns)
+    compare(f"the same, {views} views a place", streets, (lat[same_place], lon[same_place]), loop.columns, columns, *turns)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"peak memory {peak / 2**20:,.0f} MiB, {(peak - before) / 2**20:,.0f} MiB above what was in use before", flush=True)
+
+
+if __name__ == "__main__":
+    main()

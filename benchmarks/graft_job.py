@@ -1,0 +1,222 @@
+"""The Ray Data grafting job against two bare processes with the same kernel: speed, and peak memory as photos grow.
+
+    python benchmarks/graft_job.py
+    python benchmarks/graft_job.py --photos 2000 20000 --rounds 3
+
+Both read the same table of photos and write the same table of grafts, on two cores; they take turns and the median ratio
+counts. The bare processes have half of the table each, no marks, no Ray. What is compared is the time from the step's
+beginning, with Ray there, to its end; the start of Ray is shown beside it.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from addressvlm import tables
+from addressvlm.config import Config, validate
+from addressvlm.demo.camera import photograph
+from addressvlm.demo.city import places, to_degrees, views, write_maps
+from addressvlm.demo.world import generate
+from addressvlm.grafting import encode
+from addressvlm.maps.grafts import graft_rows
+from addressvlm.run import Run
+from addressvlm.shards import plan
+
+CITY_SEED = 1
+CORES = 2
+DISTINCT = 200  # photos that are drawn; the table has them again and again under new ids
+VIEWS = 4  # photos of a place
+MB = 1 << 20
+
+
+def write_photos(folder: Path, count: int, side: int) -> Config:
+    """A run whose photos table has `count` photos of `side` x `side` pixels."""
+    world, rng = generate(CITY_SEED), random.Random(CITY_SEED)
+    paths = {key: folder / key for key in ("streets", "districts", "imagery")}
+    write_maps(world, paths)
+    spots = list(places(world))
+    drawn = []
+    for street, x, y in rng.sample(spots, DISTINCT // VIEWS):
+        drawn += [_like_a_camera(photograph(world, x, y, heading, 1.0, side // 4), side, rng) for heading in views(street, rng)]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for n in range(count):
+            street, x, y = spots[n // VIEWS % len(spots)]
+            lon, lat = to_degrees(world, np.array([[x, y]]))[0]
+            image = {"bytes": drawn[n % DISTINCT], "path": f"{n}.jpg"}
+            yield {"id": str(n), "place": str(n // VIEWS), "lat": lat, "lon": lon, "heading": 90.0 * (n % VIEWS),
+                   "image": image, "street": street.name, "district": "Benchmark", "rounds": []}  # fmt: skip
+
+    tree = {
+        "name": "benchmark",
+        "storage": str(folder / "runs"),
+        "city": {"manifest": "unused.csv", "streets": str(paths["streets"])},
+        "tiles": {"imagery": str(paths["imagery"])},
+    }
+    config = validate(tree, "the benchmark's settings")
+    tables.write(Run(config).photos, "train", rows(), tables.PHOTOS)
+    return config
+
+
+def _like_a_camera(picture: Image.Image, side: int, rng: random.Random) -> bytes:
+    """JPEG bytes of the picture at this size, with grain: files are about as large as a camera's."""
+    pixels = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float32)
+    grain = np.random.default_rng(rng.randrange(1 << 32)).normal(0, 6, pixels.shape)
+    return encode(Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8)), 88)
+
+
+def run_job(config: Config) -> None:
+    """The job, as its command does it."""
+    import ray
+
+    from ray_jobs import graft
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    started = time.perf_counter()
+    ray.init(address="local", num_cpus=CORES, logging_level="warning")
+    ready = time.perf_counter()
+    graft.run_step(config, redo=True)
+    print(json.dumps({"ray_s": ready - started, "step_s": time.perf_counter() - ready}), flush=True)
+    ray.shutdown()
+
+
+def run_bare(config: Config, part: int, out: Path) -> None:
+    """One of `CORES` bare processes: every such shard, the kernel, a Parquet writer."""
+    from ray_jobs.graft import COLUMNS, SHARD
+
+    with pq.ParquetWriter(out / f"train-{part:05d}.parquet", tables.GRAFTS) as writer:
+        for shard in plan(Run(config).photos, "train", SHARD)[part::CORES]:
+            for batch in shard.batches(COLUMNS):
+                rows = graft_rows(config.city.streets, config.tiles.imagery, config.tiles.model_dump_json(), batch)
+                writer.write_table(pa.Table.from_pylist(rows, schema=tables.GRAFTS))
+
+
+@contextmanager
+def watched(processes: list[psutil.Process]) -> Iterator[dict[str, int]]:
+    """Peak memory in bytes, by kind of process, of these and all that they start while the block runs."""
+    peak: dict[str, int] = defaultdict(int)
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.25):
+            now: dict[str, int] = defaultdict(int)
+            for process in processes:
+                with suppress(psutil.Error):
+                    for each in [process, *process.children(recursive=True)]:
+                        with suppress(psutil.Error):
+                            now[_kind(each, process)] = max(now[_kind(each, process)], _own(each))
+                            if each.name() == "raylet":
+                                now["object store"] = _object_store(each)
+            for kind, size in now.items():
+                peak[kind] = max(peak[kind], size)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield peak
+    over.set()
+    thread.join()
+
+
+def _kind(process: psutil.Process, root: psutil.Process) -> str:
+    if process == root:
+        return "driver"
+    name = process.name()
+    return "worker" if name.startswith(("ray::Map", "ray::IDLE")) else "Ray's own"
+
+
+def _own(process: psutil.Process) -> int:
+    """Resident memory less what is shared, such as the object store."""
+    memory = process.memory_info()
+    return int(memory.rss - memory.shared)
+
+
+def _object_store(raylet: psutil.Process) -> int:
+    return sum(m.rss for m in raylet.memory_maps() if "plasma" in m.path)
+
+
+def measure(folder: Path, config: Config) -> tuple[dict[str, float], float, dict[str, int], dict[str, int]]:
+    """One turn of each: times of the job, seconds of the bare processes, peak memories of both."""
+    me = [sys.executable, __file__, "--settings", str(folder / "settings.json")]
+    job = subprocess.Popen([*me, "--job"], stdout=subprocess.PIPE, text=True)
+    with watched([psutil.Process(job.pid)]) as job_peak:
+        said, _ = job.communicate()
+    if job.returncode:
+        raise SystemExit("the job failed")
+    out = folder / "bare"
+    out.mkdir(exist_ok=True)
+    started = time.perf_counter()
+    bare = [subprocess.Popen([*me, "--bare", str(part), "--out", str(out)]) for part in range(CORES)]
+    with watched([psutil.Process(p.pid) for p in bare]) as bare_peak:
+        failed = [p.wait() for p in bare]
+        seconds = time.perf_counter() - started
+    if any(failed):
+        raise SystemExit("a bare process failed")
+    assert tables.count(Run(config).grafts, "train") == tables.count(out, "train")
+    return json.loads(said.splitlines()[-1]), seconds, job_peak, bare_peak
+
+
+def compare(count: int, side: int, rounds: int) -> None:
+    """Print the turns, their median ratio and the largest memories for one number of photos."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        config = write_photos(folder, count, side)
+        (folder / "settings.json").write_text(config.model_dump_json())
+        ratios, largest = [], defaultdict(int)
+        for turn in range(1, rounds + 1):
+            job, bare, job_peak, bare_peak = measure(folder, config)
+            ratios.append(bare / job["step_s"])
+            for kind, size in [*job_peak.items(), ("bare process", bare_peak["driver"])]:
+                largest[kind] = max(largest[kind], size)
+            print(
+                f"{count:,} photos, turn {turn}: job {job['step_s']:.1f} s (and {job['ray_s']:.1f} s to start Ray), "
+                f"{CORES} bare processes {bare:.1f} s, ratio {ratios[-1]:.2f}",
+                flush=True,
+            )
+        memory = ", ".join(f"{kind} {largest[kind] / MB:,.0f} MB" for kind in sorted(largest))
+        rate = count / job["step_s"]
+        print(f"{count:,} photos: ratio {statistics.median(ratios):.2f}, {rate:.0f} photos/s; peak {memory}", flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=int, nargs="+", default=[2000, 20000], help="(default: 2000 20000)")
+    parser.add_argument("--photo-side", type=int, default=640, help="of the square photos, in pixels (default: 640)")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of each (default: 1)")
+    for inner in ("--settings", "--bare", "--out"):
+        parser.add_argument(inner, help=argparse.SUPPRESS)
+    parser.add_argument("--job", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    if args.settings:
+        config = Config.model_validate_json(Path(args.settings).read_text())
+        if args.job:
+            run_job(config)
+        else:
+            run_bare(config, int(args.bare), Path(args.out))
+        return
+    for count in args.photos:
+        compare(count, args.photo_side, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

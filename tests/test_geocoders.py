@@ -1,0 +1,333 @@
+"""External geocoders, against a server on this machine: python -m pytest tests/test_geocoders.py"""
+
+import json
+import logging
+import random
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import pytest
+
+from addressvlm import InputError
+from addressvlm.cities import geocoder_client, geocoders
+from addressvlm.cities.geocoder_cache import AnswerCache
+from addressvlm.config import GeocoderConfig
+
+SECRET = "a-key-that-nobody-may-see"
+METRE = 1 / 111_195  # degrees of latitude
+
+
+class Server:
+    """Replies as the test says and remembers what it was asked and when."""
+
+    def __init__(self, reply: Callable[[int, dict[str, str]], tuple[int, dict[str, str], Any]]) -> None:
+        self.asked: list[dict[str, str]] = []
+        self.agents: list[str] = []
+        self.times: list[float] = []
+        lock, server = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                query = {k: v[0] for k, v in parse_qs(urlsplit(self.path).query).items()}
+                with lock:
+                    server.asked.append(query)
+                    server.agents.append(self.headers["User-Agent"])
+                    server.times.append(time.monotonic())
+                    status, headers, body = reply(len(server.asked), query)
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                for name, value in {"Content-Type": "application/json", **headers}.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/reverse"
+
+
+@contextmanager
+def serving(reply: Callable[[int, dict[str, str]], tuple[int, dict[str, str], Any]]) -> Iterator[Server]:
+    server = Server(reply)
+    thread = threading.Thread(target=server.http.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+    thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(geocoder_client, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setenv(geocoders.KEY, SECRET)
+
+
+def road(name: str, **address: str) -> dict[str, Any]:
+    return {"category": "highway", "address": {"road": name, "suburb": "Oakland", **address}}
+
+
+def result(street: str | None, location: str = "RANGE_INTERPOLATED", **others: str) -> dict[str, Any]:
+    parts = [{"long_name": street, "short_name": street, "types": ["route"]}] if street else []
+    parts += [{"long_name": name, "short_name": name, "types": [kind, "political"]} for kind, name in others.items()]
+    return {"address_components": parts, "geometry": {"location_type": location}}
+
+
+def ask(
+    where: Server | str, folder: Path, number: int = 1, seed: int = 0, step_m: float = 10.0, order: list[int] | None = None,
+    **config: Any,
+) -> tuple[list[geocoders.Answer | None], list[str]]:  # fmt: skip
+    """The answers about `number` places in a row to the north."""
+    url = where if isinstance(where, str) else where.url
+    settings = GeocoderConfig(**{"url": url, "share": 1.0, "per_second": 1000.0, "retries": 2, **config})
+    order = order or list(range(number))
+    y = np.array(order) * step_m
+    ids = [f"p{i:03}" for i in order]
+    return geocoders.locate(ids, 40 + y * METRE, np.full(len(y), -80.0), 0 * y, y, settings, folder / "answers.sqlite", seed)
+
+
+# what the services say
+
+
+def test_nominatim_is_asked_for_streets(tmp_path: Path) -> None:
+    with serving(lambda n, q: (200, {}, road("Forbes Avenue"))) as server:
+        answers, sources = ask(server, tmp_path, user_agent="me@example.org")
+    assert answers == [geocoders.Answer("Forbes Avenue", "Oakland")]
+    assert sources == ["nominatim"]
+    assert server.agents == ["me@example.org"]
+    assert server.asked == [{"format": "jsonv2", "lat": "40.000000", "lon": "-80.000000", "zoom": "17", "addressdetails": "1"}]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"error": "Unable to geocode"},
+        {"category": "building", "address": {"road": "Forbes Avenue"}},
+        {"category": "place", "address": {"road": "Forbes Avenue", "house_number": "5000"}},
+        {"category": "boundary", "address": {"suburb": "Oakland"}},
+    ],
+)
+def test_nominatim_buildings_and_nothing_are_set_aside(reply: dict[str, Any], tmp_path: Path) -> None:
+    with serving(lambda n, q: (200, {}, reply)) as server:
+        assert ask(server, tmp_path)[0] == [None]
+
+
+def test_google_results_vote_without_rooftops(tmp_path: Path) -> None:
+    results = [
+        result("Fifth Avenue", "ROOFTOP", neighborhood="Oakland"),
+        result("Fifth Avenue", "ROOFTOP"),
+        result("Forbes Avenue", neighborhood="Oakland"),
+        result("Craig Street", "GEOMETRIC_CENTER", neighborhood="Oakland"),
+        result("Forbes Avenue", "GEOMETRIC_CENTER", neighborhood="Shadyside"),
+        result(None, "APPROXIMATE", locality="Pittsburgh"),
+    ]
+    with serving(lambda n, q: (200, {}, {"status": "OK", "results": results})) as server:
+        answers, sources = ask(server, tmp_path, service="google")
+    assert answers == [geocoders.Answer("Forbes Avenue", "Oakland", "Craig Street", tie=False)]
+    assert sources == ["google"]
+    assert server.asked == [{"latlng": "40.000000,-80.000000", "key": SECRET}]
+
+
+@pytest.mark.parametrize(
+    ("results", "answer"),
+    [
+        ([result("A Street"), result("B Street")], geocoders.Answer("A Street", None, "B Street", tie=True)),
+        ([result("A Street", "ROOFTOP")], None),
+        ([], None),
+    ],
+)
+def test_google_ties_and_nothing_left(results: list[Any], answer: geocoders.Answer | None, tmp_path: Path) -> None:
+    reply = {"status": "OK" if results else "ZERO_RESULTS", "results": results}
+    with serving(lambda n, q: (200, {}, reply)) as server:
+        assert ask(server, tmp_path, service="google")[0] == [answer]
+
+
+# sample, neighbours, cache
+
+
+def test_a_sample_is_asked_and_the_rest_filled_from_the_nearest(tmp_path: Path) -> None:
+    with serving(lambda n, q: (200, {}, road(f"Street {q['lat']}"))) as server:
+        answers, sources = ask(server, tmp_path, 40, share=0.25)
+        assert len(server.asked) == 10
+        asked = {q["lat"] for q in server.asked}
+        known = [i for i in range(40) if sources[i] == "nominatim"]
+        assert {f"{40 + i * 10 * METRE:.6f}" for i in known} == asked
+        for i in range(40):
+            nearest = min(abs(i - k) for k in known)
+            assert answers[i] in [answers[k] for k in known if abs(i - k) == nearest]
+            assert sources[i] == ("nominatim" if i in known else "neighbour")
+        shuffled = random.Random(3).sample(range(40), 40)
+        again, sources_again = ask(server, tmp_path, 40, share=0.25, order=shuffled)
+        assert [sources_again[shuffled.index(i)] for i in range(40)] == sources
+        assert [again[i] for i, j in enumerate(shuffled) if j in known] == [answers[j] for j in shuffled if j in known]
+        assert len(server.asked) == 10  # all from the cache
+        ask(server, tmp_path, 40, share=0.25, seed=1)
+        assert len(server.asked) > 10
+
+
+def test_too_far_from_an_answer_is_no_answer(tmp_path: Path) -> None:
+    with serving(lambda n, q: (200, {}, road("Forbes Avenue"))) as server:
+        answers, sources = ask(server, tmp_path, 2, share=0.5, step_m=geocoders.FILL_M + 1)
+    assert answers.count(None) == 1
+    assert sources[answers.index(None)] == "neighbour"
+
+
+def test_places_without_an_answer_take_the_neighbours(tmp_path: Path) -> None:
+    with serving(lambda n, q: (200, {}, road("Forbes Avenue") if q["lat"] == "40.000000" else {"error": "none"})) as server:
+        answers, sources = ask(server, tmp_path, 3)
+    assert [a and a.street for a in answers] == ["Forbes Avenue"] * 3
+    assert sources == ["nominatim", "neighbour", "neighbour"]
+
+
+def test_answers_stay_and_requests_are_counted(tmp_path: Path) -> None:
+    with serving(lambda n, q: (200, {}, road("Forbes Avenue"))) as server:
+        ask(server, tmp_path, 10, max_requests=4)
+        assert len(server.asked) == 4
+        ask(server, tmp_path, 10, max_requests=4)
+        assert len(server.asked) == 8
+        ask(server, tmp_path, 10)
+        assert len({q["lat"] for q in server.asked}) == len(server.asked) == 10
+    rows = sqlite3.connect(tmp_path / "answers.sqlite").execute("SELECT service, lat, reply FROM answers").fetchall()
+    assert len(rows) == 10
+    assert ("nominatim", "40.000000", json.dumps(road("Forbes Avenue"))) in rows
+
+
+def test_what_came_before_a_failure_is_kept(tmp_path: Path) -> None:
+    def reply(n: int, query: dict[str, str]) -> tuple[int, dict[str, str], Any]:
+        return (200, {}, road("Forbes Avenue")) if n < 4 else (403, {}, {})
+
+    with serving(reply) as server, pytest.raises(InputError, match="refuses us"):
+        ask(server, tmp_path, 10, per_second=1.99)  # one thread
+    cache = AnswerCache(tmp_path / "answers.sqlite", "nominatim", server.url, None)
+    assert len(cache) == 3
+
+
+def test_a_file_that_is_no_cache(tmp_path: Path) -> None:
+    (tmp_path / "answers.sqlite").write_text("not a database, certainly not one of answers")
+    with pytest.raises(InputError, match=r"can't be kept in .*answers\.sqlite .*city\.geocoder\.cache"):
+        ask("http://127.0.0.1:9/", tmp_path)
+
+
+# manners
+
+
+def test_requests_keep_the_pace(tmp_path: Path) -> None:
+    with serving(lambda n, q: (200, {}, road("Forbes Avenue"))) as server:
+        ask(server, tmp_path, 6, per_second=20.0)
+    assert server.times[-1] - server.times[0] >= 5 / 20 * 0.9
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_failures_for_now_are_asked_again(status: int, tmp_path: Path) -> None:
+    with serving(lambda n, q: (200, {}, road("Forbes Avenue")) if n > 2 else (status, {}, {})) as server:
+        answers, _ = ask(server, tmp_path)
+    assert [a and a.street for a in answers] == ["Forbes Avenue"]
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("as_date", [False, True])
+def test_retry_after_is_waited_for(as_date: bool, tmp_path: Path) -> None:
+    until = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True) if as_date else "1"
+    with serving(lambda n, q: (200, {}, road("A")) if n > 1 else (429, {"Retry-After": until}, {})) as server:
+        ask(server, tmp_path)
+    assert server.times[1] - server.times[0] >= (0.5 if as_date else 0.95)
+
+
+def test_a_server_that_hangs_is_left(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        assert ask(url, tmp_path, timeout_s=0.2, retries=1)[0] == [None]
+
+
+def test_single_failures_are_filled_and_asked_again_next_time(tmp_path: Path) -> None:
+    broken = [True]
+
+    def reply(n: int, query: dict[str, str]) -> tuple[int, dict[str, str], Any]:
+        return (500, {}, {}) if broken[0] and query["lat"] == "40.000000" else (200, {}, road("Forbes Avenue"))
+
+    with serving(reply) as server:
+        answers, sources = ask(server, tmp_path, 3, retries=0)
+        assert sources == ["neighbour", "nominatim", "nominatim"]
+        assert all(answers)
+        broken[0] = False
+        assert ask(server, tmp_path, 3, retries=0)[1] == ["nominatim"] * 3
+        assert len(server.asked) == 4
+
+
+# one sentence each
+
+
+PAGE = b"<!DOCTYPE html><html>Please log in</html>"
+GOOGLE = {"service": "google"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "config", "message"),
+    [
+        ((401, {}, {}), {}, r"127\.0\.0\.1 refuses us \(401\): set city\.geocoder\.user_agent"),
+        ((403, {}, {}), {}, r"refuses us \(403\): set city\.geocoder\.user_agent"),
+        ((403, {}, {}), GOOGLE, r"refuses us \(403\): check GOOGLE_MAPS_API_KEY"),
+        ((404, {}, {}), {}, r"answers 404 instead of an address: check city\.geocoder\.url"),
+        ((429, {}, {}), {}, r"answers 429, too many requests: 0 answers are kept in .*answers\.sqlite, run the same command"),
+        ((429, {"Retry-After": "86400"}, {}), {}, r"asks to wait 86400 s .*run the same command later"),
+        ((200, {"Content-Type": "text/html"}, PAGE), {}, r"answers with a web page instead of JSON: check city\.geocoder\.url"),
+        ((200, {}, PAGE), {}, "answers with a web page instead of JSON"),
+        ((200, {}, b"[1, 2"), {}, "answers with something else instead of JSON"),
+        ((200, {}, [1, 2]), {}, "answers with something else instead of JSON"),
+        ((200, {}, {"hello": 1}), {}, "has no address: check that city.geocoder.url is Nominatim's"),
+        (
+            (200, {}, {"status": "REQUEST_DENIED", "error_message": SECRET}),
+            GOOGLE,
+            r"refuses us \(REQUEST_DENIED\): check GOOGLE",
+        ),
+        ((200, {}, {"status": "OVER_DAILY_LIMIT"}), GOOGLE, "OVER_DAILY_LIMIT: check the billing and the quota"),
+        ((200, {}, {"status": "OVER_QUERY_LIMIT"}), GOOGLE, r"says OVER_QUERY_LIMIT: 0 answers are kept"),
+        ((200, {}, {"hello": 1}), GOOGLE, r"says 'None' instead of an address"),
+    ],
+)
+def test_refusals_are_one_sentence(
+    reply: tuple[int, dict[str, str], Any], config: dict[str, str], message: str, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.DEBUG)
+    with serving(lambda n, q: reply) as server, pytest.raises(InputError, match=message) as error:
+        ask(server, tmp_path, **config)
+    assert SECRET not in str(error.value) + caplog.text
+    assert "\n" not in str(error.value)
+    assert SECRET.encode() not in (tmp_path / "answers.sqlite").read_bytes()
+
+
+def test_a_server_that_keeps_failing_ends_the_run(tmp_path: Path) -> None:
+    with (
+        serving(lambda n, q: (500, {}, {})) as server,
+        pytest.raises(InputError, match="answers 500, the server has a problem"),
+    ):
+        ask(server, tmp_path, 100, retries=0)
+    assert len(server.asked) < 100
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/"
+    with pytest.raises(InputError, match=r"127\.0\.0\.1 can't be reached: Connection refused"):
+        ask(f"{url}?key={SECRET}", tmp_path, 20, retries=0)
+
+
+def test_google_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(geocoders.KEY)
+    with pytest.raises(InputError, match="GOOGLE_MAPS_API_KEY is not set"):
+        ask("http://127.0.0.1:9/", tmp_path, service="google")

@@ -1,0 +1,206 @@
+"""Jobs that get kill -9, and workers that do, end as if nothing had been: python -m pytest tests/test_interrupted.py
+
+Each job is a process of its own with a Ray of its own. It is killed when it has finished some shards and not all.
+"""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from PIL import Image
+
+from addressvlm import tables
+from addressvlm.config import Config, validate
+from addressvlm.run import WORK, Run
+from addressvlm.shards import MARKS, Made, Rows, Work, plan
+from ray_jobs import graft, label, prepare
+from ray_jobs.stream import sharded
+from tests.endpoint import Endpoint, says
+from tests.test_graft_job import config_of, rows
+from tests.test_places import DEGREE_M, geojson
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+REPOSITORY = Path(__file__).parents[1]
+DEADLINE_S = 120.0
+
+
+@contextmanager
+def killed_when(job: str, config: Config, reached: Callable[[], bool], output: Path) -> Iterator[None]:
+    """Start the job, give it kill -9 as soon as `reached`, and run the block."""
+    file = output.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    with output.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, f"ray_jobs/{job}.py", "--config", str(file)],
+            cwd=REPOSITORY,
+            env={**os.environ, "RAY_ADDRESS": "local"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+        started = threading.Event()  # never set; its wait is the pace of the polling
+        for _ in range(int(DEADLINE_S / 0.005)):
+            if process.poll() is not None or reached():
+                break
+            started.wait(0.005)
+        assert process.poll() is None, output.read_text()
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+    try:
+        yield
+    finally:
+        for child in children:  # Ray's agents stay for a minute
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """The tables of a folder: name -> time of change and contents."""
+    return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.glob("*.parquet"))}
+
+
+def same(a: Path, b: Path) -> None:
+    """The folders hold the same files with the same contents."""
+    contents = [{p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} for folder in (a, b)]
+    assert contents[0].keys() == contents[1].keys()
+    assert all(contents[0][name] == contents[1][name] for name in contents[0])
+
+
+def elsewhere(config: Config, folder: Path) -> Config:
+    return config.model_copy(update={"storage": str(folder)})
+
+
+def partial_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
+def shards_done(folder: Path) -> int:
+    return len(list((folder / MARKS).glob("*.json")))
+
+
+def city(folder: Path, photos: int) -> Config:
+    """Photos of a town of three streets, twelve photos of noise used again and again; one in fifty is missing."""
+    (folder / "photos").mkdir()
+    for i in range(12):
+        noise = np.random.default_rng(i).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / "photos" / f"{i}.jpg")
+    with (folder / "manifest.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "file", "place", "lat", "lon", "heading"])
+        for i in range(photos):
+            place, lat = i // 8, (150 * (i // 8 % 3) + 5) / DEGREE_M
+            name = "none.jpg" if i % 50 == 49 else f"{i % 12}.jpg"
+            writer.writerow([i, name, place, lat, (place // 3 * 30 - 1500) / DEGREE_M, i % 8 * 45])
+    streets = {f"Street {name}": [[-2000, y], [2000, y]] for name, y in (("A", 0), ("B", 150), ("C", 300))}
+    square = [[[-2500, -500], [2500, -500], [2500, 500], [-2500, 500], [-2500, -500]]]
+    maps = {
+        "streets": str(geojson(folder / "streets.geojson", "LineString", streets)),
+        "districts": str(geojson(folder / "districts.geojson", "Polygon", {"Centre": square})),
+    }
+    settings = {"manifest": str(folder / "manifest.csv"), "photos": str(folder / "photos"), **maps}
+    return validate({"name": "town", "storage": str(folder / "runs"), "city": settings}, "test")
+
+
+@pytest.mark.parametrize("stage", ["checking", "writing"])
+def test_prepare(tmp_path: Path, stage: str) -> None:
+    config = city(tmp_path, 2400)
+    folder = Run(config).photos
+    at_work = partial_of(folder) if stage == "writing" else partial_of(folder) / WORK / "checked"
+    with killed_when("prepare", config, lambda: shards_done(at_work) > 0, tmp_path / "job.log"):
+        assert not folder.exists()
+        kept = files(partial_of(folder) / WORK / "checked")
+        prepare.run_step(config)
+    undisturbed = elsewhere(config, tmp_path / "undisturbed")
+    prepare.run_step(undisturbed)
+    same(folder, Run(undisturbed).photos)
+    same(Run(config).rejects, Run(undisturbed).rejects)
+    ids = [row["id"] for split in ("train", "val", "test") for row in tables.rows(folder, split, ["id"])]
+    assert len(ids) == len(set(ids))
+    assert len(kept) >= 1
+
+
+def test_graft(tmp_path: Path) -> None:
+    config = config_of(tmp_path, tiles={"pixels": 224})
+    photos = [{**row, "id": f"{n}/{row['id']}"} for n in range(40) for row in rows(places=12)]
+    tables.write(Run(config).photos, "train", photos, tables.PHOTOS)
+    folder = Run(config).grafts
+    with killed_when("graft", config, lambda: shards_done(partial_of(folder)) > 0, tmp_path / "job.log"):
+        assert not folder.exists()
+        kept = files(partial_of(folder))
+        graft.run_step(config, redo=False)
+    assert len(kept) < len(plan(Run(config).photos, "train", graft.SHARD))
+    found = files(folder)
+    assert {name: found[name] for name in kept} == kept  # not made again
+    assert [row["id"] for row in tables.rows(folder, "train", ["id"])] == [row["id"] for row in photos]
+    undisturbed = elsewhere(config, tmp_path / "undisturbed")
+    tables.write(Run(undisturbed).photos, "train", photos, tables.PHOTOS)
+    graft.run_step(undisturbed, redo=False)
+    same(folder, Run(undisturbed).grafts)
+
+
+def test_labels_are_paid_once(tmp_path: Path) -> None:
+    """The job is killed while the endpoint holds back its answers in the middle of the second shard."""
+    text = (
+        "The road leads on between two plain walls here, and the map shows it running straight. This is Mill Street in Harbour."
+    )
+    held, go_on = threading.Event(), threading.Event()
+
+    def reply(number: int, body: dict[str, Any]) -> Any:
+        if number == label.PAID_SHARD + 20:
+            held.set()
+            go_on.wait(DEADLINE_S)
+        return says(text)
+
+    with Endpoint(reply).running() as endpoint:
+        settings = {"labeler": "openai", "model": "m", "base_url": endpoint.url, "concurrency": 8}
+        config = config_of(tmp_path, labels=settings, tiles={"pixels": 96})
+        tables.write(Run(config).photos, "train", rows(places=8, views=24), tables.PHOTOS)
+        graft.run_step(config, redo=False)
+        folder = Run(config).alignment
+        with killed_when("label", config, held.is_set, tmp_path / "job.log"):
+            go_on.set()
+            kept = files(partial_of(folder))
+            label.run_step(config, redo=False)
+    assert list(kept) == ["train-00000.parquet"]
+    assert files(folder)["train-00000.parquet"] == kept["train-00000.parquet"]
+    labels = list(tables.rows(folder, "train", ["id", "source"]))
+    assert [row["id"] for row in labels] == [row["id"] for row in tables.rows(Run(config).grafts, "train", ["id"])]
+    assert Counter(row["source"] for row in labels) == {"openai:m": 3 * label.PAID_SHARD}
+    assert len(endpoint.asked) <= 4 * label.PAID_SHARD  # the shard that was under way, and no other, is asked for again
+
+
+def die_once(flag: Path, function: Callable[[Rows], Made], batch: Rows) -> Made:
+    """The function, in a worker that gets kill -9 at its second batch."""
+    made = function(batch)
+    if batch[0]["id"] == "64" and not flag.exists():
+        flag.write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return made
+
+
+def same_rows(batch: Rows) -> Made:
+    return Made({"train": batch}, counts={"rows": len(batch)})
+
+
+def test_a_worker_that_is_killed_in_the_middle_of_a_shard(tmp_path: Path) -> None:
+    photos = [{"id": str(n), "image": {"bytes": bytes([n % 256]) * 100, "path": None}} for n in range(600)]
+    schema = tables.pa.schema([tables.PHOTOS.field("id"), tables.PHOTOS.field("image")])
+    tables.write(tmp_path / "in", "train", photos, schema)
+    function = partial(die_once, tmp_path / "died", same_rows)
+    made = sharded("copy", plan(tmp_path / "in", "train", 256), tmp_path / "out", Work(function, schema))
+    assert (tmp_path / "died").exists()
+    assert list(tables.rows(tmp_path / "out", "train")) == photos
+    assert [summary["counts"] for summary in made] == [{"rows": 256}, {"rows": 256}, {"rows": 88}]

@@ -1,0 +1,379 @@
+"""OpenStreetMap files, Overpass answers and other geographic files: python -m pytest tests/test_osm.py"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import osmium
+import pyogrio
+import pyproj
+import pytest
+import shapely
+from hypothesis import given
+from hypothesis import strategies as st
+from osmium.osm.mutable import Node, Relation, Way
+
+from addressvlm import InputError
+from addressvlm.cities import features, network
+from addressvlm.cities.districts import cells
+from addressvlm.cities.extract import Extract, Feature
+from addressvlm.cities.osm import is_block, is_district, is_street
+from addressvlm.cities.streets import StreetMap
+from addressvlm.maps.roads import Roads
+
+STEP = 0.001  # degrees between grid points, about 111 m at the equator
+EDGE = 0.01
+SUBURBS = {"name": "Old Town", "place": "suburb"}, {"name": "New Town", "place": "suburb"}
+
+
+class Writer:
+    """Collects objects whose nodes are on a grid of STEP, and writes them as a file or as an Overpass answer."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[tuple[float, float], int] = {}
+        self.places: list[tuple[float, float, dict]] = []
+        self.ways: list[tuple[list[int], dict]] = []
+        self.relations: list[tuple[list[tuple[int, str]], dict]] = []
+
+    def way(self, *points: tuple[float, float], **tags: str) -> int:
+        """Add a way through grid points, return its id."""
+        refs = [self.nodes.setdefault(point, 1 + len(self.nodes)) for point in points]
+        self.ways.append((refs, {key.replace("__", ":"): value for key, value in tags.items()}))
+        return len(self.ways)
+
+    def box(self, west: float, south: float, east: float, north: float, **tags: str) -> int:
+        return self.way((west, south), (east, south), (east, north), (west, north), (west, south), **tags)
+
+    def relation(self, *members: tuple[int, str], **tags: str) -> None:
+        self.relations.append((list(members), tags))
+
+    def save(self, path: Path, bounds: bool = True, nodes_last: bool = False) -> Path:
+        header = osmium.io.Header()
+        if bounds:
+            header.add_box(osmium.osm.Box(0.0, 0.0, EDGE, EDGE))
+
+        def objects() -> Iterator[Any]:
+            nodes: list[Any] = [Node(id=i, location=(x * STEP, y * STEP)) for (x, y), i in self.nodes.items()]
+            nodes += [Node(id=9000 + i, location=(x * STEP, y * STEP), tags=t) for i, (x, y, t) in enumerate(self.places)]
+            others: list[Any] = [Way(id=i, nodes=refs, tags=tags) for i, (refs, tags) in enumerate(self.ways, 1)]
+            others += [
+                Relation(id=i, members=[("w", ref, role) for ref, role in members], tags=tags)
+                for i, (members, tags) in enumerate(self.relations, 1)
+            ]
+            yield from others + nodes if nodes_last else nodes + others
+
+        path.unlink(missing_ok=True)
+        with osmium.SimpleWriter(str(path), header=header) as out:
+            for item in objects():
+                out.add(item)
+        return path
+
+    def overpass(self, path: Path, geom: bool) -> Path:
+        """As `out geom` writes it, or with the nodes as elements after the ways."""
+        at = {i: {"lat": y * STEP, "lon": x * STEP} for (x, y), i in self.nodes.items()}
+
+        def line(refs: list[int]) -> dict:
+            return {"nodes": refs} | ({"geometry": [at[ref] for ref in refs]} if geom else {})
+
+        elements: list[dict] = [{"type": "way", "id": i, "tags": t} | line(refs) for i, (refs, t) in enumerate(self.ways, 1)]
+        for i, (members, tags) in enumerate(self.relations, 1):
+            of_ways = [
+                {"type": "way", "ref": ref, "role": role}
+                | ({"geometry": line(self.ways[ref - 1][0])["geometry"]} if geom else {})
+                for ref, role in members
+            ]
+            elements.append({"type": "relation", "id": i, "tags": tags, "members": of_ways})
+        elements += [
+            {"type": "node", "id": 9000 + i, "lat": y * STEP, "lon": x * STEP, "tags": t}
+            for i, (x, y, t) in enumerate(self.places)
+        ]
+        elements += [] if geom else [{"type": "node", "id": i, **place} for i, place in at.items()]
+        path.write_text(json.dumps({"version": 0.6, "elements": elements}), encoding="utf-8")
+        return path
+
+
+def town() -> Writer:
+    """Mill Street runs east through (5, 5), Forbes Avenue north; a square, a passage, a trail, two districts by border."""
+    city = Writer()
+    city.way((0, 5), (5, 5), highway="residential", name="Mill Street", name__fr="Rue du Moulin", alt_name="The Mills;Mill Row")
+    city.way((5, 5), (10, 5), highway="residential", name="Mill St", old_name="Miller's Way")
+    city.way((10, 5), (10.5, 5), highway="residential", name="Mill Street")
+    city.way((5, 0), (5, 10), highway="primary", name="Forbes Avenue")
+    city.way((1, 1), (4, 1), highway="footway", name="Senate Passage")
+    city.way((1, 2), (4, 2), highway="cycleway", name="Green Trail")
+    city.way((1, 3), (4, 3), highway="residential")
+    city.way((6, 1), (9, 1), highway="motorway", name="Under Way", tunnel="yes")
+    city.box(7, 7, 9, 9, highway="pedestrian", area="yes", name="Market Square")
+    west = city.way((5, 0), (0, 0), (0, 10), (5, 10))  # the borders have no tags of their own
+    middle = city.way((5, 10), (5, 0))
+    east = city.way((5, 10), (10, 10), (10, 0), (5, 0))
+    for name, members in {"West": (west, middle), "East": (middle, east)}.items():
+        tags = {"type": "boundary", "boundary": "administrative", "admin_level": "9", "name": name}
+        city.relation(*((way, "outer") for way in members), **tags)
+    city.relation((west, "outer"), (east, "outer"), type="boundary", boundary="administrative", admin_level="8", name="Whole")
+    city.places += [(2, 8, {"place": "suburb", "name": "Old Town"}), (8, 2, {"place": "suburb", "name": "New Town"})]
+    city.places += [(5, 5, {"highway": "bus_stop", "name": "Mill Street Stop"})]
+    return city
+
+
+@pytest.fixture(scope="module", params=["pbf", "osm", "nodes last", "out geom", "overpass nodes"])
+def extract(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One town in each form of an OpenStreetMap file."""
+    folder = tmp_path_factory.mktemp("osm")
+    if request.param in ("out geom", "overpass nodes"):
+        return town().overpass(folder / "town.json", geom=request.param == "out geom")
+    return town().save(
+        folder / ("town.osm.pbf" if request.param == "pbf" else "town.osm"), nodes_last=request.param == "nodes last"
+    )
+
+
+def at(*points: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Latitudes and longitudes of grid points."""
+    return np.array([y * STEP for _, y in points]), np.array([x * STEP for x, _ in points])
+
+
+def test_streets_squares_and_districts_of_an_extract(extract: Path) -> None:
+    streets = StreetMap.load(extract, extract)
+    assert streets.street_names == ["Forbes Avenue", "Market Square", "Mill Street", "Senate Passage"]
+    lat, lon = at((2, 5.1), (8, 8), (8, 6.9), (2, 1.05), (8, 1.05))
+    street, metres, _, _ = streets.nearest(lat, lon, 40)
+    assert street.tolist() == ["Mill Street", "Market Square", "Market Square", "Senate Passage", None]
+    assert metres[:4] == pytest.approx([11.1, 0, 11.1, 5.6], abs=0.2)
+    assert streets.district(lat, lon) == ["West", "East", "East", "West", "East"]
+    assert streets.variants["Mill Street"] == ["The Mills", "Mill Row", "Rue du Moulin", "Mill St", "Miller's Way"]
+    assert streets.bounds == pytest.approx((0, 0, 0.0105, 0.01))
+    assert streets.street_shapes(["Market Square"])["Market Square"].geom_type == "Polygon"
+    assert set(streets.names) == {"Forbes Avenue", "Mill Street", "Senate Passage"}  # lines only
+
+
+def test_what_is_drawn_has_the_trails_and_the_nameless_too(extract: Path) -> None:
+    roads = Roads(extract)
+    assert [road.name for road in roads.roads].count("") == 1
+    assert {"Green Trail", "Under Way", "Market Square", "Mill St"} <= {road.name for road in roads.roads}
+    assert {road.line.geom_type for road in roads.roads} == {"LineString"}
+    assert {road.name for road in Roads(extract, language="fr").roads} >= {"Rue du Moulin", "Forbes Avenue"}
+
+
+def test_names_in_a_language(extract: Path) -> None:
+    streets = StreetMap.load(extract, language="fr")
+    assert "Rue du Moulin" in streets.street_names
+    assert "Mill Street" not in streets.street_names  # nameless in French, but one street with the other way
+    assert "Mill Street" in streets.variants["Rue du Moulin"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "districts"),
+    [
+        ({}, ["East", "West"]),
+        ({"district_source": "admin"}, ["East", "West"]),
+        ({"admin_level": 8}, ["Whole"]),
+        ({"district_source": "place"}, ["New Town", "Old Town"]),
+    ],
+)
+def test_districts_by_the_setting(extract: Path, settings: dict, districts: list[str]) -> None:
+    streets = StreetMap.load(extract, extract, **settings)
+    assert streets.district_names == districts
+    if districts == ["New Town", "Old Town"]:
+        assert streets.district(*at((1, 6), (6, 1))) == ["Old Town", "New Town"]
+        assert shapely.union_all(streets.district_polygons).area == pytest.approx((EDGE * 111_195) ** 2, rel=0.15)
+
+
+def test_a_border_that_is_cut_off_is_no_district(tmp_path: Path) -> None:
+    city = town()
+    city.relations = [([(10, "outer")], tags) for _, tags in city.relations[:1]]
+    path = city.save(tmp_path / "town.osm.pbf")
+    assert StreetMap.load(path, path).district_names == ["New Town", "Old Town"]
+    with pytest.raises(InputError, match=r"town.osm.pbf has no whole administrative area.*district_source to place"):
+        StreetMap.load(path, path, district_source="admin")
+    city.places.clear()
+    path = city.save(tmp_path / "town.osm.pbf")
+    with pytest.raises(InputError, match=r"no named district \(1 areas are cut off at its edge\)"):
+        StreetMap.load(path, path)
+
+
+def test_holes_and_islands_of_an_area(tmp_path: Path) -> None:
+    city = Writer()
+    outer, inner, island = city.box(0, 0, 6, 6), city.box(2, 2, 4, 4), city.box(8, 8, 9, 9)
+    tags = {"type": "multipolygon", "place": "quarter", "name": "Ring"}
+    city.relation((outer, "outer"), (inner, "inner"), (island, ""), **tags)
+    city.way((0, 1), (6, 1), highway="residential", name="Mill Street")
+    path = city.save(tmp_path / "ring.osm.pbf")
+    ring = StreetMap.load(path, path)
+    far = ring.district(*at((1, 1), (3, 3), (8.5, 8.5)))
+    assert far == ["Ring", None, "Ring"]
+
+
+def test_nodes_outside_the_file_shorten_their_way(tmp_path: Path) -> None:
+    city = town()
+    kept = {point: i for point, i in city.nodes.items() if point != (10, 5)}
+    city.nodes = kept
+    streets = StreetMap.load(city.save(tmp_path / "town.osm.pbf"))
+    assert streets.bounds is not None
+    assert streets.bounds[2] == pytest.approx(0.009)
+
+
+def blocks(named_streets: bool) -> Writer:
+    """Two quarters of two blocks each; streets have names or not."""
+    city = Writer()
+    for i in range(10):
+        city.way((0, i), (10, i), highway="residential", **({"name": f"Street {i}"} if named_streets else {}))
+    city.way((0, 5), (10, 5), highway="primary", name="明治通り")
+    for quarter, west in (("神南", 0), ("宇田川町", 5)):
+        city.box(west, 0, west + 5, 10, place="quarter", name=quarter)
+    city.box(0, 0, 5, 5, place="neighbourhood", name="神南一丁目", name__en="Jinnan 1")
+    city.box(0, 5, 5, 10, place="neighbourhood", name="神南二丁目")
+    city.box(1, 1, 2, 2, place="city_block", name="7")
+    city.places += [(7, 2, {"place": "neighbourhood", "name": "宇田川町一丁目"})]
+    return city
+
+
+def test_where_streets_have_no_names_blocks_are_the_streets(tmp_path: Path) -> None:
+    path = blocks(named_streets=False).save(tmp_path / "japan.osm.pbf")
+    streets = StreetMap.load(path)
+    assert streets.street_names == sorted(["神南一丁目", "神南二丁目", "宇田川町"])
+    street, metres, second, away = streets.nearest(*at((1, 1), (1, 9), (8, 8), (1, 4.9)), 40)
+    assert street.tolist() == ["神南一丁目", "神南二丁目", "宇田川町", "神南一丁目"]
+    assert metres.tolist() == [0, 0, 0, 0]
+    assert (second[3], away[3]) == ("神南二丁目", pytest.approx(11.1, abs=0.2))
+    assert streets.variants == {"神南一丁目": ["Jinnan 1"]}
+    assert StreetMap.load(path, unit="streets").street_names == ["明治通り"]
+    named = blocks(named_streets=True).save(tmp_path / "named.osm.pbf")
+    assert "Street 3" in StreetMap.load(named).street_names
+    assert StreetMap.load(named, unit="blocks").street_names == streets.street_names
+
+
+def test_blocks_of_which_only_the_middle_is_known(tmp_path: Path) -> None:
+    city = Writer()
+    city.way((0, 0), (10, 0), highway="residential")
+    city.places += [(x, y, {"place": "neighbourhood", "name": f"{x}-{y}"}) for x in (2, 8) for y in (2, 8)]
+    city.places += [(5, 5, {"place": "quarter", "name": "all of it"})]
+    streets = StreetMap.load(city.save(tmp_path / "cells.osm.pbf"))
+    assert streets.nearest(*at((1, 1), (9, 1), (4.9, 9)), 40)[0].tolist() == ["2-2", "8-2", "2-8"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=12), st.integers(-70, 70))
+def test_cells_are_where_the_middle_is_nearest(middles: list[tuple[int, int]], lat: int) -> None:
+    points = [Feature({"name": str(i)}, shapely.Point(x / 1000, lat + y / 1000)) for i, (x, y) in enumerate(middles)]
+    within = shapely.box(-0.001, lat - 0.001, 0.021, lat + 0.021)
+    found = cells(points, within)
+    assert sum(cell.shape.area for cell in found) == pytest.approx(within.area)
+    assert len(found) == len(set(middles))
+    squeeze = np.cos(np.radians(lat))
+    for cell in found:
+        inside = cell.shape.representative_point()
+        away = [np.hypot((p.shape.x - inside.x) * squeeze, p.shape.y - inside.y) for p in points]
+        assert away[int(cell.tags["name"])] == pytest.approx(min(away), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["town.osm.pbf", "town.osm"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_truncated_extract_is_said(tmp_path: Path, name: str, share: float) -> None:
+    whole = town().save(tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(InputError, match=rf"{name} is cut short or damaged \(.*\): download it again\."):
+        StreetMap.load(tmp_path / name)
+
+
+def test_what_is_no_extract_is_said(tmp_path: Path) -> None:
+    (tmp_path / "page.osm.pbf").write_text("<html>404 Not Found</html> " * 20)
+    with pytest.raises(InputError, match=r"page.osm.pbf is cut short or damaged .*download it again"):
+        StreetMap.load(tmp_path / "page.osm.pbf")
+    with pytest.raises(InputError, match=r"none.osm.pbf can't be read .*set city.streets"):
+        StreetMap.load(tmp_path / "none.osm.pbf")
+    (tmp_path / "folder.osm").mkdir()
+    with pytest.raises(InputError, match=r"folder.osm can't be read \(Is a directory\)"):
+        StreetMap.load(tmp_path / "folder.osm")
+    (tmp_path / "odd.json").write_text('{"elements": [{"type": "way"}]}')
+    with pytest.raises(InputError, match=r"odd.json is not GeoJSON or Overpass JSON"):
+        StreetMap.load(tmp_path / "odd.json")
+
+
+def test_an_extract_without_named_streets_is_said(tmp_path: Path) -> None:
+    city = Writer()
+    city.way((0, 5), (5, 5), highway="residential")
+    city.way((0, 4), (5, 4), waterway="river", name="Granta")
+    with pytest.raises(InputError, match=r"wild.osm.pbf has no named street"):
+        StreetMap.load(city.save(tmp_path / "wild.osm.pbf"))
+
+
+@pytest.mark.parametrize(
+    ("tags", "street"),
+    [
+        ({"highway": "residential"}, True),
+        ({"highway": "pedestrian", "area": "yes"}, True),
+        ({"highway": "living_street"}, True),
+        ({"highway": "steps"}, True),
+        ({"highway": "footway", "tunnel": "building_passage"}, True),
+        ({"place": "square"}, True),
+        ({"highway": "footway", "indoor": "yes"}, False),
+        ({"highway": "cycleway"}, False),
+        ({"highway": "construction"}, False),
+        ({"place": "suburb"}, False),
+    ],
+)
+def test_what_counts_as_a_street(tags: dict[str, str], street: bool) -> None:
+    assert is_street(tags) == street
+
+
+def test_what_counts_as_a_block_or_a_district() -> None:
+    assert is_block({"place": "neighbourhood", "name": "一丁目"})
+    assert is_block({"boundary": "administrative", "admin_level": "10", "name": "桜丘町"})
+    assert not is_block({"place": "city_block", "name": "12"})
+    assert is_district({"boundary": "administrative"})
+    assert not is_district({"boundary": "protected_area"})
+
+
+@pytest.mark.parametrize("suffix", [".shp", ".gpkg"])
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:32631"])
+def test_tables_of_a_gis_come_in_degrees(tmp_path: Path, suffix: str, crs: str) -> None:
+    path = tmp_path / f"streets{suffix}"
+    line = shapely.LineString([(3.0, 50.0), (3.01, 50.0)])
+    to = pyproj.Transformer.from_crs("EPSG:4326", crs, always_xy=True).transform
+    moved = shapely.transform(line, lambda c: np.column_stack(to(c[:, 0], c[:, 1])))
+    names = np.array(["Große Straße", None], dtype=object)
+    pyogrio.raw.write(path, shapely.to_wkb([moved, moved]), [names], fields=["NAME"], geometry_type="LineString", crs=crs)
+    found = features.read(path, "city.streets", is_street)
+    assert [f.tags for f in found.features] == [{"NAME": "Große Straße", "name": "Große Straße"}, {}]
+    assert shapely.equals_exact(found.features[0].shape, line, 1e-7)
+    assert StreetMap.load(path).street_names == ["Große Straße"]
+
+
+def test_a_damaged_table_of_a_gis_is_said(tmp_path: Path) -> None:
+    (tmp_path / "streets.gpkg").write_bytes(b"SQLite format 3\0 and no more")
+    with pytest.raises(InputError, match=r"streets.gpkg can't be read by GDAL .*export it again"):
+        StreetMap.load(tmp_path / "streets.gpkg")
+
+
+def line(name: str, *points: tuple[float, float]) -> Feature:
+    return Feature({"name": name}, shapely.LineString(np.array(points) * STEP))
+
+
+def test_spellings_of_one_street_are_one_and_of_two_streets_two() -> None:
+    found = network.network(
+        Extract.of(
+            [
+                line("Forbes Ave", (0, 0), (1, 0)),
+                line("Forbes Avenue", (1, 0), (2, 0)),
+                line("Forbes Avenue", (2, 0), (3, 0)),
+                line("FORBES AVE", (3, 0), (4, 0)),
+                line("Forbes Ave", (50, 0), (51, 0)),  # elsewhere, and part of it all the same: it has the spelling
+                line("Mill Road", (0, 3), (1, 3)),
+                line("Mill Rd", (90, 3), (91, 3)),
+                line("E Street", (0, 5), (5, 5)),
+                line("East Street", (2, 4), (2, 6)),
+            ]
+        ),
+        "streets.geojson",
+    )
+    assert sorted(set(found.names)) == ["E Street", "East Street", "Forbes Avenue", "Mill Rd", "Mill Road"]
+    assert found.variants == {"Forbes Avenue": ["FORBES AVE", "Forbes Ave"]}
+
+
+def test_areas_and_points_of_a_table_count_unless_openstreetmap_says_otherwise() -> None:
+    square, stop = Feature({"name": "Plaza"}, shapely.box(0, 0, STEP, STEP)), Feature({"name": "Stop"}, shapely.Point(0, 0))
+    street = line("Mill Road", (0, 3), (1, 3))
+    assert network.network(Extract.of([square, stop, street]), "t").names == ["Plaza", "Stop", "Mill Road"]
+    tagged = Feature({"name": "Plaza", "highway": "pedestrian"}, square.shape)
+    assert network.network(Extract.of([tagged, stop, street]), "t").names == ["Plaza", "Mill Road"]

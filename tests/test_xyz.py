@@ -1,0 +1,299 @@
+"""python -m pytest tests/test_xyz.py"""
+
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from addressvlm import InputError
+from addressvlm.config import TilesConfig
+from addressvlm.maps import sources, xyz
+from addressvlm.maps.grafts import Grafter
+from addressvlm.maps.mercator import Mosaic
+from addressvlm.maps.tiles import TileRenderer
+from addressvlm.maps.xyz import XyzServer
+from tests import town
+from tests.tileserver import Answer, TileServer, encoded, good, ground
+
+HTML = b"<html><body>Sign in</body></html>"
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waits of a real run, a hundred times shorter."""
+    init = XyzServer.__init__
+    monkeypatch.setattr(XyzServer, "__init__", lambda self, *args, **kw: init(self, *args, **{"backoff_s": 0.01, **kw}))
+
+
+@pytest.fixture(scope="module")
+def streets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return town.write_streets(tmp_path_factory.mktemp("town") / "streets.geojson")
+
+
+def config(folder: Path, **changes: object) -> TilesConfig:
+    return TilesConfig(cache=str(folder / "cache"), per_second=1000, names=False, **changes)
+
+
+def server_of(running: TileServer, folder: Path, **options: object) -> XyzServer:
+    return XyzServer(f"{running.url}/{{z}}/{{x}}/{{y}}.png", folder, "tests (mail@example.org)", 1000, **options)
+
+
+def always(status: int, body: bytes = b"", **headers: str) -> TileServer:
+    return TileServer(lambda path: (status, {key.replace("_", "-"): value for key, value in headers.items()}, body))
+
+
+@pytest.mark.parametrize(("zoom", "pixels"), [(None, 336), (17, 336), (18, 100), (None, 600)])
+def test_same_ground_as_the_geotiff(tmp_path: Path, streets: Path, zoom: int | None, pixels: int) -> None:
+    geotiff = town.write_imagery(tmp_path / "satellite.tif")
+    chosen = config(tmp_path, zoom=zoom, pixels=pixels)
+    with TileServer().running() as running:
+        renderer = TileRenderer(streets, f"{running.url}/{{z}}/{{x}}/{{y}}.png", chosen)
+        found = np.asarray(renderer.tile(*town.degrees(-60, 60)).image).astype(int)
+    expected = np.asarray(TileRenderer(streets, geotiff, chosen).tile(*town.degrees(-60, 60)).image).astype(int)
+    assert (abs(found - expected).max(axis=-1) > 60).mean() < 0.01
+    levels = {int(path.split("/")[1]) for path, _, _ in running.asked}
+    assert levels == {zoom or (18 if pixels == 336 else 19)}  # 0.60 or 0.33 m a pixel; level 18 has 0.37 m here
+
+
+def test_cache_and_manners(tmp_path: Path, streets: Path) -> None:
+    with TileServer().running() as running:
+        url = f"{running.url}/{{z}}/{{x}}/{{y}}.png"
+        chosen = config(tmp_path, user_agent="my-city (me@example.org)", attribution="© Me")
+        first = TileRenderer(streets, url, chosen)
+        picture = first.tile(*town.degrees(0, 0)).image
+        count = len(running.asked)
+        assert 0 < count <= 16
+        assert {headers["User-Agent"] for _, headers, _ in running.asked} == {"my-city (me@example.org)"}
+        assert first.imagery.attribution == "© Me"
+        again = TileRenderer(streets, url, chosen).tile(*town.degrees(0, 0)).image  # another process would do the same
+        assert len(running.asked) == count
+    assert again.tobytes() == picture.tobytes()
+
+
+def test_damaged_cache_is_fetched_again(tmp_path: Path) -> None:
+    with TileServer().running() as running:
+        server = server_of(running, tmp_path)
+        whole = server.tile(18, 131159, 86000)
+        (file,) = tmp_path.glob("*/18/131159/86000")
+        file.write_bytes(file.read_bytes()[:100])
+        again = server.tile(18, 131159, 86000)
+    assert whole is not None
+    assert again is not None
+    assert whole.tobytes() == again.tobytes()
+    assert len(running.asked) == 2
+
+
+def test_404_is_a_hole_and_asked_once(tmp_path: Path, streets: Path) -> None:
+    with always(404, HTML).running() as running:
+        renderer = TileRenderer(streets, f"{running.url}/{{z}}/{{x}}/{{y}}.png", config(tmp_path))
+        for _ in range(2):
+            with pytest.raises(InputError, match=r"^http://127\.0\.0\.1:\d+ at zoom 18 covers only 0% of the tile\.$"):
+                renderer.tile(*town.degrees(0, 0))
+        assert len(running.asked) == len({path for path, _, _ in running.asked})
+
+
+@pytest.mark.parametrize("header", ["0.2", "date"])
+def test_429_waits_as_long_as_the_server_says(tmp_path: Path, header: str) -> None:
+    """All who share the folder wait, not only the one who was told."""
+    answers: list[Answer] = []
+
+    def answer(path: str) -> Answer:
+        after = header if header != "date" else format_datetime(datetime.now(UTC) + timedelta(seconds=1.2), usegmt=True)
+        answers.append((429, {"Retry-After": after}, b"") if not answers else good(path))
+        return answers[-1]
+
+    with TileServer(answer).running() as running:
+        assert server_of(running, tmp_path).tile(18, 131159, 86000) is not None
+        assert [a[0] for a in answers] == [429, 200]
+        assert running.asked[1][2] - running.asked[0][2] >= 0.19
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "reason", "asks"),
+    [
+        (500, {}, "500 Internal Server Error", 4),
+        (503, {}, "503 Service Unavailable", 4),
+        (429, {"Retry_After": "3600"}, "429 Too Many Requests, it asks to wait 3600 s", 1),
+    ],
+)
+def test_a_server_that_keeps_failing(tmp_path: Path, status: int, headers: dict[str, str], reason: str, asks: int) -> None:
+    """A sentence each, and after three tiles no more questions for a while."""
+    with always(status, **headers).running() as running:
+        server = server_of(running, tmp_path)
+        for x in range(3):
+            with pytest.raises(InputError, match=rf"tile 18/{x}/5 can't be had \({reason}\): run this step again"):
+                server.tile(18, x, 5)
+        assert len(running.asked) == 3 * asks
+        with pytest.raises(InputError, match="is down"):
+            server.tile(18, 4, 5)
+        assert len(running.asked) == 3 * asks
+
+
+def test_a_server_that_is_back_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xyz, "DOWN_S", 0.0)
+    broken = TileServer(lambda path: (500, {}, b""))
+    with broken.running() as running:
+        server = server_of(running, tmp_path)
+        for x in range(3):
+            with pytest.raises(InputError):
+                server.tile(18, x, 5)
+        broken.answer = good
+        assert server.tile(18, 3, 5) is not None
+        broken.answer = lambda path: (500, {}, b"")
+        asked = len(running.asked)
+        with pytest.raises(InputError):
+            server.tile(18, 6, 5)
+        assert len(running.asked) == asked + 4  # it counts as up: several tries again
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "key"), (403, "user_agent"), (400, "check tiles.imagery")])
+def test_refusals_are_not_repeated(tmp_path: Path, status: int, hint: str) -> None:
+    with always(status).running() as running:
+        with pytest.raises(InputError, match=rf"is refused \({status} .*{hint}"):
+            server_of(running, tmp_path).tile(1, 0, 0)
+        assert len(running.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "reason"),
+    [
+        ({"Content_Type": "text/html; charset=utf-8"}, HTML, "is text/html, not an image"),
+        ({"Content_Type": "application/json"}, b"{}", "is application/json, not an image"),
+        ({"Content_Type": "image/png"}, HTML, "is not a PNG, JPEG or WebP image"),
+        ({}, b"", "is not a PNG, JPEG or WebP image"),
+        ({}, encoded(Image.new("RGB", (256, 256)), "GIF"), "is not a PNG, JPEG or WebP image"),
+        ({}, encoded(ground(18, 131159, 86000))[:200], "is a damaged image"),
+        ({}, encoded(Image.new("L", (1025, 8))), "has 1025 x 8 pixels"),
+        ({}, bytes(9 << 20), "larger than 8 MB"),
+    ],
+)
+def test_what_is_not_a_map_tile(tmp_path: Path, headers: dict[str, str], body: bytes, reason: str) -> None:
+    with always(200, body, **headers).running() as running:
+        with pytest.raises(InputError, match=reason):
+            server_of(running, tmp_path).tile(1, 0, 0)
+        assert not list(tmp_path.rglob("1/0/*"))  # nothing bad is kept
+
+
+@pytest.mark.parametrize("drip_s", [0.05, 30.0])
+def test_a_server_that_hangs_is_left(tmp_path: Path, drip_s: float) -> None:
+    """Nothing after the first byte, or a byte now and then: bounded by the time of one request, times the tries."""
+    hanging = TileServer(drip_s=drip_s)
+    with hanging.running() as running:
+        started = time.monotonic()
+        with pytest.raises(InputError, match=r"can't be had \(no answer within 0.2 s\)"):
+            server_of(running, tmp_path, timeout_s=0.2).tile(18, 131159, 86000)
+        assert time.monotonic() - started < 4
+        assert len(running.asked) == 4
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    with TileServer().running() as running:
+        url = running.url
+    server = XyzServer(f"{url}/{{z}}/{{x}}/{{y}}", tmp_path, "tests", 1000)
+    with pytest.raises(InputError, match=r"can't be had \(no connection, ConnectionError\)"):
+        server.tile(1, 0, 0)
+
+
+def test_redirects_stay_on_the_web(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(encoded(Image.new("RGB", (256, 256))))
+    with always(302, Location=secret.as_uri()).running() as running, pytest.raises(InputError, match="InvalidSchema"):
+        server_of(running, tmp_path / "cache").tile(1, 0, 0)
+
+
+def test_a_bad_server_rejects_rows_and_the_rest_goes_on(tmp_path: Path, streets: Path) -> None:
+    """Tiles in the east of the town are HTML: places there are rejected, those in the west grafted."""
+    photo = encoded(Image.new("RGB", (64, 48), (9, 9, 9)), "JPEG")
+    here = [(-200, "w"), (200, "e"), (-190, "w2")]
+    photos = [
+        {"id": key, "place": key, "street": "Mill Street", "district": "Harbour", "heading": None,
+         "lat": town.degrees(x, 0)[0], "lon": town.degrees(x, 0)[1], "image": {"bytes": photo, "path": key}}
+        for x, key in here
+    ]  # fmt: skip
+
+    def answer(path: str) -> Answer:
+        z, x, _ = map(int, path.strip("/").removesuffix(".png").split("/"))
+        east = (x + 0.5) / 2**z * 360 - 180 > town.LON
+        return (200, {"Content-Type": "text/html"}, HTML) if east else good(path)
+
+    with TileServer(answer).running() as running:
+        grafter = Grafter(str(streets), f"{running.url}/{{z}}/{{x}}/{{y}}.png", config(tmp_path, side_m=100))
+        reasons = {row["id"]: row["reason"] for row in grafter.rows(photos)}
+    assert reasons["w"] is None
+    assert reasons["w2"] is None
+    assert "is text/html, not an image" in reasons["e"]
+
+
+@given(z=st.integers(1, 22), data=st.data())
+def test_addresses(z: int, data: st.DataObject) -> None:
+    x, y = (data.draw(st.integers(0, 2**z - 1)) for _ in "xy")
+    plain, flipped, key, part = xyz._address("h/{z}/{x}/{y}|{-y}|{q}|{s}", z, x, y).split("|")
+    assert plain == f"h/{z}/{x}/{y}"
+    assert int(flipped) + y == 2**z - 1
+    assert len(key) == z
+    assert int(key.replace("2", "0").replace("3", "1"), 2) == x
+    assert int(key.replace("1", "0").replace("2", "1").replace("3", "1"), 2) == y
+    assert part in "abc"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("https://host/{z}/{x}.png", "needs {z}, {x} and {y}"),
+        ("https://host/{z}/{x}/{y}{r}.png", "has {r}: known are"),
+        ("ftp://host/{z}/{x}/{y}", "begins with http"),
+        ("file:///tiles/{z}/{x}/{y}.png", "begins with http"),
+        ("tiles/{z}/{x}/{y}.png", "begins with http"),
+        ("https://{x}/{z}/{y}", "begins with http"),
+        ("https://host:port/{z}/{x}/{y}", "no web address"),
+        ("https://host/{z/{x}/{y}", "tiles.imagery"),
+        ("s3://bucket/city.tif", "http"),
+    ],
+)
+def test_addresses_that_are_none(tmp_path: Path, template: str, reason: str) -> None:
+    with pytest.raises(InputError) as caught:
+        sources.open_imagery(template, "EPSG:3857", config(tmp_path))
+    assert reason in str(caught.value)
+
+
+def test_keys_stay_out_of_messages(tmp_path: Path) -> None:
+    with always(403).running() as running:
+        server = XyzServer(f"{running.url}/{{z}}/{{x}}/{{y}}?key=hush", tmp_path, "tests", 1000)
+        with pytest.raises(InputError) as caught:
+            server.tile(1, 0, 0)
+    assert "hush" not in str(caught.value) + server.attribution
+
+
+def test_too_fine_a_zoom_is_told(tmp_path: Path, streets: Path) -> None:
+    with TileServer().running() as running:
+        renderer = TileRenderer(streets, f"{running.url}/{{z}}/{{x}}/{{y}}.png", config(tmp_path, zoom=23))
+        with pytest.raises(InputError, match=r"set tiles\.zoom lower"):
+            renderer.tile(*town.degrees(0, 0))
+        assert not running.asked
+
+
+def test_an_xyz_server_alone_has_no_middle(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"set city\.streets as well"):
+        TileRenderer(None, "https://host/{z}/{x}/{y}.png", config(tmp_path))
+
+
+def test_finer_tiles_than_usual(tmp_path: Path) -> None:
+    """512 px tiles, which many servers send for {z}: the same ground."""
+
+    def answer(path: str) -> Answer:
+        z, x, y = map(int, path.strip("/").removesuffix(".png").split("/"))
+        return 200, {}, encoded(ground(z, x, y, 512).convert("RGB"), "WEBP")
+
+    crs = f"+proj=tmerc +lat_0={town.LAT} +lon_0={town.LON} +k=1 +datum=WGS84 +units=m"
+    pictures = []
+    for number, kind in enumerate((good, answer)):
+        with TileServer(kind).running() as running:
+            mosaic = Mosaic(server_of(running, tmp_path / str(number)), crs)
+            pictures.append(np.asarray(mosaic.read((-100, -100, 100, 100), 336)).astype(int))
+    assert (abs(pictures[0] - pictures[1]).max(axis=-1) > 60).mean() < 0.02
