@@ -178,6 +178,7 @@ class StageConfig(Strict):
 
     data: Literal["alignment", "photos"]
     parts: list[Part] = ["vision", "adapter", "llm"]
+    rounds: Literal["conversation", "apart"] = "conversation"  # apart: no question about an image sees the other answers
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1)  # stop here even if the epochs are not over
     batch_size: int = Field(16, ge=1)  # images per worker and step

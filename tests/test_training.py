@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from addressvlm import InputError, tables
 from addressvlm.config import ModelConfig, PartConfig
 from addressvlm.models import load
+from addressvlm.models.base import one_dimensional
 from addressvlm.models.lora import adapter_state, attach, train_only, trainable
 from addressvlm.models.parts import part_of
 from addressvlm.run import Run
@@ -71,6 +73,24 @@ def test_loss_equals_that_of_the_rows_alone(loaded: tuple) -> None:
     alone = [answer_loss(model, collate([s])) for s in samples]
     assert count == sum(n for _, n in alone)
     torch.testing.assert_close(together, sum(loss for loss, _ in alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_rounds_apart_are_learnt_as_if_each_had_a_row_of_its_own(base: Path, attention: str) -> None:
+    model, processor = load(str(base))
+    model.set_attn_implementation(attention)
+    rounds = [("Which street is this?", "Mill Street"), ("Is it?", "Yes"), ("Where is it?", "Oak Avenue, Harbour")]
+    shared, count = answer_loss(model, Collator(processor, apart=True)([sample(*rounds), sample(rounds[1])]))
+    alone = [answer_loss(model, Collator(processor)([sample(r)])) for r in [*rounds, rounds[1]]]
+    assert count == sum(n for _, n in alone)
+    torch.testing.assert_close(shared, sum(loss for loss, _ in alone), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_with_positions_by_image_row_and_column_is_told_apart(loaded: tuple) -> None:
+    with torch.device("meta"):
+        qwen = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig())
+    assert not one_dimensional(qwen)
+    assert one_dimensional(loaded[0])
 
 
 def test_loss_equals_that_of_transformers(loaded: tuple) -> None:

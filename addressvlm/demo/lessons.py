@@ -2,9 +2,10 @@
 
     python -m addressvlm.demo.lessons OUT --cities 100 --first-seed 1000
 
-Each city gives tiles to read names from, photos to describe, grafted images to explain, and the questions of stage 2,
-whose names belong to other towns: the base knows words, colours and how to answer, and nothing of the demo's streets.
-Beside its conversation every image has `traits`, what is true of its street, for the vision encoder's own schooling.
+Each city gives tiles to read names from, photos to describe, claims about them to judge, grafted images to explain, and
+the questions of stage 2, whose names belong to other towns: the base knows words, colours and how to answer, and nothing of
+the demo's streets.
+Beside its conversation every image has `traits`, what is typical of its place, for the vision encoder's own schooling.
 """
 
 import argparse
@@ -22,12 +23,12 @@ from addressvlm.addresses import Address, Gazetteer
 from addressvlm.config import TilesConfig
 from addressvlm.demo.camera import photograph
 from addressvlm.demo.city import compass, places, to_degrees, truth, views, write_maps
-from addressvlm.demo.world import World, generate
+from addressvlm.demo.world import Character, World, district_at, generate
 from addressvlm.grafting import encode, graft
 from addressvlm.labels.facts import facts_of
 from addressvlm.labels.template import QUESTIONS, explain
 from addressvlm.maps.tiles import Tile, TileRenderer
-from addressvlm.questions import training_rounds
+from addressvlm.questions import OPTIONS, SUFFIXES, training_rounds
 
 TILES = TilesConfig(side_m=120, pixels=144, font_px=10)  # as in the demo presets
 PLACES, EXTRA_TILES = 60, 50  # per city
@@ -35,6 +36,9 @@ SCHEMA = tables.with_features(
     tables.pa.schema([("image", tables.IMAGE), ("rounds", tables.ROUNDS), ("traits", tables.pa.list_(tables.pa.string()))])
 )
 READING = ["Which street names are on this map?", "Read the names on the map.", "Name the streets written on this map."]
+TRAITS = [*Character.kinds(), ["along", "across", "oblique"]]  # what each kind of trait can be
+VERIFIED = 4  # claims about an image
+CLAIMS = ["Is this:", "Do we see:", "What is this street like? Is it:"]
 LOOKING = ["What do you see?", "Describe this photo.", "What is this street like?"]
 
 
@@ -71,12 +75,28 @@ def _place(
         facts = facts_of(
             address.street, address.district, lat, lon, compass(world, heading), photo, tile, renderer.roads, TILES.delta
         )
-        traits = [*street.character.traits(), facts.view or ""]
-        look = [(rng.choice(LOOKING), f"{', '.join(traits)}.")]
-        yield _row(photo, _asked(address, gazetteer, rng) if rng.random() < 0.15 else look, traits)
+        traits = [*street.character.traits(district_at(world, *place[1:]).character), facts.view or ""]
+        looks = [_asked(address, gazetteer, rng), [(rng.choice(LOOKING), f"{', '.join(traits)}.")], _verified(traits, rng)]
+        yield _row(photo, rng.choices(looks, [0.15, 0.35, 0.5])[0], traits)
         explained = [(rng.choice(QUESTIONS), explain(facts, rng))]
-        rounds = _asked(address, gazetteer, rng) if rng.random() < 0.3 else explained
+        rounds = rng.choices([_asked(address, gazetteer, rng), explained, _verified(traits, rng)], [0.2, 0.5, 0.3])[0]
         yield _row(graft(tile.image, photo, TILES.delta), rounds, [*traits, *_words(tile)])
+
+
+def _verified(traits: list[str], rng: random.Random) -> list[tuple[str, str]]:
+    """Claims about the image to judge and to choose from, in the words in which stage 2 asks about addresses."""
+    rounds = []
+    for trait, others in rng.sample([(t, kind) for t, kind in zip(traits, TRAITS, strict=True) if t], VERIFIED):
+        wrong = rng.sample([other for other in others if other != trait], min(OPTIONS, len(others)) - 1)
+        if rng.random() < 0.3:
+            options = [trait, *wrong]
+            rng.shuffle(options)
+            rounds.append((f"{rng.choice(LOOKING)} {SUFFIXES['choice'].format(options='; '.join(options))}", trait))
+        else:
+            true = rng.random() < 0.5
+            claim = f"{rng.choice(CLAIMS)} {trait if true else wrong[0]}? {SUFFIXES['judgment']}"
+            rounds.append((claim, "Yes" if true else "No"))
+    return rounds
 
 
 def _words(tile: Tile) -> list[str]:

@@ -1,8 +1,8 @@
 """A generated city: streets, districts, buildings and trees, in metres, from a seed.
 
 The plan is drawn on axis-parallel blocks and then turned by `angle`, so that a wall is a box side in the plan frame and
-the map still looks like a city. What a street looks like (facades, roofs, trees, paving) is a mixture of the street's
-character, the district's and chance, and the same buildings and trees are seen by the camera and from above.
+the map still looks like a city. A street is known by its paving, trees and windows, a district mostly by its facades, roofs
+and heights, with chance in both; the same buildings and trees are seen by the camera and from above.
 """
 
 import itertools
@@ -25,6 +25,9 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 CROWNS = {"plane": (92, 128, 58), "cherry": (206, 138, 156), "pine": (38, 84, 62), "maple": (196, 112, 40)}
 PAVINGS = {"asphalt": (92, 92, 96), "concrete": (158, 156, 150), "brick": (150, 100, 84), "gravel": (184, 166, 132)}
+FLOORS = (2, 3, 4, 5, 6)
+WINDOWS = {2.0: "narrow", 3.0: "usual", 4.5: "wide"}  # metres between windows
+TREE_GAPS = {9.0: "dense", 14.0: "many", 22.0: "some", 60.0: "few"}  # metres between trees
 
 WORDS = (
     "Oak Mill Church King Queen Park River Hill Station Market Bridge Castle School Garden Forest Lake North South East "
@@ -61,23 +64,36 @@ class Character:
         return Character(
             facade=rng.choice(list(PALETTE)),
             roof=rng.choice(list(PALETTE)),
-            floors=rng.randint(2, 6),
+            floors=rng.choice(FLOORS),
             crown=rng.choice(list(CROWNS)),
-            tree_gap=rng.choice([9.0, 14.0, 22.0, 60.0]),
+            tree_gap=rng.choice(list(TREE_GAPS)),
             paving=rng.choice(list(PAVINGS)),
-            windows=rng.choice([2.0, 3.0, 4.5]),
+            windows=rng.choice(list(WINDOWS)),
         )
 
-    def traits(self) -> list[str]:
-        """The character in words, always in this order."""
+    def traits(self, district: "Character") -> list[str]:
+        """What to expect in a street of this character in that district, in words, always in this order."""
         return [
             f"{self.paving} road",
             f"{self.crown} trees",
-            f"{self.facade} fronts",
-            f"{self.roof} roofs",
-            f"{self.floors} floors",
-            {2.0: "narrow", 3.0: "usual", 4.5: "wide"}[self.windows] + " windows",
-            {9.0: "dense", 14.0: "many", 22.0: "some", 60.0: "few"}[self.tree_gap] + " trees",
+            f"{district.facade} fronts",
+            f"{district.roof} roofs",
+            f"{district.floors} floors",
+            f"{WINDOWS[self.windows]} windows",
+            f"{TREE_GAPS[self.tree_gap]} trees",
+        ]
+
+    @staticmethod
+    def kinds() -> list[list[str]]:
+        """For each place in `traits` everything that can stand there."""
+        return [
+            [f"{paving} road" for paving in PAVINGS],
+            [f"{crown} trees" for crown in CROWNS],
+            [f"{colour} fronts" for colour in PALETTE],
+            [f"{colour} roofs" for colour in PALETTE],
+            [f"{floors} floors" for floors in FLOORS],
+            [f"{word} windows" for word in WINDOWS.values()],
+            [f"{word} trees" for word in TREE_GAPS.values()],
         ]
 
 
@@ -200,7 +216,7 @@ def _build(world: World, rng: random.Random, xs: list[float], ys: list[float]) -
 def _mix(rng: random.Random, street: Character, district: Character) -> Character:
     """Whose taste one feature of one building follows."""
     draw = rng.random()
-    return street if draw < 0.5 else district if draw < 0.8 else Character.draw(rng)
+    return district if draw < 0.7 else street if draw < 0.85 else Character.draw(rng)
 
 
 def _shade(rng: random.Random, colour: tuple[int, int, int], spread: float = 14) -> list[float]:

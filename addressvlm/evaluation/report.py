@@ -223,7 +223,7 @@ def _grafts(alignment: Path | None, seed: int) -> list[Row]:
     ids = tables.read(alignment, "train", ["id"])["id"].to_pylist()
     chosen = set(random.Random(seed).sample(ids, min(GRAFTS, len(ids))))
     found = [row for row in tables.rows(alignment, "train") if row["id"] in chosen]
-    return [{**row, "picture": _data_url(row["image"]["bytes"]), "round": row["rounds"][0]} for row in found]
+    return [{**row, "picture": _data_url(row["image"]["bytes"]), "round": row["rounds"][-1]} for row in found]
 
 
 def _curves(systems: list[Row], training: Path | None) -> list[Row]:

@@ -54,3 +54,8 @@ def load(name: str, dtype: str = "float32", trust_remote_code: bool = False, att
     if not getattr(processor, "chat_template", None):
         raise InputError(f"model '{name}' has no chat template: add chat_template.jinja to its folder.")
     return model.eval(), processor
+
+
+def one_dimensional(model: Any) -> bool:
+    """Whether a token's position is its number in the row, and not its row and column in the image too (as in Qwen-VL)."""
+    return not any(hasattr(module, "get_rope_index") for module in model.modules())

@@ -1,7 +1,7 @@
 """Conversations about one image -> token batches whose loss is on the answers only (paper 001, eq. 2)."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,50 +43,104 @@ class Collator:
     stay whole.
     """
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
+    def __init__(self, processor: Any, apart: bool = False) -> None:
+        """`apart`: no round sees the others, so that each is learnt as it will be asked, from the image alone.
+
+        All rounds still share the image's tokens in one row: the mask hides the other rounds, and positions go on from
+        the image for each of them. Otherwise a row is one conversation in which later answers may follow from earlier ones.
+        """
+        self.processor, self.apart = processor, apart
         self.pad = processor.tokenizer.pad_token_id
 
     def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
-        """Inputs with `labels`; B x T tokens padded on the right, other tensors as the processor stacks them."""
+        """Inputs with `labels`; B x T tokens padded on the right, other tensors as the processor stacks them.
+
+        With `apart` the attention mask is B x 1 x T x T, added to the attention's scores, and there are position_ids (B x T).
+        """
         turns = [self._turns(sample.rounds) for sample in samples]
         first = self.processor(text=[t[0][0] for t in turns], images=[[s.image] for s in samples])
-        sequences = [self._sequence(ids, conversation) for ids, conversation in zip(first["input_ids"], turns, strict=True)]
-        length = max(len(ids) for ids, _ in sequences)
+        rows = [self._row(list(ids), conversation) for ids, conversation in zip(first["input_ids"], turns, strict=True)]
+        length = max(len(row.ids) for row in rows)
         batch = {
-            "input_ids": torch.tensor([ids + [self.pad] * (length - len(ids)) for ids, _ in sequences]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in sequences]),
-            "labels": torch.tensor([labels + [IGNORE] * (length - len(labels)) for _, labels in sequences]),
+            "input_ids": _padded([row.ids for row in rows], length, self.pad),
+            "attention_mask": _padded([[1] * len(row.ids) for row in rows], length, 0),
+            "labels": _padded([row.labels for row in rows], length, IGNORE),
         }
+        if self.apart:
+            batch["attention_mask"] = _hidden(_padded([row.rounds for row in rows], length, -1))
+            batch["position_ids"] = _padded([row.positions for row in rows], length, 0)
         for key, value in first.items():
             if key not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
                 batch[key] = value if isinstance(value, torch.Tensor) else _stack(value)
         return batch
 
     def _turns(self, rounds: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """The conversation's text cut at every answer's start and end: [(prompt, answer), …]."""
+        """The conversation's text cut at every answer's start and end: [(prompt, answer), …].
+
+        With `apart` every prompt begins anew, with the image.
+        """
         template = self.processor.apply_chat_template
         turns, at = [], 0
-        for number in range(len(rounds)):
-            asked = [*rounds[:number], (rounds[number][0], "")]
-            prompt = template(messages(asked), add_generation_prompt=True, tokenize=False)
-            whole = template(messages(rounds[: number + 1]), tokenize=False)
+        for number, (question, answer) in enumerate(rounds):
+            before = [] if self.apart else rounds[:number]
+            prompt = template(messages([*before, (question, "")]), add_generation_prompt=True, tokenize=False)
+            whole = template(messages([*before, (question, answer)]), tokenize=False)
             turns.append((prompt[at:], whole[len(prompt) :]))
-            at = len(whole)
+            at = 0 if self.apart else len(whole)
         return turns
 
-    def _sequence(self, first: list[int], turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        ids: list[int] = []
-        labels: list[int] = []
-        for number, (prompt, answer) in enumerate(turns):
-            asked = list(first) if number == 0 else self._tokens(prompt)
-            told = self._tokens(answer)
-            ids += asked + told
-            labels += [IGNORE] * len(asked) + told
-        return ids, labels
+    def _row(self, first: list[int], turns: list[tuple[str, str]]) -> "_Row":
+        """Tokens of all turns; `first` are those of the first prompt, its image included."""
+        row = _Row()
+        shared = self._after_image(first) if self.apart else 0
+        row.add(first[:shared], IGNORE, 0, 0)
+        for number, (prompt, answer) in enumerate(turns, start=1):
+            if number == 1:
+                asked = first[shared:]
+            else:
+                asked = self._tokens(prompt)
+                asked = asked[self._after_image(asked) :] if self.apart else asked
+            start = shared if self.apart else len(row.ids)
+            row.add(asked, IGNORE, number, start)
+            row.add(self._tokens(answer), None, number, start + len(asked))
+        return row
+
+    def _after_image(self, ids: list[int]) -> int:
+        """Where the text after the image begins."""
+        image = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        return len(ids) - ids[::-1].index(image)
 
     def _tokens(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@dataclass
+class _Row:
+    """Token by token: id, label, number of the round (0 is what all share) and position."""
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+
+    def add(self, ids: list[int], label: int | None, number: int, start: int) -> None:
+        """Append tokens of a round at consecutive positions; each is its own label if `label` is None."""
+        self.ids += ids
+        self.labels += ids if label is None else [label] * len(ids)
+        self.rounds += [number] * len(ids)
+        self.positions += range(start, start + len(ids))
+
+
+def _padded(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+
+def _hidden(rounds_BT: torch.Tensor) -> torch.Tensor:  # noqa: N803
+    """B x 1 x T x T: 0 where a token sees another (earlier, of its own round or shared), else the lowest float."""
+    own = rounds_BT[:, :, None] == rounds_BT[:, None, :]
+    shared = rounds_BT[:, None, :] == 0
+    seen = (own | shared).tril()
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
 
 
 def _stack(values: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ from tensorboardX import SummaryWriter
 from addressvlm.config import Config, SystemConfig
 from addressvlm.errors import InputError
 from addressvlm.models import load
+from addressvlm.models.base import one_dimensional
 from addressvlm.models.lora import attach, export
 from addressvlm.run import Run
 from addressvlm.training import loop
@@ -99,8 +100,13 @@ def train_system(
     base, processor = load(config.model.base, config.model.dtype, config.model.trust_remote_code)
     torch.manual_seed(config.seed)  # of LoRA's random halves
     model, parts = attach(base, config.model)
+    crowded = next((stage.name for stage in stages if stage.config.rounds == "apart"), None)
+    if crowded and not one_dimensional(base):
+        raise InputError(
+            f"train.stages.{crowded}.rounds is apart, which {config.model.base}'s positions by image row and column do not "
+            "allow: set it to conversation."
+        )
     model.to(device)
-    collate = Collator(processor)
     at = json.loads((checkpoint / "position.json").read_text()) if checkpoint else {"stage": 0, "step": 0}
     done = sum(s.steps for s in stages[: at["stage"]]) + at["step"]
     total = sum(s.steps for s in stages)
@@ -131,6 +137,7 @@ def train_system(
 
         start = at["step"] if resumed else 0
         how = config.train.strategy, config.train.precision
+        collate = Collator(processor, stage.config.rounds == "apart")
         loop.run(model, parts, collate, stage, *how, start, restore if resumed else None, after)
     if rank == 0:
         save(config, model, run.model(name))
