@@ -33,7 +33,8 @@ from addressvlm.cities.photo import Photo
 from addressvlm.cities.source import resolve
 from addressvlm.cities.split import Split, split, thin_views
 from addressvlm.cities.streets import StreetMap
-from addressvlm.config import CityConfig, Config
+from addressvlm.config import Config
+from addressvlm.config_city import CityConfig
 from addressvlm.maps.sources import open_imagery
 from addressvlm.run import WORK, Run, is_done, resuming, storage
 from addressvlm.shards import Summary, Work, forget, plan, sources_fingerprint

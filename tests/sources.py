@@ -8,7 +8,7 @@ from PIL import ExifTags, Image
 
 from addressvlm.cities import readers
 from addressvlm.cities.photo import Photo
-from addressvlm.config import CityConfig
+from addressvlm.config_city import CityConfig
 
 GPS = ExifTags.GPS
 ALMADA = {

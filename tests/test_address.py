@@ -18,7 +18,7 @@ from addressvlm.cities.annotation import annotate
 from addressvlm.cities.photo import Photo
 from addressvlm.cities.streets import StreetMap
 from addressvlm.cities.votes import vote
-from addressvlm.config import CityConfig, GeocoderConfig, PartitionConfig
+from addressvlm.config_city import CityConfig, GeocoderConfig, PartitionConfig
 from tests.test_geocoders import Server, road, serving
 
 DEGREE_M = 111_195.0  # of latitude at the equator, about

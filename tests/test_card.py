@@ -21,7 +21,8 @@ from addressvlm.cities.address import Place
 from addressvlm.cities.card_figures import HUES, CityPicture, _colours, long_tail
 from addressvlm.cities.photo import Photo
 from addressvlm.cities.split import Split
-from addressvlm.config import CityConfig, Config, DensityConfig, GeocoderConfig, TilesConfig
+from addressvlm.config import Config, TilesConfig
+from addressvlm.config_city import CityConfig, DensityConfig, GeocoderConfig
 from addressvlm.questions import test_rounds, training_rounds
 
 DEGREE_M = 111_195.0  # of latitude, and of longitude at the equator, about

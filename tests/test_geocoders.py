@@ -22,7 +22,7 @@ import pytest
 from addressvlm import InputError
 from addressvlm.cities import geocoder_client, geocoders
 from addressvlm.cities.geocoder_cache import AnswerCache
-from addressvlm.config import GeocoderConfig
+from addressvlm.config_city import GeocoderConfig
 
 SECRET = "a-key-that-nobody-may-see"
 METRE = 1 / 111_195  # degrees of latitude

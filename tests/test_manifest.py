@@ -17,7 +17,7 @@ from addressvlm.cities import readers, storage
 from addressvlm.cities.photo import Photo, looks_swapped
 from addressvlm.cities.photos import check_photo
 from addressvlm.cities.readers.rows import to_photos
-from addressvlm.config import CityConfig
+from addressvlm.config_city import CityConfig
 from tests.store import store
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from addressvlm.cities.axes import Axis, Crossings
 from addressvlm.cities.partition import SubStreets
 from addressvlm.cities.streets import StreetMap
-from addressvlm.config import PartitionConfig
+from addressvlm.config_city import PartitionConfig
 
 DEGREE_M = 111_195.0  # of latitude at the equator, about
 Line = list[tuple[float, float]]

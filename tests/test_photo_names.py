@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from addressvlm.cities import readers
 from addressvlm.cities.readers import names
-from addressvlm.config import CityConfig
+from addressvlm.config_city import CityConfig
 from tests.sources import photo, read, written
 
 SF = "@0544388.51@4172758.25@10@S@037.70098@-122.49646@kPnABhWJ1kA61eMNPLs1vQ@03@210@@@@201606@@.jpg"

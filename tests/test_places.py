@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from addressvlm import InputError
 from addressvlm.addresses import Address
-from addressvlm.cities.photo import Photo
 from addressvlm.cities.address import Place, assign
+from addressvlm.cities.photo import Photo
 from addressvlm.cities.split import split
 from addressvlm.cities.streets import StreetMap
-from addressvlm.config import CityConfig
+from addressvlm.config_city import CityConfig
 
 DEGREE_M = 111_195.0  # of latitude at the equator, about
 

@@ -9,7 +9,7 @@ import pytest
 from addressvlm import InputError
 from addressvlm.cities import readers
 from addressvlm.cities.readers import ial
-from addressvlm.config import CityConfig
+from addressvlm.config_city import CityConfig
 from tests.sources import photo, read, written
 from tests.test_photo_names import SF
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from addressvlm.cities.photo import Photo
 from addressvlm.cities.split import split, thin_views
-from addressvlm.config import CityConfig, DensityConfig
+from addressvlm.config_city import CityConfig, DensityConfig
 from tests.test_places import scattered
 
 SHARES = st.sampled_from([0.01, 0.125, 0.25, 0.5, 0.75, 1.0])

@@ -20,7 +20,7 @@ from addressvlm.cities.partition import SubStreets
 from addressvlm.cities.photo import Photo, looks_swapped
 from addressvlm.cities.streets import StreetMap
 from addressvlm.cities.votes import vote
-from addressvlm.config import CityConfig, PartitionConfig
+from addressvlm.config_city import CityConfig, PartitionConfig
 from addressvlm.errors import InputError
 from addressvlm.names import normal
 

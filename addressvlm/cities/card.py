@@ -27,7 +27,8 @@ from addressvlm.cities.address import Place
 from addressvlm.cities.card_figures import CityPicture, long_tail
 from addressvlm.cities.photo import Photo
 from addressvlm.cities.split import Split
-from addressvlm.config import CityConfig, Config, TilesConfig
+from addressvlm.config import Config, TilesConfig
+from addressvlm.config_city import CityConfig
 
 PARTS = ("train", "val", "test", "aside")
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}  # our names -> those of the Hugging Face hub

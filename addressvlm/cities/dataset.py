@@ -20,7 +20,7 @@ from addressvlm.cities.address import Place
 from addressvlm.cities.photo import Photo
 from addressvlm.cities.photos import check_photo
 from addressvlm.cities.streets import StreetMap
-from addressvlm.config import CityConfig
+from addressvlm.config_city import CityConfig
 from addressvlm.questions import test_rounds, training_rounds
 from addressvlm.shards import Made, Rows, files_fingerprint
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from addressvlm.cities.geocoder_cache import AnswerCache, rounded
 from addressvlm.cities.geocoder_client import Client, UnavailableError
-from addressvlm.config import GeocoderConfig
+from addressvlm.config_city import GeocoderConfig
 from addressvlm.errors import InputError
 
 KEY = "GOOGLE_MAPS_API_KEY"

@@ -16,7 +16,7 @@ from shapely.geometry.base import BaseGeometry
 
 from addressvlm.cities.axes import Axis, Crossing, Crossings
 from addressvlm.cities.streets import StreetMap
-from addressvlm.config import PartitionConfig
+from addressvlm.config_city import PartitionConfig
 
 SIDES = ("east", "north", "west", "south")
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from addressvlm.cities.address import Place
 from addressvlm.cities.photo import Photo
-from addressvlm.config import CityConfig
+from addressvlm.config_city import CityConfig
 
 SMALLEST_BLOCK_M = 5.0
 

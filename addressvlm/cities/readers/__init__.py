@@ -12,7 +12,7 @@ from addressvlm.cities.readers.mapillary import Mapillary
 from addressvlm.cities.readers.names import Pitts, SfXl
 from addressvlm.cities.readers.rows import to_photos
 from addressvlm.cities.readers.source import Reader, base, sample, where
-from addressvlm.config import CityConfig
+from addressvlm.config_city import CityConfig
 from addressvlm.errors import InputError
 
 __all__ = ["READERS", "Reader", "base", "read", "recognize", "where"]

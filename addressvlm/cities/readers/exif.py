@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 from addressvlm.cities import storage
 from addressvlm.cities.readers.source import Sample, folder_photos, where
 from addressvlm.cities.readers.table import Row
-from addressvlm.config import CityConfig
+from addressvlm.config_city import CityConfig
 
 GPS = ExifTags.GPS
 HEMISPHERES = {"N": 1, "S": -1, "E": 1, "W": -1}

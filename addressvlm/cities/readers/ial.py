@@ -13,7 +13,7 @@ from addressvlm.cities.readers.names import from_name
 from addressvlm.cities.readers.rows import text
 from addressvlm.cities.readers.source import Sample, where
 from addressvlm.cities.readers.table import Row, open_table
-from addressvlm.config import CityConfig
+from addressvlm.config_city import CityConfig
 
 CROSS = ("cross_streets", "cross_street", "cross", "intersections", "intersecting_streets", "between")
 NAMES = {

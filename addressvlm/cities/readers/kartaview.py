@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from addressvlm.cities.readers.rows import text
 from addressvlm.cities.readers.source import Sample, photos_by_stem, stem, where
 from addressvlm.cities.readers.table import Row, open_table
-from addressvlm.config import CityConfig
+from addressvlm.config_city import CityConfig
 
 SEQUENCE = ("sequenceid", "sequence_id")
 INDEX = ("sequenceindex", "sequence_index")

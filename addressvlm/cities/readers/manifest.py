@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from addressvlm.cities.readers.source import Sample, where
 from addressvlm.cities.readers.table import Row, open_table
-from addressvlm.config import CityConfig
+from addressvlm.config_city import CityConfig
 
 REQUIRED = ("file", "lat", "lon")
 

@@ -10,7 +10,7 @@ from addressvlm.cities import storage
 from addressvlm.cities.readers.rows import text
 from addressvlm.cities.readers.source import Sample, kind, photos_by_stem, stem, where
 from addressvlm.cities.readers.table import Row, open_table
-from addressvlm.config import CityConfig
+from addressvlm.config_city import CityConfig
 
 DESCRIPTION = "mapillary_image_description.json"
 TELLING = frozenset(

@@ -17,7 +17,7 @@ import pyproj
 from addressvlm.cities.readers.rows import number, text
 from addressvlm.cities.readers.source import Sample, folder_photos, kind, where
 from addressvlm.cities.readers.table import Row, open_table
-from addressvlm.config import CityConfig
+from addressvlm.config_city import CityConfig
 from addressvlm.errors import InputError
 
 FIELDS = ("east", "north", "zone", "band", "lat", "lon", "panorama", "tile", "heading")  # those that are used, in order

@@ -7,7 +7,7 @@ from typing import Any
 
 from addressvlm.cities.photo import Photo
 from addressvlm.cities.readers.table import Row
-from addressvlm.config import PanoramaConfig
+from addressvlm.config_city import PanoramaConfig
 
 NOWHERE_DEG = 1e-6  # cameras write 0, 0 when they have no fix
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

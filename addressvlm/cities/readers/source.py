@@ -9,7 +9,7 @@ from typing import Protocol
 from addressvlm.cities import storage
 from addressvlm.cities.readers.rows import text
 from addressvlm.cities.readers.table import Row, open_table
-from addressvlm.config import CityConfig
+from addressvlm.config_city import CityConfig
 from addressvlm.errors import InputError
 
 SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .gif .tif .tiff .jp2 .avif .heic .heif".split())
@@ -31,7 +31,7 @@ class Sample:
 
 
 class Reader(Protocol):
-    """One kind of source. A new one is a module with such a class, entered in `readers.READERS` and `config.CityConfig`."""
+    """One kind of source. A new one is a module with such a class, entered in `readers.READERS` and `CityConfig.reader`."""
 
     def recognizes(self, sample: Sample) -> bool:
         """Whether the source is of this kind."""
