@@ -30,7 +30,7 @@ demo: install  ## the main job on the embedded toy city: data, four systems, acc
 	@echo "      python ray_jobs/train.py --config my_city.yaml --evaluate   # your city: README, 'Your own city'"
 
 test: install lint  ## formatting, lint, types and the whole test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup   # what needs Ray is one group: one Ray at a time
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .

@@ -22,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,18 @@ def run_bare(config: Config, part: int, out: Path) -> None:
                 writer.write_table(pa.Table.from_pylist(rows, schema=tables.GRAFTS))
 
 
+@dataclass
+class Use:
+    """What some processes and all that they started used: peak bytes by kind of process, CPU seconds by process."""
+
+    peak: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    cpu_s: dict[int, float] = field(default_factory=dict)
+
+
 @contextmanager
-def watched(processes: list[psutil.Process]) -> Iterator[dict[str, int]]:
-    """Peak memory in bytes, by kind of process, of these and all that they start while the block runs."""
-    peak: dict[str, int] = defaultdict(int)
+def watched(processes: list[psutil.Process]) -> Iterator[Use]:
+    """Look at them four times a second while the block runs."""
+    use = Use()
     over = threading.Event()
 
     def watch() -> None:
@@ -123,15 +132,16 @@ def watched(processes: list[psutil.Process]) -> Iterator[dict[str, int]]:
                 with suppress(psutil.Error):
                     for each in [process, *process.children(recursive=True)]:
                         with suppress(psutil.Error):
+                            use.cpu_s[each.pid] = sum(each.cpu_times()[:2])
                             now[_kind(each, process)] = max(now[_kind(each, process)], _own(each))
                             if each.name() == "raylet":
                                 now["object store"] = _object_store(each)
             for kind, size in now.items():
-                peak[kind] = max(peak[kind], size)
+                use.peak[kind] = max(use.peak[kind], size)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    yield peak
+    yield use
     over.set()
     thread.join()
 
@@ -153,11 +163,11 @@ def _object_store(raylet: psutil.Process) -> int:
     return sum(m.rss for m in raylet.memory_maps() if "plasma" in m.path)
 
 
-def measure(folder: Path, config: Config) -> tuple[dict[str, float], float, dict[str, int], dict[str, int]]:
-    """One turn of each: times of the job, seconds of the bare processes, peak memories of both."""
+def measure(folder: Path, config: Config) -> tuple[dict[str, float], float, Use, Use]:
+    """One turn of each: times of the job, seconds of the bare processes, what both used."""
     me = [sys.executable, __file__, "--settings", str(folder / "settings.json")]
     job = subprocess.Popen([*me, "--job"], stdout=subprocess.PIPE, text=True)
-    with watched([psutil.Process(job.pid)]) as job_peak:
+    with watched([psutil.Process(job.pid)]) as job_use:
         said, _ = job.communicate()
     if job.returncode:
         raise SystemExit("the job failed")
@@ -165,13 +175,13 @@ def measure(folder: Path, config: Config) -> tuple[dict[str, float], float, dict
     out.mkdir(exist_ok=True)
     started = time.perf_counter()
     bare = [subprocess.Popen([*me, "--bare", str(part), "--out", str(out)]) for part in range(CORES)]
-    with watched([psutil.Process(p.pid) for p in bare]) as bare_peak:
+    with watched([psutil.Process(p.pid) for p in bare]) as bare_use:
         failed = [p.wait() for p in bare]
         seconds = time.perf_counter() - started
     if any(failed):
         raise SystemExit("a bare process failed")
     assert tables.count(Run(config).grafts, "train") == tables.count(out, "train")
-    return json.loads(said.splitlines()[-1]), seconds, job_peak, bare_peak
+    return json.loads(said.splitlines()[-1]), seconds, job_use, bare_use
 
 
 def compare(count: int, side: int, rounds: int) -> None:
@@ -182,13 +192,14 @@ def compare(count: int, side: int, rounds: int) -> None:
         (folder / "settings.json").write_text(config.model_dump_json())
         ratios, largest = [], defaultdict(int)
         for turn in range(1, rounds + 1):
-            job, bare, job_peak, bare_peak = measure(folder, config)
+            job, bare, job_use, bare_use = measure(folder, config)
             ratios.append(bare / job["step_s"])
-            for kind, size in [*job_peak.items(), ("bare process", bare_peak["driver"])]:
+            for kind, size in [*job_use.peak.items(), ("bare process", bare_use.peak["driver"])]:
                 largest[kind] = max(largest[kind], size)
             print(
                 f"{count:,} photos, turn {turn}: job {job['step_s']:.1f} s (and {job['ray_s']:.1f} s to start Ray), "
-                f"{CORES} bare processes {bare:.1f} s, ratio {ratios[-1]:.2f}",
+                f"{CORES} bare processes {bare:.1f} s, ratio {ratios[-1]:.2f}; of CPU {sum(job_use.cpu_s.values()):.1f} s "
+                f"with Ray's start, {sum(bare_use.cpu_s.values()):.1f} s",
                 flush=True,
             )
         memory = ", ".join(f"{kind} {largest[kind] / MB:,.0f} MB" for kind in sorted(largest))

@@ -18,6 +18,8 @@ from addressvlm.run import Run
 from ray_jobs import evaluate
 from tests.tiny import tiny_llava
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 ADDRESSES = [Address("Mill Street", "Harbour"), Address("Oak Avenue", "Old Town"), Address("Elm Row", "Old Town")]
 GAZETTEER = Gazetteer(ADDRESSES, city="Toytown", attribution=["generated"])
 

@@ -21,6 +21,8 @@ from ray_jobs.stream import person_error
 from tests import town
 from tests.endpoint import Endpoint, says
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 
 def photo(colour: tuple[int, int, int]) -> bytes:
     buffer = io.BytesIO()

@@ -32,7 +32,7 @@ from tests.endpoint import Endpoint, says
 from tests.test_graft_job import config_of, rows
 from tests.test_places import DEGREE_M, geojson
 
-pytestmark = pytest.mark.usefixtures("ray_local")
+pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.xdist_group("ray")]
 REPOSITORY = Path(__file__).parents[1]
 DEADLINE_S = 120.0
 

@@ -11,7 +11,10 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.service import STREETS, photo, running_service
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH (install the package `chromium`)")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH (install the package `chromium`)"),
+    pytest.mark.xdist_group("ray"),
+]
 PATIENCE = 120_000  # ms; bounds a hang, nothing waits this long
 
 

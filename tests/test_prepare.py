@@ -20,7 +20,7 @@ from addressvlm.run import WORK, Run
 from ray_jobs import prepare
 from tests.test_places import DEGREE_M, geojson
 
-pytestmark = pytest.mark.usefixtures("ray_local")
+pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.xdist_group("ray")]
 STREETS = {f"Street {name}": [[-400, y], [400, y]] for name, y in (("A", 0), ("B", 150), ("C", 300))}
 
 

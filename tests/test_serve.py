@@ -16,6 +16,8 @@ from PIL import Image
 import serve as service
 from tests.service import STREETS, check_error, photo, running_service
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 
 @pytest.fixture(scope="module")
 def url(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

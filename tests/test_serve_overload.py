@@ -8,6 +8,8 @@ import pytest
 
 from tests.service import check_error, photo, running_service
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 
 @pytest.fixture(scope="module")
 def url(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

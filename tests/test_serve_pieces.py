@@ -15,6 +15,8 @@ from serve.errors import install
 from serve.images import LONGEST_SIDE, decode_image
 from tests.service import check_error
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 
 def test_defects_show_nothing_of_the_inside() -> None:
     app = FastAPI()

@@ -27,6 +27,8 @@ from ray_jobs import graft, label, prepare, train
 from tests.cities import trained_config
 from tests.tiny import tiny_llava
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # a report waits for it; the steps here are quicker than 2 s
 
 ROOT = Path(__file__).parents[1]
