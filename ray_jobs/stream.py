@@ -60,6 +60,7 @@ def sharded(step: str, shards: list[Shard], folder: Path, work: Work, tasks: int
             done += summary["rows"]
             progress(step, done, total)
             summaries.append(summary)
+    tidy(folder, len(shards))  # workers of a killed job may have written on for a moment
     return sorted(summaries, key=lambda summary: summary["number"])
 
 
