@@ -1,97 +1,20 @@
 """OpenStreetMap files, Overpass answers and other geographic files: python -m pytest tests/test_osm.py"""
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import osmium
-import pyogrio
-import pyproj
 import pytest
 import shapely
 from hypothesis import given
 from hypothesis import strategies as st
-from osmium.osm.mutable import Node, Relation, Way
 
 from addressvlm import InputError
-from addressvlm.cities import features, network
 from addressvlm.cities.districts import cells
-from addressvlm.cities.extract import Extract, Feature
+from addressvlm.cities.extract import Feature
 from addressvlm.cities.osm import is_block, is_district, is_street
 from addressvlm.cities.streets import StreetMap
 from addressvlm.maps.roads import Roads
-
-STEP = 0.001  # degrees between grid points, about 111 m at the equator
-EDGE = 0.01
-SUBURBS = {"name": "Old Town", "place": "suburb"}, {"name": "New Town", "place": "suburb"}
-
-
-class Writer:
-    """Collects objects whose nodes are on a grid of STEP, and writes them as a file or as an Overpass answer."""
-
-    def __init__(self) -> None:
-        self.nodes: dict[tuple[float, float], int] = {}
-        self.places: list[tuple[float, float, dict]] = []
-        self.ways: list[tuple[list[int], dict]] = []
-        self.relations: list[tuple[list[tuple[int, str]], dict]] = []
-
-    def way(self, *points: tuple[float, float], **tags: str) -> int:
-        """Add a way through grid points, return its id."""
-        refs = [self.nodes.setdefault(point, 1 + len(self.nodes)) for point in points]
-        self.ways.append((refs, {key.replace("__", ":"): value for key, value in tags.items()}))
-        return len(self.ways)
-
-    def box(self, west: float, south: float, east: float, north: float, **tags: str) -> int:
-        return self.way((west, south), (east, south), (east, north), (west, north), (west, south), **tags)
-
-    def relation(self, *members: tuple[int, str], **tags: str) -> None:
-        self.relations.append((list(members), tags))
-
-    def save(self, path: Path, bounds: bool = True, nodes_last: bool = False) -> Path:
-        header = osmium.io.Header()
-        if bounds:
-            header.add_box(osmium.osm.Box(0.0, 0.0, EDGE, EDGE))
-
-        def objects() -> Iterator[Any]:
-            nodes: list[Any] = [Node(id=i, location=(x * STEP, y * STEP)) for (x, y), i in self.nodes.items()]
-            nodes += [Node(id=9000 + i, location=(x * STEP, y * STEP), tags=t) for i, (x, y, t) in enumerate(self.places)]
-            others: list[Any] = [Way(id=i, nodes=refs, tags=tags) for i, (refs, tags) in enumerate(self.ways, 1)]
-            others += [
-                Relation(id=i, members=[("w", ref, role) for ref, role in members], tags=tags)
-                for i, (members, tags) in enumerate(self.relations, 1)
-            ]
-            yield from others + nodes if nodes_last else nodes + others
-
-        path.unlink(missing_ok=True)
-        with osmium.SimpleWriter(str(path), header=header) as out:
-            for item in objects():
-                out.add(item)
-        return path
-
-    def overpass(self, path: Path, geom: bool) -> Path:
-        """As `out geom` writes it, or with the nodes as elements after the ways."""
-        at = {i: {"lat": y * STEP, "lon": x * STEP} for (x, y), i in self.nodes.items()}
-
-        def line(refs: list[int]) -> dict:
-            return {"nodes": refs} | ({"geometry": [at[ref] for ref in refs]} if geom else {})
-
-        elements: list[dict] = [{"type": "way", "id": i, "tags": t} | line(refs) for i, (refs, t) in enumerate(self.ways, 1)]
-        for i, (members, tags) in enumerate(self.relations, 1):
-            of_ways = [
-                {"type": "way", "ref": ref, "role": role}
-                | ({"geometry": line(self.ways[ref - 1][0])["geometry"]} if geom else {})
-                for ref, role in members
-            ]
-            elements.append({"type": "relation", "id": i, "tags": tags, "members": of_ways})
-        elements += [
-            {"type": "node", "id": 9000 + i, "lat": y * STEP, "lon": x * STEP, "tags": t}
-            for i, (x, y, t) in enumerate(self.places)
-        ]
-        elements += [] if geom else [{"type": "node", "id": i, **place} for i, place in at.items()]
-        path.write_text(json.dumps({"version": 0.6, "elements": elements}), encoding="utf-8")
-        return path
+from tests.osmwriter import EDGE, STEP, Writer
 
 
 def town() -> Writer:
@@ -323,57 +246,3 @@ def test_what_counts_as_a_block_or_a_district() -> None:
     assert not is_block({"place": "city_block", "name": "12"})
     assert is_district({"boundary": "administrative"})
     assert not is_district({"boundary": "protected_area"})
-
-
-@pytest.mark.parametrize("suffix", [".shp", ".gpkg"])
-@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:32631"])
-def test_tables_of_a_gis_come_in_degrees(tmp_path: Path, suffix: str, crs: str) -> None:
-    path = tmp_path / f"streets{suffix}"
-    line = shapely.LineString([(3.0, 50.0), (3.01, 50.0)])
-    to = pyproj.Transformer.from_crs("EPSG:4326", crs, always_xy=True).transform
-    moved = shapely.transform(line, lambda c: np.column_stack(to(c[:, 0], c[:, 1])))
-    names = np.array(["Große Straße", None], dtype=object)
-    pyogrio.raw.write(path, shapely.to_wkb([moved, moved]), [names], fields=["NAME"], geometry_type="LineString", crs=crs)
-    found = features.read(path, "city.streets", is_street)
-    assert [f.tags for f in found.features] == [{"NAME": "Große Straße", "name": "Große Straße"}, {}]
-    assert shapely.equals_exact(found.features[0].shape, line, 1e-7)
-    assert StreetMap.load(path).street_names == ["Große Straße"]
-
-
-def test_a_damaged_table_of_a_gis_is_said(tmp_path: Path) -> None:
-    (tmp_path / "streets.gpkg").write_bytes(b"SQLite format 3\0 and no more")
-    with pytest.raises(InputError, match=r"streets.gpkg can't be read by GDAL .*export it again"):
-        StreetMap.load(tmp_path / "streets.gpkg")
-
-
-def line(name: str, *points: tuple[float, float]) -> Feature:
-    return Feature({"name": name}, shapely.LineString(np.array(points) * STEP))
-
-
-def test_spellings_of_one_street_are_one_and_of_two_streets_two() -> None:
-    found = network.network(
-        Extract.of(
-            [
-                line("Forbes Ave", (0, 0), (1, 0)),
-                line("Forbes Avenue", (1, 0), (2, 0)),
-                line("Forbes Avenue", (2, 0), (3, 0)),
-                line("FORBES AVE", (3, 0), (4, 0)),
-                line("Forbes Ave", (50, 0), (51, 0)),  # elsewhere, and part of it all the same: it has the spelling
-                line("Mill Road", (0, 3), (1, 3)),
-                line("Mill Rd", (90, 3), (91, 3)),
-                line("E Street", (0, 5), (5, 5)),
-                line("East Street", (2, 4), (2, 6)),
-            ]
-        ),
-        "streets.geojson",
-    )
-    assert sorted(set(found.names)) == ["E Street", "East Street", "Forbes Avenue", "Mill Rd", "Mill Road"]
-    assert found.variants == {"Forbes Avenue": ["FORBES AVE", "Forbes Ave"]}
-
-
-def test_areas_and_points_of_a_table_count_unless_openstreetmap_says_otherwise() -> None:
-    square, stop = Feature({"name": "Plaza"}, shapely.box(0, 0, STEP, STEP)), Feature({"name": "Stop"}, shapely.Point(0, 0))
-    street = line("Mill Road", (0, 3), (1, 3))
-    assert network.network(Extract.of([square, stop, street]), "t").names == ["Plaza", "Stop", "Mill Road"]
-    tagged = Feature({"name": "Plaza", "highway": "pedestrian"}, square.shape)
-    assert network.network(Extract.of([tagged, stop, street]), "t").names == ["Plaza", "Mill Road"]

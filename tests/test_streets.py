@@ -107,11 +107,8 @@ def test_overlapping_districts_the_smallest_and_gaps_the_nearest() -> None:
     assert streets.district_codes([0.0], [0.0]).tolist() == [2]
 
 
-def test_direction_of_a_line_beside_a_square() -> None:
+def test_a_square_is_a_street_with_an_area() -> None:
     square = shapely.box(-0.001, -0.001, 0.0, 0.0)
     streets = StreetMap(["Plaza", "Mill Street"], [square, shapely.LineString([(0, 0), (0.01, 0)])])
-    x, y = streets.to_metres([0.0], [0.005])
-    assert streets.bearing(x[0], y[0]) == pytest.approx(90, abs=0.1)
-    assert streets.bearing(x[0], y[0], "Plaza") is None
     assert streets.around([-0.0005], [-0.0005], 80)[0] == [("Plaza", 0.0), ("Mill Street", pytest.approx(78.4, abs=0.5))]
     assert streets.street_shapes(["Plaza", "None"])["Plaza"].equals(square)

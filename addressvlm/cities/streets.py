@@ -1,6 +1,5 @@
 """A city's named streets and districts: what is near a point, how far, and in which direction it runs."""
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,6 @@ import numpy as np
 import pyproj
 import shapely
 from numpy.typing import ArrayLike, NDArray
-from shapely.geometry import LineString
 from shapely.geometry.base import BaseGeometry
 
 from addressvlm.cities import districts as districts_of
@@ -59,7 +57,6 @@ class StreetMap:
         code = {name: i for i, name in enumerate(self.street_names)}
         self._index = NearIndex(metres, np.array([code[name] for name in names], dtype=np.int64))
         self.names, self.lines = self._names[is_line], metres[is_line]
-        self._tree = shapely.STRtree(self.lines)
         self.district_names = [name for name, _ in districts]
         self.district_polygons = self._project([polygon for _, polygon in districts])
         self._district_tree = shapely.STRtree(self.district_polygons)
@@ -164,27 +161,6 @@ class StreetMap:
     def district(self, lat: ArrayLike, lon: ArrayLike) -> list[str | None]:
         """`district_codes` as names, None for a point outside all districts."""
         return [self.district_names[code] if code >= 0 else None for code in self.district_codes(lat, lon).tolist()]
-
-    def lines_near(self, x: float, y: float, half_side_m: float) -> list[tuple[str, LineString]]:
-        """Named lines that touch the square around a point, in metres, in the order of the file."""
-        square = shapely.box(x - half_side_m, y - half_side_m, x + half_side_m, y + half_side_m)
-        return [(self.names[i], self.lines[i]) for i in sorted(self._tree.query(square, predicate="intersects"))]
-
-    def bearing(self, x: float, y: float, name: str | None = None, limit_m: float = 500.0) -> float | None:
-        """Direction of the nearest line (of that name) where it passes the point: degrees from north in [0, 180).
-
-        None if there is no such line within the limit.
-        """
-        point = shapely.Point(x, y)
-        near = [i for i in self._tree.query(point, predicate="dwithin", distance=limit_m) if name in (None, self.names[i])]
-        if not near:
-            return None
-        line = self.lines[min(near, key=lambda i: (shapely.distance(point, self.lines[i]), i))]
-        at = shapely.line_locate_point(line, point)
-        reach = min(1.0, line.length)
-        back = shapely.line_interpolate_point(line, max(at - reach, 0.0))
-        forth = shapely.line_interpolate_point(line, min(at + reach, line.length))
-        return math.degrees(math.atan2(forth.x - back.x, forth.y - back.y)) % 180
 
     def street_shapes(self, names: Sequence[str]) -> dict[str, BaseGeometry]:
         """The shape of each street in degrees (lon, lat), of one or several parts; unknown names are absent."""

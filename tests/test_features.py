@@ -1,0 +1,70 @@
+"""Tables of a GIS, and what of any file counts as a street: python -m pytest tests/test_features.py"""
+
+from pathlib import Path
+
+import numpy as np
+import pyogrio
+import pyproj
+import pytest
+import shapely
+
+from addressvlm import InputError
+from addressvlm.cities import features, network
+from addressvlm.cities.extract import Extract, Feature
+from addressvlm.cities.osm import is_street
+from addressvlm.cities.streets import StreetMap
+from tests.osmwriter import STEP
+
+
+@pytest.mark.parametrize("suffix", [".shp", ".gpkg"])
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:32631"])
+def test_tables_of_a_gis_come_in_degrees(tmp_path: Path, suffix: str, crs: str) -> None:
+    path = tmp_path / f"streets{suffix}"
+    line = shapely.LineString([(3.0, 50.0), (3.01, 50.0)])
+    to = pyproj.Transformer.from_crs("EPSG:4326", crs, always_xy=True).transform
+    moved = shapely.transform(line, lambda c: np.column_stack(to(c[:, 0], c[:, 1])))
+    names = np.array(["Große Straße", None], dtype=object)
+    pyogrio.raw.write(path, shapely.to_wkb([moved, moved]), [names], fields=["NAME"], geometry_type="LineString", crs=crs)
+    found = features.read(path, "city.streets", is_street)
+    assert [f.tags for f in found.features] == [{"NAME": "Große Straße", "name": "Große Straße"}, {}]
+    assert shapely.equals_exact(found.features[0].shape, line, 1e-7)
+    assert StreetMap.load(path).street_names == ["Große Straße"]
+
+
+def test_a_damaged_table_of_a_gis_is_said(tmp_path: Path) -> None:
+    (tmp_path / "streets.gpkg").write_bytes(b"SQLite format 3\0 and no more")
+    with pytest.raises(InputError, match=r"streets.gpkg can't be read by GDAL .*export it again"):
+        StreetMap.load(tmp_path / "streets.gpkg")
+
+
+def line(name: str, *points: tuple[float, float]) -> Feature:
+    return Feature({"name": name}, shapely.LineString(np.array(points) * STEP))
+
+
+def test_spellings_of_one_street_are_one_and_of_two_streets_two() -> None:
+    found = network.network(
+        Extract.of(
+            [
+                line("Forbes Ave", (0, 0), (1, 0)),
+                line("Forbes Avenue", (1, 0), (2, 0)),
+                line("Forbes Avenue", (2, 0), (3, 0)),
+                line("FORBES AVE", (3, 0), (4, 0)),
+                line("Forbes Ave", (50, 0), (51, 0)),  # elsewhere, and part of it all the same: it has the spelling
+                line("Mill Road", (0, 3), (1, 3)),
+                line("Mill Rd", (90, 3), (91, 3)),
+                line("E Street", (0, 5), (5, 5)),
+                line("East Street", (2, 4), (2, 6)),
+            ]
+        ),
+        "streets.geojson",
+    )
+    assert sorted(set(found.names)) == ["E Street", "East Street", "Forbes Avenue", "Mill Rd", "Mill Road"]
+    assert found.variants == {"Forbes Avenue": ["FORBES AVE", "Forbes Ave"]}
+
+
+def test_areas_and_points_of_a_table_count_unless_openstreetmap_says_otherwise() -> None:
+    square, stop = Feature({"name": "Plaza"}, shapely.box(0, 0, STEP, STEP)), Feature({"name": "Stop"}, shapely.Point(0, 0))
+    street = line("Mill Road", (0, 3), (1, 3))
+    assert network.network(Extract.of([square, stop, street]), "t").names == ["Plaza", "Stop", "Mill Road"]
+    tagged = Feature({"name": "Plaza", "highway": "pedestrian"}, square.shape)
+    assert network.network(Extract.of([tagged, stop, street]), "t").names == ["Plaza", "Mill Road"]
