@@ -3,7 +3,8 @@
     python ray_jobs/train.py --config demo --set train.workers=1
     ADDRESSVLM_TRAIN__WORKERS=1 python ray_jobs/train.py --config my_city.yaml
 
-A preset is a commented YAML file in `addressvlm/presets/`; every key is described once, here or in `config_city.py`.
+A preset is a commented YAML file in `addressvlm/presets/`; every key is described once, here or in
+`config_city.py`, `config_labels.py` and `config_training.py`.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from addressvlm.config_city import CityConfig, Strict
+from addressvlm.config_labels import LabelsConfig
+from addressvlm.config_training import ModelConfig, TrainConfig
 from addressvlm.errors import InputError
 
 PRESETS = Path(__file__).parent / "presets"
 ENVIRONMENT_PREFIX = "ADDRESSVLM_"
-
-Part = Literal["vision", "adapter", "llm"]
 
 
 class TilesConfig(Strict):
@@ -43,98 +44,6 @@ class TilesConfig(Strict):
     font: str | None = None  # TTF or OTF file for names in scripts that DejaVu Sans Bold lacks (Japanese, Thai, Devanagari …)
     delta: float = Field(0.5, gt=0, le=0.5)  # longer side of the pasted photo / side of the tile
     jpeg_quality: int = Field(92, ge=30, le=100)
-
-
-class LabelsConfig(Strict):
-    """Who writes the alignment labels (paper 001, Sec. 3.2)."""
-
-    labeler: Literal["template", "openai"] = "template"
-    ask_address: bool = False  # begin each conversation about a grafted image with a stage 2 question for the address
-    model: str = "gpt-4o-mini"  # for `openai`: the model's name at the endpoint; the key is in OPENAI_API_KEY
-    base_url: str | None = None  # for `openai`: any compatible endpoint
-    concurrency: int = Field(16, ge=1)  # requests in flight
-    attempts: int = Field(3, ge=1)  # asks per row before falling back to a template marked as such
-    timeout_s: float = Field(60.0, gt=0)  # of one request, in seconds
-    retries: int = Field(5, ge=0)  # of a request that fails for now (429, 5xx, time-out); waits as long as the endpoint says
-    max_tokens: int = Field(256, ge=16)
-
-
-class PartConfig(Strict):
-    """How one part of the model is tuned: LoRA, or all of its weights."""
-
-    full: bool = False
-    rank: int = Field(128, ge=1)
-    alpha: float = Field(256.0, gt=0)
-
-
-class ModelConfig(Strict):
-    """The base model and the parts of it that LoRA is attached to."""
-
-    base: str = "toy"  # folder or hub name of an AutoModelForImageTextToText; "toy" is the embedded one
-    trust_remote_code: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    vision: PartConfig = PartConfig(rank=64, alpha=16.0)  # xtuner's LLaVA default (assumed: the paper does not say)
-    adapter: PartConfig = PartConfig(full=True)
-    lora_dropout: float = Field(0.05, ge=0, lt=1)  # xtuner's default (assumed)
-    llm: PartConfig = PartConfig()  # rank 128 as in paper 001; alpha is xtuner's default (assumed)
-
-
-class StageConfig(Strict):
-    """One tuning stage: which table, which parts, how long."""
-
-    data: Literal["alignment", "photos"]
-    parts: list[Part] = ["vision", "adapter", "llm"]
-    rounds: Literal["conversation", "apart"] = "conversation"  # apart: no question about an image sees the other answers
-    epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1)  # stop here even if the epochs are not over
-    batch_size: int = Field(16, ge=1)  # images per worker and step
-    accumulate: int = Field(1, ge=1)  # optimizer step every so many batches
-    learning_rate: float = Field(2e-4, gt=0)
-    warmup: float = Field(0.03, ge=0, lt=1)  # share of the steps
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0)  # norm of the gradient
-
-
-class SystemConfig(Strict):
-    """A row of the table: the stages it goes through, none for zero-shot."""
-
-    name: str
-    stages: list[str] = []
-    equal_steps_to: str | None = None  # the last stage runs as many steps as all stages of that system together
-
-
-class TrainConfig(Strict):
-    """Ray Train: workers, strategy, stages, and the systems to train with them."""
-
-    workers: int = Field(2, ge=1)
-    cpus_per_worker: float = Field(1.0, gt=0)
-    gpus_per_worker: float = Field(0.0, ge=0)
-    strategy: Literal["ddp", "zero2"] = "ddp"  # zero2 is DeepSpeed
-    # Of the forward and backward pass; weights stay as they are. auto: bfloat16 where the processor has instructions for it
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    checkpoint_every: int = Field(50, ge=1)  # optimizer steps
-    max_failures: int = Field(3, ge=0)  # lost workers tolerated per system
-    stages: dict[str, StageConfig] = {
-        "alignment": StageConfig(data="alignment"),
-        "localization": StageConfig(data="photos"),
-    }
-    systems: list[SystemConfig] = [
-        SystemConfig(name="zero-shot"),
-        SystemConfig(name="stage 2 only", stages=["localization"]),
-        SystemConfig(name="stage 2 only, equal steps", stages=["localization"], equal_steps_to="AddressVLM"),
-        SystemConfig(name="AddressVLM", stages=["alignment", "localization"]),
-    ]
-
-    @model_validator(mode="after")
-    def _names_exist(self) -> TrainConfig:
-        names = [s.name for s in self.systems]
-        for system in self.systems:
-            for stage in system.stages:
-                if stage not in self.stages:
-                    raise ValueError(f"system '{system.name}' names the stage '{stage}', stages are {list(self.stages)}")
-            if system.equal_steps_to and system.equal_steps_to not in names:
-                raise ValueError(f"system '{system.name}' equals '{system.equal_steps_to}', systems are {names}")
-        return self
 
 
 class EvaluateConfig(Strict):

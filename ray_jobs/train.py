@@ -39,7 +39,8 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig
 from ray.train.torch import TorchTrainer
 
 from addressvlm import InputError
-from addressvlm.config import Config, SystemConfig
+from addressvlm.config import Config
+from addressvlm.config_training import SystemConfig
 from addressvlm.models.base import locate
 from addressvlm.run import LAST_MODEL, Run, claim, is_done, mark_done, slug, storage
 from addressvlm.training.system import train_system

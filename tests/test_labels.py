@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from addressvlm import InputError
-from addressvlm.config import LabelsConfig, TilesConfig
+from addressvlm.config import TilesConfig
+from addressvlm.config_labels import LabelsConfig
 from addressvlm.labels import Request, make_labeler
 from addressvlm.labels.checks import Checker, Names
 from addressvlm.labels.colours import colour_word, photo_colours

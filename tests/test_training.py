@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from addressvlm import InputError, tables
-from addressvlm.config import ModelConfig, PartConfig
+from addressvlm.config_training import ModelConfig, PartConfig
 from addressvlm.models import load
 from addressvlm.models.base import one_dimensional
 from addressvlm.models.lora import adapter_state, attach, train_only, trainable

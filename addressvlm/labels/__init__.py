@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from addressvlm.config import LabelsConfig
+from addressvlm.config_labels import LabelsConfig
 from addressvlm.labels.writer import Label, Labeler, Request, TemplateLabeler
 
 __all__ = ["Label", "Labeler", "Request", "make_labeler"]

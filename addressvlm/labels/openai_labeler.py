@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import openai
 
-from addressvlm.config import LabelsConfig
+from addressvlm.config_labels import LabelsConfig
 from addressvlm.errors import InputError
 from addressvlm.labels.checks import Checker
 from addressvlm.labels.prompt import load_prompt

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from addressvlm.addresses import Address, Gazetteer
-from addressvlm.config import LabelsConfig
+from addressvlm.config_labels import LabelsConfig
 from addressvlm.labels import Labeler, Request, make_labeler
 from addressvlm.labels.facts import Facts
 from addressvlm.questions import SUFFIXES, TEMPLATES

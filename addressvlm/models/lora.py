@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from addressvlm.config import ModelConfig, Part, PartConfig
+from addressvlm.config_training import ModelConfig, Part, PartConfig
 from addressvlm.errors import InputError
 from addressvlm.models.base import load
 from addressvlm.models.parts import linear_leaves, part_of, parts_of

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 
-from addressvlm.config import Part, StageConfig
+from addressvlm.config_training import Part, StageConfig
 from addressvlm.errors import InputError
 from addressvlm.models.lora import keep_statistics, train_only, trainable
 from addressvlm.models.parts import part_of

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 
-from addressvlm.config import StageConfig
+from addressvlm.config_training import StageConfig
 from addressvlm.models.lora import adapter_state, load_adapter_state, trainable
 
 BETAS = (0.9, 0.999)

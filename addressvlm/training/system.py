@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from tensorboardX import SummaryWriter
 
-from addressvlm.config import Config, SystemConfig
+from addressvlm.config import Config
+from addressvlm.config_training import SystemConfig
 from addressvlm.errors import InputError
 from addressvlm.models import load
 from addressvlm.models.base import one_dimensional
