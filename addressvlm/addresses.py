@@ -4,22 +4,19 @@ Names stay as the source writes them, in its script; other spellings (`addressvl
 """
 
 import json
-import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import shapely
 from shapely.geometry.base import BaseGeometry
 
 from addressvlm.errors import InputError
 from addressvlm.names import NameIndex
-
-METRES_PER_DEGREE = 111_320.0
+from addressvlm.nearby import NearNames
 
 
 @dataclass(frozen=True, order=True)
@@ -67,19 +64,15 @@ class Gazetteer:
         self.attribution = list(attribution)
         self._photos = Counter(photos or {})
         self._places = Counter(places or {})
-        self._order: dict[tuple[str, str], list[str]] = {}
+        self._known = {"street": frozenset(self.streets), "district": frozenset(self.districts)}
+        self._near = {
+            "street": NearNames(self.streets, self.geometry),
+            "district": NearNames(self.districts, self.district_geometry),
+        }
         known = {*self.streets, *self.districts}
         self.variants = {name: list(others) for name, others in (variants or {}).items() if others and name in known}
         self._street_index = NameIndex(self.streets, self.variants)
         self._district_index = NameIndex(self.districts, self.variants)
-
-    def photos_of(self, street: str) -> int:
-        """Number of training photos taken on the street."""
-        return self._photos[street]
-
-    def places_of(self, street: str) -> int:
-        """Number of training places on the street."""
-        return self._places[street]
 
     def near(
         self,
@@ -88,21 +81,32 @@ class Gazetteer:
         rng: random.Random | None = None,
         level: Literal["street", "district"] = "street",
         near_share: float = 0.5,
+        without: Collection[str] = (),
     ) -> list[str]:
         """Up to n other names of the level: the nearest first, or with `rng` about `near_share` near, the rest from anywhere.
 
-        Near means among the nearest 2n by distance of the shapes; names without a shape count as far.
+        Near means among the nearest 2n by distance of the shapes; names without a shape count as far. Those in `without`
+        are left out.
         """
-        order = self._by_distance(name, level)
+        listed = self.streets if level == "street" else self.districts
+        spared = self._known[level] & {name, *without}
+        found = self._near[level].nearest(name, (n if rng is None else 2 * n) + len(spared))
+        pool = [other for other in found if other not in spared][: n if rng is None else 2 * n]
         if rng is None:
-            return order[:n]
-        pool = order[: 2 * n]
+            return pool
         chosen = rng.sample(pool, min(sum(rng.random() < near_share for _ in range(n)), len(pool)))
-        taken = set(chosen)
-        rest = [other for other in order if other not in taken]
-        chosen += rng.sample(rest, min(n - len(chosen), len(rest)))
+        taken = {*spared, *chosen}
+        while len(chosen) < n and len(taken) < len(listed):
+            other = listed[rng.randrange(len(listed))]
+            if other not in taken:
+                taken.add(other)
+                chosen.append(other)
         rng.shuffle(chosen)
         return chosen
+
+    def around(self, lat: float, lon: float, metres: float) -> set[str]:
+        """The streets whose shape is that near to a point in degrees."""
+        return self._near["street"].around(lat, lon, metres)
 
     def find_street(self, text: str) -> str | None:
         """The one street named in free text, under any of its names; None if there is none or if there are several."""
@@ -160,27 +164,6 @@ class Gazetteer:
                 f"{path} is not a gazetteer ({type(error).__name__}: {error}): make it again with prepare."
             ) from None
 
-    def _by_distance(self, name: str, level: str) -> list[str]:
-        """All other names, the nearest first; those without a shape last, in order of the alphabet."""
-        key = (level, name)
-        if key not in self._order:
-            names = self.streets if level == "street" else self.districts
-            shapes = self.geometry if level == "street" else self.district_geometry
-            others = [other for other in names if other != name]
-            distances = np.full(len(others), math.inf)
-            if name in shapes:
-                squeeze = math.cos(math.radians(shapely.centroid(shapes[name]).y))
-                known = [i for i, other in enumerate(others) if other in shapes]
-                here = _to_metres(shapes[name], squeeze)
-                distances[known] = shapely.distance(here, [_to_metres(shapes[others[i]], squeeze) for i in known])
-            self._order[key] = [others[i] for i in np.argsort(distances, kind="stable")]
-        return self._order[key]
-
-
-def _to_metres(shape: BaseGeometry, squeeze: float) -> BaseGeometry:
-    """Degrees to metres on a local plane, good enough to order distances."""
-    return shapely.transform(shape, lambda c: c * [METRES_PER_DEGREE * squeeze, METRES_PER_DEGREE])
-
 
 def _feature(shape: BaseGeometry | None, **properties: Any) -> dict[str, Any]:
     return {
@@ -188,3 +171,24 @@ def _feature(shape: BaseGeometry | None, **properties: Any) -> dict[str, Any]:
         "properties": properties,
         "geometry": None if shape is None else shapely.geometry.mapping(shape),
     }
+
+
+def joined(gazetteers: Sequence[Gazetteer]) -> Gazetteer:
+    """One gazetteer of several cities; a name that two of them have keeps the first one's shape."""
+    if len(gazetteers) == 1:
+        return gazetteers[0]
+    shapes: dict[str, BaseGeometry] = {}
+    districts: dict[str, BaseGeometry] = {}
+    variants: dict[str, Sequence[str]] = {}
+    for one in reversed(gazetteers):
+        shapes, districts, variants = shapes | one.geometry, districts | one.district_geometry, variants | one.variants
+    return Gazetteer(
+        [address for one in gazetteers for address in one.addresses],
+        shapes,
+        districts,
+        sum((one._photos for one in gazetteers), Counter()),
+        sum((one._places for one in gazetteers), Counter()),
+        " + ".join(one.city for one in gazetteers if one.city),
+        list(dict.fromkeys(source for one in gazetteers for source in one.attribution)),
+        variants,
+    )

@@ -4,7 +4,7 @@
     ADDRESSVLM_TRAIN__WORKERS=1 python ray_jobs/train.py --config my_city.yaml
 
 A preset is a commented YAML file in `addressvlm/presets/`; every key is described once, here or in
-`config_city.py`, `config_labels.py` and `config_training.py`.
+`config_city.py`, `config_labels.py`, `config_training.py` and `config_answers.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
+from addressvlm.config_answers import EvaluateConfig
 from addressvlm.config_city import CityConfig, Strict
 from addressvlm.config_labels import LabelsConfig
 from addressvlm.config_training import ModelConfig, TrainConfig
@@ -37,26 +38,13 @@ class TilesConfig(Strict):
     per_second: float = Field(4.0, gt=0)  # requests to an XYZ server, all workers together
     user_agent: str = "addressvlm (set tiles.user_agent to your contact)"  # tile servers ask for a contact
     attribution: str | None = None  # of the imagery; written into the dataset's card
-    side_m: float = Field(200.0, gt=0)  # side of the ground square shown, in metres
+    side_m: float = Field(200.0, gt=0, le=4000)  # side of the ground square shown, in metres
     pixels: int = Field(336, ge=32, le=2048)  # side of the tile and of the grafted image, in pixels
     names: bool = True  # street names written along the streets (off: paper 001 Table 2, "w/o road")
     font_px: float = Field(13.0, gt=0)  # height of the street names, in tile pixels
     font: str | None = None  # TTF or OTF file for names in scripts that DejaVu Sans Bold lacks (Japanese, Thai, Devanagari …)
     delta: float = Field(0.5, gt=0, le=0.5)  # longer side of the pasted photo / side of the tile
     jpeg_quality: int = Field(92, ge=30, le=100)
-
-
-class EvaluateConfig(Strict):
-    """Answers on the test split and what is computed from them."""
-
-    workers: int = Field(2, ge=1)
-    cpus_per_worker: float = Field(1.0, gt=0)
-    gpus_per_worker: float = Field(0.0, ge=0)
-    batch_size: int = Field(64, ge=1)  # questions at a time
-    max_new_tokens: int = Field(24, ge=1)
-    temperature: float = Field(0.0, ge=0)  # 0 is greedy; paper 001 uses 0.1
-    max_photos: int | None = Field(None, ge=1)  # score only this many, drawn by seed
-    bootstrap: int = Field(1000, ge=100)  # resamples of places for the 95 % intervals
 
 
 class Config(Strict):
@@ -76,19 +64,12 @@ class Config(Strict):
 def load(source: str | Path = "demo", sets: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
     """Read a preset's name or a YAML file, then the environment, then `key=value` strings of the command line.
 
+    A file may begin with `extends: <preset or file>`: its sections are then laid over that one's, key by key.
+
     Raises:
         InputError: the file is missing or not YAML, a key is unknown, or a value has the wrong type.
     """
-    path = PRESETS / f"{source}.yaml" if not str(source).endswith((".yaml", ".yml")) else Path(source)
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
-        raise InputError(f"no configuration '{source}': give a .yaml file that exists, or one of the presets {known}.")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path} must hold `key: value` lines, not {type(tree).__name__}.")
+    path, tree = _read(source)
     for name, value in sorted(environment.items()):
         if name.startswith(ENVIRONMENT_PREFIX):
             keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
@@ -100,6 +81,30 @@ def load(source: str | Path = "demo", sets: Iterable[str] = (), environment: Map
             raise InputError(f"--set {assignment}: write it as key=value, for instance train.workers=1.")
         _put(tree, key.strip().split("."), value)
     return validate(tree, str(path))
+
+
+def _read(source: str | Path, below: tuple[Path, ...] = ()) -> tuple[Path, dict[str, Any]]:
+    """The file of a preset's name or path, and its tree laid over the one it extends."""
+    path = PRESETS / f"{source}.yaml" if not str(source).endswith((".yaml", ".yml")) else Path(source)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise InputError(f"no configuration '{source}': give a .yaml file that exists, or one of the presets {known}.")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} must hold `key: value` lines, not {type(tree).__name__}.")
+    if (extended := tree.pop("extends", None)) is None:
+        return path, tree
+    if path in below:
+        raise InputError(f"{path} extends itself: take `extends` out of one of the files.")
+    near = path.parent / str(extended)
+    _, whole = _read(near if near.is_file() else extended, (*below, path))
+    for section, values in tree.items():
+        deeper = isinstance(values, dict) and isinstance(whole.get(section), dict)
+        whole[section] = {**whole[section], **values} if deeper else values
+    return path, whole
 
 
 def validate(tree: dict[str, Any], where: str) -> Config:

@@ -2,38 +2,36 @@
 
 M is 0 in a rectangle in the upper right corner, where the shrunken photo goes, and 1 elsewhere.
 
-    graft_place(tile_png, [photo_jpeg, …])          # encoded images in, JPEGs out; the tile's work is done once
+    graft_photo(tile, photo_jpeg, delta=0.5, quality=92)
 
-Photos are decoded no larger than they are shown: a JPEG at 1/2, 1/4 or 1/8 of its size, by its own cosine transform.
+A place's tile is opened once and serves all photos of the place. Photos are decoded no larger than they are shown: a JPEG at
+1/2, 1/4 or 1/8 of its size, by its own cosine transform.
 """
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from addressvlm.errors import InputError
 
-# Of photos and tiles: no worse to see at these sizes than LANCZOS and BICUBIC, in about half their time.
+# No worse to see at these sizes than LANCZOS and BICUBIC, in about half their time.
 FILTER = Image.Resampling.HAMMING
 
 
-def graft_place(
-    tile: bytes, photos: Iterable[bytes], pixels: int = 336, delta: float = 0.5, quality: int = 92
-) -> Iterator[bytes]:
-    """JPEG bytes of each encoded photo of a place grafted onto its encoded tile.
+def graft_photo(tile: Image.Image, photo: bytes, delta: float, quality: int) -> tuple[bytes, Image.Image]:
+    """JPEG bytes of an encoded photo grafted onto a tile, which stays as it is; and the photo, decoded at a reduced size.
 
     Args:
-        tile: square image, resized to pixels x pixels.
+        tile: square RGB image.
         delta: longer side of the pasted photo / side of the tile, in (0, 0.5].
 
     Raises:
-        InputError: the bytes of the tile or of a photo are not a whole image.
+        InputError: the bytes of the photo are not a whole image.
     """
-    ground = decode_tile(tile, pixels)
-    for photo in photos:
-        yield encode(graft(ground, decode_photo(photo, round(delta * pixels)), delta), quality)
+    small = decode_photo(photo, round(delta * tile.width))
+    return encode(graft(tile, small, delta), quality), small
 
 
 def graft(tile: Image.Image, photo: Image.Image, delta: float) -> Image.Image:
@@ -72,18 +70,6 @@ def encode(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def decode_tile(data: bytes, pixels: int) -> Image.Image:
-    """RGB tile of pixels x pixels from encoded bytes.
-
-    Raises:
-        InputError: the bytes are not a whole image.
-    """
-    with _opened(data, "tile") as image:
-        image.load()
-        colours = image if image.mode == "RGB" else image.convert("RGB")
-        return colours if colours.size == (pixels, pixels) else colours.resize((pixels, pixels), FILTER)
-
-
 def decode_photo(data: bytes, longest_side: int) -> Image.Image:
     """Upright RGB photo from encoded bytes, its longer side at least `longest_side` if the file has as many pixels.
 
@@ -92,7 +78,7 @@ def decode_photo(data: bytes, longest_side: int) -> Image.Image:
     Raises:
         InputError: the bytes are not a whole image.
     """
-    with _opened(data, "photo") as image:
+    with _opened(data) as image:
         scale = longest_side / max(image.size)
         if scale < 1:
             image.draft("RGB", (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
@@ -102,10 +88,10 @@ def decode_photo(data: bytes, longest_side: int) -> Image.Image:
 
 
 @contextmanager
-def _opened(data: bytes, what: str) -> Iterator[Image.Image]:
+def _opened(data: bytes) -> Iterator[Image.Image]:
     """The image, not yet decoded; what goes wrong with it in a sentence."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield image
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"the {what} can't be decoded ({' '.join(str(error).split())}).") from None
+        raise InputError(f"the photo can't be decoded ({' '.join(str(error).split())}).") from None

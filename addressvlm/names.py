@@ -135,6 +135,14 @@ class NameIndex:
         meant = {self._meant(found[span], text) for span in whole}
         return meant.pop() if len(meant) == 1 else None
 
+    def same(self, name: str) -> str | None:
+        """The one of the names that this is a spelling of, as a whole; None if there is none."""
+        for form in (normal, bare):
+            key = tuple(form(name).split())
+            if key in self._names:
+                return self._meant(key, name)
+        return None
+
     def _meant(self, key: tuple[str, ...], text: str) -> str | None:
         """The name of this form; where several share it, the one whose own spelling is in the text, the longest if several."""
         names = self._names[key]

@@ -5,6 +5,7 @@ are ten templates for every level and kind. Wrong names are a mix of near ones, 
 """
 
 import random
+from collections.abc import Collection
 from typing import Any, Literal
 
 from addressvlm.addresses import Address, Gazetteer
@@ -61,16 +62,21 @@ def templates(level: str, kind: str) -> list[str]:
 
 
 def training_rounds(
-    address: Address, gazetteer: Gazetteer, rng: random.Random, rounds: int = 7, near_share: float = 0.5
+    address: Address,
+    gazetteer: Gazetteer,
+    rng: random.Random,
+    rounds: int = 7,
+    near_share: float = 0.5,
+    doubtful: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """A conversation of `rounds` questions in random order, rows of `tables.ROUNDS`.
 
     The three kinds are equally frequent (1:1:1 over many photos); one generation question asks for the whole address.
     A level of which the gazetteer knows only one name has no wrong one, so judgments and choices go to the other level, and
     turn into generation where that has none either. About `near_share` of the wrong names are among the nearest, the rest
-    from anywhere.
+    from anywhere; none is one of the `doubtful` streets, which may be right as well.
     """
-    wrong = _Wrong(gazetteer, near_share, rng)
+    wrong = _Wrong(gazetteer, near_share, rng, doubtful)
     kinds = ["generation", "judgment", "choice"]
     rng.shuffle(kinds)
     levels = {kind: rng.sample(["street", "district"], 2) for kind in kinds}
@@ -91,13 +97,20 @@ def training_rounds(
     return conversation
 
 
-def test_rounds(address: Address, gazetteer: Gazetteer, rng: random.Random, near_share: float = 0.5) -> list[dict[str, Any]]:  # noqa: PT028
+def test_rounds(
+    address: Address,
+    gazetteer: Gazetteer,
+    rng: random.Random,
+    near_share: float = 0.5,  # noqa: PT028
+    doubtful: Collection[str] = (),  # noqa: PT028
+) -> list[dict[str, Any]]:
     """The questions that the metrics are made of, each to be asked on its own, rows of `tables.ROUNDS`.
 
     For district and for street: generation, judgment with Yes, judgment with No, choice; then the whole address: nine.
-    A level of which the gazetteer knows only one name has no wrong name to offer, so its last two are left out.
+    A level of which the gazetteer knows only one name has no wrong name to offer, so its last two are left out; so are
+    wrong names that are `doubtful`.
     """
-    wrong = _Wrong(gazetteer, near_share, rng)
+    wrong = _Wrong(gazetteer, near_share, rng, doubtful)
     conversation = []
     for level in ("district", "street"):
         conversation.append(_generation(level, address, rng))
@@ -115,17 +128,21 @@ test_rounds.__test__ = False  # type: ignore[attr-defined]  # the name is the do
 class _Wrong:
     """Names of the city that are not the true one."""
 
-    def __init__(self, gazetteer: Gazetteer, near_share: float, rng: random.Random) -> None:
+    def __init__(self, gazetteer: Gazetteer, near_share: float, rng: random.Random, doubtful: Collection[str]) -> None:
         self.gazetteer, self.near_share, self.rng = gazetteer, near_share, rng
+        self.doubtful = frozenset(doubtful)
 
     def exists(self, level: str, address: Address) -> bool:
         names = self.gazetteer.districts if level == "district" else self.gazetteer.streets
-        return any(name != _true(level, address) for name in names)
+        return any(name != _true(level, address) and name not in self._spared(level) for name in names)
 
     def draw(self, level: str, address: Address, n: int) -> list[str]:
         """Up to n of them."""
         kind: Literal["street", "district"] = "district" if level == "district" else "street"
-        return self.gazetteer.near(_true(level, address), n, self.rng, kind, self.near_share)
+        return self.gazetteer.near(_true(level, address), n, self.rng, kind, self.near_share, self._spared(level))
+
+    def _spared(self, level: str) -> frozenset[str]:
+        return self.doubtful if level == "street" else frozenset()
 
 
 def _true(level: str, address: Address) -> str:

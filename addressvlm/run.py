@@ -47,11 +47,14 @@ class Run:
         self.config = config
         self.folder = storage(config.storage) / config.name
         self.input = self.folder / "input"  # a generated toy city
-        self.photos = self.folder / "photos"  # also gazetteer.geojson, card.json
+        self.photos = self.folder / "photos"  # also gazetteer.geojson, roads.fgb, card.json
         self.gazetteer = self.photos / "gazetteer.geojson"
+        self.roads = self.photos / "roads.fgb"  # what tiles are drawn from, if the city has a map
         self.rejects = self.folder / "rejects"  # one Parquet file a step
         self.grafts = self.folder / "grafts"
+        self.ledger = self.folder / "ledger"  # what was asked for labels and answered
         self.alignment = self.folder / "alignment"
+        self.reasoning = self.folder / "reasoning"
         self.training = self.folder / "training"  # checkpoints and loss curves, one folder a system
         self.models = self.folder / "models"  # <slug>/adapter and <slug>/merged
         self.answers = self.folder / "answers"  # one table a system

@@ -87,6 +87,11 @@ def plan(folder: Path, split: str, rows: int) -> list[Shard]:
     Raises:
         InputError: the split has no files.
     """
+    return plan_files(tables.files(folder, split), rows)
+
+
+def plan_files(files: Iterable[Path], rows: int) -> list[Shard]:
+    """The same of Parquet files."""
     shards: list[Shard] = []
     groups: list[tuple[str, int, int]] = []
     count = 0
@@ -97,7 +102,7 @@ def plan(folder: Path, split: str, rows: int) -> list[Shard]:
             shards.append(Shard(len(shards), count, tuple(groups)))
         groups, count = [], 0
 
-    for file in tables.files(folder, split):
+    for file in files:
         about = pq.read_metadata(file)
         if count + about.num_rows > rows:
             close()

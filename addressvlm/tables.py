@@ -20,7 +20,7 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 ROUNDS = pa.list_(
     pa.struct(
         [
-            ("level", pa.string()),  # district, street, address or alignment
+            ("level", pa.string()),  # district, street, address, alignment or reasoning
             ("kind", pa.string()),  # generation, judgment, choice or explanation
             ("question", pa.string()),
             ("answer", pa.string()),
@@ -57,6 +57,7 @@ PHOTOS = with_features(
             ("heading", pa.float32()),  # degrees clockwise from north, null if unknown
             ("image", IMAGE),
             ("street", pa.string()),  # as the answers name it: with city.answer sub_street it is the sub-street
+            ("main_street", pa.string()),  # the street itself; `street` may be a part of it
             ("district", pa.string()),
             ("sub_street", pa.string()),  # null without a partition
             ("address_source", pa.string()),  # manifest, map, nominatim, google or neighbour
@@ -90,12 +91,13 @@ ALIGNMENT = with_features(
             ("image", IMAGE),
             ("street", pa.string()),
             ("district", pa.string()),
-            ("rounds", ROUNDS),  # one round: the alignment question and the label
-            ("source", pa.string()),  # who wrote the label: template, openai:<model>, or fallback:template
+            ("rounds", ROUNDS),  # the last one: the question and the label
+            ("source", pa.string()),  # who wrote the label: template, <labeler>:<model>, or fallback:template
             ("attempts", pa.int32()),
         ]
     )
 )
+REASONING = ALIGNMENT  # the same of street views alone (paper 003)
 ANSWERS = with_features(
     pa.schema(
         [

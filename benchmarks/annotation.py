@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Coordinates -> street, second street, margin and district, against a loop that looks them up row by row.
+"""Coordinates -> street, second street and district, against a loop that looks them up row by row.
 
     python benchmarks/annotation.py streets.geojson districts.geojson
 

@@ -3,9 +3,9 @@
     python benchmarks/graft_job.py
     python benchmarks/graft_job.py --photos 2000 20000 --rounds 3
 
-Both read the same table of photos and write the same table of grafts, on two cores; they take turns and the median ratio
-counts. The bare processes have half of the table each, no marks, no Ray. What is compared is the time from the step's
-beginning, with Ray there, to its end; the start of Ray is shown beside it.
+Both read the same table of photos and write the same table of grafts, on two cores. They take turns, each goes first as often
+as the other, and the median ratio counts. The bare processes have half of the table each, no marks, no Ray. What is compared
+is the time from the step's beginning, with Ray there, to its end; the start of Ray is shown beside it.
 """
 
 import argparse
@@ -33,12 +33,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from addressvlm import tables
+from addressvlm.cities.streets import StreetMap
 from addressvlm.config import Config, validate
 from addressvlm.demo.camera import photograph
 from addressvlm.demo.city import places, to_degrees, views, write_maps
 from addressvlm.demo.world import generate
 from addressvlm.grafting import encode
-from addressvlm.maps.grafts import graft_rows
+from addressvlm.maps.grafts import graft_batch
+from addressvlm.maps.roads import write_roads
 from addressvlm.run import Run
 from addressvlm.shards import plan
 
@@ -46,6 +48,7 @@ CITY_SEED = 1
 CORES = 2
 DISTINCT = 200  # photos that are drawn; the table has them again and again under new ids
 VIEWS = 4  # photos of a place
+LOOK_EVERY_S = 1.0
 MB = 1 << 20
 
 
@@ -65,7 +68,8 @@ def write_photos(folder: Path, count: int, side: int) -> Config:
             lon, lat = to_degrees(world, np.array([[x, y]]))[0]
             image = {"bytes": drawn[n % DISTINCT], "path": f"{n}.jpg"}
             yield {"id": str(n), "place": str(n // VIEWS), "lat": lat, "lon": lon, "heading": 90.0 * (n % VIEWS),
-                   "image": image, "street": street.name, "district": "Benchmark", "rounds": []}  # fmt: skip
+                   "image": image, "street": street.name, "main_street": street.name, "district": "Benchmark",
+                   "rounds": []}  # fmt: skip
 
     tree = {
         "name": "benchmark",
@@ -74,7 +78,9 @@ def write_photos(folder: Path, count: int, side: int) -> Config:
         "tiles": {"imagery": str(paths["imagery"])},
     }
     config = validate(tree, "the benchmark's settings")
-    tables.write(Run(config).photos, "train", rows(), tables.PHOTOS)
+    run = Run(config)
+    tables.write(run.photos, "train", rows(), tables.PHOTOS)
+    write_roads(run.roads, StreetMap.load(paths["streets"], with_roads=True).roads, np.zeros(0), np.zeros(0))
     return config
 
 
@@ -104,10 +110,11 @@ def run_bare(config: Config, part: int, out: Path) -> None:
     """One of `CORES` bare processes: every such shard, the kernel, a Parquet writer."""
     from ray_jobs.graft import COLUMNS, SHARD
 
+    run = Run(config)
     with pq.ParquetWriter(out / f"train-{part:05d}.parquet", tables.GRAFTS) as writer:
-        for shard in plan(Run(config).photos, "train", SHARD)[part::CORES]:
+        for shard in plan(run.photos, "train", SHARD)[part::CORES]:
             for batch in shard.batches(COLUMNS):
-                rows = graft_rows(config.city.streets, config.tiles.imagery, config.tiles.model_dump_json(), batch)
+                rows = graft_batch(str(run.roads), config.tiles.imagery, config.tiles.model_dump_json(), batch).tables["train"]
                 writer.write_table(pa.Table.from_pylist(rows, schema=tables.GRAFTS))
 
 
@@ -121,12 +128,12 @@ class Use:
 
 @contextmanager
 def watched(processes: list[psutil.Process]) -> Iterator[Use]:
-    """Look at them four times a second while the block runs."""
+    """Look at them once a second while the block runs; a look takes some hundredths of a second from the cores."""
     use = Use()
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.25):
+        while not over.wait(LOOK_EVERY_S):
             now: dict[str, int] = defaultdict(int)
             for process in processes:
                 with suppress(psutil.Error):
@@ -135,7 +142,7 @@ def watched(processes: list[psutil.Process]) -> Iterator[Use]:
                             use.cpu_s[each.pid] = sum(each.cpu_times()[:2])
                             now[_kind(each, process)] = max(now[_kind(each, process)], _own(each))
                             if each.name() == "raylet":
-                                now["object store"] = _object_store(each)
+                                now["object store"] = each.memory_info().shared
             for kind, size in now.items():
                 use.peak[kind] = max(use.peak[kind], size)
 
@@ -159,29 +166,27 @@ def _own(process: psutil.Process) -> int:
     return int(memory.rss - memory.shared)
 
 
-def _object_store(raylet: psutil.Process) -> int:
-    return sum(m.rss for m in raylet.memory_maps() if "plasma" in m.path)
-
-
-def measure(folder: Path, config: Config) -> tuple[dict[str, float], float, Use, Use]:
-    """One turn of each: times of the job, seconds of the bare processes, what both used."""
-    me = [sys.executable, __file__, "--settings", str(folder / "settings.json")]
+def time_job(me: list[str]) -> tuple[dict[str, float], Use]:
+    """One turn of the job: its times, what it used."""
     job = subprocess.Popen([*me, "--job"], stdout=subprocess.PIPE, text=True)
-    with watched([psutil.Process(job.pid)]) as job_use:
+    with watched([psutil.Process(job.pid)]) as use:
         said, _ = job.communicate()
     if job.returncode:
         raise SystemExit("the job failed")
-    out = folder / "bare"
+    return json.loads(said.splitlines()[-1]), use
+
+
+def time_bare(me: list[str], out: Path) -> tuple[float, Use]:
+    """One turn of the bare processes: seconds, what they used."""
     out.mkdir(exist_ok=True)
     started = time.perf_counter()
     bare = [subprocess.Popen([*me, "--bare", str(part), "--out", str(out)]) for part in range(CORES)]
-    with watched([psutil.Process(p.pid) for p in bare]) as bare_use:
+    with watched([psutil.Process(p.pid) for p in bare]) as use:
         failed = [p.wait() for p in bare]
         seconds = time.perf_counter() - started
     if any(failed):
         raise SystemExit("a bare process failed")
-    assert tables.count(Run(config).grafts, "train") == tables.count(out, "train")
-    return json.loads(said.splitlines()[-1]), seconds, job_use, bare_use
+    return seconds, use
 
 
 def compare(count: int, side: int, rounds: int) -> None:
@@ -191,8 +196,13 @@ def compare(count: int, side: int, rounds: int) -> None:
         config = write_photos(folder, count, side)
         (folder / "settings.json").write_text(config.model_dump_json())
         ratios, largest = [], defaultdict(int)
+        me, out = [sys.executable, __file__, "--settings", str(folder / "settings.json")], folder / "bare"
         for turn in range(1, rounds + 1):
-            job, bare, job_use, bare_use = measure(folder, config)
+            if turn % 2:
+                (job, job_use), (bare, bare_use) = time_job(me), time_bare(me, out)
+            else:
+                (bare, bare_use), (job, job_use) = time_bare(me, out), time_job(me)
+            assert tables.count(Run(config).grafts, "train") == tables.count(out, "train") == count
             ratios.append(bare / job["step_s"])
             for kind, size in [*job_use.peak.items(), ("bare process", bare_use.peak["driver"])]:
                 largest[kind] = max(largest[kind], size)
@@ -212,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, nargs="+", default=[2000, 20000], help="(default: 2000 20000)")
     parser.add_argument("--photo-side", type=int, default=640, help="of the square photos, in pixels (default: 640)")
-    parser.add_argument("--rounds", type=int, default=1, help="turns of each (default: 1)")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each (default: 2)")
     for inner in ("--settings", "--bare", "--out"):
         parser.add_argument(inner, help=argparse.SUPPRESS)
     parser.add_argument("--job", action="store_true", help=argparse.SUPPRESS)

@@ -26,7 +26,7 @@ from addressvlm.config import TilesConfig
 from addressvlm.demo.camera import photograph
 from addressvlm.demo.city import places, to_degrees, write_maps
 from addressvlm.demo.world import generate
-from addressvlm.grafting import decode_photo, encode, graft, graft_place, grafted_size
+from addressvlm.grafting import FILTER, encode, graft_photo, grafted_size
 from addressvlm.maps.tiles import TileRenderer
 
 CITY_SEED = 1
@@ -74,6 +74,17 @@ def plain(tile: Image.Image, photo: bytes) -> bytes:
     out = io.BytesIO()
     tile.save(out, "JPEG", quality=TILES.jpeg_quality, subsampling=0)
     return out.getvalue()
+
+
+def opened(tile: bytes) -> Image.Image:
+    """The tile as our side opens it."""
+    return Image.open(io.BytesIO(tile)).convert("RGB").resize((TILES.pixels, TILES.pixels), FILTER)
+
+
+def grafted(tile: Image.Image, photos: list[bytes]) -> Iterable[bytes]:
+    """What the graft step does with the photos of a place."""
+    for photo in photos:
+        yield graft_photo(tile, photo, TILES.delta, TILES.jpeg_quality)[0]
 
 
 Work = Callable[[], Iterable[bytes]]
@@ -134,12 +145,12 @@ def main() -> None:
 
     def by_place() -> Iterable[bytes]:
         for spot in chosen:
-            yield from graft_place(spot.tile, spot.photos, TILES.pixels, TILES.delta, TILES.jpeg_quality)
+            yield from grafted(opened(spot.tile), spot.photos)
 
     def one_by_one() -> Iterable[bytes]:
         for spot in chosen:
             for photo in spot.photos:
-                yield from graft_place(spot.tile, [photo], TILES.pixels, TILES.delta, TILES.jpeg_quality)
+                yield from grafted(opened(spot.tile), [photo])
 
     def drawing_loop() -> Iterable[bytes]:
         for spot in chosen:
@@ -148,10 +159,7 @@ def main() -> None:
 
     def drawn_by_place() -> Iterable[bytes]:
         for spot in chosen:
-            tile = renderer.tile(spot.lat, spot.lon, spot.street).image
-            for photo in spot.photos:
-                small = decode_photo(photo, round(TILES.delta * TILES.pixels))
-                yield encode(graft(tile, small, TILES.delta), TILES.jpeg_quality)
+            yield from grafted(renderer.tile(spot.lat, spot.lon, spot.street).image, spot.photos)
 
     compare(f"{VIEWS} views a place", loop, by_place, args.rounds)
     compare("1 view a place", loop, one_by_one, args.rounds)

@@ -15,15 +15,15 @@ import pyarrow.parquet as pq
 from addressvlm import InputError, tables
 from addressvlm.cities.source import resolve
 from addressvlm.config import Config
-from addressvlm.maps.grafts import Grafter, graft_rows
-from addressvlm.run import Run, is_done, resuming, storage
-from addressvlm.shards import Made, Rows, Work, forget, plan, sources_fingerprint
+from addressvlm.maps.grafts import Grafter, graft_batch
+from addressvlm.run import Run, is_done, resuming
+from addressvlm.shards import Rows, Work, forget, plan, sources_fingerprint
 from ray_jobs import common, prepare
 from ray_jobs.stream import sharded
 
 SHARD = 256  # photos; a second or two of work
 FETCHING_ONLY = {"cache", "per_second", "user_agent", "attribution"}  # settings that no graft depends on
-COLUMNS = ["id", "place", "lat", "lon", "heading", "image", "street", "district"]
+COLUMNS = ["id", "place", "lat", "lon", "heading", "image", "street", "main_street", "district"]
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -44,10 +44,11 @@ def run_step(config: Config, redo: bool) -> None:
     shards = plan(run.photos, "train", SHARD)
     total = sum(shard.rows for shard in shards)
     sources = resolve(config, run)
-    files = (sources.city.streets, sources.tiles.imagery)
-    tiles = config.tiles.model_copy(update={"cache": config.tiles.cache or str(storage(config.storage) / "tile-cache")})
-    Grafter(*files, tiles, config.city.language)  # a missing file is told before Ray is asked
-    function = partial(graft_batch, *files, tiles.model_dump_json(), config.city.language)
+    if sources.city.streets and not run.roads.is_file():
+        raise InputError(f"there is no {run.roads} to draw tiles from: run prepare again, with --redo.")
+    files = (str(run.roads) if sources.city.streets else None, sources.tiles.imagery)
+    Grafter(*files, sources.tiles)  # a missing file is told before Ray is asked
+    function = partial(graft_batch, *files, sources.tiles.model_dump_json())
     with resuming(run.grafts, settings(config), redo) as folder:
         made = sharded("graft", shards, folder, Work(function, tables.GRAFTS, COLUMNS, sources_fingerprint(*files)))
         written = sum(summary["written"].get("train", 0) for summary in made)
@@ -55,22 +56,13 @@ def run_step(config: Config, redo: bool) -> None:
         _write_rejects(run, rejects)
         if not written or len(rejects) > config.city.max_reject_share * total:
             forget(folder, [summary for summary in made if summary["rejects"]])
-            first = rejects[0]["reason"] if rejects else "there are no training photos"
-            bad = f"{len(rejects)} of {total} photos have no graft (first: {first})"
-            raise InputError(f"{bad}: see {run.rejects}/graft.parquet.")
+            first = rejects[0]["reason"].rstrip(".") if rejects else "there are no training photos"
+            more = ", or raise city.max_reject_share" if written else ""
+            raise InputError(
+                f"{len(rejects)} of {total} photos have no graft (the first: {first}): mend tiles.imagery or city.streets for "
+                f"the places listed in {run.rejects / 'graft.parquet'}{more}."
+            )
     print(f"graft: {written:,} grafted images in {run.grafts}, {len(rejects):,} rejected", flush=True)
-
-
-def graft_batch(streets: str | None, imagery: str | None, tiles: str, language: str | None, photos: Rows) -> Made:
-    """Rows of PHOTOS -> rows of GRAFTS, and rejects where there is no image; see `graft_rows`."""
-    good, rejects = [], []
-    for row in graft_rows(streets, imagery, tiles, photos, language):
-        reason = row.pop("reason")
-        if reason is None:
-            good.append(row)
-        else:
-            rejects.append({"file": row["image"]["path"], "row": None, "id": row["id"], "reason": reason})
-    return Made({"train": good}, rejects)
 
 
 def _write_rejects(run: Run, rejects: Rows) -> None:

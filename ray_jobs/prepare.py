@@ -4,9 +4,9 @@
     python ray_jobs/prepare.py --config demo
     python ray_jobs/prepare.py --config my_city.yaml --set city.guard_m=30
 
-Writes below <storage>/<name>: photos/{train,val,test}-*.parquet, photos/gazetteer.geojson, the dataset card
-(photos/card.json, README.md, card.html), rejects/prepare.parquet (rows that can't be used, with the reason),
-aside.parquet (places that are in no split, with the reason). Run it again after an interruption: it goes on.
+Writes below <storage>/<name>: photos/{train,val,test}-*.parquet, photos/gazetteer.geojson, photos/roads.fgb (what tiles
+are drawn from), the dataset card (photos/card.json, README.md, card.html), rejects/prepare.parquet (rows that can't be used,
+with the reason), aside.parquet (places that are in no split, with the reason). Run it again after an interruption: it goes on.
 """
 
 import shutil
@@ -35,6 +35,7 @@ from addressvlm.cities.split import Split, split, thin_views
 from addressvlm.cities.streets import StreetMap
 from addressvlm.config import Config
 from addressvlm.config_city import CityConfig
+from addressvlm.maps.roads import write_roads
 from addressvlm.maps.sources import open_imagery
 from addressvlm.run import WORK, Run, is_done, resuming, storage
 from addressvlm.shards import Summary, Work, forget, plan, sources_fingerprint
@@ -102,6 +103,9 @@ def run_step(config: Config, redo: bool = False) -> None:
         train = [photo for photo in photos if divided.part[photo.place] == "train"]
         gazetteer = gazetteer_of(filled.city, found.streets, found.answers, train, found.sub_streets)
         _write_tables(config, folder, found, photos, divided, gazetteer)
+        if found.streets.roads:
+            where = np.array([(photo.lat, photo.lon) for photo in photos]).T
+            write_roads(folder / run.roads.name, found.streets.roads, *where)
         _write_aside(run.folder / "aside.parquet", found.places, divided)
         card = _write_card(filled, folder, found, photos, divided, gazetteer, [imagery] if imagery else [])
     _print_card(card)
@@ -139,7 +143,7 @@ def _find(config: Config, folder: Path, rejects_file: Path) -> Found:
         if city.answer == "sub_street" and city.partition is not None:
             sub_streets = with_sub_streets(places, photos, streets, city.partition)[1].shapes()
     answers = answering(places, city)
-    made = _check_photos(photos, answers, city, folder)
+    made = _check_photos(photos, places, answers, city, folder)
     unusable = [reject for summary in made for reject in summary["rejects"]]
     rejects = sorted(rejects + without_address + unusable, key=lambda reject: reject["row"])
     rejects_file.parent.mkdir(parents=True, exist_ok=True)
@@ -150,9 +154,10 @@ def _find(config: Config, folder: Path, rejects_file: Path) -> Found:
         kinds = Counter(str(reject["reason"]).partition(":")[0] for reject in rejects)
         top = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(3))
         first = f"row {rejects[0]['row']}, {rejects[0]['reason']}"
+        more = ", or raise city.max_reject_share" if found.good else ""
         raise InputError(
             f"{len(rejects)} of {total} rows of {source} are bad ({top}; the first is {first}): mend the rows listed in "
-            f"{rejects_file}, or raise city.max_reject_share."
+            f"{rejects_file}{more}."
         )
     return found
 
@@ -167,10 +172,13 @@ def _street_map(city: CityConfig, photos: list[Photo]) -> StreetMap:
         admin_level=city.admin_level,
         language=city.language,
         unit=city.unit,
+        with_roads=True,
     )
 
 
-def _check_photos(photos: list[Photo], places: dict[str, Place], city: CityConfig, folder: Path) -> list[Summary]:
+def _check_photos(
+    photos: list[Photo], places: dict[str, Place], answers: dict[str, Place], city: CityConfig, folder: Path
+) -> list[Summary]:
     """Read and check all photos on the cluster; the good ones go to a table of their own, the others are rejects."""
     if not photos:
         return []
@@ -178,7 +186,7 @@ def _check_photos(photos: list[Photo], places: dict[str, Place], city: CityConfi
     work = Work(partial(check, base, city.model_dump_json()), CHECKED, made_from_rows=partial(files_of, base))
     wanted = folder / WORK / "listed"
     shutil.rmtree(wanted, ignore_errors=True)
-    tables.write(wanted, "photos", listed(photos, places), LISTED, CHECKED_AT_A_TIME)
+    tables.write(wanted, "photos", listed(photos, places, answers), LISTED, CHECKED_AT_A_TIME)
     return sharded("prepare: photos checked", plan(wanted, "photos", CHECKED_AT_A_TIME), folder / CHECKED_FOLDER, work)
 
 

@@ -21,12 +21,15 @@ STOP = "stop"  # key of the sentence with which a task stops the job; an excepti
 LONGEST_GROUP = 8  # shards that a task makes; their summaries come back together
 
 
-def sharded(step: str, shards: list[Shard], folder: Path, work: Work, tasks: int | None = None) -> list[Summary]:
+def sharded(
+    step: str, shards: list[Shard], folder: Path, work: Work, tasks: int | None = None, actor: dict[str, float] | None = None
+) -> list[Summary]:
     """Make all shards that are not made yet, at most `tasks` at a time; summaries in the order of the shards.
 
     Args:
         step: what to call it in the lines that are printed.
         folder: where the files go; all nodes must see it.
+        actor: what each of `tasks` workers needs (`num_cpus`, `num_gpus`) that stay, so that what they load stays loaded.
 
     Raises:
         InputError: one that the work raised.
@@ -40,17 +43,14 @@ def sharded(step: str, shards: list[Shard], folder: Path, work: Work, tasks: int
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
 
-    def on_group(row: dict[str, Any]) -> list[dict[str, str]]:
-        made: list[Summary] = []
-        try:
-            for shard in shards[row["first"] : row["last"]]:
-                made.append(make(shard, folder, work))
-        except InputError as error:
-            made.append({STOP: str(error)})
-        return [{"summary": json.dumps(summary)} for summary in made]
-
     groups = _groups(len(shards), tasks or int(ray.cluster_resources().get("CPU", 1)))
-    dataset = ray.data.from_items(groups, override_num_blocks=len(groups)).flat_map(on_group, concurrency=tasks)
+    items = ray.data.from_items(groups, override_num_blocks=len(groups))
+    given = (shards, folder, work)
+    if actor:
+        staying = ray.data.ActorPoolStrategy(size=min(tasks or 1, len(groups)))
+        dataset = items.flat_map(_Maker, fn_constructor_args=given, compute=staying, **actor)
+    else:
+        dataset = items.flat_map(_Maker(*given).make, concurrency=tasks)
     done, summaries = 0, []
     with Heartbeat(lambda: f"{step}: {sum(1 for _ in (folder / MARKS).iterdir()):,} of {len(shards):,} shards, working"):
         for row in dataset.iter_rows():
@@ -62,6 +62,27 @@ def sharded(step: str, shards: list[Shard], folder: Path, work: Work, tasks: int
             summaries.append(summary)
     tidy(folder, len(shards))  # workers of a killed job may have written on for a moment
     return sorted(summaries, key=lambda summary: summary["number"])
+
+
+class _Maker:
+    """Makes groups of shards."""
+
+    def __init__(self, shards: list[Shard], folder: Path, work: Work) -> None:
+        self.shards, self.folder, self.work = shards, folder, work
+
+    def __call__(self, row: dict[str, Any]) -> list[dict[str, str]]:
+        """As Ray Data asks a worker that stays."""
+        return self.make(row)
+
+    def make(self, row: dict[str, Any]) -> list[dict[str, str]]:
+        """The summaries of a group, as JSON; an InputError ends it and comes as a summary too."""
+        made: list[Summary] = []
+        try:
+            for shard in self.shards[row["first"] : row["last"]]:
+                made.append(make(shard, self.folder, self.work))
+        except InputError as error:
+            made.append({STOP: str(error)})
+        return [{"summary": json.dumps(summary)} for summary in made]
 
 
 def _groups(shards: int, workers: int) -> list[dict[str, int]]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from addressvlm.addresses import Address
 from addressvlm.cities import geocoders
+from addressvlm.cities.annotation import Annotation, annotate
 from addressvlm.cities.partition import SubStreets
 from addressvlm.cities.photo import Photo, looks_swapped
 from addressvlm.cities.streets import StreetMap
@@ -89,14 +90,15 @@ def assign(
     spots = _spots(photos, streets, city, rejects)
     if not spots.ids:
         return {}, [], rejects
-    near = _Near(spots, streets)
+    found = annotate(spots.lat, spots.lon, streets, CROSS_STREET_M)
+    near = _Near(spots, streets, found)
     claims = _claims(spots, near, streets, city, seed, cache)
-    districts = streets.district(spots.lat, spots.lon)
-    found = near.to([claim.street for claim in claims])
+    district_names = [*streets.district_names, None]
+    measured = near.to([claim.street for claim in claims])
     places: dict[str, Place] = {}
     addressed: list[Photo] = []
-    for i, (claim, (metres, second, second_metres)) in enumerate(zip(claims, found, strict=True)):
-        district = _given(spots.groups[i], "district") or districts[i] or claim.district
+    for i, (claim, (metres, second, second_metres)) in enumerate(zip(claims, measured, strict=True)):
+        district = _given(spots.groups[i], "district") or district_names[found.district[i]] or claim.district
         if claim.street is None or district is None:
             reason = _reason(spots, i, near, streets, city, claim.street is None)
             rejects += [photo.reject(reason) for photo in spots.groups[i]]
@@ -147,9 +149,11 @@ def with_sub_streets(
 class _Near:
     """The two nearest streets of every place, and any other street that is asked for."""
 
-    def __init__(self, spots: _Spots, streets: StreetMap) -> None:
+    def __init__(self, spots: _Spots, streets: StreetMap, found: Annotation) -> None:
         self._spots, self._streets = spots, streets
-        self.first, self.metres, self.second, self.second_metres = streets.nearest_two(spots.lat, spots.lon, CROSS_STREET_M)
+        self.first, self.metres, self.second, self.second_metres = (
+            found.street, found.distance_m, found.second, found.second_distance_m
+        )  # fmt: skip
         self._names = [*streets.street_names, None]
 
     def name(self, code: int) -> str | None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from addressvlm.cities.district_index import DistrictIndex
 from addressvlm.cities.streets import StreetMap
 
 ROWS_AT_A_TIME = 1 << 18  # bounds the memory beside the columns themselves
@@ -28,12 +27,6 @@ class Annotation:
     second_distance_m: NDArray[np.float32]
     district: NDArray[np.int32]
 
-    @property
-    def margin_m(self) -> NDArray[np.float32]:
-        """By how much the second street is further away than the first; inf without a second, nan without a first."""
-        known = np.where(self.street >= 0, self.distance_m, np.float32(np.nan))
-        return (self.second_distance_m - known).astype(np.float32)
-
 
 def annotate(lat: ArrayLike, lon: ArrayLike, streets: StreetMap, limit_m: float) -> Annotation:
     """The columns of N rows in degrees, WGS84; a street counts up to `limit_m`.
@@ -44,7 +37,6 @@ def annotate(lat: ArrayLike, lon: ArrayLike, streets: StreetMap, limit_m: float)
     rows = len(lat)
     street, second, district = (np.full(rows, -1, dtype=np.int32) for _ in range(3))
     distance, second_distance = (np.full(rows, np.inf, dtype=np.float32) for _ in range(2))
-    index = DistrictIndex(streets)
     for start in range(0, rows, ROWS_AT_A_TIME):
         part = slice(start, start + ROWS_AT_A_TIME)
         points, row = np.unique(lat[part] + 1j * lon[part], return_inverse=True)
@@ -52,5 +44,5 @@ def annotate(lat: ArrayLike, lon: ArrayLike, streets: StreetMap, limit_m: float)
         first, metres, other, other_metres = streets.nearest_two(*here, limit_m)
         street[part], distance[part] = first[row], metres[row]
         second[part], second_distance[part] = other[row], other_metres[row]
-        district[part] = index.codes(*here)[row]
+        district[part] = streets.district_codes(*here)[row]
     return Annotation(street, distance, second, second_distance, district)

@@ -37,10 +37,10 @@ LISTED = pa.schema(
 CHECKED = pa.schema([*LISTED, tables.PHOTOS.field("image")])
 
 
-def listed(photos: Iterable[Photo], places: Mapping[str, Place]) -> Iterator[dict[str, Any]]:
-    """Rows of LISTED: everything about the photos but their pixels."""
+def listed(photos: Iterable[Photo], places: Mapping[str, Place], answers: Mapping[str, Place]) -> Iterator[dict[str, Any]]:
+    """Rows of LISTED: everything about the photos but their pixels; `answers` are the places as `answering` gives them."""
     for index, photo in enumerate(photos):
-        place = places[photo.place]
+        place, answer = places[photo.place], answers[photo.place]
         yield {
             "index": index,
             "row": photo.row,
@@ -51,7 +51,8 @@ def listed(photos: Iterable[Photo], places: Mapping[str, Place]) -> Iterator[dic
             "lat": photo.lat,
             "lon": photo.lon,
             "heading": photo.heading,
-            "street": place.address.street,
+            "street": answer.address.street,
+            "main_street": place.address.street,
             "district": place.address.district,
             "sub_street": place.sub_street,
             "address_source": place.source,
@@ -104,10 +105,13 @@ def finish(part: NDArray[np.int8], gazetteer: tuple[str, str], city: str, seed: 
             continue
         split = SPLITS[part[row["index"]]]
         address, rng = Address(row["street"], row["district"]), random.Random(f"{seed}:{row['id']}")
+        doubtful = names.around(row["lat"], row["lon"], config.ambiguous_m)  # as near to the camera as an ambiguous street is
+        if row["ambiguous"]:
+            doubtful.add(row["second_street"])
         if split == "train":
-            rounds = training_rounds(address, names, rng, config.rounds, config.near_negatives)
+            rounds = training_rounds(address, names, rng, config.rounds, config.near_negatives, doubtful)
         else:
-            rounds = test_rounds(address, names, rng, config.near_negatives)
+            rounds = test_rounds(address, names, rng, config.near_negatives, doubtful)
         made[split].append({**row, "rounds": rounds})
     return Made(made)
 

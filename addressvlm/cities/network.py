@@ -5,7 +5,7 @@ block or neighbourhood instead: then those areas are the "streets", as data, and
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,12 +14,12 @@ import shapely
 from numpy.typing import NDArray
 from shapely.geometry.base import BaseGeometry
 
-from addressvlm.addresses import METRES_PER_DEGREE
 from addressvlm.cities.districts import cells
 from addressvlm.cities.extract import Extract, Feature, Tags
-from addressvlm.cities.osm import BLOCK_PLACES, is_block, is_street
+from addressvlm.cities.osm import BLOCK_PLACES, is_block, is_road, is_street
 from addressvlm.errors import InputError
 from addressvlm.names import normal, proper, spellings
+from addressvlm.nearby import METRES_PER_DEGREE
 
 Unit = Literal["auto", "streets", "blocks"]
 
@@ -30,11 +30,15 @@ SAME_STREET_M = 50.0  # two spellings of one name belong to one street if their 
 
 @dataclass(frozen=True)
 class Network:
-    """Named shapes in degrees, and other names of those names (without the names themselves)."""
+    """Named shapes in degrees, and other names of those names (without the names themselves).
+
+    `shown` tells for each spelling of the file under which name it is shown.
+    """
 
     names: list[str]
     shapes: list[BaseGeometry]
     variants: dict[str, list[str]]
+    shown: dict[str, str]
 
 
 def wanted(tags: Tags) -> bool:
@@ -65,13 +69,32 @@ def network(extract: Extract, path: str, language: str | None = None, unit: Unit
     return _named([f for f in features if _counts(f, of_osm, extract.osm)], path, language)
 
 
-def variants_of(features: Sequence[Feature], language: str | None = None) -> dict[str, list[str]]:
-    """Shown name -> all other names that objects of this name have."""
+def roads_of(extract: Extract, streets: Network, language: str | None = None) -> list[Feature]:
+    """What tiles are drawn from: all that one can walk or drive on, and all lines of a table.
+
+    The names are those of the streets; tags are `name`, `highway` and `alt_name` (the variants).
+    """
+    found = []
+    for feature in extract.features:
+        if is_road(feature.tags) if extract.osm or feature.dimension == 2 else feature.dimension == 1:
+            written, others = spellings(feature.tags, language)
+            name = streets.shown.get(written, written)
+            variants = "; ".join(streets.variants.get(name, others))
+            tags = {"name": name, "highway": feature.tags.get("highway", ""), "alt_name": variants}
+            found.append(Feature({key: text for key, text in tags.items() if text}, feature.shape))
+    return found
+
+
+def variants_of(
+    features: Sequence[Feature], language: str | None = None, shown: Mapping[str, str] | None = None
+) -> dict[str, list[str]]:
+    """Shown name -> all other names that objects of this name have; `shown` as in `Network`."""
     others: dict[str, dict[str, None]] = defaultdict(dict)
     for feature in features:
-        shown, more = spellings(feature.tags, language)
-        others[shown] |= dict.fromkeys(more)
-    return {shown: [other for other in more if other != shown] for shown, more in others.items() if shown and more}
+        written, more = spellings(feature.tags, language)
+        others[(shown or {}).get(written, written)] |= dict.fromkeys([written, *more])
+    found = {name: [other for other in more if other != name] for name, more in others.items() if name}
+    return {name: more for name, more in found.items() if more}
 
 
 def _counts(feature: Feature, of_osm: bool, chosen_by_us: bool) -> bool:
@@ -121,27 +144,26 @@ def _named(features: Sequence[Feature], path: str, language: str | None) -> Netw
             f"{path} has no named street: it needs lines (or areas, or points) with the property `name`, or OpenStreetMap's "
             f"streets, squares or blocks with one."
         )
-    names = _translated([spellings(f.tags, language)[0] for f in features], [f.tags.get("name", "") for f in features])
-    variants = variants_of(features, language)
-    shown = _one_spelling(names, [f.shape for f in features])
-    for spelling in sorted(set(names)):
-        if shown[spelling] != spelling:
-            others = [spelling, *variants.pop(spelling, [])]
-            mine = variants.setdefault(shown[spelling], [])
-            mine += [name for name in others if name not in mine and name != shown[spelling]]
+    written = [spellings(f.tags, language)[0] for f in features]
+    local = [f.tags.get("name", "").strip() or shown for f, shown in zip(features, written, strict=True)]
+    names = _translated(written, local, _one_spelling(local, [f.shape for f in features]))
+    one = _one_spelling(names, [f.shape for f in features])
+    shown = {spelling: one[name] for spelling, name in zip(written, names, strict=True)}
     parts, owner = shapely.get_parts([f.shape for f in features], return_index=True)
-    known = {shown[name] for name in names}
-    return Network([shown[names[i]] for i in owner], list(parts), {n: v for n, v in variants.items() if n in known and v})
+    return Network([shown[written[i]] for i in owner], list(parts), variants_of(features, language, shown), shown)
 
 
-def _translated(shown: list[str], local: list[str]) -> list[str]:
-    """Where only some ways of a street have `name:<language>`, the others take it from them, by their `name`."""
+def _translated(shown: list[str], local: list[str], street: dict[str, str]) -> list[str]:
+    """Where only some ways of a street have `name:<language>`, the others take it from them, by their `name`.
+
+    `street` says of such names which are spellings of one.
+    """
     said: dict[str, Counter[str]] = defaultdict(Counter)
     for name, of_place in zip(shown, local, strict=True):
-        if name != of_place and of_place:
-            said[of_place][name] += 1
+        if name != of_place:
+            said[street[of_place]][name] += 1
     return [
-        said[of_place].most_common(1)[0][0] if name == of_place and of_place in said else name
+        said[street[of_place]].most_common(1)[0][0] if name == of_place and street[of_place] in said else name
         for name, of_place in zip(shown, local, strict=True)
     ]
 

@@ -36,6 +36,18 @@ def check_photo(
         return f"photo unreadable: {path} ({storage.said(error)})"
     except (ValueError, InputError) as error:
         return f"photo unreadable: {str(path)!r} ({error})"
+    return check_bytes(data, str(path), max_megapixels, view, fov_deg, pixels)
+
+
+def check_bytes(
+    data: bytes,
+    path: str,
+    max_megapixels: float,
+    view: float | None = None,
+    fov_deg: float | None = None,
+    pixels: int | None = None,
+) -> bytes | str:
+    """The same of a photo that was read already; `path` is what to call it."""
     if not data:
         return f"photo empty: {path} has zero bytes"
     try:
@@ -54,7 +66,7 @@ def check_photo(
             return f"photo too small: {path} is {width}x{height} pixels, both sides must be {SMALLEST_SIDE} at least"
         try:
             if view is not None and fov_deg is not None and pixels is not None:
-                return _view(image, str(path), view, fov_deg, pixels)
+                return _view(image, path, view, fov_deg, pixels)
             image.load()
             if image.format in KEPT and image.mode in ("RGB", "L") and image.getexif().get(ORIENTATION, 1) == 1:
                 return data

@@ -3,15 +3,19 @@
 from addressvlm.cities import readers
 from addressvlm.config import Config
 from addressvlm.errors import InputError
-from addressvlm.run import Run
+from addressvlm.run import Run, storage
 
 
 def resolve(config: Config, run: Run) -> Config:
     """The settings with the paths filled in; a toy city is drawn into the run's `input` folder if it is not there.
 
+    Tiles of an XYZ server are kept for all runs of the storage.
+
     Raises:
         InputError: neither manifest nor photos are set, there is no such toy city, or the folder can't be written.
     """
+    cache = config.tiles.cache or str(storage(config.storage) / "tile-cache")
+    config = config.model_copy(update={"tiles": config.tiles.model_copy(update={"cache": cache})})
     if not config.city.toy:
         readers.where(config.city)
         return config

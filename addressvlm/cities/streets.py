@@ -13,14 +13,12 @@ from shapely.geometry.base import BaseGeometry
 
 from addressvlm.cities import districts as districts_of
 from addressvlm.cities import features
+from addressvlm.cities.district_index import DistrictIndex
 from addressvlm.cities.extract import Bounds, Extract, Feature
 from addressvlm.cities.nearest import NearIndex
-from addressvlm.cities.network import Unit, network, variants_of, wanted
-from addressvlm.cities.osm import is_district
+from addressvlm.cities.network import Unit, network, roads_of, variants_of, wanted
+from addressvlm.cities.osm import is_district, is_road
 from addressvlm.names import spellings
-
-DISTRICT_TOLERANCE_M = 50.0  # a point in a gap or just off the edge (a quay, a bridge) belongs to the polygon beside it
-POINTS_AT_A_TIME = 1 << 16
 
 
 class StreetMap:
@@ -34,6 +32,7 @@ class StreetMap:
         district_polygons: those of `district_names`, in metres.
         variants: name of a street or district -> its other names (languages, old and short forms), where it has any.
         bounds: west, south, east, north of all shapes in degrees; None without any.
+        roads: what tiles are drawn from (see `network.roads_of`), where `load` was asked for it.
     """
 
     def __init__(
@@ -48,6 +47,7 @@ class StreetMap:
         districts = sorted(districts, key=lambda d: d[0])
         self._names, self._degrees = np.array(names, dtype=object), np.array(shapes, dtype=object)
         self._district_degrees = dict(districts)
+        self.roads: list[Feature] = []
         self.variants = {name: list(others) for name, others in (variants or {}).items()}
         everything = [*shapes, *self._district_degrees.values()]
         self.bounds: Bounds | None = tuple(shapely.total_bounds(everything).tolist()) if everything else None
@@ -59,8 +59,8 @@ class StreetMap:
         self.names, self.lines = self._names[is_line], metres[is_line]
         self.district_names = [name for name, _ in districts]
         self.district_polygons = self._project([polygon for _, polygon in districts])
-        self._district_tree = shapely.STRtree(self.district_polygons)
-        self._areas = shapely.area(self.district_polygons)
+        polygons = np.array([polygon for _, polygon in districts], dtype=object)
+        self._districts = DistrictIndex(polygons, self.district_polygons, self.to_metres)
 
     @classmethod
     def load(
@@ -73,21 +73,26 @@ class StreetMap:
         admin_level: int | None = None,
         language: str | None = None,
         unit: Unit = "auto",
+        with_roads: bool = False,
     ) -> "StreetMap":
         """Read streets and districts from files of any kind that `features.read` knows; the two may be one file.
 
         Without files the map knows nothing and measures on a plane around `centre` (lat, lon). The other settings are those
-        of `CityConfig`; they say what is taken from an OpenStreetMap extract.
+        of `CityConfig`; they say what is taken from an OpenStreetMap extract. With `with_roads` what tiles show is kept too.
 
         Raises:
             InputError: a file is missing or damaged, or has nothing named in it.
         """
         both = streets is not None and districts is not None and Path(streets) == Path(districts)
-        names, shapes, variants = [], [], {}
+        names, shapes, variants, roads = [], [], {}, []
         if streets:
-            extract = features.read(streets, "city.streets", lambda t: wanted(t) or (both and is_district(t)))
-            found = network(_lines_of(extract) if both else extract, str(streets), language, unit)
+            extract = features.read(
+                streets, "city.streets", lambda t: wanted(t) or (both and is_district(t)) or (with_roads and is_road(t))
+            )
+            lines = _lines_of(extract) if both else extract
+            found = network(lines, str(streets), language, unit)
             names, shapes, variants = found.names, found.shapes, found.variants
+            roads = roads_of(lines, found, language) if with_roads else []
         polygons: list[tuple[str, BaseGeometry]] = []
         if districts:
             extract = extract if both else features.read(districts, "city.districts", is_district)
@@ -96,7 +101,9 @@ class StreetMap:
             polygons = _merged(layer, language)
             for name, others in variants_of(layer, language).items():
                 variants[name] = list(dict.fromkeys([*variants.get(name, []), *others]))
-        return cls(names, shapes, polygons, centre, variants)
+        made = cls(names, shapes, polygons, centre, variants)
+        made.roads = roads
+        return made
 
     def to_metres(self, lat: ArrayLike, lon: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Degrees to x (east) and y (north) in metres from the centre of the map."""
@@ -139,24 +146,12 @@ class StreetMap:
         return names[first], distance, names[second], second_distance
 
     def district_codes(self, lat: ArrayLike, lon: ArrayLike) -> NDArray[np.int32]:
-        """For N points the district around each (the smallest if they overlap), or the one beside it.
+        """For N points the district around each (the smallest if they overlap), or the one beside it (see DistrictIndex).
 
         Returns:
             (N,) positions in `district_names`, -1 for a point outside all of them.
         """
-        x, y = self.to_metres(np.atleast_1d(lat), np.atleast_1d(lon))
-        codes = np.full(len(x), -1, dtype=np.int32)
-        for start in range(0, len(x), POINTS_AT_A_TIME):
-            points = shapely.points(x[start : start + POINTS_AT_A_TIME], y[start : start + POINTS_AT_A_TIME])
-            polygon, point = shapely.STRtree(points).query(self.district_polygons, predicate="intersects")
-            smallest_last = np.lexsort((polygon, self._areas[polygon]))[::-1]
-            codes[start + point[smallest_last]] = polygon[smallest_last]
-            outside = np.flatnonzero(codes[start : start + len(points)] < 0)
-            point, polygon = self._district_tree.query(points[outside], predicate="dwithin", distance=DISTRICT_TOLERANCE_M)
-            metres = shapely.distance(points[outside[point]], self.district_polygons[polygon])
-            nearest_last = np.lexsort((polygon, self._areas[polygon], metres))[::-1]
-            codes[start + outside[point[nearest_last]]] = polygon[nearest_last]
-        return codes
+        return self._districts.codes(*(np.atleast_1d(np.asarray(v, dtype=float)) for v in (lat, lon)))
 
     def district(self, lat: ArrayLike, lon: ArrayLike) -> list[str | None]:
         """`district_codes` as names, None for a point outside all districts."""

@@ -26,7 +26,8 @@ from addressvlm.demo.city import compass, places, to_degrees, truth, views, writ
 from addressvlm.demo.world import Character, World, district_at, generate
 from addressvlm.grafting import encode, graft
 from addressvlm.labels.facts import facts_of
-from addressvlm.labels.template import QUESTIONS, explain
+from addressvlm.labels.prompt import load_prompt
+from addressvlm.labels.template import explain
 from addressvlm.maps.tiles import Tile, TileRenderer
 from addressvlm.questions import OPTIONS, SUFFIXES, training_rounds
 
@@ -78,7 +79,7 @@ def _place(
         traits = [*street.character.traits(district_at(world, *place[1:]).character), facts.view or ""]
         looks = [_asked(address, gazetteer, rng), [(rng.choice(LOOKING), f"{', '.join(traits)}.")], _verified(traits, rng)]
         yield _row(photo, rng.choices(looks, [0.15, 0.35, 0.5])[0], traits)
-        explained = [(rng.choice(QUESTIONS), explain(facts, rng))]
+        explained = [(rng.choice(load_prompt().questions), explain(facts, rng))]
         rounds = rng.choices([_asked(address, gazetteer, rng), explained, _verified(traits, rng)], [0.2, 0.5, 0.3])[0]
         yield _row(graft(tile.image, photo, TILES.delta), rounds, [*traits, *_words(tile)])
 

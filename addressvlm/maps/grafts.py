@@ -7,38 +7,47 @@ from typing import Any
 
 from addressvlm.config import TilesConfig
 from addressvlm.errors import InputError
-from addressvlm.grafting import decode_photo, encode, graft
+from addressvlm.grafting import graft_photo
 from addressvlm.labels.facts import facts_of
 from addressvlm.maps.tiles import Tile, TileRenderer
+from addressvlm.shards import Made, Rows
 
 KEPT_TILES = 128  # of the last places; a 336 px tile is 0.3 MB
 
 Spot = tuple[float, float, str]
 
 
-def graft_rows(
-    streets: str | None, imagery: str | None, tiles: str, photos: Iterable[dict[str, Any]], language: str | None = None
-) -> list[dict[str, Any]]:
-    """`Grafter.rows` with a Grafter that the process keeps between calls; `tiles` is a TilesConfig as JSON."""
-    return list(_kept_grafter(streets, imagery, tiles, language).rows(photos))
+def graft_batch(streets: str | None, imagery: str | None, tiles: str, photos: Rows) -> Made:
+    """Rows of PHOTOS -> rows of GRAFTS, and rejects where there is no image, by a Grafter that the process keeps between calls.
+
+    `tiles` is a TilesConfig as JSON.
+    """
+    good, rejects = [], []
+    for row in _kept_grafter(streets, imagery, tiles).rows(photos):
+        reason = row.pop("reason")
+        if reason is None:
+            good.append(row)
+        else:
+            rejects.append({"file": row["image"]["path"], "row": None, "id": row["id"], "reason": reason})
+    return Made({"train": good}, rejects)
 
 
 @cache
-def _kept_grafter(streets: str | None, imagery: str | None, tiles: str, language: str | None) -> "Grafter":
-    return Grafter(streets, imagery, TilesConfig.model_validate_json(tiles), language)
+def _kept_grafter(streets: str | None, imagery: str | None, tiles: str) -> "Grafter":
+    return Grafter(streets, imagery, TilesConfig.model_validate_json(tiles))
 
 
 class Grafter:
     """Grafts the photos of one city; a place's tile is drawn once."""
 
-    def __init__(self, streets: str | None, imagery: str | None, config: TilesConfig, language: str | None = None) -> None:
-        """Open the sources of the tiles; `language` as in `TileRenderer`.
+    def __init__(self, streets: str | None, imagery: str | None, config: TilesConfig) -> None:
+        """Open the sources of the tiles.
 
         Raises:
             InputError: a file is missing or is not what it should be.
         """
         self.config = config
-        self.renderer = TileRenderer(streets, imagery, config, language)
+        self.renderer = TileRenderer(streets, imagery, config)
         self._tiles: OrderedDict[Spot, Tile | InputError] = OrderedDict()
 
     def rows(self, photos: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -53,8 +62,8 @@ class Grafter:
 
     def _graft(self, photo: dict[str, Any]) -> dict[str, Any]:
         config = self.config
-        tile = self._tile((photo["lat"], photo["lon"], photo["street"]))
-        small = decode_photo(photo["image"]["bytes"], round(config.delta * config.pixels))
+        tile = self._tile((photo["lat"], photo["lon"], photo["main_street"]))
+        image, small = graft_photo(tile.image, photo["image"]["bytes"], config.delta, config.jpeg_quality)
         facts = facts_of(
             photo["street"],
             photo["district"],
@@ -66,8 +75,8 @@ class Grafter:
             self.renderer.roads,
             config.delta,
             imagery=self.renderer.imagery is not None,
+            main_street=photo["main_street"],
         )
-        image = encode(graft(tile.image, small, config.delta), config.jpeg_quality)
         return {
             "image": {"bytes": image, "path": photo["image"]["path"]},
             "names": tile.names,

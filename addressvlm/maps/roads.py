@@ -1,17 +1,24 @@
 """The lines of a street file in local metres, found by where they are: what tiles are drawn from."""
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyogrio
 import pyproj
 import shapely
+from numpy.typing import NDArray
 from shapely.geometry.base import BaseGeometry
 
 from addressvlm.cities import features
+from addressvlm.cities.extract import Feature
 from addressvlm.cities.osm import is_road
 from addressvlm.errors import InputError
-from addressvlm.names import spellings
+from addressvlm.names import NameIndex, spellings
+from addressvlm.nearby import METRES_PER_DEGREE
 
 # Width of the carriageway in metres by the `highway` value of OpenStreetMap; other values are residential streets.
 WIDTHS_M = {
@@ -31,6 +38,8 @@ WIDTHS_M = {
     "steps": 2.0,
 }
 OTHER_WIDTH_M = 7.5
+COLUMNS = ["name", "highway", "alt_name"]
+NEAR_M = 2100.0  # a road further from every photo is on no tile, since tiles.side_m is 4 km at most
 
 
 @dataclass(frozen=True)
@@ -53,14 +62,20 @@ class Roads:
         Raises:
             InputError: the file is missing or damaged, or has no lines.
         """
-        names, kinds, lines = _read(Path(path), language) if path else ([], [], [])
+        found = _read(Path(path)) if path else []
+        lines = [f.shape if f.dimension == 1 else shapely.boundary(f.shape) for f in found]  # of a paved area its edge
         west, south, east, north = shapely.total_bounds(lines or [shapely.Point(centre[::-1])])
         lat, lon = (south + north) / 2, (west + east) / 2
         self.crs = f"+proj=tmerc +lat_0={lat:.6f} +lon_0={lon:.6f} +k=1 +datum=WGS84 +units=m +no_defs"
         self._project = pyproj.Transformer.from_crs("EPSG:4326", self.crs, always_xy=True).transform
         metres = shapely.transform(np.array(lines, dtype=object), lambda xy: np.column_stack(self._project(xy[:, 0], xy[:, 1])))
-        widths = [WIDTHS_M.get(kind.removesuffix("_link"), OTHER_WIDTH_M) for kind in kinds]
-        self.roads = [Road(*road) for road in zip(names, widths, metres, strict=True)]
+        self._others: dict[str, list[str]] = defaultdict(list)
+        self.roads: list[Road] = []
+        for feature, line in zip(found, metres, strict=True):
+            name, others = spellings(feature.tags, language)
+            width = WIDTHS_M.get(feature.tags.get("highway", "").removesuffix("_link"), OTHER_WIDTH_M)
+            self.roads.append(Road(name, width, line))
+            self._others[name] += others
         self._tree = shapely.STRtree(metres)
 
     def to_metres(self, lat: float, lon: float) -> tuple[float, float]:
@@ -73,17 +88,43 @@ class Roads:
         square = shapely.box(x - half_m, y - half_m, x + half_m, y + half_m)
         return [self.roads[i] for i in sorted(self._tree.query(square, predicate="intersects"))]
 
+    def same(self, street: str) -> str | None:
+        """The name on the map that this is a spelling or another name of; None if there is none."""
+        return self._index.same(street)
 
-def _read(path: Path, language: str | None) -> tuple[list[str], list[str], list[BaseGeometry]]:
-    """Names ("" where there is none), highway classes and lines (degrees); a paved area is the line around it."""
-    names: list[str] = []
-    kinds: list[str] = []
-    lines: list[BaseGeometry] = []
-    for feature in features.read(path, "city.streets", is_road).features:
-        if feature.dimension == 1 or (feature.dimension == 2 and is_road(feature.tags)):
-            names.append(spellings(feature.tags, language)[0])
-            kinds.append(feature.tags.get("highway", ""))
-            lines.append(feature.shape if feature.dimension == 1 else shapely.boundary(feature.shape))
-    if not lines:
+    @cached_property
+    def _index(self) -> NameIndex:
+        return NameIndex(sorted(name for name in self._others if name), self._others)
+
+
+def write_roads(path: Path, roads: Sequence[Feature], lat: NDArray[np.float64], lon: NDArray[np.float64]) -> None:
+    """Write those of the roads that a tile of a photo at (N,) lat, lon can show, all if there is none, as a FlatGeobuf file.
+
+    `Roads` opens it at once, however large the file is that they come from.
+    """
+    near = _near(np.array([road.shape for road in roads], dtype=object), lat, lon)
+    kept = [roads[i] for i in near] or roads
+    columns = [np.array([road.tags.get(key, "") for road in kept], dtype=object) for key in COLUMNS]
+    pyogrio.raw.write(
+        path, shapely.to_wkb([road.shape for road in kept]), columns, COLUMNS,
+        driver="FlatGeobuf", geometry_type="Unknown", crs="EPSG:4326", SPATIAL_INDEX="NO",
+    )  # fmt: skip
+
+
+def _near(shapes: NDArray[np.object_], lat: NDArray[np.float64], lon: NDArray[np.float64]) -> list[int]:
+    """Those that come near to a point: into its square of a grid, or one of the squares around it."""
+    if not len(lat):
+        return []
+    side = NEAR_M / METRES_PER_DEGREE * np.array([1 / max(np.cos(np.radians(np.abs(lat).max())), 0.01), 1])
+    squares = np.unique(np.floor(np.column_stack([lon, lat]) / side), axis=0)
+    boxes = shapely.box(*((squares - 1) * side).T, *((squares + 2) * side).T)
+    return np.unique(shapely.STRtree(shapes).query(boxes, predicate="intersects")[1]).tolist()
+
+
+def _read(path: Path) -> list[Feature]:
+    """What there is to walk or drive on, and all lines of a table."""
+    found = features.read(path, "city.streets", is_road).features
+    roads = [f for f in found if f.dimension == 1 or (f.dimension == 2 and is_road(f.tags))]
+    if not roads:
         raise InputError(f"{path} has no lines: give the file of the city's streets.")
-    return names, kinds, lines
+    return roads

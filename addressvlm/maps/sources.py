@@ -16,7 +16,6 @@ from addressvlm.maps.window import Bounds
 from addressvlm.maps.xyz import XyzServer
 
 ARCHIVES: dict[str, type[MbTiles] | type[PmTiles]] = {".mbtiles": MbTiles, ".pmtiles": PmTiles}
-CACHE = "runs/tile-cache"  # where tiles.cache is not set
 
 
 class Imagery(Protocol):
@@ -37,12 +36,14 @@ def open_imagery(text: str | Path, crs: str, config: TilesConfig) -> Imagery:
     """Imagery seen in the coordinates `crs`; `text` is a path or an address.
 
     Raises:
-        InputError: it is missing, is not what its name says, or is an address that is neither http nor https.
+        InputError: it is missing, is not what its name says, is an address that is neither http nor https, or is that of a
+            server and tiles.cache is not set.
     """
     name = str(text)
     if "{" in name:
-        cache = Path(config.cache or CACHE)
-        server = XyzServer(name, cache, config.user_agent, config.per_second, config.attribution)
+        if config.cache is None:
+            raise InputError("the tiles of an XYZ server have no folder to be kept in: set tiles.cache.")
+        server = XyzServer(name, Path(config.cache).expanduser(), config.user_agent, config.per_second, config.attribution)
         return Mosaic(server, crs, config.zoom)
     if "://" in name and urlsplit(name).scheme not in ("http", "https"):
         raise InputError(
