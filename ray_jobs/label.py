@@ -1,73 +1,169 @@
 #!/usr/bin/env python
-"""Grafted images -> alignment labels: why each photo matches its address, in words (paper 001, Sec. 3.2).
+"""Images -> labels in words: why each photo matches its address (paper 001, Sec. 3.2), or what in it tells the place (003).
 
     python ray_jobs/label.py --config demo
+    OPENAI_API_KEY=… python ray_jobs/label.py --config my_city.yaml --set labels.labeler=openai --dry-run
     OPENAI_API_KEY=… python ray_jobs/label.py --config my_city.yaml --set labels.labeler=openai
+    python ray_jobs/label.py --config my_city.yaml --set labels.prompt=reasoning
 
-Reads <run>/grafts, writes <run>/alignment.
+Reads <run>/grafts, writes <run>/alignment; with a prompt that shows photos alone reads <run>/photos, writes <run>/reasoning.
+A model behind an endpoint is asked first, all answers go into <run>/ledger; the table is made from what is there.
 """
 
-import math
+import json
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
-from addressvlm import tables
-from addressvlm.config import Config
-from addressvlm.labels import make_labeler
-from addressvlm.labels.prompt import load_prompt
-from addressvlm.labels.rows import label_rows
-from addressvlm.run import Run, is_done, resuming
-from addressvlm.shards import Made, Rows, Work, plan, sources_fingerprint
-from ray_jobs import common, graft
-from ray_jobs.stream import sharded
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
 
-SHARD = 2048  # rows for a labeler that does not wait for anybody
-PAID_SHARD = 64  # rows of which an interruption may lose the labels
-WAITING_ONLY = ("concurrency", "timeout_s", "retries")  # settings that no label depends on
+from addressvlm import tables
+from addressvlm.addresses import Gazetteer
+from addressvlm.config import Config
+from addressvlm.labels import Request, beginning
+from addressvlm.labels.costs import Plan
+from addressvlm.labels.ledger import Ledger, writing
+from addressvlm.labels.openai_labeler import OpenAILabeler
+from addressvlm.labels.prompt import prompt_of
+from addressvlm.labels.replay import survey
+from addressvlm.labels.rows import city_of, label_batch, readable
+from addressvlm.labels.tally import report_of, summary
+from addressvlm.labels.vllm_server import serving
+from addressvlm.run import Run, is_done, resuming
+from addressvlm.shards import Shard, Work, plan, sources_fingerprint
+from ray_jobs import common, graft, prepare
+from ray_jobs.heartbeat import Heartbeat
+from ray_jobs.stream import person_error, sharded
+
+SHARD = 2048  # rows for a labeler that takes no time
+SLOW_SHARD = 64  # rows of a model that an interruption may lose
+ASKED = ("openai", "vllm")  # labelers whose answers are in the ledger
+# Settings that no label depends on.
+ASKING_ONLY = {
+    "concurrency", "timeout_s", "retries", "requests_per_minute", "tokens_per_minute", "budget_tokens", "budget_usd",
+    "usd_per_million_in", "usd_per_million_out", "image_rule", "image_base", "image_each", "workers", "cpus_per_worker",
+    "gpus_per_worker", "tensor_parallel", "vllm_python", "vllm_arguments", "vllm_start_s",
+}  # fmt: skip
 
 
 def settings(config: Config) -> dict[str, Any]:
     """What the labels depend on."""
-    labels = {k: v for k, v in config.labels.model_dump(mode="json").items() if k not in WAITING_ONLY}
-    return {**graft.settings(config), "labels": {**labels, "prompt": load_prompt().version}}
+    prompt = prompt_of(config.labels)
+    before = graft.settings(config) if prompt.shows == "graft" else prepare.settings(config)
+    return {**before, "labels": {**config.labels.model_dump(mode="json", exclude=ASKING_ONLY), "prompt": prompt.version}}
 
 
-def run_step(config: Config, redo: bool) -> None:
-    """Label the grafts of a run.
+def run_step(config: Config, redo: bool, dry_run: bool = False) -> None:
+    """Label the grafts of a run, or its photos.
 
     Raises:
-        InputError: there are no grafts, or the labeler can't be used.
+        InputError: there are none, or the labeler can't be used, or the budget is used up.
     """
-    run = Run(config)
-    if is_done(run.alignment, settings(config), redo):
+    run, shows = Run(config), prompt_of(config.labels).shows
+    source, target = (run.grafts, run.alignment) if shows == "graft" else (run.photos, run.reasoning)
+    if not dry_run and is_done(target, settings(config), redo):
         print("label: already done", flush=True)
         return
-    asks = config.labels.labeler != "template"
-    shards = plan(run.grafts, "train", PAID_SHARD if asks else SHARD)
-    make_labeler(config.labels, config.seed)  # a missing key is told before Ray is asked
-    tasks = math.ceil(config.labels.concurrency / PAID_SHARD) if asks else None  # `concurrency` holds for the whole job
-    labels = config.labels.model_copy(update={"concurrency": config.labels.concurrency // (tasks or 1)})
-    function = partial(label_batch, labels.model_dump_json(), config.seed, str(run.gazetteer))
-    work = Work(function, tables.ALIGNMENT, tables.GRAFTS.names, sources_fingerprint(str(run.gazetteer)))
-    with resuming(run.alignment, settings(config), redo) as folder:
-        made = sharded("label", shards, folder, work, tasks)
-    total = sum(summary["rows"] for summary in made)
-    by = ", ".join(f"{n:,} {source}" for source, n in sum((Counter(m["counts"]) for m in made), Counter()).most_common())
-    print(f"label: {total:,} labels in {run.alignment}: {by}", flush=True)
+    asks = config.labels.labeler in ASKED
+    shards = plan(source, "train", SHARD if config.labels.labeler != "local" else SLOW_SHARD)
+    if dry_run:
+        print(_plan(config, shards, Ledger(run.ledger), redo).text() if asks else _free(shards), flush=True)
+        return
+    tally = _ask(config, shards, redo) if asks else {}
+    columns = list((tables.GRAFTS if shows == "graft" else tables.PHOTOS).names)
+    function = partial(label_batch, config.labels.model_dump_json(), config.seed, str(run.gazetteer), str(run.ledger) * asks)
+    work = Work(function, tables.ALIGNMENT, columns, sources_fingerprint(str(run.gazetteer)))
+    with resuming(target, settings(config), redo) as folder:
+        made = sharded("label", shards, folder, work, *_workers(config))
+        counts = sum((Counter(summary["counts"]) for summary in made), Counter())
+        report = report_of(config.labels, counts, tally, Ledger(run.ledger) if asks else None)
+        (folder / "labels.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
+        rejects = [reject for summary in made for reject in summary["rejects"]]
+        run.rejects.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rejects, schema=tables.REJECTS), run.rejects / "label.parquet")
+    print(f"label: {target}: {summary(report)}; {len(rejects):,} rejected", flush=True)
 
 
-def label_batch(labels: str, seed: int, gazetteer: str, grafts: Rows) -> Made:
-    """Rows of GRAFTS -> rows of ALIGNMENT, counted by who wrote them; see `label_rows`."""
-    rows = label_rows(labels, seed, gazetteer, grafts)
-    return Made({"train": rows}, counts=Counter(row["source"] for row in rows))
+def _ask(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
+    """Ask about every row that the ledger has no label for; the job's counts.
+
+    A model behind an endpoint is asked by this process. A server that the job starts is asked where it runs.
+    """
+    if config.labels.labeler == "openai":
+        return _fill(config, shards, redo)
+    need = config.labels
+    common.require("GPU", need.gpus_per_worker, "the vLLM server", "labels.gpus_per_worker")
+    common.require("CPU", need.cpus_per_worker, "the vLLM server", "labels.cpus_per_worker")
+    task = ray.remote(num_cpus=need.cpus_per_worker, num_gpus=need.gpus_per_worker, max_retries=0, max_calls=1)(_serve_and_fill)
+    try:
+        return ray.get(task.remote(config, shards, redo))
+    except ray.exceptions.RayError as error:
+        raise person_error(error) or error from None
+
+
+def _serve_and_fill(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
+    with serving(config.labels) as url:
+        labels = config.labels.model_copy(update={"base_url": url})
+        return _fill(config.model_copy(update={"labels": labels}), shards, redo)
+
+
+def _fill(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
+    run = Run(config)
+    with writing(run.ledger) as ledger:
+        begin = beginning(config.labels, config.seed, _gazetteer(run))
+        labeler = OpenAILabeler(config.labels, begin, ledger, partial(print, flush=True), redo)
+        left = _plan(config, shards, ledger, redo)
+        print(left.text(), flush=True)
+        return labeler.settle(_requests(config, shards), left.left).to_dict() if left.left else {}
+
+
+def _plan(config: Config, shards: list[Shard], ledger: Ledger, redo: bool) -> Plan:
+    """What is left to ask; `redo` asks once more about rows that the endpoint failed for."""
+    begin = beginning(config.labels, config.seed, _gazetteer(Run(config)))
+    with Heartbeat(lambda: "label: looking for what is answered already"):
+        return survey(config.labels, begin, _requests(config, shards), ledger, redo)
+
+
+def _requests(config: Config, shards: list[Shard]) -> Iterator[Request]:
+    """The rows whose image can be decoded, in order."""
+    prompt, city = prompt_of(config.labels), city_of(str(Run(config).gazetteer))
+    columns = ["id", "image", "facts"] if prompt.shows == "graft" else ["id", "image", "street", "district"]
+    for rows in chain.from_iterable(shard.batches(columns) for shard in shards):
+        for row in rows:  # one after another, so that memory holds no more than is asked about
+            for _, request in readable([row], prompt, city)[0]:
+                yield request
+
+
+def _gazetteer(run: Run) -> Gazetteer | None:
+    return Gazetteer.load(run.gazetteer) if run.gazetteer.is_file() else None
+
+
+def _workers(config: Config) -> tuple[int | None, dict[str, float] | None]:
+    """How many make shards at a time, and what each needs if it keeps a model."""
+    need = config.labels
+    if need.labeler != "local":
+        return None, None
+    common.require("GPU", need.workers * need.gpus_per_worker, "labelling", "labels.workers or labels.gpus_per_worker")
+    common.require("CPU", need.workers * need.cpus_per_worker, "labelling", "labels.workers or labels.cpus_per_worker")
+    return need.workers, {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}
+
+
+def _free(shards: list[Shard]) -> str:
+    return f"label: {sum(shard.rows for shard in shards):,} rows; this labeler asks nobody and costs nothing"
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.arguments(__doc__).parse_args(argv)
+    parser = common.arguments(__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="print rows, tokens, money and time, and ask nothing")
+    args = parser.parse_args(argv)
     config = common.configure(args)
-    common.connect()
-    run_step(config, args.redo)
+    if not args.dry_run:
+        common.connect()
+    run_step(config, args.redo, args.dry_run)
 
 
 if __name__ == "__main__":

@@ -1,82 +1,184 @@
-"""What an alignment label must be before a model learns from it."""
+"""What a label must be before a model learns from it."""
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
+from addressvlm.addresses import Gazetteer
+from addressvlm.config_labels import LabelsConfig
+from addressvlm.labels.claims import Claims
 from addressvlm.labels.facts import Facts
+from addressvlm.labels.mentions import Mention, Names, sentences
+from addressvlm.labels.prompt import Prompt
+from addressvlm.labels.words import cites_something
 from addressvlm.names import normal
 
-WORDS = (15, 150)
+REPEATED_WORDS = 6  # so many words in a row are said only once
 
-# A full stop ends a sentence unless it follows one of the usual abbreviations in names.
-_SENTENCE_END = re.compile(r"(?<!\bSt\.)(?<!\bMt\.)(?<!\bDr\.)(?<!\b[NSEW]\.)(?<=[.!?。！？])\s+|\n+")
 _TELLS = re.compile(
-    r"\b(hint(s|ed)?|ground truth|the prompt|the notes"
-    r"|(given|provided|supplied|stated) (address|answer|location|facts?|information|street|data)"
-    r"|(address|answer|location|facts?|information) (was |is |were |are |you )*(given|provided|supplied|stated|told)"
-    r"|(you|i was|i am|i've been) (told|gave|said|given)|as an ai|language model|i (can't|cannot)|i'm (sorry|unable))\b",
+    r"\b(hint(s|ed)?|ground truth|the prompt|the (notes|facts)|(these|those|listed|measured) (notes|facts)"
+    r"|(given|provided|supplied|stated|known|correct|expected) (address|answer|location|facts?|information|street|data|details)"
+    r"|(address|answer|location|facts?|information|details) (was |is |were |are |you )*"
+    r"(given|provided|supplied|stated|told|specified|known)"
+    r"|(you|i was|i am|i've been|we are|we were|as) (told|gave|said|given|specified|instructed|requested)"
+    r"|(rephras|reword|rewrit|paraphras)\w*|(is|are|was|were) not (mentioned|specified|stated)"
+    r"|as an ai|language model|i (can't|cannot)|i'm (sorry|unable))\b",
     re.IGNORECASE,
 )
 _DENIAL = re.compile(r"\b(is|was|can|could|does|did)(n't|n’t|not| not)\b", re.IGNORECASE)
+_CONCLUDING = re.compile(
+    r"\b(so|therefore|thus|hence|must|belongs? to|identif(y|ies)|leads? to|points? to|conclusion|address|makes it)\b|: ",
+    re.IGNORECASE,
+)
+_ENDED = re.compile(r"[.!?。！？…][\"'”’)]*\s*$")
+_FORM = re.compile(r"^\s*([-*•#]|\d+[.)])\s|\*\*|```", re.MULTILINE)
+_MAP = re.compile(r"\b(on|the|a|this) (map|tile|satellite)|from above|\baerial\b", re.IGNORECASE)
 
 
-class Names:
-    """Finds known names in free text, longest first, so that `Old Mill Street` is not also `Mill Street`."""
+class Problem(NamedTuple):
+    """What is wrong with a label: a kind to count, and a text that its writer can act on."""
 
-    def __init__(self, names: Iterable[str], more: "Names | None" = None) -> None:
-        self._forms = {tuple(normal(name).split()) for name in names} - {()}
-        if more is not None:
-            self._forms |= more._forms
-        self._longest = max(map(len, self._forms), default=0)
-
-    def mentions(self, text: str) -> list[str]:
-        """Normal forms of the names in the order of the text."""
-        words, found, at = normal(text).split(), [], 0
-        while at < len(words):
-            for length in range(min(self._longest, len(words) - at), 0, -1):
-                if tuple(words[at : at + length]) in self._forms:
-                    found.append(" ".join(words[at : at + length]))
-                    at += length
-                    break
-            else:
-                at += 1
-        return found
+    kind: str
+    text: str
 
 
 class Checker:
-    """Checks the labels of one city."""
+    """Checks the labels of one city.
 
-    def __init__(self, streets: Iterable[str] = ()) -> None:
-        """`streets` are those of the city, which no label may conclude on by mistake."""
-        self._streets = Names(streets)
+    Args:
+        streets, districts: those of the city, of which no label may name another one as its own.
+        variants: their other names, which count as the names.
+        verified: every claim must be among the facts (English only).
+        words: the least and the most words.
+        language: ISO 639-1; what is looked for in the wording itself is looked for in English only.
+        tolerance: share by which a distance may differ from the measured one.
+        mapless: the label is of a street view alone, and speaks of no map.
+    """
 
-    def problems(self, text: str, facts: Facts) -> list[str]:
+    def __init__(
+        self,
+        streets: Iterable[str] = (),
+        districts: Iterable[str] = (),
+        variants: Mapping[str, Iterable[str]] | None = None,
+        verified: bool = False,
+        words: tuple[int, int] = (15, 150),
+        language: str = "en",
+        tolerance: float = 0.25,
+        mapless: bool = False,
+    ) -> None:
+        self._variants = variants or {}
+        self._streets = Names(streets, variants=self._of(streets))
+        self._districts = Names(districts, variants=self._of(districts))
+        self._verified, self._words, self._language, self._mapless = verified, words, language, mapless
+        self._tolerance = tolerance
+
+    def problems(self, text: str, facts: Facts) -> list[Problem]:
         """What is wrong with a label, in words its writer can act on; empty if it is good."""
-        found = []
-        length = len(normal(text).split())
-        if not WORDS[0] <= length <= WORDS[1]:
-            found.append(f"it has {length} words instead of {WORDS[0]} to {WORDS[1]}")
-        near = [name for name in (facts.cross_street, *facts.names) if name]
-        streets = Names([facts.street, *near], more=self._streets)
-        right = normal(facts.street)
-        if right not in streets.mentions(text):
-            found.append(f"it does not name the street {facts.street}")
-        if not Names([facts.district]).mentions(text):
-            found.append(f"it does not name the district {facts.district}")
-        conclusions = [(s, m) for s in _SENTENCE_END.split(text) if (m := streets.mentions(s))]
-        if conclusions:
-            sentence, named = conclusions[-1]
-            if named[0] != right:
-                found.append(f"its last sentence about a street does not conclude on {facts.street}")
-            elif _DENIAL.search(sentence):
-                found.append(f"its conclusion denies {facts.street}")
-        if tell := _TELLS.search(_without(text, [facts.street, facts.district, *near])):
-            found.append(f"it speaks of having been told (“{tell.group(0)}”)")
+        near = [name for name in (facts.main_street, facts.cross_street, *facts.names) if name]
+        streets = Names([facts.street, *near], more=self._streets, variants=self._of([facts.street]))
+        districts = Names([facts.district], more=self._districts, variants=self._of([facts.district]))
+        found = [*self._form(text), *_address(text, facts, streets, districts)]
+        if self._language == "en":
+            plain = _without(text, Names([facts.street, facts.district, facts.city, *near], more=self._streets))
+            found += self._wording(plain, text, facts)
+            if self._verified:
+                claims = Claims(text, facts, streets, districts, self._tolerance).problems()
+                found += [Problem(kind, said) for kind, said in claims]
         return found
 
+    def _form(self, text: str) -> list[Problem]:
+        """How long it is, how it is set, in which language."""
+        found: list[Problem] = []
+        least, most = self._words
+        words = normal(text).split()
+        if not least <= len(words) <= most:
+            found.append(Problem("length", f"it has {len(words)} words instead of {least} to {most}"))
+        spoken = re.findall(r"\w+", text.lower())
+        runs = Counter(zip(*(spoken[i:] for i in range(REPEATED_WORDS)), strict=False))
+        if runs and max(runs.values()) > 1:
+            found.append(Problem("repetition", "it says the same thing in the same words more than once"))
+        if not _ENDED.search(text):
+            found.append(Problem("form", "it breaks off in the middle of a sentence"))
+        if _FORM.search(text):
+            found.append(Problem("form", "it has lists, headings or marks of bold type instead of plain sentences"))
+        if (language := _language(_without(text, self._streets))) != self._language:
+            found.append(Problem("language", f"it is in the language '{language}' instead of '{self._language}'"))
+        return found
 
-def _without(text: str, names: list[str]) -> str:
-    """The text without names, so that a Hint Street is no hint."""
-    for name in sorted(names, key=len, reverse=True):
-        text = re.sub(re.escape(name), "", text, flags=re.IGNORECASE)
+    def _wording(self, plain: str, text: str, facts: Facts) -> list[Problem]:
+        """What is said beside the address; `plain` is the text without names, so that a Hint Street is no hint."""
+        found: list[Problem] = []
+        if tell := _TELLS.search(plain):
+            found.append(Problem("told", f"it speaks of having been told (“{tell.group(0)}”)"))
+        if self._mapless and (tell := _MAP.search(plain)):
+            found.append(Problem("map", f"it speaks of a map (“{tell.group(0)}”), and there is only the photo"))
+        if not cites_something(plain) and not Names(facts.names).find(" ".join(sentences(text)[:-1])):
+            found.append(Problem("visible", "it cites nothing that can be seen"))
+        return found
+
+    def _of(self, names: Iterable[str]) -> dict[str, Iterable[str]]:
+        return {name: self._variants[name] for name in names if name in self._variants}
+
+
+def checker_of(config: LabelsConfig, prompt: Prompt, gazetteer: Gazetteer | None = None) -> Checker:
+    """The checks of a prompt's labels in one city; without a gazetteer they know fewer names."""
+    return Checker(
+        streets=gazetteer.streets if gazetteer else (),
+        districts=gazetteer.districts if gazetteer else (),
+        variants=gazetteer.variants if gazetteer else None,
+        verified=prompt.verified or not config.send_image,
+        words=config.words,
+        language=config.language,
+        tolerance=config.distance_tolerance,
+        mapless=prompt.shows == "photo",
+    )
+
+
+def _address(text: str, facts: Facts, streets: Names, districts: Names) -> list[Problem]:
+    """Whether the right street and district are named, and concluded on."""
+    found: list[Problem] = []
+    street, district = normal(facts.street), normal(facts.district)
+    if street not in streets.mentions(text):
+        found.append(Problem("street", f"it does not name the street {facts.street}"))
+    if district not in districts.mentions(text):
+        found.append(Problem("district", f"it does not name the district {facts.district}"))
+    spoken = sentences(text)
+    last = next(((s, m) for s in reversed(spoken) if (m := streets.find(s))), None)
+    if last and _concluded(*last) != street:
+        found.append(Problem("conclusion", f"its last sentence about a street does not conclude on {facts.street}"))
+    elif last and _DENIAL.search(last[0]):
+        found.append(Problem("conclusion", f"its conclusion denies {facts.street}"))
+    areas = next((d for s in reversed(spoken) if (d := _districts_of(s, streets, districts))), None)
+    if areas and areas[0] != district:
+        found.append(Problem("conclusion", f"its last sentence about a district does not conclude on {facts.district}"))
+    return found
+
+
+def _concluded(sentence: str, named: list[Mention]) -> str:
+    """Normal form of the street that a sentence concludes on: the first after its last word of concluding, else the first."""
+    for word in reversed(list(_CONCLUDING.finditer(sentence))):
+        if after := [mention for mention in named if mention.start >= word.start()]:
+            return normal(after[0].name)
+    return normal(named[0].name)
+
+
+def _districts_of(sentence: str, streets: Names, districts: Names) -> list[str]:
+    """Normal forms of the districts in a sentence, less those that are part of a street's name."""
+    taken = streets.find(sentence)
+    free = [m for m in districts.find(sentence) if not any(t.start <= m.start and m.end <= t.end for t in taken)]
+    return [normal(mention.name) for mention in free]
+
+
+def _without(text: str, names: Names) -> str:
+    """The text without names."""
+    for mention in reversed(names.find(text)):
+        text = text[: mention.start] + text[mention.end :]
     return text
+
+
+def _language(text: str) -> str:
+    """The most likely language, ISO 639-1."""
+    import py3langid  # reads its model, half a second
+
+    return str(py3langid.classify(text)[0])

@@ -56,6 +56,18 @@ def tile_colours(tile: Image.Image, delta: float) -> list[str]:
     return [c for c in dominant_colours(_thumbnail(tile), near, least=0.06) if c not in ("grey", "white", "dark")][:3]
 
 
+def sky_share(photo: Image.Image) -> float:
+    """Share of the upper half of a street view that is sky."""
+    return float(_sky(_thumbnail(photo))[: THUMBNAIL[1] // 2].mean())
+
+
+def green_share(photo: Image.Image) -> float:
+    """Share of what is not sky that is green."""
+    pixels = _thumbnail(photo)
+    fine = pixels[~_sky(pixels)].astype(np.uint16) >> 4
+    return float((_TABLE[fine[:, 0] << 8 | fine[:, 1] << 4 | fine[:, 2]] == "green").mean()) if len(fine) else 0.0
+
+
 def _sky(pixels: np.ndarray) -> np.ndarray:
     """Bool (H, W): bright blue or white from the top edge down to the first pixel that is neither."""
     red, blue = pixels[..., 0].astype(int), pixels[..., 2].astype(int)

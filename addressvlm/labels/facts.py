@@ -3,21 +3,26 @@
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import shapely
 from PIL import Image
 from shapely.geometry.base import BaseGeometry
 
-from addressvlm.labels.colours import photo_colours, tile_colours
-from addressvlm.maps.roads import Roads
-from addressvlm.maps.tiles import Tile
+from addressvlm.labels.colours import green_share, photo_colours, sky_share, tile_colours
 from addressvlm.names import normal
+
+if TYPE_CHECKING:  # labels are written and checked without any map
+    from addressvlm.maps.roads import Roads
+    from addressvlm.maps.tiles import Tile
 
 COMPASS = ["north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest"]
 DIRECTIONS = ["north-south", "northeast-southwest", "east-west", "northwest-southeast"]
 TANGENT_M = 15.0  # the street's direction is that of the stretch this far to both sides
 MEETING_M = 12.0  # lines that end this near to each other meet (dual carriageways, gaps in the data)
+
+SKY = {"wide": 0.25, "narrow": 0.03, "hidden": 0.0}  # word -> from this share of the upper half on
+GREENERY = {"much": 0.25, "some": 0.05, "little": 0.0}  # word -> from this share of the picture below the sky on
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,15 @@ class Facts:
     cross_direction: str | None = None  # compass word, from the camera
     photo_colours: tuple[str, ...] = ()
     tile_colours: tuple[str, ...] = ()  # empty for a drawn map, whose colours mean nothing
+    city: str = ""
+    sky: str | None = None  # how much of it the photo shows, one of SKY
+    greenery: str | None = None  # how much of it the photo shows, one of GREENERY
+    main_street: str | None = None  # what the map calls it where `street` is a part of it or another spelling
+
+    @property
+    def on_map(self) -> str:
+        """The street that the map shows: `street`, or what it is a part of."""
+        return self.main_street or self.street
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -55,10 +69,11 @@ def facts_of(
     lon: float,
     heading: float | None,
     photo: Image.Image,
-    tile: Tile,
-    roads: Roads,
+    tile: "Tile",
+    roads: "Roads",
     delta: float = 0.5,
     imagery: bool = True,
+    main_street: str | None = None,
 ) -> Facts:
     """Facts of a photo taken at (lat, lon) degrees looking to `heading` (degrees clockwise from north, None if unknown).
 
@@ -66,11 +81,13 @@ def facts_of(
         photo, tile: as grafted; `delta` is the share of the tile's side that the photo covers.
         roads: the network that the tile was drawn from.
         imagery: whether the tile shows more than the drawn map.
+        main_street: what to measure where `street` is a part of it (a sub-street); default: `street` itself.
     """
+    on_map = roads.same(main_street or street) or main_street or street
     x, y = roads.to_metres(lat, lon)
     here = shapely.Point(x, y)
     half = (tile.bounds[2] - tile.bounds[0]) / 2
-    own, others = _lines(roads, street, x, y, half)
+    own, others = _lines(roads, on_map, x, y, half)
     bearing = _bearing(own, here) if own is not None else None
     cross = _nearest_crossing(own, others, here, half) if own is not None else None
     return Facts(
@@ -85,7 +102,25 @@ def facts_of(
         cross_direction=compass(math.degrees(math.atan2(cross[1].x - x, cross[1].y - y))) if cross else None,
         photo_colours=tuple(photo_colours(photo)),
         tile_colours=tuple(tile_colours(tile.image, delta)) if imagery else (),
+        main_street=on_map if on_map != street else None,
     )
+
+
+def photo_facts(street: str, district: str, photo: Image.Image, city: str = "") -> Facts:
+    """What a street view shows without any map: its colours, how much sky and how much greenery."""
+    sky, greenery = sky_share(photo), green_share(photo)
+    return Facts(
+        street=street,
+        district=district,
+        photo_colours=tuple(photo_colours(photo)),
+        city=city,
+        sky=_step(sky, SKY),
+        greenery=_step(greenery, GREENERY),
+    )
+
+
+def _step(share: float, steps: dict[str, float]) -> str:
+    return next(word for word, least in steps.items() if share >= least)
 
 
 def compass(degrees: float) -> str:
@@ -93,15 +128,19 @@ def compass(degrees: float) -> str:
     return COMPASS[round(degrees / 45) % 8]
 
 
-def _lines(roads: Roads, street: str, x: float, y: float, half: float) -> tuple[BaseGeometry | None, dict[str, BaseGeometry]]:
+def _lines(roads: "Roads", street: str, x: float, y: float, half: float) -> tuple[BaseGeometry | None, dict[str, BaseGeometry]]:
     """The lines of `street` and of each other named street around a point."""
     groups: dict[str, list[BaseGeometry]] = {}
     for road in roads.within(x, y, half):
         if road.name:
             groups.setdefault(road.name, []).append(road.line)
-    merged = {name: shapely.line_merge(shapely.union_all(lines)) for name, lines in groups.items()}
-    own = next((name for name in merged if normal(name) == normal(street)), None)
-    return (merged.pop(own) if own is not None else None), merged
+    spellings = [street] if street in groups else [name for name in groups if normal(name) == normal(street)]
+    own = [line for name in spellings for line in groups.pop(name)]
+    return (_joined(own) if own else None), {name: _joined(lines) for name, lines in groups.items()}
+
+
+def _joined(lines: list[BaseGeometry]) -> BaseGeometry:
+    return shapely.line_merge(shapely.union_all(lines))
 
 
 def _bearing(line: BaseGeometry, here: shapely.Point) -> float:

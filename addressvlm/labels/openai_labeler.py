@@ -1,124 +1,69 @@
-"""Alignment labels written by a model behind an OpenAI-compatible endpoint.
-
-The key comes from OPENAI_API_KEY and from nowhere else.
-"""
+"""Labels written by a model behind an OpenAI-compatible endpoint, each paid for once."""
 
 import asyncio
-import base64
-import os
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
-import openai
+import uvloop
 
 from addressvlm.config_labels import LabelsConfig
 from addressvlm.errors import InputError
-from addressvlm.labels.checks import Checker
-from addressvlm.labels.prompt import load_prompt
-from addressvlm.labels.writer import Label, Request, template_label
+from addressvlm.labels.attempts import Attempts
+from addressvlm.labels.client import endpoint_key
+from addressvlm.labels.engine import Asking, nothing
+from addressvlm.labels.ledger import WritableLedger
+from addressvlm.labels.tally import Tally
+from addressvlm.labels.writer import Label, Request
 
-GIVE_UP_AFTER = 16  # requests in a row that failed for good without one success between them
 
-
+@dataclass(frozen=True)
 class OpenAILabeler:
-    """Asks the endpoint for every label, checks what comes back, asks again with the reason, falls back to the template."""
+    """Asks the endpoint about rows, judges what comes back, asks again with the reason, falls back to the template.
 
-    def __init__(self, config: LabelsConfig, seed: int, streets: Sequence[str] = ()) -> None:
-        """Prepare the client; nothing is sent yet.
+    Attributes:
+        begin: makes the Attempts of a row.
+        ledger: where answers are kept, and found that were paid for already.
+        show: gets a line of progress every few seconds.
+        again: ask once more about rows that the endpoint failed for.
+    """
 
-        Raises:
-            InputError: the key is missing.
-        """
-        key = os.environ.get("OPENAI_API_KEY") or ("none" if config.base_url else "")
-        if not key:
-            raise InputError(
-                "OPENAI_API_KEY is not set and labels.labeler is openai: set it where the job runs, or use template."
-            )
-        self.config, self.seed = config, seed
-        self._checker = Checker(streets)
-        self._prompt = load_prompt()
-        self._failures = 0
-        self._runner = asyncio.Runner()
-        self._client = openai.AsyncOpenAI(
-            api_key=key, base_url=config.base_url, timeout=config.timeout_s, max_retries=config.retries
-        )
+    config: LabelsConfig
+    begin: Callable[[Request], Attempts]
+    ledger: WritableLedger | None = None
+    show: Callable[[str], object] = nothing
+    again: bool = False
+
+    def __post_init__(self) -> None:
+        endpoint_key(self.config)  # a missing one is told before anything is read
 
     def label(self, requests: Sequence[Request]) -> list[Label]:
-        """Label images, `concurrency` at a time; the order is kept.
+        """See Labeler.
 
         Raises:
-            InputError: the endpoint refuses the key, the model or the request, or keeps failing.
+            InputError: see `settle`; or an image can't be decoded.
         """
-        return self._runner.run(self._all(requests))
+        found: dict[int, Label] = {}
+        self.settle(requests, len(requests), found.__setitem__)
+        for number, request in enumerate(requests):
+            if number not in found:
+                raise InputError(f"the image of row {request.id} can't be decoded: make the table again.")
+        return [found[number] for number in range(len(requests))]
 
-    async def _all(self, requests: Sequence[Request]) -> list[Label]:
-        room = asyncio.Semaphore(self.config.concurrency)
+    def settle(self, requests: Iterable[Request], total: int, done: Callable[[int, Label], object] = nothing) -> Tally:
+        """Ask until every row has its label; memory holds the rows in flight.
 
-        async def one(request: Request) -> Label:
-            async with room:
-                return await self._one(request)
+        Args:
+            requests: read in another thread.
+            total: how many of them the ledger has no label for, to tell the time that is left.
+            done: gets the number of each row and its label, in any order.
 
-        tasks = [asyncio.ensure_future(one(request)) for request in requests]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:  # after a refusal nothing more is asked
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        Raises:
+            InputError: the endpoint refuses the key, the model or a request, or keeps failing; the budget is used up; the
+                disk is full. All answers until then are in the ledger.
+        """
 
-    async def _one(self, request: Request) -> Label:
-        """One label: up to `attempts` texts are asked for, the first good one is taken."""
-        fallback = template_label(request, self.seed, source="fallback:template")
-        picture = "data:image/jpeg;base64," + base64.b64encode(request.image).decode()
-        messages: list[dict[str, Any]] = [
-            {"role": "system", "content": self._prompt.system},
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image_url", "image_url": {"url": picture}},
-                    {"type": "text", "text": self._prompt.ask(request.facts, fallback.question)},
-                ],
-            },
-        ]
-        attempt = 0
-        for attempt in range(1, self.config.attempts + 1):
-            text = await self._ask(messages)
-            if text is None:
-                break
-            problems = self._checker.problems(text, request.facts)
-            if not problems:
-                return Label(fallback.question, text, f"openai:{self.config.model}", attempt)
-            again = self._prompt.ask_again(problems)
-            messages = [*messages[:2], {"role": "assistant", "content": text}, {"role": "user", "content": again}]
-        return Label(fallback.question, fallback.text, fallback.source, attempt)
+        async def run() -> Tally:
+            return await Asking(self.config, self.begin, self.ledger, self.show, self.again, done).run(requests, total)
 
-    async def _ask(self, messages: list[dict[str, Any]]) -> str | None:
-        """The endpoint's text, None if it failed although it was tried again."""
-        try:
-            answer = await self._client.chat.completions.create(
-                model=self.config.model,
-                messages=cast(Any, messages),
-                max_tokens=self.config.max_tokens,
-            )
-        except (openai.APITimeoutError, openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as error:
-            self._failures += 1
-            if self._failures >= GIVE_UP_AFTER:
-                raise InputError(
-                    f"{self._client.base_url} keeps failing ({_sentence(error)}): run the same command again later."
-                ) from None
-            return None
-        except openai.APIError as error:
-            raise InputError(
-                f"{self._client.base_url} refuses the request ({_sentence(error)}): check OPENAI_API_KEY, labels.model and "
-                "labels.base_url."
-            ) from None
-        self._failures = 0
-        return (answer.choices[0].message.content or "").strip() if answer.choices else ""
-
-
-def _sentence(error: openai.APIError) -> str:
-    """What the server said, short."""
-    status = getattr(error, "status_code", None)
-    body = error.body if isinstance(error.body, dict) else {}
-    said = " ".join(str(body.get("message") or error.message).split())[:300]
-    return f"{status}: {said}" if status else said
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(run())

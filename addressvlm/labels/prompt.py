@@ -1,55 +1,196 @@
-"""The alignment prompt (paper 001, Sec. 3.2), kept as data in prompt.md: the true address is its hint."""
+"""Prompts of the labelers (paper 001, Sec. 3.2): readable files whose hint is the true address.
 
+A file is data: front matter, then the sections `questions` (what the trained model is asked), `system`, `user` and `again`.
+Its version is a digest of its content, so that labels of an older text are never taken for labels of this one.
+"""
+
+import hashlib
 import re
+import string
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from addressvlm.config_labels import LabelsConfig
+from addressvlm.errors import InputError
 from addressvlm.labels.facts import Facts
 
-FILE = Path(__file__).with_name("prompt.md")
+FOLDER = Path(__file__).with_name("prompts")
+SLOTS = {"street", "district", "city", "question", "facts"}
+HINT = {"street", "district"}  # without these the model would have to guess the address
+SECTIONS = {"questions", "system", "user", "again"}
+SHOWN = {"example", "answer"}  # a worked example as a turn of chat before the question; small models need one
+VERSION_DIGITS = 12
+
+
+class _Head(BaseModel):
+    """The front matter of a prompt file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    shows: Literal["graft", "photo"]
+    image: Literal["needed", "optional"]
+    claims: Literal["free", "verified"]
+    again: Literal["reply", "afresh"] = "reply"
+    slots: set[str]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The texts of the prompt; slots {street} {district} {facts} {question} in `user`, {problems} in `again`."""
+    """A prompt file as read."""
 
-    version: str
+    name: str
+    version: str  # of the content
+    shows: str  # graft: the photo in the corner of its tile; photo: the street view alone
+    image_needed: bool  # a text-only model can't use it
+    afresh: bool  # a text that failed is not shown again, only what was wrong with it: small models repeat what they see
+    verified: bool  # what it makes a model say must be among the facts
+    questions: tuple[str, ...]  # what the trained model is asked, one drawn by row
     system: str
-    user: str
-    again: str
+    user: str  # with slots, see SLOTS
+    again: str  # with the slot {problems}
+    example: str = ""  # what a user asked, and the answer to it; both empty without an example
+    answer: str = ""
 
     def ask(self, facts: Facts, question: str) -> str:
-        """The user's message about one grafted image."""
-        return self.user.format(street=facts.street, district=facts.district, facts=notes(facts), question=question)
+        """The user's message about one image, the hint in it."""
+        return self.user.format(
+            street=facts.street, district=facts.district, city=facts.city or "not named", question=question, facts=notes(facts)
+        )
+
+    def opening(self) -> list[dict[str, Any]]:
+        """The messages before the user's: the system's, and the example."""
+        shown = [{"role": "user", "content": self.example}, {"role": "assistant", "content": self.answer}]
+        return [{"role": "system", "content": self.system}, *(shown if self.example else [])]
 
     def ask_again(self, problems: list[str]) -> str:
         """The message after a label that failed its checks."""
         return self.again.format(problems="; ".join(problems))
 
 
+def prompt_of(config: LabelsConfig) -> Prompt:
+    """The prompt that the settings name.
+
+    Raises:
+        InputError: it can't be used, or needs the image that `labels.send_image` keeps back, or can't be
+            checked in the language.
+    """
+    prompt = load_prompt(config.prompt)
+    if prompt.image_needed and not config.send_image and config.labeler != "template":
+        raise InputError(
+            f"the prompt '{prompt.name}' needs the picture and labels.send_image is false: set it to true, "
+            "or labels.prompt to grounded."
+        )
+    if config.language != "en" and (prompt.verified or not config.send_image):
+        raise InputError(
+            f"labels.language is {config.language} and what '{prompt.name}' makes a model say is verified in English only: "
+            "set labels.language to en, or labels.prompt to alignment with the picture."
+        )
+    if config.language != "en" and config.labeler == "template":
+        raise InputError(
+            f"labels.language is {config.language} and templates are in English: set it to en, or another labeler."
+        )
+    return prompt
+
+
 @cache
-def load_prompt(path: Path = FILE) -> Prompt:
-    """Read a prompt file: a `version:` line, then sections `# system`, `# user`, `# again`."""
-    head, *sections = re.split(r"^# (\w+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    texts = {name: text.strip() for name, text in zip(sections[::2], sections[1::2], strict=True)}
-    return Prompt(version=head.split("version:")[1].strip(), **texts)
+def load_prompt(source: str = "alignment") -> Prompt:
+    """Read one of ours by its name (`alignment`, `grounded`, `reasoning`), or any file by its path.
+
+    Raises:
+        InputError: there is no such file, a part of it is missing, or its slots are not those that can be filled.
+    """
+    path = Path(source) if source.endswith(".md") else FOLDER / f"{source}.md"
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.md")))
+        raise InputError(f"no prompt '{source}' (labels.prompt): give the path of a .md file, or one of {known}.") from None
+    _, front, body = content.split("---\n", 2) if content.startswith("---\n") and content.count("---\n") > 1 else ("", "", "")
+    head = _head(front, path)
+    _, *parts = re.split(r"^# (\w+)\n", body, flags=re.MULTILINE)
+    texts = {name: text.strip() for name, text in zip(parts[::2], parts[1::2], strict=True)}
+    if texts.keys() not in (SECTIONS, SECTIONS | SHOWN) or not all(texts.values()):
+        raise InputError(
+            f"prompt {path}: it must have the sections # {', # '.join(sorted(SECTIONS))}; # example and # answer go together."
+        )
+    _check_slots(texts, head.slots, path)
+    questions = tuple(line.removeprefix("- ").strip() for line in texts.pop("questions").splitlines() if line.strip())
+    return Prompt(
+        name=head.name,
+        version=hashlib.sha256(content.encode()).hexdigest()[:VERSION_DIGITS],
+        shows=head.shows,
+        image_needed=head.image == "needed",
+        afresh=head.again == "afresh",
+        verified=head.claims == "verified",
+        questions=questions,
+        **texts,
+    )
+
+
+def _head(front: str, path: Path) -> _Head:
+    try:
+        return _Head.model_validate(yaml.safe_load(front) or {})
+    except yaml.YAMLError as error:
+        raise InputError(f"prompt {path}: its front matter is not YAML: {' '.join(str(error).split())}.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"prompt {path}: its front matter between two lines --- must give name, shows, image, claims and slots "
+            f"({'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']})."
+        ) from None
+
+
+def _check_slots(texts: dict[str, str], declared: set[str], path: Path) -> None:
+    """The hint is in it, and every slot can be filled."""
+    used = {name: _slots(texts[name], path) for name in ("user", "again")}
+    if missing := HINT - used["user"]:
+        raise InputError(f"prompt {path} lacks the hint: write {{{sorted(missing)[0]}}} into its section # user.")
+    if unknown := (used["user"] | declared) - SLOTS:
+        raise InputError(f"prompt {path} has the unknown slot {{{sorted(unknown)[0]}}}: known are {', '.join(sorted(SLOTS))}.")
+    if wrong := used["user"] ^ declared:
+        raise InputError(f"prompt {path}: `slots` and the slots of its section # user differ in {', '.join(sorted(wrong))}.")
+    if used["again"] != {"problems"}:
+        raise InputError(f"prompt {path}: the section # again must have the one slot {{problems}}, for the reason.")
+
+
+def _slots(text: str, path: Path) -> set[str]:
+    try:
+        return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+    except ValueError as error:
+        raise InputError(f"prompt {path}: {error}; a brace that is no slot is written twice.") from None
 
 
 def notes(facts: Facts) -> str:
-    """Facts as a list for the prompt, one line each; what is not known is left out."""
+    """Facts as plain sentences, one a line, in the order in which a label says them; what is not known is left out."""
     lines = []
-    if facts.names:
-        lines.append(f"names written on the map: {', '.join(facts.names)}")
-    if facts.direction:
-        lines.append(f"{facts.street} runs {facts.direction} at the centre")
-    if facts.facing:
-        view = f", {facts.view} the street" if facts.view in ("along", "across") else ""
-        lines.append(f"the camera faces {facts.facing}{view}")
-    if facts.cross_street:
-        lines.append(f"{facts.cross_street} meets it {facts.cross_distance_m} m to the {facts.cross_direction}")
     if facts.photo_colours:
-        lines.append(f"main colours of the photo: {', '.join(facts.photo_colours)}")
+        lines.append(f"The main colours of the photo are {_list(facts.photo_colours)}.")
+    if facts.facing:
+        view = {"along": ", along the street", "across": ", across the street", "oblique": ", at an angle to the street"}
+        lines.append(f"The camera faces {facts.facing}{view.get(facts.view or '', '')}.")
+    if facts.sky:
+        lines.append(f"The sky is {facts.sky}.")
+    if facts.greenery:
+        lines.append(f"There is {facts.greenery} greenery.")
+    if facts.names:
+        lines.append(f"The map bears the name{'s' if len(facts.names) > 1 else ''} {_list(facts.names)}.")
+    if facts.direction:
+        lines.append(f"{facts.on_map} runs {facts.direction} at the centre of the map.")
     if facts.tile_colours:
-        lines.append(f"main colours around the place from above: {', '.join(facts.tile_colours)}")
-    return "\n".join(f"- {line}" for line in lines) or "- none"
+        lines.append(f"From above, the place is mainly {_list(facts.tile_colours)}.")
+    if facts.cross_street:
+        far = facts.cross_distance_m
+        where = f"{far} metres to the {facts.cross_direction}" if far else "right at the camera"
+        lines.append(f"{facts.cross_street} meets {facts.on_map} {where}.")
+    return "\n".join(lines) or "Nothing was measured."
+
+
+def _list(words: tuple[str, ...]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

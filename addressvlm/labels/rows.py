@@ -1,20 +1,33 @@
-"""Rows of grafted images -> rows of alignment labels."""
+"""Rows of images -> rows of labels: of grafted images alignment labels, of street views alone reasoning labels."""
 
 import random
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.config_labels import LabelsConfig
-from addressvlm.labels import Labeler, Request, make_labeler
-from addressvlm.labels.facts import Facts
+from addressvlm.errors import InputError
+from addressvlm.grafting import decode_photo
+from addressvlm.labels import Label, Labeler, Request, beginning, make_labeler
+from addressvlm.labels.facts import Facts, photo_facts
+from addressvlm.labels.ledger import Ledger
+from addressvlm.labels.prompt import Prompt, prompt_of
+from addressvlm.labels.replay import ReplayLabeler
 from addressvlm.questions import SUFFIXES, TEMPLATES
+from addressvlm.shards import Made
+
+LEVELS = {"graft": "alignment", "photo": "reasoning"}  # by what the prompt shows
+FACTS_PIXELS = 168  # longer side of a photo that is only measured
+LOOKED_AT_PIXELS = 42  # of an image that need only be whole
 
 
-def label_rows(labels: str, seed: int, gazetteer: str, grafts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of GRAFTS to rows of ALIGNMENT, with a labeler that the process keeps between calls.
+def label_rows(labels: str, seed: int, gazetteer: str, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of GRAFTS to rows of ALIGNMENT, or by a prompt that shows photos alone rows of PHOTOS to rows of REASONING.
+
+    The process keeps the labeler between calls.
 
     Args:
         labels: a LabelsConfig as JSON.
@@ -23,18 +36,73 @@ def label_rows(labels: str, seed: int, gazetteer: str, grafts: Iterable[dict[str
     Raises:
         InputError: the labeler can't be used.
     """
-    grafts = list(grafts)
+    return label_batch(labels, seed, gazetteer, "", rows).tables["train"]
+
+
+def label_batch(labels: str, seed: int, gazetteer: str, ledger: str, rows: Iterable[dict[str, Any]]) -> Made:
+    """Labelled rows as from `label_rows`, rejects where the image can't be decoded, and counts of sources and problems.
+
+    Args:
+        ledger: folder of the answers to rows that were asked about before; empty: the labeler writes.
+
+    Raises:
+        InputError: the labeler can't be used, or the ledger lacks an answer.
+    """
     config = LabelsConfig.model_validate_json(labels)
-    requests = [Request(row["id"], row["image"]["bytes"], Facts.from_json(row["facts"])) for row in grafts]
-    written = _kept_labeler(labels, seed, gazetteer).label(requests)
+    found, rejects = readable(rows, prompt_of(config), city_of(gazetteer))
+    written = _kept_labeler(labels, seed, gazetteer, ledger).label([request for _, request in found])
+    made = labelled([row for row, _ in found], written, config, prompt_of(config), seed)
+    counts = Counter(f"source {label.source}" for label in written)
+    counts.update(f"problem {kind}" for label in written for kind in label.problems)
+    return Made({"train": made}, rejects, counts)
+
+
+def readable(
+    rows: Iterable[dict[str, Any]], prompt: Prompt, city: str
+) -> tuple[list[tuple[dict[str, Any], Request]], list[dict[str, Any]]]:
+    """Rows with what a labeler is asked about them, and rows of REJECTS for those whose image can't be decoded."""
+    found, rejects = [], []
+    for row in rows:
+        try:
+            if prompt.shows == "graft":
+                decode_photo(row["image"]["bytes"], LOOKED_AT_PIXELS)
+            found.append((row, request_of(row, prompt, city)))
+        except InputError as error:
+            rejects.append({"file": row["image"]["path"], "row": None, "id": row["id"], "reason": str(error)})
+    return found, rejects
+
+
+def city_of(gazetteer: str) -> str:
+    """The city's name, empty without a gazetteer."""
+    known = _kept_gazetteer(gazetteer)
+    return known.city if known else ""
+
+
+def request_of(row: dict[str, Any], prompt: Prompt, city: str = "") -> Request:
+    """What a labeler is asked about a row: of GRAFTS, or of PHOTOS, whose facts are those that need no map.
+
+    Raises:
+        InputError: the image of a photo can't be decoded.
+    """
+    data = row["image"]["bytes"]
+    if prompt.shows == "graft":
+        return Request(row["id"], data, Facts.from_json(row["facts"]))
+    return Request(row["id"], data, photo_facts(row["street"], row["district"], decode_photo(data, FACTS_PIXELS), city))
+
+
+def labelled(
+    rows: Sequence[dict[str, Any]], labels: Sequence[Label], config: LabelsConfig, prompt: Prompt, seed: int
+) -> list[dict[str, Any]]:
+    """Rows of ALIGNMENT or REASONING from the rows that were asked about and their labels: the hint stays behind."""
+    level = LEVELS[prompt.shows]
     return [
         {
             **{key: row[key] for key in ("id", "place", "image", "street", "district")},
-            "rounds": [*_asked(row, config, seed), _round("alignment", "explanation", label.question, label.text)],
+            "rounds": [*_asked(row, config, seed), _round(level, "explanation", label.question, label.text)],
             "source": label.source,
             "attempts": label.attempts,
         }
-        for row, label in zip(grafts, written, strict=True)
+        for row, label in zip(rows, labels, strict=True)
     ]
 
 
@@ -52,6 +120,13 @@ def _round(level: str, kind: str, question: str, answer: str) -> dict[str, Any]:
 
 
 @cache
-def _kept_labeler(labels: str, seed: int, gazetteer: str) -> Labeler:
-    streets = Gazetteer.load(Path(gazetteer)).streets if Path(gazetteer).is_file() else []
-    return make_labeler(LabelsConfig.model_validate_json(labels), seed, streets)
+def _kept_gazetteer(path: str) -> Gazetteer | None:
+    return Gazetteer.load(Path(path)) if Path(path).is_file() else None
+
+
+@cache
+def _kept_labeler(labels: str, seed: int, gazetteer: str, ledger: str) -> Labeler:
+    config, known = LabelsConfig.model_validate_json(labels), _kept_gazetteer(gazetteer)
+    if ledger:
+        return ReplayLabeler(beginning(config, seed, known), Ledger(Path(ledger)))
+    return make_labeler(config, seed, known)

@@ -1,0 +1,260 @@
+"""What was asked and what came back, row by row, so that nothing is paid for twice.
+
+A ledger is a folder of segments, one for each process that ever wrote to it: lines of JSON that are only appended to, which
+works on any file system that nodes share. An answer is found by what was asked, so another prompt, model, image or setting
+finds nothing. A line that a kill cut off counts as not there; zeros at the end of a segment are room kept for answers that
+are still on their way when the disk fills up.
+"""
+
+import json
+import os
+import secrets
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from hashlib import blake2b
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+from addressvlm.errors import InputError
+from addressvlm.run import storage_error
+
+LONGEST_TEXT = 4000  # characters that are kept of an answer
+LONGEST_LINE = 32 * 1024  # bytes, of an entry with such a text in any script
+ROOM = 1 << 20  # bytes that are allocated at a time
+FULL = (27, 28, 122)  # EFBIG, ENOSPC, EDQUOT
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one ask brought. Of `text`, `refusal` and `failure` at most one is set; none of them is an empty answer."""
+
+    text: str | None = None
+    refusal: str | None = None  # why the endpoint or the model would not answer
+    failure: str | None = None  # why there was no answer although it was tried again and again
+    tokens_in: int = 0
+    tokens_out: int = 0
+    usd: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What identifies one ask.
+
+    Attributes:
+        image: digest of the row's image.
+        digest: of everything else that was sent and may change: prompt, model, text, settings of the image.
+        number: 1 for the first ask of a row.
+    """
+
+    id: str
+    prompt: str
+    model: str
+    image: str
+    digest: str
+    number: int
+
+    def key(self) -> bytes:
+        """Short name of the ask, the same for all times."""
+        return blake2b(json.dumps([self.id, self.image, self.digest, self.number]).encode(), digest_size=16).digest()
+
+
+class Ledger:
+    """The answers of a folder; `writing` gives one that takes more.
+
+    Attributes:
+        tokens, usd: of all answers, whatever was asked.
+        answers: number of answers by (prompt version, model).
+        torn: lines that are cut off.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read what is there; a folder that is not there is an empty ledger.
+
+        Raises:
+            InputError: it can't be read.
+        """
+        self.folder = Path(folder)
+        self.tokens, self.usd, self.torn, self.seconds = 0, 0.0, 0, 0.0
+        self.answers: Counter[tuple[str, str]] = Counter()
+        self._at: dict[bytes, tuple[Path, int, int]] = {}  # segment, first byte, bytes
+        self._files: dict[Path, BinaryIO] = {}  # stay open: on a network file system opening takes long
+        try:
+            for path in sorted(self.folder.glob("*.jsonl")):
+                self._read(path)
+        except OSError as error:
+            raise storage_error(error, self.folder) from error
+
+    def get(self, asked: Asked) -> Answer | None:
+        """The answer to an ask, None if it was never answered."""
+        found = self._at.get(asked.key())
+        if found is None:
+            return None
+        path, offset, size = found
+        if path not in self._files:
+            self._files[path] = path.open("rb", buffering=0)
+        return _answer(json.loads(os.pread(self._files[path].fileno(), size, offset)))
+
+    def _read(self, path: Path) -> None:
+        offset = 0
+        with path.open("rb") as file:
+            for line in file:
+                content = line.rstrip(b"\0")
+                if content:
+                    try:
+                        entry = json.loads(content)
+                        asked, answer = Asked(**entry["asked"]), _answer(entry)
+                    except (ValueError, KeyError, TypeError):
+                        self.torn += 1
+                    else:
+                        self._note(asked, answer, (path, offset, len(content)))
+                offset += len(line)
+
+    def _note(self, asked: Asked, answer: Answer, at: tuple[Path, int, int]) -> None:
+        key = asked.key()
+        if answer.failure is None or key not in self._at:  # in whatever order segments are read, an answer beats a failure
+            self._at[key] = at
+        self.tokens += answer.tokens_in + answer.tokens_out
+        self.usd += answer.usd
+        if answer.failure is None:
+            self.answers[asked.prompt, asked.model] += 1
+            self.seconds += answer.seconds
+
+
+class WritableLedger(Ledger):
+    """A ledger with a segment of its own. Safe to use from several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the folder and begin a segment.
+
+        Raises:
+            InputError: the folder can't be written.
+        """
+        super().__init__(folder)
+        stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self._path = self.folder / f"{stamp}.jsonl"
+        self._lock = threading.Lock()
+        self._end = self._allocated = self._synced = 0
+        try:
+            self._file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        except OSError as error:
+            raise storage_error(error, self.folder) from error
+
+    def has_room(self, answers: int) -> bool:
+        """Whether that many more answers surely find room on the disk."""
+        return self._end + answers * LONGEST_LINE <= self._allocated
+
+    def make_room(self, answers: int) -> None:
+        """Allocate room for that many more answers.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        with self._lock:
+            try:
+                while not self.has_room(answers):
+                    self._allocated += os.pwrite(self._file, bytes(ROOM), self._allocated)
+                    os.fsync(self._file)  # a network file system tells only now
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise storage_error(error, self.folder) from error
+                raise InputError(
+                    f"the disk of {self.folder} is full: free room or set `storage` elsewhere, then run the same command "
+                    "again; every answer so far is kept."
+                ) from None
+
+    def add(self, asked: Asked, answer: Answer) -> None:
+        """Keep an answer: it survives the end of this process when this returns, that of the machine after `sync`.
+
+        Raises:
+            InputError: it can't be written.
+        """
+        cut = {k: v[:LONGEST_TEXT] if isinstance(v, str) else v for k, v in asdict(answer).items()}
+        entry = {"asked": asdict(asked), **cut, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        with self._lock:
+            try:
+                written = 0
+                while written < len(line):
+                    written += os.pwrite(self._file, line[written:], self._end + written)
+            except OSError as error:
+                raise storage_error(error, self.folder) from error
+            self._note(asked, answer, (self._path, self._end, len(line)))
+            self._end += len(line)
+            self._allocated = max(self._allocated, self._end)
+
+    def sync(self) -> None:
+        """Return when all answers so far survive the end of the machine.
+
+        Raises:
+            InputError: the disk fails.
+        """
+        end = self._end
+        if end > self._synced:
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                raise InputError(f"{self.folder} can't be written ({error.strerror}): see to its disk.") from None
+            self._synced = end
+
+    def close(self) -> None:
+        """Give back the room that was not needed."""
+        os.ftruncate(self._file, self._end)
+        os.fsync(self._file)
+        os.close(self._file)
+        for file in self._files.values():
+            file.close()
+        if not self._end:
+            self._path.unlink()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[WritableLedger]:
+    """The ledger of a folder for one job alone.
+
+    Raises:
+        InputError: another job has it, or the folder can't be written.
+    """
+    folder = Path(folder)
+    holder = folder / "holder.json"
+    lock = FileLock(folder / "lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"another job asks for the labels of {folder.parent} ({_holder(holder)}): wait until it has ended, or stop it."
+        ) from None
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    try:
+        started = f"{datetime.now():%Y-%m-%d %H:%M}"
+        holder.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "started": started}))
+        ledger = WritableLedger(folder)
+        try:
+            yield ledger
+        finally:
+            ledger.close()
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    finally:
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text())
+        return f"process {holder['process']} on {holder['host']} since {holder['started']}"
+    except (OSError, ValueError, KeyError):
+        return "it has only just begun"
+
+
+def _answer(entry: dict[str, object]) -> Answer:
+    return Answer(**{name: entry[name] for name in Answer.__dataclass_fields__})  # type: ignore[arg-type]

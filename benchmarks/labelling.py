@@ -1,0 +1,240 @@
+"""How near the labeler comes to what an endpoint can give: python benchmarks/labelling.py
+
+An OpenAI-compatible server of this file, in a process of its own, answers after 200 ms and refuses (429) what is more than C
+in flight; nothing can be faster than C / 0.2 s. Rows come from a Parquet table with images, answers go into a ledger on disk,
+both as in the job. Then 5 % of the requests get a 429 and 2 % a 500, and the server counts what it was asked. Each round is a
+process of its own, so that its peak memory is its own.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import io
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from statistics import median
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+LATENCY_S = 0.2
+TEXT = (
+    "A row of red brick houses stands on the left and the camera looks along the road. On the map King Street meets the "
+    "street a little to the east. This is Mill Street in Harbour."
+)
+IMAGES = {336: 84, 1024: 84}  # side in pixels, JPEG quality
+
+
+# The server: bytes in, bytes out, as little else as possible, since it shares the processor with what is measured
+
+
+def answer(status: int, body: dict[str, Any]) -> bytes:
+    data = json.dumps(body).encode()
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
+
+
+MESSAGE = {"index": 0, "message": {"role": "assistant", "content": TEXT}, "finish_reason": "stop"}
+USAGE = {"prompt_tokens": 700, "completion_tokens": 45, "total_tokens": 745}
+GOOD = answer(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [MESSAGE], "usage": USAGE})
+BUSY = answer(429, {"error": {"message": "too many in flight", "code": "rate_limit"}}).replace(
+    b"\r\n", b"\r\nRetry-After: 0.1\r\n", 1
+)
+BROKEN = answer(500, {"error": {"message": "oops"}})
+
+
+class Server(asyncio.Protocol):
+    """One connection."""
+
+    most, faults = 64, 0.0
+    in_flight = highest = 0
+    statuses: ClassVar[Counter[int]] = Counter()
+    asked: ClassVar[dict[int, list[int]]] = {}  # checksum of a request -> the statuses it got
+    chance = random.Random(0)
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport, self.head, self.left, self.sum = transport, b"", 0, 0
+
+    def data_received(self, data: bytes) -> None:
+        if not self.left:
+            self.head += data
+            end = self.head.find(b"\r\n\r\n") + 4
+            if end < 4:
+                return
+            if self.head.startswith(b"GET"):
+                self.transport.write(answer(200, self.counts()))
+                self.head = b""
+                return
+            at = self.head.lower().index(b"content-length:") + 15
+            self.left = int(self.head[at : self.head.index(b"\r", at)])
+            data, self.head, self.sum = self.head[end:], b"", 0
+        self.left -= len(data)
+        self.sum = zlib.crc32(data, self.sum)
+        if not self.left:
+            self.reply()
+
+    def reply(self) -> None:
+        cls = type(self)
+        cls.in_flight += 1
+        cls.highest = max(cls.highest, cls.in_flight)
+        lot, status, data = cls.chance.random(), 200, GOOD
+        if cls.in_flight > cls.most or lot < cls.faults * 5 / 7:
+            status, data = 429, BUSY
+        elif lot < cls.faults:
+            status, data = 500, BROKEN
+        cls.statuses[status] += 1
+        cls.asked.setdefault(self.sum, []).append(status)
+        asyncio.get_running_loop().call_later(LATENCY_S if status == 200 else 0.01, self.send, data)
+
+    def send(self, data: bytes) -> None:
+        type(self).in_flight -= 1
+        self.transport.write(data)
+
+    def counts(self) -> dict[str, Any]:
+        without_cause = sum(len(got) - 1 - got[:-1].count(429) - got[:-1].count(500) for got in self.asked.values())
+        done = sum(200 in got for got in self.asked.values())
+        return {"highest": self.highest, "statuses": self.statuses, "done": done, "without_cause": without_cause}
+
+
+async def serve(most: int, faults: float) -> None:
+    Server.most, Server.faults = most, faults
+    server = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+# The client: the labeler as the job runs it
+
+
+def write_grafts(folder: Path, side: int, rows: int) -> int:
+    """A table of grafts with JPEGs of noise and colour, all different, and the mean size of one."""
+    from addressvlm import tables
+    from addressvlm.labels.facts import Facts
+
+    facts = Facts(
+        "Mill Street", "Harbour", ("Mill Street", "King Street"), "east-west", "along", "east", "King Street", 40, "east"
+    )
+    pictures = []
+    for seed in range(16):
+        coarse = np.random.default_rng(seed).integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
+        noise = np.random.default_rng(seed).integers(-12, 13, (side, side, 3))
+        pixels = np.asarray(Image.fromarray(coarse).resize((side, side)), dtype=int) + noise
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=IMAGES[side])
+        pictures.append(buffer.getvalue())
+
+    def made() -> Iterator[dict[str, Any]]:
+        for i in range(rows):
+            image = pictures[i % 16] + i.to_bytes(4, "big")  # after the end of the picture, so that no two rows are the same
+            yield {"id": str(i), "facts": facts.to_json(), "image": {"bytes": image, "path": None}}
+
+    tables.write(folder, "train", made(), tables.GRAFTS)
+    return sum(map(len, pictures)) // 16
+
+
+def label(grafts: str, rows: int, url: str, concurrency: int) -> None:
+    """One round; prints seconds, processor seconds and peak memory."""
+    from addressvlm.config_labels import LabelsConfig
+    from addressvlm.labels import Request, beginning
+    from addressvlm.labels.facts import Facts
+    from addressvlm.labels.ledger import writing
+    from addressvlm.labels.openai_labeler import OpenAILabeler
+    from addressvlm.shards import plan
+
+    config = LabelsConfig(labeler="openai", model="m", base_url=url, concurrency=concurrency)
+    begin = beginning(config)
+
+    def requests() -> Iterator[Request]:
+        batches = (shard.batches(["id", "image", "facts"]) for shard in plan(Path(grafts), "train", 2048))
+        for row in islice(chain.from_iterable(chain.from_iterable(batches)), rows):
+            yield Request(row["id"], row["image"]["bytes"], Facts.from_json(row["facts"]))
+
+    assert begin(next(requests())).take(TEXT) is not None  # what the checks load once is loaded
+    with tempfile.TemporaryDirectory() as folder, writing(Path(folder) / "ledger") as ledger:
+        start, cpu = time.perf_counter(), time.process_time()
+        tally = OpenAILabeler(config, begin, ledger).settle(requests(), rows)
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        kept = sum(ledger.answers.values())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_mb": peak, "kept": kept, **tally.to_dict()}))
+
+
+# Rounds
+
+
+@contextlib.contextmanager
+def server(concurrency: int, faults: float) -> Iterator[str]:
+    command = [sys.executable, __file__, "--serve", "--concurrency", str(concurrency), "--fault-share", str(faults)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        process.kill()
+
+
+def one(grafts: Path, rows: int, concurrency: int, faults: float = 0.0) -> dict[str, Any]:
+    """A round against a server of its own; what client and server say."""
+    with server(concurrency, faults) as url:
+        command = [sys.executable, __file__, "--label", str(grafts), "--rows", str(rows), "--url", f"{url}/v1"]
+        done = subprocess.run([*command, "--concurrency", str(concurrency)], capture_output=True, text=True, check=True)
+        with urllib.request.urlopen(url) as said:
+            return {**json.loads(done.stdout.splitlines()[-1]), "server": json.load(said)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--fault-share", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--label", help=argparse.SUPPRESS)
+    parser.add_argument("--url", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        asyncio.run(serve(args.concurrency, args.fault_share))
+    elif args.label:
+        label(args.label, args.rows, args.url, args.concurrency)
+    else:
+        compare(args.rows, args.rounds, args.concurrency)
+
+
+def compare(rows: int, rounds: int, concurrency: int) -> None:
+    bound = concurrency / LATENCY_S
+    print(f"{rows:,} rows, {concurrency} in flight, {LATENCY_S:g} s an answer: at most {bound:g} rows/s")
+    with tempfile.TemporaryDirectory() as folder:
+        for side in IMAGES:
+            size = write_grafts(Path(folder) / str(side), side, max(2 * rows, 4000) if side == 336 else rows)
+            found = [one(Path(folder) / str(side), rows, concurrency) for _ in range(rounds)]
+            assert all(f["kept"] == rows and f["server"]["highest"] <= concurrency for f in found), found
+            ratios = sorted(rows / f["seconds"] / bound for f in found)
+            cpu, peak = (median(f[key] for f in found) for key in ("cpu", "peak_mb"))
+            each = ", ".join(f"{ratio:.1%}" for ratio in ratios)
+            print(
+                f"{side} px, {size / 1000:.0f} KB: {median(ratios):.1%} of the bound ({each}), {cpu / rows * 1000:.2f} ms of "
+                f"processor a row, peak {peak:.0f} MB"
+            )
+        few, many = (one(Path(folder) / "336", n, concurrency)["peak_mb"] for n in (1000, 4000))
+        print(f"peak memory at 1,000 rows {few:.0f} MB, at 4,000 rows {many:.0f} MB: ratio {many / few:.2f}")
+        bad = one(Path(folder) / "336", rows, concurrency, faults=0.07)
+        got, seen = bad["server"], {int(k): n for k, n in bad["server"]["statuses"].items()}
+        print(
+            f"with faults: {bad['kept']:,} of {rows:,} rows answered, {got['done']:,} by the server's count, "
+            f"{seen.get(429, 0)} times 429, {seen.get(500, 0)} times 500, {got['without_cause']} asked twice without cause, "
+            f"{rows / bad['seconds'] / bound:.1%} of the bound"
+        )
+
+
+if __name__ == "__main__":
+    main()
