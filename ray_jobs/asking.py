@@ -1,6 +1,7 @@
-"""Ray Data around `addressvlm.evaluation.asking`: workers that each hold a model, and the work cut in pieces for them."""
+"""Ray Data around `addressvlm.evaluation`: workers that each hold a model, and the work cut in pieces for them."""
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,86 +13,141 @@ import ray
 import ray.data
 
 from addressvlm import tables
+from addressvlm.addresses import Gazetteer
 from addressvlm.config import Config
-from addressvlm.evaluation.asking import COLUMNS, ask
+from addressvlm.evaluation import asking, scores
 from ray_jobs.common import progress
 from ray_jobs.heartbeat import Heartbeat
 from ray_jobs.stream import person_error
 
 BATCHES_AT_A_TIME = 2  # of questions, given to a worker together and sorted by length
+PHOTOS_SCORED = 16  # given to a worker together
 RAW = pa.schema([field for field in tables.ANSWERS if field.name != "correct"])
 
+Row = dict[str, Any]
 
-def answers_of(config: Config, name: str, model: str, files: Sequence[Path], ids: Sequence[str]) -> list[dict[str, Any]]:
-    """What a model answers to all questions about the photos `ids` of a table, rows of ANSWERS in the order they come.
+
+def answers_of(
+    config: Config, name: str, model: str, files: Sequence[Path], ids: Sequence[str], city: Gazetteer, kinds: Sequence[str]
+) -> list[Row]:
+    """What a model answers to the questions of some kinds about the photos `ids` of a table, rows of ANSWERS as they come.
+
+    `city` has the names that constrained answers may say, where the model's folder has no gazetteer.
 
     Raises:
         InputError: a worker can't load the model.
     """
-    ray.data.DataContext.get_current().enable_progress_bars = False
     need = config.evaluate
-    total = _questions(files, set(ids))
+    total = _questions(files, set(ids), kinds)
     at_a_time = BATCHES_AT_A_TIME * need.batch_size * len(ids) // max(total, 1)
     units = list(_units(files, set(ids), max(1, min(at_a_time, -(-len(ids) // need.workers)))))
-    asked = ray.data.from_arrow(units).map_batches(
-        Asker,
-        fn_constructor_args=(model, config),
+    return _rows(config, units, Asker, (model, city, config, kinds), f"evaluate: {name}, questions", total)
+
+
+def scores_of(config: Config, name: str, model: str, files: Sequence[Path], ids: Sequence[str], city: Gazetteer) -> list[Row]:
+    """The scores that a model gives every address for the photos `ids` of a table, rows of SCORES in the order they come.
+
+    Raises:
+        InputError: a worker can't load the model, or neither it nor the data has a gazetteer.
+    """
+    units = list(_units(files, set(ids), max(1, min(PHOTOS_SCORED, -(-len(ids) // config.evaluate.workers)))))
+    return _rows(config, units, Scorer, (model, city, config), f"evaluate: {name}, photos scored", len(ids))
+
+
+def _rows(config: Config, units: list[pa.Table], worker: type, given: tuple[Any, ...], step: str, total: int) -> list[Row]:
+    """What workers, each made of what is given, make of the units; with progress."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    need = config.evaluate
+    made = ray.data.from_arrow(units).map_batches(
+        worker,
+        fn_constructor_args=given,
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=min(need.workers, len(units))),
         num_cpus=need.cpus_per_worker,
         num_gpus=need.gpus_per_worker,
     )
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     try:
-        with Heartbeat(lambda: f"evaluate: {name}: {len(rows):,}/{total:,} questions, working"):
-            for batch in asked.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        with Heartbeat(lambda: f"{step}: {len(rows):,}/{total:,}, working"):
+            for batch in made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 rows += batch.to_pylist()
-                progress(f"evaluate: {name}, questions", len(rows), total)
+                progress(step, len(rows), total)
     except ray.exceptions.RayError as error:
         raise person_error(error) or error from None
     return rows
 
 
-def _questions(files: Sequence[Path], ids: set[str]) -> int:
-    """How many questions there are about the photos."""
+def _questions(files: Sequence[Path], ids: set[str], kinds: Sequence[str]) -> int:
+    """How many questions of these kinds there are about the photos."""
     asked = pa.concat_tables([pq.read_table(file, columns=["id", "rounds"]) for file in files])
     chosen = asked.filter(pc.is_in(asked["id"], pa.array(ids)))
-    return pc.sum(pc.list_value_length(chosen["rounds"])).as_py() or 0
+    found = pc.struct_field(pc.list_flatten(chosen["rounds"].combine_chunks()), "kind")
+    return pc.sum(pc.is_in(found, pa.array(kinds))).as_py() or 0
 
 
-class Asker:
-    """The worker: a model that stays loaded, asked about photos that it reads from the table itself.
+class Holder(ABC):
+    """A worker: a model that stays loaded, and photos that it reads from the table itself.
 
     It loads the model with the first photos, not when it is made: an error then reaches the job as what it is.
     """
 
-    def __init__(self, model: str, config: Config) -> None:
+    columns: Sequence[str]
+    schema: pa.Schema
+
+    def __init__(self, model: str, city: Gazetteer, config: Config, kinds: Sequence[str] = asking.KINDS) -> None:
         import torch
         from transformers.utils.logging import disable_progress_bar
 
-        from addressvlm.inference import Localizer
-
         torch.set_num_threads(max(1, int(config.evaluate.cpus_per_worker)))
         disable_progress_bar()
-        self.config = config
-        self.load = lru_cache(
-            partial(Localizer, model, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code)
-        )
-        self.read = lru_cache(maxsize=1)(_row_group)  # neighbouring units lie in one row group
+        self.config, self.kinds = config, kinds
+        self.load = lru_cache(partial(_load, model, city, config))
+        self.read = lru_cache(maxsize=1)(partial(_row_group, list(self.columns)))  # neighbouring units lie in one row group
 
     def __call__(self, unit: pa.Table) -> Iterator[pa.Table]:
-        """A unit of `_units` -> rows of ANSWERS not judged yet, a batch of questions at a time."""
+        """A unit of `_units` -> rows of the schema, some at a time."""
         for file, group, ids in zip(*(unit[name].to_pylist() for name in unit.column_names), strict=True):
             rows = self.read(file, group)
-            photos = rows.filter(pc.is_in(rows["id"], pa.array(ids))).to_pylist()
-            for batch in ask(self.load(), photos, self.config.evaluate, self.config.seed):
-                yield pa.Table.from_pylist(batch, schema=RAW)
+            for batch in self.work(rows.filter(pc.is_in(rows["id"], pa.array(ids))).to_pylist()):
+                yield pa.Table.from_pylist(batch, schema=self.schema)
+
+    @abstractmethod
+    def work(self, photos: list[Row]) -> Iterable[list[Row]]:
+        """What is made of some photos."""
 
 
-def _row_group(file: str, group: int) -> pa.Table:
+class Asker(Holder):
+    """Asks all questions about its photos; rows of ANSWERS not judged yet, a batch of questions at a time."""
+
+    columns, schema = asking.COLUMNS, RAW
+
+    def work(self, photos: list[Row]) -> Iterable[list[Row]]:
+        """The answers."""
+        return asking.ask(self.load(), photos, self.config.evaluate, self.config.seed, self.kinds)
+
+
+class Scorer(Holder):
+    """Scores the addresses for its photos; rows of SCORES."""
+
+    columns, schema = scores.COLUMNS, scores.SCORES
+
+    def work(self, photos: list[Row]) -> Iterable[list[Row]]:
+        """The scores."""
+        return scores.score(self.load(), photos, PHOTOS_SCORED)
+
+
+def _load(model: str, city: Gazetteer, config: Config) -> Any:
+    from addressvlm.inference import Localizer
+
+    made = Localizer(model, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code, memory_mb=0)
+    made.gazetteer = made.gazetteer or city
+    return made
+
+
+def _row_group(columns: list[str], file: str, group: int) -> pa.Table:
     with pq.ParquetFile(file) as parquet:
-        return parquet.read_row_group(group, columns=COLUMNS)
+        return parquet.read_row_group(group, columns=columns)
 
 
 def _units(files: Sequence[Path], ids: set[str], photos: int) -> Iterator[pa.Table]:

@@ -4,7 +4,7 @@ Photos of one place look alike, so the unit that intervals resample is the place
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,16 @@ def paired(
     low, high = _values(weights @ right_b, spread_asked), _values(weights @ right_a, spread_asked)
     n = _questions(asked)
     return {name: _interval(after[name] - before[name], high[name] - low[name], n[name]) for name in metrics}
+
+
+def share(right: Sequence[float] | np.ndarray, places: Sequence[str], resamples: int = 1000, seed: int = 0) -> Interval:
+    """Mean of what is given for each photo (1 for a right answer), with its interval from resampling places."""
+    numbers = {place: i for i, place in enumerate(dict.fromkeys(places))}
+    at = np.array([numbers[place] for place in places], dtype=int)
+    total, asked = np.bincount(at, np.asarray(right, dtype=float), len(numbers)), np.bincount(at, minlength=len(numbers))
+    weights = _resample(len(numbers), resamples, seed)
+    with np.errstate(invalid="ignore"):
+        return _interval(total.sum() / asked.sum(), (weights @ total) / (weights @ asked), len(at), places=len(numbers))
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, ...]:

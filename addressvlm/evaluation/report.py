@@ -9,26 +9,29 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import pyarrow.parquet as pq
 from PIL import Image
 
 from addressvlm import tables
 from addressvlm.addresses import Gazetteer
+from addressvlm.evaluation.data_section import card as card_of
+from addressvlm.evaluation.data_section import rejects as rejects_of
+from addressvlm.evaluation.data_section import words
 from addressvlm.evaluation.figures import CityMap, interval_bar, loss_curves
 from addressvlm.evaluation.metrics import DESCRIPTIONS, MEANS, METRICS, paired
+from addressvlm.evaluation.reliability import reliability_diagram
+from addressvlm.labels.tally import summary
 from addressvlm.run import slug
 
 MAIN = "AddressVLM"  # the system that the others are compared with; the last one if there is none of this name
 EXAMPLES = 8
 GRAFTS = 4
 THUMBNAIL = 360  # pixels, longer side
-ONLY_IN_CARD = ("rejected", "sources", "questions_by_kind", "places_per")  # details of card.json that the page leaves there
 
 Row = dict[str, Any]
 
@@ -51,6 +54,7 @@ def write(
     sources: Sources | None = None,
     seed: int = 0,
     resamples: int = 1000,
+    modes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the page.
 
@@ -61,12 +65,14 @@ def write(
         sources: folders of the run.
         seed: decides which examples are shown.
         resamples: of the bootstrap of the differences between systems.
+        modes: what modes.json holds.
     """
     sources = sources or Sources()
     systems = [{**system, "hue": i % 6} for i, system in enumerate(metrics["systems"])]
-    main = next((s for s in systems if s["name"] == MAIN), systems[-1])
+    named = main_of([system["name"] for system in systems])
+    main = next(system for system in systems if system["name"] == named)
     rows = answers[main["name"]]
-    card = _card(sources.photos)
+    card = card_of(sources.photos)
     differences = _differences(systems, main, answers, resamples, seed)
     page = _template().render(
         city=metrics["city"] or "a city",
@@ -85,13 +91,21 @@ def write(
         examples=_examples(systems, main, answers, metrics["split"], sources.photos, seed),
         confusions=_confusions(rows),
         grafts=_grafts(sources.alignment, seed),
+        labels=_labels(sources.alignment),
         curves=_curves(systems, sources.training),
         card=card,
-        rejects=_rejects(sources.rejects),
+        rejects=rejects_of(sources.rejects),
         attribution=list(dict.fromkeys([*(gazetteer.attribution if gazetteer else []), *card["attribution"]])),
         interval_bar=interval_bar,
+        modes=modes,
+        reliability_diagram=reliability_diagram,
     )
     path.write_text(page, encoding="utf-8")
+
+
+def main_of(names: Sequence[str]) -> str:
+    """The system that a report is about."""
+    return MAIN if MAIN in names else names[-1]
 
 
 def _template() -> jinja2.Template:
@@ -104,7 +118,7 @@ def _template() -> jinja2.Template:
     environment.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.1f}"
     environment.filters["points"] = lambda share: "–" if share is None else f"{100 * share:+.1f}".replace("-", "−")
     environment.filters["metric"] = _metric_name
-    environment.filters["words"] = _words
+    environment.filters["words"] = words
     return environment.get_template("report.html")
 
 
@@ -216,6 +230,12 @@ def _confusions(rows: Sequence[Row], top: int = 8) -> list[Row]:
     return [{"expected": expected, "answer": answer, "n": n} for (expected, answer), n in counted if n > 1]
 
 
+def _labels(alignment: Path | None) -> str:
+    """Who wrote the labels and what that took, in a few words."""
+    file = alignment / "labels.json" if alignment else None
+    return summary(json.loads(file.read_text(encoding="utf-8"))) if file and file.is_file() else ""
+
+
 def _grafts(alignment: Path | None, seed: int) -> list[Row]:
     """Some grafted images with the label that stage 1 learns from."""
     if not alignment or not tables.count(alignment, "train"):
@@ -254,41 +274,3 @@ def _losses(path: Path) -> dict[str, list[tuple[float, float]]]:
         stages[stage] = [(float(before + step), points[step]) for step in sorted(points)]
         before += max(points)
     return stages
-
-
-def _card(photos: Path | None) -> Row:
-    """The dataset card: counts of each split as a table, and the other plain facts in order."""
-    file = photos / "card.json" if photos else None
-    card = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
-    splits = card.pop("splits", {})
-    columns = list(dict.fromkeys(key for counts in splits.values() for key in counts))
-    facts = list(_flat({key: value for key, value in card.items() if key not in ONLY_IN_CARD}))
-    leak = {key: card.get(key) for key in ("min_train_to_held_out_m", "guard_m")}
-    return {"splits": splits, "columns": columns, "facts": facts, "attribution": card.get("attribution", []), **leak}
-
-
-def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """Names and values of numbers and short texts, nested ones under `outer, inner`."""
-    for key, value in tree.items():
-        name = f"{before}{_words(key)}"
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}, ")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-        elif isinstance(value, str) and 0 < len(value) <= 80:
-            yield name, value
-
-
-def _words(key: str) -> str:
-    """`guard_m` as `guard (m)`."""
-    words = key.replace("_", " ")
-    return f"{words[:-2]} (m)" if words.endswith(" m") else words
-
-
-def _rejects(folder: Path | None) -> list[tuple[str, str, int]]:
-    """(step, reason, rows), the most frequent first; what follows a colon in a reason tells rows apart and is left out."""
-    counted: Counter[tuple[str, str]] = Counter()
-    for file in sorted(folder.glob("*.parquet")) if folder else []:
-        reasons = pq.read_table(file, columns=["reason"])["reason"].to_pylist()
-        counted.update((file.stem, reason.partition(":")[0]) for reason in reasons)
-    return [(step, reason, n) for (step, reason), n in counted.most_common(20)]

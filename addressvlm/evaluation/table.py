@@ -21,14 +21,23 @@ def plain(systems: Sequence[Mapping[str, Any]], metrics: Sequence[str] = METRICS
     return "\n".join([*lines, rule, "percent, below each its 95 % interval (bootstrap over places)"])
 
 
-def markdown(systems: Sequence[Mapping[str, Any]], metrics: Sequence[str] = METRICS) -> str:
-    """The same table for a README or an issue."""
-    lines = ["| | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
-    for system in systems:
-        cells = [system["metrics"].get(name) for name in metrics]
-        texts = [f"{_percent(cell)} ({_range(cell)})" if _range(cell) else _percent(cell) for cell in cells]
-        lines.append(f"| {system['name']} | {' | '.join(texts)} |")
-    return "\n".join(lines)
+def modes(compared: Mapping[str, Any]) -> str:
+    """The ways of answering of one model, from modes.json, and what its confidence is worth."""
+    trust = compared["trust"]
+    target = f"{trust['target']:.0%}" if trust["target"] else "no"
+    return "\n".join(
+        [
+            f"{compared['system']}, ways of answering, {compared['photos']:,} photos",
+            plain(compared["table"], ["A_ds", "A_s", "A_d"]),
+            f"calibration error {_words(trust['ece'])} (uncalibrated {100 * trust['ece_uncalibrated']:.1f})",
+            f"right among the surer half {_words(trust['half'])}",
+            f"for {target} right answers: knows {_words(trust['coverage'])} of the photos, right {_words(trust['precision'])}",
+        ]
+    )
+
+
+def _words(cell: Interval) -> str:
+    return f"{_percent(cell)} ({_range(cell)})" if _range(cell) else _percent(cell)
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:

@@ -1,0 +1,74 @@
+"""Questions in words that are really about the address, so that its probabilities can answer them."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from addressvlm.addresses import Address, Gazetteer
+from addressvlm.answers.beliefs import Beliefs, Level
+from addressvlm.names import normal
+from addressvlm.questions import SUFFIXES, TEMPLATES
+
+_YES_NO = re.compile(r"(?:^|[.?!,]\s*)(?:is|was|are|were|could|did|does)\b|\byes or no\b", re.IGNORECASE)
+_OPTIONS = re.compile(
+    r"(?:options|choose (?:one )?(?:from|of)|select [^\[]*from)\s*:?\s*\[?(?P<names>[^\[\]]+?)\]?[.\s]*$", re.I
+)
+_OPENINGS: dict[str, Level] = {}
+for _level in ("district", "street", "address"):
+    for _opening in TEMPLATES[_level]:
+        _OPENINGS[normal(_opening)] = _OPENINGS[normal(f"{_opening} {SUFFIXES['generation']}")] = _level
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a question asks for; `names` are the one asked about, or the options."""
+
+    kind: Literal["generation", "judgment", "choice"]
+    level: Level
+    names: tuple[str, ...] = ()
+
+    def answer(self, beliefs: Beliefs) -> tuple[str, float]:
+        """The answer and its probability."""
+        if self.kind == "generation":
+            name = beliefs.name(self.level)
+            return name, beliefs.probability(name, self.level)
+        if self.kind == "choice":
+            name = beliefs.choose(self.names, self.level)
+            return name, beliefs.probability(name, self.level)
+        yes, p = beliefs.judge(self.names[0], self.level), beliefs.probability(self.names[0], self.level)
+        return ("Yes", p) if yes else ("No", 1 - p)
+
+
+def read(question: str, gazetteer: Gazetteer) -> Asked | None:
+    """What is asked, None if it is no question about the address or names nothing that the gazetteer knows."""
+    level = _OPENINGS.get(normal(question))
+    if level:
+        return Asked("generation", level)
+    options = _OPTIONS.search(question)
+    if options:
+        return _choice(options["names"], gazetteer)
+    return _judgment(question, gazetteer) if _YES_NO.search(question) else None
+
+
+def _choice(names: str, gazetteer: Gazetteer) -> Asked | None:
+    """A choice, if one level knows an option."""
+    for separator in (";", ","):
+        options = [name.strip() for name in names.split(separator) if name.strip()]
+        levels: tuple[tuple[Level, list[str]], ...] = (("street", gazetteer.streets), ("district", gazetteer.districts))
+        for level, known in levels:
+            forms = {normal(name) for name in known}
+            if len(options) > 1 and any(normal(option) in forms for option in options):
+                return Asked("choice", level, tuple(options))
+    return None
+
+
+def _judgment(question: str, gazetteer: Gazetteer) -> Asked | None:
+    """A judgment of the one street, district, or both, that the question names."""
+    street = gazetteer.find_street(question)
+    rest = normal(question).replace(normal(street), " ") if street else question
+    district = gazetteer.find_district(rest)
+    if street and district:
+        return Asked("judgment", "address", (Address(street, district).text(),))
+    if street:
+        return Asked("judgment", "street", (street,))
+    return Asked("judgment", "district", (district,)) if district else None

@@ -1,0 +1,157 @@
+"""Ways of answering against each other on one model: passes, accuracy, time. Run in turn, the median of ratios counts.
+
+    python benchmarks/answers.py --model runs/demo/models/addressvlm/merged --data runs/demo/photos
+    python benchmarks/answers.py --model base --gazetteer city/photos/gazetteer.geojson --data city/photos --photos 4
+
+Constrained against free generation (decoding passes an answer, and accuracy on the same photos with an exact paired test),
+the trie scored at once against one answer beside the other, and ten questions about a photo against one.
+"""
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from addressvlm import tables
+from addressvlm.addresses import Address, Gazetteer
+from addressvlm.answers.scoring import Scorer
+from addressvlm.evaluation.asking import picture
+from addressvlm.evaluation.parsing import Judge
+from addressvlm.inference import Localizer, user_turn
+from addressvlm.questions import ADDRESS_QUESTION, templates
+
+MAX_TOKENS = 24  # of a free answer, as evaluate asks for
+
+
+def ratio(slow: Callable[[], Any], fast: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
+    """Median over rounds of CPU time slow / fast, and the medians of both in seconds."""
+    times = [(_cpu(slow), _cpu(fast)) for _ in range(rounds)]
+    return (
+        statistics.median(a / b for a, b in times),
+        statistics.median(a for a, _ in times),
+        statistics.median(b for _, b in times),
+    )
+
+
+def _cpu(work: Callable[[], Any]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def paired_p(wins: int, losses: int) -> float:
+    """Exact two-sided sign test: how likely a difference of at least this size is if neither is better."""
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def passes(localizer: Localizer, photos: list[dict[str, Any]], batch: int = 16) -> None:
+    """Constrained against free generation."""
+    city = localizer.known_city()
+    texts = [a.text() for a in city.addresses]
+    trie = localizer.trie(texts)
+    judge = Judge(city.streets, city.districts, city.variants)
+    free_passes, forced_passes, right = [], [], []
+    for start in range(0, len(photos), batch):
+        some = photos[start : start + batch]
+        images, questions = [picture(p) for p in some], [ADDRESS_QUESTION] * len(some)
+        free = localizer.answer(images, questions, MAX_TOKENS)
+        constrained = localizer.answer_from(images, questions, [trie] * len(some))
+        for photo, said, decoded in zip(some, free, constrained, strict=True):
+            free_passes.append(min(MAX_TOKENS, len(localizer.continuation([user_turn("")], said))))
+            forced_passes.append(decoded.passes)
+            expected = Address(photo["street"], photo["district"]).text()
+            judged = [judge.correct("address", "generation", expected, answer, street=photo["street"]) for answer in
+                      (said, texts[decoded.number])]  # fmt: skip
+            right.append(judged)
+    wins, losses = sum(c and not f for f, c in right), sum(f and not c for f, c in right)
+    free, constrained = statistics.mean(free_passes), statistics.mean(forced_passes)
+    print(
+        f"decoding passes an answer, after the prompt's: free {free - 1:.1f}, constrained {constrained - 1:.1f}, ratio "
+        f"{(constrained - 1) / (free - 1):.2f} (bar: at most 0.33); the prompt's counted too: {constrained / free:.2f}"
+    )
+    print(f"address right of {len(right)}: free {sum(f for f, _ in right)}, constrained {sum(c for _, c in right)}; only "
+          f"constrained {wins}, only free {losses}, paired p = {paired_p(wins, losses):.2f}")  # fmt: skip
+
+
+def scoring(localizer: Localizer, photo: dict[str, Any], rounds: int) -> None:
+    """The trie at once against one answer beside the other, from the same prompt; and what the prompt itself costs."""
+    trie = localizer.trie([a.text() for a in localizer.known_city().addresses])
+    inputs = localizer.inputs([localizer.prompt([user_turn(ADDRESS_QUESTION)])], [[picture(photo)]])
+    prefix = localizer.read(inputs)
+    at_once, beside = Scorer(localizer, trie), Scorer(localizer, trie, beside=True)
+    apart = float((at_once.score(prefix) - beside.score(prefix)).abs().max())
+    times, slow, fast = ratio(lambda: beside.score(prefix), lambda: at_once.score(prefix), rounds)
+    print(f"all {len(trie.ends)} addresses scored ({len(trie)} nodes): beside {1000 * slow:.0f} ms, as a tree "
+          f"{1000 * fast:.0f} ms, {times:.1f}x; largest difference of ln p {apart:.1e}")  # fmt: skip
+    _, whole, again = ratio(lambda: localizer.read(inputs), lambda: at_once.score(prefix), rounds)
+    print(f"the photo and its question read: {1000 * whole:.0f} ms, then scored in {1000 * again:.0f} ms")
+
+
+def questions(localizer: Localizer, photos: list[dict[str, Any]], rounds: int) -> None:
+    """Ten questions about one photo against one; a new photo each round, so that nothing is remembered."""
+    city = localizer.known_city()
+    street, district = city.streets[0], city.districts[0]
+    options = "; ".join(city.streets[:4])
+    about = [
+        templates("address", "generation")[0], templates("street", "generation")[0], templates("district", "generation")[0],
+        *(templates("street", "judgment")[i].format(name=street) for i in range(2)),
+        *(templates("district", "judgment")[i].format(name=district) for i in range(2)),
+        *(templates("street", "choice")[i].format(options=options) for i in range(3)),
+    ]  # fmt: skip
+    for name, ask in (("free, in one batch", _batch), ("a conversation, by probabilities", _conversation)):
+        times = []
+        for number in range(rounds):
+            first, second = (picture(photos[(2 * number + i) % len(photos)]) for i in range(2))
+            fresh = _fresh(localizer)
+            one = _cpu(lambda ask=ask, first=first, fresh=fresh: ask(fresh, first, about[:1]))
+            times.append(_cpu(lambda ask=ask, second=second, fresh=fresh: ask(fresh, second, about)) / one)
+        print(f"ten questions on one photo, {name}: {statistics.median(times):.2f}x the time of one (bar: at most 2.5)")
+
+
+def _fresh(localizer: Localizer) -> Localizer:
+    """The same model without memory of photos."""
+    made = Localizer(localizer.folder, localizer.device, loaded=(localizer.model, localizer.processor))
+    made.gazetteer = localizer.gazetteer
+    return made
+
+
+def _batch(localizer: Localizer, image: Any, asked: list[str]) -> None:
+    localizer.answer([image] * len(asked), asked, MAX_TOKENS)
+
+
+def _conversation(localizer: Localizer, image: Any, asked: list[str]) -> None:
+    conversation = localizer.conversation(image)
+    for question in asked:
+        conversation.ask(question)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder of test-*.parquet")
+    parser.add_argument("--gazetteer", type=Path, help="where the model's folder has none")
+    parser.add_argument("--photos", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    localizer = Localizer(args.model, dtype=args.dtype, memory_mb=256)
+    if args.gazetteer:
+        localizer.gazetteer = Gazetteer.load(args.gazetteer)
+    photos = list(islice(tables.rows(args.data, "test"), args.photos))
+    passes(localizer, photos)
+    scoring(localizer, photos[0], args.rounds)
+    questions(localizer, photos, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

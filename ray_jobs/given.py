@@ -1,0 +1,73 @@
+"""What the flags --model and --data of evaluate mean: models by name, the folder of a photos table."""
+
+from pathlib import Path
+
+from addressvlm import InputError
+from addressvlm.addresses import Gazetteer
+from addressvlm.cities.source import resolve
+from addressvlm.config import Config
+from addressvlm.run import DONE, Run, is_done, slug
+from ray_jobs import prepare
+
+
+def systems_of(config: Config, run: Run) -> dict[str, str]:
+    """Name -> model of every system of the run.
+
+    Raises:
+        InputError: one is not trained yet.
+    """
+    systems = {}
+    for system in config.train.systems:
+        merged = run.model(system.name) / "merged"
+        if system.stages and not merged.is_dir():
+            raise InputError(f"'{system.name}' is not trained yet (no {merged}): run ray_jobs/train.py first.")
+        systems[system.name] = str(merged) if system.stages else config.model.base
+    return systems
+
+
+def named(given: list[str]) -> dict[str, str]:
+    """`name=folder` or `folder` flags as name -> folder; without a name the folder's own (`x/merged` is called x).
+
+    Raises:
+        InputError: two models have one name.
+    """
+    systems: dict[str, str] = {}
+    for flag in given:
+        name, equals, folder = flag.partition("=")
+        if not equals or Path(flag).is_dir():
+            path = Path(flag)
+            name, folder = (path.parent.name if path.name == "merged" else path.name), flag
+        if slug(name) in map(slug, systems):
+            raise InputError(f"two models are called '{name}': give each a name, --model name=folder.")
+        systems[name] = folder
+    return systems
+
+
+def dataset(config: Config, given: str, photos: str | None, models: dict[str, str], out: Path, redo: bool) -> Path:
+    """The folder of the photos table that --data means; a manifest is prepared first.
+
+    Raises:
+        InputError: there is nothing at the path.
+    """
+    path = Path(given)
+    if path.is_dir():
+        return path / "photos" if (path / "photos").is_dir() else path
+    if not path.is_file():
+        raise InputError(f"--data {given} does not exist: give a run, a folder with test-*.parquet, or a manifest file.")
+    if config.city.toy:
+        config = resolve(config, Run(config))
+    city = config.city.model_copy(update={"toy": None, "reader": "auto", "manifest": str(path), "photos": photos})
+    config = config.model_copy(update={"city": city})
+    folder = out / "photos"
+    mark = folder / DONE
+    changed = mark.is_file() and mark.stat().st_mtime < path.stat().st_mtime
+    if not is_done(folder, prepare.settings(config), redo or changed):
+        known = [Path(m) / "gazetteer.geojson" for m in models.values() if (Path(m) / "gazetteer.geojson").is_file()]
+        prepare.prepare_test(config, folder, Gazetteer.load(known[0]) if known else None)
+    return folder
+
+
+def out(run: Run, data: str | None) -> Path:
+    """<run>/evaluations/<name of the data>."""
+    path = Path(data).resolve() if data else run.folder
+    return run.folder / "evaluations" / (path.parent.name if path.name == "photos" else path.stem)

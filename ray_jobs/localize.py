@@ -1,0 +1,135 @@
+#!/usr/bin/env python
+"""Photos by the million -> where each was taken, as the model finds it.
+
+    python ray_jobs/localize.py --model runs/demo/models/addressvlm/merged --photos my_photos --out runs/found
+    python ray_jobs/localize.py --model runs/demo/models/addressvlm/merged --photos list.csv --out runs/found --top-k 3
+    python ray_jobs/localize.py --config demo --photos runs/demo/photos --split test --out runs/found
+
+The photos are a folder, a manifest (CSV, JSONL or Parquet) with a column `file` and if it likes `id`, or Parquet with the
+columns `id` and `image`. Writes <out>/located-*.parquet, one row a photo, and <out>/rejects.parquet with the photos that
+can't be used and why. Run it again after an interruption: it goes on, no photo is located twice.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from addressvlm import InputError, tables
+from addressvlm.answers.calibration import CALIBRATION
+from addressvlm.answers.located import LOCATED, PHOTOS, SPLIT, Locating, listed
+from addressvlm.cities import storage
+from addressvlm.cities.readers.source import folder_photos
+from addressvlm.cities.readers.table import open_table
+from addressvlm.config import Config
+from addressvlm.evaluation.report import MAIN
+from addressvlm.inference import GAZETTEER
+from addressvlm.models.base import locate
+from addressvlm.run import WORK, Run, is_done, resuming
+from addressvlm.shards import Shard, Work, files_fingerprint, plan, plan_files
+from ray_jobs.common import arguments, configure, connect, job, require
+from ray_jobs.evaluate import digest
+from ray_jobs.stream import sharded
+
+SHARD = 512  # photos; what an interruption costs at most, for each worker
+IMAGES = {"id", "image"}  # columns of Parquet that holds the photos themselves
+
+
+def localize(config: Config, model: str, photos: str, split: str, out: Path, top_k: int, redo: bool) -> None:
+    """Locate all photos.
+
+    Raises:
+        InputError: there is no such model or it has no gazetteer, there are no photos, or the cluster is too small.
+    """
+    model = locate(model)
+    if not (Path(model) / GAZETTEER).is_file():
+        raise InputError(f"{model} holds no {GAZETTEER}: give a model that was trained on a city.")
+    need = config.evaluate
+    require("CPU", need.workers * need.cpus_per_worker, "localize", "evaluate.workers or evaluate.cpus_per_worker")
+    made_from = files_fingerprint([str(Path(model) / CALIBRATION)])
+    settings = {"model": digest(model), "photos": photos, "split": split, "top_k": top_k, "dtype": config.model.dtype}
+    if is_done(out, settings, redo):
+        print("localize: already done", flush=True)
+        return
+    with resuming(out, settings, redo) as folder:
+        shards, columns, rejects = _shards(photos, split, folder)
+        base = photos if storage.kind(photos) == "folder" else storage.parent(photos)
+        base = base if storage.is_remote(base) else str(storage.local(base).absolute())
+        function = Locating(
+            model, config.model.dtype, config.model.trust_remote_code, base, config.city.max_megapixels, top_k,
+            max(1, int(need.cpus_per_worker)),
+        )  # fmt: skip
+        actor = {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}
+        work = Work(function, LOCATED, columns, made_from)
+        summaries = sharded("localize: photos", shards, folder, work, need.workers, actor)
+        rejects += [reject for summary in summaries for reject in summary["rejects"]]
+        pq.write_table(pa.Table.from_pylist(rejects, schema=tables.REJECTS), folder / "rejects.parquet")
+        written = sum(summary["written"].get(SPLIT, 0) for summary in summaries)
+    print(f"localize: {written:,} photos located, {len(rejects):,} rejected: {out}", flush=True)
+
+
+def _shards(photos: str, split: str, folder: Path) -> tuple[list[Shard], list[str], list[dict[str, Any]]]:
+    """The photos in shards, the columns to read of them, and the rejects among their rows.
+
+    Raises:
+        InputError: there are none.
+    """
+    if _holds_images(photos, split):
+        path = Path(photos)
+        return plan_files([path] if path.is_file() else tables.files(path, split), SHARD), sorted(IMAGES), []
+    wanted = folder / WORK / "listed"
+    if storage.kind(photos) == "folder":
+        rows, rejects = listed([(file, file) for file in folder_photos(photos)])
+    else:
+        table = open_table(photos)
+        table.require(["file"])
+        rows, rejects = listed([(_text(row.get("id")), _text(row.get("file"))) for row in table.rows])
+    if not rows:
+        raise InputError(f"{photos} names no photo: give a folder of photos, or a table with a column file.")
+    for old in wanted.glob("*.parquet"):
+        old.unlink()
+    tables.write(wanted, "photos", rows, PHOTOS, SHARD)
+    return plan(wanted, "photos", SHARD), PHOTOS.names, rejects
+
+
+def _holds_images(photos: str, split: str) -> bool:
+    """Whether it is Parquet with the photos in it."""
+    path = Path(photos)
+    files = sorted(path.glob(f"{split}-*.parquet")) if path.is_dir() else [path]
+    if not files or files[0].suffix != ".parquet" or not files[0].is_file():
+        return False
+    try:
+        return set(pq.read_schema(files[0]).names) >= IMAGES
+    except pa.ArrowException as error:
+        raise InputError(f"{files[0]} is not Parquet ({str(error).splitlines()[0]}): write it again.") from None
+
+
+def _text(value: Any) -> str | None:
+    return str(value).strip() or None if value is not None else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--model", metavar="FOLDER", help="a trained model's folder (default: AddressVLM of the run)")
+    parser.add_argument("--photos", metavar="PATH", required=True, help="a folder, a manifest, or Parquet with images")
+    parser.add_argument("--split", default="test", help="of a folder of Parquet with images (default: test)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="where the result goes")
+    parser.add_argument("--top-k", type=int, default=5, metavar="N", help="candidates a photo (default: 5)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    args = _parser().parse_args(argv)
+    config = configure(args)
+    if args.top_k < 1:
+        raise InputError(f"--top-k is {args.top_k}: give 1 or more.")
+    connect()
+    model = args.model or str(Run(config).model(MAIN) / "merged")
+    localize(config, model, args.photos, args.split, args.out.absolute(), args.top_k, args.redo)
+
+
+if __name__ == "__main__":
+    job(main)

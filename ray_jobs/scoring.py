@@ -1,0 +1,95 @@
+"""The steps of evaluate that need no generated answer: scores of addresses, calibration, the ways of answering compared."""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from addressvlm import InputError, tables
+from addressvlm.addresses import Gazetteer
+from addressvlm.answers import calibration
+from addressvlm.answers.calibration import Calibration
+from addressvlm.config import Config
+from addressvlm.evaluation import modes
+from addressvlm.evaluation.scores import SCORES, scored
+from addressvlm.inference import GAZETTEER
+from addressvlm.run import is_done, slug, writing
+from ray_jobs.asking import scores_of
+
+VALIDATION = "val"
+
+Row = dict[str, Any]
+
+
+def gazetteer_of(model: str, city: Gazetteer) -> Gazetteer:
+    """The model's own gazetteer, else the city's."""
+    own = Path(model) / GAZETTEER
+    return Gazetteer.load(own) if own.is_file() else city
+
+
+def validation_ids(config: Config, data: Path) -> list[str]:
+    """The photos to calibrate on, drawn by seed; none if the data has no such split or the settings want none."""
+    if not (config.evaluate.calibrate_on and tables.count(data, VALIDATION)):
+        return []
+    ids = tables.read(data, VALIDATION, ["id"])["id"].to_pylist()
+    drawn = set(random.Random(config.seed).sample(ids, min(config.evaluate.calibrate_on, len(ids))))
+    return [photo for photo in ids if photo in drawn]
+
+
+def score(
+    config: Config, folder: Path, name: str, model: str, data: Path, wanted: Mapping[str, Sequence[str]], made_from: Row,
+    city: Gazetteer, redo: bool,
+) -> dict[str, list[Row]]:  # fmt: skip
+    """One system's rows of SCORES for each split of `wanted` (split -> ids), from scores/<slug> or new.
+
+    Raises:
+        InputError: neither the model nor the data has a gazetteer, or the folder was made otherwise.
+    """
+    folder = folder / "scores" / slug(name)
+    settings = {**made_from, "photos": {split: len(ids) for split, ids in wanted.items()}}
+    if not is_done(folder, settings, redo):
+        if not gazetteer_of(model, city).addresses:
+            raise InputError(f"neither {model} nor {data} holds a {GAZETTEER}: addresses can't be scored without their names.")
+        files = [file for split in wanted for file in tables.files(data, split)]
+        ids = [photo for of_split in wanted.values() for photo in of_split]
+        found = {row["id"]: row for row in scores_of(config, name, model, files, ids, city)}
+        with writing(folder, settings) as partial:
+            for split, of_split in wanted.items():
+                tables.write(partial, split, (found[photo] for photo in of_split), SCORES)
+    return {split: list(tables.rows(folder, split)) for split in wanted}
+
+
+def calibrate(config: Config, name: str, model: str, rows: Sequence[Row], city: Gazetteer) -> Calibration:
+    """Fit a trained model's calibration and leave it in its folder.
+
+    Raises:
+        InputError: no photo has an address that the model knows, or the folder can't be written.
+    """
+    fitted = calibration.fit(scored(rows, gazetteer_of(model, city)), config.evaluate.precision)
+    try:
+        fitted.save(Path(model))
+    except OSError as error:
+        raise InputError(f"{model} can't be written ({error.strerror}): set evaluate.calibrate_on=0 to go without.") from error
+    before, after = (fitted.measured["ece"][when] for when in ("before", "after"))
+    sure = f"sure above {fitted.threshold:.2f}" if fitted.threshold < calibration.NEVER else "never sure enough"
+    print(
+        f"evaluate: {name}: calibrated on {fitted.measured['photos']:,} photos, temperature {fitted.temperature:.2f}, "
+        f"calibration error {before:.2f} -> {after:.2f}; for {fitted.target:.0%} right answers {sure}",
+        flush=True,
+    )
+    return fitted
+
+
+def compare(
+    config: Config, out: Path, name: str, model: str, rows: Sequence[Row], answered: Mapping[str, Sequence[Row]],
+    city: Gazetteer,
+) -> Row:  # fmt: skip
+    """The ways of answering of one model side by side, also written to modes.json."""
+    settings = modes.Settings(config.evaluate.bootstrap, config.seed)
+    ids = {row["id"] for row in rows}
+    same = {mode: [row for row in given if row["id"] in ids] for mode, given in answered.items()}
+    found = modes.compare(rows, gazetteer_of(model, city), Calibration.load(Path(model)), same, settings)
+    found = {"system": name, **found}
+    (out / "modes.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+    return found
