@@ -1,25 +1,34 @@
-"""The OpenAI chat format: its request in, the model's conversation out, and back."""
+"""The OpenAI chat format: its request in, the model's conversation out."""
 
-import json
-import time
-import uuid
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from addressvlm.answers.texts import Sampling
+from serve.body import checked
 from serve.errors import ApiError
 
-ALIAS = "addressvlm"  # always accepted as the model's name
+ALIAS = "addressvlm"  # accepted as the model's name where one model is served
 MAX_MESSAGES = 64
 MAX_IMAGES = 8
+MAX_CHOICES = 8
+MAX_TEXT = 100_000  # characters of all messages; no model here reads as much, and counting its tokens takes time
 
 
-class ImageUrl(BaseModel):
-    url: str
+class _Loose(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class Part(BaseModel):
+class ImageUrl(_Loose):
+    """An image of a message."""
+
+    url: str = Field(description="a data URL, or a web address of a host that this service allows")
+    detail: str | None = None
+
+
+class Part(_Loose):
+    """Text or an image."""
+
     type: Literal["text", "image_url"]
     text: str = ""
     image_url: ImageUrl | None = None
@@ -32,56 +41,70 @@ def _parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-class Message(BaseModel):
+class Message(_Loose):
+    """A turn of the conversation."""
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_parts)] = []
+    content: Annotated[list[Part], BeforeValidator(_parts, json_schema_input_type=str | list[Part] | None)] = []
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Loose):
+    """What a stream tells beside the text."""
+
     include_usage: bool = False
 
 
-class ChatRequest(BaseModel):
-    """What is understood of a chat request; other sampling parameters are accepted and have no effect."""
+class ChatRequest(_Loose):
+    """What is understood of a chat request; what would change the answer and can't is refused, all else has no effect."""
 
     model: str
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
-    tools: None = None
-    logprobs: Literal[False] | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
     response_format: dict[str, Any] | None = None
 
-    def stops(self) -> list[str]:
-        """The texts that end an answer."""
-        return [s for s in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if s]
+    def sampling(self, most: int) -> Sampling:
+        """How the model is to draw, with at most `most` tokens an answer."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return Sampling(
+            max_tokens=min(self.max_completion_tokens or self.max_tokens or most, most),
+            temperature=self.temperature or 0.0,
+            top_p=self.top_p or 1.0,
+            n=self.n or 1,
+            stop=[stop for stop in stops if stop],
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            seed=self.seed,
+        )
 
 
-def read_request(payload: Any, served: str) -> ChatRequest:
-    """Check a request against the format and the name of the model served.
+def read_request(payload: Any) -> ChatRequest:
+    """Check a request against the format.
 
     Raises:
-        ApiError: 400 naming the parameter, 404 for another model.
+        ApiError: 400 naming the parameter.
     """
-    if not isinstance(payload, dict):
-        raise ApiError(400, 'The body must be a JSON object with "model" and "messages".')
-    try:
-        request = ChatRequest.model_validate(payload)
-    except ValidationError as error:
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"])
-        raise ApiError(400, f"{param}: {first['msg']}.", param=param) from None
-    if request.model not in (served, ALIAS):
-        raise ApiError(404, f"No model '{request.model}' here, this service has '{served}'.", "model", "model_not_found")
+    request = checked(ChatRequest, payload)
     if (request.response_format or {"type": "text"}).get("type") != "text":
         raise ApiError(400, "Answers are plain text: leave out response_format.", param="response_format")
+    if request.top_logprobs and not request.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
     if request.messages[-1].role != "user":
         raise ApiError(400, "The last message must be the user's.", param="messages")
+    size = sum(len(part.text) for message in request.messages for part in message.content)
+    if size > MAX_TEXT:
+        raise ApiError(400, f"The messages have {size} characters, at most {MAX_TEXT} are read.", param="messages")
     return request
 
 
@@ -109,44 +132,3 @@ def conversation(request: ChatRequest) -> tuple[list[dict[str, Any]], list[str]]
     if len(urls) > MAX_IMAGES:
         raise ApiError(400, f"{len(urls)} images in one request, at most {MAX_IMAGES} are accepted.", param="messages")
     return messages, urls
-
-
-class Completion:
-    """One answer in the shapes that clients expect: whole, or as server-sent events."""
-
-    def __init__(self, model: str, text: str, finish: str, prompt_tokens: int, completion_tokens: int) -> None:
-        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.text, self.finish = text, finish
-        self.usage = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        }
-
-    def whole(self) -> dict[str, Any]:
-        """A `chat.completion` object."""
-        message = {"role": "assistant", "content": self.text, "refusal": None}
-        choice = {"index": 0, "message": message, "finish_reason": self.finish, "logprobs": None}
-        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self.usage}
-
-    def events(self, include_usage: bool) -> Iterator[str]:
-        """`chat.completion.chunk` events, a word at a time, then `[DONE]`."""
-        yield self._chunk({"role": "assistant", "content": ""})
-        for word in _words(self.text):
-            yield self._chunk({"content": word})
-        yield self._chunk({}, self.finish)
-        if include_usage:
-            yield self._event({"choices": [], "usage": self.usage})
-        yield "data: [DONE]\n\n"
-
-    def _chunk(self, delta: dict[str, str], finish: str | None = None) -> str:
-        return self._event({"choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]})
-
-    def _event(self, body: dict[str, Any]) -> str:
-        return f"data: {json.dumps({**self.head, 'object': 'chat.completion.chunk', **body})}\n\n"
-
-
-def _words(text: str) -> list[str]:
-    """Pieces that joined are the text again."""
-    first, *rest = text.split(" ")
-    return [piece for piece in (first, *(f" {word}" for word in rest)) if piece]

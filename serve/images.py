@@ -1,69 +1,72 @@
-"""Photos from strangers: bytes in, an upright RGB image of bounded size out, or a sentence that says why not."""
+"""Photos before the model: fetched where that is allowed, decoded, and shrunk to the model's size."""
 
 import base64
 import binascii
 import re
-import struct
-from io import BytesIO
 
-from PIL import Image, ImageOps
+import numpy as np
+from prometheus_client.core import Metric
+from ray import serve
 
 from addressvlm import InputError
+from addressvlm.uploads import LONGEST_SIDE
+from serve.decoders import Decoders
+from serve.errors import QUIET, refusals_told
+from serve.fetch import Fetcher
+from serve.records import Records
+from serve.settings import ServiceSettings
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-LONGEST_SIDE = 2048  # more detail than any model here looks at; bounds what travels to the model
-_BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error, MemoryError)
 _DATA_URL = re.compile(r"data:[^,;]*(?:;[^,;]*)*?;base64,", re.IGNORECASE)
+_WEB = re.compile(r"\s*(?:[a-z][a-z0-9+.-]*://|file:)", re.IGNORECASE)
 
 
-def decode_image(data: bytes, max_megapixels: float) -> Image.Image:
-    """Decode a JPEG, PNG or WebP, turned as its EXIF says, its longer side at most LONGEST_SIDE pixels.
+class Images:
+    """Encoded photo in, pixels out."""
 
-    Raises:
-        InputError: it is empty, another kind of file, damaged, or has more pixels than allowed.
-    """
-    if not data:
-        raise InputError("The image is empty (0 bytes): send a JPEG, PNG or WebP photo.")
-    try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"The image has too many pixels, at most {max_megapixels:g} megapixels: send it smaller.") from None
-    except _BROKEN:
-        raise InputError("This is not a JPEG, PNG or WebP image: send the photo in one of these formats.") from None
-    megapixels = image.width * image.height / 1e6
-    if megapixels > max_megapixels:
-        raise InputError(
-            f"The image is {image.width} x {image.height} pixels ({megapixels:.0f} megapixels), "
-            f"at most {max_megapixels:g} are accepted: send it smaller."
-        )
-    try:
-        image.draft("RGB", (LONGEST_SIDE, LONGEST_SIDE))  # a JPEG is decoded no larger than needed
-        image.load()
-    except _BROKEN:
-        raise InputError("The image is damaged or cut off: send the whole file again.") from None
-    image = _upright(image).convert("RGB")
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-    return image
+    def __init__(self, settings: ServiceSettings) -> None:
+        self.settings, self.records = settings, Records()
+        self.decoders = Decoders(settings.image_processes, settings.decode_s, settings.max_megapixels)
+        self.fetcher = Fetcher(settings.image_domains, settings.private_addresses, settings.max_body_mb, settings.fetch_s)
+
+    async def read(self, source: bytes | str, side: int = LONGEST_SIDE) -> np.ndarray:
+        """Pixels of a photo given by its bytes, as base64, as a data URL or as a web address, uint8 (height, width, 3).
+
+        Raises:
+            InputError: it is no photo that can be used.
+            ApiError: its web address is not allowed, or gave nothing.
+        """
+        data = await self._bytes(source) if isinstance(source, str) else source
+        with self.records.time("addressvlm_decode_seconds"):
+            found = await self.decoders.decode(data, side)
+        return np.frombuffer(found.rgb, np.uint8).reshape(found.height, found.width, 3)
+
+    async def _bytes(self, text: str) -> bytes:
+        if not _WEB.match(text[:64]):
+            return bytes_of(text)
+        if not self.settings.image_domains:
+            raise InputError(
+                "Images are not fetched from web addresses: send the image itself as a data URL (data:image/jpeg;base64,…)."
+            )
+        return await self.fetcher.get(text.strip())
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn as EXIF says; broken EXIF is as good as none."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except _BROKEN:
-        return image
+@serve.deployment(name="Images", logging_config=QUIET)
+class ImagesDeployment(Images):
+    """The same as a deployment."""
+
+    read = refusals_told(Images.read)
+
+    async def collect(self) -> tuple[str, list[Metric]]:
+        """What was counted here, for `/metrics`."""
+        return str(serve.get_replica_context().replica_tag), self.records.collect()
 
 
 def bytes_of(text: str) -> bytes:
     """The bytes of an image given as base64 or as a data URL.
 
     Raises:
-        InputError: it is a web address, which is never fetched, or not base64.
+        InputError: it is neither.
     """
-    if re.match(r"\s*(https?|ftp|file):", text[:64], re.IGNORECASE):
-        raise InputError(
-            "Images are not fetched from web addresses: send the image itself as a data URL (data:image/jpeg;base64,…)."
-        )
     header = _DATA_URL.match(text[:256])
     if header is None and text[:5].lower() == "data:":
         raise InputError("The data URL is not base64: write it as data:image/jpeg;base64,….")

@@ -1,144 +1,116 @@
-"""The model behind the HTTP front: one Localizer per replica, requests answered in batches as they come together."""
+"""The model as a Ray Serve deployment: requests that wait together are answered together, cities are loaded as needed."""
 
 import asyncio
-import json
-from collections import defaultdict
+import time
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from PIL import Image
+from prometheus_client.core import Metric
 from ray import serve
 
 from addressvlm import InputError
-from serve.settings import model_name
-
-GAZETTEER = "gazetteer.geojson"
-
-
-@dataclass(frozen=True)
-class Question:
-    """One prompt of a conversation, as the model is to go on with it."""
-
-    messages: list[dict[str, Any]]  # parts {"type": "image"} stand for the images, in order
-    images: list[Image.Image]
-    max_tokens: int
-    temperature: float
-
-    def plain(self) -> str | None:
-        """The text, if this is one question about one image: the case that is answered in batches."""
-        kinds = [part["type"] for message in self.messages for part in message["content"]]
-        if len(self.messages) == 1 and self.messages[0]["role"] == "user" and kinds == ["image", "text"]:
-            return self.messages[0]["content"][1]["text"]
-        return None
+from addressvlm.answers.beliefs import Localization
+from addressvlm.answers.texts import Completion, Piece
+from serve.asks import Question, Where
+from serve.batcher import Batcher
+from serve.cities import City
+from serve.errors import QUIET, refusals_told
+from serve.records import Records
+from serve.settings import ServiceSettings
 
 
-@serve.deployment(name="Localizer")
-class LocalizerDeployment:
-    """Holds the model; everything that computes runs in one thread, so that health checks are answered meanwhile."""
+class Model:
+    """Everything that computes runs in one thread, so that health checks are answered meanwhile."""
 
-    def __init__(self, folder: str, dtype: str, batch_size: int, batch_wait_s: float) -> None:
-        from addressvlm.inference import Localizer
+    def __init__(self, settings: ServiceSettings, cities: Sequence[City]) -> None:
+        from serve.engine import Engine
 
-        self.localizer = Localizer(folder, dtype=dtype)
-        self.folder = Path(folder)
+        self.engine = Engine(settings, cities)
         self.thread = ThreadPoolExecutor(1)
-        for batched in (self._localize, self._answer):
-            batched.set_max_batch_size(batch_size)
-            batched.set_batch_wait_timeout_s(batch_wait_s)
+        self.records = Records()
+        size, wait_s = settings.batch_size, settings.batch_wait_s
+        self.photos = Batcher(partial(self._together, "localize", self.engine.localize), size, wait_s)
+        self.chats = Batcher(partial(self._together, "chat", self.engine.answer), size, wait_s)
 
     async def card(self) -> dict[str, Any]:
-        """What the front tells about the model: its name, its city, and the city's map as GeoJSON text or None."""
-        gazetteer = self.folder / GAZETTEER
-        text = None
-        if gazetteer.is_file():
-            text = json.dumps(json.loads(gazetteer.read_text(encoding="utf-8")), ensure_ascii=False, separators=(",", ":"))
-        city = self.localizer.gazetteer.city if self.localizer.gazetteer else None
-        return {"model": model_name(self.folder), "city": city, "map": text}
+        """What the front needs to know of the model: the side of its input in pixels."""
+        return {"side": self.engine.side}
 
-    async def localize(self, image: Image.Image, top_k: int) -> list[dict[str, Any]]:
-        """The likeliest addresses, best first, as {street, district, probability}.
+    @refusals_told
+    async def localize(self, where: Where) -> Localization:
+        """The likeliest addresses of a photo; refused where the city has no gazetteer, or the prior rules out all of it."""
+        await self.ready(where.city)
+        return await self.photos.answer(where)
 
-        Raises:
-            InputError: the model's folder has no gazetteer.
-        """
-        return _result(await self._localize((image, top_k)))
+    @refusals_told
+    async def answer(self, question: Question) -> list[Completion]:
+        """The answers to a conversation; refused where the prompt is longer than the model's context."""
+        await self.ready(question.city)
+        return await self.chats.answer(question)
 
-    async def answer(self, question: Question) -> dict[str, Any]:
-        """The answer as {text, prompt_tokens, completion_tokens, finish}.
+    async def stream(self, question: Question) -> AsyncIterator[Piece | InputError]:
+        """The same piece by piece; between two pieces the thread is free for others."""
+        await self.ready(question.city)
+        pieces = self.engine.stream(question)
+        try:
+            while (piece := await self.in_thread(next, pieces, None)) is not None:
+                yield piece
+        except InputError as error:
+            yield error
 
-        Raises:
-            InputError: the prompt is longer than the model's context.
-        """
-        return _result(await self._answer(question))
+    async def ready(self, city: str) -> None:
+        """See that a city is loaded."""
 
-    @serve.batch
-    async def _localize(self, requests: list[tuple[Image.Image, int]]) -> list[Any]:
-        return await self._in_thread(lambda: [_attempt(self._candidates, *request) for request in requests])
-
-    @serve.batch
-    async def _answer(self, questions: list[Question]) -> list[Any]:
-        return await self._in_thread(self._answers, questions)
-
-    async def _in_thread(self, work: Any, *args: Any) -> Any:
+    async def in_thread(self, work: Any, *args: Any) -> Any:
+        """Work in the thread of the model."""
         return await asyncio.get_running_loop().run_in_executor(self.thread, work, *args)
 
-    def _candidates(self, image: Image.Image, top_k: int) -> list[dict[str, Any]]:
-        return [asdict(candidate) for candidate in self.localizer.localize(image, top_k)]
-
-    def _answers(self, questions: list[Question]) -> list[Any]:
-        """One result or exception a question: plain ones that share their settings go together, the rest one by one."""
-        results: list[Any] = [None] * len(questions)
-        together = defaultdict(list)
-        for at, question in enumerate(questions):
-            room = _attempt(self._room, question)
-            if isinstance(room, Exception):
-                results[at] = room
-            elif question.plain() is None:
-                results[at] = _attempt(self._chat, question, *room)
-            else:
-                together[room[1], question.temperature].append((at, room[0]))
-        for (max_tokens, temperature), rows in together.items():
-            asked = [questions[at] for at, _ in rows]
-            texts = _attempt(
-                self.localizer.answer, [q.images[0] for q in asked], [q.plain() for q in asked], max_tokens, temperature
-            )
-            for row, (at, prompt_tokens) in enumerate(rows):
-                failed = isinstance(texts, Exception)
-                results[at] = texts if failed else self._finished(texts[row], prompt_tokens, max_tokens)
-        return results
-
-    def _chat(self, question: Question, prompt_tokens: int, max_tokens: int) -> dict[str, Any]:
-        text = self.localizer.chat(question.messages, question.images, max_tokens, question.temperature)
-        return self._finished(text, prompt_tokens, max_tokens)
-
-    def _room(self, question: Question) -> tuple[int, int]:
-        """Tokens of the prompt, its images included, and how many the answer may have."""
-        processor = self.localizer.processor
-        prompt = processor.apply_chat_template(question.messages, tokenize=False, add_generation_prompt=True)
-        inputs = processor(text=[prompt], images=question.images or None, return_tensors="pt")
-        used = inputs["input_ids"].shape[1]
-        context = getattr(self.localizer.model.config.get_text_config(), "max_position_embeddings", None) or used + 2**20
-        if used >= context:
-            raise InputError(f"The conversation has {used} tokens and the model reads {context}: send a shorter one.")
-        return used, min(question.max_tokens, context - used)
-
-    def _finished(self, text: str, prompt_tokens: int, max_tokens: int) -> dict[str, Any]:
-        count = len(self.localizer.tokenizer(text, add_special_tokens=False)["input_ids"])
-        finish = "length" if count >= max_tokens else "stop"
-        return {"text": text, "prompt_tokens": prompt_tokens, "completion_tokens": count, "finish": finish}
+    async def _together(self, kind: str, work: Any, asked: list[Any]) -> list[Any]:
+        self.records.observe("addressvlm_batch_size", len(asked), kind)
+        begun = time.perf_counter()
+        found = await self.in_thread(work, asked)
+        self.records.observe("addressvlm_model_seconds", time.perf_counter() - begun, kind)
+        return found
 
 
-def _attempt(work: Any, *args: Any) -> Any:
-    """The result, or the exception as a value: one bad request must not fail those that came together with it."""
-    try:
-        return work(*args)
-    except Exception as error:
-        return error
+@serve.deployment(name="Localizer", logging_config=QUIET)
+class LocalizerDeployment(Model):
+    """The same as a deployment, whose replicas hold the cities that were asked for last."""
+
+    def __init__(self, settings: ServiceSettings, cities: Sequence[City]) -> None:
+        super().__init__(settings, cities)
+        self.name = str(serve.get_replica_context().replica_tag)
+        self.adapters = {city.id for city in cities if city.adapter}
+
+        @serve.multiplexed(max_num_models_per_replica=settings.cities_per_replica)
+        async def load(city: str) -> _Loaded:
+            try:
+                await self.in_thread(self.engine.add, city)
+            except InputError as error:  # the operator's, not the caller's
+                raise RuntimeError(str(error)) from error
+            return _Loaded(self, city)
+
+        self.load = load
+
+    async def ready(self, city: str) -> None:
+        """See that a city is loaded."""
+        if city in self.adapters:
+            await self.load(city)
+
+    async def collect(self) -> tuple[str, list[Metric]]:
+        """What was counted here, for `/metrics`."""
+        return self.name, self.records.collect()
 
 
-def _result(value: Any) -> Any:
-    if isinstance(value, Exception):
-        raise value
-    return value
+class _Loaded:
+    """A city that is loaded; Serve calls `__del__` when it makes room for another one, and Python does so again later."""
+
+    def __init__(self, model: Model, city: str) -> None:
+        self.model, self.city, self.gone = model, city, False
+
+    def __del__(self) -> None:
+        if not self.gone:
+            self.gone = True
+            self.model.thread.submit(self.model.engine.remove, self.city)

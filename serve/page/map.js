@@ -1,104 +1,150 @@
-/** The city's streets as SVG, with numbered candidates. Drawn from the gazetteer, without tiles from anywhere. */
+/** The city's streets as SVG, drawn from the gazetteer without tiles from anywhere: candidates in colours, names, a circle. */
+
+import { placed } from "./labels.js";
+import { View } from "./view.js";
 
 const SVG = "http://www.w3.org/2000/svg";
+const METRES_PER_DEGREE = 111320;
 
 export class CityMap {
-  constructor(svg, badges, geojson) {
-    this.svg = svg;
-    this.badges = badges;
+  /** `tapped({lat, lon})` is called when a place on the map was pointed at. */
+  constructor(frame, tapped) {
+    this.layers = Object.fromEntries(["districts", "streets", "circle", "candidates"].map((name) => [name, shape("g", { class: name })]));
+    this.svg = frame.querySelector("svg");
+    this.svg.append(...Object.values(this.layers));
+    this.names = frame.querySelector(".names");
     this.drawn = [];
-    const [, south, , north] = box(geojson.features.flatMap((f) => lines(f.geometry).flat()));
-    const squeeze = Math.cos(((south + north) / 2) * Math.PI / 180);
-    this.plane = ([lon, lat]) => [lon * squeeze * 1e5, -lat * 1e5];
-    this.streets = new Map();
-    const districts = [], streets = [];
-    for (const { geometry, properties } of geojson.features) {
-      if (!geometry) continue;
-      const parts = lines(geometry).map((line) => line.map(this.plane));
-      const path = document.createElementNS(SVG, "path");
-      const area = properties.kind === "district";
-      path.setAttribute("d", parts.map((part) => "M" + part.map((p) => p.map((v) => v.toFixed(1)).join(" ")).join("L") + (area ? "Z" : "")).join(""));
-      path.append(document.createElementNS(SVG, "title"));
-      path.firstChild.textContent = properties.name;
-      if (area) path.setAttribute("class", "district");
-      else this.streets.set(properties.name, { path, parts });
-      (area ? districts : streets).push(path);
-    }
-    svg.replaceChildren(...districts, ...streets);
-    this.everything = box([...this.streets.values()].flatMap((s) => s.parts.flat()));
+    this.labels = [];
+    this.view = new View(frame, this.svg, { changed: () => this.annotate(), tapped: (point) => tapped(this.degrees(point)) });
   }
 
-  /** Draw candidates {street, heat}, the likeliest first. */
-  show(candidates, zoomed) {
-    for (const { path } of this.streets.values()) path.removeAttribute("class");
+  /** Draw a city from its gazetteer, without candidates. */
+  load(geojson) {
+    const shapes = geojson.features.filter((f) => f.geometry);
+    const [west, south, east, north] = box(shapes.flatMap((f) => points(f.geometry)));
+    this.origin = [(west + east) / 2, (south + north) / 2];
+    this.squeeze = Math.cos((this.origin[1] * Math.PI) / 180);
+    this.shapes = new Map();
+    const drawn = { district: [], street: [] };
+    this.labels = [];
+    for (const { geometry, properties: { kind, name } } of shapes) {
+      const parts = this.parts(geometry);
+      drawn[kind].push(outline(parts, name));
+      this.labels.push({ text: name, kind, parts });
+      if (kind === "street") this.shapes.set(name, parts);
+    }
+    this.layers.districts.replaceChildren(...drawn.district);
+    this.layers.streets.replaceChildren(...drawn.street);
+    this.view.extent = box(this.labels.filter((l) => l.kind === "street" || !drawn.street.length).flatMap((l) => l.parts.flatMap((p) => p.line)));
+    this.forget();
+    this.circle(null);
+    this.view.fit(this.view.extent, { atOnce: true });
+  }
+
+  /** Draw candidates {street, geometry, heat}, the likeliest first. */
+  show(candidates) {
+    const ranks = new Map(); // a street can be a candidate in several districts: it is numbered once
     this.drawn = [];
-    candidates.forEach(({ street, heat: colour }, at) => {
-      const known = this.streets.get(street);
-      if (!known) return;
-      if (!known.path.classList.contains("candidate")) known.path.style.setProperty("--heat", colour);
-      known.path.classList.add("candidate");
-      const badge = document.createElement("span");
-      badge.textContent = at + 1;
-      badge.style.setProperty("--heat", colour);
-      this.drawn.push({ at, badge, path: known.path, parts: known.parts, middle: middle(known.parts) });
+    candidates.forEach(({ street, geometry, heat }, at) => {
+      const parts = geometry ? this.parts(geometry) : this.shapes.get(street);
+      if (!parts?.length) return;
+      const key = geometry ? JSON.stringify(geometry) : street, again = ranks.has(key);
+      if (!again) ranks.set(key, at + 1);
+      const path = outline(parts, `${ranks.get(key)}. ${street}`);
+      path.style.setProperty("--heat", heat);
+      this.drawn.push({ at, path, parts, heat, street, rank: again ? null : ranks.get(key) });
     });
-    for (const { path } of [...this.drawn].reverse()) path.parentNode.append(path); // the likeliest on top
-    this.badges.replaceChildren(...this.drawn.map((d) => d.badge).reverse());
-    this.view(zoomed);
+    this.layers.candidates.replaceChildren(...this.drawn.map((d) => d.path).reverse()); // the likeliest on top
+    this.annotate();
+  }
+
+  forget() {
+    this.drawn = [];
+    this.layers.candidates.replaceChildren();
+    this.annotate();
+  }
+
+  /** Make the candidates fill the map. */
+  frameCandidates() {
+    const all = this.drawn.flatMap((d) => d.parts.flatMap((p) => p.line));
+    this.view.fit(all.length ? box(all) : this.view.extent);
   }
 
   /** Make one candidate stand out, or no longer. */
   light(at, lit) {
-    for (const d of this.drawn) {
-      if (d.at !== at) continue;
-      d.path.classList.toggle("lit", lit);
-      d.badge.classList.toggle("lit", lit);
-    }
+    const d = this.drawn.find((one) => one.at === at);
+    d?.path.classList.toggle("lit", lit);
+    if (lit && d) this.layers.candidates.append(d.path);
   }
 
-  /** Fit the candidates, or the whole city. */
-  view(zoomed) {
-    const points = zoomed ? this.drawn.flatMap((d) => d.parts.flat()) : [];
-    const [x, y, w, h] = framed(points.length ? box(points) : this.everything);
-    this.svg.setAttribute("viewBox", [x, y, w, h].join(" "));
-    for (const { badge, middle: [mx, my] } of this.drawn) {
-      badge.style.left = `${(100 * (mx - x)) / w}%`;
-      badge.style.top = `${(100 * (my - y)) / h}%`;
-    }
+  /** Move to one candidate. */
+  go(at) {
+    const d = this.drawn.find((one) => one.at === at);
+    if (d) this.view.fit(box(d.parts.flatMap((p) => p.line)), { margin: 1.6 });
+  }
+
+  /** Draw the circle {lat, lon, radius_m}, or none. */
+  circle(circle) {
+    const [cx, cy] = circle ? this.plane([circle.lon, circle.lat]) : [];
+    this.layers.circle.replaceChildren(...(circle ? [shape("circle", { cx, cy, r: circle.radius_m }), shape("circle", { cx, cy, r: 0, class: "middle" })] : []));
+  }
+
+  /** {lat, lon} of what is in the middle of the map. */
+  get middle() {
+    return this.degrees(this.view.middle);
+  }
+
+  annotate() {
+    if (!this.origin) return;
+    this.names.replaceChildren(...placed(this.drawn, this.labels, this.view));
+  }
+
+  plane([lon, lat]) {
+    return [(lon - this.origin[0]) * this.squeeze * METRES_PER_DEGREE, (this.origin[1] - lat) * METRES_PER_DEGREE];
+  }
+
+  degrees([x, y]) {
+    return { lat: this.origin[1] - y / METRES_PER_DEGREE, lon: this.origin[0] + x / METRES_PER_DEGREE / this.squeeze };
+  }
+
+  /** Lines in metres; the outlines of areas are closed. */
+  parts(geometry) {
+    return pieces(geometry).map(({ line, closed }) => ({ line: line.map((p) => this.plane(p)), closed }));
   }
 }
 
-function lines(geometry) {
-  if (!geometry) return [];
-  const { type, coordinates } = geometry;
-  if (type === "LineString") return [coordinates];
-  if (type === "MultiLineString" || type === "Polygon") return coordinates;
-  if (type === "MultiPolygon") return coordinates.flat();
-  return type === "GeometryCollection" ? geometry.geometries.flatMap(lines) : [];
+function pieces({ type, coordinates, geometries }) {
+  const open = (line) => ({ line, closed: false }), shut = (line) => ({ line, closed: true });
+  if (type === "Point") return [open([coordinates, coordinates])];
+  if (type === "LineString") return [open(coordinates)];
+  if (type === "MultiLineString") return coordinates.map(open);
+  if (type === "Polygon") return coordinates.map(shut);
+  if (type === "MultiPolygon") return coordinates.flat().map(shut);
+  return type === "GeometryCollection" ? geometries.flatMap(pieces) : [];
 }
 
-function box(points) {
+function points(geometry) {
+  return pieces(geometry).flatMap(({ line }) => line);
+}
+
+function outline(parts, name) {
+  const d = parts.map(({ line, closed }) => "M" + line.map((p) => p.map((v) => v.toFixed(1)).join(" ")).join("L") + (closed ? "Z" : "")).join("");
+  const path = shape("path", { d });
+  path.append(shape("title"));
+  path.firstChild.textContent = name;
+  if (parts.some((p) => p.closed)) path.classList.add("area");
+  return path;
+}
+
+function shape(name, attributes = {}) {
+  const made = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
+}
+
+function box(all) {
+  if (!all.length) return [-1, -1, 1, 1];
   let [x0, y0, x1, y1] = [Infinity, Infinity, -Infinity, -Infinity];
-  for (const [x, y] of points) [x0, y0, x1, y1] = [Math.min(x0, x), Math.min(y0, y), Math.max(x1, x), Math.max(y1, y)];
+  for (const [x, y] of all) [x0, y0, x1, y1] = [Math.min(x0, x), Math.min(y0, y), Math.max(x1, x), Math.max(y1, y)];
   return [x0, y0, x1, y1];
-}
-
-/** The box grown to the map's proportions, with a margin. */
-function framed([x0, y0, x1, y1]) {
-  const margin = 1.1, ratio = 4 / 3, least = 250;
-  const w = margin * Math.max(x1 - x0, (y1 - y0) * ratio, least), h = w / ratio;
-  return [(x0 + x1 - w) / 2, (y0 + y1 - h) / 2, w, h];
-}
-
-/** The middle of a street's longest part, on the line. */
-function middle(parts) {
-  const length = (part) => part.slice(1).reduce((sum, p, i) => sum + Math.hypot(p[0] - part[i][0], p[1] - part[i][1]), 0);
-  const part = parts.reduce((a, b) => (length(b) > length(a) ? b : a));
-  let left = length(part) / 2;
-  for (let i = 1; i < part.length; i++) {
-    const [a, b] = [part[i - 1], part[i]], step = Math.hypot(b[0] - a[0], b[1] - a[1]);
-    if (step >= left && step > 0) return [a[0] + ((b[0] - a[0]) * left) / step, a[1] + ((b[1] - a[1]) * left) / step];
-    left -= step;
-  }
-  return part[0];
 }

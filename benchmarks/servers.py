@@ -1,0 +1,199 @@
+"""What `service.py` compares: servers as processes of their own on free ports, and the bare engine in a process.
+
+Every server gets the same model folder, float32, and as many threads as the others.
+"""
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import psutil
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+START_S = 300  # until a server that has not answered is given up
+WORDS = 32  # tokens of an answer, at most
+BATCH = 16
+
+
+class Server:
+    """A process that answers HTTP; a context manager that starts it and ends it.
+
+    Args:
+        name: how the table calls it.
+        command: with `{port}` where the port goes.
+        ready: path that answers 200 when it can be asked.
+        model: what chat requests call the model.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], ready: str, model: str, threads: int, log: Path) -> None:
+        self.name, self.ready, self.model, self.log = name, ready, model, log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.command = [part.replace("{port}", str(port)) for part in command]
+        self.url = f"http://127.0.0.1:{port}"
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+    def __enter__(self) -> Self:
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                self.command, stdout=out, stderr=out, env=self.environment, cwd=ROOT, start_new_session=True
+            )
+        for _ in range(START_S):
+            if self.process.poll() is not None:
+                raise SystemExit(f"{self.name} ended with {self.process.returncode}: see {self.log}")
+            try:
+                if httpx.get(self.url + self.ready, timeout=5).status_code == 200:
+                    return self
+            except httpx.HTTPError:
+                pass
+            time.sleep(1)
+        self.__exit__()
+        raise SystemExit(f"{self.name} did not answer within {START_S} s: see {self.log}")
+
+    def __exit__(self, *_: object) -> None:
+        family = _family(self.process.pid)
+        self.process.send_signal(signal.SIGINT)
+        psutil.wait_procs(family, timeout=30)
+        for process in family:
+            if process.is_running():
+                process.kill()
+        self.process.wait()
+
+    def cpu_s(self) -> float:
+        """CPU seconds that its processes have used so far."""
+        total = 0.0
+        for process in _family(self.process.pid):
+            try:
+                used = process.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            total += used.user + used.system
+        return total
+
+    async def localize(self, client: httpx.AsyncClient, photo: bytes, question: str) -> str:
+        """The address of a photo, asked by chat."""
+        return await self.chat(client, photo, question)
+
+    async def chat(self, client: httpx.AsyncClient, photo: bytes, question: str) -> str:
+        """The answer to one question about one photo."""
+        image = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(photo).decode()}"}}
+        turn = {"role": "user", "content": [image, {"type": "text", "text": question}]}
+        body = {"model": self.model, "messages": [turn], "max_tokens": WORDS, "temperature": 0}
+        response = await client.post(f"{self.url}/v1/chat/completions", json=body)
+        return str(_checked(response)["choices"][0]["message"]["content"])
+
+
+class Ours(Server):
+    """The service of this repository, as `serve run` starts it from a YAML file."""
+
+    def __init__(self, folder: Path, threads: int, work: Path, **settings: Any) -> None:
+        command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", "local", str(work / "ours.yaml")]
+        super().__init__("ours", command, "/healthz", "addressvlm", threads, work / "ours.log")
+        args = {
+            "model": str(folder),
+            "num_cpus": threads,
+            "max_replicas": 1,
+            "batch_size": BATCH,
+            "max_ongoing_requests": 64,
+            **settings,
+        }
+        deployed = {
+            "http_options": {"host": "127.0.0.1", "port": int(self.url.rpartition(":")[2])},
+            "applications": [{"name": "addressvlm", "route_prefix": "/", "import_path": "serve:config", "args": args}],
+        }
+        (work / "ours.yaml").write_text(yaml.safe_dump(deployed))
+
+    async def localize(self, client: httpx.AsyncClient, photo: bytes, question: str) -> str:
+        """The address of a photo, from its own route, with probabilities over all addresses."""
+        response = await client.post(f"{self.url}/v1/localize", files={"file": ("photo.jpg", photo)})
+        best = _checked(response)["candidates"][0]
+        return f"{best['street']}, {best['district']}"
+
+
+def transformers_serve(folder: Path, threads: int, work: Path) -> Server:
+    """`transformers serve`, as it comes."""
+    cli = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
+    options = ["--host", "127.0.0.1", "--port", "{port}", "--device", "cpu", "--dtype", "float32"]
+    return Server(
+        "transformers serve", [*cli, "serve", str(folder), *options], "/health", str(folder), threads, work / "transformers.log"
+    )
+
+
+def vllm(folder: Path, threads: int, work: Path, python: str) -> Server:
+    """vLLM's OpenAI server from its own environment."""
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "model"]
+    options = ["--host", "127.0.0.1", "--port", "{port}", "--dtype", "float32", "--gpu-memory-utilization", "0.2"]
+    limits = ["--max-model-len", "1024", "--max-num-seqs", str(BATCH)]
+    server = Server("vllm", [*command, *options, *limits], "/health", "model", threads, work / "vllm.log")
+    server.environment["PYTHONPATH"] = ""
+    return server
+
+
+class Bare:
+    """The engine without a service around it: bytes in, batches through `Localizer.localize_many`, candidates out."""
+
+    name = "bare engine"
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, __file__, str(folder)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def run(self, photos: Sequence[Path]) -> dict[str, float]:
+        """Wall and CPU seconds for all of them."""
+        self.process.stdin.write(json.dumps([str(photo) for photo in photos]) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+def _bare(folder: str) -> None:
+    """The process behind `Bare`: a line of paths in, a line of seconds out."""
+    from PIL import Image
+
+    from addressvlm.inference import Localizer
+
+    localizer = Localizer(folder)
+    for line in sys.stdin:
+        photos = [Path(photo).read_bytes() for photo in json.loads(line)]
+        wall, cpu = time.perf_counter(), time.process_time()
+        for at in range(0, len(photos), BATCH):
+            images = [Image.open(BytesIO(photo)).convert("RGB") for photo in photos[at : at + BATCH]]
+            localizer.localize_many(images, 5)
+        print(json.dumps({"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}), flush=True)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        head = psutil.Process(pid)
+        return [head, *head.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _checked(response: httpx.Response) -> Any:
+    if response.status_code != 200:
+        raise SystemExit(f"{response.request.url} answered {response.status_code}: {response.text[:500]}")
+    return response.json()
+
+
+if __name__ == "__main__":
+    _bare(sys.argv[1])

@@ -1,0 +1,175 @@
+"""Which models are served: one merged model, or the adapters of several cities on one base."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from addressvlm.addresses import Gazetteer
+from addressvlm.run import LAST_MODEL, storage
+from serve.errors import ApiError
+from serve.settings import ServiceSettings, SettingsError
+
+GAZETTEER = "gazetteer.geojson"
+SYSTEM = "addressvlm"  # of a run with several trained systems, the one that is served
+
+
+@dataclass(frozen=True)
+class City:
+    """A city that is served.
+
+    Attributes:
+        id: what callers name it by.
+        name: as its gazetteer has it; empty for a model without gazetteer.
+        model: the model's name in chat requests.
+        folder: a merged model, or the folder with the gazetteer that belongs to the adapter.
+        adapter: a PEFT adapter on the common base; None for a merged model.
+    """
+
+    id: str
+    name: str
+    model: str
+    folder: Path
+    adapter: Path | None = None
+
+    def gazetteer(self) -> Gazetteer | None:
+        """The streets that its answers can name."""
+        path = self.folder / GAZETTEER
+        return Gazetteer.load(path) if path.is_file() else None
+
+
+def find(settings: ServiceSettings) -> list[City]:
+    """What `model`, `cities` or else the last training means.
+
+    Raises:
+        InputError: there is no such model, or two of the cities have the same name.
+    """
+    if not settings.cities:
+        folder = model_folder(settings)
+        return [_city(folder, None)]
+    systems = [system for given in settings.cities for system in _systems(Path(os.path.abspath(Path(given).expanduser())))]
+    cities = [_city(_gazetteer_folder(system), system / "adapter") for system in dict.fromkeys(systems)]
+    for number, city in enumerate(cities):
+        for other in cities[:number]:
+            if other.id == city.id:
+                raise SettingsError(f"{other.adapter} and {city.adapter} are both of the city '{city.id}': give one of them.")
+    return cities
+
+
+def pick(cities: Sequence[City], wanted: str | None) -> City:
+    """The city that a request means, by id or name; the only one need not be named.
+
+    Raises:
+        ApiError: 404 there is no such city, 400 none is named and there are several.
+    """
+    listed = ", ".join(f"'{city.id}'" for city in cities)
+    if not wanted:
+        if len(cities) == 1:
+            return cities[0]
+        raise ApiError(400, f"Say which city: one of {listed}.", param="city")
+    for city in cities:
+        if wanted.casefold() in (city.id.casefold(), city.name.casefold()):
+            return city
+    raise ApiError(404, f"No city '{wanted[:100]}' here, this service has {listed}.", param="city", code="city_not_found")
+
+
+def base_of(cities: Sequence[City], given: str | None) -> str:
+    """The base model that all adapters were trained on: a folder or a hub name.
+
+    Raises:
+        InputError: an adapter can't be read, they differ in their base, or it is not where it was.
+    """
+    if given:
+        return given
+    bases: dict[str, Path] = {}
+    for city in cities:
+        file = Path(city.adapter or "") / "adapter_config.json"
+        try:
+            bases.setdefault(json.loads(file.read_text())["base_model_name_or_path"], file)
+        except (OSError, ValueError, KeyError) as error:
+            raise SettingsError(f"{file} can't be read ({type(error).__name__}): train the city again.") from None
+    if len(bases) > 1:
+        (one, here), (other, there) = list(bases.items())[:2]
+        raise SettingsError(
+            f"{here} is on the base {one} and {there} on {other}: serve them apart, or give the one with base=."
+        )
+    base = next(iter(bases))
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise SettingsError(f"the base model {base} of {bases[base].parent} is not there: give its folder with base=.")
+    return base
+
+
+def model_folder(settings: ServiceSettings) -> Path:
+    """The folder of the one model to serve, absolute.
+
+    Raises:
+        InputError: there is none, or it holds no model.
+    """
+    if settings.model is None:
+        return _model_in(_last_model(settings.storage))
+    return _model_in(Path(os.path.abspath(Path(settings.model).expanduser())))
+
+
+def model_name(folder: Path) -> str:
+    """The name that callers see: `<run>/<system>` for a model of ours, the folder's name for any other."""
+    if folder.name in ("merged", "adapter") and folder.parent.parent.name == "models":
+        return f"{folder.parents[2].name}/{folder.parent.name}"
+    return folder.name
+
+
+def _city(folder: Path, adapter: Path | None) -> City:
+    gazetteer = folder / GAZETTEER
+    name = str(json.loads(gazetteer.read_text(encoding="utf-8")).get("city") or "") if gazetteer.is_file() else ""
+    model = model_name(adapter or folder)
+    return City(re.sub(r"\W+", "-", name.lower()).strip("-") or model, name, model, folder, adapter)
+
+
+def _systems(place: Path) -> Iterator[Path]:
+    """Trained systems with an adapter: the folder itself, those of a run, or those of the runs in a folder."""
+    if (place / "adapter" / "adapter_config.json").is_file():
+        yield place
+        return
+    found = sorted(place.glob(f"models/{SYSTEM}/adapter/adapter_config.json")) or sorted(
+        place.glob(f"*/models/{SYSTEM}/adapter/adapter_config.json")
+    )
+    if not found:
+        raise SettingsError(f"{place} holds no adapter of a city (…/models/{SYSTEM}/adapter): give a run or a folder of runs.")
+    yield from (file.parents[1] for file in found)
+
+
+def _gazetteer_folder(system: Path) -> Path:
+    places = [system / "merged", system / "adapter", system.parents[1] / "photos"]
+    for place in places:
+        if (place / GAZETTEER).is_file():
+            return place
+    raise SettingsError(f"no {GAZETTEER} for {system} in {' or '.join(map(str, places))}: run its training again.")
+
+
+def _last_model(runs: str) -> Path:
+    """Where the newest `last-model` file points, among the runs here and those of submitted jobs."""
+    places = dict.fromkeys([storage(runs), Path.home() / "addressvlm" / "runs"])
+    pointers = [place / LAST_MODEL for place in places if (place / LAST_MODEL).is_file()]
+    if not pointers:
+        raise SettingsError(
+            f"no trained model in {' or '.join(map(str, places))}: run `ray job submit ray_jobs/train.py` first, "
+            "or give one with model=<folder>."
+        )
+    newest = max(pointers, key=lambda pointer: pointer.stat().st_mtime)
+    folder = Path(newest.read_text().strip())
+    if not folder.is_dir():
+        raise SettingsError(f"{newest} points to {folder}, which is not there: train again, or give model=<folder>.")
+    return folder
+
+
+def _model_in(folder: Path) -> Path:
+    """The folder itself, or its `merged`, if it holds a model that transformers loads."""
+    if not folder.is_dir():
+        raise SettingsError(f"no model folder {folder}: give model=<folder of a trained model>, for instance …/merged.")
+    for candidate in (folder, folder / "merged"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if (folder / "adapter_config.json").is_file():
+        raise SettingsError(f"{folder} is an adapter without its base: give the folder `merged` beside it, or cities=.")
+    raise SettingsError(f"{folder} is not a model (it has no config.json): give a folder that transformers loads.")

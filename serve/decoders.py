@@ -1,0 +1,85 @@
+"""Processes that decode photos: so many at a time, each ended when a photo takes too much of it."""
+
+import asyncio
+import json
+import os
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import addressvlm
+from addressvlm import InputError
+from addressvlm.uploads import Pixels
+
+COMMAND = (sys.executable, "-m", "addressvlm.uploads")
+PATIENCE = 6  # times the CPU seconds that a photo may take by the clock, waiting for its turn included
+
+
+class Decoders:
+    """Up to `processes` of them, started when they are needed.
+
+    Args:
+        cpu_s: CPU seconds for one photo.
+        command: what to run, see `addressvlm.uploads`.
+    """
+
+    def __init__(self, processes: int, cpu_s: int, max_megapixels: float, command: Sequence[str] = COMMAND) -> None:
+        self.cpu_s, self.max_megapixels, self.command = cpu_s, max_megapixels, command
+        self.turns = asyncio.Semaphore(processes)
+        self.idle: list[Process] = []
+
+    async def decode(self, data: bytes, side: int) -> Pixels:
+        """The pixels of an encoded photo, see `addressvlm.uploads.decode`.
+
+        Raises:
+            InputError: it is no photo that can be used, or decoding it takes too long.
+        """
+        try:
+            async with asyncio.timeout(PATIENCE * self.cpu_s), self.turns:
+                return await self._decode(data, side)
+        except (TimeoutError, OSError, asyncio.IncompleteReadError):
+            raise InputError("The image takes too long to decode: send it smaller, or as a plain JPEG.") from None
+
+    async def _decode(self, data: bytes, side: int) -> Pixels:
+        process = self.idle.pop() if self.idle else await self._start()
+        try:
+            found = await self._ask(process, data, side)
+        except BaseException:
+            await _end(process)
+            raise
+        self.idle.append(process)
+        if isinstance(found, str):
+            raise InputError(found)
+        return found
+
+    async def _ask(self, process: Process, data: bytes, side: int) -> Pixels | str:
+        if process.stdin is None or process.stdout is None:
+            raise OSError("the process has no pipes")
+        asked = {"bytes": len(data), "max_megapixels": self.max_megapixels, "side": side, "cpu_s": self.cpu_s}
+        process.stdin.write(json.dumps(asked).encode() + b"\n")
+        process.stdin.write(data)
+        await process.stdin.drain()
+        told = json.loads(await process.stdout.readuntil(b"\n"))
+        if "refused" in told:
+            return str(told["refused"])
+        width, height = told["width"], told["height"]
+        return Pixels(width, height, await process.stdout.readexactly(3 * width * height))
+
+    async def _start(self) -> Process:
+        ours = str(Path(addressvlm.__file__).parents[1])
+        path = os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))
+        environment = {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": path}  # no keys, nothing else that is secret
+        return await asyncio.create_subprocess_exec(*self.command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment)
+
+    async def close(self) -> None:
+        """End the processes that wait for work."""
+        while self.idle:
+            await _end(self.idle.pop())
+
+
+async def _end(process: Process) -> None:
+    with suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
