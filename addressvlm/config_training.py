@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from addressvlm.config_city import Strict
 
 Part = Literal["vision", "adapter", "llm"]
+Data = Literal["alignment", "photos", "reasoning"]
 
 
 class PartConfig(Strict):
@@ -17,6 +18,7 @@ class PartConfig(Strict):
     full: bool = False
     rank: int = Field(128, ge=1)
     alpha: float = Field(256.0, gt=0)
+    dropout: float | None = Field(None, ge=0, lt=1)  # of this part; default: model.lora_dropout
 
 
 class ModelConfig(Strict):
@@ -34,7 +36,7 @@ class ModelConfig(Strict):
 class StageConfig(Strict):
     """One tuning stage: which table, which parts, how long."""
 
-    data: Literal["alignment", "photos"]
+    data: Data | list[Data]  # table of the run, or several that are mixed row by row
     parts: list[Part] = ["vision", "adapter", "llm"]
     rounds: Literal["conversation", "apart"] = "conversation"  # apart: no question about an image sees the other answers
     epochs: float = Field(1.0, gt=0)
@@ -42,9 +44,27 @@ class StageConfig(Strict):
     batch_size: int = Field(16, ge=1)  # images per worker and step
     accumulate: int = Field(1, ge=1)  # optimizer step every so many batches
     learning_rate: float = Field(2e-4, gt=0)
+    learning_rates: dict[Part, float] = {}  # of parts that learn at another rate
     warmup: float = Field(0.03, ge=0, lt=1)  # share of the steps
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0)  # norm of the gradient
+
+    @property
+    def tables(self) -> list[Data]:
+        """The tables it reads."""
+        return [self.data] if isinstance(self.data, str) else self.data
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> StageConfig:
+        if not self.tables or len(set(self.tables)) < len(self.tables):
+            raise ValueError(f"data is {self.data}: name one table or several different ones")
+        if not self.parts or len(set(self.parts)) < len(self.parts):
+            raise ValueError(f"parts is {self.parts}: name at least one part, each once")
+        if idle := [part for part in self.learning_rates if part not in self.parts]:
+            raise ValueError(f"learning_rates names {', '.join(idle)}, the parts trained are {', '.join(self.parts)}")
+        if any(rate <= 0 for rate in self.learning_rates.values()):
+            raise ValueError("learning_rates must be above 0; leave a part out of `parts` to freeze it")
+        return self
 
 
 class SystemConfig(Strict):
@@ -64,7 +84,18 @@ class TrainConfig(Strict):
     strategy: Literal["ddp", "zero2"] = "ddp"  # zero2 is DeepSpeed
     # Of the forward and backward pass; weights stay as they are. auto: bfloat16 where the processor has instructions for it
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Several conversations in one row, without padding. auto: where attention goes block by block, that is, on CPUs
+    packing: Literal["auto", "on", "off"] = "auto"
+    cities: dict[str, float] = {}  # other runs of this storage to learn from too, or instead: name -> epochs in one epoch
     checkpoint_every: int = Field(50, ge=1)  # optimizer steps
+    validate_every: int | None = Field(None, ge=1)  # optimizer steps; ask about photos of the split `val`
+    validate_photos: int = Field(16, ge=1)  # a time, drawn by seed; each is asked for its address
+    trackers: list[
+        Literal["mlflow", "wandb"]
+    ] = []  # beside TensorBoard; they must be installed and set up by their environment
+    gpu_memory_gib: float | None = Field(None, gt=0)  # for --dry-run; default: what the GPUs at hand have
+    peak_tflops: float | None = Field(None, gt=0)  # of a worker at its precision; default: known by the GPU's name
+    mfu: float = Field(0.4, gt=0, le=1)  # share of it that --dry-run counts with
     max_failures: int = Field(3, ge=0)  # lost workers tolerated per system
     stages: dict[str, StageConfig] = {
         "alignment": StageConfig(data="alignment"),
@@ -80,6 +111,8 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _names_exist(self) -> TrainConfig:
         names = [s.name for s in self.systems]
+        if any(weight <= 0 for weight in self.cities.values()):
+            raise ValueError("cities must have weights above 0; leave out a city that shall not be learnt from")
         for system in self.systems:
             for stage in system.stages:
                 if stage not in self.stages:

@@ -4,6 +4,7 @@
     ray job submit ray_jobs/train.py
     python ray_jobs/train.py --config my_city.yaml --system AddressVLM
     python ray_jobs/train.py --config demo --evaluate          # and the table and report at the end
+    python ray_jobs/train.py --config paper-pitts --dry-run    # what it will take, nothing is begun
 
 A killed run goes on from its last checkpoint when the same command is given again. Writes below <storage>/<name>:
 models/<system>/adapter (PEFT), models/<system>/merged (an ordinary Hugging Face folder), training/<system> (checkpoints,
@@ -38,13 +39,13 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from addressvlm import InputError
+from addressvlm import InputError, tables
 from addressvlm.config import Config
 from addressvlm.config_training import SystemConfig
 from addressvlm.models.base import locate
 from addressvlm.run import LAST_MODEL, Run, claim, is_done, mark_done, slug, storage
-from addressvlm.training.system import train_system
-from ray_jobs import graft, label, prepare
+from addressvlm.training.system import cities_of, train_system
+from ray_jobs import graft, label, plan, prepare
 from ray_jobs.common import arguments, configure, connect, job, require
 from ray_jobs.heartbeat import Heartbeat
 
@@ -53,15 +54,58 @@ QUIET_S = 30.0  # without a step for so long, the driver says that it is still t
 
 def settings(config: Config, system: SystemConfig) -> dict[str, Any]:
     """What a trained system depends on."""
-    train = config.train.model_dump(include={"workers", "strategy", "precision"})
+    train = config.train.model_dump(include={"workers", "strategy", "precision", "packing", "cities"})
     stages = {name: config.train.stages[name].model_dump() for name in system.stages}
     equal = next((s for s in config.train.systems if s.name == system.equal_steps_to), None)
     others = {name: config.train.stages[name].model_dump() for name in equal.stages} if equal else {}
+    reasons = [_reasoning(config)] if any("reasoning" in config.train.stages[s].tables for s in system.stages) else []
     return {
         **label.settings(config),
+        **({"reasoning": label.settings(reasons[0])["labels"]} if reasons else {}),
         "model": config.model.model_dump(),
         "train": {**train, "system": system.model_dump(), "stages": stages, "equal_to": others},
     }
+
+
+def chosen(config: Config, only: list[str] | None) -> list[SystemConfig]:
+    """The systems to train, in the order of the configuration.
+
+    Raises:
+        InputError: one of the names is not that of a system with stages.
+    """
+    wanted = [s for s in config.train.systems if s.stages and (not only or s.name in only)]
+    if only and len(wanted) != len(only):
+        names = ", ".join(s.name for s in config.train.systems if s.stages)
+        raise InputError(f"--system {', '.join(only)}: systems that can be trained are {names}.")
+    return wanted
+
+
+def _make_data(config: Config, redo: bool, kinds: set[str]) -> None:
+    """Whatever is missing of the run's own tables; those of other cities are made by their own configurations.
+
+    Raises:
+        InputError: another city's table is missing.
+    """
+    for run, _ in cities_of(config):
+        if run.folder.name == config.name:
+            continue
+        for kind in sorted(kinds):
+            if not tables.count(getattr(run, kind), "train"):
+                raise InputError(
+                    f"train.cities names {run.folder.name}, which has no {kind} in {run.folder}: make it first with its own "
+                    f"configuration, `python ray_jobs/label.py --config …`."
+                )
+    if config.name not in (config.train.cities or {config.name: 1.0}):
+        return
+    for step in (prepare, graft, label):
+        step.run_step(config, redo)
+    if "reasoning" in kinds:
+        label.run_step(_reasoning(config), redo)
+
+
+def _reasoning(config: Config) -> Config:
+    """The same run whose labels are reasons read off the photo alone."""
+    return config.model_copy(update={"labels": config.labels.model_copy(update={"prompt": "reasoning"})})
 
 
 def run_step(config: Config, redo: bool = False, only: list[str] | None = None) -> None:
@@ -72,13 +116,10 @@ def run_step(config: Config, redo: bool = False, only: list[str] | None = None) 
     """
     run = Run(config)
     locate(config.model.base)
-    wanted = [s for s in config.train.systems if s.stages and (not only or s.name in only)]
-    if only and len(wanted) != len(only):
-        names = ", ".join(s.name for s in config.train.systems if s.stages)
-        raise InputError(f"--system {', '.join(only)}: systems that can be trained are {names}.")
+    wanted = chosen(config, only)
     missing = [s for s in wanted if not is_done(run.model(s.name), settings(config, s), redo)]
-    for step in (prepare, graft, label) if missing else ():
-        step.run_step(config, redo)
+    if missing:
+        _make_data(config, redo, {kind for s in missing for stage in s.stages for kind in config.train.stages[stage].tables})
     for system in wanted:
         if system in missing:
             _train(config, system, redo)
@@ -235,8 +276,15 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--system", action="append", metavar="NAME", help="train only this system (may be repeated)")
     parser.add_argument("--evaluate", action="store_true", help="then answer the test questions and write table and report")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only print parameters, memory, steps and time, and what can't fit"
+    )
+    parser.add_argument("--photos", type=int, metavar="N", help="with --dry-run: how many there will be, if none are prepared")
     args = parser.parse_args()
     config = configure(args)
+    if args.dry_run:
+        plan.show(config, chosen(config, args.system), args.photos)
+        return
     connect()
     run_step(config, args.redo, args.system)
     if args.evaluate:

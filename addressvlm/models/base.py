@@ -8,7 +8,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from addressvlm.errors import InputError
+from addressvlm.models import block_attention
+from addressvlm.models.parts import parts_of
 
+PLAIN_ATTENTION = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3")  # all earlier tokens, nothing else
 TOY_BASE = Path(__file__).parents[1] / "demo" / "base"
 
 
@@ -59,3 +62,31 @@ def load(name: str, dtype: str = "float32", trust_remote_code: bool = False, att
 def one_dimensional(model: Any) -> bool:
     """Whether a token's position is its number in the row, and not its row and column in the image too (as in Qwen-VL)."""
     return not any(hasattr(module, "get_rope_index") for module in model.modules())
+
+
+def context_of(model: Any) -> int | None:
+    """The most tokens of a conversation that the model has positions for, None if it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def packs(model: Any, wish: str, device: torch.device, name: str) -> bool:
+    """Whether conversations are to share a row; if so, the language model's attention goes block by block from here on.
+
+    Args:
+        wish: `train.packing`. `auto` packs on CPUs: there, padding costs as much as tokens and blocks cost nothing. On GPUs
+            rows of this data are about equally long, and one batched product is worth more than the padding.
+
+    Raises:
+        InputError: it is `on` and the model has another attention than blocks know.
+    """
+    text = model.config.get_text_config()
+    able = one_dimensional(model) and text.model_type in PLAIN_ATTENTION and not getattr(text, "sliding_window", None)
+    if wish == "on" and not able:
+        raise InputError(
+            f"train.packing is on, which the attention of {name} ({text.model_type}) does not allow: set it to auto."
+        )
+    if wish == "off" or not able or (wish == "auto" and device.type != "cpu"):
+        return False
+    path = parts_of(model)["llm"]
+    model.get_submodule(path).set_attn_implementation(block_attention.register())
+    return True

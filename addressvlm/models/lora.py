@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from addressvlm.config_training import ModelConfig, Part, PartConfig
 from addressvlm.errors import InputError
+from addressvlm.models import lora_linear
 from addressvlm.models.base import load
 from addressvlm.models.parts import linear_leaves, part_of, parts_of
 
@@ -18,23 +20,39 @@ from addressvlm.models.parts import linear_leaves, part_of, parts_of
 def attach(model: nn.Module, config: ModelConfig) -> tuple[PeftModel, dict[Part, str]]:
     """One PEFT adapter over all three parts, and where the parts are.
 
-    Targets are anchored to each part's path, for the same leaf names (`q_proj`, …) occur in the vision encoder too.
-
     Raises:
         InputError: the model's parts can't be named.
     """
     parts = parts_of(model)
-    settings: dict[Part, PartConfig] = {"vision": config.vision, "adapter": config.adapter, "llm": config.llm}
+    lora = lora_config(model, parts, config)
+    lora._register_custom_module({nn.Linear: lora_linear.Linear})
+    tuned = get_peft_model(model, lora)
+    _set_dropout(tuned, parts, {part: setting.dropout for part, setting in _settings(config).items()})
+    for _, weights in adapter_weights(tuned):
+        if weights.dtype != torch.float32:
+            weights.data = weights.data.float()  # small updates vanish in bfloat16
+    return tuned, parts
+
+
+def _settings(config: ModelConfig) -> dict[Part, PartConfig]:
+    return {"vision": config.vision, "adapter": config.adapter, "llm": config.llm}
+
+
+def lora_config(model: nn.Module, parts: dict[Part, str], config: ModelConfig) -> LoraConfig:
+    """PEFT's configuration of ranks and alphas by part.
+
+    Targets are anchored to each part's path, for the same leaf names (`q_proj`, …) occur in the vision encoder too.
+    """
     patterns, ranks, alphas, whole = [], {}, {}, []
-    for part, setting in settings.items():
+    for part, setting in _settings(config).items():
         if setting.full:
             whole.append(parts[part].removeprefix("model."))
             continue
-        leaves = linear_leaves(model, part, parts)
-        pattern = _pattern(parts[part], leaves)
+        inner = [path for path in parts.values() if path.startswith(parts[part] + ".")]
+        pattern = _pattern(parts[part], linear_leaves(model, part, parts), inner)
         patterns.append(pattern)
         ranks[pattern], alphas[pattern] = setting.rank, setting.alpha
-    lora = LoraConfig(
+    return LoraConfig(
         r=max(ranks.values(), default=1),
         target_modules="|".join(f"(?:{p})" for p in patterns) or "(?!)",
         rank_pattern=ranks,
@@ -42,17 +60,21 @@ def attach(model: nn.Module, config: ModelConfig) -> tuple[PeftModel, dict[Part,
         lora_dropout=config.lora_dropout,
         modules_to_save=whole or None,
     )
-    tuned = get_peft_model(model, lora)
-    for _, weights in adapter_weights(tuned):
-        if weights.dtype != torch.float32:
-            weights.data = weights.data.float()  # small updates vanish in bfloat16
-    return tuned, parts
 
 
-def _pattern(prefix: str, leaves: list[str]) -> str:
-    """A regular expression for exactly these modules below `prefix`, by their last names."""
+def _pattern(prefix: str, leaves: list[str], inner: list[str]) -> str:
+    """A regular expression for exactly these modules below `prefix`, by their last names; `inner` are parts within it."""
     names = sorted({leaf.rsplit(".", 1)[-1] for leaf in leaves})
-    return rf"{re.escape(prefix)}\.(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+    others = "".join(rf"(?!{re.escape(path)}\.)" for path in inner)
+    return rf"{others}{re.escape(prefix)}\.(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+
+
+def _set_dropout(model: PeftModel, parts: dict[Part, str], dropouts: dict[Part, float | None]) -> None:
+    """Give parts a dropout of their own; PEFT knows one for all."""
+    for path, module in model.named_modules():
+        part = part_of(path, parts) if isinstance(module, LoraLayer) else None
+        if part and (dropout := dropouts[part]) is not None:
+            module.lora_dropout["default"] = nn.Dropout(dropout) if dropout else nn.Identity()
 
 
 def train_only(model: PeftModel, parts: dict[Part, str], chosen: list[Part]) -> None:

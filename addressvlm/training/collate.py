@@ -8,6 +8,12 @@ import torch
 from PIL import Image
 
 IGNORE = -100  # label of a token without loss
+KINDS = ("generation", "judgment", "choice", "explanation")  # of rounds, by number; others count as one more
+OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # what a processor makes of the text
+
+
+class UnusableError(Exception):
+    """A row that can't be learnt from; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -16,13 +22,29 @@ class Sample:
 
     image: Image.Image
     rounds: list[tuple[str, str]]
+    kinds: tuple[str, ...] = ()  # of the rounds: generation, judgment, choice or explanation
 
 
 def sample_of(row: dict[str, Any]) -> Sample:
-    """A row of a photos or alignment table (columns `image`, `rounds`) as a sample."""
-    with Image.open(io.BytesIO(row["image"]["bytes"])) as picture:
-        image = picture.convert("RGB")
-    return Sample(image, [(r["question"], r["answer"]) for r in row["rounds"]])
+    """A row of a photos or alignment table (columns `image`, `rounds`) as a sample.
+
+    Raises:
+        UnusableError: its image can't be decoded, or it has no rounds.
+    """
+    if not row["rounds"]:
+        raise UnusableError("there is no question")
+    try:
+        with Image.open(io.BytesIO(row["image"]["bytes"])) as picture:
+            image = picture.convert("RGB")
+    except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnusableError(f"the image can't be decoded ({' '.join(str(error).split())[:80]})") from None
+    kinds = tuple(r.get("kind") or "" for r in row["rounds"])
+    return Sample(image, [(r["question"], r["answer"]) for r in row["rounds"]], kinds)
+
+
+def number_of(kind: str) -> int:
+    """The number of a kind of round, see `KINDS`."""
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)
 
 
 def messages(rounds: list[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -43,35 +65,65 @@ class Collator:
     stay whole.
     """
 
-    def __init__(self, processor: Any, apart: bool = False) -> None:
-        """`apart`: no round sees the others, so that each is learnt as it will be asked, from the image alone.
+    def __init__(self, processor: Any, apart: bool = False, packed: bool = False, context: int | None = None) -> None:
+        """How rows are made.
 
-        All rounds still share the image's tokens in one row: the mask hides the other rounds, and positions go on from
-        the image for each of them. Otherwise a row is one conversation in which later answers may follow from earlier ones.
+        Args:
+            apart: no round sees the others, so that each is learnt as it will be asked, from the image alone. All rounds
+                still share the image's tokens in one row: attention hides the other rounds, and positions go on from the
+                image for each of them. Otherwise a row is one conversation in which later answers may follow from earlier
+                ones.
+            packed: all samples in one row, for `models/block_attention.py`; otherwise a row a sample, padded on the right.
+            context: the most tokens of a sample that the model has positions for.
         """
-        self.processor, self.apart = processor, apart
-        self.pad = processor.tokenizer.pad_token_id
+        self.processor, self.apart, self.packed, self.context = processor, apart, packed, context
+        self.pad = processor.tokenizer.pad_token_id or 0
 
     def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
-        """Inputs with `labels`; B x T tokens padded on the right, other tensors as the processor stacks them.
+        """`batch` of `encode`d samples."""
+        return self.batch([self.encode(sample) for sample in samples])
+
+    def encode(self, sample: Sample) -> "Row":
+        """Tokens and image of one sample.
+
+        Raises:
+            UnusableError: it has more tokens than the model has positions for.
+        """
+        turns = self._turns(sample.rounds)
+        first = self.processor(text=[turns[0][0]], images=[[sample.image]])
+        row = self._row(list(first["input_ids"][0]), turns, [number_of(kind) for kind in sample.kinds])
+        if self.context and max(row.positions) >= self.context:
+            raise UnusableError(f"{max(row.positions) + 1} tokens are more than the model's context of {self.context}")
+        row.image = {key: _tensor(value) for key, value in first.items() if key not in OF_TEXT}
+        if "mm_token_type_ids" in first:
+            types = list(first["mm_token_type_ids"][0])
+            row.types = types + [0] * (len(row.ids) - len(types))
+        return row
+
+    def batch(self, rows: "list[Row]") -> dict[str, torch.Tensor]:
+        """Inputs with `labels`, B x T tokens padded on the right, other tensors as the processor stacks them.
 
         With `apart` the attention mask is B x 1 x T x T, added to the attention's scores, and there are position_ids (B x T).
+        Packed, B is 1, nothing is padded, and position_ids without a mask tell which tokens belong together.
         """
-        turns = [self._turns(sample.rounds) for sample in samples]
-        first = self.processor(text=[t[0][0] for t in turns], images=[[s.image] for s in samples])
-        rows = [self._row(list(ids), conversation) for ids, conversation in zip(first["input_ids"], turns, strict=True)]
+        if self.packed:
+            rows = [Row.joined(rows)]
         length = max(len(row.ids) for row in rows)
         batch = {
             "input_ids": _padded([row.ids for row in rows], length, self.pad),
-            "attention_mask": _padded([[1] * len(row.ids) for row in rows], length, 0),
             "labels": _padded([row.labels for row in rows], length, IGNORE),
+            "asked": _padded([row.asked for row in rows], length, len(KINDS)),
         }
-        if self.apart:
-            batch["attention_mask"] = _hidden(_padded([row.rounds for row in rows], length, -1))
+        if self.apart or self.packed:
             batch["position_ids"] = _padded([row.positions for row in rows], length, 0)
-        for key, value in first.items():
-            if key not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
-                batch[key] = value if isinstance(value, torch.Tensor) else _stack(value)
+        if not self.packed:
+            seen = [[1] * len(row.ids) for row in rows]
+            hidden = _hidden(_padded([row.rounds for row in rows], length, -1)) if self.apart else None
+            batch["attention_mask"] = _padded(seen, length, 0) if hidden is None else hidden
+        if rows[0].types:
+            batch["mm_token_type_ids"] = _padded([row.types for row in rows], length, 0)
+        for key in rows[0].image:
+            batch[key] = torch.cat([row.image[key] for row in rows])
         return batch
 
     def _turns(self, rounds: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -89,9 +141,9 @@ class Collator:
             at = 0 if self.apart else len(whole)
         return turns
 
-    def _row(self, first: list[int], turns: list[tuple[str, str]]) -> "_Row":
+    def _row(self, first: list[int], turns: list[tuple[str, str]], kinds: list[int]) -> "Row":
         """Tokens of all turns; `first` are those of the first prompt, its image included."""
-        row = _Row()
+        row = Row()
         shared = self._after_image(first) if self.apart else 0
         row.add(first[:shared], IGNORE, 0, 0)
         for number, (prompt, answer) in enumerate(turns, start=1):
@@ -103,6 +155,7 @@ class Collator:
             start = shared if self.apart else len(row.ids)
             row.add(asked, IGNORE, number, start)
             row.add(self._tokens(answer), None, number, start + len(asked))
+            row.asked += [kinds[number - 1] if kinds else len(KINDS)] * (len(row.ids) - len(row.asked))
         return row
 
     def _after_image(self, ids: list[int]) -> int:
@@ -115,13 +168,17 @@ class Collator:
 
 
 @dataclass
-class _Row:
-    """Token by token: id, label, number of the round (0 is what all share) and position."""
+class Row:
+    """Token by token: id, label, number of the round (0 is what all share), position, number of the kind of question, and the
+    type that some processors give (text or image); and the images' tensors."""
 
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+    types: list[int] = field(default_factory=list)
+    image: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, ids: list[int], label: int | None, number: int, start: int) -> None:
         """Append tokens of a round at consecutive positions; each is its own label if `label` is None."""
@@ -129,6 +186,16 @@ class _Row:
         self.labels += ids if label is None else [label] * len(ids)
         self.rounds += [number] * len(ids)
         self.positions += range(start, start + len(ids))
+
+    @classmethod
+    def joined(cls, rows: "list[Row]") -> "Row":
+        """One row after the other; each begins with a question, whose tokens have no label."""
+        whole = cls()
+        for row in rows:
+            for name in ("ids", "labels", "rounds", "positions", "asked", "types"):
+                getattr(whole, name).extend(getattr(row, name))
+        whole.image = {key: torch.cat([row.image[key] for row in rows]) for key in rows[0].image}
+        return whole
 
 
 def _padded(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
@@ -143,5 +210,9 @@ def _hidden(rounds_BT: torch.Tensor) -> torch.Tensor:  # noqa: N803
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
 
 
-def _stack(values: Any) -> torch.Tensor:
-    return torch.cat([torch.as_tensor(v)[None] if torch.as_tensor(v).dim() == 3 else torch.as_tensor(v) for v in values])
+def _tensor(values: Any) -> torch.Tensor:
+    """What a processor returned for one sample's images, one after the other."""
+    if isinstance(values, list | tuple) and values and not isinstance(values[0], int | float):
+        pieces = [_tensor(value) for value in values]
+        return torch.cat([piece[None] if piece.dim() in (0, 1, 3) else piece for piece in pieces])
+    return torch.as_tensor(values)

@@ -1,10 +1,9 @@
 """One tuning stage, from any step to its end. Under torch.distributed each worker runs it on its share of every step."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,14 +12,13 @@ from peft import PeftModel
 
 from addressvlm.config_training import Part, StageConfig
 from addressvlm.errors import InputError
-from addressvlm.models.lora import keep_statistics, train_only, trainable
-from addressvlm.models.parts import part_of
+from addressvlm.models.lora import keep_statistics, train_only
 from addressvlm.training import strategy as strategies
-from addressvlm.training.collate import Collator, sample_of
+from addressvlm.training.collate import IGNORE, KINDS, Collator
+from addressvlm.training.first_look import first_look
+from addressvlm.training.hardware import memory_gib, peak_flops
 from addressvlm.training.rows import Schedule
-from addressvlm.training.step import answer_loss, autocast, learning_rate
-
-log = logging.getLogger(__name__)
+from addressvlm.training.step import autocast, learning_rate, token_losses
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,11 @@ class Progress:
     gradient_norm: float
     samples_per_s: float
     tokens: int  # answer tokens of the step
+    tokens_per_s: float  # all tokens, padding aside
+    mfu: float | None  # share of the workers' peak, None if that is not known
+    memory_gib: float  # most that this worker had at a time
+    by_kind: dict[str, float] = field(default_factory=dict)  # loss by kind of question
+    rejected: int = 0  # rows that this worker could not use, since the stage began
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,6 +54,14 @@ class Stage:
     seed: int
 
 
+@dataclass
+class Step:
+    """A worker's share of a step: its batches and their tokens, padding aside."""
+
+    batches: list[dict[str, torch.Tensor]]
+    tokens: int
+
+
 def run(
     model: PeftModel,
     parts: dict[Part, str],
@@ -61,6 +72,7 @@ def run(
     start: int = 0,
     restore: Callable[[strategies.Strategy], None] | None = None,
     after: Callable[[Progress, strategies.Strategy], None] = lambda progress, strategy: None,
+    peak_tflops: float | None = None,
 ) -> None:
     """Train from step `start` (0 unless resumed) to the stage's last one.
 
@@ -68,42 +80,51 @@ def run(
         precision: of forward and backward pass, see `train.precision`.
         restore: loads the checkpoint of step `start` into the strategy.
         after: called on every worker after every step.
+        peak_tflops: of a worker; by default known by the GPU's name.
 
     Raises:
-        InputError: the loss is not finite, a chosen part gets no gradient, or no answer token is left to learn.
+        InputError: the loss is not finite, a chosen part gets no gradient, no answer token is left to learn, or no row can
+            be used.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, dtype = next(model.parameters()).device, model.get_base_model().dtype
     train_only(model, parts, stage.config.parts)
     model.train()
     keep_statistics(model)
-    with autocast(device, dtype, precision):
-        _freeze_unused(model, parts, collate, stage)
+    with autocast(device, dtype, precision) as context:
+        flops = first_look(model, parts, collate, stage)
+        peak = peak_flops(device, context.fast_dtype if context._enabled else torch.float32, peak_tflops)
     spread = strategies.make(strategy, model, stage.config)
     if restore:
         restore(spread)
-    for step, batches in _prefetched(collate, stage, start, rank, world):
+    for number, step in _prefetched(collate, stage, start, rank, world):
         began = time.perf_counter()
-        torch.manual_seed(_seed(stage, step, rank))
-        tokens = torch.tensor([sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)], device=device)
-        total = _sum(tokens.clone())
-        loss = torch.zeros(1, device=device)
-        for number, batch in enumerate(batches):
+        torch.manual_seed(_seed(stage, number, rank))
+        answers = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in step.batches)
+        total, tokens = _sum(torch.tensor([answers, step.tokens], device=device)).tolist()
+        sums = torch.zeros(2, len(KINDS) + 1, device=device)  # loss and tokens of each kind
+        for at, batch in enumerate(step.batches):
             with autocast(device, dtype, precision):
-                part_loss, _ = answer_loss(spread.module, {k: v.to(device) for k, v in batch.items()})
+                losses = token_losses(spread.module, {k: v.to(device) for k, v in batch.items()})
             # Workers' gradients are averaged, so each multiplies by their number: the mean is over all answer tokens.
-            spread.backward(part_loss * (world / total.item()), last=number == len(batches) - 1)
-            loss += part_loss.detach()
-        rate = learning_rate(step, stage.steps, stage.config.learning_rate, stage.config.warmup)
+            spread.backward(losses.sum() * (world / total), last=at == len(step.batches) - 1)
+            asked = batch["asked"][:, 1:][batch["labels"][:, 1:] != IGNORE].to(device)
+            sums.index_add_(1, asked, torch.stack([losses.detach(), torch.ones_like(losses)]))
+        rate = learning_rate(number, stage.steps, stage.config.learning_rate, stage.config.warmup)
         norm = spread.step(rate)
-        mean = (_sum(loss) / total).item()
-        if not mean == mean or mean == float("inf"):
+        loss, counted = _sum(sums).tolist()
+        mean = sum(loss) / total
+        if not (mean - mean == 0 and norm - norm == 0):  # neither is infinite or not a number
             raise InputError(
-                f"{stage.name}: the loss is {mean} at step {step + 1}: lower train.stages.{stage.name}.learning_rate "
-                f"({stage.config.learning_rate:g}); the last good checkpoint is kept."
+                f"{stage.name}: the loss is {mean} and the gradient's norm {norm} at step {number + 1}: lower "
+                f"train.stages.{stage.name}.learning_rate ({stage.config.learning_rate:g}); the last good checkpoint is kept."
             )
-        pace = stage.schedule.per_step / (time.perf_counter() - began)
-        after(Progress(stage.name, step + 1, stage.steps, mean, rate, norm, pace, int(total)), spread)
+        took = time.perf_counter() - began
+        pace = stage.schedule.per_step / took
+        kinds = {kind: a / b for kind, a, b in zip((*KINDS, "other"), loss, counted, strict=True) if b}
+        mfu = pace * flops / (peak * world) if peak else None
+        seen = (tokens / took, mfu, memory_gib(device), kinds, len(stage.schedule.rejected))
+        after(Progress(stage.name, number + 1, stage.steps, mean, rate, norm, pace, total, *seen), spread)
 
 
 def _seed(stage: Stage, step: int, rank: int) -> int:
@@ -117,48 +138,22 @@ def _sum(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _batches(collate: Collator, stage: Stage, step: int, rank: int, world: int) -> list[dict[str, torch.Tensor]]:
-    rows = [sample_of(stage.schedule.rows[i]) for i in stage.schedule.indices(step, rank, world)]
+def _step(collate: Collator, stage: Stage, number: int, rank: int, world: int) -> Step:
+    rows = stage.schedule.encoded(collate, number, rank, world)
     size = stage.config.batch_size
-    return [collate(rows[at : at + size]) for at in range(0, len(rows), size)]
+    if not collate.packed and len(rows) > size:  # rows of a batch are padded to the longest: let them be alike
+        rows.sort(key=lambda row: len(row.ids))
+    batches = [collate.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
+    return Step(batches, sum(len(row.ids) for row in rows))
 
 
-def _prefetched(
-    collate: Collator, stage: Stage, start: int, rank: int, world: int
-) -> Iterator[tuple[int, list[dict[str, torch.Tensor]]]]:
-    """Batches of every step, the next step's being made while this one is computed."""
+def _prefetched(collate: Collator, stage: Stage, start: int, rank: int, world: int) -> Iterator[tuple[int, Step]]:
+    """Every step's number and batches, the next step's being made while this one is computed."""
     with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(_batches, collate, stage, start, rank, world) if start < stage.steps else None
-        for step in range(start, stage.steps):
+        pending = pool.submit(_step, collate, stage, start, rank, world) if start < stage.steps else None
+        for number in range(start, stage.steps):
             assert pending is not None
-            batches = pending.result()
-            if step + 1 < stage.steps:
-                pending = pool.submit(_batches, collate, stage, step + 1, rank, world)
-            yield step, batches
-
-
-def _freeze_unused(model: PeftModel, parts: dict[Part, str], collate: Collator, stage: Stage) -> None:
-    """Freeze weights that the loss doesn't reach (LLaVA skips the vision encoder's last layer), or DDP waits for them.
-
-    Raises:
-        InputError: nothing of a chosen part is reached, or the first row has no answer to learn from.
-    """
-    batch = collate([sample_of(stage.schedule.rows[0])])
-    device = next(model.parameters()).device
-    loss, tokens = answer_loss(model, {k: v.to(device) for k, v in batch.items()})
-    if not int(tokens):
-        raise InputError(f"{stage.name}: no answer token is left to learn from: check the base model's chat template.")
-    loss.backward()
-    reached: set[Part | None] = set()
-    for name, parameter in trainable(model).items():
-        if parameter.grad is None:
-            parameter.requires_grad = False
-        else:
-            reached.add(part_of(name.replace(".modules_to_save.default", ""), parts))
-        parameter.grad = None
-    for part in stage.config.parts:
-        if part not in reached:
-            raise InputError(
-                f"{stage.name}: no gradient reaches the {part} part: take it out of train.stages.{stage.name}.parts, or "
-                "check addressvlm/models/parts.py for this model."
-            )
+            step = pending.result()
+            if number + 1 < stage.steps:
+                pending = pool.submit(_step, collate, stage, number + 1, rank, world)
+            yield number, step

@@ -2,15 +2,30 @@
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from addressvlm import tables
+from addressvlm.errors import InputError
+from addressvlm.training.collate import Sample, UnusableError, sample_of
 
 CACHED_GROUPS = 64  # row groups kept in memory
 MIXED_GROUPS = 32  # row groups whose rows are shuffled among each other; fewer than are cached
+TRIES = 16  # rows tried in place of one that can't be used
+
+
+class Table(Protocol):
+    """Rows by number, and in which order an epoch goes through them; rows are numbered from 0 to `starts[-1]`."""
+
+    starts: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray: ...
 
 
 class Rows:
@@ -20,7 +35,7 @@ class Rows:
         InputError: the split has no files.
     """
 
-    def __init__(self, folder: Path, split: str, columns: tuple[str, ...] = ("image", "rounds")) -> None:
+    def __init__(self, folder: Path, split: str, columns: tuple[str, ...] = ("id", "image", "rounds")) -> None:
         self.files = [pq.ParquetFile(path) for path in tables.files(folder, split)]
         self.columns = list(columns)
         self.groups = [
@@ -55,17 +70,88 @@ class Rows:
         return np.concatenate(order)
 
 
-class Schedule:
-    """Cuts the endless stream of shuffled epochs into steps and hands each worker its share."""
+class Mix:
+    """Several tables as one, whose epoch goes `weight` times through each, all shuffled together (paper 001, Table 4)."""
 
-    def __init__(self, rows: Rows, per_step: int, seed: int) -> None:
+    def __init__(self, parts: list[tuple[Table, float]]) -> None:
+        self.tables = [table for table, _ in parts]
+        self.counts = [max(1, round(weight * len(table))) if len(table) else 0 for table, weight in parts]
+        self.starts = np.cumsum([0, *(len(table) for table in self.tables)])
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        table = int(np.searchsorted(self.starts, index, side="right") - 1)
+        return self.tables[table][index - int(self.starts[table])]
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """Every table's own endless order, cut into its share of an epoch; which table is next is drawn."""
+        turns = np.random.default_rng([seed, epoch, len(self.tables)]).permutation(
+            np.repeat(np.arange(len(self.tables)), self.counts)
+        )
+        order = np.empty_like(turns)
+        for number, (table, count) in enumerate(zip(self.tables, self.counts, strict=True)):
+            if count:
+                order[turns == number] = self.starts[number] + _stretch(table, seed, epoch * count, count)
+        return order
+
+
+def _stretch(table: Table, seed: int, start: int, count: int) -> np.ndarray:
+    """Rows `start` to `start + count` of a table's endless sequence of epochs."""
+    first, last = start // len(table), (start + count - 1) // len(table)
+    whole = np.concatenate([table.epoch(seed, epoch) for epoch in range(first, last + 1)])
+    return whole[start - first * len(table) :][:count]
+
+
+class Schedule:
+    """Cuts the endless stream of shuffled epochs into steps and hands each worker its share.
+
+    Attributes:
+        rejected: id (or number) of a row that can't be used -> why; another is taken in its place.
+    """
+
+    def __init__(self, rows: Table, per_step: int, seed: int) -> None:
         self.rows, self.per_step, self.seed = rows, per_step, seed
+        self.rejected: dict[str, str] = {}
         self._epochs: dict[int, np.ndarray] = {}
 
     def indices(self, step: int, rank: int = 0, world: int = 1) -> list[int]:
         """Row numbers of worker `rank` of `world` at `step`; all workers' together are the step's `per_step` rows."""
         at = range(step * self.per_step, (step + 1) * self.per_step)
         return [self._row(position) for position in at[rank::world]]
+
+    def encoded(self, collate: Any, step: int, rank: int = 0, world: int = 1) -> list[Any]:
+        """What `collate.encode` makes of the worker's rows at a step.
+
+        A row that can't be used is replaced by one that is drawn from seed and position alone.
+
+        Raises:
+            InputError: none of `TRIES` rows can be used.
+        """
+        return [self._usable(collate, index, number) for number, index in enumerate(self.indices(step, rank, world))]
+
+    def _usable(self, collate: Any, index: int, number: int) -> Any:
+        tried = index
+        for attempt in range(TRIES + 1):
+            try:
+                return collate.encode(self.sample(tried))
+            except UnusableError as why:
+                self.rejected.setdefault(str(self.rows[tried].get("id", tried)), str(why))
+            tried = int(np.random.default_rng([self.seed, index, number, attempt]).integers(self.rows.starts[-1]))
+        name, reason = next(iter(self.rejected.items()))
+        raise InputError(
+            f"none of {TRIES + 1} training rows tried one after the other can be used (row {name}: {reason}): look at the "
+            "photos and prepare the data again."
+        )
+
+    def sample(self, index: int) -> Sample:
+        """The sample of a row.
+
+        Raises:
+            UnusableError: its image can't be decoded, or it has no rounds.
+        """
+        return sample_of(self.rows[index])
 
     def _row(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.rows))

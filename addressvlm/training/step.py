@@ -1,26 +1,48 @@
 """The loss and the learning rate of a step."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from addressvlm.config_training import StageConfig
+from addressvlm.models.lora import trainable
+from addressvlm.models.parts import part_of, parts_of
 from addressvlm.training.collate import IGNORE
 
 
 def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy over the answer tokens of a batch and their number.
+    """Summed cross-entropy over the answer tokens of a batch and their number."""
+    losses = token_losses(model, batch)
+    return losses.sum(), torch.tensor(len(losses))
 
-    Logits are computed only at columns where some row has an answer: with a 50k vocabulary they are the largest tensor.
+
+def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy of every answer token of a batch, (tokens,), in the order of `batch["labels"]`.
+
+    Logits are computed only of the tokens before an answer's: with a 50k vocabulary they are the largest tensor.
     """
-    labels = batch["labels"]
-    wanted = (labels[:, 1:] != IGNORE).any(0).nonzero().squeeze(1)
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs, use_cache=False, logits_to_keep=wanted).logits.float()
-    targets = labels[:, 1:][:, wanted]
-    total = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORE, reduction="sum")
-    return total, (targets != IGNORE).sum()
+    labels = batch["labels"][:, 1:]
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "asked")}
+    with head_at(model, labels != IGNORE):
+        logits = model(**inputs, use_cache=False).logits.float()
+    return F.cross_entropy(logits, labels[labels != IGNORE], reduction="none")
+
+
+@contextmanager
+def head_at(model: Any, chosen_BT: torch.Tensor) -> Iterator[None]:  # noqa: N803
+    """Within it the model's logits are those of the chosen ones of the first T tokens only, (chosen, vocabulary)."""
+    while hasattr(model, "module"):  # of DistributedDataParallel or DeepSpeed
+        model = model.module
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0][:, : chosen_BT.shape[1]][chosen_BT],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def autocast(device: torch.device, weights: torch.dtype, precision: str) -> torch.autocast:
@@ -48,3 +70,22 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     if step < warm:
         return peak * (step + 1) / warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def parameter_groups(model: Any, stage: StageConfig) -> list[dict[str, Any]]:
+    """What learns, for an optimizer: one group a learning rate, `share` being that rate by the stage's own."""
+    if not stage.learning_rates:
+        return [{"params": list(trainable(model).values()), "share": 1.0}]
+    parts = parts_of(model.get_base_model())
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in trainable(model).items():
+        part = part_of(name.replace(".modules_to_save.default", ""), parts)
+        rate = stage.learning_rates.get(part, stage.learning_rate) if part else stage.learning_rate
+        groups.setdefault(rate / stage.learning_rate, []).append(parameter)
+    return [{"params": parameters, "share": share} for share, parameters in groups.items()]
+
+
+def set_rate(optimizer: Any, rate: float) -> None:
+    """Give every group of `parameter_groups` its rate at a step whose own is `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["share"]

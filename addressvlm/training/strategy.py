@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from addressvlm.config_training import StageConfig
 from addressvlm.models.lora import adapter_state, load_adapter_state, trainable
+from addressvlm.training.step import parameter_groups, set_rate
 
 BETAS = (0.9, 0.999)
 
@@ -38,7 +39,7 @@ class Ddp:
     def __init__(self, model: PeftModel, stage: StageConfig) -> None:
         self.model, self.clip = model, stage.clip
         self.parameters = list(trainable(model).values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=BETAS, weight_decay=stage.weight_decay)
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, stage), lr=0.0, betas=BETAS, weight_decay=stage.weight_decay)
         self.shared = dist.is_initialized() and dist.get_world_size() > 1
         self.module: Any = DistributedDataParallel(model) if self.shared else model
 
@@ -50,8 +51,7 @@ class Ddp:
             loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self.optimizer, learning_rate)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -73,7 +73,7 @@ class Zero2:
     def __init__(self, model: PeftModel, stage: StageConfig) -> None:
         import deepspeed
 
-        optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.0, betas=BETAS, weight_decay=stage.weight_decay)
+        optimizer = torch.optim.AdamW(parameter_groups(model, stage), lr=0.0, betas=BETAS, weight_decay=stage.weight_decay)
         self.module, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -93,8 +93,7 @@ class Zero2:
         self.module.backward(loss * self.accumulate)  # DeepSpeed divides by it, the loop has done so already
 
     def step(self, learning_rate: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self.optimizer, learning_rate)
         self.module.step()
         return float(self.module.get_global_grad_norm() or 0.0)
 

@@ -3,27 +3,33 @@
 import json
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from tensorboardX import SummaryWriter
 
+from addressvlm import tables
+from addressvlm.addresses import Gazetteer, joined
 from addressvlm.config import Config
-from addressvlm.config_training import SystemConfig
+from addressvlm.config_training import Data, Part, SystemConfig
 from addressvlm.errors import InputError
 from addressvlm.models import load
-from addressvlm.models.base import one_dimensional
+from addressvlm.models.base import context_of, one_dimensional, packs
+from addressvlm.models.card import write_cards
 from addressvlm.models.lora import attach, export
-from addressvlm.run import Run
+from addressvlm.run import Run, slug
 from addressvlm.training import loop
 from addressvlm.training.collate import Collator
-from addressvlm.training.rows import Rows, Schedule, steps_of
+from addressvlm.training.journal import Journal
+from addressvlm.training.rows import Mix, Rows, Schedule, Table, steps_of
 from addressvlm.training.strategy import Strategy
+from addressvlm.training.validation import Validation
 
+MANY = 8  # convolutions of a vision encoder that is made of them; a transformer has one
 Report = Callable[[dict[str, Any], Path], None]
 
 
@@ -33,14 +39,10 @@ def stages_of(config: Config, system: SystemConfig, world: int) -> list[loop.Sta
     Raises:
         InputError: a stage's table is missing or empty.
     """
-    run = Run(config)
-    folders = {"alignment": run.alignment, "photos": run.photos}
     stages = []
     for number, name in enumerate(system.stages):
         stage = config.train.stages[name]
-        rows = Rows(folders[stage.data], "train")
-        if not len(rows):
-            raise InputError(f"{folders[stage.data]} has no training rows: prepare a city with more places.")
+        rows = table_of(config, stage.tables)
         per_step = stage.batch_size * stage.accumulate * world
         steps = steps_of(len(rows), per_step, stage.epochs, stage.max_steps)
         seed = config.seed * 101 + number
@@ -51,34 +53,27 @@ def stages_of(config: Config, system: SystemConfig, world: int) -> list[loop.Sta
     return stages
 
 
-class Journal:
-    """Rank 0's account of the training: `loss.jsonl`, TensorBoard events and a line every few seconds."""
+def cities_of(config: Config) -> list[tuple[Run, float]]:
+    """The runs whose tables are learnt from, and how many epochs of each are in one."""
+    names = config.train.cities or {config.name: 1.0}
+    return [(Run(config.model_copy(update={"name": name})), weight) for name, weight in names.items()]
 
-    def __init__(self, folder: Path, system: str, done: int, total: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "loss.jsonl"
-        lines = self.path.read_text().splitlines()[:done] if self.path.is_file() else []
-        self.path.write_text("".join(f"{line}\n" for line in lines))
-        self.board = SummaryWriter(str(folder / "tensorboard"))
-        self.system, self.done, self.first, self.total = system, done, done, total
-        self.began = self.shown = time.monotonic()
 
-    def note(self, progress: loop.Progress) -> None:
-        """Record one step."""
-        self.done += 1
-        with self.path.open("a") as out:
-            out.write(json.dumps(progress.as_dict()) + "\n")
-        for key in ("loss", "learning_rate", "gradient_norm", "samples_per_s"):
-            self.board.add_scalar(f"{progress.stage}/{key}", getattr(progress, key), progress.step)
-        now = time.monotonic()
-        if now - self.shown >= 5 or self.done in (self.first + 1, self.total):
-            self.shown = now
-            left = (now - self.began) / (self.done - self.first) * (self.total - self.done)
-            print(
-                f"train: {self.system}: {progress.stage} step {progress.step}/{progress.steps}, loss {progress.loss:.3f}, "
-                f"{progress.samples_per_s:.1f} photos/s, {left:.0f} s left",
-                flush=True,
-            )
+def table_of(config: Config, kinds: Sequence[Data]) -> Table:
+    """The training rows of some kinds in all cities.
+
+    Raises:
+        InputError: one of the tables is missing or empty.
+    """
+    found: list[tuple[Table, float]] = []
+    for run, weight in cities_of(config):
+        for kind in kinds:
+            folder: Path = getattr(run, kind)
+            rows = Rows(folder, "train")
+            if not len(rows):
+                raise InputError(f"{folder} has no training rows: prepare a city with more places.")
+            found.append((rows, weight))
+    return found[0][0] if len(found) == 1 and found[0][1] == 1 else Mix(found)
 
 
 def train_system(
@@ -99,19 +94,19 @@ def train_system(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     stages = stages_of(config, system, world)
     base, processor = load(config.model.base, config.model.dtype, config.model.trust_remote_code)
-    torch.manual_seed(config.seed)  # of LoRA's random halves
-    model, parts = attach(base, config.model)
+    model, parts, packed = equip(base, config, torch.device(device))
     crowded = next((stage.name for stage in stages if stage.config.rounds == "apart"), None)
     if crowded and not one_dimensional(base):
         raise InputError(
             f"train.stages.{crowded}.rounds is apart, which {config.model.base}'s positions by image row and column do not "
             "allow: set it to conversation."
         )
-    model.to(device)
+    validation = Validation(config, processor) if config.train.validate_every else None
     at = json.loads((checkpoint / "position.json").read_text()) if checkpoint else {"stage": 0, "step": 0}
     done = sum(s.steps for s in stages[: at["stage"]]) + at["step"]
     total = sum(s.steps for s in stages)
-    journal = Journal(run.training / run.model(name).name, name, done, total) if rank == 0 else None
+    folder = run.training / run.model(name).name
+    journal = Journal(folder, name, done, total, config.train.trackers, config.name) if rank == 0 else None
     if journal and done:
         print(f"train: {name}: going on after step {done} of {total}", flush=True)
 
@@ -127,7 +122,12 @@ def train_system(
         def after(progress: loop.Progress, strategy: Strategy, number: int = number) -> None:
             if journal:
                 journal.note(progress)
-            if progress.step % config.train.checkpoint_every and progress.step != progress.steps:
+            every, last = config.train.validate_every, progress.step == progress.steps
+            if validation and every and (progress.step % every == 0 or last):
+                found = validation(model)
+                if journal:
+                    journal.validated(progress.stage, progress.step, found)
+            if progress.step % config.train.checkpoint_every and not last:
                 return
             with tempfile.TemporaryDirectory() as folder:
                 strategy.save(Path(folder))
@@ -138,18 +138,60 @@ def train_system(
 
         start = at["step"] if resumed else 0
         how = config.train.strategy, config.train.precision
-        collate = Collator(processor, stage.config.rounds == "apart")
-        loop.run(model, parts, collate, stage, *how, start, restore if resumed else None, after)
+        collate = Collator(processor, stage.config.rounds == "apart", packed, context_of(base))
+        peak = config.train.peak_tflops
+        loop.run(model, parts, collate, stage, *how, start, restore if resumed else None, after, peak)
+    rejected = _rejected(stages)
     if rank == 0:
-        save(config, model, run.model(name))
+        _write_rejects(run, name, rejected)
+        save(config, model, name)
 
 
-def save(config: Config, model: Any, folder: Path) -> None:
-    """Write `adapter` and `merged` below a temporary folder, then put it in place at once."""
+def equip(base: Any, config: Config, device: torch.device) -> tuple[Any, dict[Part, str], bool]:
+    """The base with its adapter on a device, laid out for training there; its parts; whether rows are to be packed.
+
+    Raises:
+        InputError: the base's parts can't be named, or it can't be packed and shall be.
+    """
+    packed = packs(base, config.train.packing, device, config.model.base)
+    torch.manual_seed(config.seed)  # of LoRA's random halves
+    model, parts = attach(base, config.model)
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in base.get_submodule(parts["vision"]).modules())
+    if device.type == "cpu" and convolutions > MANY:
+        model.to(memory_format=torch.channels_last)  # a quarter off a ResNet's time
+    return model.to(device), parts, packed
+
+
+def _rejected(stages: list[loop.Stage]) -> dict[str, str]:
+    """Rows that some worker could not use, and why; every worker calls it."""
+    mine = {row: why for stage in stages for row, why in stage.schedule.rejected.items()}
+    of_all: list[Any] = [mine]
+    if dist.is_initialized():
+        of_all = [None] * dist.get_world_size()
+        dist.all_gather_object(of_all, mine)
+    return {row: why for of_one in of_all for row, why in sorted(of_one.items())}
+
+
+def _write_rejects(run: Run, system: str, rejected: dict[str, str]) -> None:
+    """Rows left out go where those of the other steps go."""
+    file = run.rejects / f"train-{slug(system)}.parquet"
+    file.unlink(missing_ok=True)
+    if rejected:
+        run.rejects.mkdir(parents=True, exist_ok=True)
+        rows = [{"file": None, "row": None, "id": row, "reason": why} for row, why in rejected.items()]
+        pq.write_table(pa.Table.from_pylist(rows, schema=tables.REJECTS), file)
+        print(f"train: {system}: {len(rows):,} rows were left out: see {file}", flush=True)
+
+
+def save(config: Config, model: Any, system: str) -> None:
+    """Write `adapter` and `merged`, each with its card, below a temporary folder, then put it in place at once."""
+    folder = Run(config).model(system)
     partial = folder.with_name(folder.name + ".partial")
+    model.to(memory_format=torch.contiguous_format)
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial / "adapter")
     export(partial / "adapter", config.model, partial / "merged")
-    shutil.copy(Run(config).gazetteer, partial / "merged" / "gazetteer.geojson")
+    joined([Gazetteer.load(run.gazetteer) for run, _ in cities_of(config)]).save(partial / "merged" / "gazetteer.geojson")
+    write_cards(config, system, partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -1,0 +1,61 @@
+"""One row through the model before a stage begins: what the loss doesn't reach, and what a row costs."""
+
+from typing import Any
+
+from peft import PeftModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from addressvlm.config_training import Part
+from addressvlm.errors import InputError
+from addressvlm.models.lora import trainable
+from addressvlm.models.parts import part_of
+from addressvlm.training.collate import Collator
+from addressvlm.training.step import answer_loss
+
+
+def first_look(model: PeftModel, parts: dict[Part, str], collate: Collator, stage: Any) -> int:
+    """Freeze weights that the loss doesn't reach (LLaVA skips the vision encoder's last layer), or DDP waits for them.
+
+    Returns:
+        Floating-point operations of forward and backward pass of one row: its matrix products and convolutions, two for each
+        multiplication and addition. It is the work that is useful, whatever is computed twice to save memory.
+
+    Raises:
+        InputError: nothing of a chosen part is reached, the first row has no answer to learn from, or the processor writes
+            another number of image tokens than the model has features.
+    """
+    batch = collate.batch(stage.schedule.encoded(collate, 0)[:1])
+    device = next(model.parameters()).device
+    with FlopCounterMode(display=False) as counter:
+        try:
+            loss, tokens = answer_loss(model, {k: v.to(device) for k, v in batch.items()})
+        except ValueError as error:
+            raise _mismatch(error, stage.name) or error from error
+        if not int(tokens):
+            raise InputError(f"{stage.name}: no answer token is left to learn from: check the base model's chat template.")
+        loss.backward()
+    reached: set[Part | None] = set()
+    for name, parameter in trainable(model).items():
+        if parameter.grad is None:
+            parameter.requires_grad = False
+        else:
+            reached.add(part_of(name.replace(".modules_to_save.default", ""), parts))
+        parameter.grad = None
+    for part in stage.config.parts:
+        if part not in reached:
+            raise InputError(
+                f"{stage.name}: no gradient reaches the {part} part: take it out of train.stages.{stage.name}.parts, or "
+                "check addressvlm/models/parts.py for this model."
+            )
+    return counter.get_total_flops()
+
+
+def _mismatch(error: ValueError, stage: str) -> InputError | None:
+    """The sentence for a processor that doesn't fit its model."""
+    sentence = " ".join(str(error).split())
+    if "image" not in sentence.lower() or "token" not in sentence.lower():
+        return None
+    return InputError(
+        f"{stage}: the base model and its processor disagree on the number of image tokens ({sentence[:160]}): check "
+        "patch_size, vision_feature_select_strategy and num_additional_image_tokens in processor_config.json."
+    )

@@ -1,0 +1,97 @@
+"""Rank 0's account of a training: `loss.jsonl`, TensorBoard events, trackers that were asked for, a line every few seconds."""
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from addressvlm.errors import InputError
+from addressvlm.training.loop import Progress
+
+Track = Callable[[dict[str, float], int], None]
+SHOWN = ("loss", "learning_rate", "gradient_norm", "samples_per_s", "tokens_per_s", "mfu", "memory_gib")
+EVERY_S = 5.0  # between lines
+
+
+class Journal:
+    """What a run has learnt so far; a resumed run goes on with it."""
+
+    def __init__(self, folder: Path, system: str, done: int, total: int, trackers: Sequence[str] = (), run: str = "") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "loss.jsonl"
+        lines = self.path.read_text().splitlines()[:done] if self.path.is_file() else []
+        self.path.write_text("".join(f"{line}\n" for line in lines))
+        self.board = SummaryWriter(str(folder / "tensorboard"))
+        self.system, self.done, self.first, self.total = system, done, done, total
+        self.tracks = [tracker(name, run, system) for name in trackers]
+        self.began = self.shown = time.monotonic()
+
+    def note(self, progress: Progress) -> None:
+        """Record one step."""
+        self.done += 1
+        with self.path.open("a") as out:
+            out.write(json.dumps(progress.as_dict()) + "\n")
+        values = {key: value for key in SHOWN if (value := getattr(progress, key)) is not None}
+        values |= {f"loss of {kind}": loss for kind, loss in progress.by_kind.items()}
+        self._write(progress.stage, values, progress.step)
+        now = time.monotonic()
+        if now - self.shown >= EVERY_S or self.done in (self.first + 1, self.total):
+            self.shown = now
+            print(f"train: {self.system}: {self._line(progress, now)}", flush=True)
+
+    def validated(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Record what validation found after a step."""
+        self._write(f"{stage}/val", dict(metrics), step)
+        with self.path.with_name("validation.jsonl").open("a") as out:
+            out.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
+        told = ", ".join(
+            f"{name} {100 * value:.1f} %" for name, value in metrics.items() if name in ("A_d", "A_s", "A", "A_ds")
+        )
+        print(f"train: {self.system}: {stage} step {step}, validation {told}", flush=True)
+
+    def _write(self, group: str, values: dict[str, float], step: int) -> None:
+        for key, value in values.items():
+            self.board.add_scalar(f"{group}/{key}", value, step)
+        for track in self.tracks:
+            track({f"{group}/{key}": value for key, value in values.items()}, self.done)
+
+    def _line(self, progress: Progress, now: float) -> str:
+        left = (now - self.began) / (self.done - self.first) * (self.total - self.done)
+        share = "" if progress.mfu is None else f", {100 * progress.mfu:.1f} % of peak"
+        bad = f", {progress.rejected:,} rows left out" if progress.rejected else ""
+        return (
+            f"{progress.stage} step {progress.step}/{progress.steps}, loss {progress.loss:.3f}, "
+            f"{progress.samples_per_s:.1f} photos/s, {progress.tokens_per_s:,.0f} tokens/s{share}, "
+            f"{progress.memory_gib:.1f} GiB{bad}, {left:.0f} s left"
+        )
+
+
+def tracker(name: str, run: str, system: str) -> Track:
+    """Where to send metrics beside TensorBoard: `mlflow` or `wandb`, set up by their own environment variables.
+
+    Raises:
+        InputError: it is not installed, or can't be begun.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise InputError(f"train.trackers names {name}, which is not installed: pip install {name}, or take it out.")
+    client: Any = importlib.import_module(name)
+    title = f"{run}: {system}"
+    try:
+        if name == "mlflow":
+            client.set_experiment("addressvlm")
+            client.start_run(run_name=title)
+            return lambda values, step: client.log_metrics({_plain(k): v for k, v in values.items()}, step=step)
+        session = client.init(project="addressvlm", name=title)
+    except Exception as error:  # each has its own
+        raise InputError(f"{name} can't be begun ({' '.join(str(error).split())[:200]}): set it up, or take it out of "
+                         "train.trackers.") from error  # fmt: skip
+    return lambda values, step: session.log(values, step=step)
+
+
+def _plain(name: str) -> str:
+    """MLflow takes no brackets, commas or the like in names."""
+    return "".join(c if c.isalnum() or c in "_-./ " else "_" for c in name)

@@ -1,0 +1,165 @@
+"""What a training will take, before it is begun: parameters, tokens, memory, operations, time. Needs no GPU and no weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from addressvlm.config import Config
+from addressvlm.config_training import Part, StageConfig, SystemConfig
+from addressvlm.errors import InputError
+from addressvlm.models.base import context_of, locate
+from addressvlm.models.lora import attach, train_only
+from addressvlm.models.parts import part_of
+from addressvlm.questions import templates
+from addressvlm.training.collate import IGNORE, Collator, Row, Sample, UnusableError, sample_of
+from addressvlm.training.outline import Cost, cost_of
+from addressvlm.training.rows import Table, steps_of
+from addressvlm.training.system import table_of
+
+LOOKED_AT = 64  # rows of a table whose tokens are counted
+GIB = 2**30
+SPARE = 1.05  # fragmentation, buffers of the libraries
+
+
+@dataclass
+class StagePlan:
+    """One stage on one worker; bytes, operations and steps."""
+
+    name: str
+    trained: dict[Part, int]
+    rows: int | None  # of an epoch, None if the data is not there yet
+    steps: int | None
+    tokens: float  # of a mean row
+    longest: int
+    rows_per_step: int  # of all workers
+    flops: float  # of a mean row, both passes
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float  # of one batch
+
+    @property
+    def memory(self) -> float:
+        """Bytes that a worker needs."""
+        return SPARE * (self.weights + self.gradients + self.optimizer + self.activations)
+
+    def seconds(self, peak: float, workers: int, mfu: float) -> float | None:
+        """At a share `mfu` of the workers' peak operations a second."""
+        return None if self.steps is None else self.steps * self.rows_per_step * self.flops / (mfu * peak * workers)
+
+
+@dataclass
+class Outline:
+    """A base model without weights, with its adapter and its processor."""
+
+    model: Any
+    parts: dict[Part, str]
+    processor: Any
+    totals: dict[Part, int]  # parameters of each part of the base
+
+
+def outline(config: Config) -> Outline:
+    """Read the base model's config.json and processor files, and nothing of its weights.
+
+    Raises:
+        InputError: they are not in the folder, or not at hand offline.
+    """
+    where = locate(config.model.base)
+    options = {"trust_remote_code": config.model.trust_remote_code}
+    try:
+        described = AutoConfig.from_pretrained(where, **options)
+        processor = AutoProcessor.from_pretrained(where, backend="pil", **options)
+        with torch.device("meta"):
+            base = AutoModelForImageTextToText.from_config(described, dtype=getattr(torch, config.model.dtype), **options)
+            model, parts = attach(base, config.model)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise InputError(
+            f"a plan for '{config.model.base}' needs its config.json and processor files, not its weights "
+            f"({' '.join(str(error).split())[:200]}): fetch those, or unset HF_HUB_OFFLINE."
+        ) from error
+    totals: dict[Part, int] = dict.fromkeys(parts, 0)
+    for name, weights in model.get_base_model().named_parameters():
+        if "lora_" not in name and ".modules_to_save." not in name:
+            totals[part_of(name, parts) or "llm"] += weights.numel()  # the head, wherever it is, is the language model's
+    return Outline(model, parts, processor, totals)
+
+
+def plan(config: Config, system: SystemConfig, base: Outline, photos: int | None = None, cpu: bool = False) -> list[StagePlan]:
+    """The stages of a system.
+
+    Args:
+        photos: rows of a table that is not there yet.
+        cpu: activations as on a CPU, where plain attention keeps a number for each pair of tokens.
+    """
+    return [_stage(config, name, base, photos, cpu) for name in system.stages]
+
+
+def _stage(config: Config, name: str, base: Outline, photos: int | None, cpu: bool) -> StagePlan:
+    stage, world = config.train.stages[name], config.train.workers
+    try:
+        table: Table | None = table_of(config, stage.tables)
+    except InputError:
+        table = None
+    found = _rows(config, stage, base, table)
+    mean = sum(len(row.ids) for row in found) / len(found)
+    longest = max(found, key=lambda row: len(row.ids))
+    answers = sum(label != IGNORE for row in found for label in row.labels) / len(found)
+    train_only(base.model, base.parts, stage.parts)
+    cost = cost_of(base.model, base.parts, longest.image, len(longest.ids), round(answers))
+    count = len(table) if table is not None else photos and photos * len(stage.tables)
+    per_step = stage.batch_size * stage.accumulate * world
+    trained: dict[Part, int] = dict.fromkeys(base.parts, 0)
+    adapter = weights = 0
+    for path, parameter in base.model.named_parameters():
+        weights += parameter.numel() * parameter.itemsize
+        if parameter.requires_grad:
+            trained[part_of(path.replace(".modules_to_save.default", ""), base.parts) or "llm"] += parameter.numel()
+            adapter += parameter.numel()
+    shared = world if config.train.strategy != "ddp" else 1  # ZeRO cuts gradients and optimizer state among workers
+    return StagePlan(
+        name,
+        trained,
+        count,
+        steps_of(count, per_step, stage.epochs, stage.max_steps) if count else stage.max_steps,
+        mean,
+        len(longest.ids),
+        per_step,
+        cost.flops * mean / len(longest.ids),
+        weights,
+        4.0 * adapter / shared,
+        8.0 * adapter / shared,
+        stage.batch_size * kept_bytes(cost, config, cpu),
+    )
+
+
+def kept_bytes(cost: Cost, config: Config, cpu: bool) -> float:
+    """Activations of a row."""
+    size = 4 if config.model.dtype == "float32" else 2
+    return cost.kept + (cost.pairs * size if cpu else 0.0)
+
+
+def _rows(config: Config, stage: StageConfig, base: Outline, table: Table | None) -> list[Row]:
+    """Encoded rows of the table, or a made-up one where it is not there yet."""
+    collate = Collator(base.processor, stage.rounds == "apart", context=context_of(base.model.get_base_model()))
+    samples: Sequence[Sample]
+    if table is None:
+        side = config.tiles.pixels
+        asked = templates("street", "choice")[0].format(options="; ".join(["Forbes Avenue"] * 4))
+        rounds = config.city.rounds if "photos" in stage.tables else 1
+        answer = "Forbes Avenue, Oakland" if "photos" in stage.tables else "Forbes Avenue runs there. " * 12
+        return [collate.encode(Sample(Image.new("RGB", (side, side)), [(asked, answer)] * rounds))]
+    last = int(table.starts[-1])
+    found = []
+    for index in range(0, last, max(1, last // LOOKED_AT)):
+        try:
+            samples = [sample_of(table[index])]
+            found.append(collate.encode(samples[0]))
+        except UnusableError:
+            continue
+    if not found:
+        raise InputError("none of the training rows looked at can be used: look at the photos and prepare the data again.")
+    return found

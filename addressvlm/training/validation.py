@@ -1,0 +1,64 @@
+"""The metrics of evaluation on a few photos of the split `val`, asked of the model as it stands in the middle of training."""
+
+import random
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from addressvlm import tables
+from addressvlm.addresses import Gazetteer
+from addressvlm.config import Config
+from addressvlm.evaluation.asking import COLUMNS, ask, judged
+from addressvlm.evaluation.metrics import score
+from addressvlm.evaluation.parsing import Judge
+from addressvlm.inference import Localizer
+from addressvlm.models.base import locate
+from addressvlm.models.lora import keep_statistics
+from addressvlm.run import Run
+
+FEWEST_RESAMPLES = 1  # intervals are left to evaluation
+
+
+class Validation:
+    """Asks all questions of `train.validate_photos` photos, each worker those of its share.
+
+    Raises:
+        InputError: the run has no photos of the split `val`.
+    """
+
+    def __init__(self, config: Config, processor: Any) -> None:
+        run = Run(config)
+        ids = sorted(tables.read(run.photos, "val", ["id"])["id"].to_pylist())
+        drawn = set(random.Random(config.seed).sample(ids, min(config.train.validate_photos, len(ids))))
+        self.photos = [row for row in tables.rows(run.photos, "val", COLUMNS) if row["id"] in drawn]
+        gazetteer = Gazetteer.load(run.gazetteer)
+        self.judge = Judge(gazetteer.streets, gazetteer.districts, gazetteer.variants)
+        self.config, self.processor = config, processor
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """The metrics that were asked about, shares between 0 and 1; every worker calls it and gets the same."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        device = str(next(model.parameters()).device)
+        asked = self.config.evaluate.model_copy(update={"answers": "free", "temperature": 0.0})
+        side = self.processor.tokenizer.padding_side
+        model.eval()
+        try:
+            localizer = Localizer(locate(self.config.model.base), device, loaded=(model.get_base_model(), self.processor))
+            with torch.inference_mode():
+                rows = [row for batch in ask(localizer, self.photos[rank::world], asked, 0) for row in batch]
+        finally:
+            self.processor.tokenizer.padding_side = side
+            model.train()
+            keep_statistics(model)
+        answers = _gathered(judged(rows, self.judge), world)
+        found = score(answers, FEWEST_RESAMPLES)
+        return {name: float(cell["value"]) for name, cell in found.items() if cell["value"] is not None}
+
+
+def _gathered(rows: list[Any], world: int) -> list[Any]:
+    if world == 1:
+        return rows
+    of_all: list[Any] = [None] * world
+    dist.all_gather_object(of_all, rows)
+    return [row for of_one in of_all for row in of_one]

@@ -1,0 +1,270 @@
+"""A tuning step of this repository against TRL's SFTTrainer and the Hugging Face Trainer, on the same rows in turn.
+
+    pip install trl
+    python benchmarks/training.py my_city.yaml                      # samples/s and losses, three seeds
+    python benchmarks/training.py my_city.yaml --growth             # time per step against rounds, images and workers
+    python benchmarks/training.py my_city.yaml --memory             # the plan's memory against what a step took
+
+The run must have photos (`python ray_jobs/prepare.py`). All sides have the same base, adapter, rows, batches, optimizer,
+schedule, precision and loss (on the answers). TRL is used as it recommends for images: gradient checkpointing (its default),
+`assistant_only_loss`, no truncation; the Trainer pads our rows and masks our labels. On CPUs seconds of processor time count.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from addressvlm.config import Config, load
+from addressvlm.models import load as load_model
+from addressvlm.models.lora import keep_statistics, lora_config, train_only
+from addressvlm.models.parts import parts_of
+from addressvlm.training import loop
+from addressvlm.training.collate import Collator, sample_of
+from addressvlm.training.plan import GIB, outline, plan
+from addressvlm.training.rows import Schedule
+from addressvlm.training.system import equip, table_of
+
+WARM = 1  # steps that are not timed
+# TRL finds the answers by what is between `generation` marks; this is ChatML, for other bases write theirs.
+GENERATION = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{{ '<|im_end|>\n' }}{% endgeneration %}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class Clock(TrainerCallback):
+    """Processor seconds and loss of every step of a Trainer."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.last = time.process_time()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        if not self.seconds:
+            self.last = time.process_time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        now = time.process_time()
+        self.seconds.append(now - self.last)
+        self.last = now
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+class Bench:
+    """One stage of a run, cut to a number of steps."""
+
+    def __init__(self, config: Config, stage: str, steps: int, rows: int, frozen: bool) -> None:
+        parts = ["adapter", "llm"] if frozen else ["vision", "adapter", "llm"]
+        whole = config.train.stages[stage]
+        self.stage = whole.model_copy(update={"batch_size": rows, "accumulate": 1, "rounds": "conversation", "parts": parts})
+        self.config, self.steps, self.rows = config, steps, rows
+        self.table = table_of(config, self.stage.tables)
+
+    def order(self, seed: int) -> list[int]:
+        """The rows of all steps."""
+        schedule = Schedule(self.table, self.rows, seed)
+        return [row for step in range(self.steps) for row in schedule.indices(step)]
+
+    def base(self, seed: int) -> tuple[Any, Any]:
+        torch.manual_seed(seed)
+        return load_model(self.config.model.base, self.config.model.dtype)
+
+    def ours(self, seed: int) -> Clock:
+        base, processor = self.base(seed)
+        model, parts, packed = equip(base, self.config.model_copy(update={"seed": seed}), torch.device("cpu"))
+        clock = Clock()
+        stage = loop.Stage("bench", self.stage, Schedule(self.table, self.rows, seed), self.steps, seed)
+
+        def after(progress: loop.Progress, strategy: Any) -> None:
+            clock.on_step_end()
+            clock.losses.append(progress.loss)
+
+        precision = self.config.train.precision
+        loop.run(model, parts, Collator(processor, packed=packed), stage, "ddp", precision, after=after)
+        return clock
+
+    def trainer(self, seed: int) -> Clock:
+        model, processor = self._tuned(seed)
+        collate = Collator(processor)
+
+        def batch(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            made = collate([sample_of(self.table[row["row"]]) for row in rows])
+            return {key: value for key, value in made.items() if key != "asked"}
+
+        rows: Any = [{"row": row} for row in self.order(seed)]
+        return self._train(Trainer, TrainingArguments, seed, model=model, train_dataset=rows, data_collator=batch)
+
+    def trl(self, seed: int) -> Clock:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        model, processor = self._tuned(seed)
+        processor.chat_template = GENERATION
+        processor.tokenizer.backend = "tokenizers"  # loaded with backend="pil", it takes that for its own
+        samples = [sample_of(self.table[row]) for row in self.order(seed)]
+        rows = Dataset.from_dict({"row": list(range(len(samples)))})
+
+        def shown(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+            chosen = [samples[row] for row in batch["row"]]
+            talks = [
+                [turn for q, a in s.rounds for turn in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+                for s in chosen
+            ]
+            return {"images": [[s.image] for s in chosen], "messages": talks}
+
+        rows.set_transform(shown)
+        extra = {"assistant_only_loss": True, "max_length": None}
+        return self._train(SFTTrainer, SFTConfig, seed, extra, model=model, train_dataset=rows, processing_class=processor)
+
+    def _tuned(self, seed: int) -> tuple[Any, Any]:
+        """The base with PEFT's own layers; its attention is the one that is quicker here."""
+        base, processor = self.base(seed)
+        model = get_peft_model(base, lora_config(base, parts_of(base), self.config.model))
+        train_only(model, parts_of(base), self.stage.parts)
+        model.config.use_cache = False
+        return model, processor
+
+    def _train(self, trainer: Any, arguments: Any, seed: int, extra: dict[str, Any] | None = None, **given: Any) -> Clock:
+        clock = Clock()
+        with tempfile.TemporaryDirectory() as folder:
+            settings = arguments(
+                folder, max_steps=self.steps, per_device_train_batch_size=self.rows, learning_rate=self.stage.learning_rate,
+                lr_scheduler_type="cosine", warmup_steps=max(1, round(self.steps * self.stage.warmup)) - 1, adam_beta2=0.999,
+                weight_decay=self.stage.weight_decay, max_grad_norm=self.stage.clip, logging_steps=1, save_strategy="no",
+                report_to=[], bf16=self.config.train.precision != "float32", use_cpu=not torch.cuda.is_available(), seed=seed,
+                remove_unused_columns=False, disable_tqdm=True, train_sampling_strategy="sequential", **(extra or {}),
+            )  # fmt: skip
+            running = trainer(args=settings, callbacks=[clock, Quiet()], **given)
+            running.train()
+        return clock
+
+
+class Quiet(TrainerCallback):
+    """BatchNorm keeps its statistics, as in this repository."""
+
+    def on_step_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
+        keep_statistics(model)
+
+
+def compare(bench: Bench, seeds: int, sides: list[str]) -> None:
+    """Samples a processor second of each side, and the loss over the last half of the steps."""
+    pace: dict[str, list[float]] = {side: [] for side in sides}
+    loss: dict[str, list[float]] = {side: [] for side in sides}
+    for seed in range(seeds):
+        for side in sides:
+            clock: Clock = getattr(bench, side)(seed)
+            pace[side].append(bench.rows / statistics.median(clock.seconds[WARM:]))
+            loss[side].append(statistics.mean(clock.losses[bench.steps // 2 :]))
+            print(f"seed {seed} {side:8} {pace[side][-1]:.3f} samples/s, loss {loss[side][-1]:.4f}", flush=True)
+    for side in sides:
+        ratio = statistics.median(a / b for a, b in zip(pace["ours"], pace[side], strict=True))
+        spread = f"{min(loss[side]):.4f} to {max(loss[side]):.4f}"
+        print(f"{side:8} {statistics.median(pace[side]):.3f} samples/s, ours is {ratio:.2f} x; loss {spread}")
+
+
+def growth(config: Config, bench: Bench) -> None:
+    """A table of seconds a step: rounds of a conversation, images of a batch, workers."""
+    base, processor = bench.base(0)
+    model, parts, packed = equip(base, config, torch.device("cpu"))
+    print("| rounds | images a batch | tokens | seconds a step | seconds a 1,000 tokens |\n|---:|---:|---:|---:|---:|")
+    for rounds, images in ((1, 2), (3, 2), (7, 2), (14, 2), (7, 1), (7, 4)):
+        clock, tokens = Clock(), []
+        table = Longer(bench.table, rounds)
+        stage = replace(
+            loop.Stage("bench", bench.stage, Schedule(table, images, 0), 3, 0),
+            config=bench.stage.model_copy(update={"batch_size": images}),
+        )
+
+        def after(progress: loop.Progress, strategy: Any, clock: Clock = clock, tokens: list[float] = tokens) -> None:
+            clock.on_step_end()
+            tokens.append(progress.tokens_per_s / progress.samples_per_s)
+
+        loop.run(model, parts, Collator(processor, packed=packed), stage, "ddp", config.train.precision, after=after)
+        seconds, length = statistics.median(clock.seconds[WARM:]), statistics.mean(tokens) * images
+        print(f"| {rounds} | {images} | {length:.0f} | {seconds:.2f} | {1000 * seconds / length:.2f} |", flush=True)
+
+
+class Longer:
+    """A table whose conversations have another number of rounds."""
+
+    def __init__(self, table: Any, rounds: int) -> None:
+        self.table, self.rounds, self.starts = table, rounds, table.starts
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.table[index]
+        return row | {"rounds": (row["rounds"] * self.rounds)[: self.rounds]}
+
+    def epoch(self, seed: int, epoch: int) -> Any:
+        return self.table.epoch(seed, epoch)
+
+
+def memory(config: Config, bench: Bench, stage: str) -> None:
+    """The plan's memory against the growth of this process over what it had with its libraries."""
+    before = _held()
+    seen: list[float] = []
+    base, processor = bench.base(0)
+    model, parts, packed = equip(base, config, torch.device("cpu"))
+    made = loop.Stage("bench", bench.stage, Schedule(bench.table, bench.rows, 0), 2, 0)
+    loop.run(
+        model, parts, Collator(processor, packed=packed), made, "ddp", config.train.precision,
+        after=lambda progress, strategy: seen.append(progress.memory_gib),
+    )  # fmt: skip
+    took = max(seen) - before
+    config.train.stages = {stage: bench.stage.model_copy(update={"max_steps": 1})}
+    system = config.train.systems[0].model_copy(update={"stages": [stage]})
+    planned = plan(config, system, outline(config), cpu=True)[0].memory / GIB
+    print(f"planned {planned:.2f} GiB, took {took:.2f} GiB: {100 * (planned / took - 1):+.0f} %")
+
+
+def _held() -> float:
+    """Memory of this process now, GiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / GIB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a preset or YAML file whose run has been prepared")
+    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--stage", default="localization")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=4, help="images a batch")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--frozen", action="store_true", help="the vision encoder does not learn")
+    parser.add_argument("--sides", nargs="+", default=["ours", "trainer", "trl"])
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    config = load(args.config, args.sets)
+    bench = Bench(config, args.stage, args.steps, args.rows, args.frozen)
+    if args.memory:
+        memory(config, bench, args.stage)
+    elif args.growth:
+        growth(config, bench)
+    else:
+        compare(bench, args.seeds, args.sides)
+
+
+if __name__ == "__main__":
+    main()
