@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from addressvlm import tables
@@ -11,6 +12,22 @@ from addressvlm.config import Config, validate
 from addressvlm.run import Run
 
 STREETS = {"Mill Street": "red", "Oak Avenue": "blue", "Lake Road": "green"}
+
+
+class ListTable:
+    """Rows that are in memory, as training reads them."""
+
+    def __init__(self, rows: list[dict]) -> None:
+        self.rows, self.starts = rows, np.array([0, len(rows)])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[index]
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(len(self.rows))
 
 
 def picture(colour: str) -> dict:

@@ -4,7 +4,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("any machine", deadline=None)  # no test depends on speed
+settings.load_profile("any machine")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -18,3 +21,13 @@ def ray_local() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="warning")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def toy_city(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The paths of the toy city alderbrook, with few photos."""
+    from addressvlm.demo import city
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(city, "SPACING", 160.0)
+        return city.write_city("alderbrook", tmp_path_factory.mktemp("toy"))

@@ -1,13 +1,13 @@
 """An OpenAI-compatible endpoint on this machine, for tests."""
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = tuple[int, dict[str, str], dict[str, Any]]
+from tests.server import Answer, Asked, Server
+
+Reply = tuple[int, dict[str, str], dict[str, Any] | str]  # a text is sent as a page
 
 
 def says(text: str) -> Reply:
@@ -20,6 +20,17 @@ def refuses(status: int, message: str, **headers: str) -> Reply:
     return status, headers, {"error": {"message": message, "type": "error", "code": None}}
 
 
+def drops() -> Reply:
+    """The connection ends without an answer."""
+    raise ConnectionAbortedError
+
+
+def cuts(reply: Reply) -> Reply:
+    """The connection ends in the middle of the answer."""
+    whole = json.dumps(reply[2])
+    return 200, {"Content_Type": "application/json", "Content_Length": str(len(whole))}, whole[: len(whole) // 2]
+
+
 class Endpoint:
     """A chat completions server on this machine that replies as the test says and remembers what it was asked."""
 
@@ -27,34 +38,19 @@ class Endpoint:
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.reply = reply  # from the number of the request and its body
-        lock, endpoint = threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    endpoint.asked.append(body)
-                    endpoint.keys.append(self.headers["Authorization"])
-                    status, headers, answer = endpoint.reply(len(endpoint.asked), body)
-                data = json.dumps(answer).encode()
-                self.send_response(status)
-                for name, value in {"Content-Type": "application/json", **headers}.items():
-                    self.send_header(name.replace("_", "-"), value)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        self._server = Server(self._answer)
+        self.url = f"{self._server.url}/v1"
 
     @contextmanager
     def running(self) -> Iterator["Endpoint"]:
-        thread = threading.Thread(target=self.server.serve_forever, daemon=True)
-        thread.start()
-        yield self
-        self.server.shutdown()
-        self.server.server_close()
-        thread.join()
+        with self._server.running():
+            yield self
+
+    def _answer(self, asked: Asked) -> Answer:
+        self.asked.append(json.loads(asked.body))
+        self.keys.append({name.lower(): value for name, value in asked.headers.items()}.get("authorization"))
+        status, headers, body = self.reply(asked.number, self.asked[-1])
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        page = isinstance(body, str)
+        kind = {"Content-Type": "text/html" if page else "application/json"}
+        return status, {**kind, **named}, (body if isinstance(body, str) else json.dumps(body)).encode()

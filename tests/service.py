@@ -10,11 +10,15 @@ from typing import Any
 import httpx
 import numpy as np
 import shapely
+import torch
 from PIL import Image
 from ray import serve as ray_serve
 
 import serve as service
 from addressvlm.addresses import Address, Gazetteer
+from addressvlm.config_training import ModelConfig, PartConfig
+from addressvlm.models.base import load
+from addressvlm.models.lora import adapter_weights, attach, export
 from tests.tiny import tiny_llava
 
 STREETS = {
@@ -37,7 +41,8 @@ def check_error(response: httpx.Response, status: int, words: str) -> None:
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
-    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    assert error["type"] == ("server_error" if status >= 500 else kinds.get(status, "invalid_request_error"))
     assert words in error["message"], error["message"]
     assert "Traceback" not in response.text
     assert ".py" not in response.text
@@ -48,11 +53,32 @@ def model_folder(root: Path) -> Path:
     folder = root / "toytown" / "models" / "addressvlm" / "merged"
     folder.mkdir(parents=True)
     tiny_llava(folder)
-    lines = {name: shapely.LineString(points) for name, points in STREETS.items()}
-    area = {"Harbour": shapely.box(0, 52, 0.02, 52.02)}
-    gazetteer = Gazetteer([Address(name, "Harbour") for name in STREETS], lines, area, city="Toytown", attribution=["Made up"])
-    gazetteer.save(folder / "gazetteer.geojson")
+    save_gazetteer(folder, "Toytown", STREETS)
     return folder
+
+
+def save_gazetteer(folder: Path, city: str, streets: dict[str, list[tuple[float, float]]]) -> None:
+    lines = {name: shapely.LineString(points) for name, points in streets.items()}
+    area = {"Harbour": shapely.box(0, 52, 0.02, 52.02)}
+    gazetteer = Gazetteer([Address(name, "Harbour") for name in streets], lines, area, city=city, attribution=["Made up"])
+    gazetteer.save(folder / "gazetteer.geojson")
+
+
+def two_cities(root: Path) -> list[Path]:
+    """Trained systems of two cities on one tiny base: LoRA, and a projector tuned whole, each with its merged model."""
+    base, systems = tiny_llava(root / "base"), []
+    config = ModelConfig(base=str(base), adapter=PartConfig(full=True), llm=PartConfig(rank=4), vision=PartConfig(rank=2))
+    for seed, (city, streets) in enumerate({"Toytown": list(STREETS), "St. Alder": ["Elm Row", "Oak Avenue"]}.items()):
+        model, _ = attach(load(str(base))[0], config)
+        torch.manual_seed(seed)
+        for _, weights in adapter_weights(model):
+            weights.data += 0.05 * torch.randn_like(weights)
+        system = root / f"run{seed}" / "models" / "addressvlm"
+        model.save_pretrained(system / "adapter")
+        export(system / "adapter", config, system / "merged")
+        save_gazetteer(system / "merged", city, {name: STREETS.get(name, STREETS["Mill Street"]) for name in streets})
+        systems.append(system)
+    return systems
 
 
 @contextmanager
@@ -63,7 +89,8 @@ def running_service(root: Path, **settings: Any) -> Iterator[str]:
         port = free.getsockname()[1]
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
-        ray_serve.run(service.config(service.ServiceSettings(model=str(model_folder(root)), num_cpus=0.5, **settings)))
+        given = settings if "cities" in settings else {"model": str(model_folder(root)), **settings}
+        ray_serve.run(service.config(service.ServiceSettings(num_cpus=0.5, **given)))
         yield f"http://127.0.0.1:{port}"
     finally:
         ray_serve.shutdown()

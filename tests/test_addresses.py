@@ -1,10 +1,14 @@
 """Names, their normal form, the gazetteer: python -m pytest tests/test_addresses.py"""
 
+import json
+import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
+import shapely
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapely.geometry import LineString, box
 
@@ -164,6 +168,44 @@ def test_near_orders_by_distance_and_mixes_with_rng() -> None:
     assert {n for names in drawn for n in names} == set(city.streets) - {"Mill Street"}
 
 
+spots = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(0, 3)), min_size=1, max_size=25)
+
+
+@settings(max_examples=60)
+@given(spots, st.integers(0, 12), st.integers(0, 60))
+def test_near_is_what_measuring_all_of_them_says(places: list[tuple[int, int, int]], n: int, north: int) -> None:
+    """Lines a hundred metres apart and more, some names without a shape."""
+    names = [f"Street {i:02}" for i in range(len(places))]
+    shapes = {
+        name: shapely.LineString([(x / 1000, north + y / 1000), ((x + length) / 1000, north + y / 1000)])
+        for name, (x, y, length) in zip(names, places, strict=True)
+        if length
+    }
+    city = Gazetteer([Address(name, "Town") for name in names], shapes)
+    scale = 111_320.0 * np.array([math.cos(math.radians(north)), 1])
+    metres = {name: shapely.transform(shape, lambda c: c * scale) for name, shape in shapes.items()}
+
+    def away(one: str, other: str) -> float:
+        return metres[one].distance(metres[other]) if one in metres and other in metres else math.inf
+
+    for one in names[:5]:
+        found = [away(one, other) for other in city.near(one, n)]
+        assert found == pytest.approx(sorted(away(one, other) for other in names if other != one)[:n], rel=0.01, abs=0.01)
+        left = city.near(one, n, without=set(names[::2]))
+        assert left == [other for other in city.near(one, len(names)) if other not in names[::2]][:n]
+        for share in (0.0, 0.5, 1.0):
+            drawn = city.near(one, n, random.Random(n), near_share=share, without=set(names[::2]))
+            assert len(set(drawn)) == len(drawn) == min(n, len({*names} - {one, *names[::2]}))
+            assert not {*drawn} & {one, *names[::2]}
+
+
+def test_names_near_to_a_point() -> None:
+    city = Gazetteer([Address(n, "Town") for n in ("A", "B", "C")], {
+        "A": shapely.LineString([(0, 60), (0.001, 60)]), "B": shapely.LineString([(0.0012, 59), (0.0012, 61)]),
+    })  # fmt: skip
+    assert [city.around(60, 0.0005, reach) for reach in (20, 50)] == [{"A"}, {"A", "B"}]
+
+
 def test_save_and_load_keep_everything(tmp_path: Path) -> None:
     city = gazetteer()
     city.save(tmp_path / "gazetteer.geojson")
@@ -172,7 +214,12 @@ def test_save_and_load_keep_everything(tmp_path: Path) -> None:
     assert again.streets == sorted(city.streets)
     assert again.geometry == city.geometry
     assert again.district_geometry == city.district_geometry
-    assert (again.places_of("Mill Street"), again.photos_of("Mill Street"), again.places_of("Zoo Avenue")) == (2, 8, 0)
+    counted = {
+        f["properties"]["name"]: f["properties"] for f in json.loads((tmp_path / "gazetteer.geojson").read_text())["features"]
+    }
+    assert [counted["Mill Street"][key] for key in ("places", "photos")] == [2, 8]
+    again.save(tmp_path / "again.geojson")
+    assert (tmp_path / "again.geojson").read_text() == (tmp_path / "gazetteer.geojson").read_text()
     assert again.variants == {"Zoo Avenue": ["Bear Road"]}
     assert again.find_street("Bear Rd") == "Zoo Avenue"
     assert (again.city, again.attribution) == ("Town", ["made up"])

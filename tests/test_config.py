@@ -45,6 +45,25 @@ def test_a_wrong_file_is_one_sentence_with_its_name(tmp_path: Path, text: str, s
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_extends_another_key_by_key(tmp_path: Path) -> None:
+    (tmp_path / "below.yaml").write_text("name: below\nseed: 3\ntrain: {workers: 5, checkpoint_every: 7}\n")
+    (tmp_path / "above.yaml").write_text("extends: below.yaml\nname: above\ntrain: {workers: 6}\n")
+    config = load(tmp_path / "above.yaml", ["train.max_failures=0"], {})
+    assert (config.name, config.seed, config.train.workers, config.train.checkpoint_every) == ("above", 3, 6, 7)
+    (tmp_path / "preset.yaml").write_text("extends: demo\nname: mine\n")
+    assert load(tmp_path / "preset.yaml", environment={}).city.toy == "alderbrook"
+
+
+def test_what_cant_be_extended_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(InputError, match=r"a\.yaml extends itself"):
+        load(tmp_path / "a.yaml", environment={})
+    (tmp_path / "c.yaml").write_text("extends: nothing\n")
+    with pytest.raises(InputError, match="no configuration 'nothing'"):
+        load(tmp_path / "c.yaml", environment={})
+
+
 def test_missing_configuration_and_broken_set() -> None:
     with pytest.raises(InputError, match=r"no configuration 'nothing'.*presets demo"):
         load("nothing", environment={})

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 
 from addressvlm import InputError
 from addressvlm.demo import city
 from addressvlm.demo.camera import photograph
-from addressvlm.demo.city import ground_frame, origin, satellite, to_degrees, write_city
+from addressvlm.demo.city import ground_frame, origin, to_degrees, write_city
 from addressvlm.demo.world import CROWNS, PAVINGS, district_at, generate
 
 
@@ -37,9 +38,10 @@ def test_no_building_stands_on_a_road() -> None:
         assert not (beside & on_road).any()
 
 
-def test_photo_and_satellite_show_the_same_paving() -> None:
-    world = generate(5)
-    picture, west, north = satellite(world)
+def test_photo_and_satellite_show_the_same_paving(toy_city: dict[str, str]) -> None:
+    world = generate(city.TOY_CITIES["alderbrook"])
+    with rasterio.open(toy_city["imagery"]) as imagery:
+        picture, west, north = np.moveaxis(imagery.read(), 0, -1), imagery.bounds.left, imagery.bounds.top
     for street in world.streets[:4]:
         x, y = street.point((street.start + street.end) / 2 + 11)
         offset = 2.5  # off the centre line
@@ -67,16 +69,15 @@ def test_degrees_and_metres_agree() -> None:
     assert np.allclose([east, north], expected, atol=0.01)
 
 
-def test_a_toy_city_comes_as_a_real_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(city, "SPACING", 160.0)
-    paths = write_city("alderbrook", tmp_path / "a")
+def test_a_toy_city_comes_as_a_real_one_does(toy_city: dict[str, str]) -> None:
+    paths = toy_city
     assert set(paths) == {"manifest", "photos", "streets", "districts", "imagery"}
     with open(paths["manifest"], encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["file", "place", "lat", "lon", "heading"]
     assert all((Path(paths["photos"]) / row["file"]).is_file() for row in rows)
     before = Path(paths["manifest"]).stat().st_mtime_ns
-    assert write_city("alderbrook", tmp_path / "a") == paths
+    assert write_city("alderbrook", Path(paths["manifest"]).parent) == paths
     assert Path(paths["manifest"]).stat().st_mtime_ns == before
 
 

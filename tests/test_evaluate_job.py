@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+from contextlib import redirect_stdout
 
 import pytest
 from PIL import Image
@@ -51,12 +52,12 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def config(models, tmp_path):
+def config_in(folder, models, workers=1):
+    """A run with ten test photos, one untrained system and a trained one."""
     made = validate(
         {
-            "name": "r", "storage": str(tmp_path), "model": {"base": str(models / "base")},
-            "evaluate": {"workers": 2, "batch_size": 8, "max_new_tokens": 4, "bootstrap": 100},
+            "name": "r", "storage": str(folder), "model": {"base": str(models / "base")},
+            "evaluate": {"workers": workers, "batch_size": 8, "max_new_tokens": 4, "bootstrap": 100},
             "train": {"systems": [{"name": "zero-shot"}, {"name": "AddressVLM", "stages": ["localization"]}]},
         },
         "test",
@@ -69,20 +70,34 @@ def config(models, tmp_path):
     return made
 
 
+@pytest.fixture
+def config(models, tmp_path):
+    return config_in(tmp_path, models)
+
+
+@pytest.fixture(scope="module")
+def scored(ray_local, models, tmp_path_factory):
+    """A run that two workers have scored, and what was printed."""
+    config, printed = config_in(tmp_path_factory.mktemp("scored"), models, workers=2), io.StringIO()
+    with redirect_stdout(printed):
+        evaluate.run_step(config, redo=False)
+    return config, printed.getvalue()
+
+
 def write_yaml(config, path):
     path.write_text(config.model_dump_json())  # JSON is YAML
     return str(path)
 
 
-def test_scores_every_system_of_the_run(ray_local, config, capsys):
-    evaluate.run_step(config, redo=False)
+def test_scores_every_system_of_the_run(scored, capsys):
+    config, printed = scored
     run = Run(config)
-    scored = json.loads(run.metrics.read_text())
-    assert set(scored) == {"city", "split", "systems"}
-    assert (scored["city"], scored["split"]) == ("Toytown", "test")
-    assert [s["name"] for s in scored["systems"]] == ["zero-shot", "AddressVLM"]
+    found = json.loads(run.metrics.read_text())
+    assert set(found) == {"city", "split", "systems"}
+    assert (found["city"], found["split"]) == ("Toytown", "test")
+    assert [s["name"] for s in found["systems"]] == ["zero-shot", "AddressVLM"]
     asked = sum(len(row["rounds"]) for row in tables.rows(run.photos, "test"))
-    for system in scored["systems"]:
+    for system in found["systems"]:
         assert list(system["metrics"]) == metrics.METRICS
         assert system["metrics"]["A_ds"]["n"] == 10
         assert system["metrics"]["A"]["n"] == asked - 10
@@ -92,7 +107,6 @@ def test_scores_every_system_of_the_run(ray_local, config, capsys):
         assert len(answers) == asked
         assert len(set(zip(*(answers[c].to_pylist() for c in ("id", "level", "kind", "question")), strict=True))) == asked
     assert "<svg" in run.report.read_text()
-    printed = capsys.readouterr().out
     assert "A_ds" in printed
     assert str(run.metrics) in printed
     assert f"{asked}/{asked}" in printed
@@ -104,27 +118,21 @@ def test_scores_every_system_of_the_run(ray_local, config, capsys):
         evaluate.run_step(other, redo=False)
 
 
-def test_answers_do_not_depend_on_the_number_of_workers(ray_local, config):
-    run = Run(config)
-    evaluate.run_step(config, redo=False)
-    before = tables.read(run.answers / "addressvlm", "test").to_pylist()
-    one = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"workers": 1, "batch_size": 3})})
-    evaluate.run_step(one, redo=True)
-    assert tables.read(run.answers / "addressvlm", "test").to_pylist() == before
-
-
-def test_a_named_model_on_a_folder_of_photos(ray_local, config, models, tmp_path):
-    yaml = write_yaml(config, tmp_path / "c.yaml")
-    model = f"mine={models / 'tuned' / 'merged'}"
-    limit = ["--set", "evaluate.max_photos=3"]
-    both = ["--model", model, "--model", str(models / "base")]
-    evaluate.main(["--config", yaml, *both, "--data", str(Run(config).photos), *limit])
+def test_named_models_on_a_folder_of_photos_answer_as_in_the_run(scored, models, tmp_path):
+    """Whatever the number of workers, the size of a batch, and the other photos."""
+    config = config_in(tmp_path, models)
+    both = ["--model", f"mine={models / 'tuned' / 'merged'}", "--model", str(models / "base")]
+    some = ["--set", "evaluate.max_photos=3", "--set", "evaluate.batch_size=3"]
+    evaluate.main(["--config", write_yaml(config, tmp_path / "c.yaml"), *both, "--data", str(Run(config).photos), *some])
     out = Run(config).folder / "evaluations" / "r"
-    scored = json.loads((out / "metrics.json").read_text())
-    assert [s["name"] for s in scored["systems"]] == ["mine", "base"]
-    assert {s["metrics"]["A_ds"]["n"] for s in scored["systems"]} == {3}
+    found = json.loads((out / "metrics.json").read_text())
+    assert [s["name"] for s in found["systems"]] == ["mine", "base"]
+    assert {s["metrics"]["A_ds"]["n"] for s in found["systems"]} == {3}
     ids = tables.read(out / "answers" / "mine", "test")["id"].unique().to_pylist()
     assert ids == sorted(ids, key=lambda photo: int(photo.removeprefix("photo")))
+    for name, system in (("mine", "addressvlm"), ("base", "zero-shot")):
+        in_run = tables.read(Run(scored[0]).answers / system, "test").to_pylist()
+        assert tables.read(out / "answers" / name, "test").to_pylist() == [row for row in in_run if row["id"] in ids]
     assert not Run(config).metrics.exists()
 
 
@@ -197,6 +205,19 @@ def test_each_photo_is_asked_its_own_questions(models):
     image = Image.open(io.BytesIO(photos[2]["image"]["bytes"]))
     assert row["answer"] == localizer.answer([image], [row["question"]], 3)[0]
     assert row["expected"] == "Elm Row, Old Town"
+
+
+def test_constrained_answers_are_names(models):
+    localizer = Localizer(models / "tuned" / "merged")
+    settings = EvaluateConfig(batch_size=4, answers="constrained")
+    rows = [row for batch in asking.ask(localizer, [photo(0), photo(1)], settings, seed=0) for row in batch]
+    allowed = {"street": GAZETTEER.streets, "district": GAZETTEER.districts, "address": [a.text() for a in ADDRESSES]}
+    for row in rows:
+        names = {"judgment": ["Yes", "No"], "choice": row["options"], "generation": allowed[row["level"]]}
+        assert row["answer"] in names[row["kind"]]
+    generated = [r for b in asking.ask(localizer, [photo(0)], settings, seed=0, kinds=["generation"]) for r in b]
+    assert {row["kind"] for row in generated} == {"generation"}
+    assert generated[0] in rows
 
 
 def test_sampled_answers_repeat(models):

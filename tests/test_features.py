@@ -59,7 +59,7 @@ def test_spellings_of_one_street_are_one_and_of_two_streets_two() -> None:
         "streets.geojson",
     )
     assert sorted(set(found.names)) == ["E Street", "East Street", "Forbes Avenue", "Mill Rd", "Mill Road"]
-    assert found.variants == {"Forbes Avenue": ["FORBES AVE", "Forbes Ave"]}
+    assert found.variants == {"Forbes Avenue": ["Forbes Ave", "FORBES AVE"]}
 
 
 def test_areas_and_points_of_a_table_count_unless_openstreetmap_says_otherwise() -> None:

@@ -5,16 +5,12 @@ import logging
 import random
 import socket
 import sqlite3
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -23,52 +19,24 @@ from addressvlm import InputError
 from addressvlm.cities import geocoder_client, geocoders
 from addressvlm.cities.geocoder_cache import AnswerCache
 from addressvlm.config_city import GeocoderConfig
+from tests.server import Answer, Asked, Server
 
 SECRET = "a-key-that-nobody-may-see"
 METRE = 1 / 111_195  # degrees of latitude
 
 
-class Server:
-    """Replies as the test says and remembers what it was asked and when."""
-
-    def __init__(self, reply: Callable[[int, dict[str, str]], tuple[int, dict[str, str], Any]]) -> None:
-        self.asked: list[dict[str, str]] = []
-        self.agents: list[str] = []
-        self.times: list[float] = []
-        lock, server = threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                query = {k: v[0] for k, v in parse_qs(urlsplit(self.path).query).items()}
-                with lock:
-                    server.asked.append(query)
-                    server.agents.append(self.headers["User-Agent"])
-                    server.times.append(time.monotonic())
-                    status, headers, body = reply(len(server.asked), query)
-                data = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                for name, value in {"Content-Type": "application/json", **headers}.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/reverse"
+Reply = Callable[[int, dict[str, str]], tuple[int, dict[str, str], Any]]
 
 
-@contextmanager
-def serving(reply: Callable[[int, dict[str, str]], tuple[int, dict[str, str], Any]]) -> Iterator[Server]:
-    server = Server(reply)
-    thread = threading.Thread(target=server.http.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
-    thread.join()
+def serving(reply: Reply) -> AbstractContextManager[Server]:
+    """A server that answers with JSON, or with bytes as they are, by the number of the request and its query."""
+
+    def answer(asked: Asked) -> Answer:
+        status, headers, body = reply(asked.number, asked.query)
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return status, {"Content-Type": "application/json", **headers}, data
+
+    return Server(answer).running()
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +60,7 @@ def ask(
     **config: Any,
 ) -> tuple[list[geocoders.Answer | None], list[str]]:  # fmt: skip
     """The answers about `number` places in a row to the north."""
-    url = where if isinstance(where, str) else where.url
+    url = where if isinstance(where, str) else f"{where.url}/reverse"
     settings = GeocoderConfig(**{"url": url, "share": 1.0, "per_second": 1000.0, "retries": 2, **config})
     order = order or list(range(number))
     y = np.array(order) * step_m
@@ -100,16 +68,15 @@ def ask(
     return geocoders.locate(ids, 40 + y * METRE, np.full(len(y), -80.0), 0 * y, y, settings, folder / "answers.sqlite", seed)
 
 
-# what the services say
-
-
 def test_nominatim_is_asked_for_streets(tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, road("Forbes Avenue"))) as server:
         answers, sources = ask(server, tmp_path, user_agent="me@example.org")
     assert answers == [geocoders.Answer("Forbes Avenue", "Oakland")]
     assert sources == ["nominatim"]
-    assert server.agents == ["me@example.org"]
-    assert server.asked == [{"format": "jsonv2", "lat": "40.000000", "lon": "-80.000000", "zoom": "17", "addressdetails": "1"}]
+    assert [asked.headers["User-Agent"] for asked in server.asked] == ["me@example.org"]
+    assert [asked.query for asked in server.asked] == [
+        {"format": "jsonv2", "lat": "40.000000", "lon": "-80.000000", "zoom": "17", "addressdetails": "1"}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +106,7 @@ def test_google_results_vote_without_rooftops(tmp_path: Path) -> None:
         answers, sources = ask(server, tmp_path, service="google")
     assert answers == [geocoders.Answer("Forbes Avenue", "Oakland", "Craig Street", tie=False)]
     assert sources == ["google"]
-    assert server.asked == [{"latlng": "40.000000,-80.000000", "key": SECRET}]
+    assert [asked.query for asked in server.asked] == [{"latlng": "40.000000,-80.000000", "key": SECRET}]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +130,7 @@ def test_a_sample_is_asked_and_the_rest_filled_from_the_nearest(tmp_path: Path) 
     with serving(lambda n, q: (200, {}, road(f"Street {q['lat']}"))) as server:
         answers, sources = ask(server, tmp_path, 40, share=0.25)
         assert len(server.asked) == 10
-        asked = {q["lat"] for q in server.asked}
+        asked = {asked.query["lat"] for asked in server.asked}
         known = [i for i in range(40) if sources[i] == "nominatim"]
         assert {f"{40 + i * 10 * METRE:.6f}" for i in known} == asked
         for i in range(40):
@@ -200,7 +167,7 @@ def test_answers_stay_and_requests_are_counted(tmp_path: Path) -> None:
         ask(server, tmp_path, 10, max_requests=4)
         assert len(server.asked) == 8
         ask(server, tmp_path, 10)
-        assert len({q["lat"] for q in server.asked}) == len(server.asked) == 10
+        assert len({asked.query["lat"] for asked in server.asked}) == len(server.asked) == 10
     rows = sqlite3.connect(tmp_path / "answers.sqlite").execute("SELECT service, lat, reply FROM answers").fetchall()
     assert len(rows) == 10
     assert ("nominatim", "40.000000", json.dumps(road("Forbes Avenue"))) in rows
@@ -212,7 +179,7 @@ def test_what_came_before_a_failure_is_kept(tmp_path: Path) -> None:
 
     with serving(reply) as server, pytest.raises(InputError, match="refuses us"):
         ask(server, tmp_path, 10, per_second=1.99)  # one thread
-    cache = AnswerCache(tmp_path / "answers.sqlite", "nominatim", server.url, None)
+    cache = AnswerCache(tmp_path / "answers.sqlite", "nominatim", f"{server.url}/reverse", None)
     assert len(cache) == 3
 
 
@@ -222,13 +189,10 @@ def test_a_file_that_is_no_cache(tmp_path: Path) -> None:
         ask("http://127.0.0.1:9/", tmp_path)
 
 
-# manners
-
-
 def test_requests_keep_the_pace(tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, road("Forbes Avenue"))) as server:
         ask(server, tmp_path, 6, per_second=20.0)
-    assert server.times[-1] - server.times[0] >= 5 / 20 * 0.9
+    assert server.asked[-1].at - server.asked[0].at >= 5 / 20 * 0.9
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -244,7 +208,7 @@ def test_retry_after_is_waited_for(as_date: bool, tmp_path: Path) -> None:
     until = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True) if as_date else "1"
     with serving(lambda n, q: (200, {}, road("A")) if n > 1 else (429, {"Retry-After": until}, {})) as server:
         ask(server, tmp_path)
-    assert server.times[1] - server.times[0] >= (0.5 if as_date else 0.95)
+    assert server.asked[1].at - server.asked[0].at >= (0.5 if as_date else 0.95)
 
 
 def test_a_server_that_hangs_is_left(tmp_path: Path) -> None:
@@ -266,9 +230,6 @@ def test_single_failures_are_filled_and_asked_again_next_time(tmp_path: Path) ->
         broken[0] = False
         assert ask(server, tmp_path, 3, retries=0)[1] == ["nominatim"] * 3
         assert len(server.asked) == 4
-
-
-# one sentence each
 
 
 PAGE = b"<!DOCTYPE html><html>Please log in</html>"

@@ -2,20 +2,12 @@
 
 import pytest
 import torch
-from PIL import Image
-from transformers import (
-    CLIPImageProcessorPil,
-    FastVlmConfig,
-    FastVlmForConditionalGeneration,
-    LlamaConfig,
-    LlavaProcessor,
-    ResNetConfig,
-)
 
 from addressvlm import InputError
 from addressvlm.addresses import Address, Gazetteer
-from addressvlm.inference import Localizer, user_turn
+from addressvlm.inference import Localizer, Prior, Sampling, user_turn
 from addressvlm.questions import ADDRESS_QUESTION
+from tests.families import localizer_of, naive_log_likelihood, picture
 from tests.tiny import tiny_llava
 
 ADDRESSES = [
@@ -26,57 +18,9 @@ ADDRESSES = [
 ]
 
 
-def tiny_fastvlm(folder):
-    """A random FastVLM: ResNet tower, adapter, llama."""
-    from addressvlm.models import load
-
-    _, llava = load(str(tiny_llava(folder / "llava")))
-    tokenizer = llava.tokenizer
-    torch.manual_seed(1)
-    config = FastVlmConfig(
-        vision_config=ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], hidden_size=16),
-        text_config=LlamaConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(tokenizer),
-            pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        ),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-    )  # fmt: skip
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False),
-        tokenizer=tokenizer, patch_size=8, num_additional_image_tokens=0, vision_feature_select_strategy="full",
-        image_token="<image>", chat_template=llava.chat_template,
-    )  # fmt: skip
-    FastVlmForConditionalGeneration(config).save_pretrained(folder / "fast")
-    processor.save_pretrained(folder / "fast")
-    return folder / "fast"
-
-
 @pytest.fixture(scope="module", params=["llava", "fastvlm"])
 def localizer(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    folder = tiny_llava(folder) if request.param == "llava" else tiny_fastvlm(folder)
-    Gazetteer(ADDRESSES).save(folder / "gazetteer.geojson")
-    made = Localizer(folder, device="cpu")
-    with torch.no_grad():  # larger logits, so that answers differ clearly
-        made.model.get_output_embeddings().weight.mul_(20)
-    return made
-
-
-def picture(seed, size=(40, 30)):
-    noise = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return Image.fromarray(noise.numpy())
-
-
-@torch.inference_mode()
-def naive_log_likelihood(localizer, image, question, answer):
-    """The whole conversation in one forward pass, nothing cached, the answer's tokens counted from the end."""
-    turn = user_turn(question)
-    prompt = localizer.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
-    text = prompt + answer + localizer.tokenizer.eos_token
-    inputs = localizer.processor(text=[text], images=[image], return_tensors="pt")
-    n = len(localizer.tokenizer(answer + localizer.tokenizer.eos_token)["input_ids"])
-    log_p = torch.log_softmax(localizer.model(**inputs).logits[0, :-1], dim=-1)
-    return log_p.gather(1, inputs["input_ids"][0, 1:, None])[-n:].sum()
+    return localizer_of(request.param, tmp_path_factory.mktemp("model"), Gazetteer(ADDRESSES))
 
 
 def test_probabilities_equal_those_of_full_forward_passes(localizer):
@@ -84,7 +28,7 @@ def test_probabilities_equal_those_of_full_forward_passes(localizer):
     addresses = localizer.gazetteer.addresses
     naive = torch.stack([naive_log_likelihood(localizer, image, ADDRESS_QUESTION, a.text()) for a in addresses])
     expected = dict(zip(addresses, torch.softmax(naive, dim=0).tolist(), strict=True))
-    found = localizer.localize(image, top_k=None)
+    found = localizer.localize(image, top_k=None).candidates
     assert {Address(c.street, c.district): c.probability for c in found} == pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert [c.probability for c in found] == sorted((c.probability for c in found), reverse=True)
     assert sum(c.probability for c in found) == pytest.approx(1)
@@ -93,13 +37,51 @@ def test_probabilities_equal_those_of_full_forward_passes(localizer):
 def test_scores_do_not_depend_on_how_many_are_scored_together(localizer, monkeypatch):
     answers = [a.text() for a in ADDRESSES]
     together = localizer.log_likelihoods(picture(2), "Which street?", answers)
-    monkeypatch.setattr("addressvlm.inference.TOKENS_AT_ONCE", 1)
-    assert torch.allclose(localizer.log_likelihoods(picture(2), "Which street?", answers), together, atol=1e-3)
+    for most in (1, 3):
+        monkeypatch.setattr("addressvlm.answers.scoring.NODES_AT_ONCE", most)
+        assert torch.allclose(localizer.log_likelihoods(picture(2), "Which street?", answers), together, atol=1e-3)
 
 
 def test_top_k(localizer):
     found = localizer.localize(picture(3), top_k=2)
-    assert found == localizer.localize(picture(3), top_k=None)[:2]
+    everything = localizer.localize(picture(3), top_k=None)
+    assert found.candidates == everything.candidates[:2]
+    assert len(everything.candidates) == len(ADDRESSES)
+    assert found.confidence == found.candidates[0].probability
+    with pytest.raises(InputError, match="top_k is 0"):
+        localizer.localize(picture(3), top_k=0)
+
+
+def test_known_is_above_the_threshold(localizer):
+    confidence = localizer.localize(picture(3)).confidence
+    assert localizer.localize(picture(3)).known  # no calibration: every answer counts
+    assert localizer.localize(picture(3), threshold=confidence - 0.01).known
+    assert not localizer.localize(picture(3), threshold=confidence).known
+    with pytest.raises(InputError, match=r"threshold is 1\.5"):
+        localizer.localize(picture(3), threshold=1.5)
+
+
+def test_many_photos_are_located_like_one_by_one(localizer, monkeypatch):
+    images = [picture(seed) for seed in (11, 12, 13)]
+    together = localizer.localize_many([*images, images[0]])
+    again = Localizer(localizer.folder, device="cpu", memory_mb=0, loaded=(localizer.model, localizer.processor))
+    for image, found in zip([*images, images[0]], together, strict=True):
+        alone = again.localize(image).candidates
+        assert [(c.street, c.district) for c in alone] == [(c.street, c.district) for c in found.candidates]
+        assert [c.probability for c in alone] == pytest.approx([c.probability for c in found.candidates], rel=1e-3)
+    assert localizer.localize_many([]) == []
+
+
+def test_the_same_photo_is_looked_at_once(localizer):
+    image = picture(21)
+    passes = []
+    hook = localizer.model.register_forward_hook(lambda module, given, out: passes.append(1))
+    first = localizer.localize(image)
+    before = len(passes)
+    assert localizer.localize(image.copy()) == first
+    assert localizer.localize(image, prior=Prior(districts=("Harbour",))).candidates[0].district == "Harbour"
+    hook.remove()
+    assert len(passes) == before == 2
 
 
 def test_the_photo_matters(localizer):
@@ -125,13 +107,13 @@ def test_questions_about_one_image_share_it(localizer, monkeypatch):
     hook.remove()
     assert passes == [2]
     assert together == [localizer.answer([i], [q], max_new_tokens=6)[0] for i, q in zip(images, questions, strict=True)]
-    monkeypatch.setattr(localizer, "_share_images", lambda inputs, images: dict(inputs))
+    monkeypatch.setattr("addressvlm.answers.batches.share_images", lambda model, inputs, images: dict(inputs))
     assert together == localizer.answer(images, questions, max_new_tokens=6)
     assert len(set(together)) > 2
 
 
 def test_generation_stops_at_the_end_token(localizer):
-    inputs = localizer._inputs([localizer._prompt([user_turn("Yes?")])], [[picture(1)]])
+    inputs = localizer.inputs([localizer.prompt([user_turn("Yes?")])], [[picture(1)]])
     free = localizer.model.generate(**inputs, max_new_tokens=4)
     second = free[0, -3].item()
     ends, localizer.ends = localizer.ends, {second}
@@ -162,19 +144,26 @@ def test_chat_over_several_turns(localizer):
         {"role": "assistant", "content": "Mill Street"},
         {"role": "user", "content": "Yes?"},
     ]
-    first = localizer.chat(messages, [picture(1)], max_tokens=6)
-    assert isinstance(first, str)
-    assert first == localizer.chat(messages, [picture(1)], max_tokens=6)
-    assert isinstance(localizer.chat([{"role": "user", "content": "Yes?"}], max_tokens=3), str)
+    sampling = Sampling(max_tokens=6)
+    inputs = localizer.inputs([localizer.prompt([m | {"content": parts(m["content"])} for m in messages])], [[picture(1)]])
+    ids = localizer.model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=sorted(localizer.ends))
+    expected = localizer.text(ids[0, inputs["input_ids"].shape[1] :]).strip()
+    assert [c.text for c in localizer.chat(messages, [picture(1)], sampling)] == [expected]
+    assert localizer.chat(messages, [picture(1)], sampling)[0].text == expected  # from what is kept of the photo
+    assert localizer.chat([{"role": "user", "content": "Yes?"}], sampling=Sampling(max_tokens=3))[0].tokens <= 3
     with pytest.raises(InputError, match="1 images and 0 were given"):
         localizer.chat(messages)
+
+
+def parts(content):
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def test_written_markers_are_only_text(localizer):
     images = [picture(1)]
     odd = "Yes?<|im_end|><image>"
     assert localizer.answer(images, [odd], max_new_tokens=3) == localizer.answer(images, ["Yes?  "], max_new_tokens=3)
-    assert isinstance(localizer.chat([{"role": "user", "content": "<image>"}], max_tokens=2), str)
+    assert localizer.chat([{"role": "user", "content": "<image>"}], sampling=Sampling(max_tokens=2))
 
 
 def test_a_grey_image_with_transparency(localizer):

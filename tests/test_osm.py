@@ -13,7 +13,7 @@ from addressvlm.cities.districts import cells
 from addressvlm.cities.extract import Feature
 from addressvlm.cities.osm import is_block, is_district, is_street
 from addressvlm.cities.streets import StreetMap
-from addressvlm.maps.roads import Roads
+from addressvlm.maps.roads import Roads, write_roads
 from tests.osmwriter import EDGE, STEP, Writer
 
 
@@ -77,6 +77,30 @@ def test_what_is_drawn_has_the_trails_and_the_nameless_too(extract: Path) -> Non
     assert {"Green Trail", "Under Way", "Market Square", "Mill St"} <= {road.name for road in roads.roads}
     assert {road.line.geom_type for road in roads.roads} == {"LineString"}
     assert {road.name for road in Roads(extract, language="fr").roads} >= {"Rue du Moulin", "Forbes Avenue"}
+
+
+def test_what_is_drawn_is_kept_under_the_names_of_the_streets(extract: Path, tmp_path: Path) -> None:
+    """One spelling a street, in the language asked for, and the others still lead to it."""
+    whole, streets = Roads(extract), StreetMap.load(extract, extract, language="fr", with_roads=True)
+    assert StreetMap.load(extract, extract).street_names == StreetMap.load(extract, extract, with_roads=True).street_names
+    write_roads(tmp_path / "roads.fgb", streets.roads, *at((5, 5)))
+    roads = Roads(tmp_path / "roads.fgb")
+    assert [road.width_m for road in roads.roads] == [road.width_m for road in whole.roads]
+    assert [road.line.wkb for road in roads.roads] == [road.line.wkb for road in whole.roads]
+    names = {road.name for road in roads.roads}
+    assert names == {"Rue du Moulin", "Forbes Avenue", "Senate Passage", "Green Trail", "", "Under Way", "Market Square"}
+    asked = ("Mill Street", "mill st.", "Millers Way", "RUE DU MOULIN", "Market Sq", "Oak Road")
+    assert [roads.same(name) for name in asked] == [*["Rue du Moulin"] * 4, "Market Square", None]
+
+
+def test_only_what_a_tile_can_show_is_kept(tmp_path: Path) -> None:
+    metre = STEP / 111.2
+    lines = {x: shapely.LineString([(x * metre, 0), (x * metre, 90 * metre)]) for x in (-9000, -2000, 0, 2000, 5000, 50_000)}
+    roads = [Feature({"name": f"Street {x}"}, line) for x, line in lines.items()]
+    write_roads(tmp_path / "roads.fgb", roads, np.array([0.0, 0.0]), np.array([0.0, 4000 * metre]))
+    assert {"Street -2000", "Street 0", "Street 2000", "Street 5000"} == {r.name for r in Roads(tmp_path / "roads.fgb").roads}
+    write_roads(tmp_path / "roads.fgb", roads, np.array([40.0]), np.array([0.0]))
+    assert len(Roads(tmp_path / "roads.fgb").roads) == len(roads)
 
 
 def test_names_in_a_language(extract: Path) -> None:

@@ -1,14 +1,16 @@
 """The page in a real Chromium, over the real service: python -m pytest tests/test_page.py"""
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
+from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-from tests.service import STREETS, photo, running_service
+from tests.service import STREETS, photo, running_service, two_cities
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = [
@@ -16,11 +18,21 @@ pytestmark = [
     pytest.mark.xdist_group("ray"),
 ]
 PATIENCE = 120_000  # ms; bounds a hang, nothing waits this long
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+REMEMBER_FORMS = """
+    const ask = window.fetch;
+    window.fetch = (path, options) => {
+        if (options?.body instanceof FormData) window.sent = options.body;
+        return ask(path, options);
+    };
+"""  # the browser tells no test what is in a form with a file
+Open = Callable[..., Page]
 
 
 @pytest.fixture(scope="module")
 def url(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running_service(tmp_path_factory.mktemp("page")) as address:
+    root = tmp_path_factory.mktemp("page")
+    with running_service(root, cities=[str(system) for system in two_cities(root)]) as address:
         yield address
 
 
@@ -33,114 +45,294 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def page(browser: Browser, url: str) -> Iterator[Page]:
-    """The page on a phone, with a record of what went wrong and of what it asked other servers."""
-    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
-    context.set_default_timeout(PATIENCE)
+def opened(browser: Browser, url: str) -> Iterator[Open]:
+    """Opens the page; whatever is done with it, it must not fail inside and must not ask other servers."""
     expect.set_options(timeout=PATIENCE)
-    opened = context.new_page()
-    defects, elsewhere = [], []
-    opened.on("pageerror", lambda error: defects.append(str(error)))
-    opened.on("request", lambda r: None if r.url.startswith((url, "blob:", "data:")) else elsewhere.append(r.url))
-    opened.goto(url)
-    expect(opened.locator("#model")).to_have_text("toytown/addressvlm")
-    yield opened
+    contexts, defects, elsewhere = [], [], []
+
+    def visit(query: str = "", **device: Any) -> Page:
+        contexts.append(context := browser.new_context(reduced_motion="reduce", **device))
+        context.set_default_timeout(PATIENCE)
+        context.add_init_script(REMEMBER_FORMS)
+        page = context.new_page()
+        page.on("pageerror", lambda error: defects.append(str(error)))
+        page.on("console", lambda line: defects.append(line.text) if "Content Security Policy" in line.text else None)
+        page.on("request", lambda r: None if r.url.startswith((url, "blob:", "data:")) else elsewhere.append(r.url))
+        page.goto(url + query)
+        expect(page.locator("#map .district")).not_to_have_count(0)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
     assert defects == []
     assert elsewhere == []
-    context.close()
 
 
-def give(page: Page, data: bytes, kind: str = "image/jpeg") -> None:
-    page.set_input_files("#choose", {"name": "photo.jpg", "mimeType": kind, "buffer": data})
+@pytest.fixture
+def page(opened: Open) -> Page:
+    return opened("/?threshold=0", viewport={"width": 1280, "height": 900})
+
+
+def give(page: Page, data: bytes) -> None:
+    page.set_input_files("#choose", {"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": data})
+
+
+def located(page: Page, act: Callable[[], Any]) -> dict[str, Any]:
+    """What the service answered to the photo after `act`."""
+    with page.expect_response("**/v1/localize") as answered:
+        act()
+    return answered.value.json()
+
+
+def sent(page: Page, field: str) -> str | None:
+    """A field of the form that was sent last."""
+    return page.evaluate("field => window.sent.get(field)", field)
+
+
+def file(page: Page, data: bytes) -> Any:
+    """A photo as a browser's DataTransfer."""
+    make = """bytes => {
+        const data = new DataTransfer();
+        data.items.add(new File([new Uint8Array(bytes)], "p.jpg", {type: "image/jpeg"}));
+        return data;
+    }"""
+    return page.evaluate_handle(make, list(data))
+
+
+def contrast(element: Locator) -> float:
+    """WCAG contrast of an element's text with what is behind it."""
+    return element.evaluate("""element => {
+        const pen = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+        const light = (colour) => {
+            pen.fillStyle = colour;
+            pen.fillRect(0, 0, 1, 1);
+            const part = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+            const [r, g, b] = [...pen.getImageData(0, 0, 1, 1).data].map(part);
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        };
+        const behind = [];
+        for (let e = element; e; e = e.parentElement) behind.unshift(getComputedStyle(e).backgroundColor);
+        const back = behind.map(light).at(-1), front = light(getComputedStyle(element).color);
+        return (Math.max(front, back) + 0.05) / (Math.min(front, back) + 0.05);
+    }""")
 
 
 def test_photo_to_address_and_map(page: Page) -> None:
     expect(page.locator("#result")).to_be_hidden()
-    give(page, photo())
-    expect(page.locator("#plate")).to_be_visible()
-    assert page.locator("#street").inner_text() in STREETS
-    expect(page.locator("#candidates li")).to_have_count(len(STREETS))
-    first = page.locator("#candidates .name").first.inner_text()
-    assert first.startswith(page.locator("#street").inner_text())
-    expect(page.locator("#streets path.candidate")).to_have_count(len(STREETS))
-    expect(page.locator("#badges span")).to_have_count(len(STREETS))
     expect(page.locator("#attribution")).to_have_text("Made up")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    found = located(page, lambda: give(page, photo()))
+    assert sent(page, "city") == "toytown"
+    assert sent(page, "prior") is None
+    expect(page.locator("#street")).to_have_text(found["address"]["street"])
+    expect(page.locator("#candidates li")).to_have_count(len(found["candidates"]))
+    names = page.locator("#candidates .name").all_inner_texts()
+    assert names == [f"{c['street']} {c['district']}" for c in found["candidates"]]
+    expect(page.locator("#verdict")).to_contain_text(f"{100 * found['confidence']:.0f} %")
+    assert page.locator("#status").inner_text().endswith(f"{found['address']['street']}, {found['address']['district']}.")
+    expect(page.locator(".candidates path")).to_have_count(len(STREETS))
+    assert sorted(page.locator("#map .badge").all_inner_texts()) == [str(n + 1) for n in range(len(STREETS))]
+    heats = page.locator(".candidates path").evaluate_all("paths => paths.map((p) => getComputedStyle(p).stroke)")
+    assert len(set(heats)) > 1
 
 
-def test_keyboard_alone_is_enough(page: Page) -> None:
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.id") == "choose"
-    give(page, photo())
-    expect(page.locator("#plate")).to_be_visible()
-    page.locator("#candidates button").first.focus()
-    expect(page.locator("#streets path.lit")).to_have_count(1)
-    page.locator("#zoom").focus()
-    before = page.locator("#streets").get_attribute("viewBox")
-    page.keyboard.press("Enter")
-    expect(page.locator("#zoom")).to_have_attribute("aria-pressed", "true")
-    assert page.locator("#streets").get_attribute("viewBox") == before  # all four streets are candidates
-    page.locator("#question").focus()
-    page.keyboard.type("Which district is this?")
-    page.keyboard.press("Enter")
-    expect(page.locator("#talk .me")).to_have_text("Which district is this?")
-    expect(page.locator("#send")).to_be_enabled()
-    expect(page.locator("#talk .it.bad")).to_have_count(0)
-    expect(page.locator("#talk .it")).not_to_have_text("…")
-
-
-def test_a_follow_up_carries_the_conversation(page: Page) -> None:
-    give(page, photo())
-    with page.expect_request("**/v1/chat/completions"):
-        page.get_by_role("button", name="Which street is this?").click()
-    expect(page.locator("#send")).to_be_enabled()
-    with page.expect_request("**/v1/chat/completions") as sent:
-        page.get_by_role("button", name="Which district is this?").click()
-    messages = sent.value.post_data_json["messages"]
-    assert [m["role"] for m in messages] == ["user", "assistant", "user"]
-    assert messages[0]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
-
-
-def test_a_bad_file_is_explained_and_the_next_photo_works(page: Page) -> None:
-    give(page, b"<html>not a photo</html>")
-    expect(page.locator("#status")).to_contain_text("not a JPEG, PNG or WebP")
-    expect(page.locator("#result")).to_be_hidden()
-    give(page, photo(1))
-    expect(page.locator("#plate")).to_be_visible()
-    expect(page.locator("#status")).to_have_text("")
+def test_below_the_threshold_it_says_so(opened: Open) -> None:
+    page = opened("/?threshold=1&top_k=2")
+    found = located(page, lambda: give(page, photo()))
+    assert (sent(page, "threshold"), found["known"], found["address"]) == ("1", False, None)
+    expect(page.locator("#plate")).to_have_text("I don't knowthese are the likeliest")
+    expect(page.locator("#verdict")).to_contain_text("Not sure enough")
+    expect(page.locator("#candidates li")).to_have_count(2)
+    assert page.locator("#status").inner_text().startswith("I don't know. The likeliest is")
 
 
 def test_paste_and_drop(page: Page) -> None:
-    make = f"""async () => {{
-        const file = new File([new Uint8Array({list(photo(2))})], "p.jpg", {{type: "image/jpeg"}});
-        const data = new DataTransfer();
-        data.items.add(file);
-        return data;
-    }}"""
-    data = page.evaluate_handle(make)
-    page.dispatch_event("#drop", "drop", {"dataTransfer": data})
+    data = file(page, photo(2))
+    dropped = located(page, lambda: page.dispatch_event("#drop", "drop", {"dataTransfer": data}))
     expect(page.locator("#plate")).to_be_visible()
-    page.reload()
-    expect(page.locator("#plate")).to_be_hidden()
-    data = page.evaluate_handle(make)
-    page.evaluate("d => document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: d}))", data)
-    expect(page.locator("#plate")).to_be_visible()
+    paste = "d => document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: d}))"
+    pasted = located(page, lambda: page.evaluate(paste, data))
+    assert [c["street"] for c in pasted["candidates"]] == [c["street"] for c in dropped["candidates"]]
 
 
-def test_large_photos_are_shrunk_before_they_travel(page: Page) -> None:
+def test_photos_travel_small_upright_and_without_exif(page: Page) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "where I live"  # shot with the camera turned
     out = BytesIO()
-    Image.new("RGB", (4000, 1000), "grey").save(out, "JPEG")
-    give(page, out.getvalue())
+    Image.new("RGB", (4000, 1000), "grey").save(out, "JPEG", exif=exif)
+    located(page, lambda: give(page, out.getvalue()))
+    uploaded = bytes(page.evaluate("async () => [...new Uint8Array(await window.sent.get('file').arrayBuffer())]"))
+    assert b"where I live" not in uploaded
+    with Image.open(BytesIO(uploaded)) as image:
+        assert (image.size, dict(image.getexif())) == ((400, 1600), {})
+
+
+def test_keyboard_alone_is_enough(page: Page) -> None:
+    order = []
+    for _ in range(7):
+        page.keyboard.press("Tab")
+        order.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+        ring = page.evaluate("""() => {
+            const it = document.activeElement;
+            return getComputedStyle(it.matches("label.button input") ? it.parentElement : it).outlineStyle;
+        }""")
+        assert ring == "solid", order
+    assert order == ["city", "choose", "map", "closer", "further", "all", "SUMMARY"]
+    give(page, photo())
     expect(page.locator("#plate")).to_be_visible()
-    assert page.evaluate("document.getElementById('picture').naturalWidth") == 2048
+    page.locator("#candidates button").first.focus()
+    expect(page.locator(".candidates path.lit")).to_have_count(1)
+
+    def seen() -> list[float]:
+        return [float(v) for v in page.locator("#map svg").get_attribute("viewBox").split()]
+
+    page.locator("#map").focus()
+    page.keyboard.press("0")
+    x, _, wide, _ = seen()
+    page.keyboard.press("+")
+    assert seen()[2] < wide
+    page.keyboard.press("ArrowRight")
+    assert seen()[0] > x
+    page.locator("#where summary").focus()
+    page.keyboard.press("Enter")
+    page.locator("#map").focus()
+    located(page, lambda: page.keyboard.press("Enter"))
+    x, y, wide, high = seen()
+    circle = json.loads(sent(page, "prior"))["circle"]
+    assert circle["radius_m"] == 200
+    expect(page.locator(".circle circle")).to_have_count(2)
+    assert float(page.locator(".circle circle").first.get_attribute("cx")) == pytest.approx(x + wide / 2, abs=1)
+    assert float(page.locator(".circle circle").first.get_attribute("cy")) == pytest.approx(y + high / 2, abs=1)
 
 
-def test_light_and_dark_differ(browser: Browser, url: str) -> None:
-    colours = set()
-    for scheme in ("light", "dark"):
-        context = browser.new_context(color_scheme=scheme)
-        opened = context.new_page()
-        opened.goto(url)
-        colours.add(opened.evaluate("getComputedStyle(document.body).backgroundColor"))
-        context.close()
-    assert len(colours) == 2
+def test_what_the_user_knows_is_a_prior(page: Page) -> None:
+    give(page, photo())
+    expect(page.locator("#candidates li")).to_have_count(len(STREETS))
+    page.locator("#where summary").click()
+    page.locator("#map").focus()
+    page.keyboard.press("0")
+    box = page.locator("#map").bounding_box()
+    view = [float(v) for v in page.locator("#map svg").get_attribute("viewBox").split()]
+    spot = page.evaluate("""() => {
+        const street = [...document.querySelectorAll(".streets path")].find((p) => p.textContent === "Mill Street");
+        const at = street.getPointAtLength(street.getTotalLength() * 0.1);
+        return [at.x, at.y];
+    }""")
+    at = {"x": (spot[0] - view[0]) / view[2] * box["width"], "y": (spot[1] - view[1]) / view[3] * box["height"]}
+    found = located(page, lambda: page.locator("#map").click(position=at))
+    circle = json.loads(sent(page, "prior"))["circle"]
+    assert circle["lat"] == pytest.approx(52.0, abs=2e-4)
+    assert circle["lon"] == pytest.approx(0.002, abs=2e-4)
+    assert "Mill Street" in [c["street"] for c in found["candidates"]]
+    assert "Oak Avenue" not in [c["street"] for c in found["candidates"]]
+    expect(page.locator("#only")).to_have_text("only in the circle of 200 m")
+
+    found = located(page, lambda: page.locator("#in").select_option("Harbour"))
+    assert json.loads(sent(page, "prior"))["districts"] == ["Harbour"]
+    assert {c["district"] for c in found["candidates"]} == {"Harbour"}
+    nowhere = {"x": box["width"] - 3, "y": box["height"] - 3}
+    located(page, lambda: page.locator("#map").click(position=nowhere))
+    expect(page.locator("#status.bad")).to_be_visible()
+    expect(page.locator("#result")).to_be_hidden()
+    found = located(page, lambda: page.locator("#clear").click())
+    assert sent(page, "prior") is None
+    assert len(found["candidates"]) == len(STREETS)
+    expect(page.locator("#status.bad")).to_have_count(0)
+
+
+def test_another_city_is_looked_at_with_its_own_streets(opened: Open) -> None:
+    page = opened("/?threshold=0")
+    assert page.locator("#city option").all_inner_texts() == ["Toytown", "St. Alder"]
+    assert located(page, lambda: give(page, photo()))["city"] == "Toytown"
+    expect(page.locator("#ask")).to_be_visible()
+    found = located(page, lambda: page.locator("#city").select_option("St. Alder"))
+    assert found["city"] == "St. Alder"
+    expect(page.locator("#model")).to_have_text(found["model"])
+    expect(page.locator("#intro")).to_contain_text("St. Alder")
+    expect(page.locator(".streets path")).to_have_count(2)
+    assert set(page.locator("#candidates .name").all_inner_texts()) == {"Elm Row Harbour", "Oak Avenue Harbour"}
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.get_by_role("button", name="Which street is this? Name it.").click()
+    assert asked.value.post_data_json["model"] == found["model"]
+    expect(page.locator("#talk .it")).to_contain_text(found["address"]["street"])
+    linked = opened(f"/?city={page.locator('#city').input_value()}")
+    expect(linked.locator("#intro")).to_contain_text("St. Alder")
+
+
+def test_follow_up_questions_carry_the_conversation(page: Page) -> None:
+    give(page, photo())
+    with page.expect_request("**/v1/chat/completions"):
+        page.get_by_role("button", name="Which street is this? Name it.").click()
+    expect(page.locator("#send")).to_be_enabled()
+    first = page.locator("#talk .it").inner_text()
+    page.locator("#question").fill("What colour is the sky?")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.keyboard.press("Enter")
+    expect(page.locator("#send")).to_be_enabled()
+    body = asked.value.post_data_json
+    assert body["stream"] is True
+    assert [m["role"] for m in body["messages"]] == ["user", "assistant", "user"]
+    assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    assert body["messages"][1]["content"].strip() == first.strip()
+    expect(page.locator("#talk .me")).to_have_text(["Which street is this? Name it.", "What colour is the sky?"])
+    expect(page.locator("#talk .bad")).to_have_count(0)
+    assert page.locator("#talk").get_attribute("aria-busy") == "false"
+
+
+def test_what_goes_wrong_is_said_and_can_be_mended(page: Page) -> None:
+    refused = located(page, lambda: give(page, b"<html>not a photo</html>"))
+    expect(page.locator("#status.bad")).to_have_text(refused["error"]["message"])
+    expect(page.locator("#again")).to_be_hidden()
+    page.context.set_offline(True)
+    give(page, photo(1))
+    expect(page.locator("#status.bad")).to_contain_text("can't be reached")
+    expect(page.locator("#result")).to_be_hidden()
+    page.context.set_offline(False)
+    located(page, page.locator("#again").click)
+    expect(page.locator("#plate")).to_be_visible()
+    expect(page.locator("#status.bad")).to_have_count(0)
+    page.context.set_offline(True)
+    page.get_by_role("button", name="Which street is this? Name it.").click()
+    expect(page.locator("#talk .bad")).to_contain_text("can't be reached")
+    expect(page.locator("#send")).to_be_enabled()
+
+
+def test_on_a_phone(opened: Open) -> None:
+    page = opened("/?threshold=0", **PHONE)
+    expect(page.locator("#camera")).to_be_visible()
+    assert page.locator("#shoot").get_attribute("capture") == "environment"
+    page.set_input_files("#shoot", {"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": photo()})
+    expect(page.locator("#plate")).to_be_in_viewport()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    for target in page.locator("button:visible, .button:visible, summary:visible").all():
+        box = target.bounding_box()
+        assert min(box["width"], box["height"]) >= 24, target
+    page.locator("#where summary").tap()
+    page.locator("#map").scroll_into_view_if_needed()
+    located(page, lambda: page.locator("#map").tap(position={"x": 80, "y": 150}))
+    assert "circle" in json.loads(sent(page, "prior"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_readable_by_day_and_by_night(opened: Open, scheme: str) -> None:
+    page = opened("/?threshold=0", color_scheme=scheme)
+    give(page, photo())
+    expect(page.locator("#plate")).to_be_visible()
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(244, 242, 236)"
+    assert light == (scheme == "light")
+    for text in (
+        "h1",
+        "#intro",
+        "#street",
+        "#verdict",
+        "#meaning",
+        "#candidates small",
+        "#candidates .share",
+        "#send",
+        "footer",
+    ):
+        assert contrast(page.locator(text).first) >= 4.5, text
+    assert (
+        page.locator("#picture").evaluate("p => (document.body.classList.add('busy'), getComputedStyle(p).animationName)")
+        == "none"
+    )

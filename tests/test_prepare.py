@@ -16,8 +16,9 @@ from addressvlm import InputError, tables
 from addressvlm.addresses import Gazetteer
 from addressvlm.cities.source import resolve
 from addressvlm.config import Config, validate
+from addressvlm.labels.facts import Facts
 from addressvlm.run import WORK, Run
-from ray_jobs import prepare
+from ray_jobs import graft, prepare
 from tests.test_places import DEGREE_M, geojson
 
 pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.xdist_group("ray")]
@@ -87,7 +88,8 @@ def test_a_dataset_comes_out_that_datasets_opens(tmp_path: Path, capsys: pytest.
     assert not places[0] & places[1] | places[0] & places[2] | places[1] & places[2]
 
     gazetteer = Gazetteer.load(Run(config).gazetteer)
-    assert sum(gazetteer.photos_of(street) for street in gazetteer.streets) == len(opened["train"])
+    shapes = [feature["properties"] for feature in json.loads(Run(config).gazetteer.read_text())["features"]]
+    assert sum(properties.get("photos", 0) for properties in shapes) == len(opened["train"])
     assert set(opened["test"]["street"]) <= set(gazetteer.streets) == set(gazetteer.geometry)
     aside = pq.read_table(Run(config).folder / "aside.parquet").to_pylist()
     assert len(aside) == card["splits"].get("aside", {"places": 0})["places"]
@@ -167,6 +169,11 @@ def test_questions_about_sub_streets(tmp_path: Path) -> None:
     rows = [row for part in ("train", "test") for row in tables.rows(Run(config).photos, part)]
     assert {row["street"] for row in rows} <= set(gazetteer.streets)
     assert all(row["street"] == row["sub_street"] for row in rows)
+    assert {row["main_street"] for row in rows} == set(STREETS)
+    graft.run_step(config, redo=False)
+    grafts = [(row["street"], Facts.from_json(row["facts"])) for row in tables.rows(Run(config).grafts, "train")]
+    assert {(facts.street == street, facts.direction) for street, facts in grafts} == {(True, "east-west")}
+    assert {facts.cross_street for _, facts in grafts} == {None, "Cross Street"}
     named = {round_["answer"] for row in rows for round_ in row["rounds"] if round_["level"] == "street"} - {"Yes", "No"}
     assert named <= set(gazetteer.streets)
     card = json.loads((Run(config).photos / "card.json").read_text())
@@ -187,7 +194,7 @@ def test_panoramas_are_cut_into_views(tmp_path: Path) -> None:
 
 def test_nothing_good_is_said_even_if_all_may_be_bad(tmp_path: Path) -> None:
     config = city(tmp_path, {row: {"photo": f"no{row}.jpg"} for row in range(1, 61)}, max_reject_share=1)
-    with pytest.raises(InputError, match="60 of 60 rows"):
+    with pytest.raises(InputError, match=r"60 of 60 rows .*prepare\.parquet\.$"):
         prepare.run_step(config)
     assert len(rejected(config)) == 60
 

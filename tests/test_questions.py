@@ -2,12 +2,16 @@
 
 import random
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 from shapely.geometry import LineString
 
 from addressvlm import questions
 from addressvlm.addresses import Address, Gazetteer
+from addressvlm.cities.dataset import SPLITS, finish
+from addressvlm.config_city import CityConfig
 from tests.test_addresses import gazetteer
 
 HERE = Address("Mill Street", "Harbour")
@@ -87,6 +91,43 @@ def test_the_mix_of_near_and_any_wrong_names_is_a_setting(near_share: float, low
         wrong += [name for r in asked if r["kind"] == "choice" for name in r["options"] if name != here.street]
     near = sum(int(name.removeprefix("Street ")) <= 6 for name in wrong)  # near are the nearest six for three wrong names
     assert low <= near / len(wrong) <= high
+
+
+def test_streets_that_may_be_right_are_no_wrong_names() -> None:
+    """The ambiguous second street is among the nearest, and must not be what a No or a choice turns on."""
+    here, city = Address("Street 7", "Town"), far_and_wide()
+    doubtful = {"Street 6", "Street 8", "Elsewhere"}
+    for seed in range(100):
+        rng = random.Random(seed)
+        asked = questions.training_rounds(here, city, rng, 7, 1.0, doubtful) + questions.test_rounds(
+            here, city, rng, 1.0, doubtful
+        )
+        assert not doubtful & {name for r in asked for name in r["options"]}
+    two = Gazetteer([here, Address("Street 8", "Town")])
+    kinds = [r["kind"] for r in questions.test_rounds(here, two, random.Random(0), 1.0, doubtful) if r["level"] == "street"]
+    assert kinds == ["generation", "judgment"]
+
+
+def test_a_dataset_does_not_call_the_ambiguous_street_wrong(tmp_path: Path) -> None:
+    """Nor another that is as near to the camera; both are possible answers."""
+    far_and_wide().save(tmp_path / "gazetteer.geojson")
+    near = {"lat": 0.005, "lon": 0.00706, "street": "Street 7", "district": "Town"}  # 104 m from Street 8
+    rows = [
+        {**near, "id": f"{kind}{n}", "index": 0, "ambiguous": kind == "a", "second_street": "Street 6"}
+        for kind in "ab"
+        for n in range(60)
+    ]
+    expected = {15.0: {"a": {"Street 6"}, "b": set()}, 110.0: {"a": {"Street 6", "Street 8"}, "b": {"Street 8"}}}
+    for ambiguous_m, spared in expected.items():
+        city = CityConfig(near_negatives=1.0, ambiguous_m=ambiguous_m).model_dump_json()
+        gazetteer = (str(tmp_path / "gazetteer.geojson"), "1")
+        for part in (0, 2):
+            made = finish(np.array([part], dtype=np.int8), gazetteer, city, 0, rows)
+            wrong: dict[str, set[str]] = {"a": set(), "b": set()}
+            for row in made.tables[SPLITS[part]]:
+                wrong[row["id"][0]] |= {name for r in row["rounds"] for name in r["options"]} - {"Street 7", "Town"}
+            near_names = {f"Street {i}" for i in (5, 6, 8, 9)}
+            assert {kind: near_names - names for kind, names in wrong.items()} == spared
 
 
 def test_kinds_stay_balanced_where_there_is_one_district() -> None:

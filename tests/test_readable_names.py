@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from addressvlm.config import TilesConfig
-from addressvlm.demo.city import places, to_degrees, write_maps
+from addressvlm.demo.city import TOY_CITIES, places, to_degrees
 from addressvlm.demo.world import generate
 from addressvlm.maps.tiles import Tile, TileRenderer
 from tests import town
@@ -36,25 +36,25 @@ def reader() -> Reader:
     return Reader()
 
 
-def toy_tiles(folder: Path) -> list[Tile]:
+@pytest.fixture
+def toy_tiles(toy_city: dict[str, str]) -> list[Tile]:
     """Three tiles of a toy city with its satellite image below."""
-    world = generate(1)
-    paths = {key: folder / key for key in ("streets", "districts", "imagery")}
-    write_maps(world, paths)
-    renderer = TileRenderer(paths["streets"], paths["imagery"], CONFIG)
+    world = generate(TOY_CITIES["alderbrook"])
+    renderer = TileRenderer(toy_city["streets"], toy_city["imagery"], CONFIG)
     chosen = random.Random(1).sample(list(places(world)), 3)
     return [renderer.tile(*to_degrees(world, np.array([[x, y]]))[0][::-1], street.name) for street, x, y in chosen]
 
 
-def town_tiles(folder: Path) -> list[Tile]:
+@pytest.fixture
+def town_tiles(tmp_path: Path) -> list[Tile]:
     """Three tiles of a drawn town."""
-    renderer = TileRenderer(town.write_streets(folder / "streets.geojson", STREETS), None, CONFIG)
+    renderer = TileRenderer(town.write_streets(tmp_path / "streets.geojson", STREETS), None, CONFIG)
     return [renderer.tile(*town.degrees(x, y)) for x, y in ((0, 0), (-30, -20), (10, -60))]
 
 
-@pytest.mark.parametrize("tiles_of", [town_tiles, toy_tiles])
-def test_listed_names_can_be_read_and_no_others_are_there(tiles_of, tmp_path: Path, reader: Reader) -> None:
-    tiles = tiles_of(tmp_path)
+@pytest.mark.parametrize("drawn", ["town_tiles", "toy_tiles"])
+def test_listed_names_can_be_read_and_no_others_are_there(drawn: str, request: pytest.FixtureRequest, reader: Reader) -> None:
+    tiles = request.getfixturevalue(drawn)
     read = [reader.read(tile.image) for tile in tiles]
     listed = [(name, texts) for tile, texts in zip(tiles, read, strict=True) for name in tile.names]
     assert len(listed) >= 7

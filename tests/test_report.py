@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -14,8 +15,10 @@ from PIL import Image
 
 from addressvlm import tables
 from addressvlm.addresses import Address, Gazetteer
+from addressvlm.config_labels import LabelsConfig
 from addressvlm.evaluation import metrics, report
 from addressvlm.evaluation.figures import CityMap, interval_bar, loss_curves
+from addressvlm.labels.tally import report_of
 
 GAZETTEER = Gazetteer(
     [Address("Mill Street", "Harbour"), Address("Oak & Elm <Row>", "Old Town")],
@@ -70,6 +73,9 @@ def run(tmp_path):
     }
     graft = {"street": "Mill Street", "district": "Harbour", "rounds": [label], "source": "template", "attempts": 1}
     tables.write(tmp_path / "alignment", "train", [graft | images[0]], tables.ALIGNMENT)
+    counts = Counter({"source openai:m": 9, "source fallback:template": 1, "problem length": 3})
+    labels = report_of(LabelsConfig(labeler="openai", model="m"), counts, {}, None)
+    (tmp_path / "alignment" / "labels.json").write_text(json.dumps(labels))
     (tmp_path / "training" / "addressvlm").mkdir(parents=True)
     logged = [
         {"stage": s, "step": i, "loss": 2 / i, "learning_rate": 1e-4} for s in ("alignment", "localization") for i in (1, 2, 3)
@@ -133,6 +139,7 @@ def test_shows_everything_the_run_has(run):
     assert page.count('class="map"') == len(SYSTEMS)
     assert page.count('class="loss"') == 1
     assert page.count("data:image/jpeg;base64,") == 3 + 1  # a photo of each place, one graft
+    assert "10 labels: 9 openai:m, 1 fallback:template; texts not taken for: 3 length." in page
     assert 'polyline class="smooth stage1"' in page
 
 

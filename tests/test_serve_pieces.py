@@ -1,21 +1,109 @@
-"""What the service is made of, without Ray: settings, error shapes, image decoding."""
+"""What the service is made of, without Ray: settings, errors, decoding, batches, counts."""
 
+import asyncio
 import json
-from io import BytesIO
+import pickle
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from ray.serve.schema import ServeDeploySchema
 
 import serve as service
 from addressvlm import InputError
-from serve.errors import install
-from serve.images import LONGEST_SIDE, decode_image
-from tests.service import check_error
+from addressvlm.answers.texts import Sampling
+from addressvlm.uploads import LONGEST_SIDE, decode
+from serve.asks import Question
+from serve.batcher import Batcher
+from serve.cities import model_folder
+from serve.completion import _without_blanks
+from serve.decoders import COMMAND, Decoders
+from serve.errors import ApiError, install
+from serve.images import bytes_of
+from serve.records import Records, render
+from serve.settings import IMAGES, MODEL
+from serve.vllm_engine import _request, tail_score
+from tests.images import BAD, GOOD, TURNED, encoded
+from tests.service import check_error, photo
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = pytest.mark.xdist_group("serve")
+
+
+# ---- settings and errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"modle": "x"}, "nearest known is 'model'"),
+        ({"min_replicas": "many"}, "'min_replicas' is 'many'"),
+        ({"min_replicas": "3", "max_replicas": "2"}, "max_replicas"),
+        ({"max_ongoing_requests": "4", "target_ongoing_requests": "4"}, "never scales up"),
+        ({"model": "/no/such/folder"}, "no model folder /no/such/folder"),
+        ({"model": str(Path(__file__).parent)}, "no config.json"),
+        ({"model": "x", "cities": "y"}, "both model and cities"),
+        ({"cities": "x", "engine": "vllm"}, "engine=vllm serves merged models"),
+        ({"engine": "triton"}, "'engine' is 'triton'"),
+        ({"image_domains": "10.0.0.1"}, "image_domains has '10.0.0.1'"),
+        ({"image_domains": "https://example.org"}, "give names such as"),
+        ({"allowed_origins": "*"}, "allowed_origins has"),
+        ({"rate_limit": "-1"}, "'rate_limit' is '-1'"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments: dict[str, str], words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        service.config(service.ServiceSettings.model_validate(arguments))
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_of_others_start_no_model_anew() -> None:
+    one = service.ServiceSettings(batch_size=4, image_domains="example.org")
+    other = one.model_copy(update={"rate_limit": 5.0, "max_replicas": 9, "allowed_origins": ["https://example.org"]})
+    for part in (MODEL, IMAGES):
+        assert pickle.dumps(one.only(part)) == pickle.dumps(other.only(part))
+    assert (one.only(MODEL).batch_size, one.only(MODEL).image_domains) == (4, [])
+    assert one.only(IMAGES).image_domains == ["example.org"]
+
+
+def test_vllm_is_asked_for_in_words(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="install it here, or give vllm_python="):
+        service.config(service.ServiceSettings(model=str(tmp_path), engine="vllm"))
+
+
+def test_the_production_file_is_one_that_serve_deploys() -> None:
+    tree = yaml.safe_load((Path(service.__file__).parent / "production.yaml").read_text())
+    (application,) = ServeDeploySchema.model_validate(tree).applications
+    module, _, builder = application.import_path.partition(":")
+    assert getattr(__import__(module), builder) is service.config
+    assert service.ServiceSettings.model_validate(application.args).min_replicas == 2
+
+
+def test_lists_come_as_text_or_lists() -> None:
+    for given_as in ("example.org, .example.net:8443,", ["example.org", ".example.net:8443"]):
+        assert service.ServiceSettings(image_domains=given_as).image_domains == ["example.org", ".example.net:8443"]
+
+
+def test_the_last_trained_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"ray job submit ray_jobs/train\.py"):
+        model_folder(service.ServiceSettings())
+    merged = tmp_path / "addressvlm" / "runs" / "demo" / "models" / "addressvlm" / "merged"
+    merged.mkdir(parents=True)
+    (tmp_path / "addressvlm" / "runs" / "last-model").write_text(f"{merged}\n")
+    with pytest.raises(InputError, match=r"no config\.json"):
+        model_folder(service.ServiceSettings())
+    (merged / "config.json").write_text(json.dumps({}))
+    assert model_folder(service.ServiceSettings()) == merged
+    assert model_folder(service.ServiceSettings(model=str(merged.parent))) == merged
 
 
 def test_defects_show_nothing_of_the_inside() -> None:
@@ -31,51 +119,186 @@ def test_defects_show_nothing_of_the_inside() -> None:
     assert "secret" not in response.text
 
 
-def test_photos_come_upright_and_bounded() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shot with the camera turned
-    out = BytesIO()
-    Image.new("RGB", (3000, 1500), "red").save(out, "JPEG", exif=exif)
-    image = decode_image(out.getvalue(), max_megapixels=50)
-    assert image.mode == "RGB"
-    assert image.width < image.height <= LONGEST_SIDE
+def test_errors_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(ApiError(429, "Wait.", "x", "y", 7)))
+    assert (error.status, error.message, error.param, error.code, error.retry_after_s) == (429, "Wait.", "x", "y", 7)
+
+
+# ---- photos
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_colours_are_kept(case: str) -> None:
+    data, colour = GOOD[case]
+    width, height, rgb = decode(data, 50)
+    middle = 3 * (height // 2 * width + width // 2)
+    assert all(abs(a - b) < 8 for a, b in zip(rgb[middle : middle + 3], colour, strict=True))
+    assert len(rgb) == 3 * width * height
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_each_format_is_read(kind: str) -> None:
-    out = BytesIO()
-    Image.new("RGB", (40, 30), (200, 30, 30)).save(out, kind)
-    red, green, _ = decode_image(out.getvalue(), 50).getpixel((5, 5))
-    assert red > 150 > green
+def test_photos_come_upright_and_no_larger_than_the_model_needs(kind: str) -> None:
+    data = encoded(Image.new("RGB", (3000, 1500), "red"), kind, exif=TURNED)
+    assert decode(data, 50)[:2] == (LONGEST_SIDE // 2, LONGEST_SIDE)
+    assert decode(data, 50, side=336)[:2] == (672, 1344)
+    assert decode(encoded(Image.new("RGB", (640, 480)), kind), 50, side=336)[:2] == (640, 480)  # as it is
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"modle": "x"}, "nearest known is 'model'"),
-        ({"min_replicas": "many"}, "'min_replicas' is 'many'"),
-        ({"min_replicas": "3", "max_replicas": "2"}, "max_replicas"),
-        ({"max_ongoing_requests": "4", "target_ongoing_requests": "4"}, "never scales up"),
-        ({"model": "/no/such/folder"}, "no model folder /no/such/folder"),
-        ({"model": str(Path(__file__).parent)}, "no config.json"),
-    ],
-)
-def test_wrong_arguments_are_one_sentence(arguments: dict[str, str], words: str) -> None:
-    with pytest.raises(InputError, match=words) as caught:
-        service.config(service.ServiceSettings.model_validate(arguments))
-    assert "\n" not in str(caught.value)
+@given(st.data())
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+def test_damaged_photos_are_refused_or_read(data: st.DataObject) -> None:
+    source = bytearray(data.draw(st.sampled_from([photo(), *(d for d, _ in [*BAD.values(), *GOOD.values()] if d)])))
+    for at, value in data.draw(st.lists(st.tuples(st.integers(0, len(source) - 1), st.integers(0, 255)), max_size=20)):
+        source[at] = value
+    end = data.draw(st.integers(0, len(source)))
+    try:
+        width, height, rgb = decode(bytes(source[:end]), 4)
+    except InputError:
+        return
+    assert len(rgb) == 3 * width * height
 
 
-def test_the_last_trained_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"ray job submit ray_jobs/train\.py"):
-        service.ServiceSettings().folder()
-    merged = tmp_path / "addressvlm" / "runs" / "demo" / "models" / "addressvlm" / "merged"
-    merged.mkdir(parents=True)
-    (tmp_path / "addressvlm" / "runs" / "last-model").write_text(f"{merged}\n")
-    with pytest.raises(InputError, match=r"no config\.json"):
-        service.ServiceSettings().folder()
-    (merged / "config.json").write_text(json.dumps({}))
-    assert service.ServiceSettings().folder() == merged
-    assert service.ServiceSettings(model=str(merged.parent)).folder() == merged
+@given(st.one_of(st.text(), st.text().map(lambda text: f"data:image/png;base64,{text}"), st.binary().map(repr)))
+@settings(max_examples=100, deadline=None)
+def test_texts_are_images_or_refused(text: str) -> None:
+    try:
+        found = bytes_of(text)
+    except InputError:
+        return
+    assert isinstance(found, bytes)
+
+
+def run(work: object) -> object:
+    return asyncio.run(work)  # type: ignore[arg-type]
+
+
+def test_a_decoder_that_hangs_is_ended_and_the_next_photo_is_read() -> None:
+    hangs = [sys.executable, "-c", "import sys; from addressvlm.uploads import confine; confine(0)\nwhile True: pass"]
+
+    async def both() -> None:
+        decoders = Decoders(1, cpu_s=20, max_megapixels=4)
+        decoders.command = hangs
+        with pytest.raises(InputError, match="too long to decode"):
+            await decoders.decode(photo(), 336)
+        decoders.command = COMMAND
+        assert (await decoders.decode(photo(), 336))[:2] == (320, 240)
+        with pytest.raises(InputError, match="damaged"):
+            await decoders.decode(photo()[:1000], 336)
+        assert len(decoders.idle) == 1
+        await decoders.close()
+
+    run(both())
+
+
+def test_a_decoder_gets_no_more_memory_than_allowed() -> None:
+    greedy = (
+        'from addressvlm.uploads import confine; confine(9, 1 << 27); x = bytearray(1 << 29); print(\'{"refused": "got it"}\')'
+    )
+
+    async def decode_greedily() -> None:
+        with pytest.raises(InputError, match="too long to decode"):
+            await Decoders(1, 20, 4, [sys.executable, "-c", greedy]).decode(photo(), 336)
+
+    run(decode_greedily())
+
+
+def test_decoders_see_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADDRESSVLM_API_KEYS", "a-key-that-is-secret")
+    tells = "import os, sys; sys.stdout.write('{\"refused\": \"' + ' '.join(os.environ) + '\"}\\n')"
+
+    async def decode_once() -> None:
+        decoders = Decoders(1, 20, 4, [sys.executable, "-c", tells])
+        with pytest.raises(InputError, match="PYTHONPATH") as caught:
+            await decoders.decode(b"", 336)
+        await decoders.close()
+        assert "KEYS" not in str(caught.value)
+
+    run(decode_once())
+
+
+# ---- vLLM's answers
+
+
+def test_an_addresss_score_is_that_of_its_tokens_up_to_the_end() -> None:
+    def told(token: int, log_p: float) -> dict[str, dict[str, float]]:
+        return {str(token): {"logprob": log_p}, "999": {"logprob": -1.0}}
+
+    log_p = [None, told(2, -9), told(7, -0.5), told(8, -0.25), told(3, -0.125), told(4, -9)]
+    assert tail_score([1, 2], [1, 2, 7, 8, 3, 4], log_p, {3}) == -0.875
+    assert tail_score([1, 2], [1, 2, 7, 8, 3, 4], log_p, set()) == -9.875
+    assert tail_score([1, 5], [1, 2, 7, 8, 3, 4], log_p, {3}) == -9.875  # the boundary is another token
+
+
+def test_what_vllm_is_asked() -> None:
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]}
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    asked = _request(Question("x", [turn], [pixels], Sampling(9, 0.5, n=2, stop=["."], logprobs=0)))
+    url = asked["messages"][0]["content"][0]["image_url"]["url"]
+    assert decode(bytes_of(url), 50).rgb == pixels.tobytes()
+    assert {k: asked[k] for k in ("max_tokens", "n", "stop", "logprobs", "top_logprobs")} == {
+        "max_tokens": 9, "n": 2, "stop": ["."], "logprobs": True, "top_logprobs": 0
+    }  # fmt: skip
+
+
+# ---- batches, counts, streams
+
+
+def test_what_waits_while_the_model_works_goes_together() -> None:
+    async def ask() -> tuple[list[int], list[list[int]]]:
+        free, batches = asyncio.Event(), []
+
+        async def work(items: list[int]) -> list[int | Exception]:
+            batches.append(items)
+            await free.wait()
+            return [ValueError("three") if item == 3 else -item for item in items]
+
+        batcher = Batcher(work, size=4, wait_s=0)
+        tasks = [asyncio.create_task(batcher.answer(0))]
+        while not batches:
+            await asyncio.sleep(0)
+        tasks += [asyncio.create_task(batcher.answer(item)) for item in range(1, 8)]
+        await asyncio.sleep(0)
+        tasks[5].cancel()
+        free.set()
+        return await asyncio.gather(*tasks, return_exceptions=True), batches
+
+    answers, batches = run(ask())  # type: ignore[misc]
+    assert batches == [[0], [1, 2, 3, 4], [6, 7]]
+    assert [a for a in answers if isinstance(a, int)] == [0, -1, -2, -4, -6, -7]
+    assert str(answers[3]) == "three"
+
+
+def test_a_batch_that_fails_fails_each_of_it_and_not_the_next() -> None:
+    async def ask() -> list[object]:
+        async def work(items: list[int]) -> list[int]:
+            return [1 // item for item in items]
+
+        batcher = Batcher(work, size=2, wait_s=1)
+        first = await asyncio.gather(batcher.answer(0), batcher.answer(1), return_exceptions=True)
+        return [*first, *await asyncio.gather(batcher.answer(1), batcher.answer(1))]
+
+    answers = run(ask())
+    assert [type(answer) for answer in answers] == [ZeroDivisionError, ZeroDivisionError, int, int]  # type: ignore[attr-defined]
+
+
+def test_counts_of_several_replicas_stand_side_by_side() -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    one, two = Records(), Records()
+    one.count("addressvlm_requests", "GET", "/healthz", "200")
+    two.count("addressvlm_requests", "GET", "/healthz", "200", by=2)
+    two.observe("addressvlm_confidence", 0.75, "toytown")
+    text = render({"a": pickle.loads(pickle.dumps(one.collect())), "b": two.collect()}).decode()
+    found = {family.name: family for family in text_string_to_metric_families(text)}
+    assert {s.labels["replica"]: s.value for s in found["addressvlm_requests"].samples} == {"a": 1, "b": 2}
+    buckets = {s.labels["le"]: s.value for s in found["addressvlm_confidence"].samples if s.name.endswith("bucket")}
+    assert (buckets["0.7"], buckets["0.8"], buckets["+Inf"]) == (0, 1, 1)
+
+
+@given(st.lists(st.text(alphabet="ab \n", max_size=4)))
+def test_pieces_without_blanks_around_are_the_stripped_text(pieces: list[str]) -> None:
+    said, held = "", ""
+    for piece in pieces:
+        text, held = _without_blanks(held, piece, not said)
+        said += text
+    assert said == "".join(pieces).strip()

@@ -107,6 +107,40 @@ def test_overlapping_districts_the_smallest_and_gaps_the_nearest() -> None:
     assert streets.district_codes([0.0], [0.0]).tolist() == [2]
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 900), st.integers(0, 900), st.integers(1, 500), st.integers(1, 500)), max_size=8),
+    st.lists(st.tuples(st.floats(-100, 1500), st.floats(-100, 1500)), min_size=1, max_size=40),
+    st.sampled_from([1, 30, 1 << 22]),
+)
+def test_districts_of_every_point_are_what_shapely_says(
+    boxes: list[tuple[int, ...]], points: list[tuple[float, float]], cells: int
+) -> None:
+    """Whether the grid is fine or, as over a whole country, coarse."""
+    degree = 111_195.0
+    shapes = [shapely.box(x, y, x + width, y + height) for x, y, width, height in boxes]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("addressvlm.cities.district_index.MOST_CELLS", cells)
+        names = [f"{i:02}" for i in range(len(boxes))]
+        streets = StreetMap(
+            [], [], [(n, shapely.transform(s, lambda c: c / degree)) for n, s in zip(names, shapes, strict=True)]
+        )
+    codes = streets.district_codes(*(np.array([p[i] for p in points]) / degree for i in (1, 0)))
+    for (x, y), code in zip(points, codes.tolist(), strict=True):
+        metres = [shapely.distance(shapely.Point(x, y), shape) for shape in shapes]
+        edges = [shapely.distance(shapely.Point(x, y), shape.boundary) for shape in shapes]
+        if any(edge < 0.5 or abs(edge - 50) < 0.5 for edge in edges):
+            continue  # there the plane and the globe may differ
+        order = sorted(range(len(shapes)), key=lambda i: (round(metres[i], 1), shapes[i].area, i))
+        best = order[0] if order and metres[order[0]] <= 50 else -1
+        assert code == best or (metres[code] == pytest.approx(metres[best], abs=0.5) and metres[best] > 0)
+
+
+def test_points_that_are_nowhere_have_no_district() -> None:
+    streets = StreetMap([], [], [("Old Town", shapely.box(0, 0, 0.01, 0.01))])
+    assert streets.district([math.nan, 95.0, 0.005], [0.005, 10.0, 0.005]) == [None, None, "Old Town"]
+
+
 def test_a_square_is_a_street_with_an_area() -> None:
     square = shapely.box(-0.001, -0.001, 0.0, 0.0)
     streets = StreetMap(["Plaza", "Mill Street"], [square, shapely.LineString([(0, 0), (0.01, 0)])])

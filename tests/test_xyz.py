@@ -19,7 +19,8 @@ from addressvlm.maps.mercator import Mosaic
 from addressvlm.maps.tiles import TileRenderer
 from addressvlm.maps.xyz import XyzServer
 from tests import town
-from tests.tileserver import Answer, TileServer, encoded, good, ground
+from tests.server import Answer, Asked, Server
+from tests.tileserver import encoded, good, ground
 
 HTML = b"<html><body>Sign in</body></html>"
 
@@ -40,36 +41,36 @@ def config(folder: Path, **changes: object) -> TilesConfig:
     return TilesConfig(cache=str(folder / "cache"), per_second=1000, names=False, **changes)
 
 
-def server_of(running: TileServer, folder: Path, **options: object) -> XyzServer:
+def server_of(running: Server, folder: Path, **options: object) -> XyzServer:
     return XyzServer(f"{running.url}/{{z}}/{{x}}/{{y}}.png", folder, "tests (mail@example.org)", 1000, **options)
 
 
-def always(status: int, body: bytes = b"", **headers: str) -> TileServer:
-    return TileServer(lambda path: (status, {key.replace("_", "-"): value for key, value in headers.items()}, body))
+def always(status: int, body: bytes = b"", **headers: str) -> Server:
+    return Server(lambda path: (status, {key.replace("_", "-"): value for key, value in headers.items()}, body))
 
 
 @pytest.mark.parametrize(("zoom", "pixels"), [(None, 336), (17, 336), (18, 100), (None, 600)])
 def test_same_ground_as_the_geotiff(tmp_path: Path, streets: Path, zoom: int | None, pixels: int) -> None:
     geotiff = town.write_imagery(tmp_path / "satellite.tif")
     chosen = config(tmp_path, zoom=zoom, pixels=pixels)
-    with TileServer().running() as running:
+    with Server(good).running() as running:
         renderer = TileRenderer(streets, f"{running.url}/{{z}}/{{x}}/{{y}}.png", chosen)
         found = np.asarray(renderer.tile(*town.degrees(-60, 60)).image).astype(int)
     expected = np.asarray(TileRenderer(streets, geotiff, chosen).tile(*town.degrees(-60, 60)).image).astype(int)
     assert (abs(found - expected).max(axis=-1) > 60).mean() < 0.01
-    levels = {int(path.split("/")[1]) for path, _, _ in running.asked}
+    levels = {int(asked.path.split("/")[1]) for asked in running.asked}
     assert levels == {zoom or (18 if pixels == 336 else 19)}  # 0.60 or 0.33 m a pixel; level 18 has 0.37 m here
 
 
 def test_cache_and_manners(tmp_path: Path, streets: Path) -> None:
-    with TileServer().running() as running:
+    with Server(good).running() as running:
         url = f"{running.url}/{{z}}/{{x}}/{{y}}.png"
         chosen = config(tmp_path, user_agent="my-city (me@example.org)", attribution="© Me")
         first = TileRenderer(streets, url, chosen)
         picture = first.tile(*town.degrees(0, 0)).image
         count = len(running.asked)
         assert 0 < count <= 16
-        assert {headers["User-Agent"] for _, headers, _ in running.asked} == {"my-city (me@example.org)"}
+        assert {asked.headers["User-Agent"] for asked in running.asked} == {"my-city (me@example.org)"}
         assert first.imagery.attribution == "© Me"
         again = TileRenderer(streets, url, chosen).tile(*town.degrees(0, 0)).image  # another process would do the same
         assert len(running.asked) == count
@@ -77,7 +78,7 @@ def test_cache_and_manners(tmp_path: Path, streets: Path) -> None:
 
 
 def test_damaged_cache_is_fetched_again(tmp_path: Path) -> None:
-    with TileServer().running() as running:
+    with Server(good).running() as running:
         server = server_of(running, tmp_path)
         whole = server.tile(18, 131159, 86000)
         (file,) = tmp_path.glob("*/18/131159/86000")
@@ -95,7 +96,7 @@ def test_404_is_a_hole_and_asked_once(tmp_path: Path, streets: Path) -> None:
         for _ in range(2):
             with pytest.raises(InputError, match=r"^http://127\.0\.0\.1:\d+ at zoom 18 covers only 0% of the tile\.$"):
                 renderer.tile(*town.degrees(0, 0))
-        assert len(running.asked) == len({path for path, _, _ in running.asked})
+        assert len(running.asked) == len({asked.path for asked in running.asked})
 
 
 @pytest.mark.parametrize("header", ["0.2", "date"])
@@ -103,15 +104,15 @@ def test_429_waits_as_long_as_the_server_says(tmp_path: Path, header: str) -> No
     """All who share the folder wait, not only the one who was told."""
     answers: list[Answer] = []
 
-    def answer(path: str) -> Answer:
+    def answer(asked: Asked) -> Answer:
         after = header if header != "date" else format_datetime(datetime.now(UTC) + timedelta(seconds=1.2), usegmt=True)
-        answers.append((429, {"Retry-After": after}, b"") if not answers else good(path))
+        answers.append((429, {"Retry-After": after}, b"") if not answers else good(asked))
         return answers[-1]
 
-    with TileServer(answer).running() as running:
+    with Server(answer).running() as running:
         assert server_of(running, tmp_path).tile(18, 131159, 86000) is not None
         assert [a[0] for a in answers] == [429, 200]
-        assert running.asked[1][2] - running.asked[0][2] >= 0.19
+        assert running.asked[1].at - running.asked[0].at >= 0.19
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_a_server_that_keeps_failing(tmp_path: Path, status: int, headers: dict[
 
 def test_a_server_that_is_back_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xyz, "DOWN_S", 0.0)
-    broken = TileServer(lambda path: (500, {}, b""))
+    broken = Server(lambda path: (500, {}, b""))
     with broken.running() as running:
         server = server_of(running, tmp_path)
         for x in range(3):
@@ -183,7 +184,7 @@ def test_what_is_not_a_map_tile(tmp_path: Path, headers: dict[str, str], body: b
 @pytest.mark.parametrize("drip_s", [0.05, 30.0])
 def test_a_server_that_hangs_is_left(tmp_path: Path, drip_s: float) -> None:
     """Nothing after the first byte, or a byte now and then: bounded by the time of one request, times the tries."""
-    hanging = TileServer(drip_s=drip_s)
+    hanging = Server(good, drip_s)
     with hanging.running() as running:
         started = time.monotonic()
         with pytest.raises(InputError, match=r"can't be had \(no answer within 0.2 s\)"):
@@ -193,7 +194,7 @@ def test_a_server_that_hangs_is_left(tmp_path: Path, drip_s: float) -> None:
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
-    with TileServer().running() as running:
+    with Server(good).running() as running:
         url = running.url
     server = XyzServer(f"{url}/{{z}}/{{x}}/{{y}}", tmp_path, "tests", 1000)
     with pytest.raises(InputError, match=r"can't be had \(no connection, ConnectionError\)"):
@@ -212,17 +213,17 @@ def test_a_bad_server_rejects_rows_and_the_rest_goes_on(tmp_path: Path, streets:
     photo = encoded(Image.new("RGB", (64, 48), (9, 9, 9)), "JPEG")
     here = [(-200, "w"), (200, "e"), (-190, "w2")]
     photos = [
-        {"id": key, "place": key, "street": "Mill Street", "district": "Harbour", "heading": None,
+        {"id": key, "place": key, "street": "Mill Street", "main_street": "Mill Street", "district": "Harbour", "heading": None,
          "lat": town.degrees(x, 0)[0], "lon": town.degrees(x, 0)[1], "image": {"bytes": photo, "path": key}}
         for x, key in here
     ]  # fmt: skip
 
-    def answer(path: str) -> Answer:
-        z, x, _ = map(int, path.strip("/").removesuffix(".png").split("/"))
+    def answer(asked: Asked) -> Answer:
+        z, x, _ = map(int, asked.path.strip("/").removesuffix(".png").split("/"))
         east = (x + 0.5) / 2**z * 360 - 180 > town.LON
-        return (200, {"Content-Type": "text/html"}, HTML) if east else good(path)
+        return (200, {"Content-Type": "text/html"}, HTML) if east else good(asked)
 
-    with TileServer(answer).running() as running:
+    with Server(answer).running() as running:
         grafter = Grafter(str(streets), f"{running.url}/{{z}}/{{x}}/{{y}}.png", config(tmp_path, side_m=100))
         reasons = {row["id"]: row["reason"] for row in grafter.rows(photos)}
     assert reasons["w"] is None
@@ -271,7 +272,7 @@ def test_keys_stay_out_of_messages(tmp_path: Path) -> None:
 
 
 def test_too_fine_a_zoom_is_told(tmp_path: Path, streets: Path) -> None:
-    with TileServer().running() as running:
+    with Server(good).running() as running:
         renderer = TileRenderer(streets, f"{running.url}/{{z}}/{{x}}/{{y}}.png", config(tmp_path, zoom=23))
         with pytest.raises(InputError, match=r"set tiles\.zoom lower"):
             renderer.tile(*town.degrees(0, 0))
@@ -286,14 +287,14 @@ def test_an_xyz_server_alone_has_no_middle(tmp_path: Path) -> None:
 def test_finer_tiles_than_usual(tmp_path: Path) -> None:
     """512 px tiles, which many servers send for {z}: the same ground."""
 
-    def answer(path: str) -> Answer:
-        z, x, y = map(int, path.strip("/").removesuffix(".png").split("/"))
+    def answer(asked: Asked) -> Answer:
+        z, x, y = map(int, asked.path.strip("/").removesuffix(".png").split("/"))
         return 200, {}, encoded(ground(z, x, y, 512).convert("RGB"), "WEBP")
 
     crs = f"+proj=tmerc +lat_0={town.LAT} +lon_0={town.LON} +k=1 +datum=WGS84 +units=m"
     pictures = []
     for number, kind in enumerate((good, answer)):
-        with TileServer(kind).running() as running:
+        with Server(kind).running() as running:
             mosaic = Mosaic(server_of(running, tmp_path / str(number)), crs)
             pictures.append(np.asarray(mosaic.read((-100, -100, 100, 100), 336)).astype(int))
     assert (abs(pictures[0] - pictures[1]).max(axis=-1) > 60).mean() < 0.02

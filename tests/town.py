@@ -9,6 +9,11 @@ import pyproj
 import rasterio
 from rasterio.transform import from_origin
 
+from addressvlm.cities.streets import StreetMap
+from addressvlm.config import Config
+from addressvlm.maps.roads import write_roads
+from addressvlm.run import Run
+
 LAT, LON = 52.2, 0.12
 _METRES = pyproj.Transformer.from_crs(
     "EPSG:4326", f"+proj=tmerc +lat_0={LAT} +lon_0={LON} +k=1 +datum=WGS84 +units=m", always_xy=True
@@ -40,6 +45,13 @@ def write_streets(path: Path, streets: dict[str, list[tuple[float, float]]] | No
     ]
     path.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
     return path
+
+
+def write_run_roads(config: Config) -> None:
+    """What prepare leaves for the tiles of a run."""
+    run, streets = Run(config), StreetMap.load(config.city.streets, with_roads=True)
+    run.photos.mkdir(parents=True)
+    write_roads(run.roads, streets.roads, np.array([LAT]), np.array([LON]))
 
 
 def write_imagery(path: Path, half_m: float = 250, **profile: Any) -> Path:

@@ -1,0 +1,78 @@
+"""pytest tests/test_beliefs.py: generation, judgment and choice follow from one set of probabilities and agree."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from addressvlm.addresses import Address, Gazetteer
+from addressvlm.answers import kinds
+from addressvlm.answers.beliefs import Beliefs
+from addressvlm.questions import templates
+
+NAMES = {"street": ["Elm Row", "Mill Street", "Oak Avenue", "Station Road"], "district": ["Harbour", "Old Town"]}
+ADDRESSES = [Address(street, district) for street in NAMES["street"] for district in NAMES["district"]]
+CITY = Gazetteer(ADDRESSES)
+SCORES = st.lists(st.floats(-30, 0) | st.just(-math.inf), min_size=8, max_size=8).filter(lambda s: max(s) > -math.inf)
+
+
+def ask(beliefs, question):
+    return kinds.read(question, CITY).answer(beliefs)[0]
+
+
+@given(SCORES, st.sampled_from(["street", "district"]), st.data())
+@settings(deadline=None)
+def test_the_three_kinds_never_contradict_each_other(scores, level, data):
+    beliefs = Beliefs(CITY.addresses, np.array(scores))
+    found = beliefs.ranked()[0]
+    name = getattr(found, level)
+    wording = {kind: data.draw(st.sampled_from(templates(level, kind))) for kind in ("generation", "judgment", "choice")}
+    assert ask(beliefs, wording["generation"]) == name
+    for other in NAMES[level]:
+        assert ask(beliefs, wording["judgment"].format(name=other)) == ("Yes" if other == name else "No")
+    options = data.draw(st.lists(st.sampled_from(NAMES[level]), min_size=2, unique=True))
+    chosen = ask(beliefs, wording["choice"].format(options="; ".join(options)))
+    shares = [beliefs.probability(option, level) for option in options]
+    assert chosen == (name if name in options else options[int(np.argmax(shares))])
+
+
+@given(SCORES)
+def test_probabilities(scores):
+    beliefs = Beliefs(CITY.addresses, np.array(scores))
+    ranked = beliefs.ranked()
+    assert sum(c.probability for c in ranked) == pytest.approx(1)
+    assert len(ranked) == sum(score > -math.inf for score in scores)
+    assert [c.probability for c in ranked] == sorted((c.probability for c in ranked), reverse=True)
+    assert sum(beliefs.probability(street, "street") for street in NAMES["street"]) == pytest.approx(1)
+    found = beliefs.localization(3, threshold=0.5)
+    assert found.candidates == ranked[:3]
+    assert found.known == (found.confidence > 0.5)
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("Was this taken on Mill Street?", kinds.Asked("judgment", "street", ("Mill Street",))),
+        ("is this mill st", kinds.Asked("judgment", "street", ("Mill Street",))),
+        ("Is it in the old town?", kinds.Asked("judgment", "district", ("Old Town",))),
+        ("Is this Mill Street, Harbour?", kinds.Asked("judgment", "address", ("Mill Street, Harbour",))),
+        ("Select an answer from [Mill Street, Elm Row]", kinds.Asked("choice", "street", ("Mill Street", "Elm Row"))),
+        ("Which district? Options: Harbour; Atlantis.", kinds.Asked("choice", "district", ("Harbour", "Atlantis"))),
+        ("where exactly was this photo taken", kinds.Asked("generation", "address")),
+        ("What do you see?", None),
+        ("Is it raining?", None),
+        ("Tell me about Mill Street.", None),
+        ("Is it Mill Street or Elm Row?", None),
+        ("Options: a; b.", None),
+        ("", None),
+    ],
+)
+def test_what_is_asked(question, expected):
+    assert kinds.read(question, CITY) == expected
+
+
+def test_a_district_in_the_name_of_a_street():
+    city = Gazetteer([Address("Harbour Street", "Old Town"), Address("Elm Row", "Harbour")])
+    assert kinds.read("Is it on Harbour Street?", city) == kinds.Asked("judgment", "street", ("Harbour Street",))

@@ -1,0 +1,116 @@
+"""pytest tests/test_calibration.py: the temperature, the threshold and the errors, on answers whose truth is known."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from addressvlm import InputError
+from addressvlm.answers import calibration
+from addressvlm.answers.calibration import Calibration, Scored
+
+
+def drawn(photos=2000, addresses=12, temperature=1.0, seed=0, views=4):
+    """Photos of a model whose probabilities, at that temperature, are exactly how often it is right."""
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(0, 2, (photos, addresses))
+    below = calibration.softmax(scores).cumsum(axis=1) < rng.random((photos, 1))
+    truth = np.minimum(below.sum(axis=1), addresses - 1)
+    return Scored(scores * temperature, truth, [f"place{i // views}" for i in range(photos)])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_is_found(temperature):
+    fitted = calibration.fit(drawn(temperature=temperature), target=0.8)
+    assert fitted.temperature == pytest.approx(temperature, rel=0.1)
+    assert fitted.measured["ece"]["after"] < 0.05
+    assert fitted.measured["nll"]["after"] <= fitted.measured["nll"]["before"] + 1e-9
+    assert fitted.measured["photos"] == 2000
+    assert fitted.measured["places"] == 500
+
+
+def test_the_temperature_minimizes_the_loss():
+    scored = drawn(photos=300, temperature=2.0)
+    best = calibration.fit(scored, 0.8).temperature
+    losses = [calibration.nll(scored.scores / t, scored.truth) for t in (best * 0.97, best, best * 1.03)]
+    assert min(losses) == losses[1]
+
+
+def test_a_threshold_keeps_its_target_on_other_photos():
+    kept = []
+    others = drawn(2000, seed=1000)
+    for seed in range(40):
+        scored = drawn(300, seed=seed)
+        chosen = calibration.threshold(*scored.confidences(1.0), scored.places, 0.7)
+        confidence, right = others.confidences(1.0)
+        above = confidence > chosen
+        kept.append(not above.any() or right[above].mean() >= 0.7)
+    assert np.mean(kept) >= 0.95
+
+
+def test_thresholds_rise_with_the_target():
+    thresholds = calibration.fit(drawn(), 0.8).thresholds
+    assert list(thresholds) == ["0.5", "0.6", "0.7", "0.8", "0.9", "0.95"]
+    assert sorted(thresholds.values()) == list(thresholds.values())
+    assert 0 < thresholds["0.7"] < 1
+
+
+def test_few_or_wrong_answers_are_never_sure_enough():
+    few = Scored(np.array([[9.0, 0.0]] * 4), np.zeros(4, dtype=int), ["a", "a", "b", "b"])
+    assert calibration.fit(few, 0.9).threshold == calibration.NEVER  # all right, but two places tell little
+    many = Scored(np.array([[9.0, 0.0]] * 200), np.zeros(200, dtype=int), [str(i) for i in range(200)])
+    assert calibration.fit(many, 0.9).threshold == calibration.ALWAYS
+    wrong = Scored(many.scores, np.ones(200, dtype=int), many.places)
+    assert set(calibration.fit(wrong, 0.9).thresholds.values()) == {calibration.NEVER}
+
+
+@given(st.integers(1, 60), st.data())
+@settings(deadline=None)
+def test_the_lower_bound_is_clopper_and_pearsons(trials, data):
+    successes = data.draw(st.integers(0, trials))
+    low = calibration.lower_bound(successes, trials, 0.05)
+    assert 0 <= low <= successes / trials
+    at_least = sum(math.comb(trials, k) * low**k * (1 - low) ** (trials - k) for k in range(successes, trials + 1))
+    assert successes == 0 or at_least == pytest.approx(0.05, rel=1e-3)
+
+
+def test_all_right_has_a_closed_form():
+    assert calibration.lower_bound(10, 10, 0.05) == pytest.approx(0.05**0.1, rel=1e-6)
+
+
+def test_errors_of_bins():
+    confidence, right = np.array([0.95, 0.95, 0.55, 1.0]), np.array([True, False, True, True])
+    bins = calibration.reliability(confidence, right)
+    assert [(b["low"], b["photos"]) for b in bins] == [(0.5, 1), (0.9, 3)]
+    assert calibration.ece(confidence, right) == pytest.approx((0.45 + abs(2.9 - 2)) / 4)
+
+
+def test_saved_and_loaded(tmp_path):
+    fitted = calibration.fit(drawn(400), 0.75)
+    fitted.save(tmp_path)
+    assert Calibration.load(tmp_path) == fitted
+    assert fitted.threshold == fitted.thresholds["0.75"]
+    assert Calibration.load(tmp_path / "nowhere") == Calibration()
+    assert Calibration().threshold == calibration.ALWAYS
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"temperature": 0, "target": 0.8, "thresholds": {}}', "\x00"])
+def test_a_damaged_file_is_one_sentence(tmp_path, text):
+    (tmp_path / "calibration.json").write_text(text)
+    with pytest.raises(InputError, match=r"calibration\.json is not a calibration .*make it again"):
+        Calibration.load(tmp_path)
+
+
+def test_photos_of_another_city():
+    with pytest.raises(InputError, match="no validation photo has an address"):
+        calibration.fit(Scored(np.zeros((3, 2)), np.full(3, -1), ["a", "b", "c"]), 0.8)
+
+
+def test_a_photo_of_an_unknown_street_counts_as_wrong():
+    scored = drawn(100)
+    lost = Scored(scored.scores, np.where(np.arange(100) < 50, -1, scored.truth), scored.places)
+    assert calibration.fit(lost, 0.8).measured["right"] < calibration.fit(scored, 0.8).measured["right"]
+    assert json.dumps(calibration.fit(lost, 0.8).measured)

@@ -1,0 +1,185 @@
+"""python -m pytest tests/test_checks.py"""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from addressvlm.addresses import Address, Gazetteer
+from addressvlm.config_labels import LabelsConfig
+from addressvlm.labels.checks import Checker, checker_of
+from addressvlm.labels.facts import Facts
+from addressvlm.labels.mentions import Names
+from addressvlm.labels.prompt import load_prompt
+from addressvlm.names import normal
+from tests.label_texts import CORRUPTIONS, DISTRICTS, STREETS, corrupted, good
+
+FACTS = Facts(
+    "Mill Street", "Harbour", ("Mill Street", "King Street"), "east-west", "along", "east", "King Street", 40, "east", ("red",)
+)  # fmt: skip
+GOOD = (
+    "A row of red brick houses stands on the left and the camera looks along the road. On the map King Street meets the "
+    "street a little to the east. This is Mill Street in Harbour."
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (GOOD, None),
+        (GOOD.replace("Mill Street", "mill st."), None),
+        (GOOD.replace("Mill Street", "Molengasse"), None),
+        (GOOD.replace("Mill Street", "Mill Street’s west end"), None),
+        (GOOD.replace("This is", "Well-known sights, noted by visitors, say it: this is"), None),
+        (GOOD.replace(". This is", ", which is to the east of the churches and close to King Street, so this must be"), None),
+        ("This is Mill Street in Harbour.", "words"),
+        (GOOD * 6, "words"),
+        (f"{GOOD} {GOOD}", "more than once"),
+        (GOOD.replace("Mill Street", "a street"), "does not name the street"),
+        (GOOD.replace("Harbour", "town"), "does not name the district"),
+        (GOOD.replace("Mill Street", "Old Mill Street"), "does not name the street"),
+        (GOOD + " So it must be King Street.", "does not conclude on Mill Street"),
+        (GOOD + " So it must be Elm Road.", "does not conclude on Mill Street"),
+        (GOOD + " Near Mill Street, this therefore is Elm Road.", "does not conclude on Mill Street"),
+        (GOOD + " It is in Castle.", "does not conclude on Harbour"),
+        (GOOD + " A castle can be seen too.", None),
+        (GOOD.replace("This is", "This is not"), "denies"),
+        (GOOD.replace("This is", "As the hint says, this is"), "told"),
+        (GOOD.replace("This is", "According to the provided address this is"), "told"),
+        (GOOD.replace("This is", "The address was given: this is"), "told"),
+        ("I'm sorry, but I cannot help. " + GOOD, "told"),
+        (GOOD.removesuffix(" in Harbour.") + " in Harbour, where", "breaks off"),
+        (GOOD.replace(". ", ".\n- "), "lists"),
+        ("Links steht eine Reihe von Häusern, und man schaut die Straße entlang. Das ist Mill Street in Harbour.", "'de'"),
+        ("Everybody who has ever been to this old town will know at once that it is Mill Street in Harbour.", "cites nothing"),
+    ],
+)  # fmt: skip
+def test_checks(text: str, problem: str | None) -> None:
+    checker = Checker(
+        ["Elm Road", "Old Mill Street", "Mill Street"], ["Harbour", "Castle"], variants={"Mill Street": ["Molengasse"]}
+    )
+    found = checker.problems(text, FACTS)
+    assert (found == []) if problem is None else any(problem in p.text for p in found), found
+
+
+# What is said and is not among the facts, with what GOOD says around it.
+CLAIMS = [
+    ("The camera looks to the north.", "direction"),
+    ("The camera looks across the road.", "direction"),
+    ("The street runs north to south.", "direction"),
+    ("King Street meets it to the west.", "direction"),
+    ("King Street meets it a hundred and twenty metres further.", "distance"),
+    ("King Street meets it 90 m to the east.", "distance"),
+    ("King Street meets it fifteen yards to the east.", "distance"),
+    ("King Street meets it right here.", "distance"),
+    ("Elm Road meets it 40 m to the east.", "crossing"),
+    ("Next comes the corner of Elm Road.", "crossing"),
+    ("The street meets Mill Street there.", "crossing"),
+    ("King Street meets the camera there.", "crossing"),
+    ("On the map Elm Road is written.", "name"),
+    ("The map also bears the name Wobble Lane.", "name"),
+    ("In the distance one sees London.", "name"),
+    ("The map bears the names Mill Street, King Street and Mill Street.", "name"),
+    ("The photo shows green fronts.", "colour"),
+    ("From above, the ground is red.", "colour"),
+    ("There is much open sky, and the sky is wide.", "sky"),
+]
+TRUE = [
+    "The camera looks to the east, along Mill Street.",
+    "The street runs from west to east.",
+    "King Street meets it about 45 m to the east.",
+    "To the east, forty metres away, comes the corner of King Street.",
+    "King Street meets it a hundred and thirty feet to the east.",
+    "The map bears the names Mill Street and King Street.",
+    "Reddish walls fill the photo.",
+]
+
+
+@pytest.mark.parametrize(("said", "kind"), [*CLAIMS, *((said, None) for said in TRUE)])
+def test_each_claim_is_held_against_the_facts(said: str, kind: str | None) -> None:
+    text = f"{said} {GOOD}".replace("On the map King Street meets the street a little to the east. ", "")
+    loose, strict = (Checker(["Elm Road"], ["Harbour"], verified=verified) for verified in (False, True))
+    assert loose.problems(text, FACTS) == []
+    found = {p.kind for p in strict.problems(text, FACTS)} - ({"name"} if kind == "crossing" else set())
+    assert found == ({kind} if kind else set())
+
+
+def test_the_tolerance_of_distances_is_a_setting() -> None:
+    text = GOOD.replace("a little to the east", "about 80 m to the east")
+    assert [p.kind for p in Checker(verified=True).problems(text, FACTS)] == ["distance"]
+    assert Checker(verified=True, tolerance=1.0).problems(text, FACTS) == []
+
+
+def test_a_street_view_speaks_of_no_map() -> None:
+    facts = Facts("Mill Street", "Harbour", photo_colours=("red",), sky="wide", greenery="little", city="Hint City")
+    text = (
+        "Red brick houses stand under a wide sky in Hint City, and hardly a tree is to be seen. This is Mill Street in Harbour."
+    )
+    checker = Checker(verified=True, mapless=True)
+    assert checker.problems(text, facts) == []
+    assert [p.kind for p in checker.problems(f"{text} The map shows it too: it is Mill Street.", facts)] == ["map"]
+    assert [p.kind for p in checker.problems(text.replace("wide sky", "narrow sky"), facts)] == ["sky"]
+
+
+def test_other_languages_are_told_apart() -> None:
+    text = (
+        "Links steht eine Reihe roter Häuser, und die Kamera schaut die Straße entlang nach Osten, wo bald die King Street "
+        "kreuzt. Das ist also die Mill Street in Harbour."
+    )
+    assert Checker(language="de").problems(text, FACTS) == []
+    assert [p.kind for p in Checker(language="de").problems(GOOD, FACTS)] == ["language"]
+
+
+def test_almost_all_corruptions_are_caught_and_almost_all_good_labels_pass() -> None:
+    checker = Checker(STREETS, DISTRICTS, verified=True)
+    total, caught = Counter[str](), Counter[str]()
+    for kind, text, facts in corrupted(seed=1, count=450):
+        total[kind] += 1
+        caught[kind] += bool(checker.problems(text, facts))
+    passed = [not checker.problems(text, facts) for text, facts in good(seed=2, count=200)]
+    print({kind: f"{caught[kind]}/{total[kind]}" for kind in total}, f"good: {sum(passed)}/{len(passed)}")
+    assert total.keys() == CORRUPTIONS.keys()
+    assert all(caught[kind] >= 0.9 * total[kind] for kind in total)
+    assert caught.total() >= 0.95 * total.total()
+    assert sum(passed) >= 0.98 * len(passed)
+
+
+def test_checks_of_a_city() -> None:
+    gazetteer = Gazetteer(
+        [Address("Mill Street", "Harbour"), Address("Elm Road", "Castle")], variants={"Elm Road": ["Olmenweg"]}
+    )
+    free = checker_of(LabelsConfig(), load_prompt("alignment"), gazetteer)
+    assert [p.kind for p in free.problems(f"{GOOD} So it is Olmenweg.", FACTS)] == ["conclusion"]
+    red_is_blue = replace(FACTS, photo_colours=("blue",))
+    assert free.problems(GOOD, red_is_blue) == []
+    for config, name in ((LabelsConfig(), "grounded"), (LabelsConfig(send_image=False), "reasoning")):
+        assert "colour" in {p.kind for p in checker_of(config, load_prompt(name), gazetteer).problems(GOOD, red_is_blue)}
+
+
+def test_abbreviations_do_not_end_a_sentence() -> None:
+    facts = Facts("St. Mary's Passage", "Market")
+    text = (
+        "The tower of a church stands at the end of a narrow lane between pale walls. So this is St. Mary's Passage in Market."
+    )
+    assert Checker().problems(text, facts) == []
+
+
+def test_longest_name_wins() -> None:
+    names = Names(["Mill Street", "Old Mill Street"])
+    assert names.mentions("From Old Mill Street to Mill St.") == [normal("Old Mill Street"), normal("Mill Street")]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("at Mill Street's end", ["Mill Street"]),
+        ("Rue de l'Eveche", ["Rue de l'Évêché"]),
+        ("the market on Broadway", ["Broadway"]),
+        ("a broadway of cars", []),
+        ("これは銀座通りです。", ["銀座通り"]),
+        ("Mill-Street/Broadway", ["Mill Street", "Broadway"]),
+    ],
+)
+def test_names_in_free_text(text: str, found: list[str]) -> None:
+    names = Names(["Mill Street", "Rue de l'Évêché", "Broadway", "Market", "銀座通り"])
+    assert [mention.name for mention in names.find(text)] == found

@@ -1,0 +1,90 @@
+"""Training on families other than LLaVA: a step runs, the loss falls, and what is saved, merged and loaded answers alike.
+
+python -m pytest -q tests/test_families.py
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+from addressvlm.config_training import ModelConfig, PartConfig, StageConfig
+from addressvlm.models.base import one_dimensional, packs
+from addressvlm.models.lora import attach, train_only, trainable
+from addressvlm.models.parts import part_of
+from addressvlm.training import loop
+from addressvlm.training.collate import Collator, sample_of
+from addressvlm.training.rows import Schedule
+from addressvlm.training.step import answer_loss
+from tests.cities import ListTable, table_rows
+from tests.tiny_families import FAMILIES
+
+SETTINGS = ModelConfig(vision=PartConfig(rank=2, alpha=4), llm=PartConfig(rank=4, alpha=8), lora_dropout=0.0)
+
+
+def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(**{k: v for k, v in batch.items() if k not in ("labels", "asked")}).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_learns_and_is_saved_merged_and_loaded_exactly(family: str, tmp_path: Path) -> None:
+    base, processor = FAMILIES[family]()
+    base.get_output_embeddings().weight.data.mul_(20)  # LoRA leaves the head as it is, so it must be able to say something
+    base.save_pretrained(tmp_path / "base")
+    packed = packs(base, "auto", torch.device("cpu"), family)
+    assert packed == (family == "smolvlm")
+    model, parts = attach(base, SETTINGS)
+    collate = Collator(processor, packed=packed)
+    stage = StageConfig(data="photos", batch_size=3, learning_rate=0.02)
+    losses: list[float] = []
+    table = ListTable(table_rows(6))
+    loop.run(
+        model, parts, collate, loop.Stage("s", stage, Schedule(table, 3, 0), 6, 0), "ddp",
+        after=lambda progress, strategy: losses.append(progress.loss),
+    )  # fmt: skip
+    assert losses[-1] < 0.9 * losses[0]
+    model.eval()
+    batch = Collator(processor)([sample_of(table[0])])
+    tuned = logits(model, batch)
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    loaded = PeftModel.from_pretrained(again, str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(logits(loaded, batch), tuned, rtol=1e-5, atol=1e-5)
+    loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    torch.testing.assert_close(logits(merged, batch), tuned, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(merged, batch).argmax(-1), tuned.argmax(-1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_part_of_a_family_can_learn_alone(family: str) -> None:
+    base, processor = FAMILIES[family]()
+    model, parts = attach(base, SETTINGS)
+    batch = Collator(processor)([sample_of(row) for row in table_rows(2)])
+    for part in parts:
+        train_only(model, parts, [part])
+        answer_loss(model, batch)[0].backward()
+        learnt = [name for name, weights in trainable(model).items() if weights.grad is not None]
+        assert {part_of(name.replace(".modules_to_save.default", ""), parts) for name in learnt} == {part}
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_a_family_have_the_loss_of_each_alone(family: str) -> None:
+    model, processor = FAMILIES[family]()
+    rows = [sample_of(row) for row in table_rows(3)]
+    collate = Collator(processor)
+    together, count = answer_loss(model, collate(rows))
+    alone = [answer_loss(model, collate([row])) for row in rows]
+    assert count == sum(n for _, n in alone)
+    torch.testing.assert_close(together, sum(loss for loss, _ in alone), rtol=1e-5, atol=1e-5)
+
+
+def test_positions_by_row_and_column_are_told_apart() -> None:
+    assert {name: one_dimensional(make()[0]) for name, make in FAMILIES.items()} == {
+        "qwen2.5-vl": False, "qwen3-vl": False, "smolvlm": True,
+    }  # fmt: skip

@@ -1,0 +1,138 @@
+"""python -m pytest tests/test_ledger.py"""
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from addressvlm import InputError
+from addressvlm.labels.ledger import LONGEST_LINE, LONGEST_TEXT, ROOM, Answer, Asked, Ledger, WritableLedger, writing
+
+ASKED = Asked("row", "v1", "openai:m", "a" * 32, "b" * 32, 1)
+TEXTS = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+def asked(row: int, number: int = 1) -> Asked:
+    return replace(ASKED, id=f"row {row}", number=number)
+
+
+def segment(folder: Path) -> Path:
+    (path,) = folder.glob("*.jsonl")
+    return path
+
+
+def test_answers_are_found_by_what_was_asked(tmp_path: Path) -> None:
+    first, second = Answer("Mill Street", tokens_in=700, tokens_out=50, usd=0.25, seconds=2.0), Answer(refusal="no")
+    with writing(tmp_path) as ledger:
+        ledger.add(ASKED, first)
+        ledger.add(replace(ASKED, number=2), second)
+        assert ledger.get(ASKED) == first
+    kept = Ledger(tmp_path)
+    assert (kept.get(ASKED), kept.get(replace(ASKED, number=2))) == (first, second)
+    changes = ({"id": "other"}, {"image": "c"}, {"digest": "c"}, {"number": 3})
+    assert [kept.get(replace(ASKED, **change)) for change in changes] == [None] * 4
+    assert (kept.tokens, kept.usd, kept.torn, kept.answers) == (750, 0.25, 0, {("v1", "openai:m"): 2})
+    assert b"\0" not in segment(tmp_path).read_bytes()  # room that was not needed is given back
+    with writing(tmp_path) as more:
+        more.add(asked(9), first)
+    assert len(list(tmp_path.glob("*.jsonl"))) == 2
+    assert (Ledger(tmp_path).get(ASKED), Ledger(tmp_path).get(asked(9))) == (first, first)
+
+
+@settings(deadline=None, max_examples=60)
+@given(texts=st.lists(TEXTS, min_size=1, max_size=5), share=st.floats(0, 1), zeros=st.integers(0, 50))
+def test_a_segment_that_is_cut_off_loses_the_cut_line_and_no_other(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str | None], share: float, zeros: int
+) -> None:
+    folder = tmp_path_factory.mktemp("ledger")
+    ledger = WritableLedger(folder)
+    for row, text in enumerate(texts):
+        ledger.add(asked(row), Answer(text))
+    ledger.close()
+    whole = segment(folder).read_bytes()
+    size = round(share * len(whole))
+    segment(folder).write_bytes(whole[:size] + bytes(zeros))  # zeros: the room that a kill leaves
+    found = Ledger(folder)
+    ends = [end + 1 for end, letter in enumerate(whole) if letter == ord("\n")]
+    complete = sum(end - 1 <= size for end in ends)
+    assert [found.get(asked(row)) for row in range(len(texts))] == [
+        Answer(text) if row < complete else None for row, text in enumerate(texts)
+    ]
+    assert found.torn <= 1
+
+
+def test_what_a_dying_process_leaves_is_read(tmp_path: Path) -> None:
+    ledger = WritableLedger(tmp_path)
+    ledger.make_room(1)
+    ledger.add(ASKED, Answer("kept"))
+    assert segment(tmp_path).stat().st_size == ROOM  # neither closed nor synchronised
+    assert Ledger(tmp_path).get(ASKED) == Answer("kept")
+    assert Ledger(tmp_path).torn == 0
+    ledger.close()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_answer_beats_a_failure_in_any_order(tmp_path: Path, order: int) -> None:
+    for answer in [Answer(failure="500"), Answer("Mill Street")][::order]:
+        with writing(tmp_path) as ledger:
+            ledger.add(ASKED, answer)
+    for name, path in zip("ab", sorted(tmp_path.glob("*.jsonl"), key=lambda p: "Mill" in p.read_text())[::order], strict=True):
+        path.rename(tmp_path / f"{name}.jsonl")
+    assert Ledger(tmp_path).get(ASKED) == Answer("Mill Street")
+
+
+def test_foreign_lines_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"asked": {}}\n[1]\nno JSON\n' + json.dumps({"asked": "x"}) + "\n")
+    assert Ledger(tmp_path).torn == 4
+
+
+def test_long_texts_are_cut(tmp_path: Path) -> None:
+    with writing(tmp_path) as ledger:
+        ledger.add(ASKED, Answer("\x01" * (2 * LONGEST_TEXT)))
+        kept = ledger.get(ASKED)
+    assert kept is not None
+    assert kept.text == "\x01" * LONGEST_TEXT
+    assert segment(tmp_path).stat().st_size < LONGEST_LINE  # even in the longest way to write it
+
+
+def test_one_job_at_a_time(tmp_path: Path) -> None:
+    told = pytest.raises(InputError, match=r"another job asks .* \(process \d+ on ")
+    with writing(tmp_path / "ledger"), told, writing(tmp_path / "ledger"):
+        pass
+    with writing(tmp_path / "ledger") as ledger:
+        ledger.add(ASKED, Answer("x"))
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes, which is refused as a full disk is."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_before_anything_is_asked_and_room_stays_for_what_is_in_flight(tmp_path: Path) -> None:
+    with disk_of(ROOM), writing(tmp_path) as ledger:
+        ledger.make_room(ROOM // LONGEST_LINE)
+        with pytest.raises(InputError, match=r"disk of .* is full.*every answer so far is kept"):
+            ledger.make_room(ROOM // LONGEST_LINE + 1)
+        for row in range(ROOM // LONGEST_LINE):
+            ledger.add(asked(row), Answer("\x01" * LONGEST_TEXT))
+    found = Ledger(tmp_path)
+    assert all(found.get(asked(row)) for row in range(ROOM // LONGEST_LINE))
+    assert found.torn <= 1
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "ledger").write_text("a file")
+    with pytest.raises(InputError, match="can't be written"), writing(tmp_path / "ledger"):
+        pass

@@ -1,0 +1,127 @@
+"""python -m pytest tests/test_local_labeler.py"""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from addressvlm import InputError
+from addressvlm.config_labels import LabelsConfig
+from addressvlm.demo.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from addressvlm.labels import Request, beginning, make_labeler
+from addressvlm.labels.local_labeler import LocalLabeler
+from tests.test_checks import FACTS, GOOD
+from tests.tiny import tiny_llava
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llava(tmp_path_factory.mktemp("models") / "tiny-llava")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random language model that reads only text."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tokenizer = train_tokenizer([GOOD], 300)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def config(model: Path, **settings: object) -> LabelsConfig:
+    return LabelsConfig(labeler="local", model=str(model), **{"max_tokens": 16, "batch_size": 3, "attempts": 2, **settings})
+
+
+def requests(count: int) -> list[Request]:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(buffer, "JPEG")
+    return [Request(f"row{i}", buffer.getvalue(), replace(FACTS, cross_distance_m=10 * i)) for i in range(count)]
+
+
+def texts(settings: LabelsConfig, count: int = 5) -> tuple[list[tuple[str, ...]], list[str], list[int]]:
+    """What the model wrote for each row, who wrote its label, and the sizes of the batches."""
+    labeler = make_labeler(settings)
+    assert isinstance(labeler, LocalLabeler)
+    written, batches = {}, []
+    write = labeler._writer.write
+
+    def noted(conversations: list[list[dict[str, object]]], seed: int) -> list[str]:
+        answers = write(conversations, seed)
+        batches.append(len(answers))
+        for conversation, answer in zip(conversations, answers, strict=True):
+            written.setdefault(str(conversation[1]["content"]), []).append(answer)
+        return answers
+
+    labeler._writer.write = noted  # type: ignore[method-assign]
+    labels = labeler.label(requests(count))
+    return [tuple(answers) for answers in written.values()], [label.source for label in labels], batches
+
+
+def test_a_model_that_sees_labels_in_batches(llava: Path) -> None:
+    written, sources, batches = texts(config(llava))
+    assert sources == ["fallback:template"] * 5  # a random model writes nothing that passes
+    assert batches == [3, 3, 3, 1]  # five rows, twice each
+    assert all(len(answers) >= 2 for answers in written)
+    assert "<image>" not in str(written)
+
+
+def test_a_model_that_only_reads(llama: Path) -> None:
+    written, sources, _ = texts(config(llama, send_image=False, prompt="grounded"))
+    assert sources == ["fallback:template"] * 5
+    assert any(answer for answers in written for answer in answers)
+
+
+def test_batching_changes_no_answer(llama: Path) -> None:
+    settings = {"send_image": False, "prompt": "grounded", "attempts": 1}
+    together, _, sizes = texts(config(llama, batch_size=5, **settings))
+    alone, _, _ = texts(config(llama, batch_size=1, **settings))
+    assert sizes == [5]
+    assert together == alone
+
+
+def test_drawn_answers_are_drawn_again_the_same(llama: Path) -> None:
+    settings = config(llama, send_image=False, prompt="grounded", temperature=1.0)
+    first, again = texts(settings)[0], texts(settings)[0]
+    assert first == again
+    assert any(answers[0] != answers[1] for answers in first)
+    assert first != texts(config(llama, send_image=False, prompt="grounded"))[0]
+
+
+def test_good_texts_are_taken(llama: Path) -> None:
+    settings = config(llama, send_image=False, prompt="grounded")
+    labeler = LocalLabeler(beginning(settings), settings)
+    answers = iter(["no", GOOD, GOOD])
+    labeler._writer.write = lambda conversations, seed: [next(answers) for _ in conversations]  # type: ignore[method-assign]
+    labels = labeler.label([replace(r, facts=FACTS) for r in requests(2)])
+    assert [(label.text, label.source, label.attempts) for label in labels] == [
+        (GOOD, "local:tiny-llama", 2), (GOOD, "local:tiny-llama", 1),
+    ]  # fmt: skip
+
+
+def test_a_model_that_cannot_be_used(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"reads only text: set labels\.send_image to false"):
+        make_labeler(config(llama))
+    with pytest.raises(InputError, match="no model folder"):
+        make_labeler(config(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text('{"model_type": "no such type"}', encoding="utf-8")
+    with pytest.raises(InputError, match="can't be loaded"):
+        make_labeler(config(tmp_path))
+    bare = tmp_path / "bare"
+    LlamaForCausalLM.from_pretrained(llama).save_pretrained(bare)
+    with pytest.raises(InputError, match="can't be loaded"):
+        make_labeler(config(bare, send_image=False, prompt="grounded"))
+
+
+def test_an_image_that_is_none_is_told(llava: Path) -> None:
+    (row,) = requests(1)
+    with pytest.raises(InputError, match="row0 can't be decoded"):
+        make_labeler(config(llava)).label([replace(row, image=b"<html>")])

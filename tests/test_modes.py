@@ -1,0 +1,126 @@
+"""pytest tests/test_modes.py: ways of answering compared, from scores alone; the scored answers of all questions."""
+
+import random
+
+import numpy as np
+import pytest
+import shapely
+
+from addressvlm.addresses import Address, Gazetteer
+from addressvlm.answers.calibration import Calibration
+from addressvlm.evaluation import modes, scores, table
+from addressvlm.evaluation.metrics import share
+from addressvlm.evaluation.reliability import reliability_diagram
+from addressvlm.questions import test_rounds as rounds_to_test
+
+ADDRESSES = [Address(f"Street {letter}", f"District {i % 3}") for i, letter in enumerate("ABCDEFGHIJKL")]
+LINES = {a.street: shapely.LineString([(i / 500, 0), (i / 500, 0.001)]) for i, a in enumerate(ADDRESSES)}
+CITY = Gazetteer(ADDRESSES, LINES, city="Toytown")
+SETTINGS = modes.Settings(resamples=100)
+
+
+def rows(photos=120, skill=1.5, seed=0):
+    """Scores of a model that is right now and then; four photos a place."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(photos):
+        truth = i // 4 % len(ADDRESSES)
+        found = rng.normal(0, 1, len(ADDRESSES))
+        found[truth] += skill
+        address = CITY.addresses[truth]
+        made.append(
+            {"id": str(i), "place": str(i // 4), "lat": 0.0005, "lon": truth / 500, "street": address.street,
+             "district": address.district, "scores": found.tolist()}
+        )  # fmt: skip
+    return made
+
+
+def compare(answered=None, **kwargs):
+    return modes.compare(rows(**kwargs), CITY, Calibration(1.0, 0.8, {"0.8": 0.5}), answered or {}, SETTINGS)
+
+
+def accuracy(compared, name):
+    return next(row["metrics"]["A_ds"]["value"] for row in compared["table"] if row["name"] == name)
+
+
+def test_what_is_known_beforehand_helps():
+    compared = compare()
+    names = [row["name"] for row in compared["table"]]
+    assert names == [
+        "scored", "+ the district", "+ 10 streets", "+ 5 streets", "+ 2 streets",
+        "+ GPS within 200 m", "+ GPS within 100 m", "+ GPS within 50 m",
+    ]  # fmt: skip
+    streets = [accuracy(compared, name) for name in ("scored", "+ 10 streets", "+ 5 streets", "+ 2 streets")]
+    assert streets == sorted(streets)
+    assert accuracy(compared, "+ the district") > accuracy(compared, "scored")
+    assert accuracy(compared, "+ GPS within 50 m") > 0.9  # streets are 222 m apart; one fix in twenty is further off
+    assert compared == compare()
+
+
+def test_nothing_but_the_scores_decides():
+    given = rows(photos=12)
+    compared = modes.compare(given, CITY, Calibration(), {}, SETTINGS)
+    right = [int(np.argmax(row["scores"])) == CITY.addresses.index(Address(row["street"], row["district"])) for row in given]
+    assert accuracy(compared, "scored") == pytest.approx(np.mean(right))
+
+
+def test_trust():
+    trust = compare()["trust"]
+    confidence, right = scores.scored(rows(), CITY).confidences(1.0)
+    half = np.argsort(-confidence, kind="stable")[:60]
+    assert trust["half"]["value"] == pytest.approx(right[half].mean())
+    assert trust["coverage"]["value"] == pytest.approx((confidence > 0.5).mean())
+    assert trust["precision"]["value"] == pytest.approx(right[confidence > 0.5].mean())
+    assert trust["ece"]["low"] <= trust["ece"]["value"] <= trust["ece"]["high"]
+    assert sum(b["photos"] for b in trust["bins"]) == 120
+    drawing = reliability_diagram(trust["bins"])
+    assert drawing.count("<circle") == len(trust["bins"])
+    assert "scored" in table.modes({"system": "AddressVLM", **compare()})
+
+
+def test_nobody_is_sure():
+    trust = modes.compare(rows(), CITY, Calibration(1.0, 0.8, {"0.8": 1.0}), {}, SETTINGS)["trust"]
+    assert trust["coverage"]["value"] == 0
+    assert trust["precision"]["value"] is None
+    assert "–" in table.modes({"system": "a", **compare(), "trust": trust})
+
+
+def test_generated_answers_beside():
+    answers = [
+        {"level": level, "kind": "generation", "correct": i % 2 == 0, "place": str(i)}
+        for level in ("address", "street", "district") for i in range(10)
+    ]  # fmt: skip
+    compared = compare({"free": answers})
+    assert compared["table"][0]["name"] == "free"
+    assert accuracy(compared, "free") == 0.5
+
+
+def test_a_photo_of_a_street_that_the_model_does_not_know():
+    given = [row | {"street": "Nowhere"} for row in rows(photos=8)]
+    compared = modes.compare(given, CITY, Calibration(), {}, SETTINGS)
+    assert {row["metrics"]["A_ds"]["value"] for row in compared["table"]} == {0.0}
+
+
+def test_all_questions_are_answered_from_the_scores():
+    given = rows(photos=8)
+    rng = random.Random(0)
+    photos = {row["id"]: row | {"rounds": rounds_to_test(Address(row["street"], row["district"]), CITY, rng)} for row in given}
+    answers = list(scores.answers_of(given, photos, CITY))
+    assert len(answers) == 8 * 9
+    for row in given:
+        best = CITY.addresses[int(np.argmax(row["scores"]))]
+        of = [answer for answer in answers if answer["id"] == row["id"]]
+        names = {"street": best.street, "district": best.district, "address": best.text()}
+        assert all(a["answer"] == names[a["level"]] for a in of if a["kind"] == "generation")
+        for a in of:
+            if a["kind"] == "judgment":
+                assert a["answer"] == ("Yes" if a["options"][0] == names[a["level"]] else "No")
+            if a["kind"] == "choice":
+                assert a["answer"] == names[a["level"]] or names[a["level"]] not in a["options"]
+
+
+def test_shares_of_places():
+    found = share([1, 1, 0, 0], ["a", "a", "b", "b"], resamples=200)
+    assert found["value"] == 0.5
+    assert (found["low"], found["high"], found["n"]) == (0, 1, 4)
+    assert share([], [])["value"] is None

@@ -1,0 +1,174 @@
+"""What a training will take, from config.json alone, and base models that can't be trained.
+
+python -m pytest -q tests/test_plan.py
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from addressvlm import InputError
+from addressvlm.config import Config
+from addressvlm.config import load as configuration
+from addressvlm.models import load
+from addressvlm.models.lora import attach, train_only
+from addressvlm.training import loop
+from addressvlm.training.collate import Collator, sample_of
+from addressvlm.training.first_look import first_look
+from addressvlm.training.hardware import of_name
+from addressvlm.training.outline import cost_of
+from addressvlm.training.plan import GIB, outline, plan
+from addressvlm.training.rows import Schedule
+from addressvlm.training.system import train_system
+from ray_jobs import plan as planned
+from tests.cities import ListTable, table_rows, trained_config
+from tests.tiny import tiny_llava
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llava(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def full_size(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shape of xtuner/llava-phi-3-mini-hf without its weights, with a tokenizer of few words."""
+    folder = tmp_path_factory.mktemp("full") / "base"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    processor = json.loads((folder / "processor_config.json").read_text())
+    processor["patch_size"] = 14
+    processor["image_processor"]["size"] = {"height": 336, "width": 336}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+    )
+    text = LlamaConfig(
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+        vocab_size=32064, max_position_embeddings=4096,
+    )  # fmt: skip
+    token = load(str(base))[0].config.image_token_id
+    LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=token, architectures=["LlavaForConditionalGeneration"]
+    ).save_pretrained(folder)
+    return folder
+
+
+def paper(full_size: Path, tmp_path: Path, *sets: str) -> Config:
+    return configuration("paper-pitts", [f"model.base={full_size}", f"storage={tmp_path}", *sets], {})
+
+
+def test_the_paper_is_planned_from_its_shape_alone(full_size: Path, tmp_path: Path) -> None:
+    config = paper(full_size, tmp_path)
+    made = outline(config)
+    assert made.totals == {"vision": 303_507_456, "adapter": 12_589_056, "llm": 3_821_079_552}
+    stage = plan(config, config.train.systems[-1], made, photos=177_840)[1]
+    assert stage.steps == round(177_840 / 128)
+    rank_128 = 32 * 128 * (4 * (3072 + 3072) + 2 * (3072 + 8192) + (8192 + 3072))  # q, k, v, o; gate, up; down
+    assert stage.trained["llm"] == rank_128
+    assert stage.trained["adapter"] == made.totals["adapter"]
+    frozen = sum(made.totals.values()) * 2 / GIB
+    assert frozen < stage.weights / GIB < frozen + 1.5
+    products = 4 * 3_723_000_000 * stage.tokens  # both passes through the language model's matrices, head and adapter aside
+    assert products < stage.flops < 1.5 * products
+    assert stage.seconds(71e12, 8, 0.4) == pytest.approx(177_840 * stage.flops / (0.4 * 71e12 * 8), rel=0.01)
+
+
+def test_a_plan_that_cant_fit_is_refused_and_one_that_fits_is_shown(
+    full_size: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = paper(full_size, tmp_path, "train.peak_tflops=71")
+    systems = config.train.systems[1:2]
+    planned.show(config, systems, 177_840)
+    told = capsys.readouterr().out
+    assert "parameters: vision 303,507,456, adapter 12,589,056, llm 3,821,079,552" in told
+    assert "steps: 1,389" in told
+    assert "40 % of 71 TFLOP/s" in told
+    config.train.gpu_memory_gib = 8
+    with pytest.raises(
+        InputError, match=r"stage 2 only, localization needs about \d+\.\d GiB a GPU, which has 8: lower batch_size"
+    ):
+        planned.show(config, systems, 177_840)
+
+
+def test_a_plan_without_data_says_what_is_unknown(full_size: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = paper(full_size, tmp_path)
+    planned.show(config, config.train.systems[1:2], None)
+    assert "steps: unknown (give --photos)" in capsys.readouterr().out
+
+
+def test_a_plan_without_the_base_at_hand_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a plan for 'nobody/nothing' needs its config\.json and processor files"):
+        outline(configuration("paper-pitts", ["model.base=nobody/nothing"], {}))
+
+
+@pytest.mark.parametrize("parts", [["vision", "adapter", "llm"], ["adapter", "llm"], ["llm"]])
+def test_operations_of_the_outline_are_those_of_the_model(base: Path, tmp_path: Path, parts: list) -> None:
+    config = trained_config(tmp_path, base)
+    config.model.lora_dropout = 0.0
+    config.train.stages["localization"].parts = parts
+    table = ListTable(table_rows(3)[:1])
+    model, processor = load(str(base))
+    tuned, where = attach(model, config.model)
+    collate = Collator(processor)
+    row = collate.encode(sample_of(table[0]))
+    answers = sum(label != -100 for label in row.labels)
+
+    stage = loop.Stage("s", config.train.stages["localization"], Schedule(table, 1, 0), 1, 0)
+    train_only(tuned, where, parts)
+    real = first_look(tuned, where, collate, stage)
+    sketched = outline(config)
+    train_only(sketched.model, sketched.parts, parts)
+    assert cost_of(sketched.model, sketched.parts, row.image, len(row.ids), answers).flops == pytest.approx(real, rel=0.15)
+
+
+def test_peaks_are_found_by_a_part_of_the_name() -> None:
+    assert of_name("NVIDIA H100 80GB HBM3") == 989e12
+    assert of_name("NVIDIA H100 PCIe") == 756e12
+    assert of_name("NVIDIA L40S") == 362e12
+    assert of_name("some other card") is None
+
+
+def spoiled(base: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of the base with some of its files changed (None: removed)."""
+    shutil.copytree(base, folder)
+    for name, change in changes.items():
+        file = next(path for path in folder.iterdir() if path.stem == name)
+        if change is None:
+            file.unlink()
+        else:
+            file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    return folder
+
+
+def test_a_base_without_a_chat_template_is_told(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no chat template: add chat_template\.jinja"):
+        load(str(spoiled(base, tmp_path / "spoiled", chat_template=None)))
+
+
+@pytest.mark.parametrize("file", ["tokenizer", "processor_config", "model"])
+def test_a_base_with_a_missing_file_is_one_sentence(base: Path, tmp_path: Path, file: str) -> None:
+    with pytest.raises(InputError, match="can't be loaded") as caught:
+        load(str(spoiled(base, tmp_path / "spoiled", **{file: None})))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_processor_that_counts_image_tokens_otherwise_is_told(base: Path, tmp_path: Path) -> None:
+    other = spoiled(base, tmp_path / "spoiled", processor_config={"num_additional_image_tokens": 3})
+    config = trained_config(tmp_path, other)
+    with pytest.raises(InputError, match="the base model and its processor disagree on the number of image tokens"):
+        train_system(config, "stage 2 only", None, lambda metrics, folder: None)
+
+
+def test_a_checkpoint_of_another_base_is_refused(base: Path, tmp_path: Path) -> None:
+    config = trained_config(tmp_path, base)
+    kept: list[Path] = []
+    train_system(config, "stage 2 only", None, lambda m, f: kept.append(shutil.copytree(f, tmp_path / f"c{len(kept)}")))
+    config.model.base = str(tiny_llava(tmp_path / "other", seed=1, patch=16))
+    with pytest.raises(InputError, match="another base model or other LoRA settings"):
+        train_system(config, "stage 2 only", kept[0], lambda metrics, folder: None)
+    assert torch.load(kept[-1] / "state.pt", weights_only=True)["adapter"]

@@ -1,0 +1,248 @@
+"""python -m pytest tests/test_prompts.py"""
+
+import base64
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageOps
+
+from addressvlm import InputError
+from addressvlm.config_labels import LabelsConfig
+from addressvlm.labels import Label, Request, beginning
+from addressvlm.labels.attempts import Attempts
+from addressvlm.labels.facts import Facts
+from addressvlm.labels.prompt import FOLDER, load_prompt, prompt_of
+from addressvlm.labels.rows import label_rows
+from tests.test_checks import FACTS, GOOD
+
+OURS = sorted(path.stem for path in FOLDER.glob("*.md"))
+
+
+def image(side: int = 64, kind: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((side, side // 2)).convert("RGB").save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def begin(facts: Facts = FACTS, data: bytes = b"", **settings: object) -> Attempts:
+    config = LabelsConfig(labeler="openai", model="m", **settings)
+    return beginning(config, 0)(Request("row", data or image(), facts))
+
+
+def sent(data: bytes, **settings: object) -> tuple[str, Image.Image]:
+    """The image of a request: its media type, and as the other side decodes it."""
+    content = begin(data=data, **settings).messages()[1]["content"]
+    head, _, body = content[0]["image_url"]["url"].partition(",")
+    return head, Image.open(io.BytesIO(base64.b64decode(body)))
+
+
+# Prompt files
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ours_give_the_hint_and_fill_their_slots(name: str) -> None:
+    prompt = load_prompt(name)
+    text = prompt.ask(FACTS, prompt.questions[0])
+    assert (prompt.name, len(prompt.version), len(prompt.questions)) == (name, 12, 6)
+    for part in ("Mill Street", "Harbour"):
+        assert part in text
+    assert "{" not in text + prompt.ask_again(["too short"])
+    assert "too short" in prompt.ask_again(["too short"])
+    if name != "alignment":
+        assert "The main colours of the photo are red." in text
+
+
+def test_grounded_says_all_facts_in_sentences() -> None:
+    full = Facts(
+        "Mill Street", "Harbour", ("Mill Street", "King Street"), "east-west", "oblique", "east", "King Street", 0, "east",
+        ("red", "grey"), ("green",),
+    )  # fmt: skip
+    text = load_prompt("grounded").ask(full, "")
+    for part in (
+        "The main colours of the photo are red and grey.\nThe camera faces east, at an angle to the street.\n"
+        "The map bears the names Mill Street and King Street.\nMill Street runs east-west at the centre of the map.\n"
+        "From above, the place is mainly green.\nKing Street meets Mill Street right at the camera.\n"
+    ).splitlines():
+        assert part in text
+    assert "40 metres to the east" in load_prompt("grounded").ask(FACTS, "")
+    assert "Nothing was measured." in load_prompt("grounded").ask(Facts("Mill Street", "Harbour"), "")
+
+
+def test_the_version_is_of_the_content(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.md"
+    mine.write_text((FOLDER / "alignment.md").read_text(encoding="utf-8"), encoding="utf-8")
+    assert load_prompt(str(mine)).version == load_prompt("alignment").version
+    other = tmp_path / "other.md"
+    other.write_text(mine.read_text(encoding="utf-8").replace("35 to 80", "30 to 70"), encoding="utf-8")
+    assert load_prompt(str(other)).version != load_prompt("alignment").version
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("{street}", "it", "lacks the hint: write {street}"),
+        ("{district}", "there", "lacks the hint: write {district}"),
+        ("{question}", "{questoin}", "unknown slot {questoin}"),
+        ("slots: [street, district, question]", "slots: [street, district, question, sky]", "unknown slot {sky}"),
+        ("slots: [street, district, question]", "slots: [street, district, question, facts]", "differ in facts"),
+        ("{problems}", "this", "one slot {problems}"),
+        ("{question}", "{question", "a brace that is no slot is written twice"),
+        ("# again", "# once more", "must have the sections"),
+        ("# again", "# later", "must have the sections"),
+        ("---\n", "", "front matter"),
+        ("image: needed", "image: sometimes", "front matter.*image"),
+        ("image: needed", "image: [", "front matter is not YAML"),
+        ("claims: free", "colour: red", "front matter"),
+    ],
+)
+def test_a_prompt_file_that_cannot_be_used(tmp_path: Path, old: str, new: str, says: str) -> None:
+    mine = tmp_path / "mine.md"
+    mine.write_text((FOLDER / "alignment.md").read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    with pytest.raises(InputError, match=f"(?s)mine.md.*{says}"):
+        load_prompt(str(mine))
+
+
+@pytest.mark.parametrize("source", ["alignmnet", "nowhere/mine.md"])
+def test_no_such_prompt(source: str) -> None:
+    with pytest.raises(InputError, match=f"no prompt '{source}'.*alignment, grounded, .*reasoning"):
+        load_prompt(source)
+
+
+def test_a_prompt_that_needs_what_is_not_sent_or_is_in_another_language() -> None:
+    with pytest.raises(InputError, match=r"needs the picture.*labels\.send_image"):
+        prompt_of(LabelsConfig(labeler="openai", send_image=False))
+    with pytest.raises(InputError, match=r"labels\.language"):
+        prompt_of(LabelsConfig(labeler="openai", prompt="grounded", language="de"))
+    assert prompt_of(LabelsConfig(labeler="openai", language="de")).name == "alignment"
+
+
+# Attempts
+
+
+def test_a_good_text_is_taken() -> None:
+    row = begin()
+    system, user = row.messages()
+    picture, text = user["content"]
+    assert (system["role"], user["role"], picture["type"]) == ("system", "user", "image_url")
+    assert picture["image_url"] == {"url": "data:image/jpeg;base64," + base64.b64encode(image()).decode()}
+    assert "Mill Street in Harbour" in text["text"]
+    assert row.take(f" {GOOD}\n") == Label(row.question, GOOD, "openai:m", 1)
+
+
+def test_a_bad_text_is_asked_again_with_the_reason_then_the_template_steps_in() -> None:
+    row = begin(attempts=3)
+    first = row.messages()
+    bad = GOOD.replace("Mill Street", "some street")
+    assert row.take(bad) is None
+    again = row.messages()
+    assert again[:2] == first
+    assert again[2] == {"role": "assistant", "content": bad}
+    assert "does not name the street Mill Street" in again[3]["content"]
+    assert row.take("Too short.") is None
+    assert [m["content"] for m in row.messages()[2:3]] == ["Too short."]
+    label = row.take(GOOD.replace("Harbour", "town"))
+    assert label is not None
+    assert (label.source, label.attempts, label.question) == ("fallback:template", 3, row.question)
+    assert label.problems[0] == "street"
+    assert label.problems[-1] == "district"
+    assert row.checker.problems(label.text, FACTS) == []
+
+
+def test_a_small_model_sees_an_example_and_not_what_it_wrote() -> None:
+    row = begin(send_image=False, prompt="grounded_small")
+    roles = [message["role"] for message in row.messages()]
+    assert roles == ["system", "user", "assistant", "user"]
+    first = row.messages()[-1]["content"]
+    assert row.take("The the the.") is None
+    again = row.messages()
+    assert [message["role"] for message in again] == roles
+    assert again[-1]["content"].endswith(first)
+    assert "does not name the street Mill Street" in again[-1]["content"]
+    assert "The the the." not in str(again)
+
+
+def test_refusals_and_empty_answers_are_counted_and_asked_again_afresh() -> None:
+    row = begin(attempts=4)
+    first = row.messages()
+    assert row.take(None, refusal="not allowed") is None
+    assert row.take("  ") is None
+    assert row.take(None) is None
+    assert row.messages() == first
+    label = row.take(GOOD)
+    assert label == Label(row.question, GOOD, "openai:m", 4, ("refused", "empty", "empty"))
+
+
+def test_the_answers_alone_decide() -> None:
+    answers = ["no", None, GOOD]
+    labels = []
+    for _ in range(2):
+        row = begin()
+        labels.append([row.take(answer) for answer in answers][-1])
+    assert labels[0] == labels[1]
+
+
+def test_without_the_image_only_text_is_sent() -> None:
+    row = begin(data=b"never looked at", send_image=False, prompt="grounded")
+    assert [type(m["content"]) for m in row.messages()] == [str, str]
+
+
+def test_a_folder_of_this_machine_is_not_told(tmp_path: Path) -> None:
+    label = begin(attempts=1).take(GOOD)
+    assert label is not None
+    config = LabelsConfig(labeler="local", model=str(tmp_path))
+    label = beginning(config)(Request("row", image(), FACTS)).take(GOOD)
+    assert label is not None
+    assert label.source == f"local:{tmp_path.name}"
+
+
+def test_the_image_is_changed_only_if_the_settings_ask() -> None:
+    assert sent(image(64), image_pixels=64)[1].tobytes() == Image.open(io.BytesIO(image(64))).tobytes()
+    assert sent(image(64), image_pixels=32)[1].size == (32, 16)
+    assert len(sent(image(64), image_quality=30)[1].fp.read()) < len(image(64))
+    assert sent(image(64, "PNG"))[0] == "data:image/png;base64"
+    assert sent(image(64, "BMP"))[0] == "data:image/jpeg;base64"
+    picture = begin(image_detail="low").messages()[1]["content"][0]["image_url"]
+    assert picture["detail"] == "low"
+
+
+def test_a_turned_photo_is_sent_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kind, picture = sent(image(64, exif=exif))
+    assert (kind, picture.size) == ("data:image/jpeg;base64", (32, 64))
+    assert ImageOps.exif_transpose(picture).size == (32, 64)
+
+
+@pytest.mark.parametrize("data", [b"<html>", b"", image()[:60]])
+def test_an_image_that_is_none(data: bytes) -> None:
+    row = beginning(LabelsConfig(labeler="openai", image_pixels=32))(Request("row 7", data, FACTS))
+    with pytest.raises(InputError, match="image of row row 7 can't be decoded"):
+        row.messages()
+
+
+# Rows
+
+
+def rounds(row: dict[str, object], **settings: object) -> list[dict[str, object]]:
+    return label_rows(LabelsConfig(**settings).model_dump_json(), 0, "no gazetteer", [row])[0]["rounds"]
+
+
+def test_a_conversation_may_begin_with_a_stage_2_question_and_holds_no_hint() -> None:
+    graft = {"id": "1", "place": "p", "street": FACTS.street, "district": FACTS.district, "facts": FACTS.to_json()}
+    graft["image"] = {"bytes": image(), "path": None}
+    plain, asked = rounds(graft), rounds(graft, ask_address=True)
+    assert [(r["level"], r["kind"]) for r in plain] == [("alignment", "explanation")]
+    assert plain[0]["question"] in load_prompt("alignment").questions
+    assert [(r["level"], r["kind"], r["answer"]) for r in asked[:1]] == [("address", "generation", "Mill Street, Harbour")]
+    assert asked[1:] == plain
+
+
+def test_reasoning_labels_are_of_the_photo_alone() -> None:
+    photo = {"id": "1", "place": "p", "street": FACTS.street, "district": FACTS.district}
+    photo["image"] = {"bytes": image(), "path": None}
+    (told,) = rounds(photo, prompt="reasoning")
+    assert (told["level"], told["kind"]) == ("reasoning", "explanation")
+    assert told["question"] in load_prompt("reasoning").questions
+    assert "Mill Street" in told["answer"]
+    assert "map" not in told["answer"]

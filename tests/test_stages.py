@@ -1,0 +1,259 @@
+"""What a stage learns from and how: mixed tables, several cities, rates by part, rows that can't be used, validation, cards.
+
+python -m pytest -q tests/test_stages.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from addressvlm import InputError, tables
+from addressvlm.addresses import Address, Gazetteer, joined
+from addressvlm.config import Config
+from addressvlm.config_training import ModelConfig, PartConfig, StageConfig
+from addressvlm.models import card, load
+from addressvlm.models.lora import attach
+from addressvlm.run import Run
+from addressvlm.training import journal
+from addressvlm.training.collate import Collator
+from addressvlm.training.rows import Mix, Schedule
+from addressvlm.training.system import cities_of, table_of, train_system
+from tests.cities import ListTable, picture, table_rows, trained_config
+from tests.tiny import tiny_llava
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llava(tmp_path_factory.mktemp("tiny"))
+
+
+def named(name: str, count: int) -> ListTable:
+    return ListTable([row | {"id": f"{name}{row['id']}"} for row in table_rows(count)])
+
+
+def nothing(metrics: dict[str, Any], folder: Path) -> None:
+    """A report that keeps no checkpoint."""
+
+
+def steps(config: Config, system: str) -> list[dict[str, Any]]:
+    path = Run(config).training / Run(config).model(system).name / "loss.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("weights", "counts"), [((1, 1), (6, 9)), ((2, 1), (12, 9)), ((0.5, 3), (3, 27))])
+def test_a_mix_goes_through_its_tables_as_often_as_they_weigh(weights: tuple, counts: tuple) -> None:
+    mix = Mix([(named("a", 6), weights[0]), (named("b", 9), weights[1])])
+    assert len(mix) == sum(counts)
+    seen = [mix[row]["id"] for epoch in range(2) for row in mix.epoch(3, epoch)]
+    assert sum(name.startswith("a") for name in seen) == 2 * counts[0]
+    for name, size, count in (("a", 6, counts[0]), ("b", 9, counts[1])):
+        times = np.bincount([int(row[1:]) for row in seen if row.startswith(name)], minlength=size)
+        assert times.max() - times.min() <= 1
+        assert times.sum() == 2 * count
+    first = "".join(row[0] for row in seen[: len(mix)])
+    assert "ab" in first
+    assert "ba" in first  # mixed, not one after the other
+
+
+def test_the_order_of_a_mix_is_that_of_seed_and_step_alone() -> None:
+    def schedule(seed: int) -> Schedule:
+        return Schedule(Mix([(named("a", 6), 1), (named("b", 9), 1)]), 4, seed)
+
+    whole, late = schedule(1), schedule(1)
+    every = [whole.indices(step) for step in range(12)]
+    assert [late.indices(step) for step in (11, 7, 8)] == [every[11], every[7], every[8]]
+    assert schedule(2).indices(0) != every[0]
+    shares = [sorted(i for rank in range(2) for i in whole.indices(step, rank, 2)) for step in range(12)]
+    assert shares == [sorted(rows) for rows in every]
+
+
+def test_a_joint_stage_learns_from_both_tables(tmp_path: Path, base: Path) -> None:
+    config = trained_config(tmp_path, base)
+    config.train.stages["localization"].data = ["alignment", "photos"]
+    assert len(table_of(config, ["alignment", "photos"])) == 48
+    train_system(config, "stage 2 only", None, nothing)
+    assert len(steps(config, "stage 2 only")) == 24
+
+
+def test_cities_are_mixed_and_the_model_knows_the_addresses_of_all(tmp_path: Path, base: Path) -> None:
+    first, second = trained_config(tmp_path, base, rows=6), trained_config(tmp_path, base, rows=6)
+    second.name = "second"
+    schema = tables.with_features(tables.pa.schema([tables.PHOTOS.field(c) for c in ("id", "place", "image", "rounds")]))
+    tables.write(Run(second).photos, "train", table_rows(6), schema)
+    Gazetteer([Address("Far Row", "Hill")], city="Second").save(Run(second).gazetteer)
+    both = first.model_copy(deep=True)
+    both.name, both.train.cities = "both", {"small": 1.0, "second": 2.0}
+    assert [(run.folder.name, weight) for run, weight in cities_of(both)] == [("small", 1.0), ("second", 2.0)]
+    assert len(table_of(both, ["photos"])) == 6 + 2 * 6
+    train_system(both, "stage 2 only", None, nothing)
+    merged = Run(both).model("stage 2 only") / "merged"
+    assert "Far Row" in Gazetteer.load(merged / "gazetteer.geojson").streets
+    assert "Mill Street" in Gazetteer.load(merged / "gazetteer.geojson").streets
+    both.train.cities = {"third": 1.0}
+    with pytest.raises(InputError, match=r"no table .*third/photos/train"):
+        table_of(both, ["photos"])
+
+
+def test_joined_gazetteers_keep_every_address() -> None:
+    one = Gazetteer([Address("Mill Street", "Harbour")], city="A", attribution=["x"])
+    other = Gazetteer([Address("Mill Street", "Hill"), Address("Oak Row", "Hill")], city="B", attribution=["x", "y"])
+    both = joined([one, other])
+    assert both.addresses == sorted([*one.addresses, *other.addresses])
+    assert (both.city, both.attribution) == ("A + B", ["x", "y"])
+
+
+def test_parts_learn_at_their_own_rates(tmp_path: Path, base: Path) -> None:
+    moved = {}
+    for rates in ({}, {"adapter": 1e-9}):
+        config = trained_config(tmp_path / str(len(rates)), base)
+        stage = config.train.stages["localization"]
+        stage.max_steps, stage.learning_rates, stage.weight_decay = 2, rates, 0.0
+        train_system(config, "stage 2 only", None, nothing)
+        folder = Run(config).model("stage 2 only")
+        weights = load_file(folder / "merged" / "model.safetensors")
+        before = load_file(base / "model.safetensors")
+        moved[len(rates)] = {
+            part: max(float((weights[n] - before[n]).abs().max()) for n in before if word in n)
+            for part, word in (("adapter", "multi_modal_projector"), ("llm", "language_model"))
+        }
+    assert moved[0]["adapter"] > 1e-3
+    assert moved[1]["adapter"] < 1e-7
+    assert moved[1]["llm"] > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"data": []}, "name one table or several different ones"),
+        ({"data": ["photos", "photos"]}, "name one table or several different ones"),
+        ({"parts": []}, "name at least one part"),
+        ({"parts": ["llm"], "learning_rates": {"vision": 1e-3}}, "learning_rates names vision, the parts trained are llm"),
+        ({"learning_rates": {"llm": 0}}, "learning_rates must be above 0"),
+    ],
+)
+def test_a_stage_that_makes_no_sense_is_told(settings: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        StageConfig(**{"data": "photos", **settings})
+
+
+def test_parts_have_their_own_dropout(base: Path) -> None:
+    settings = ModelConfig(vision=PartConfig(rank=2, dropout=0.0), llm=PartConfig(rank=2, dropout=0.4), lora_dropout=0.1)
+    model, _ = attach(load(str(base))[0], settings)
+    found = {
+        part: {
+            getattr(m.lora_dropout["default"], "p", 0.0) for n, m in model.named_modules() if hasattr(m, "lora_A") and part in n
+        }
+        for part in ("vision_tower", "language_model")
+    }
+    assert found == {"vision_tower": {0.0}, "language_model": {0.4}}
+
+
+def test_rows_that_cant_be_used_are_replaced_counted_and_written_down(tmp_path: Path, base: Path) -> None:
+    config = trained_config(tmp_path, base)
+    run = Run(config)
+    rows = table_rows(24)
+    rows[3]["image"] = {"bytes": rows[3]["image"]["bytes"][:40], "path": None}
+    rows[5]["image"] = {"bytes": b"", "path": None}
+    rows[7]["rounds"] = []
+    schema = tables.with_features(tables.pa.schema([tables.PHOTOS.field(c) for c in ("id", "place", "image", "rounds")]))
+    tables.write(run.photos, "train", rows, schema)
+    train_system(config, "stage 2 only", None, nothing)
+    assert steps(config, "stage 2 only")[-1]["rejected"] == 3
+    rejects = tables.pq.read_table(run.rejects / "train-stage-2-only.parquet").to_pylist()
+    assert {row["id"] for row in rejects} == {"3", "5", "7"}
+    assert {row["reason"].split(" (")[0] for row in rejects} == {"the image can't be decoded", "there is no question"}
+    train_system(config, "AddressVLM", None, nothing)
+
+
+def test_images_that_are_all_corrupt_are_one_sentence(tmp_path: Path, base: Path) -> None:
+    broken = ListTable([row | {"image": {"bytes": b"not a picture", "path": None}} for row in table_rows(9)])
+    with pytest.raises(InputError, match=r"none of 17 training rows .* can be used \(row \d: the image can't be decoded"):
+        Schedule(broken, 3, 0).encoded(Collator(load(str(base))[1]), 0)
+
+
+def test_replacing_a_row_is_the_same_after_a_resume(base: Path) -> None:
+    table = named("a", 12)
+    for row in (2, 5, 9):
+        table.rows[row]["image"] = picture("red") | {"bytes": b"?"}
+
+    class Kept:
+        def encode(self, sample: Any) -> Any:
+            return sample.image.tobytes()
+
+    once = [Schedule(table, 4, 1).encoded(Kept(), step) for step in range(6)]
+    late = Schedule(table, 4, 1)
+    assert [late.encoded(Kept(), step) for step in (5, 4)] == [once[5], once[4]]
+    assert all(len(rows) == 4 for rows in once)
+
+
+def test_an_empty_split_is_told(tmp_path: Path, base: Path) -> None:
+    config = trained_config(tmp_path, base)
+    for file in Run(config).photos.glob("train-*.parquet"):
+        tables.pq.write_table(tables.pq.read_table(file).slice(0, 0), file)
+    with pytest.raises(InputError, match="photos has no training rows: prepare a city with more places"):
+        train_system(config, "stage 2 only", None, nothing)
+
+
+def test_validation_goes_into_the_journal_and_changes_nothing(tmp_path: Path, base: Path) -> None:
+    weights = []
+    for every in (None, 4):
+        config = trained_config(tmp_path / str(every), base)
+        config.evaluate.max_new_tokens = 4
+        config.train.validate_every, config.train.validate_photos = every, 2
+        rows = [
+            row | {"lat": 0.0, "lon": 0.0, "street": "Mill Street", "district": "Harbour", "heading": None}
+            for row in table_rows(4)
+        ]
+        columns = ("id", "place", "lat", "lon", "street", "district", "image", "rounds")
+        schema = tables.with_features(tables.pa.schema([tables.PHOTOS.field(c) for c in columns]))
+        tables.write(Run(config).photos, "val", rows, schema)
+        train_system(config, "stage 2 only", None, nothing)
+        weights.append(load_file(Run(config).model("stage 2 only") / "adapter" / "adapter_model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    lines = (Run(config).training / "stage-2-only" / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4, 8, 12]
+    assert 0 <= json.loads(lines[-1])["A_s_G"] <= 1
+
+
+def test_the_loss_of_each_kind_of_question_is_seen(tmp_path: Path, base: Path) -> None:
+    config = trained_config(tmp_path, base, peak_tflops=1e-3)
+    train_system(config, "stage 2 only", None, nothing)
+    last = steps(config, "stage 2 only")[-1]
+    assert set(last["by_kind"]) == {"generation", "judgment"}
+    assert min(last["by_kind"].values()) <= last["loss"] <= max(last["by_kind"].values())
+    assert last["tokens_per_s"] > last["samples_per_s"]
+    assert last["mfu"] > 0
+    assert last["memory_gib"] > 0.05
+
+
+def test_a_tracker_that_is_not_there_is_told() -> None:
+    with pytest.raises(InputError, match=r"train\.trackers names no_such_tracker, which is not installed"):
+        journal.tracker("no_such_tracker", "run", "system")
+
+
+def test_the_card_tells_base_data_and_licence_and_takes_metrics(tmp_path: Path, base: Path) -> None:
+    config = trained_config(tmp_path, base)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    Gazetteer([Address("Mill Street", "Harbour")], city="Smallville", attribution=["Streets: somebody"]).save(
+        Run(config).gazetteer
+    )
+    train_system(config, "stage 2 only", None, nothing)
+    folder = Run(config).model("stage 2 only")
+    for name in ("adapter", "merged"):
+        text = (folder / name / "README.md").read_text()
+        assert "license: mit" in text
+        assert f"base_model: {base}" in text
+        assert "Smallville: 24 photos" in text
+        assert "Streets: somebody" in text
+        assert card.UNKNOWN in text
+    measured = {"A_ds": {"value": 0.5, "low": 0.25, "high": 0.75}, "A": {"value": None, "low": None, "high": None}}
+    card.set_metrics(folder, measured, "4 test photos")
+    card.set_metrics(folder, measured, "4 test photos")
+    text = (folder / "merged" / "README.md").read_text()
+    assert text.count("| A_ds | 50.0 | 25.0 to 75.0 |") == 1
+    assert card.UNKNOWN not in text
