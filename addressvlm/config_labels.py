@@ -15,7 +15,7 @@ class LabelsConfig(Strict):
 
     # template: no model; openai: a compatible endpoint; local: a Hugging Face model; vllm: a server that the job starts
     labeler: Literal["template", "openai", "local", "vllm"] = "template"
-    prompt: str = "alignment"  # what is asked: alignment, grounded, reasoning, or the path of a prompt file
+    prompt: str = "alignment"  # what is asked: alignment, grounded, grounded_small, reasoning, or the path of a prompt file
     send_image: bool = True  # off: the model reads only the facts, so it may be a text-only one
     image_pixels: int | None = Field(None, ge=32)  # longer side of the image that is sent; default: as grafted
     image_quality: int | None = Field(None, ge=30, le=100)  # JPEG quality of the image that is sent; default: as grafted
@@ -45,7 +45,7 @@ class LabelsConfig(Strict):
     image_each: float = Field(5667.0, ge=0)
     workers: int = Field(1, ge=1)  # for `local`: copies of the model
     cpus_per_worker: float = Field(1.0, gt=0)
-    gpus_per_worker: float = Field(0.0, ge=0)  # for `local` and for the server of `vllm`
+    gpus_per_worker: float = Field(0.0, ge=0)  # for `local` and for the server of `vllm`, which needs all of `tensor_parallel`
     temperature: float = Field(0.0, ge=0)  # 0 is greedy; a text that failed is asked again with the reason
     batch_size: int = Field(8, ge=1)  # for `local`: rows at a time
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # for `local` and `vllm`; auto: bfloat16 where there is a GPU
@@ -55,9 +55,14 @@ class LabelsConfig(Strict):
     vllm_start_s: float = Field(900.0, gt=0)  # how long it may take to load the model
 
     @model_validator(mode="after")
-    def _money_has_a_price(self) -> LabelsConfig:
+    def _fits_together(self) -> LabelsConfig:
         if self.budget_usd is not None and (self.usd_per_million_in is None or self.usd_per_million_out is None):
             raise ValueError("budget_usd needs the prices usd_per_million_in and usd_per_million_out")
         if self.base_url and "@" in urlsplit(self.base_url).netloc:
             raise ValueError("base_url holds a name or password: keys come from OPENAI_API_KEY alone")
+        if self.labeler == "vllm" and self.tensor_parallel > 1 and self.gpus_per_worker < self.tensor_parallel:
+            raise ValueError(
+                f"gpus_per_worker is {self.gpus_per_worker:g} and the server of vllm shares its model among "
+                f"{self.tensor_parallel} GPUs: set gpus_per_worker to tensor_parallel"
+            )
         return self

@@ -179,8 +179,10 @@ def server(concurrency: int, faults: float) -> Iterator[str]:
     command = [sys.executable, __file__, "--serve", "--concurrency", str(concurrency), "--fault-share", str(faults)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-        process.kill()
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.kill()
 
 
 def one(grafts: Path, rows: int, concurrency: int, faults: float = 0.0) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -63,6 +64,7 @@ def run_step(config: Config, redo: bool, dry_run: bool = False) -> None:
     Raises:
         InputError: there are none, or the labeler can't be used, or the budget is used up.
     """
+    config = _absolute(config)
     run, shows = Run(config), prompt_of(config.labels).shows
     source, target = (run.grafts, run.alignment) if shows == "graft" else (run.photos, run.reasoning)
     if not dry_run and is_done(target, settings(config), redo):
@@ -83,9 +85,23 @@ def run_step(config: Config, redo: bool, dry_run: bool = False) -> None:
         report = report_of(config.labels, counts, tally, Ledger(run.ledger) if asks else None)
         (folder / "labels.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
         rejects = [reject for summary in made for reject in summary["rejects"]]
+        name = "label" if shows == "graft" else "label-reasoning"
         run.rejects.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rejects, schema=tables.REJECTS), run.rejects / "label.parquet")
+        pq.write_table(pa.Table.from_pylist(rejects, schema=tables.REJECTS), run.rejects / f"{name}.parquet")
     print(f"label: {target}: {summary(report)}; {len(rejects):,} rejected", flush=True)
+
+
+def _absolute(config: Config) -> Config:
+    """With paths that mean the same in a worker, whose working directory is another."""
+    config = config.model_copy(deep=True)
+    labels, folder = config.labels, Path(config.labels.model).expanduser()
+    if labels.labeler in ("local", "vllm") and folder.is_dir():
+        labels.model = str(folder.absolute())
+    if labels.prompt.endswith(".md") and (prompt := Path(labels.prompt).expanduser()).is_file():
+        labels.prompt = str(prompt.absolute())
+    if labels.vllm_python and (python := Path(labels.vllm_python).expanduser()).is_file():
+        labels.vllm_python = str(python.absolute())
+    return config
 
 
 def _ask(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
@@ -95,6 +111,10 @@ def _ask(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
     """
     if config.labels.labeler == "openai":
         return _fill(config, shards, redo)
+    left = _plan(config, shards, Ledger(Run(config).ledger), redo)
+    if not left.left:
+        print(left.text(), flush=True)
+        return {}
     need = config.labels
     common.require("GPU", need.gpus_per_worker, "the vLLM server", "labels.gpus_per_worker")
     common.require("CPU", need.cpus_per_worker, "the vLLM server", "labels.cpus_per_worker")
@@ -106,7 +126,7 @@ def _ask(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
 
 
 def _serve_and_fill(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
-    with serving(config.labels) as url:
+    with serving(config.labels, Run(config).folder / "vllm.log") as url:
         labels = config.labels.model_copy(update={"base_url": url})
         return _fill(config.model_copy(update={"labels": labels}), shards, redo)
 

@@ -136,3 +136,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "ledger").write_text("a file")
     with pytest.raises(InputError, match="can't be written"), writing(tmp_path / "ledger"):
         pass
+
+
+def test_an_error_of_the_job_is_not_one_of_the_ledger(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), writing(tmp_path / "ledger"):
+        (tmp_path / "elsewhere").read_text()

@@ -13,7 +13,7 @@ from addressvlm.labels import Label, Request, beginning
 from addressvlm.labels.attempts import Attempts
 from addressvlm.labels.facts import Facts
 from addressvlm.labels.prompt import FOLDER, load_prompt, prompt_of
-from addressvlm.labels.rows import label_rows
+from addressvlm.labels.rows import label_batch
 from tests.test_checks import FACTS, GOOD
 
 OURS = sorted(path.stem for path in FOLDER.glob("*.md"))
@@ -225,7 +225,8 @@ def test_an_image_that_is_none(data: bytes) -> None:
 
 
 def rounds(row: dict[str, object], **settings: object) -> list[dict[str, object]]:
-    return label_rows(LabelsConfig(**settings).model_dump_json(), 0, "no gazetteer", [row])[0]["rounds"]
+    made = label_batch(LabelsConfig(**settings).model_dump_json(), 0, "no gazetteer", "", [row])
+    return made.tables["train"][0]["rounds"]
 
 
 def test_a_conversation_may_begin_with_a_stage_2_question_and_holds_no_hint() -> None:

@@ -62,7 +62,9 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 def test_it_serves_in_the_block_and_is_gone_after_it(vllm: Path) -> None:
-    with serving(config(tensor_parallel=2, vllm_arguments=["--max-model-len", "512"]), vllm / "log") as base_url:
+    with serving(
+        config(tensor_parallel=2, gpus_per_worker=2.0, vllm_arguments=["--max-model-len", "512"]), vllm / "log"
+    ) as base_url:
         processes, arguments = told(base_url)
     assert gone(processes)
     assert arguments == [
@@ -106,6 +108,11 @@ def test_a_server_that_does_not_come_up(vllm: Path) -> None:
         serving(config(model="never", vllm_start_s=2.0), vllm / "log"),
     ):
         pytest.fail("it is not well")
+
+
+def test_a_model_needs_the_gpus_that_share_it() -> None:
+    with pytest.raises(ValueError, match=r"gpus_per_worker is 1 and .* 2 GPUs: set gpus_per_worker to tensor_parallel"):
+        config(tensor_parallel=2, gpus_per_worker=1.0)
 
 
 def test_an_interpreter_without_vllm(tmp_path: Path) -> None:

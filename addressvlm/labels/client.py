@@ -23,6 +23,7 @@ from addressvlm.labels.ledger import LONGEST_TEXT, Answer
 
 KEY = "OPENAI_API_KEY"
 LONGEST_SAID = 300  # characters of the endpoint's own words in an error
+TOKEN = re.compile(r"(?i)\bsk-[\w-]{8,}")  # in a label, where a bearer may be a man of stone
 BEARER = re.compile(r"(?i)\bbearer\s+\S+|\bsk-[\w-]{8,}")
 _FOR_NOW = {408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
 _IMAGE_SIZE = re.compile(r"(?i)image.{0,80}(too (large|big)|exceed|maximum|limit)|(too (large|big)|exceed|maximum).{0,80}image")
@@ -123,7 +124,7 @@ class Client:
         if choice.get("finish_reason") == "content_filter":
             refusal = refusal or "content filter"
         return Answer(
-            text=None if refusal or not isinstance(text, str) else self._clean(text.strip(), LONGEST_TEXT),
+            text=None if refusal or not isinstance(text, str) else self._without_key(text.strip(), TOKEN)[:LONGEST_TEXT],
             refusal=self._clean(str(refusal)) if refusal else None,
             tokens_in=int(usage.get("prompt_tokens") or 0),
             tokens_out=int(usage.get("completion_tokens") or 0),
@@ -152,12 +153,16 @@ class Client:
             f"{self.where} refuses the request ({sentence}): check {KEY}, labels.model, labels.base_url and labels.request."
         )
 
-    def _clean(self, said: str, longest: int = LONGEST_SAID) -> str:
-        """Words of the endpoint without the key, short."""
+    def _clean(self, said: str) -> str:
+        """Words of the endpoint about a request, without the key, short."""
+        return self._without_key(said, BEARER)[:LONGEST_SAID]
+
+    def _without_key(self, said: str, others: re.Pattern[str]) -> str:
+        """Words of the endpoint without the key and what else looks like one."""
         said = said.encode(errors="replace").decode()
         if self._key != "none":
             said = said.replace(self._key, "…")
-        return BEARER.sub("…", said)[:longest]
+        return others.sub("…", said)
 
 
 def endpoint_key(config: LabelsConfig) -> str:

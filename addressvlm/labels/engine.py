@@ -116,9 +116,15 @@ class Asking:
                 group.create_task(self.work())
             async with asyncio.TaskGroup() as readers:
                 for _ in range(ENCODERS):
-                    readers.create_task(self.read(rows, turn))
+                    readers.create_task(self.read_all(rows, turn))
             for _ in range(workers):
                 await self.ready.put(None)
+
+    async def read_all(self, rows: Iterator[Numbered], turn: asyncio.Lock) -> None:
+        try:
+            await self.read(rows, turn)
+        except InputError as error:
+            self.end(error)
 
     async def read(self, rows: Iterator[Numbered], turn: asyncio.Lock) -> None:
         """Make requests ready before a slot is free for them; many in one go, since handing over to a thread costs time."""

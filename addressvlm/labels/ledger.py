@@ -86,6 +86,7 @@ class Ledger:
         self.answers: Counter[tuple[str, str]] = Counter()
         self._at: dict[bytes, tuple[Path, int, int]] = {}  # segment, first byte, bytes
         self._files: dict[Path, BinaryIO] = {}  # stay open: on a network file system opening takes long
+        self._opening = threading.Lock()
         try:
             for path in sorted(self.folder.glob("*.jsonl")):
                 self._read(path)
@@ -98,8 +99,9 @@ class Ledger:
         if found is None:
             return None
         path, offset, size = found
-        if path not in self._files:
-            self._files[path] = path.open("rb", buffering=0)
+        with self._opening:  # two threads would each open it, and one close what the other reads
+            if path not in self._files:
+                self._files[path] = path.open("rb", buffering=0)
         return _answer(json.loads(os.pread(self._files[path].fileno(), size, offset)))
 
     def _read(self, path: Path) -> None:
@@ -205,14 +207,21 @@ class WritableLedger(Ledger):
             self._synced = end
 
     def close(self) -> None:
-        """Give back the room that was not needed."""
-        os.ftruncate(self._file, self._end)
-        os.fsync(self._file)
-        os.close(self._file)
-        for file in self._files.values():
-            file.close()
-        if not self._end:
-            self._path.unlink()
+        """Give back the room that was not needed.
+
+        Raises:
+            InputError: it can't be written.
+        """
+        try:
+            os.ftruncate(self._file, self._end)
+            os.fsync(self._file)
+            os.close(self._file)
+            for file in self._files.values():
+                file.close()
+            if not self._end:
+                self._path.unlink()
+        except OSError as error:
+            raise storage_error(error, self.folder) from error
 
 
 @contextmanager
@@ -235,17 +244,22 @@ def writing(folder: Path) -> Iterator[WritableLedger]:
     except OSError as error:
         raise storage_error(error, folder) from error
     try:
-        started = f"{datetime.now():%Y-%m-%d %H:%M}"
-        holder.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "started": started}))
+        _sign(holder)
         ledger = WritableLedger(folder)
         try:
             yield ledger
         finally:
             ledger.close()
-    except OSError as error:
-        raise storage_error(error, folder) from error
     finally:
         lock.release()
+
+
+def _sign(holder: Path) -> None:
+    started = f"{datetime.now():%Y-%m-%d %H:%M}"
+    try:
+        holder.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "started": started}))
+    except OSError as error:
+        raise storage_error(error, holder.parent) from error
 
 
 def _holder(path: Path) -> str:

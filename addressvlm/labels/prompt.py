@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from addressvlm.config_labels import LabelsConfig
 from addressvlm.errors import InputError
 from addressvlm.labels.facts import Facts
+from addressvlm.labels.words import listed
 
 FOLDER = Path(__file__).with_name("prompts")
 SLOTS = {"street", "district", "city", "question", "facts"}
@@ -100,7 +101,7 @@ def prompt_of(config: LabelsConfig) -> Prompt:
 
 @cache
 def load_prompt(source: str = "alignment") -> Prompt:
-    """Read one of ours by its name (`alignment`, `grounded`, `reasoning`), or any file by its path.
+    """Read one of ours by its name (`alignment`, `grounded`, `grounded_small`, `reasoning`), or any file by its path.
 
     Raises:
         InputError: there is no such file, a part of it is missing, or its slots are not those that can be filled.
@@ -170,7 +171,7 @@ def notes(facts: Facts) -> str:
     """Facts as plain sentences, one a line, in the order in which a label says them; what is not known is left out."""
     lines = []
     if facts.photo_colours:
-        lines.append(f"The main colours of the photo are {_list(facts.photo_colours)}.")
+        lines.append(f"The main colours of the photo are {listed(facts.photo_colours)}.")
     if facts.facing:
         view = {"along": ", along the street", "across": ", across the street", "oblique": ", at an angle to the street"}
         lines.append(f"The camera faces {facts.facing}{view.get(facts.view or '', '')}.")
@@ -179,18 +180,13 @@ def notes(facts: Facts) -> str:
     if facts.greenery:
         lines.append(f"There is {facts.greenery} greenery.")
     if facts.names:
-        lines.append(f"The map bears the name{'s' if len(facts.names) > 1 else ''} {_list(facts.names)}.")
+        lines.append(f"The map bears the name{'s' if len(facts.names) > 1 else ''} {listed(facts.names)}.")
     if facts.direction:
         lines.append(f"{facts.on_map} runs {facts.direction} at the centre of the map.")
     if facts.tile_colours:
-        lines.append(f"From above, the place is mainly {_list(facts.tile_colours)}.")
+        lines.append(f"From above, the place is mainly {listed(facts.tile_colours)}.")
     if facts.cross_street:
         far = facts.cross_distance_m
         where = f"{far} metres to the {facts.cross_direction}" if far else "right at the camera"
         lines.append(f"{facts.cross_street} meets {facts.on_map} {where}.")
     return "\n".join(lines) or "Nothing was measured."
-
-
-def _list(words: tuple[str, ...]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

@@ -20,17 +20,20 @@ NO_ANSWER = "no answer"  # kind of problem of a row that the endpoint failed for
 
 def asked_of(row: Attempts) -> Asked:
     """What the next ask of a row will be."""
+    asks = row.config
     sent = [
+        # The server of vllm is one of our own, on another port each time.
+        [asks.labeler, asks.model, asks.base_url if asks.labeler == "openai" else None],
         row.prompt.version,
         row.prompt.ask(row.request.facts, row.question),
-        row.config.model_dump(include=SHAPES_THE_ANSWER),
+        asks.model_dump(include=SHAPES_THE_ANSWER),
     ]
     return Asked(
         id=row.request.id,
         prompt=row.prompt.version,
-        model=writer(row.config),
+        model=writer(asks),
         image=blake2b(row.request.image, digest_size=16).hexdigest(),
-        digest=blake2b(json.dumps([writer(row.config), *sent], sort_keys=True).encode(), digest_size=16).hexdigest(),
+        digest=blake2b(json.dumps(sent, sort_keys=True).encode(), digest_size=16).hexdigest(),
         number=row.number + 1,
     )
 

@@ -24,25 +24,15 @@ FACTS_PIXELS = 168  # longer side of a photo that is only measured
 LOOKED_AT_PIXELS = 42  # of an image that need only be whole
 
 
-def label_rows(labels: str, seed: int, gazetteer: str, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def label_batch(labels: str, seed: int, gazetteer: str, ledger: str, rows: Iterable[dict[str, Any]]) -> Made:
     """Rows of GRAFTS to rows of ALIGNMENT, or by a prompt that shows photos alone rows of PHOTOS to rows of REASONING.
 
-    The process keeps the labeler between calls.
+    Besides them rejects where the image can't be decoded, and counts of sources and problems. The process keeps the labeler
+    between calls.
 
     Args:
         labels: a LabelsConfig as JSON.
         gazetteer: path of the city's gazetteer; without that file the checks know fewer streets.
-
-    Raises:
-        InputError: the labeler can't be used.
-    """
-    return label_batch(labels, seed, gazetteer, "", rows).tables["train"]
-
-
-def label_batch(labels: str, seed: int, gazetteer: str, ledger: str, rows: Iterable[dict[str, Any]]) -> Made:
-    """Labelled rows as from `label_rows`, rejects where the image can't be decoded, and counts of sources and problems.
-
-    Args:
         ledger: folder of the answers to rows that were asked about before; empty: the labeler writes.
 
     Raises:

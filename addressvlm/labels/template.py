@@ -4,6 +4,7 @@ import random
 
 from addressvlm.labels import frames
 from addressvlm.labels.facts import Facts
+from addressvlm.labels.words import listed
 from addressvlm.names import normal
 
 MOST_NAMES = 3
@@ -27,7 +28,7 @@ def _conclusion(facts: Facts, rng: random.Random) -> str:
 
 def _photo(facts: Facts, rng: random.Random) -> list[str]:
     """What is visible in the photo: colours and where the camera looks."""
-    colours = _list(facts.photo_colours)
+    colours = listed(facts.photo_colours)
     if facts.facing is None:
         forms = frames.PHOTO_COLOURS_ONLY if colours else frames.PHOTO_BARE
         return [rng.choice(forms).format(colours=colours)]
@@ -42,12 +43,12 @@ def _map(facts: Facts, rng: random.Random) -> list[str]:
     sentences = []
     if names:
         one = frames.NAME if own else [form for form in frames.NAME if "centre" not in form]
-        sentences.append(rng.choice(frames.NAMES if len(names) > 1 else one).format(names=_list(names)))
+        sentences.append(rng.choice(frames.NAMES if len(names) > 1 else one).format(names=listed(names)))
     if facts.direction:
         forms = frames.OWN_DIRECTION if own else frames.UNREAD_DIRECTION
         sentences.append(rng.choice(forms).format(street=facts.on_map, direction=facts.direction))
     if facts.tile_colours:
-        sentences.append(rng.choice(frames.FROM_ABOVE).format(colours=_list(facts.tile_colours[:2])))
+        sentences.append(rng.choice(frames.FROM_ABOVE).format(colours=listed(facts.tile_colours[:2])))
     return sentences
 
 
@@ -61,8 +62,3 @@ def _crossing(facts: Facts, rng: random.Random) -> list[str]:
 
 def _drawn(forms: dict[str, list[str]], fact: str | None, rng: random.Random) -> list[str]:
     return [rng.choice(forms[fact])] if fact else []
-
-
-def _list(words: tuple[str, ...] | list[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else ""

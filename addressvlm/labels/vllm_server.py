@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -89,7 +90,8 @@ def _free_port() -> int:
 
 def _wait(process: "subprocess.Popen[bytes]", port: int, limit_s: float, log: Path) -> None:
     """Until the server says that it is well."""
-    for _ in range(max(1, round(limit_s / POLL_S))):
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
         try:
             code = process.wait(POLL_S)
         except subprocess.TimeoutExpired:

@@ -1,6 +1,7 @@
 """The English words in which labels speak of directions, distances, colours and things that can be seen."""
 
 import re
+from collections.abc import Sequence
 
 from addressvlm.labels.facts import COMPASS
 
@@ -48,9 +49,16 @@ _SEEN = re.compile(
 _FRAME = re.compile(r"\b(on|in|along|from|of) (this|the|that|a|which) (street|road|lane|square|map|district)\b", re.IGNORECASE)
 
 
+def listed(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`; empty for none."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
 def cites_something(text: str) -> bool:
     """Whether a text without names speaks of two different things that a picture can show."""
-    return len({match.group().lower() for match in _SEEN.finditer(_FRAME.sub("", text))}) >= 2
+    seen = (match.group().lower() for match in _SEEN.finditer(_FRAME.sub("", text)))
+    first = next(seen, None)
+    return any(word != first for word in seen)
 
 
 def amounts(text: str) -> list[tuple[str, float]]:

@@ -65,8 +65,9 @@ def question_of(request: Request, prompt: Prompt, seed: int) -> str:
 
 
 def writer(config: LabelsConfig) -> str:
-    """Who writes, for the column `source`: no path of this machine in it."""
-    return f"{config.labeler}:{Path(config.model).name if Path(config.model).is_dir() else config.model}"
+    """Who writes, for the column `source`: of a model in a folder its last name, no path of this machine."""
+    path = config.model.startswith(("/", ".", "~"))
+    return f"{config.labeler}:{Path(config.model).name if path else config.model}"
 
 
 def _rng(request: Request, seed: int) -> random.Random:

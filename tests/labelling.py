@@ -1,0 +1,57 @@
+"""Rows, settings and rounds of the engine that asks an endpoint, for tests."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from addressvlm.config_labels import LabelsConfig
+from addressvlm.labels import Request, beginning, engine
+from addressvlm.labels.costs import Plan
+from addressvlm.labels.facts import Facts
+from addressvlm.labels.ledger import Ledger, writing
+from addressvlm.labels.openai_labeler import OpenAILabeler
+from addressvlm.labels.replay import survey
+from addressvlm.labels.tally import Tally
+from addressvlm.labels.writer import Label
+from tests.endpoint import Endpoint
+
+KEY = "sk-test-0123456789abcdef"
+FACTS = Facts("Mill Street", "Harbour", ("Mill Street", "King Street"), "east-west", "along", "east", "King Street", 40, "east")
+GOOD = (
+    "A row of red brick houses stands on the left and the camera looks along the road. On the map King Street meets the "
+    "street a little to the east. This is Mill Street in Harbour."
+)
+BAD = GOOD.replace("Mill Street", "some street")
+
+
+def with_key_and_short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(engine, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(engine, "LONGEST_WAIT_S", 0.001)
+
+
+def requests(count: int, first: int = 0) -> list[Request]:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    return [Request(f"row{i}", buffer.getvalue() + bytes([i]), FACTS) for i in range(first, first + count)]
+
+
+def config_of(endpoint: Endpoint, **settings: Any) -> LabelsConfig:
+    return LabelsConfig(**{"labeler": "openai", "model": "m", "base_url": endpoint.url, "concurrency": 4, **settings})
+
+
+def settle(
+    config: LabelsConfig, folder: Path, rows: list[Request], again: bool = False, seed: int = 0
+) -> tuple[dict[int, Label], Tally]:
+    found: dict[int, Label] = {}
+    with writing(folder) as ledger:
+        labeler = OpenAILabeler(config, beginning(config, seed), ledger, again=again)
+        tally = labeler.settle(rows, len(rows), found.__setitem__)
+    return found, tally
+
+
+def left(config: LabelsConfig, folder: Path, rows: list[Request]) -> Plan:
+    return survey(config, beginning(config), rows, Ledger(folder))
