@@ -1,7 +1,9 @@
 """Around every request: its id, who asks and how often they may, one line of log, and the counts."""
 
+import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import os
@@ -12,7 +14,9 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import ApiError, error_response, in_words
@@ -21,19 +25,27 @@ from serve.settings import ServiceSettings, SettingsError
 
 API_KEYS = "ADDRESSVLM_API_KEYS"  # environment variable: keys with commas between them
 SHORTEST_KEY = 16
+OPEN = ("/healthz", "/openapi.json")  # and the page
+LIMIT_S = 1  # how long the rate limit may take to judge
 METHODS = ("GET", "POST", "OPTIONS", "HEAD")
 CALLERS = 100_000  # remembered by the rate limit, those that asked last
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 logger = logging.getLogger("addressvlm.access")
+serve_logger = logging.getLogger("ray.serve")
 
 
 def key_digests() -> list[str]:
     """SHA-256 of each key in the environment: what is handed on, so that no key stands in a configuration or a log.
 
     Raises:
-        InputError: a key is too short to be one.
+        InputError: a key is too short to be one, or the variable is set and holds none.
     """
-    keys = [key.strip() for key in os.environ.get(API_KEYS, "").split(",") if key.strip()]
+    given = os.environ.get(API_KEYS)
+    if given is None:
+        return []
+    keys = [key.strip() for key in given.split(",") if key.strip()]
+    if not keys:
+        raise SettingsError(f"{API_KEYS} is set and holds no key: give keys, or unset it to let everyone ask.")
     if any(len(key) < SHORTEST_KEY for key in keys):
         raise SettingsError(
             f"a key in {API_KEYS} has fewer than {SHORTEST_KEY} characters: make one with `openssl rand -hex 24`."
@@ -68,6 +80,7 @@ class Access:
         wait: `RateLimit.wait` of the whole service, or None.
         set_id: whether to put X-Request-Id on answers; Ray Serve's proxy does so itself.
         routes: paths that counts name; callers may invent others.
+        pages: paths that need no key, beside OPEN.
     """
 
     def __init__(
@@ -79,9 +92,11 @@ class Access:
         wait: Callable[[str], Awaitable[float]] | None = None,
         set_id: bool = True,
         routes: Collection[str] = (),
+        pages: Collection[str] = (),
     ) -> None:
         self.app, self.settings, self.records = app, settings, records
         self.digests, self.wait, self.set_id, self.routes = digests, wait, set_id, frozenset(routes)
+        self.open = frozenset({*OPEN, *pages})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -109,22 +124,31 @@ class Access:
                 await error_response(error)(scope, receive, told)
             else:
                 await self.app(scope, receive, told)
+        except ClientDisconnect:
+            status = 499
+        except Exception as error:
+            if status:  # too late for another answer
+                status = 500
+                raise
+            await error_response(in_words(error))(scope, receive, told)
         finally:
             self._note(scope, status or 499, size, time.perf_counter() - begun)  # 499: the caller left before an answer
 
     async def _admit(self, scope: Scope, headers: Headers) -> None:
-        """Judge key and rate; only what is under /v1 and the counts need them."""
+        """Judge key and rate; only what `open` names goes without."""
         scope["state"]["caller"] = caller = self._address(scope, headers)
-        if not scope["path"].startswith("/v1/") and scope["path"] != "/metrics":
+        path = get_route_path(scope)  # as the routes see it, without the prefix of the service
+        if path in self.open:
             return
         if self.digests:
             scope["state"]["caller"] = caller = self._key(headers)
-        if self.wait is None or scope["path"] == "/metrics":
+        if self.wait is None or path == "/metrics":
             return
         try:
-            seconds = await self.wait(caller)
-        except Exception as error:
-            in_words(error)  # the log has it; without a rate limit it is better to answer than not to
+            async with asyncio.timeout(LIMIT_S):
+                seconds = await self.wait(caller)
+        except Exception as error:  # without a rate limit it is better to answer than not to
+            serve_logger.warning("the rate limit can't be asked: %r", error)
             return
         if seconds > 0:
             words = f"More than {self.settings.rate_limit:g} requests a minute: wait {seconds:.0f} s."
@@ -142,13 +166,23 @@ class Access:
         return f"key-{digest[:8]}"
 
     def _address(self, scope: Scope, headers: Headers) -> str:
-        forwarded = headers.get("x-forwarded-for", "").rpartition(",")[2].strip() if self.settings.forwarded else ""
+        """The caller's address; of IPv6 its network of 64 bits, which one caller has all of."""
         client = scope.get("client")
-        return forwarded or (client[0] if client else "unknown")
+        peer = client[0] if client else "unknown"
+        lines = headers.getlist("x-forwarded-for") if self.settings.forwarded else []
+        for text in (*(line.rpartition(",")[2].strip() for line in lines[-1:]), peer):
+            try:
+                address = ipaddress.ip_address(text)
+            except ValueError:
+                continue
+            address = getattr(address, "ipv4_mapped", None) or address
+            return str(address if address.version == 4 else ipaddress.IPv6Network((int(address), 64), strict=False))
+        return peer
 
     def _note(self, scope: Scope, status: int, size: int, seconds: float) -> None:
         """One line of JSON, and the counts; of what was sent, only what the route noted about it."""
-        route = scope["path"] if scope["path"] in self.routes else "other"
+        path = get_route_path(scope)
+        route = path if path in self.routes else "other"
         method = scope["method"] if scope["method"] in METHODS else "other"
         self.records.count("addressvlm_requests", method, route, str(status))
         self.records.observe("addressvlm_request_seconds", seconds, route)

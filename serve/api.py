@@ -84,12 +84,12 @@ class Api:
         app.get("/v1/map")(self.map)
         app.get("/healthz")(self.health)
         app.get("/metrics")(self.metrics)
-        for file in sorted(PAGE.iterdir()):
-            name = "" if file.name == "index.html" else file.name
-            app.get(f"/{name}", include_in_schema=False)(_page_file(file))
+        pages = {"/" if file.name == "index.html" else f"/{file.name}": file for file in sorted(PAGE.iterdir())}
+        for path, file in pages.items():
+            app.get(path, include_in_schema=False)(_page_file(file))
         routes = [route.path for route in app.routes if isinstance(route, Route)]
         app.add_middleware(GZipMiddleware, minimum_size=4096)
-        app.add_middleware(Access, settings=self.settings, records=self.records, routes=routes, **access)
+        app.add_middleware(Access, settings=self.settings, records=self.records, routes=routes, pages=list(pages), **access)
         if self.settings.allowed_origins:
             app.add_middleware(
                 CORSMiddleware,
@@ -170,8 +170,13 @@ class Api:
     async def map(self, request: Request) -> Response:
         """A city's streets and districts as GeoJSON."""
         city = pick(self.cities, request.query_params.get("city"))
-        geojson = await asyncio.to_thread(lambda: self.places[city.id].geojson)
-        return Response(geojson, media_type="application/geo+json", headers={"Cache-Control": "private, max-age=60"})
+        places, headers = self.places[city.id], {"Cache-Control": "private, max-age=60"}
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            headers |= {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
+            geojson = await asyncio.to_thread(lambda: places.zipped)
+        else:
+            geojson = await asyncio.to_thread(lambda: places.geojson)
+        return Response(geojson, media_type="application/geo+json", headers=headers)
 
     async def health(self) -> Response:
         """200 when a model replica is up, 503 while none is."""

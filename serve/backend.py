@@ -23,7 +23,7 @@ class Backend:
 
     Args:
         several: whether replicas hold several cities, so that a request goes where its city is loaded.
-        request_s: how long a call may take in all.
+        request_s: how long a call may take in all; of a stream, each piece.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class Backend:
 
     async def stream(self, question: Question) -> AsyncIterator[Piece]:
         """The same piece by piece; when this returns, the first piece is there."""
-        begun = await self._again(lambda: self._begin(question))
-        return _with_first(*begun)
+        first, rest = await self._again(lambda: self._begin(question))
+        return _with_first(first, rest, self.request_s)
 
     async def counts(self) -> dict[str, list[Metric]]:
         """What every replica of the model and of the decoder counted, by replica; a replica that is away is left out."""
@@ -100,7 +100,12 @@ def _told(value: Any) -> Any:
     return value
 
 
-async def _with_first(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+async def _with_first(first: Piece, rest: AsyncIterator[Piece], piece_s: float) -> AsyncIterator[Piece]:
     yield first
-    async for piece in rest:
+    while True:
+        try:
+            async with asyncio.timeout(piece_s):
+                piece = await anext(rest)
+        except StopAsyncIteration:
+            return
         yield _told(piece)

@@ -12,7 +12,9 @@ ALIAS = "addressvlm"  # accepted as the model's name where one model is served
 MAX_MESSAGES = 64
 MAX_IMAGES = 8
 MAX_CHOICES = 8
+MAX_STOPS = 4
 MAX_TEXT = 100_000  # characters of all messages; no model here reads as much, and counting its tokens takes time
+Stop = Annotated[str, Field(max_length=200)]
 
 
 class _Loose(BaseModel):
@@ -62,7 +64,7 @@ class ChatRequest(_Loose):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from addressvlm.addresses import Gazetteer
+from addressvlm.addresses import GAZETTEER, Gazetteer
 from addressvlm.run import LAST_MODEL, storage
 from serve.errors import ApiError
 from serve.settings import ServiceSettings, SettingsError
 
-GAZETTEER = "gazetteer.geojson"
 SYSTEM = "addressvlm"  # of a run with several trained systems, the one that is served
 
 

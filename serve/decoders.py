@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
@@ -12,9 +13,11 @@ from pathlib import Path
 import addressvlm
 from addressvlm import InputError
 from addressvlm.uploads import Pixels
+from serve.errors import ApiError
 
 COMMAND = (sys.executable, "-m", "addressvlm.uploads")
-PATIENCE = 6  # times the CPU seconds that a photo may take by the clock, waiting for its turn included
+PATIENCE = 6  # times its CPU seconds that a photo may take by the clock, and as long again that it may wait for its turn
+logger = logging.getLogger("ray.serve")
 
 
 class Decoders:
@@ -35,14 +38,26 @@ class Decoders:
 
         Raises:
             InputError: it is no photo that can be used, or decoding it takes too long.
+            ApiError: 503 no process is free in time, or none can be had.
         """
         try:
-            async with asyncio.timeout(PATIENCE * self.cpu_s), self.turns:
+            async with asyncio.timeout(PATIENCE * self.cpu_s):
+                await self.turns.acquire()
+        except TimeoutError:
+            raise _busy() from None
+        try:
+            async with asyncio.timeout(PATIENCE * self.cpu_s):
                 return await self._decode(data, side)
-        except (TimeoutError, OSError, asyncio.IncompleteReadError):
+        except (TimeoutError, asyncio.IncompleteReadError):
             raise InputError("The image takes too long to decode: send it smaller, or as a plain JPEG.") from None
+        except OSError as error:
+            logger.error("a decoder can't be used: %r", error)
+            raise _busy() from None
+        finally:
+            self.turns.release()
 
     async def _decode(self, data: bytes, side: int) -> Pixels:
+        self.idle = [process for process in self.idle if process.returncode is None]
         process = self.idle.pop() if self.idle else await self._start()
         try:
             found = await self._ask(process, data, side)
@@ -73,10 +88,21 @@ class Decoders:
         environment = {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": path}  # no keys, nothing else that is secret
         return await asyncio.create_subprocess_exec(*self.command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment)
 
-    async def close(self) -> None:
+    def kill(self) -> None:
         """End the processes that wait for work."""
+        for process in self.idle:
+            with suppress(ProcessLookupError):
+                process.kill()
+
+    async def close(self) -> None:
+        """The same, and wait until they have ended."""
+        self.kill()
         while self.idle:
-            await _end(self.idle.pop())
+            await self.idle.pop().wait()
+
+
+def _busy() -> ApiError:
+    return ApiError(503, "The service is busy: try again in a moment.", code="overloaded")
 
 
 async def _end(process: Process) -> None:

@@ -125,6 +125,8 @@ class Engine:
             self.add(city)
             if self.base.active_adapter != self.names[city]:
                 self.base.set_adapter(self.names[city], inference_mode=True)
+            while len(self.localizers) > self.settings.cities_per_replica:
+                self.remove(next(other for other in self.localizers if other != city))
         return self.localizers[city]
 
     def _localize(self, city: str, asked: Sequence[Where]) -> list[Localization]:
@@ -137,7 +139,11 @@ class Engine:
         ]
 
     def _batch_of(self, question: Question) -> tuple[Any, ...] | None:
-        """What questions that are answered together have in common; None for those that go alone."""
+        """What questions that are answered together have in common; None for those that go alone.
+
+        Raises:
+            InputError: the question is longer than the model's context.
+        """
         if self._about_address(question):
             return "address", question.city
         s = question.sampling
@@ -145,19 +151,19 @@ class Engine:
         first, kinds_of = question.messages[0], [part["type"] for m in question.messages for part in m["content"]]
         if special or len(question.messages) > 1 or first["role"] != "user" or kinds_of != ["image", "text"]:
             return None
-        return "plain", question.city, s.max_tokens, s.temperature
+        return "plain", question.city, self._room(question).max_tokens, s.temperature
 
     def _plain(self, asked: Sequence[Question]) -> list[list[Completion]]:
-        sampling, localizer = asked[0].sampling, self._use(asked[0].city)
-        rooms = [self._room(question) for question in asked]
+        """Answers to questions of one city that have as much room."""
+        room, localizer = self._room(asked[0]), self._use(asked[0].city)
         texts = localizer.answer(
             [_images(question)[0] for question in asked],
             [question.messages[0]["content"][1]["text"] for question in asked],
-            min(room.max_tokens for room in rooms),
-            sampling.temperature,
+            room.max_tokens,
+            room.temperature,
         )
         answers = []
-        for text, room, question in zip(texts, rooms, asked, strict=True):
+        for text, question in zip(texts, asked, strict=True):
             count = len(localizer.tokenizer(text, add_special_tokens=False)["input_ids"])
             finish = "length" if count >= room.max_tokens else "stop"
             answers.append([Completion(text, finish, (), self._length(question), count + (finish == "stop"))])

@@ -60,6 +60,9 @@ class ImagesDeployment(Images):
         """What was counted here, for `/metrics`."""
         return str(serve.get_replica_context().replica_tag), self.records.collect()
 
+    def __del__(self) -> None:
+        self.decoders.kill()
+
 
 def bytes_of(text: str) -> bytes:
     """The bytes of an image given as base64 or as a data URL.

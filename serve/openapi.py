@@ -160,17 +160,20 @@ def example_photo() -> str:
 @cache
 def document(keys: bool) -> dict[str, Any]:
     """The document; `keys` says whether the service asks for them."""
-    asked = {"security": [{"key": []}]} if keys else {}
+    asked: dict[str, Any] = {"security": [{"key": []}]} if keys else {}
     city = {"name": "city", "in": "query", "required": False, "schema": {"type": "string"}}
     post, many = {**BUSY, **_refused(keys)}, _refused(keys)
+    ranked = {**post, "501": "Too many addresses for the engine that is served"}
     found = {"404": "No such city, or it has no map", "400": "No city named, and there are several"}
-    paths = {
-        "/v1/localize": {"post": {"requestBody": _localize_body(), "responses": _responses("LocalizeAnswer", post), **asked}},
+    paths: dict[str, dict[str, Any]] = {
+        "/v1/localize": {"post": {"requestBody": _localize_body(), "responses": _responses("LocalizeAnswer", ranked), **asked}},
         "/v1/chat/completions": {"post": {"requestBody": _chat_body(), "responses": _chat_responses(post), **asked}},
         "/v1/models": {"get": {"responses": _responses("ModelList", many), **asked}},
         "/v1/cities": {"get": {"responses": _responses("CityList", many), **asked}},
         "/v1/map": {"get": {"parameters": [city], "responses": _map_responses({**found, **many}), **asked}},
-        "/healthz": {"get": {"responses": _responses("Health", {"503": "No model replica is running"})}},
+        "/healthz": {
+            "get": {"responses": _responses("Health", {"500": "The service failed", "503": "No model replica is running"})}
+        },
         "/metrics": {"get": {"responses": _metrics_responses(keys), **asked}},
     }
     for path, item in paths.items():
@@ -186,7 +189,7 @@ def document(keys: bool) -> dict[str, Any]:
 
 
 def _refused(keys: bool) -> dict[str, str]:
-    refused = {"429": "More requests than allowed", "503": "Busy: try again"}
+    refused = {"429": "More requests than allowed", "500": "The service failed", "503": "Busy: try again"}
     return refused | ({"401": "No valid key"} if keys else {})
 
 
@@ -214,7 +217,7 @@ def _map_responses(errors: dict[str, str]) -> dict[str, Any]:
 
 
 def _metrics_responses(keys: bool) -> dict[str, Any]:
-    responses = _responses("Error", {"401": "No valid key"} if keys else {})
+    responses = _responses("Error", {"500": "The service failed"} | ({"401": "No valid key"} if keys else {}))
     responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     return responses
 

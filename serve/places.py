@@ -1,5 +1,6 @@
 """Where the streets of a served city are."""
 
+import gzip
 import json
 from functools import cached_property
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import shapely
 from shapely.geometry.base import BaseGeometry
 
-from serve.cities import GAZETTEER, City
+from addressvlm.addresses import GAZETTEER
+from serve.cities import City
 from serve.errors import ApiError
 
 
@@ -29,6 +31,11 @@ class Places:
             raise ApiError(404, "This model has no map: its folder holds no gazetteer.geojson.", code="no_map")
         tree = json.loads(file.read_text(encoding="utf-8"))
         return json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode()
+
+    @cached_property
+    def zipped(self) -> bytes:
+        """The map compressed, once for all requests."""
+        return gzip.compress(self.geojson, mtime=0)
 
     @cached_property
     def summary(self) -> dict[str, Any]:

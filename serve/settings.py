@@ -79,7 +79,7 @@ class ServiceSettings(BaseModel):
     max_megapixels: float = Field(50, gt=0)  # judged from the header, before anything is decoded
     decode_s: int = Field(10, ge=1)  # CPU seconds that decoding one photo may take
     max_tokens: int = Field(512, ge=1)  # of one answer; a request for more gets this many
-    request_s: float = Field(300, gt=0)  # a request that waited and worked longer is answered 503
+    request_s: float = Field(300, gt=0)  # what waited and worked longer is answered 503; of a stream, each piece
     rate_limit: float = Field(0, ge=0)  # requests a minute of a key, or of an address where there are no keys; 0: any number
     forwarded: bool = False  # behind one proxy of yours: the caller's address is the last of X-Forwarded-For
     image_domains: Names = []  # hosts that images may be fetched from; .example.org means all below it; host:port

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from openai import APIStatusError, AsyncOpenAI
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 from PIL import Image
 from prometheus_client.core import Metric
 from ray import serve
@@ -36,6 +36,7 @@ from serve.records import Records
 from serve.settings import ServiceSettings
 
 MAX_ADDRESSES = 256  # that one photo is scored against
+SCORED_TOGETHER = 32  # addresses that a replica asks for at a time
 
 
 class VllmModel:
@@ -45,13 +46,14 @@ class VllmModel:
         self.folder, self.records = cities[0].folder, Records()
         self.gazetteer, self.calibration = cities[0].gazetteer(), Calibration.load(self.folder)
         self.ends, self.side = _ends(self.folder), _side(self.folder)
+        self.turns = asyncio.Semaphore(SCORED_TOGETHER)
         self.open = contextlib.ExitStack()
         scratch = Path(self.open.enter_context(tempfile.TemporaryDirectory(prefix="addressvlm-")))
         for_vllm(self.folder, scratch / "model")
         config = LabelsConfig(
             model=str(scratch / "model"),
             vllm_python=settings.vllm_python,
-            vllm_arguments=settings.vllm_options,
+            vllm_arguments=[*settings.vllm_options, *["--trust-remote-code"] * settings.trust_remote_code],
             dtype=settings.dtype,
         )
         self.name = config.model
@@ -122,7 +124,8 @@ class VllmModel:
     async def _read(self, messages: list[dict[str, Any]], ask: bool) -> tuple[list[int], list[Any]]:
         """The prompt's tokens, and for each of them what the model thought of it."""
         more = {"add_generation_prompt": ask, "prompt_logprobs": None if ask else 0, "return_token_ids": True}
-        told = await self._create(messages=messages, max_tokens=1, temperature=0, extra_body=more)
+        async with self.turns:
+            told = await self._create(messages=messages, max_tokens=1, temperature=0, extra_body=more)
         fields = told.model_extra
         return fields["prompt_token_ids"], fields["prompt_logprobs"] or []
 
@@ -134,6 +137,8 @@ class VllmModel:
                 body = error.body if isinstance(error.body, dict) else {}
                 raise InputError(str(body.get("message", "vLLM refuses this request."))[:300]) from None
             raise
+        except APIConnectionError:  # or its APITimeoutError
+            raise ApiError(503, "The service is busy: try again in a moment.", code="overloaded") from None
 
 
 @serve.deployment(name="Localizer", logging_config=QUIET)

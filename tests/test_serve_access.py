@@ -5,13 +5,19 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 
 from addressvlm import InputError
-from serve.access import RateLimit, key_digests
+from serve.access import Access, RateLimit, key_digests
+from serve.records import Records
+from serve.settings import ServiceSettings
 from tests.inprocess import api
 from tests.service import check_error, photo
 
@@ -65,22 +71,25 @@ def test_the_log_has_a_line_for_each_request_and_no_image(client: TestClient, ca
     with caplog.at_level(logging.INFO, "addressvlm.access"):
         headers = {**bearer(KEYS[2]), "X-Request-Id": "ours-1"}
         response = client.post("/v1/localize?key=1", files={"file": ("secret.jpg", photo())}, headers=headers)
-        client.get("/nowhere", headers={"X-Request-Id": "new\tline"})
+        client.get("/nowhere", headers={**bearer(KEYS[2]), "X-Request-Id": "new\tline"})
     first, second = (json.loads(record.message) for record in caplog.records)
     assert response.headers["x-request-id"] == first["request_id"] == response.json()["request_id"] == "ours-1"
     assert (first["status"], first["path"], first["city"], first["caller"][:4]) == (200, "/v1/localize", "toytown", "key-")
     assert re.fullmatch("[0-9a-f]{32}", second["request_id"])
-    assert second["status"] == 404
+    assert second["status"] == 429  # the second within its minute
     text = caplog.text
     assert not any(secret in text for secret in (*KEYS, "secret.jpg", "JFIF", "base64"))
 
 
 def test_what_is_counted(client: TestClient) -> None:
+    for _ in range(2):
+        client.get("/v1/models", headers=bearer(KEYS[3]))
+    client.post("/v1/localize", files={"file": ("photo.jpg", photo())}, headers=bearer(KEYS[4]))
     text = client.get("/metrics", headers=bearer(KEYS[1]))
     assert text.headers["content-type"].startswith("text/plain")
     found = {f.name: f.samples for f in text_string_to_metric_families(text.text)}
     counted = {(s.labels["route"], s.labels["status"]): s.value for s in found["addressvlm_requests"]}
-    assert counted["/v1/localize", "200"] == 1
+    assert counted["/v1/localize", "200"] >= 1
     assert counted["/v1/models", "429"] >= 1
     assert {s.labels["city"] for s in found["addressvlm_localized"]} == {"toytown"}
     for name in ("addressvlm_request_seconds", "addressvlm_confidence", "addressvlm_batch_size", "addressvlm_decode_seconds"):
@@ -108,5 +117,90 @@ def test_short_keys_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADDRESSVLM_API_KEYS", "short")
     with pytest.raises(InputError, match="openssl rand"):
         key_digests()
-    monkeypatch.setenv("ADDRESSVLM_API_KEYS", " ,")
+    for nothing in ("", " ,"):
+        monkeypatch.setenv("ADDRESSVLM_API_KEYS", nothing)
+        with pytest.raises(InputError, match="holds no key"):
+            key_digests()
+    monkeypatch.delenv("ADDRESSVLM_API_KEYS")
     assert key_digests() == []
+
+
+def test_keys_are_asked_for_under_a_prefix(client: TestClient) -> None:
+    under = TestClient(client.app, root_path="/geo")
+    for path in ("/geo/v1/models", "/geo/metrics", "/geo/v1/models/", "/v1/models", "/geo/nothing"):
+        check_error(under.get(path), 401, "asks for a key")
+    assert under.get("/geo/healthz").status_code == under.get("/geo/page.js").status_code == 200
+    text = under.get("/geo/metrics", headers=bearer(KEYS[1])).text
+    assert 'route="/v1/models",status="401"' in text
+
+
+class Around:
+    """`Access` around an application of a few lines."""
+
+    def __init__(self, app: Any, wait: Any = None) -> None:
+        settings = ServiceSettings(forwarded=True, rate_limit=1)
+        self.access = Access(app, settings, Records(), wait=wait)
+
+    def client(self, address: str = "10.0.0.9") -> TestClient:
+        return TestClient(self.access, client=(address, 1))
+
+
+async def fine(scope: Any, receive: Any, send: Any) -> None:
+    await Response(scope["state"]["caller"])(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("lines", "caller"),
+    [
+        ([], "10.0.0.9"),
+        (["1.2.3.4"], "1.2.3.4"),
+        (["9.9.9.9, 1.2.3.4"], "1.2.3.4"),
+        (["9.9.9.9", "8.8.8.8, 1.2.3.4"], "1.2.3.4"),
+        (["1.2.3.4, made up"], "10.0.0.9"),
+        (["2001:db8:1:2:3::4"], "2001:db8:1:2::/64"),
+        (["::ffff:1.2.3.4"], "1.2.3.4"),
+    ],
+)
+def test_callers_behind_a_proxy(lines: list[str], caller: str) -> None:
+    headers = [("X-Forwarded-For", line) for line in lines]
+    assert Around(fine).client().get("/v1/x", headers=headers).text == caller
+
+
+def test_a_peer_is_known_by_its_network() -> None:
+    assert Around(fine).client("2001:db8::1").get("/v1/x").text == "2001:db8::/64"
+
+
+def test_a_rate_limit_that_does_not_answer_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.access.LIMIT_S", 0.01)
+
+    async def never(caller: str) -> float:
+        return await asyncio.get_running_loop().create_future()
+
+    assert Around(fine, never).client().get("/v1/x").status_code == 200
+
+
+def test_failures_are_not_taken_for_callers_that_left(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(*_: Any) -> None:
+        raise RuntimeError("secret")
+
+    async def breaks_off(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("secret")
+
+    async def left(*_: Any) -> None:
+        raise ClientDisconnect
+
+    async def none(*_: Any) -> Any:
+        return {}
+
+    async def ask(app: Any) -> None:
+        with suppress(RuntimeError):
+            scope = {"type": "http", "method": "GET", "path": "/v1/x", "headers": []}
+            await Around(app).access(scope, none, none)
+
+    with caplog.at_level(logging.INFO, "addressvlm.access"):
+        for app in (broken, breaks_off, left):
+            asyncio.run(ask(app))
+    told = [json.loads(r.message)["status"] for r in caplog.records if r.name == "addressvlm.access"]
+    assert told == [500, 500, 499]
+    check_error(Around(broken).client().get("/v1/x"), 500, "operator's log")

@@ -24,6 +24,7 @@ from serve.errors import ApiError
 from serve.images import bytes_of
 from serve.records import Records
 from serve.vllm_engine import VllmModel
+from tests.families import log_likelihoods
 from tests.service import two_cities
 
 pytestmark = pytest.mark.xdist_group("serve")
@@ -81,7 +82,7 @@ class Scored(VllmModel):
 
     async def _scores(self, photo: str, answers: Sequence[str]) -> np.ndarray:
         image = Image.open(BytesIO(bytes_of(photo)))
-        return self.localizer.log_likelihoods(image, ADDRESS_QUESTION, answers).numpy()
+        return log_likelihoods(self.localizer, image, ADDRESS_QUESTION, answers).numpy()
 
 
 def test_vllms_scores_make_the_same_ranking(systems: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +108,29 @@ def test_a_city_makes_room_and_comes_back(systems: list[Path]) -> None:
     engine.add("st-alder")
     assert list(engine.localizers) == ["st-alder"]
     assert engine.localize([where])[0].confidence == pytest.approx(before.confidence, rel=1e-5)
+    assert set(engine.localizers) == {"toytown", "st-alder"}
+    engine.settings = settings(systems, cities_per_replica=1)
+    assert engine.localize([where])[0].confidence == pytest.approx(before.confidence, rel=1e-5)
+    assert list(engine.localizers) == ["toytown"]
+    engine.localize([Where("st-alder", PIXELS, 1, Prior(), None)])
+    assert list(engine.localizers) == ["st-alder"]
+
+
+def test_a_question_that_is_too_long_fails_alone(systems: list[Path]) -> None:
+    given = settings(systems)
+    engine = Engine(given, find(given))
+
+    def question(text: str, most: int) -> Question:
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        return Question("toytown", [turn], [PIXELS], Sampling(most))
+
+    short = question("Tell.", 6)
+    alone = engine.answer([short])[0]
+    engine.context = engine._length(short) + 6
+    (told,), refused, (cut,) = engine.answer([short, question("Tell. " * 50, 6), question("Tell me.", 6)])
+    assert told.text == alone[0].text
+    assert isinstance(refused, InputError)
+    assert cut.tokens < 6
 
 
 def test_a_stream_goes_on_while_another_city_answers(systems: list[Path]) -> None:

@@ -164,6 +164,13 @@ def test_large_bodies(client: TestClient) -> None:
     check_error(client.post("/v1/localize", content=parts, headers=headers), 413, "larger than 2 MB")
 
 
+def test_the_map_travels_compressed_to_those_who_read_that(client: TestClient) -> None:
+    plain, zipped = (client.get("/v1/map", headers={"Accept-Encoding": kind}) for kind in ("identity", "gzip"))
+    assert plain.json() == zipped.json()
+    assert "content-encoding" not in plain.headers
+    assert (zipped.headers["content-encoding"], zipped.headers["vary"]) == ("gzip", "Accept-Encoding")
+
+
 # ---- /v1/chat/completions
 
 WRONG_CHATS: list[tuple[dict[str, Any], str]] = [
@@ -193,7 +200,9 @@ WRONG_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"top_p": 0}, "top_p"),
     ({"top_logprobs": 3}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"stop": ["a"] * 5}, "stop.list[constrained-str]"),
+    ({"stop": ["a"] * 5}, "stop"),
+    ({"stop": "a" * 201}, "stop"),
+    ({"stop": ["a", "b" * 201]}, "stop"),
     ({"presence_penalty": 1.0}, "presence_penalty"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"response_format": {"type": "json_object"}}, "response_format"),

@@ -1,9 +1,8 @@
-"""What the service is made of, without Ray: settings, errors, decoding, batches, counts."""
+"""What the service is made of, without Ray: settings, errors, vLLM, batches, counts."""
 
 import asyncio
 import json
 import pickle
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,29 +10,31 @@ import pytest
 import yaml
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from openai import AsyncOpenAI
 from ray.serve.schema import ServeDeploySchema
 
 import serve as service
 from addressvlm import InputError
 from addressvlm.answers.texts import Sampling
-from addressvlm.uploads import LONGEST_SIDE, decode
+from addressvlm.uploads import decode
 from serve.asks import Question
 from serve.batcher import Batcher
 from serve.cities import model_folder
 from serve.completion import _without_blanks
-from serve.decoders import COMMAND, Decoders
 from serve.errors import ApiError, install
 from serve.images import bytes_of
 from serve.records import Records, render
 from serve.settings import IMAGES, MODEL
-from serve.vllm_engine import _request, tail_score
-from tests.images import BAD, GOOD, TURNED, encoded
-from tests.service import check_error, photo
+from serve.vllm_engine import VllmModel, _request, tail_score
+from tests.service import check_error
 
 pytestmark = pytest.mark.xdist_group("serve")
+
+
+def run(work: object) -> object:
+    return asyncio.run(work)  # type: ignore[arg-type]
 
 
 # ---- settings and errors
@@ -124,98 +125,6 @@ def test_errors_travel_between_processes() -> None:
     assert (error.status, error.message, error.param, error.code, error.retry_after_s) == (429, "Wait.", "x", "y", 7)
 
 
-# ---- photos
-
-
-@pytest.mark.parametrize("case", GOOD)
-def test_colours_are_kept(case: str) -> None:
-    data, colour = GOOD[case]
-    width, height, rgb = decode(data, 50)
-    middle = 3 * (height // 2 * width + width // 2)
-    assert all(abs(a - b) < 8 for a, b in zip(rgb[middle : middle + 3], colour, strict=True))
-    assert len(rgb) == 3 * width * height
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_photos_come_upright_and_no_larger_than_the_model_needs(kind: str) -> None:
-    data = encoded(Image.new("RGB", (3000, 1500), "red"), kind, exif=TURNED)
-    assert decode(data, 50)[:2] == (LONGEST_SIDE // 2, LONGEST_SIDE)
-    assert decode(data, 50, side=336)[:2] == (672, 1344)
-    assert decode(encoded(Image.new("RGB", (640, 480)), kind), 50, side=336)[:2] == (640, 480)  # as it is
-
-
-@given(st.data())
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-def test_damaged_photos_are_refused_or_read(data: st.DataObject) -> None:
-    source = bytearray(data.draw(st.sampled_from([photo(), *(d for d, _ in [*BAD.values(), *GOOD.values()] if d)])))
-    for at, value in data.draw(st.lists(st.tuples(st.integers(0, len(source) - 1), st.integers(0, 255)), max_size=20)):
-        source[at] = value
-    end = data.draw(st.integers(0, len(source)))
-    try:
-        width, height, rgb = decode(bytes(source[:end]), 4)
-    except InputError:
-        return
-    assert len(rgb) == 3 * width * height
-
-
-@given(st.one_of(st.text(), st.text().map(lambda text: f"data:image/png;base64,{text}"), st.binary().map(repr)))
-@settings(max_examples=100, deadline=None)
-def test_texts_are_images_or_refused(text: str) -> None:
-    try:
-        found = bytes_of(text)
-    except InputError:
-        return
-    assert isinstance(found, bytes)
-
-
-def run(work: object) -> object:
-    return asyncio.run(work)  # type: ignore[arg-type]
-
-
-def test_a_decoder_that_hangs_is_ended_and_the_next_photo_is_read() -> None:
-    hangs = [sys.executable, "-c", "import sys; from addressvlm.uploads import confine; confine(0)\nwhile True: pass"]
-
-    async def both() -> None:
-        decoders = Decoders(1, cpu_s=20, max_megapixels=4)
-        decoders.command = hangs
-        with pytest.raises(InputError, match="too long to decode"):
-            await decoders.decode(photo(), 336)
-        decoders.command = COMMAND
-        assert (await decoders.decode(photo(), 336))[:2] == (320, 240)
-        with pytest.raises(InputError, match="damaged"):
-            await decoders.decode(photo()[:1000], 336)
-        assert len(decoders.idle) == 1
-        await decoders.close()
-
-    run(both())
-
-
-def test_a_decoder_gets_no_more_memory_than_allowed() -> None:
-    greedy = (
-        'from addressvlm.uploads import confine; confine(9, 1 << 27); x = bytearray(1 << 29); print(\'{"refused": "got it"}\')'
-    )
-
-    async def decode_greedily() -> None:
-        with pytest.raises(InputError, match="too long to decode"):
-            await Decoders(1, 20, 4, [sys.executable, "-c", greedy]).decode(photo(), 336)
-
-    run(decode_greedily())
-
-
-def test_decoders_see_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADDRESSVLM_API_KEYS", "a-key-that-is-secret")
-    tells = "import os, sys; sys.stdout.write('{\"refused\": \"' + ' '.join(os.environ) + '\"}\\n')"
-
-    async def decode_once() -> None:
-        decoders = Decoders(1, 20, 4, [sys.executable, "-c", tells])
-        with pytest.raises(InputError, match="PYTHONPATH") as caught:
-            await decoders.decode(b"", 336)
-        await decoders.close()
-        assert "KEYS" not in str(caught.value)
-
-    run(decode_once())
-
-
 # ---- vLLM's answers
 
 
@@ -238,6 +147,14 @@ def test_what_vllm_is_asked() -> None:
     assert {k: asked[k] for k in ("max_tokens", "n", "stop", "logprobs", "top_logprobs")} == {
         "max_tokens": 9, "n": 2, "stop": ["."], "logprobs": True, "top_logprobs": 0
     }  # fmt: skip
+
+
+def test_a_vllm_server_that_is_gone_is_no_defect() -> None:
+    model = VllmModel.__new__(VllmModel)
+    model.name, model.client = "x", AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="none", max_retries=0)
+    with pytest.raises(ApiError) as caught:
+        run(model._create(messages=[{"role": "user", "content": "?"}]))
+    assert caught.value.status == 503
 
 
 # ---- batches, counts, streams

@@ -5,6 +5,7 @@ import { dataUrl } from "./photo.js";
 import { element } from "./words.js";
 
 const MAX_TOKENS = 160;
+const LAST = 60; // turns that are sent again, beside the first two; the service reads 64
 
 export class Talk {
   /** `model()` names the model that is asked. */
@@ -46,7 +47,8 @@ export class Talk {
     this.follow();
     try {
       const image = this.turns.length ? [] : [{ type: "image_url", image_url: { url: await dataUrl(this.photo) } }];
-      const messages = [...this.turns, { role: "user", content: [...image, { type: "text", text: question }] }];
+      const before = this.turns.length > LAST + 2 ? [...this.turns.slice(0, 2), ...this.turns.slice(-LAST)] : this.turns;
+      const messages = [...before, { role: "user", content: [...image, { type: "text", text: question }] }];
       let said = "";
       for await (const piece of chat({ model: this.model(), messages, max_tokens: MAX_TOKENS, temperature: 0 }, abort.signal)) {
         answer.textContent = said += piece;
