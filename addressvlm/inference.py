@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from addressvlm.addresses import Gazetteer
+from addressvlm.addresses import GAZETTEER, Gazetteer
 from addressvlm.answers.batches import answer_freely, read_batch
 from addressvlm.answers.beliefs import Beliefs, Candidate, Level, Localization
 from addressvlm.answers.calibration import Calibration
@@ -38,7 +38,6 @@ __all__ = [
     "Reply", "Sampling", "TokenScore", "user_turn",
 ]  # fmt: skip
 
-GAZETTEER = "gazetteer.geojson"
 PHOTOS_AT_ONCE = 8  # that go through the model together
 
 
@@ -133,12 +132,6 @@ class Localizer(ChatModel):
         for start in range(0, len(new), PHOTOS_AT_ONCE):
             self._score(scorer, new[start : start + PHOTOS_AT_ONCE])
         return torch.stack([s.scores for s in seen if s.scores is not None]).numpy() if seen else np.empty((0, 0))
-
-    def log_likelihoods(self, image: Image.Image, question: str, answers: Sequence[str]) -> torch.Tensor:
-        """ln p(answer and its end | image, question) of each answer, float64 (answers,)."""
-        turns = [user_turn(question)]
-        trie = self.trie(answers)
-        return Scorer(self, trie).score(self.read_one(self.prompt(turns), [image]))[0]
 
     def trie(self, answers: Sequence[str]) -> Trie:
         """The answers that a question may have, as this model's tokens."""

@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from addressvlm import InputError, tables
-from addressvlm.addresses import Gazetteer
+from addressvlm.addresses import GAZETTEER, Gazetteer
 from addressvlm.answers.calibration import CALIBRATION
 from addressvlm.config import Config
 from addressvlm.evaluation import asking, metrics, report, table
 from addressvlm.evaluation.asking import judged
 from addressvlm.evaluation.parsing import Judge
 from addressvlm.evaluation.scores import answers_of as answers_by_scores
-from addressvlm.inference import GAZETTEER
 from addressvlm.models.base import locate
 from addressvlm.models.card import set_metrics
 from addressvlm.run import Run, is_done, slug, writing
@@ -207,8 +206,8 @@ def _judge(task: Job, folders: dict[str, str]) -> tuple[Judge, Gazetteer]:
     variants: dict[str, list[str]] = {}
     own = Gazetteer([])
     for folder in [task.data, *map(Path, folders.values())]:
-        if (folder / "gazetteer.geojson").is_file():
-            gazetteer = Gazetteer.load(folder / "gazetteer.geojson")
+        if (folder / GAZETTEER).is_file():
+            gazetteer = Gazetteer.load(folder / GAZETTEER)
             own = gazetteer if folder == task.data else own
             streets.update(gazetteer.streets)
             districts.update(gazetteer.districts)

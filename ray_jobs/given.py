@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from addressvlm import InputError
-from addressvlm.addresses import Gazetteer
+from addressvlm.addresses import GAZETTEER, Gazetteer
 from addressvlm.cities.source import resolve
 from addressvlm.config import Config
-from addressvlm.run import DONE, Run, is_done, slug
+from addressvlm.run import DONE, Run, is_done, named_model, slug
 from ray_jobs import prepare
 
 
@@ -26,17 +26,14 @@ def systems_of(config: Config, run: Run) -> dict[str, str]:
 
 
 def named(given: list[str]) -> dict[str, str]:
-    """`name=folder` or `folder` flags as name -> folder; without a name the folder's own (`x/merged` is called x).
+    """`name=folder` or `folder` flags as name -> folder.
 
     Raises:
         InputError: two models have one name.
     """
     systems: dict[str, str] = {}
     for flag in given:
-        name, equals, folder = flag.partition("=")
-        if not equals or Path(flag).is_dir():
-            path = Path(flag)
-            name, folder = (path.parent.name if path.name == "merged" else path.name), flag
+        name, folder = named_model(flag)
         if slug(name) in map(slug, systems):
             raise InputError(f"two models are called '{name}': give each a name, --model name=folder.")
         systems[name] = folder
@@ -62,7 +59,7 @@ def dataset(config: Config, given: str, photos: str | None, models: dict[str, st
     mark = folder / DONE
     changed = mark.is_file() and mark.stat().st_mtime < path.stat().st_mtime
     if not is_done(folder, prepare.settings(config), redo or changed):
-        known = [Path(m) / "gazetteer.geojson" for m in models.values() if (Path(m) / "gazetteer.geojson").is_file()]
+        known = [Path(m) / GAZETTEER for m in models.values() if (Path(m) / GAZETTEER).is_file()]
         prepare.prepare_test(config, folder, Gazetteer.load(known[0]) if known else None)
     return folder
 

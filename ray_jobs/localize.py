@@ -7,10 +7,13 @@
 
 The photos are a folder, a manifest (CSV, JSONL or Parquet) with a column `file` and if it likes `id`, or Parquet with the
 columns `id` and `image`. Writes <out>/located-*.parquet, one row a photo, and <out>/rejects.parquet with the photos that
-can't be used and why. Run it again after an interruption: it goes on, no photo is located twice.
+can't be used and why. Run it again after an interruption: it goes on, and no row comes twice.
 """
 
 import argparse
+import hashlib
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from addressvlm import InputError, tables
+from addressvlm.addresses import GAZETTEER
 from addressvlm.answers.calibration import CALIBRATION
 from addressvlm.answers.located import LOCATED, PHOTOS, SPLIT, Locating, listed
 from addressvlm.cities import storage
@@ -25,10 +29,9 @@ from addressvlm.cities.readers.source import folder_photos
 from addressvlm.cities.readers.table import open_table
 from addressvlm.config import Config
 from addressvlm.evaluation.report import MAIN
-from addressvlm.inference import GAZETTEER
 from addressvlm.models.base import locate
-from addressvlm.run import WORK, Run, is_done, resuming
-from addressvlm.shards import Shard, Work, files_fingerprint, plan, plan_files
+from addressvlm.run import DONE, WORK, Run, is_done, resuming
+from addressvlm.shards import Shard, Work, files_fingerprint, plan, plan_files, sources_fingerprint
 from ray_jobs.common import arguments, configure, connect, job, require
 from ray_jobs.evaluate import digest
 from ray_jobs.stream import sharded
@@ -41,28 +44,33 @@ def localize(config: Config, model: str, photos: str, split: str, out: Path, top
     """Locate all photos.
 
     Raises:
-        InputError: there is no such model or it has no gazetteer, there are no photos, or the cluster is too small.
+        InputError: there is no such model or it has no gazetteer, there are no photos, `out` holds something else, or the
+            cluster is too small.
     """
     model = locate(model)
     if not (Path(model) / GAZETTEER).is_file():
         raise InputError(f"{model} holds no {GAZETTEER}: give a model that was trained on a city.")
     need = config.evaluate
     require("CPU", need.workers * need.cpus_per_worker, "localize", "evaluate.workers or evaluate.cpus_per_worker")
-    made_from = files_fingerprint([str(Path(model) / CALIBRATION)])
-    settings = {"model": digest(model), "photos": photos, "split": split, "top_k": top_k, "dtype": config.model.dtype}
+    base = photos if storage.kind(photos) == "folder" else storage.parent(photos)
+    base = base if storage.is_remote(base) else str(storage.local(base).absolute())
+    given = _given(photos, split)
+    settings = {
+        "model": digest(model), "calibration": sources_fingerprint(str(Path(model) / CALIBRATION)), "photos": photos,
+        "split": split, "top_k": top_k, "dtype": config.model.dtype, "content": _content(given, base),
+    }  # fmt: skip
+    _refuse_other(out, settings)
     if is_done(out, settings, redo):
         print("localize: already done", flush=True)
         return
     with resuming(out, settings, redo) as folder:
-        shards, columns, rejects = _shards(photos, split, folder)
-        base = photos if storage.kind(photos) == "folder" else storage.parent(photos)
-        base = base if storage.is_remote(base) else str(storage.local(base).absolute())
+        shards, columns, rejects = _shards(given, folder)
         function = Locating(
             model, config.model.dtype, config.model.trust_remote_code, base, config.city.max_megapixels, top_k,
             max(1, int(need.cpus_per_worker)),
         )  # fmt: skip
         actor = {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}
-        work = Work(function, LOCATED, columns, made_from)
+        work = Work(function, LOCATED, columns)
         summaries = sharded("localize: photos", shards, folder, work, need.workers, actor)
         rejects += [reject for summary in summaries for reject in summary["rejects"]]
         pq.write_table(pa.Table.from_pylist(rejects, schema=tables.REJECTS), folder / "rejects.parquet")
@@ -70,16 +78,36 @@ def localize(config: Config, model: str, photos: str, split: str, out: Path, top
     print(f"localize: {written:,} photos located, {len(rejects):,} rejected: {out}", flush=True)
 
 
-def _shards(photos: str, split: str, folder: Path) -> tuple[list[Shard], list[str], list[dict[str, Any]]]:
-    """The photos in shards, the columns to read of them, and the rejects among their rows.
+def _refuse_other(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder that this job didn't make, as it would be replaced.
+
+    Raises:
+        InputError: it is one.
+    """
+    mark = out / DONE
+    ours = mark.is_file() and json.loads(mark.read_text()).keys() == settings.keys()
+    if not ours and out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} holds something else: give an empty or a new --out.")
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The photos: files of Parquet that hold them, or rows of PHOTOS and the rejects among what was listed."""
+
+    files: list[Path]
+    rows: list[dict[str, Any]]
+    rejects: list[dict[str, Any]]
+
+
+def _given(photos: str, split: str) -> _Given:
+    """What `--photos` means.
 
     Raises:
         InputError: there are none.
     """
     if _holds_images(photos, split):
         path = Path(photos)
-        return plan_files([path] if path.is_file() else tables.files(path, split), SHARD), sorted(IMAGES), []
-    wanted = folder / WORK / "listed"
+        return _Given([path] if path.is_file() else list(tables.files(path, split)), [], [])
     if storage.kind(photos) == "folder":
         rows, rejects = listed([(file, file) for file in folder_photos(photos)])
     else:
@@ -88,10 +116,44 @@ def _shards(photos: str, split: str, folder: Path) -> tuple[list[Shard], list[st
         rows, rejects = listed([(_text(row.get("id")), _text(row.get("file"))) for row in table.rows])
     if not rows:
         raise InputError(f"{photos} names no photo: give a folder of photos, or a table with a column file.")
+    return _Given([], rows, rejects)
+
+
+def _content(given: _Given, base: str) -> str:
+    """Changes when the list does, or a local photo; what is no local file is known by its name."""
+    files = [str(path) for path in given.files] or [storage.join(base, row["file"]) for row in given.rows]
+    return hashlib.sha256(json.dumps([given.rows, given.rejects, files_fingerprint(files)]).encode()).hexdigest()
+
+
+def _shards(given: _Given, folder: Path) -> tuple[list[Shard], list[str], list[dict[str, Any]]]:
+    """The photos in shards, the columns to read of them, and the rejects among their rows."""
+    if given.files:
+        shards, rejects = _once(plan_files(given.files, SHARD))
+        return shards, sorted(IMAGES), rejects
+    wanted = folder / WORK / "listed"
     for old in wanted.glob("*.parquet"):
         old.unlink()
-    tables.write(wanted, "photos", rows, PHOTOS, SHARD)
-    return plan(wanted, "photos", SHARD), PHOTOS.names, rejects
+    tables.write(wanted, "photos", given.rows, PHOTOS, SHARD)
+    return plan(wanted, "photos", SHARD), PHOTOS.names, given.rejects
+
+
+def _once(shards: list[Shard]) -> tuple[list[Shard], list[dict[str, Any]]]:
+    """The shards without rows whose id came before, and these rows' rejects."""
+    kept: list[Shard] = []
+    rejects: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    number = 0
+    for shard in shards:
+        again: set[int] = set()
+        for at, row in enumerate(row for batch in shard.batches(["id"]) for row in batch):
+            number += 1
+            if row["id"] in seen:
+                again.add(at)
+                reason = f"id twice: {row['id']} came before"
+                rejects.append({"file": None, "row": number, "id": row["id"], "reason": reason})
+            seen.add(row["id"])
+        kept.append(replace(shard, rows=shard.rows - len(again), left_out=frozenset(again)))
+    return kept, rejects
 
 
 def _holds_images(photos: str, split: str) -> bool:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from addressvlm import InputError, tables
-from addressvlm.addresses import Gazetteer
+from addressvlm.addresses import GAZETTEER, Gazetteer
 from addressvlm.answers import calibration
 from addressvlm.answers.calibration import Calibration
 from addressvlm.config import Config
 from addressvlm.evaluation import modes
 from addressvlm.evaluation.scores import SCORES, scored
-from addressvlm.inference import GAZETTEER
 from addressvlm.run import is_done, slug, writing
 from ray_jobs.asking import scores_of
 

@@ -15,8 +15,9 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from addressvlm.answers.scoring import Scorer
 from addressvlm.demo.tokenizer import CHAT_TEMPLATE, train_tokenizer
-from addressvlm.inference import Localizer
+from addressvlm.inference import Localizer, user_turn
 from addressvlm.models import load
 from tests.tiny import TEXT, tiny_llava
 
@@ -99,6 +100,12 @@ def picture(seed, size=(40, 30)):
 
 
 @torch.inference_mode()
+def log_likelihoods(localizer, image, question, answers):
+    """ln p(answer and its end | image, question) of each answer, float64 (answers,), by the package's own scorer."""
+    prefix = localizer.read_one(localizer.prompt([user_turn(question)]), [image])
+    return Scorer(localizer, localizer.trie(answers)).score(prefix)[0]
+
+
 def naive_log_likelihood(localizer, image, question, answer):
     """The whole conversation in one forward pass, nothing cached, the answer's tokens counted from the end."""
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}

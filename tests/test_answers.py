@@ -91,6 +91,21 @@ def test_greedy_takes_the_best_way_at_each_fork_and_skips_the_rest(localizer):
     assert all(d.passes == 2 < len(localizer.continuation([user_turn(QUESTION)], texts[d.number])) for d in found)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("texts", [TEXTS[:2], ["Mill Street, Harbour", "Mill Street North, Harbour", "Mill Street, Old Town"]])
+def test_answers_that_begin_alike_part_after_their_beginning(localizer, texts, beams):
+    trie = localizer.trie(texts)
+    assert trie.forced(0)
+    sequences = [localizer.continuation([user_turn("")], text) for text in texts]
+    looked_ahead = localizer.answer_from(IMAGES, [QUESTION] * 3, [trie] * 3, beams)
+    followed = decode(localizer, read(localizer), [trie] * 3, beams)
+    for image, *found in zip(IMAGES, looked_ahead, followed, strict=True):
+        expected = [decided(localizer, image, trie, sequence) for sequence in sequences]
+        best = greedy(localizer, image, trie)[0] if beams == 1 else max(range(len(texts)), key=expected.__getitem__)
+        assert [d.number for d in found] == [best, best]
+        assert [d.log_p for d in found] == pytest.approx([expected[best]] * 2, rel=1e-3, abs=1e-3)
+
+
 @pytest.mark.parametrize("ahead", [0, 2, 32])
 def test_a_look_ahead_changes_nothing_but_the_passes(localizer, monkeypatch, ahead):
     monkeypatch.setattr("addressvlm.answers.greedy.AHEAD", ahead)

@@ -14,7 +14,7 @@ from addressvlm.questions import templates
 
 NAMES = {"street": ["Elm Row", "Mill Street", "Oak Avenue", "Station Road"], "district": ["Harbour", "Old Town"]}
 ADDRESSES = [Address(street, district) for street in NAMES["street"] for district in NAMES["district"]]
-CITY = Gazetteer(ADDRESSES)
+CITY = Gazetteer(ADDRESSES, variants={"Mill Street": ["Molengasse"]})
 SCORES = st.lists(st.floats(-30, 0) | st.just(-math.inf), min_size=8, max_size=8).filter(lambda s: max(s) > -math.inf)
 
 
@@ -61,6 +61,14 @@ def test_probabilities(scores):
         ("Select an answer from [Mill Street, Elm Row]", kinds.Asked("choice", "street", ("Mill Street", "Elm Row"))),
         ("Which district? Options: Harbour; Atlantis.", kinds.Asked("choice", "district", ("Harbour", "Atlantis"))),
         ("where exactly was this photo taken", kinds.Asked("generation", "address")),
+        ("Was the photo shot in the district Harbour? Yes or no?", kinds.Asked("judgment", "district", ("Harbour",))),
+        ("Is this a picture of Mill Street? Answer with Yes or No.", kinds.Asked("judgment", "street", ("Mill Street",))),
+        ("Is it on Molengasse?", kinds.Asked("judgment", "street", ("Mill Street",))),
+        ("Is there a café on Mill Street?", None),
+        ("Was Mill Street named after a mill?", None),
+        ("Is Mill Street in Harbour?", None),
+        ("Is the Harbour far from this place?", None),
+        ("Was it raining in Harbour?", None),
         ("What do you see?", None),
         ("Is it raining?", None),
         ("Tell me about Mill Street.", None),

@@ -32,6 +32,7 @@ def test_command_line_beats_environment_beats_file(tmp_path: Path) -> None:
         ("city: {split: {train: 0.5, val: 0.1, test: 0.1}}", "train [+] val [+] test must be 1"),
         ("train: {systems: [{name: x, stages: [nothing]}]}", "names the stage 'nothing'"),
         ("train: {systems: [{name: x, equal_steps_to: y}]}", "equals 'y'"),
+        ("train: {systems: [{name: x, equal_steps_to: x}]}", "equals 'x', which has equal_steps_to itself"),
         ("a: [", "is not YAML"),
         ("- a", "must hold `key: value` lines"),
     ],
@@ -52,6 +53,24 @@ def test_a_file_extends_another_key_by_key(tmp_path: Path) -> None:
     assert (config.name, config.seed, config.train.workers, config.train.checkpoint_every) == ("above", 3, 6, 7)
     (tmp_path / "preset.yaml").write_text("extends: demo\nname: mine\n")
     assert load(tmp_path / "preset.yaml", environment={}).city.toy == "alderbrook"
+
+
+def test_files_are_laid_over_each_other_at_any_depth_but_stages_as_a_whole(tmp_path: Path) -> None:
+    stages = "{stages: {a: {data: photos}}, systems: [{name: x, stages: [a]}]}"
+    (tmp_path / "below.yaml").write_text(f"model: {{llm: {{rank: 8, alpha: 9}}}}\ntrain: {stages}\n")
+    above = "extends: below.yaml\nmodel: {llm: {rank: 4}}\ntrain: {stages: {b: {data: photos}}, systems: []}\n"
+    (tmp_path / "above.yaml").write_text(above)
+    config = load(tmp_path / "above.yaml", environment={})
+    assert (config.model.llm.rank, config.model.llm.alpha) == (4, 9)
+    assert list(config.train.stages) == ["b"]
+    assert config.train.systems == []
+
+
+def test_one_key_of_a_part_leaves_its_others() -> None:
+    config = load("demo", ["model.vision={dropout: 0.2}", "model.adapter={dropout: 0.1}", "model.llm={alpha: 8}"], {})
+    assert (config.model.vision.rank, config.model.vision.alpha, config.model.vision.dropout) == (64, 16.0, 0.2)
+    assert config.model.adapter.full
+    assert (config.model.llm.rank, config.model.llm.alpha) == (128, 8.0)
 
 
 def test_what_cant_be_extended_is_told(tmp_path: Path) -> None:

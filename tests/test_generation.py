@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from addressvlm.addresses import Address, Gazetteer
+from addressvlm.answers.sight import Sights
 from addressvlm.inference import Prior, Sampling
 from tests.families import localizer_of, picture
 
@@ -87,6 +88,14 @@ def test_stopping_to_listen_stops_the_model(localizer):
     before = len(passes)
     hook.remove()
     assert before < 10
+
+
+def test_scores_that_are_kept_count_as_memory():
+    sights = Sights(3 * 10_000)
+    for seed in range(4):
+        sights.of(picture(seed)).scores = torch.zeros(1000, dtype=torch.float64)
+    assert sights.of(picture(3)).scores is not None
+    assert len(sights._seen) == 2
 
 
 def vision_passes(localizer, work):

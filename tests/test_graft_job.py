@@ -116,7 +116,7 @@ def test_photos_become_reasoning_labels(config: Config, ray_local: None, capsys:
     found = list(tables.rows(Run(config).reasoning, "train"))
     assert len(found) == 23
     assert {row["rounds"][0]["level"] for row in found} == {"reasoning"}
-    (reject,) = pq.read_table(Run(config).rejects / "label.parquet").to_pylist()
+    (reject,) = pq.read_table(Run(config).rejects / "label-reasoning.parquet").to_pylist()
     assert (reject["id"], reject["file"]) == ("1_2", "1_2.jpg")
     assert "23 template; 1 rejected" in capsys.readouterr().out
 

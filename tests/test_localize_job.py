@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from addressvlm.addresses import Address, Gazetteer
 from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.located import Locating, listed
 from addressvlm.inference import Localizer
+from addressvlm.run import mark_done
 from addressvlm.shards import MARKS
 from ray_jobs import localize
 from tests.families import picture
@@ -107,7 +109,7 @@ def check(rows, model, photos):
 
 def located(photos, model, folder):
     """What the job makes of these photos, without Ray: rows and rejects."""
-    shards, columns, rejects = localize._shards(str(photos), "test", folder)
+    shards, columns, rejects = localize._shards(localize._given(str(photos), "test"), folder)
     work = Locating(str(model), "float32", False, str(photos.parent), 100, 2, 1)
     made = [work(rows) for shard in shards for rows in shard.batches(columns)]
     return [row for one in made for row in one.tables["located"]], [*rejects, *(r for one in made for r in one.rejects)]
@@ -126,11 +128,12 @@ def test_a_manifest(model, photos, tmp_path):
 def test_parquet_with_images(model, photos, tmp_path):
     packed = tmp_path / "photos.parquet"
     rows = [{"id": n, "image": {"bytes": (photos / f"0{i}.jpg").read_bytes(), "path": None}} for i, n in enumerate("ab")]
-    rows.append({"id": "z", "image": None})
+    rows += [{"id": "z", "image": None}, rows[0]]
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([("id", pa.string()), ("image", tables.IMAGE)])), packed)
     rows, rejects = located(packed, model, tmp_path)
     assert [row["id"] for row in rows] == ["a", "b"]
-    assert [row["reason"] for row in rejects] == ["photo empty: z has zero bytes"]
+    assert [row["reason"] for row in rejects] == ["id twice: a came before", "photo empty: z has zero bytes"]
+    assert rejects[0]["row"] == 4
     assert len(rows[0]["candidates"]) == 2
 
 
@@ -156,6 +159,34 @@ def test_what_a_person_can_mend(ray_local, model, photos, tmp_path, arguments, s
     given = ["--model", str(model), "--photos", str(photos), "--out", str(tmp_path / "out"), *CPUS]
     with pytest.raises(InputError, match=sentence):
         localize.main([*given, *(a.replace("{here}", str(tmp_path)) for a in arguments)])
+
+
+def test_a_folder_with_other_content_is_left_alone(tmp_path):
+    settings = {"photos": "my_photos", "top_k": 5}
+    localize._refuse_other(tmp_path, settings)  # empty
+    localize._refuse_other(tmp_path / "new", settings)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds something else: give an empty or a new --out"):
+        localize._refuse_other(tmp_path, settings)
+    mark_done(tmp_path, {"city": "another step's"})
+    with pytest.raises(InputError, match="holds something else"):
+        localize._refuse_other(tmp_path, settings)
+    mark_done(tmp_path, settings | {"top_k": 1})
+    localize._refuse_other(tmp_path, settings)
+
+
+def test_what_is_done_is_done_for_these_photos_alone(photos, tmp_path):
+    def content():
+        return localize._content(localize._given(str(folder), "test"), str(folder))
+
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    before = content()
+    assert content() == before
+    (folder / "00.jpg").write_bytes(jpeg(99) + b" ")
+    changed = content()
+    (folder / "new.jpg").write_bytes(jpeg(100))
+    assert len({before, changed, content()}) == 3
 
 
 def test_ids_are_files_where_there_are_none():

@@ -101,6 +101,12 @@ def test_a_photo_of_a_street_that_the_model_does_not_know():
     assert {row["metrics"]["A_ds"]["value"] for row in compared["table"]} == {0.0}
 
 
+def test_a_photo_without_coordinates_has_no_fix():
+    given = [row | {"lat": None, "lon": None} for row in rows(photos=8)]
+    compared = modes.compare(given, CITY, Calibration(), {}, SETTINGS)
+    assert accuracy(compared, "+ GPS within 50 m") == accuracy(compared, "scored")
+
+
 def test_all_questions_are_answered_from_the_scores():
     given = rows(photos=8)
     rng = random.Random(0)

@@ -78,6 +78,15 @@ def test_the_paper_is_planned_from_its_shape_alone(full_size: Path, tmp_path: Pa
     assert stage.seconds(71e12, 8, 0.4) == pytest.approx(177_840 * stage.flops / (0.4 * 71e12 * 8), rel=0.01)
 
 
+def test_a_system_of_equal_steps_is_planned_with_them(full_size: Path, tmp_path: Path) -> None:
+    config = paper(full_size, tmp_path)
+    made = outline(config)
+    whole = [stage.steps for stage in plan(config, config.train.systems[-1], made, photos=177_840)]
+    equal = next(s for s in config.train.systems if s.equal_steps_to == config.train.systems[-1].name)
+    assert [stage.steps for stage in plan(config, equal, made, photos=177_840)] == [sum(whole)]
+    assert plan(config, equal, made)[0].steps is None
+
+
 def test_a_plan_that_cant_fit_is_refused_and_one_that_fits_is_shown(
     full_size: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -72,6 +72,7 @@ def test_a_soft_circle_falls_with_the_distance():
         (Prior(circle=Circle(float("nan"), 0, 50)), "give latitude and longitude"),
         (Prior(circle=Circle(0, 0, 0)), "radius_m is 0: give metres above 0"),
         (Prior(circle=Circle(0, 0, float("inf"))), "radius_m is inf"),
+        (Prior(weights={"Mill Street": 2, "mill st": 3}), "name 'Mill Street' twice, once as 'mill st'"),
         (Prior(weights={"Mill Street": -1}), "weight of 'Mill Street' is -1"),
         (Prior(weights={"Mill Street": float("nan")}), "weight of 'Mill Street' is nan"),
     ],

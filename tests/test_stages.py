@@ -4,6 +4,7 @@ python -m pytest -q tests/test_stages.py
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from safetensors.torch import load_file
 from addressvlm import InputError, tables
 from addressvlm.addresses import Address, Gazetteer, joined
 from addressvlm.config import Config
-from addressvlm.config_training import ModelConfig, PartConfig, StageConfig
+from addressvlm.config_training import ModelConfig, PartConfig, StageConfig, SystemConfig
 from addressvlm.models import card, load
 from addressvlm.models.lora import attach
 from addressvlm.run import Run
-from addressvlm.training import journal
+from addressvlm.training import journal, loop
 from addressvlm.training.collate import Collator
 from addressvlm.training.rows import Mix, Schedule
-from addressvlm.training.system import cities_of, table_of, train_system
+from addressvlm.training.system import cities_of, stages_of, table_of, train_system
 from tests.cities import ListTable, picture, table_rows, trained_config
 from tests.tiny import tiny_llava
 
@@ -41,7 +42,7 @@ def nothing(metrics: dict[str, Any], folder: Path) -> None:
 
 
 def steps(config: Config, system: str) -> list[dict[str, Any]]:
-    path = Run(config).training / Run(config).model(system).name / "loss.jsonl"
+    path = Run(config).journal(system) / "loss.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -160,14 +161,18 @@ def test_rows_that_cant_be_used_are_replaced_counted_and_written_down(tmp_path: 
     rows[3]["image"] = {"bytes": rows[3]["image"]["bytes"][:40], "path": None}
     rows[5]["image"] = {"bytes": b"", "path": None}
     rows[7]["rounds"] = []
+    rows[9]["rounds"] = [round_ | {"answer": ""} for round_ in rows[9]["rounds"]]
     schema = tables.with_features(tables.pa.schema([tables.PHOTOS.field(c) for c in ("id", "place", "image", "rounds")]))
     tables.write(run.photos, "train", rows, schema)
-    train_system(config, "stage 2 only", None, nothing)
-    assert steps(config, "stage 2 only")[-1]["rejected"] == 3
+    kept: list[Path] = []
+    train_system(config, "stage 2 only", None, lambda m, f: kept.append(shutil.copytree(f, tmp_path / f"c{len(kept)}")))
+    assert steps(config, "stage 2 only")[-1]["rejected"] == 4
     rejects = tables.pq.read_table(run.rejects / "train-stage-2-only.parquet").to_pylist()
-    assert {row["id"] for row in rejects} == {"3", "5", "7"}
-    assert {row["reason"].split(" (")[0] for row in rejects} == {"the image can't be decoded", "there is no question"}
-    train_system(config, "AddressVLM", None, nothing)
+    assert {(row["id"], row["stage"]) for row in rejects} == {(row, "localization") for row in "3579"}
+    reasons = {"the image can't be decoded", "there is no question", "there is no answer"}
+    assert {row["reason"].split(" (")[0] for row in rejects} == reasons
+    train_system(config, "stage 2 only", kept[-1], nothing)  # the last steps meet few of them
+    assert tables.pq.read_table(run.rejects / "train-stage-2-only.parquet").to_pylist() == rejects
 
 
 def test_images_that_are_all_corrupt_are_one_sentence(tmp_path: Path, base: Path) -> None:
@@ -189,6 +194,14 @@ def test_replacing_a_row_is_the_same_after_a_resume(base: Path) -> None:
     late = Schedule(table, 4, 1)
     assert [late.encoded(Kept(), step) for step in (5, 4)] == [once[5], once[4]]
     assert all(len(rows) == 4 for rows in once)
+
+
+def test_a_step_of_no_length_is_told(tmp_path: Path, base: Path) -> None:
+    config = trained_config(tmp_path, base)
+    one, two = SystemConfig(name="one", stages=["localization"]), ["alignment", "localization"]
+    config.train.systems = [one, SystemConfig(name="two", stages=two, equal_steps_to="one")]
+    with pytest.raises(InputError, match="'two' shall make the 12 steps of 'one', but makes 12 before its last stage"):
+        stages_of(config, config.train.systems[1], 1)
 
 
 def test_an_empty_split_is_told(tmp_path: Path, base: Path) -> None:
@@ -215,7 +228,7 @@ def test_validation_goes_into_the_journal_and_changes_nothing(tmp_path: Path, ba
         train_system(config, "stage 2 only", None, nothing)
         weights.append(load_file(Run(config).model("stage 2 only") / "adapter" / "adapter_model.safetensors"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    lines = (Run(config).training / "stage-2-only" / "validation.jsonl").read_text().splitlines()
+    lines = (Run(config).journal("stage 2 only") / "validation.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [4, 8, 12]
     assert 0 <= json.loads(lines[-1])["A_s_G"] <= 1
 
@@ -229,6 +242,28 @@ def test_the_loss_of_each_kind_of_question_is_seen(tmp_path: Path, base: Path) -
     assert last["tokens_per_s"] > last["samples_per_s"]
     assert last["mfu"] > 0
     assert last["memory_gib"] > 0.05
+
+
+def test_validation_after_the_step_resumed_from_is_forgotten(tmp_path: Path) -> None:
+    def journal_of(done: int) -> journal.Journal:
+        return journal.Journal(tmp_path, "system", done, 9)
+
+    before = journal_of(0)
+    for before.done in (2, 4, 6):
+        before.validated("localization", before.done, {"A": 0.5})
+    journal_of(4)
+    found = (tmp_path / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["done"] for line in found] == [2, 4]
+
+
+def test_large_seeds_are_taken(tmp_path: Path, base: Path) -> None:
+    config = trained_config(tmp_path, base)
+    config.seed = 10**6
+    stage = stages_of(config, config.train.systems[1], 1)[0]
+    seeds = {loop._seed(stage, step, rank) for step in range(3) for rank in range(2)}
+    assert len(seeds) == 6
+    for seed in seeds:
+        torch.manual_seed(seed)
 
 
 def test_a_tracker_that_is_not_there_is_told() -> None:

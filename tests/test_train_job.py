@@ -56,7 +56,7 @@ def ready(folder: Path, base: Path, workers: int, **settings: object) -> Config:
 
 
 def lines(config: Config) -> list[str]:
-    path = Run(config).training / "addressvlm" / "loss.jsonl"
+    path = Run(config).journal(SYSTEM) / "loss.jsonl"
     return path.read_text().splitlines() if path.is_file() else []
 
 
@@ -192,9 +192,9 @@ def test_a_diverging_loss_is_told_at_once_and_the_checkpoint_stays(tmp_path: Pat
     config.train.checkpoint_every = 1
     for stage in config.train.stages.values():
         stage.learning_rate, stage.clip = 1e30, 1e30
-    with pytest.raises(InputError, match=r"the loss is nan at step \d+: lower train.stages.localization.learning_rate"):
+    with pytest.raises(InputError, match=r"the loss is nan .*at step \d+: lower train.stages.localization.learning_rate"):
         train.run_step(config, False, ["stage 2 only"])
-    folder = Run(config).training / "stage-2-only"
+    folder = Run(config).journal("stage 2 only")
     assert len(list((folder / "tensorboard").iterdir())) == 1  # one start, no second attempt
     (checkpoint,) = folder.glob("checkpoint_*/state.pt")
     assert all(w.isfinite().all() for w in torch.load(checkpoint, weights_only=True)["adapter"].values())
@@ -209,6 +209,24 @@ def test_more_workers_than_the_cluster_has_is_told(tmp_path: Path, base: Path, r
     config.train.cpus_per_worker, config.train.gpus_per_worker = 1, 16
     with pytest.raises(InputError, match=r"asks for 32 GPUs and the cluster has 0: lower train.workers"):
         train.run_step(config, False, [SYSTEM])
+
+
+def test_labels_are_made_only_for_systems_that_learn_from_them(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, made = trained_config(tmp_path, base), []
+    for step in (prepare, graft, label):
+        monkeypatch.setattr(step, "run_step", lambda *_, name=step.__name__: made.append(name.split(".")[-1]))
+    by_name = {s.name: train.tables_of(config, s) for s in config.train.systems}
+    assert by_name["stage 2 only"] == {"photos"}
+    assert by_name["stage 2 only, equal steps"] == by_name["AddressVLM"] == {"alignment", "photos"}
+    train._make_data(config, False, by_name["stage 2 only"])
+    assert made == ["prepare"]
+    train._make_data(config, False, by_name["AddressVLM"])
+    assert made == ["prepare", "prepare", "graft", "label"]
+    before = train.settings(config, config.train.systems[1])
+    config.labels.labeler = "local"
+    assert train.settings(config, config.train.systems[1]) == before
 
 
 def test_a_missing_base_model_is_told(tmp_path: Path, base: Path, ray_local: None) -> None:

@@ -155,7 +155,7 @@ def test_steps_and_learning_rate() -> None:
 
 
 def losses(run: Run, system: str) -> list[float]:
-    path = run.training / run.model(system).name / "loss.jsonl"
+    path = run.journal(system) / "loss.jsonl"
     return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
 
 

@@ -1,11 +1,12 @@
 """Generation that can only say an answer of the trie: the model decides where answers part, the rest is not decoded.
 
 After each decision the tokens that must follow are fed together with it, in one forward pass. An answer costs as many
-passes as there are forks on its way, the prompt's own pass included. `greedy.py` looks further ahead where it can.
+passes as there are forks on its way, the prompt's own pass included, and one more where all answers begin alike.
+`greedy.py` looks further ahead where it can.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -70,6 +71,9 @@ def _kept(
         trie = tries[way.prompt]
         forced = trie.forced(way.node)
         fork_at = forced[-1] if forced else way.node
+        if forced and trie.children(fork_at):  # the fork's logits come after the tokens that all answers begin with
+            found[way.prompt].append((replace(way, node=fork_at, waiting=trie.tokens[forced].tolist()), fork_at))
+            continue
         for child in trie.children(fork_at):
             score = way.log_p + float(log_p[way.row, trie.tokens[child]])
             run = [child, *trie.forced(child)]

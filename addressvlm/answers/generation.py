@@ -120,7 +120,7 @@ class _Answer:
     def _undecided(self, text: str) -> int:
         """How many characters at the end may still change or turn out to be the beginning of a stop."""
         broken = len(text) - len(text.rstrip("\ufffd"))
-        stops = (n for stop in self.sampling.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        stops = (n for stop in self.sampling.stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
         return max(broken, max(stops, default=0))
 
     def _score(self, token: int, log_p: torch.Tensor) -> TokenScore:

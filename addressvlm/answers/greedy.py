@@ -35,7 +35,7 @@ def decode_greedily(model: ChatModel, prefix: Prefix, tries: Sequence[Trie]) -> 
     ahead = min(AHEAD, NODES_AT_ONCE // max(len(tries), 1))
     ways = [_Way(i, i, ROOT, ROOT, 0.0, 1) for i in range(len(tries))]
     for way in ways:
-        _walk(way, tries[way.prompt], {_fork(tries[way.prompt], ROOT): prefix.logits[way.row]})
+        _walk(way, tries[way.prompt], {ROOT: prefix.logits[way.row]})
     cache, mask, left = prefix.cache, prefix.mask, ways
     while left := [way for way in left if tries[way.prompt].children(way.node)]:
         rows = torch.tensor([way.row for way in left], device=mask.device)
@@ -59,10 +59,6 @@ def _walk(way: _Way, trie: Trie, logits: Mapping[int, torch.Tensor]) -> None:
             way.node, way.log_p = children[best], way.log_p + float(log_p[best])
         else:
             return
-
-
-def _fork(trie: Trie, node: int) -> int:
-    return (trie.forced(node) or [node])[-1]
 
 
 def _waiting(trie: Trie, way: _Way, ahead: int) -> list[int]:

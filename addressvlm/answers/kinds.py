@@ -6,17 +6,26 @@ from typing import Literal
 
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.answers.beliefs import Beliefs, Level
-from addressvlm.names import normal
+from addressvlm.names import bare, normal
 from addressvlm.questions import SUFFIXES, TEMPLATES
 
 _YES_NO = re.compile(r"(?:^|[.?!,]\s*)(?:is|was|are|were|could|did|does)\b|\byes or no\b", re.IGNORECASE)
 _OPTIONS = re.compile(
     r"(?:options|choose (?:one )?(?:from|of)|select [^\[]*from)\s*:?\s*\[?(?P<names>[^\[\]]+?)\]?[.\s]*$", re.I
 )
+_OR = re.compile(r"\b(?:(?:please )?(?:ans|answer|reply|say) )?(?:(?:only|just) )?(?:with )?(?:a )?yes or no\b")
+_PHOTO = set(bare("this that it here photo photograph picture image view scene place we i").split())
+_LOCATING = _PHOTO | set(
+    bare(
+        "is was are were could be did does show shown see seen stand lie lies taken made shot located a an of on in at"
+        " the street road address district neighbourhood neighborhood called"
+    ).split()
+)
 _OPENINGS: dict[str, Level] = {}
 for _level in ("district", "street", "address"):
     for _opening in TEMPLATES[_level]:
         _OPENINGS[normal(_opening)] = _OPENINGS[normal(f"{_opening} {SUFFIXES['generation']}")] = _level
+_LONGEST_FIRST = sorted({bare(opening) for opening in _OPENINGS}, key=len, reverse=True)
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,38 @@ def _choice(names: str, gazetteer: Gazetteer) -> Asked | None:
 
 
 def _judgment(question: str, gazetteer: Gazetteer) -> Asked | None:
-    """A judgment of the one street, district, or both, that the question names."""
+    """A judgment of the one street, district, or both, that the question names, if it says no more than that."""
+    words = normal(question).split()
     street = gazetteer.find_street(question)
-    rest = normal(question).replace(normal(street), " ") if street else question
-    district = gazetteer.find_district(rest)
+    if street:
+        words = _without(words, street, gazetteer)
+    district = gazetteer.find_district(" ".join(words) if street else question)
+    if district:
+        words = _without(words, district, gazetteer)
+    if not _only_locates(bare(" ".join(words))):
+        return None
     if street and district:
         return Asked("judgment", "address", (Address(street, district).text(),))
     if street:
         return Asked("judgment", "street", (street,))
     return Asked("judgment", "district", (district,)) if district else None
+
+
+def _without(words: list[str], name: str, gazetteer: Gazetteer) -> list[str]:
+    """The words of a normal text without a name, under any of its spellings."""
+    spellings = {tuple(bare(spelling).split()) for spelling in (name, *gazetteer.variants.get(name, ()))}
+    plain = bare(" ".join(words)).split()
+    for spelling in sorted(spellings - {()}, key=len, reverse=True):
+        for start in range(len(plain) - len(spelling) + 1):
+            stop = start + len(spelling)
+            if tuple(plain[start:stop]) == spelling:
+                return _without(words[:start] + words[stop:], name, gazetteer)
+    return words
+
+
+def _only_locates(rest: str) -> bool:
+    """Whether a question without its names asks where the photo is: as the templates do, or in words of place alone."""
+    rest = _OR.sub(" ", rest).strip()
+    opening = next((opening for opening in _LONGEST_FIRST if f"{rest} ".startswith(f"{opening} ")), "")
+    words = set(rest.removeprefix(opening).split())
+    return words <= _LOCATING and not words.isdisjoint(_PHOTO)

@@ -62,7 +62,7 @@ class Prior:
             chosen = {_known(name, "street", gazetteer) for name in self.streets}
             weights[[a.street not in chosen for a in addresses]] = -math.inf
         if self.weights:
-            given = {_known(name, "street", gazetteer): _weight(name, w) for name, w in self.weights.items()}
+            given = _weights(self.weights, gazetteer)
             weights += [given.get(a.street, 0.0) for a in addresses]
         if self.circle:
             near = _near(self.circle, gazetteer)
@@ -99,6 +99,21 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     forms = {normal(known): known for known in names}
     near = [forms[form] for form in difflib.get_close_matches(normal(name), forms, n=NAMED, cutoff=0.5)]
     return f"the nearest is {' or '.join(near)}" if near else f"such as {', '.join(list(forms.values())[:NAMED])}"
+
+
+def _weights(weights: Mapping[str, float], gazetteer: Gazetteer) -> dict[str, float]:
+    """Street of the gazetteer -> ln of its weight.
+
+    Raises:
+        InputError: a name is unknown, two are one street, or a weight is out of its range.
+    """
+    found: dict[str, float] = {}
+    for name, weight in weights.items():
+        street = _known(name, "street", gazetteer)
+        if street in found:
+            raise InputError(f"the prior's weights name '{street}' twice, once as '{name}': give each street one weight.")
+        found[street] = _weight(name, weight)
+    return found
 
 
 def _weight(street: str, weight: float) -> float:

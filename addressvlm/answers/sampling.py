@@ -21,13 +21,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from shapely.geometry.base import BaseGeometry
 
-from addressvlm.addresses import Gazetteer
+from addressvlm.addresses import GAZETTEER, Gazetteer
 from addressvlm.errors import InputError
 from addressvlm.evaluation.parsing import Names
-from addressvlm.inference import GAZETTEER, Localizer
+from addressvlm.inference import Localizer
 from addressvlm.names import normal
 from addressvlm.nearby import METRES_PER_DEGREE
 from addressvlm.questions import SUFFIXES, TEMPLATES
+from addressvlm.run import named_model
 
 QUESTION = TEMPLATES["street"][0]
 AT_ONCE = 50  # answers generated together
@@ -188,12 +189,6 @@ def _scale(lat: float) -> np.ndarray:
     return np.array([METRES_PER_DEGREE * _squeeze(lat), METRES_PER_DEGREE])
 
 
-def _named(flag: str) -> tuple[str, str]:
-    name, equals, folder = flag.partition("=")
-    path = Path(flag)
-    return (name, folder) if equals else (path.parent.name if path.name == "merged" else path.name, flag)
-
-
 def _city(localizers: Sequence[Localizer], given: Path | None) -> Gazetteer:
     """The gazetteer given, else that of the first model that has one.
 
@@ -234,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         photo = Image.open(args.photo).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise InputError(f"{args.photo} is not a photo that can be read ({error}): give another one.") from None
-    at, named = _place(args.at), [_named(flag) for flag in args.model]
+    at, named = _place(args.at), [named_model(flag) for flag in args.model]
     localizers = [Localizer(folder) for _, folder in named]
     city = _city(localizers, args.gazetteer)
     sampled = sample_all(localizers, photo, city, args.samples, args.temperature, args.seed)

@@ -45,10 +45,14 @@ class Seen:
     look: Look | None = None
     scores: torch.Tensor | None = None
 
+    def bytes(self) -> int:
+        """Size of all that is kept, about."""
+        return 4096 + (self.look.bytes() if self.look else 0) + (0 if self.scores is None else self.scores.nbytes)
+
 
 @dataclass
 class Sights:
-    """The photos seen last, up to a number of bytes of their caches."""
+    """The photos seen last, up to a number of bytes of what is kept of them."""
 
     most_bytes: int
     _seen: OrderedDict[bytes, Seen] = field(default_factory=OrderedDict)
@@ -60,8 +64,7 @@ class Sights:
         self._seen.move_to_end(key)
         used = 0
         for old in reversed(list(self._seen)):
-            look = self._seen[old].look
-            used += look.bytes() if look else 4096
+            used += self._seen[old].bytes()
             if used > self.most_bytes and old != key:
                 del self._seen[old]
         return found if self.most_bytes else Seen()

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-TOP_P = 1.0
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -22,7 +20,7 @@ class Sampling:
 
     max_tokens: int = 256
     temperature: float = 0.0
-    top_p: float = TOP_P
+    top_p: float = 1.0
     n: int = 1
     stop: Sequence[str] = ()
     logprobs: int | None = None

@@ -114,8 +114,10 @@ def _some_streets(row: Row, count: int, gazetteer: Gazetteer, seed: int) -> tupl
     return (row["street"], *_rng(row, "streets", seed).sample(others, count - 1))
 
 
-def _fix(row: Row, radius_m: float, seed: int) -> Circle:
-    """A GPS fix that is off by chance, and the circle in which it says the place is; None of it without coordinates."""
+def _fix(row: Row, radius_m: float, seed: int) -> Circle | None:
+    """A GPS fix that is off by chance, and the circle in which it says the place is; None for a photo without coordinates."""
+    if row["lat"] is None or row["lon"] is None:
+        return None
     rng, deviation = _rng(row, "fix", seed), radius_m / WITHIN
     east, north = rng.gauss(0, deviation), rng.gauss(0, deviation)
     lat = row["lat"] + north / METRES_PER_DEGREE
