@@ -18,6 +18,8 @@ from addressvlm.errors import InputError
 from addressvlm.names import NameIndex
 from addressvlm.nearby import NearNames
 
+GAZETTEER = "gazetteer.geojson"  # in the folder of a dataset or a model
+
 
 @dataclass(frozen=True, order=True)
 class Address:

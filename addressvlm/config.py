@@ -26,6 +26,7 @@ from addressvlm.errors import InputError
 
 PRESETS = Path(__file__).parent / "presets"
 ENVIRONMENT_PREFIX = "ADDRESSVLM_"
+WHOLE = (("train", "stages"), ("train", "cities"))  # sections that one file replaces in another, like lists
 
 
 class TilesConfig(Strict):
@@ -64,7 +65,8 @@ class Config(Strict):
 def load(source: str | Path = "demo", sets: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
     """Read a preset's name or a YAML file, then the environment, then `key=value` strings of the command line.
 
-    A file may begin with `extends: <preset or file>`: its sections are then laid over that one's, key by key.
+    A file may begin with `extends: <preset or file>`: it is then laid over that one, key by key; lists, `train.stages`
+    and `train.cities` are replaced as a whole.
 
     Raises:
         InputError: the file is missing or not YAML, a key is unknown, or a value has the wrong type.
@@ -101,10 +103,17 @@ def _read(source: str | Path, below: tuple[Path, ...] = ()) -> tuple[Path, dict[
         raise InputError(f"{path} extends itself: take `extends` out of one of the files.")
     near = path.parent / str(extended)
     _, whole = _read(near if near.is_file() else extended, (*below, path))
-    for section, values in tree.items():
-        deeper = isinstance(values, dict) and isinstance(whole.get(section), dict)
-        whole[section] = {**whole[section], **values} if deeper else values
-    return path, whole
+    return path, _laid_over(whole, tree)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any], at: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Both trees as one, key by key; what `WHOLE` names is taken from one of them."""
+    tree = dict(below)
+    for key, value in above.items():
+        place = (*at, key)
+        deeper = isinstance(value, dict) and isinstance(below.get(key), dict) and place not in WHOLE
+        tree[key] = _laid_over(below[key], value, place) if deeper else value
+    return tree
 
 
 def validate(tree: dict[str, Any], where: str) -> Config:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from addressvlm.config_city import Strict
 
@@ -31,6 +31,13 @@ class ModelConfig(Strict):
     adapter: PartConfig = PartConfig(full=True)
     lora_dropout: float = Field(0.05, ge=0, lt=1)  # xtuner's default (assumed)
     llm: PartConfig = PartConfig()  # rank 128 as in paper 001; alpha is xtuner's default (assumed)
+
+    @field_validator("vision", "adapter", "llm", mode="before")
+    @classmethod
+    def _with_own_defaults(cls, given: Any, info: ValidationInfo) -> Any:
+        """Keys that are not given have the part's defaults above, not those of PartConfig."""
+        own = cls.model_fields[str(info.field_name)].default.model_dump()
+        return {**own, **given} if isinstance(given, dict) else given
 
 
 class StageConfig(Strict):
@@ -89,7 +96,7 @@ class TrainConfig(Strict):
     cities: dict[str, float] = {}  # other runs of this storage to learn from too, or instead: name -> epochs in one epoch
     checkpoint_every: int = Field(50, ge=1)  # optimizer steps
     validate_every: int | None = Field(None, ge=1)  # optimizer steps; ask about photos of the split `val`
-    validate_photos: int = Field(16, ge=1)  # a time, drawn by seed; each is asked for its address
+    validate_photos: int = Field(16, ge=1)  # a time, drawn by seed; each is asked all its questions
     trackers: list[
         Literal["mlflow", "wandb"]
     ] = []  # beside TensorBoard; they must be installed and set up by their environment
@@ -111,6 +118,7 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _names_exist(self) -> TrainConfig:
         names = [s.name for s in self.systems]
+        followers = [s.name for s in self.systems if s.equal_steps_to]
         if any(weight <= 0 for weight in self.cities.values()):
             raise ValueError("cities must have weights above 0; leave out a city that shall not be learnt from")
         for system in self.systems:
@@ -119,4 +127,9 @@ class TrainConfig(Strict):
                     raise ValueError(f"system '{system.name}' names the stage '{stage}', stages are {list(self.stages)}")
             if system.equal_steps_to and system.equal_steps_to not in names:
                 raise ValueError(f"system '{system.name}' equals '{system.equal_steps_to}', systems are {names}")
+            if system.equal_steps_to in followers:
+                raise ValueError(
+                    f"system '{system.name}' equals '{system.equal_steps_to}', which has equal_steps_to itself: name a system "
+                    "with steps of its own"
+                )
         return self

@@ -28,6 +28,15 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def named_model(flag: str) -> tuple[str, str]:
+    """Name and folder of a flag `name=folder` or `folder`; without a name the folder's own (`x/merged` is called x)."""
+    name, equals, folder = flag.partition("=")
+    path = Path(flag)
+    if equals and not path.is_dir():
+        return name, folder
+    return (path.parent.name if path.name == "merged" else path.name), flag
+
+
 def storage(configured: str) -> Path:
     """The folder of all runs, absolute.
 
@@ -64,6 +73,10 @@ class Run:
     def model(self, system: str) -> Path:
         """The folder of a trained system (holds `adapter` and `merged`)."""
         return self.models / slug(system)
+
+    def journal(self, system: str) -> Path:
+        """The folder of a system's checkpoints and loss curve."""
+        return self.training / slug(system)
 
 
 def is_done(folder: Path, settings: dict[str, Any], redo: bool = False) -> bool:

@@ -35,10 +35,11 @@ class Shard:
     number: int
     rows: int
     groups: tuple[tuple[str, int, int], ...]  # file, first, last
+    left_out: frozenset[int] = frozenset()  # which of all their rows, from 0, don't belong to it
 
     def batches(self, columns: list[str] | None = None) -> Iterator[Rows]:
         """The rows in order, `tables.ROWS_PER_GROUP` at a time; no more than a row group is in memory."""
-        rows = self._rows(columns)
+        rows = (row for at, row in enumerate(self._rows(columns)) if at not in self.left_out)
         while batch := list(islice(rows, tables.ROWS_PER_GROUP)):
             yield batch
 

@@ -42,7 +42,7 @@ def settings(args: argparse.Namespace, name: str) -> list[str]:
 def seconds(config: Config) -> float:
     """Median time of a step."""
     run = Run(config)
-    lines = (run.training / run.model(SYSTEM).name / "loss.jsonl").read_text().splitlines()
+    lines = (run.journal(SYSTEM) / "loss.jsonl").read_text().splitlines()
     stage = config.train.stages["localization"]
     rows = stage.batch_size * stage.accumulate * config.train.workers
     return statistics.median(rows / json.loads(line)["samples_per_s"] for line in lines[WARM:])

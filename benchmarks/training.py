@@ -2,7 +2,7 @@
 
     pip install trl
     python benchmarks/training.py my_city.yaml                      # samples/s and losses, three seeds
-    python benchmarks/training.py my_city.yaml --growth             # time per step against rounds, images and workers
+    python benchmarks/training.py my_city.yaml --growth             # time per step against rounds and images
     python benchmarks/training.py my_city.yaml --memory             # the plan's memory against what a step took
 
 The run must have photos (`python ray_jobs/prepare.py`). All sides have the same base, adapter, rows, batches, optimizer,
@@ -179,7 +179,7 @@ def compare(bench: Bench, seeds: int, sides: list[str]) -> None:
 
 
 def growth(config: Config, bench: Bench) -> None:
-    """A table of seconds a step: rounds of a conversation, images of a batch, workers."""
+    """A table of seconds a step: rounds of a conversation, images of a batch."""
     base, processor = bench.base(0)
     model, parts, packed = equip(base, config, torch.device("cpu"))
     print("| rounds | images a batch | tokens | seconds a step | seconds a 1,000 tokens |\n|---:|---:|---:|---:|---:|")

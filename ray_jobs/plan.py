@@ -1,10 +1,13 @@
 """`train.py --dry-run`: what the training will take, and whether it fits; nothing is begun and no weights are read."""
 
+import torch
+
 from addressvlm import InputError
 from addressvlm.config import Config
 from addressvlm.config_training import SystemConfig
-from addressvlm.training.hardware import of_name, total_memory_gib
+from addressvlm.training.hardware import peak_flops, total_memory_gib
 from addressvlm.training.plan import GIB, Outline, StagePlan, outline, plan
+from addressvlm.training.step import autocast
 
 FORMULA = (
     "memory a worker = 1.05 x (weights as stored + adapter in float32 + 4 bytes of gradient and 8 of AdamW for each trained "
@@ -25,7 +28,7 @@ def show(config: Config, systems: list[SystemConfig], photos: int | None) -> Non
     train = config.train
     print("parameters: " + ", ".join(f"{part} {count:,}" for part, count in base.totals.items()), flush=True)
     have = train.gpu_memory_gib or total_memory_gib()
-    peak = (train.peak_tflops and train.peak_tflops * 1e12) or _detected()
+    peak = _peak(config)
     for system in systems:
         for stage in plan(config, system, base, photos, cpu=not train.gpus_per_worker):
             _show(config, system, base, stage, peak)
@@ -60,7 +63,8 @@ def _show(config: Config, system: SystemConfig, base: Outline, stage: StagePlan,
     print("\n".join(lines), flush=True)
 
 
-def _detected() -> float | None:
-    import torch
-
-    return of_name(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+def _peak(config: Config) -> float | None:
+    """Of a worker, at the precision that it will multiply in."""
+    device = torch.device("cuda" if config.train.gpus_per_worker and torch.cuda.is_available() else "cpu")
+    context = autocast(device, getattr(torch, config.model.dtype), config.train.precision)
+    return peak_flops(device, context.fast_dtype if context._enabled else torch.float32, config.train.peak_tflops)

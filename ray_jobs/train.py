@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The main job: whatever is missing of prepare, graft and label, then both tuning stages of every system on Ray Train.
+"""The main job: whatever is missing of prepare, and of graft and label if labels are learnt from, then every system's stages.
 
     ray job submit ray_jobs/train.py
     python ray_jobs/train.py --config my_city.yaml --system AddressVLM
@@ -41,7 +41,7 @@ from ray.train.torch import TorchTrainer
 
 from addressvlm import InputError, tables
 from addressvlm.config import Config
-from addressvlm.config_training import SystemConfig
+from addressvlm.config_training import Data, SystemConfig
 from addressvlm.models.base import locate
 from addressvlm.run import LAST_MODEL, Run, claim, is_done, mark_done, slug, storage
 from addressvlm.training.system import cities_of, train_system
@@ -58,13 +58,20 @@ def settings(config: Config, system: SystemConfig) -> dict[str, Any]:
     stages = {name: config.train.stages[name].model_dump() for name in system.stages}
     equal = next((s for s in config.train.systems if s.name == system.equal_steps_to), None)
     others = {name: config.train.stages[name].model_dump() for name in equal.stages} if equal else {}
-    reasons = [_reasoning(config)] if any("reasoning" in config.train.stages[s].tables for s in system.stages) else []
+    kinds = tables_of(config, system)
+    reasons = [_reasoning(config)] if "reasoning" in kinds else []
     return {
-        **label.settings(config),
+        **(label if "alignment" in kinds else prepare).settings(config),
         **({"reasoning": label.settings(reasons[0])["labels"]} if reasons else {}),
         "model": config.model.model_dump(),
         "train": {**train, "system": system.model_dump(), "stages": stages, "equal_to": others},
     }
+
+
+def tables_of(config: Config, system: SystemConfig) -> set[Data]:
+    """What a system learns from, and what its number of steps depends on."""
+    with_steps = [s for s in config.train.systems if s.name in (system.name, system.equal_steps_to)]
+    return {kind for s in with_steps for stage in s.stages for kind in config.train.stages[stage].tables}
 
 
 def chosen(config: Config, only: list[str] | None) -> list[SystemConfig]:
@@ -80,7 +87,7 @@ def chosen(config: Config, only: list[str] | None) -> list[SystemConfig]:
     return wanted
 
 
-def _make_data(config: Config, redo: bool, kinds: set[str]) -> None:
+def _make_data(config: Config, redo: bool, kinds: set[Data]) -> None:
     """Whatever is missing of the run's own tables; those of other cities are made by their own configurations.
 
     Raises:
@@ -97,8 +104,10 @@ def _make_data(config: Config, redo: bool, kinds: set[str]) -> None:
                 )
     if config.name not in (config.train.cities or {config.name: 1.0}):
         return
-    for step in (prepare, graft, label):
-        step.run_step(config, redo)
+    prepare.run_step(config, redo)
+    if "alignment" in kinds:
+        graft.run_step(config, redo)
+        label.run_step(config, redo)
     if "reasoning" in kinds:
         label.run_step(_reasoning(config), redo)
 
@@ -119,7 +128,7 @@ def run_step(config: Config, redo: bool = False, only: list[str] | None = None) 
     wanted = chosen(config, only)
     missing = [s for s in wanted if not is_done(run.model(s.name), settings(config, s), redo)]
     if missing:
-        _make_data(config, redo, {kind for s in missing for stage in s.stages for kind in config.train.stages[stage].tables})
+        _make_data(config, redo, {kind for system in missing for kind in tables_of(config, system)})
     for system in wanted:
         if system in missing:
             _train(config, system, redo)
@@ -136,7 +145,7 @@ def _train(config: Config, system: SystemConfig, redo: bool) -> None:
     what = f"training '{system.name}' with {train.workers} workers"
     require("CPU", train.workers * train.cpus_per_worker, what, "train.workers or train.cpus_per_worker")
     require("GPU", train.workers * train.gpus_per_worker, what, "train.workers or train.gpus_per_worker")
-    folder = run.training / slug(system.name)
+    folder = run.journal(system.name)
     claim(folder, settings(config, system), redo)
     notice = Notice.remote()
     trainer = TorchTrainer(

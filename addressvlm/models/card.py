@@ -51,7 +51,7 @@ def card(config: Config, system: str, code: str, adapter: bool) -> str:
     lines = [
         "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---",
         f"# {cities}: from a street-level photo to its address",
-        f"`{config.model.base}`, taught {cities} in the two stages of AddressVLM: it names the street and the district of a "
+        f"`{config.model.base}`, taught {cities} in {_number(len(stages))}: it names the street and the district of a "
         "photo, judges and chooses between them. It knows no other city.",
         "## Data",
         "\n".join(_data(run, gazetteer) for run, gazetteer in zip(runs, gazetteers, strict=True)),
@@ -59,7 +59,7 @@ def card(config: Config, system: str, code: str, adapter: bool) -> str:
         "## Training",
         "\n".join(_stage(name, stage) for name, stage in stages) or "None.",
         f"Weights in {config.model.dtype}, seed {config.seed}, {config.train.workers} workers ({config.train.strategy}). "
-        f"Command: `python ray_jobs/train.py --config {config.name}`, settings in `_done.json` of the model's folder.",
+        "All settings are in `_done.json` of the model's folder.",
         "## Metrics",
         f"{BEGIN}\n{UNKNOWN}\n{END}",
         "## Use",
@@ -91,6 +91,10 @@ def set_metrics(model: Path, table: Mapping[str, Mapping[str, Any]], photos: str
 def _stages(config: Config, system: str) -> list[tuple[str, StageConfig]]:
     found = next((s for s in config.train.systems if s.name == system), None)
     return [(name, config.train.stages[name]) for name in found.stages] if found else []
+
+
+def _number(stages: int) -> str:
+    return "one stage" if stages == 1 else f"{stages} stages, one after the other"
 
 
 def _data(run: Run, gazetteer: Gazetteer) -> str:

@@ -87,11 +87,13 @@ class Collator:
         """Tokens and image of one sample.
 
         Raises:
-            UnusableError: it has more tokens than the model has positions for.
+            UnusableError: it has more tokens than the model has positions for, or no answer to learn from.
         """
         turns = self._turns(sample.rounds)
         first = self.processor(text=[turns[0][0]], images=[[sample.image]])
         row = self._row(list(first["input_ids"][0]), turns, [number_of(kind) for kind in sample.kinds])
+        if all(label == IGNORE for label in row.labels):
+            raise UnusableError("there is no answer")
         if self.context and max(row.positions) >= self.context:
             raise UnusableError(f"{max(row.positions) + 1} tokens are more than the model's context of {self.context}")
         row.image = {key: _tensor(value) for key, value in first.items() if key not in OF_TEXT}

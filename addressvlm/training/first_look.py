@@ -21,18 +21,17 @@ def first_look(model: PeftModel, parts: dict[Part, str], collate: Collator, stag
         multiplication and addition. It is the work that is useful, whatever is computed twice to save memory.
 
     Raises:
-        InputError: nothing of a chosen part is reached, the first row has no answer to learn from, or the processor writes
-            another number of image tokens than the model has features.
+        InputError: nothing of a chosen part is reached, no row can be used, or the processor writes another number of
+            image tokens than the model has features.
     """
-    batch = collate.batch(stage.schedule.encoded(collate, 0)[:1])
+    schedule = stage.schedule
+    batch = collate.batch(schedule.encoded(collate, 0, 0, schedule.per_step))  # one row, as if each had a worker of its own
     device = next(model.parameters()).device
     with FlopCounterMode(display=False) as counter:
         try:
-            loss, tokens = answer_loss(model, {k: v.to(device) for k, v in batch.items()})
+            loss, _ = answer_loss(model, {k: v.to(device) for k, v in batch.items()})
         except ValueError as error:
             raise _mismatch(error, stage.name) or error from error
-        if not int(tokens):
-            raise InputError(f"{stage.name}: no answer token is left to learn from: check the base model's chat template.")
         loss.backward()
     reached: set[Part | None] = set()
     for name, parameter in trainable(model).items():

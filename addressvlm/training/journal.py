@@ -25,6 +25,10 @@ class Journal:
         self.path = folder / "loss.jsonl"
         lines = self.path.read_text().splitlines()[:done] if self.path.is_file() else []
         self.path.write_text("".join(f"{line}\n" for line in lines))
+        self.found = folder / "validation.jsonl"
+        if self.found.is_file():
+            lines = [line for line in self.found.read_text().splitlines() if json.loads(line)["done"] <= done]
+            self.found.write_text("".join(f"{line}\n" for line in lines))
         self.board = SummaryWriter(str(folder / "tensorboard"))
         self.system, self.done, self.first, self.total = system, done, done, total
         self.tracks = [tracker(name, run, system) for name in trackers]
@@ -46,8 +50,8 @@ class Journal:
     def validated(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record what validation found after a step."""
         self._write(f"{stage}/val", dict(metrics), step)
-        with self.path.with_name("validation.jsonl").open("a") as out:
-            out.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
+        with self.found.open("a") as out:
+            out.write(json.dumps({"stage": stage, "step": step, "done": self.done, **metrics}) + "\n")
         told = ", ".join(
             f"{name} {100 * value:.1f} %" for name, value in metrics.items() if name in ("A_d", "A_s", "A", "A_ds")
         )

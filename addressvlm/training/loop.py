@@ -83,8 +83,7 @@ def run(
         peak_tflops: of a worker; by default known by the GPU's name.
 
     Raises:
-        InputError: the loss is not finite, a chosen part gets no gradient, no answer token is left to learn, or no row can
-            be used.
+        InputError: the loss is not finite, a chosen part gets no gradient, or no row can be used.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, dtype = next(model.parameters()).device, model.get_base_model().dtype
@@ -129,7 +128,8 @@ def run(
 
 def _seed(stage: Stage, step: int, rank: int) -> int:
     """Of the dropout masks of one worker at one step, so that a resumed run draws the same."""
-    return ((stage.seed * 1_000_003 + sum(stage.name.encode())) * 1_000_003 + step) * 1_009 + rank
+    whole = ((stage.seed * 1_000_003 + sum(stage.name.encode())) * 1_000_003 + step) * 1_009 + rank
+    return whole % 2**63  # what PyTorch takes
 
 
 def _sum(value: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from addressvlm.questions import templates
 from addressvlm.training.collate import IGNORE, Collator, Row, Sample, UnusableError, sample_of
 from addressvlm.training.outline import Cost, cost_of
 from addressvlm.training.rows import Table, steps_of
-from addressvlm.training.system import table_of
+from addressvlm.training.system import steps_left, table_of
 
 LOOKED_AT = 64  # rows of a table whose tokens are counted
 GIB = 2**30
@@ -95,23 +95,48 @@ def plan(config: Config, system: SystemConfig, base: Outline, photos: int | None
         photos: rows of a table that is not there yet.
         cpu: activations as on a CPU, where plain attention keeps a number for each pair of tokens.
     """
-    return [_stage(config, name, base, photos, cpu) for name in system.stages]
+    stages = [_stage(config, name, base, photos, cpu) for name in system.stages]
+    if system.equal_steps_to and stages:
+        model = next(s for s in config.train.systems if s.name == system.equal_steps_to)
+        whole = [_steps(config, name, _table(config, name), photos) for name in model.stages]
+        before = [stage.steps for stage in stages[:-1]]
+        known = [steps for steps in (*whole, *before) if steps is not None]
+        complete = len(known) == len(whole) + len(before)
+        stages[-1].steps = steps_left(system, sum(known[: len(whole)]), sum(known[len(whole) :])) if complete else None
+    return stages
+
+
+def _table(config: Config, stage: str) -> Table | None:
+    try:
+        return table_of(config, config.train.stages[stage].tables)
+    except InputError:
+        return None
+
+
+def _count(config: Config, stage: str, table: Table | None, photos: int | None) -> int | None:
+    """Rows of an epoch, None if nobody knows."""
+    return len(table) if table is not None else photos and photos * len(config.train.stages[stage].tables)
+
+
+def _per_step(config: Config, stage: str) -> int:
+    made = config.train.stages[stage]
+    return made.batch_size * made.accumulate * config.train.workers
+
+
+def _steps(config: Config, name: str, table: Table | None, photos: int | None) -> int | None:
+    stage, count = config.train.stages[name], _count(config, name, table, photos)
+    return steps_of(count, _per_step(config, name), stage.epochs, stage.max_steps) if count else stage.max_steps
 
 
 def _stage(config: Config, name: str, base: Outline, photos: int | None, cpu: bool) -> StagePlan:
     stage, world = config.train.stages[name], config.train.workers
-    try:
-        table: Table | None = table_of(config, stage.tables)
-    except InputError:
-        table = None
+    table = _table(config, name)
     found = _rows(config, stage, base, table)
     mean = sum(len(row.ids) for row in found) / len(found)
     longest = max(found, key=lambda row: len(row.ids))
     answers = sum(label != IGNORE for row in found for label in row.labels) / len(found)
     train_only(base.model, base.parts, stage.parts)
     cost = cost_of(base.model, base.parts, longest.image, len(longest.ids), round(answers))
-    count = len(table) if table is not None else photos and photos * len(stage.tables)
-    per_step = stage.batch_size * stage.accumulate * world
     trained: dict[Part, int] = dict.fromkeys(base.parts, 0)
     adapter = weights = 0
     for path, parameter in base.model.named_parameters():
@@ -123,11 +148,11 @@ def _stage(config: Config, name: str, base: Outline, photos: int | None, cpu: bo
     return StagePlan(
         name,
         trained,
-        count,
-        steps_of(count, per_step, stage.epochs, stage.max_steps) if count else stage.max_steps,
+        _count(config, name, table, photos),
+        _steps(config, name, table, photos),
         mean,
         len(longest.ids),
-        per_step,
+        _per_step(config, name),
         cost.flops * mean / len(longest.ids),
         weights,
         4.0 * adapter / shared,
