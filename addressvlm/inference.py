@@ -45,14 +45,11 @@ class Localizer(ChatModel):
     """A vision-language model and, where its folder has them, the gazetteer of the city it knows and its calibration.
 
     Args:
-        folder: a model folder, a hub name, or `toy`.
-        device: `cuda` where there is one, else `cpu`.
-        dtype: float32 or bfloat16.
         memory_mb: room for the caches of photos seen last; further questions about one of them cost no look at it.
-        loaded: model and processor that are there already; the folder then only holds what is known of the city.
+        folder, device, dtype, trust_remote_code, loaded: see ChatModel.
 
     Raises:
-        InputError: the folder does not exist or is not a model.
+        InputError: as ChatModel.
     """
 
     def __init__(

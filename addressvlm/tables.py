@@ -98,15 +98,18 @@ ALIGNMENT = with_features(
     )
 )
 REASONING = ALIGNMENT  # the same of street views alone (paper 003)
+_WHERE = [  # a photo in the tables of what a model makes of it
+    ("id", pa.string()),
+    ("place", pa.string()),
+    ("lat", pa.float64()),
+    ("lon", pa.float64()),
+    ("street", pa.string()),
+    ("district", pa.string()),
+]
 ANSWERS = with_features(
     pa.schema(
         [
-            ("id", pa.string()),
-            ("place", pa.string()),
-            ("lat", pa.float64()),
-            ("lon", pa.float64()),
-            ("street", pa.string()),
-            ("district", pa.string()),
+            *_WHERE,
             ("level", pa.string()),
             ("kind", pa.string()),
             ("question", pa.string()),
@@ -116,6 +119,9 @@ ANSWERS = with_features(
             ("correct", pa.bool_()),
         ]
     )
+)
+SCORES = with_features(
+    pa.schema([*_WHERE, ("scores", pa.list_(pa.float64()))])  # ln p of each address of the model's gazetteer, in its order
 )
 REJECTS = pa.schema(
     [("file", pa.string()), ("row", pa.int64()), ("id", pa.string()), ("reason", pa.string())]  # row 1 is the first

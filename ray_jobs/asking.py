@@ -130,7 +130,7 @@ class Asker(Holder):
 class Scorer(Holder):
     """Scores the addresses for its photos; rows of SCORES."""
 
-    columns, schema = scores.COLUMNS, scores.SCORES
+    columns, schema = scores.COLUMNS, tables.SCORES
 
     def work(self, photos: list[Row]) -> Iterable[list[Row]]:
         """The scores."""

@@ -52,6 +52,8 @@ def _show(config: Config, system: SystemConfig, base: Outline, stage: StagePlan,
         f"  memory a worker: {stage.memory / GIB:.2f} GiB: weights {stage.weights / GIB:.2f}, gradients "
         f"{stage.gradients / GIB:.2f}, optimizer {stage.optimizer / GIB:.2f}, activations {stage.activations / GIB:.2f}",
     ]
+    if stage.guessed:
+        lines.append("  the encoder's share of operations and activations is a guess by its number of weights")
     workers = config.train.workers
     if stage.steps is not None:
         lines.append(f"  operations: {stage.steps * stage.rows_per_step * stage.flops / 1e15:,.2f} PFLOP")

@@ -12,7 +12,7 @@ from addressvlm.answers import calibration
 from addressvlm.answers.calibration import Calibration
 from addressvlm.config import Config
 from addressvlm.evaluation import modes
-from addressvlm.evaluation.scores import SCORES, scored
+from addressvlm.evaluation.scores import scored
 from addressvlm.run import is_done, slug, writing
 from ray_jobs.asking import scores_of
 
@@ -55,7 +55,7 @@ def score(
         found = {row["id"]: row for row in scores_of(config, name, model, files, ids, city)}
         with writing(folder, settings) as partial:
             for split, of_split in wanted.items():
-                tables.write(partial, split, (found[photo] for photo in of_split), SCORES)
+                tables.write(partial, split, (found[photo] for photo in of_split), tables.SCORES)
     return {split: list(tables.rows(folder, split)) for split in wanted}
 
 

@@ -11,7 +11,6 @@ models/<system>/adapter (PEFT), models/<system>/merged (an ordinary Hugging Face
 loss.jsonl, TensorBoard).
 """
 
-import errno
 import functools
 import logging
 import os
@@ -47,6 +46,7 @@ from addressvlm.run import LAST_MODEL, Run, claim, is_done, mark_done, slug, sto
 from addressvlm.training.system import cities_of, train_system
 from ray_jobs import graft, label, plan, prepare
 from ray_jobs.common import arguments, configure, connect, job, require
+from ray_jobs.failures import Notice, explained, sentence_of, told
 from ray_jobs.heartbeat import Heartbeat
 
 QUIET_S = 30.0  # without a step for so long, the driver says that it is still there
@@ -169,8 +169,8 @@ def _train(config: Config, system: SystemConfig, redo: bool) -> None:
         with Heartbeat(functools.partial(_waiting, system.name, folder / "loss.jsonl"), QUIET_S):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise _told(notice) or _explained(error, config, system.name) or error from error
-    if said := _told(notice):
+        raise told(notice) or explained(error, config, system.name) or error from error
+    if said := told(notice):
         raise said
     mark_done(run.model(system.name), settings(config, system))
     print(f"train: {system.name}: saved in {run.model(system.name)}", flush=True)
@@ -194,43 +194,6 @@ def _waiting(system: str, losses: Path) -> str:
     return f"train: {system}: {len(losses.read_text().splitlines()):,} steps done, working"
 
 
-def _told(notice: Any) -> InputError | None:
-    said = ray.get(notice.read.remote())
-    return InputError(said) if said else None
-
-
-def _explained(error: Exception, config: Config, system: str) -> InputError | None:
-    """A sentence for the failures that somebody at the cluster can mend; None for our defects."""
-    failures = getattr(error, "worker_failures", {}).values()
-    if any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures):
-        return InputError(
-            f"training '{system}' lost workers more often than train.max_failures={config.train.max_failures} (out of memory, "
-            "or machines went away): lower batch_size of train.stages if memory is short, and run the same command again to "
-            "go on from the last checkpoint."
-        )
-    if isinstance(error, ray.train.ControllerError):
-        sentence = " ".join(str(error.controller_failure).split())[:200]
-        return InputError(
-            f"training '{system}' could not be started ({sentence}): look at `ray status`, run the same command again, and if "
-            "it stays so, begin anew with --redo."
-        )
-    return None
-
-
-@ray.remote(num_cpus=0)
-class Notice:
-    """Holds the sentence with which a worker gave up; a restarted worker group reads it and ends instead of trying again."""
-
-    def __init__(self) -> None:
-        self.said: str | None = None
-
-    def write(self, said: str) -> None:
-        self.said = self.said or said
-
-    def read(self) -> str | None:
-        return self.said
-
-
 def train_worker(given: dict[str, Any]) -> None:
     """What each worker of the group runs."""
     _be_quiet()
@@ -244,23 +207,12 @@ def train_worker(given: dict[str, Any]) -> None:
             checkpoint = Path(found.to_directory(folder)) if found else None
             train_system(config, given["system"], checkpoint, report, ray.train.torch.get_device())
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        said = _sentence(error, config)
+        said = sentence_of(error, config)
         if said is None:
             raise
         ray.get(notice.write.remote(said))
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # so that workers waiting for this one end too
-
-
-def _sentence(error: Exception, config: Config) -> str | None:
-    """What a person can do about an error that would come back at every attempt."""
-    if isinstance(error, InputError):
-        return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "a GPU is out of memory: lower batch_size in train.stages and raise accumulate by as much."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        return f"{config.storage} can't be written ({error.strerror}): free room or set storage elsewhere, then run again."
-    return None
 
 
 def _be_quiet() -> None:

@@ -2,9 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.endpoint import Endpoint
 
 settings.register_profile("any machine", deadline=None)  # no test depends on speed
 settings.load_profile("any machine")
@@ -31,3 +35,24 @@ def toy_city(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(city, "SPACING", 160.0)
         return city.write_city("alderbrook", tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key for the engine that asks an endpoint, and next to no waits between its tries."""
+    from addressvlm.labels import engine
+    from tests.labelling import KEY
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(engine, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(engine, "LONGEST_WAIT_S", 0.001)
+
+
+@pytest.fixture
+def endpoint() -> "Iterator[Endpoint]":
+    """A server that gives every row the same good label."""
+    from tests.endpoint import Endpoint, says
+    from tests.labelling import GOOD
+
+    with Endpoint(lambda n, body: says(GOOD)).running() as endpoint:
+        yield endpoint

@@ -54,30 +54,42 @@ def tiny_fastvlm(folder):
     return folder / "fast"
 
 
-def tiny_qwen():
-    """A random Qwen2.5-VL and its processor: images of any size, positions in rows and columns."""
+def qwen_shape(kind, text, vision):
+    """A tokenizer, and a config of that kind with what its text and vision parts have beside the rest."""
     tokenizer = train_tokenizer(TEXT, 330)
     tokenizer.add_special_tokens({"additional_special_tokens": QWEN_MARKS})
     start, image, end, video = (tokenizer.convert_tokens_to_ids(mark) for mark in QWEN_MARKS)
-    config = Qwen2_5_VLConfig(
+    return tokenizer, kind(
         text_config={
             "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "num_key_value_heads": 2, "vocab_size": len(tokenizer), "max_window_layers": 2, "bos_token_id": None,
+            "num_key_value_heads": 2, "vocab_size": len(tokenizer), "bos_token_id": None,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, **text,
         },
         vision_config={
             "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32, "patch_size": 8,
-            "window_size": 32, "fullatt_block_indexes": [1],
+            **vision,
         },
         vision_start_token_id=start, image_token_id=image, vision_end_token_id=end, video_token_id=video,
     )  # fmt: skip
+
+
+def qwen_processor(kind, tokenizer):
+    """A processor of that kind for pictures of 8 x 8 pixels a patch."""
+    template = CHAT_TEMPLATE.replace("<image>", "".join(QWEN_MARKS[:3]))
+    images = Qwen2VLImageProcessorPil(patch_size=8, min_pixels=256, max_pixels=4096)
+    return kind(images, tokenizer, None, chat_template=template)
+
+
+def tiny_qwen():
+    """A random Qwen2.5-VL and its processor: images of any size, positions in rows and columns."""
+    tokenizer, config = qwen_shape(
+        Qwen2_5_VLConfig, {"max_window_layers": 2}, {"window_size": 32, "fullatt_block_indexes": [1]}
+    )
     torch.manual_seed(2)
     model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="eager")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    template = CHAT_TEMPLATE.replace("<image>", "".join(QWEN_MARKS[:3]))
-    images = Qwen2VLImageProcessorPil(patch_size=8, min_pixels=256, max_pixels=4096)
-    return model.eval(), QwenProcessor(images, tokenizer, None, chat_template=template)
+    return model.eval(), qwen_processor(QwenProcessor, tokenizer)
 
 
 def localizer_of(family, folder, gazetteer):

@@ -4,11 +4,10 @@ import io
 from pathlib import Path
 from typing import Any
 
-import pytest
 from PIL import Image
 
 from addressvlm.config_labels import LabelsConfig
-from addressvlm.labels import Request, beginning, engine
+from addressvlm.labels import Request, beginning
 from addressvlm.labels.costs import Plan
 from addressvlm.labels.facts import Facts
 from addressvlm.labels.ledger import Ledger, writing
@@ -25,12 +24,6 @@ GOOD = (
     "street a little to the east. This is Mill Street in Harbour."
 )
 BAD = GOOD.replace("Mill Street", "some street")
-
-
-def with_key_and_short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(engine, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(engine, "LONGEST_WAIT_S", 0.001)
 
 
 def requests(count: int, first: int = 0) -> list[Request]:

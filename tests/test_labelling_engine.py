@@ -13,19 +13,10 @@ from addressvlm.labels.limits import Pace
 from addressvlm.labels.openai_labeler import OpenAILabeler
 from addressvlm.labels.replay import ReplayLabeler, asked_of
 from tests.endpoint import Endpoint, Reply, refuses, says
-from tests.labelling import BAD, FACTS, GOOD, config_of, left, requests, settle, with_key_and_short_waits
+from tests.labelling import BAD, FACTS, GOOD, config_of, left, requests, settle
 from tests.test_ledger import disk_of
 
-
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_key_and_short_waits(monkeypatch)
-
-
-@pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    with Endpoint(lambda n, body: says(GOOD)).running() as endpoint:
-        yield endpoint
+pytestmark = pytest.mark.usefixtures("hurry")
 
 
 # Paid once

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -14,23 +14,14 @@ import pytest
 from addressvlm import InputError
 from addressvlm.config_labels import LabelsConfig
 from addressvlm.labels import Request, beginning
-from addressvlm.labels.client import retry_after
 from addressvlm.labels.ledger import Ledger
 from addressvlm.labels.openai_labeler import OpenAILabeler
 from addressvlm.labels.replay import ReplayLabeler
+from addressvlm.waits import retry_after
 from tests.endpoint import Endpoint, Reply, cuts, drops, refuses, says
-from tests.labelling import FACTS, GOOD, KEY, config_of, left, requests, settle, with_key_and_short_waits
+from tests.labelling import FACTS, GOOD, KEY, config_of, left, requests, settle
 
-
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_key_and_short_waits(monkeypatch)
-
-
-@pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    with Endpoint(lambda n, body: says(GOOD)).running() as endpoint:
-        yield endpoint
+pytestmark = pytest.mark.usefixtures("hurry")
 
 
 def after(first: Callable[[], Reply], times: int = 1) -> Callable[[int, dict[str, Any]], Reply]:

@@ -12,10 +12,9 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from addressvlm.demo.tokenizer import CHAT_TEMPLATE, train_tokenizer
-from tests.families import QWEN_MARKS, tiny_qwen
+from tests.families import qwen_processor, qwen_shape, tiny_qwen
 from tests.tiny import TEXT
 
 SMOL_MARKS = ["<fake_token_around_image>", "<global-img>", "<row_1_col_1>"]
@@ -30,27 +29,12 @@ class Qwen3Processor(Qwen3VLProcessor):
 
 def tiny_qwen3() -> tuple[Any, Any]:
     """A random Qwen3-VL: three-dimensional positions, features of the encoder's middle layers added in the language model."""
-    tokenizer = train_tokenizer(TEXT, 330)
-    tokenizer.add_special_tokens({"additional_special_tokens": QWEN_MARKS})
-    start, image, end, video = (tokenizer.convert_tokens_to_ids(mark) for mark in QWEN_MARKS)
-    config = Qwen3VLConfig(
-        text_config={
-            "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
-            "num_key_value_heads": 2, "vocab_size": len(tokenizer), "bos_token_id": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-        },
-        vision_config={
-            "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32, "patch_size": 8,
-            "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
-        },
-        vision_start_token_id=start, image_token_id=image, vision_end_token_id=end, video_token_id=video,
-    )  # fmt: skip
+    tokenizer, config = qwen_shape(
+        Qwen3VLConfig, {"head_dim": 16}, {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    )
     torch.manual_seed(3)
     model = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation="eager")
-    template = CHAT_TEMPLATE.replace("<image>", "".join(QWEN_MARKS[:3]))
-    images = Qwen2VLImageProcessorPil(patch_size=8, min_pixels=256, max_pixels=4096)
-    return model.eval(), Qwen3Processor(images, tokenizer, None, chat_template=template)
+    return model.eval(), qwen_processor(Qwen3Processor, tokenizer)
 
 
 def tiny_smol() -> tuple[Any, Any]:

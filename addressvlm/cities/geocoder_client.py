@@ -3,7 +3,6 @@
 The address asked is made of parameters that may hold a key, so it is never logged nor put in an error.
 """
 
-import email.utils
 import http.client
 import json
 import random
@@ -13,10 +12,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from addressvlm.errors import InputError
+from addressvlm.waits import retry_after
 
 FIRST_PAUSE_S = 1.0  # before the second try; doubles, with jitter
 LONGEST_PAUSE_S = 60.0
@@ -107,17 +106,17 @@ class Client:
                 body, kind = response.read(MOST_BYTES), response.headers.get_content_type()
         except urllib.error.HTTPError as error:
             with error:
-                raise self._status(error.code, error.headers.get("Retry-After")) from None
+                raise self._status(error.code, retry_after(error.headers)) from None
         except urllib.error.URLError as error:
             raise UnavailableError(f"can't be reached: {_reason(error.reason)}") from None
         except (TimeoutError, OSError, http.client.HTTPException) as error:
             raise UnavailableError(f"breaks off: {_reason(error)}") from None
         return self._object(body, kind)
 
-    def _status(self, status: int, retry_after: str | None) -> Exception:
+    def _status(self, status: int, wait_s: float | None) -> Exception:
         if status in FOR_NOW:
             said = "too many requests" if status == 429 else "the server has a problem"
-            return UnavailableError(f"answers {status}, {said}", status == 429, _seconds(retry_after))
+            return UnavailableError(f"answers {status}, {said}", status == 429, wait_s)
         if status in (401, 403):
             return InputError(f"{self.host} refuses us ({status}): {self.refused}.")
         return InputError(f"{self.host} answers {status} instead of an address: check city.geocoder.url.")
@@ -134,20 +133,6 @@ class Client:
             )
         self._check(reply)
         return reply
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """What a Retry-After header asks for, None if it says nothing that can be read."""
-    if not retry_after:
-        return None
-    if retry_after.strip().isdigit():
-        return float(retry_after)
-    try:
-        until = email.utils.parsedate_to_datetime(retry_after)
-    except ValueError:
-        return None
-    until = until if until.tzinfo else until.replace(tzinfo=UTC)
-    return max(0.0, (until - datetime.now(UTC)).total_seconds())
 
 
 def _reason(error: Any) -> str:

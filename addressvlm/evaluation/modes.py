@@ -47,7 +47,7 @@ def compare(
     """The table and the diagram of one model, as modes.json and the report show them.
 
     Args:
-        rows: of `addressvlm.evaluation.scores.SCORES`, of test photos.
+        rows: of `addressvlm.tables.SCORES`, of test photos.
         gazetteer: the model's own.
         calibration: fitted on other photos.
         answered: mode -> its judged rows of `tables.ANSWERS` about the same photos.

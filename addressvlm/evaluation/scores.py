@@ -4,35 +4,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.answers.beliefs import Beliefs
 from addressvlm.answers.calibration import Scored
 from addressvlm.evaluation.asking import picture, questions_of
 from addressvlm.inference import Localizer
-from addressvlm.tables import with_features
 
 COLUMNS = ["id", "place", "lat", "lon", "street", "district", "image"]  # of tables.PHOTOS, needed to score
-SCORES = with_features(
-    pa.schema(
-        [
-            ("id", pa.string()),
-            ("place", pa.string()),
-            ("lat", pa.float64()),
-            ("lon", pa.float64()),
-            ("street", pa.string()),
-            ("district", pa.string()),
-            ("scores", pa.list_(pa.float64())),  # ln p of each address of the model's gazetteer, in its order
-        ]
-    )
-)
 
 Row = dict[str, Any]
 
 
 def score(localizer: Localizer, photos: Sequence[Row], at_once: int) -> Iterator[list[Row]]:
-    """Rows of SCORES, `at_once` photos at a time, from rows of `tables.PHOTOS` with COLUMNS.
+    """Rows of `tables.SCORES`, `at_once` photos at a time, from rows of `tables.PHOTOS` with COLUMNS.
 
     Raises:
         InputError: the model's folder has no gazetteer.
@@ -47,7 +32,7 @@ def score(localizer: Localizer, photos: Sequence[Row], at_once: int) -> Iterator
 
 
 def scored(rows: Sequence[Row], gazetteer: Gazetteer) -> Scored:
-    """Rows of SCORES as arrays."""
+    """Rows of `tables.SCORES` as arrays."""
     number = {address: i for i, address in enumerate(gazetteer.addresses)}
     truth = [number.get(Address(row["street"], row["district"]), -1) for row in rows]
     scores = np.array([row["scores"] for row in rows], dtype=np.float64).reshape(len(rows), len(number))
@@ -58,7 +43,7 @@ def answers_of(rows: Iterable[Row], photos: Mapping[str, Row], gazetteer: Gazett
     """Rows of `tables.ANSWERS` without `correct`: every question of the photos, answered by their scores.
 
     Args:
-        rows: of SCORES.
+        rows: of `tables.SCORES`.
         photos: id -> row of `tables.PHOTOS`, at least its `rounds` and what `questions_of` keeps.
     """
     for row in rows:

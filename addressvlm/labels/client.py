@@ -8,8 +8,6 @@ import json
 import os
 import re
 import time
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -20,6 +18,7 @@ from pydantic_core import to_json
 from addressvlm.config_labels import LabelsConfig
 from addressvlm.errors import InputError
 from addressvlm.labels.ledger import LONGEST_TEXT, Answer
+from addressvlm.waits import retry_after
 
 KEY = "OPENAI_API_KEY"
 LONGEST_SAID = 300  # characters of the endpoint's own words in an error
@@ -175,27 +174,6 @@ def endpoint_key(config: LabelsConfig) -> str:
     if not key:
         raise InputError(f"{KEY} is not set and labels.labeler is openai: set it where the job runs, or use template.")
     return key
-
-
-def retry_after(headers: Any) -> float | None:
-    """Seconds that an answer asks to wait: Retry-After in seconds or as a date, or one of its forms in milliseconds."""
-    for name in ("retry-after-ms", "x-ms-retry-after-ms"):
-        try:
-            return max(0.0, float(headers.get(name)) / 1000)
-        except (TypeError, ValueError):
-            continue
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        when = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
 def _shown(url: str) -> str:

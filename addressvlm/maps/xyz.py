@@ -12,8 +12,6 @@ import re
 import string
 import tempfile
 import time
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,6 +22,7 @@ from PIL import Image
 from addressvlm.errors import InputError
 from addressvlm.maps.mercator import MAX_BYTES, decode
 from addressvlm.maps.pace import Pace
+from addressvlm.waits import retry_after
 
 TIMEOUT_S = 15.0  # of one request, whole answer included
 TRIES = 4  # of a request that fails for now
@@ -115,7 +114,7 @@ class XyzServer:
                 if status not in FOR_NOW:
                     self._failures = 0
                     return self._judged(status, headers, data, name)
-                problem, wait_s = _phrase(status), _retry_after(headers.get("Retry-After")) or wait_s
+                problem, wait_s = _phrase(status), retry_after(headers) or wait_s
             if wait_s > LONGEST_WAIT_S:
                 problem += f", it asks to wait {wait_s:.0f} s"
                 break
@@ -177,21 +176,6 @@ def _address(template: str, z: int, x: int, y: int) -> str:
 
 def _phrase(status: int) -> str:
     return f"{status} {http.HTTPStatus(status).phrase}" if status in set(http.HTTPStatus) else str(status)
-
-
-def _retry_after(text: str | None) -> float:
-    """Seconds of a Retry-After header (seconds or a date); 0 without one."""
-    if not text:
-        return 0.0
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        at = parsedate_to_datetime(text)
-        return max(0.0, (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() - datetime.now(UTC).timestamp())
-    except ValueError:
-        return 0.0
 
 
 def _write(file: Path, data: bytes) -> None:

@@ -81,11 +81,7 @@ def train_only(model: PeftModel, parts: dict[Part, str], chosen: list[Part]) -> 
     """Let the adapter's weights of the chosen parts learn and freeze all others."""
     model.requires_grad_(False)
     for name, weights in adapter_weights(model):
-        weights.requires_grad = part_of(_plain(name), parts) in chosen
-
-
-def _plain(name: str) -> str:
-    return name.replace(".modules_to_save.default", "")
+        weights.requires_grad = part_of(name, parts) in chosen
 
 
 def keep_statistics(model: nn.Module) -> None:

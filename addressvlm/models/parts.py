@@ -35,8 +35,8 @@ def parts_of(model: nn.Module) -> dict[Part, str]:
 
 
 def part_of(path: str, parts: dict[Part, str]) -> Part | None:
-    """Which part a parameter or module path (with or without PEFT's prefix) belongs to; the longest match wins."""
-    path = path.removeprefix("base_model.model.")
+    """Which part a parameter or module path (with or without what PEFT adds to it) belongs to; the longest match wins."""
+    path = path.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
     inside = [part for part, prefix in parts.items() if path == prefix or path.startswith(prefix + ".")]
     return max(inside, key=lambda part: len(parts[part]), default=None)
 

@@ -38,7 +38,7 @@ def first_look(model: PeftModel, parts: dict[Part, str], collate: Collator, stag
         if parameter.grad is None:
             parameter.requires_grad = False
         else:
-            reached.add(part_of(name.replace(".modules_to_save.default", ""), parts))
+            reached.add(part_of(name, parts))
         parameter.grad = None
     for part in stage.config.parts:
         if part not in reached:

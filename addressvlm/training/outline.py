@@ -22,14 +22,19 @@ PASSES = 3  # operations of both passes through an attention, in those of its fo
 
 @dataclass
 class Cost:
-    """Of one row: floating-point operations, bytes kept, and pairs of tokens over all heads and layers."""
+    """Of one row: floating-point operations, bytes kept, and pairs of tokens over all heads and layers.
+
+    `guessed` if not all of it could be counted.
+    """
 
     flops: float = 0.0
     kept: float = 0.0
     pairs: float = 0.0
+    guessed: bool = False
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.kept + other.kept, self.pairs + other.pairs)
+        guessed = self.guessed or other.guessed
+        return Cost(self.flops + other.flops, self.kept + other.kept, self.pairs + other.pairs, guessed)
 
 
 def cost_of(model: Any, parts: dict[Part, str], image: dict[str, torch.Tensor], tokens: int, answers: int) -> Cost:
@@ -49,14 +54,14 @@ def _language(llm: Any, width: int, tokens: int, dtype: torch.dtype) -> Cost:
 
 
 def _vision(base: Any, parts: dict[Part, str], image: dict[str, torch.Tensor]) -> Cost:
-    """Of encoder and adapter; by their number of weights where a family's code looks into its tensors."""
+    """Of encoder and adapter; guessed where a family's code looks into its tensors (Qwen-VL), which then raise RuntimeError."""
     encoder, adapter = base.get_submodule(parts["vision"]), base.get_submodule(parts["adapter"])
     shown = {key: value.to("meta", base.dtype if value.is_floating_point() else None) for key, value in image.items()}
     try:
         if getattr(encoder.config, "num_attention_heads", None):
             encoder.set_attn_implementation(NAME)
         return _counted(lambda: _features(base.get_image_features(**shown)), encoder, adapter)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+    except RuntimeError:
         return _guessed(base, encoder, adapter, image)
 
 
@@ -73,7 +78,8 @@ def _guessed(base: Any, encoder: Any, adapter: Any, image: dict[str, torch.Tenso
     patches = image["pixel_values"].numel() / (3 * patch**2)
     weights = sum(p.numel() for p in [*encoder.parameters(), *adapter.parameters()])
     passes = 3 if any(p.requires_grad for p in [*encoder.parameters(), *adapter.parameters()]) else 1
-    return Cost(2.0 * passes * weights * patches, 16.0 * patches * width * depth * base.dtype.itemsize * (passes > 1))
+    kept = 16.0 * patches * width * depth * base.dtype.itemsize * (passes > 1)
+    return Cost(2.0 * passes * weights * patches, kept, guessed=True)
 
 
 def _counted(forward: Callable[[], torch.Tensor], *modules: torch.nn.Module) -> Cost:

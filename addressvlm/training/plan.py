@@ -41,6 +41,7 @@ class StagePlan:
     gradients: float
     optimizer: float
     activations: float  # of one batch
+    guessed: bool  # operations and activations of the encoder, by its number of weights
 
     @property
     def memory(self) -> float:
@@ -142,7 +143,7 @@ def _stage(config: Config, name: str, base: Outline, photos: int | None, cpu: bo
     for path, parameter in base.model.named_parameters():
         weights += parameter.numel() * parameter.itemsize
         if parameter.requires_grad:
-            trained[part_of(path.replace(".modules_to_save.default", ""), base.parts) or "llm"] += parameter.numel()
+            trained[part_of(path, base.parts) or "llm"] += parameter.numel()
             adapter += parameter.numel()
     shared = world if config.train.strategy != "ddp" else 1  # ZeRO cuts gradients and optimizer state among workers
     return StagePlan(
@@ -158,6 +159,7 @@ def _stage(config: Config, name: str, base: Outline, photos: int | None, cpu: bo
         4.0 * adapter / shared,
         8.0 * adapter / shared,
         stage.batch_size * kept_bytes(cost, config, cpu),
+        cost.guessed,
     )
 
 

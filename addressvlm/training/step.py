@@ -79,7 +79,7 @@ def parameter_groups(model: Any, stage: StageConfig) -> list[dict[str, Any]]:
     parts = parts_of(model.get_base_model())
     groups: dict[float, list[torch.nn.Parameter]] = {}
     for name, parameter in trainable(model).items():
-        part = part_of(name.replace(".modules_to_save.default", ""), parts)
+        part = part_of(name, parts)
         rate = stage.learning_rates.get(part, stage.learning_rate) if part else stage.learning_rate
         groups.setdefault(rate / stage.learning_rate, []).append(parameter)
     return [{"params": parameters, "share": share} for share, parameters in groups.items()]
