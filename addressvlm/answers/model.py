@@ -52,7 +52,7 @@ class ChatModel:
     Args:
         folder: a model folder, a hub name, or `toy`.
         device: `cuda` where there is one, else `cpu`.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16 or auto, see `load`.
         loaded: model and processor that are there already; the folder then only holds what is known of the city.
 
     Raises:
