@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from addressvlm.models.base import load, locate, one_dimensional
+from addressvlm.models.base import load, locate, one_dimensional, placed
 
 Turn = dict[str, Any]
 
@@ -70,7 +70,7 @@ class ChatModel:
         self.folder = Path(folder if loaded else locate(str(folder)))
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, self.processor = loaded or load(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
-        self.model = model.to(self.device).eval()
+        self.model = placed(model, self.device).eval()
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:

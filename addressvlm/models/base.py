@@ -12,6 +12,7 @@ from addressvlm.models import block_attention
 from addressvlm.models.parts import parts_of
 
 PLAIN_ATTENTION = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3")  # all earlier tokens, nothing else
+MANY = 8  # convolutions of a vision encoder that is made of them; a transformer has one
 TOY_BASE = Path(__file__).parents[1] / "demo" / "base"
 
 
@@ -74,6 +75,14 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def placed(model: Any, device: str | torch.device) -> Any:
+    """The model on a device, laid out for it: on a CPU, channels come last in an encoder that is made of convolutions."""
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+    if torch.device(device).type == "cpu" and convolutions > MANY:
+        model.to(memory_format=torch.channels_last)  # a fifth off a ResNet's time
+    return model.to(device)
 
 
 def one_dimensional(model: Any) -> bool:
