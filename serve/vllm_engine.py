@@ -25,6 +25,7 @@ from addressvlm.answers.beliefs import Beliefs, Localization
 from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.texts import Completion, Piece, TokenScore
 from addressvlm.config_labels import LabelsConfig
+from addressvlm.files import fetched_model
 from addressvlm.labels.vllm_server import serving
 from addressvlm.models.export import for_vllm
 from addressvlm.questions import ADDRESS_QUESTION
@@ -43,7 +44,7 @@ class VllmModel:
     """What `serve.model.Model` does, by a vLLM server of the one city's merged model."""
 
     def __init__(self, settings: ServiceSettings, cities: Sequence[City]) -> None:
-        self.folder, self.records = cities[0].folder, Records()
+        self.folder, self.records = fetched_model(cities[0].folder), Records()
         self.gazetteer, self.calibration = cities[0].gazetteer(), Calibration.load(self.folder)
         self.ends, self.side = _ends(self.folder), _side(self.folder)
         self.turns = asyncio.Semaphore(SCORED_TOGETHER)
