@@ -48,7 +48,9 @@ class LabelsConfig(Strict):
     gpus_per_worker: float = Field(0.0, ge=0)  # for `local` and for the server of `vllm`, which needs all of `tensor_parallel`
     temperature: float = Field(0.0, ge=0)  # 0 is greedy; a text that failed is asked again with the reason
     batch_size: int = Field(8, ge=1)  # for `local`: rows at a time
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # for `local` and `vllm`; auto: bfloat16 where there is a GPU
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # for `local` and `vllm`; auto: bfloat16 where the processor is made for it
+    )
     tensor_parallel: int = Field(1, ge=1)  # for `vllm`: GPUs that share the model
     vllm_python: str | None = None  # interpreter that has vLLM, default: this one
     vllm_arguments: list[str] = []  # further arguments of its server, such as --gpu-memory-utilization=0.8

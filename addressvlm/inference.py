@@ -116,7 +116,9 @@ class Localizer(ChatModel):
         return [Beliefs(gazetteer.addresses, row + extra) for row, extra in zip(scores, weights, strict=True)]
 
     def address_scores(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """ln p of each address of the gazetteer as the answer to its question, float64 (images, addresses).
+        """ln p that the answer begins as only this address of the gazetteer does, float64 (images, addresses).
+
+        What follows such a beginning by itself (`Forbes` -> ` Avenue, Oakland`) is not looked at.
 
         Raises:
             InputError: the folder has no gazetteer, or one without addresses.
@@ -213,7 +215,7 @@ class Localizer(ChatModel):
     def _address_scorer(self) -> Scorer:
         gazetteer = self.known_city()
         if self._scorer is None:
-            self._scorer = Scorer(self, self.trie([a.text() for a in gazetteer.addresses]))
+            self._scorer = Scorer(self, self.trie([a.text() for a in gazetteer.addresses]).beginnings())
         return self._scorer
 
     def _score(self, scorer: Scorer, photos: list[tuple[Image.Image, Seen]]) -> None:

@@ -1,6 +1,6 @@
 """What `service.py` compares: servers as processes of their own on free ports, and the bare engine in a process.
 
-Every server gets the same model folder, float32, and as many threads as the others.
+Every server gets the same model folder, the same wish for a dtype, and as many threads as the others.
 """
 
 import base64
@@ -98,11 +98,12 @@ class Server:
 class Ours(Server):
     """The service of this repository, as `serve run` starts it from a YAML file."""
 
-    def __init__(self, folder: Path, threads: int, work: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, threads: int, dtype: str, work: Path, **settings: Any) -> None:
         command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", "local", str(work / "ours.yaml")]
         super().__init__("ours", command, "/healthz", "addressvlm", threads, work / "ours.log")
         args = {
             "model": str(folder),
+            "dtype": dtype,
             "num_cpus": threads,
             "max_replicas": 1,
             "batch_size": BATCH,
@@ -122,19 +123,19 @@ class Ours(Server):
         return f"{best['street']}, {best['district']}"
 
 
-def transformers_serve(folder: Path, threads: int, work: Path) -> Server:
+def transformers_serve(folder: Path, threads: int, dtype: str, work: Path) -> Server:
     """`transformers serve`, as it comes."""
     cli = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
-    options = ["--host", "127.0.0.1", "--port", "{port}", "--device", "cpu", "--dtype", "float32"]
+    options = ["--host", "127.0.0.1", "--port", "{port}", "--device", "cpu", "--dtype", dtype]
     return Server(
         "transformers serve", [*cli, "serve", str(folder), *options], "/health", str(folder), threads, work / "transformers.log"
     )
 
 
-def vllm(folder: Path, threads: int, work: Path, python: str) -> Server:
+def vllm(folder: Path, threads: int, dtype: str, work: Path, python: str) -> Server:
     """vLLM's OpenAI server from its own environment."""
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "model"]
-    options = ["--host", "127.0.0.1", "--port", "{port}", "--dtype", "float32", "--gpu-memory-utilization", "0.2"]
+    options = ["--host", "127.0.0.1", "--port", "{port}", "--dtype", dtype, "--gpu-memory-utilization", "0.2"]
     limits = ["--max-model-len", "1024", "--max-num-seqs", str(BATCH)]
     server = Server("vllm", [*command, *options, *limits], "/health", "model", threads, work / "vllm.log")
     server.environment["PYTHONPATH"] = ""
@@ -146,9 +147,9 @@ class Bare:
 
     name = "bare engine"
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, dtype: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, __file__, str(folder)]
+        command = [sys.executable, __file__, str(folder), dtype]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def __enter__(self) -> Self:
@@ -165,13 +166,13 @@ class Bare:
         return json.loads(self.process.stdout.readline())
 
 
-def _bare(folder: str) -> None:
+def _bare(folder: str, dtype: str) -> None:
     """The process behind `Bare`: a line of paths in, a line of seconds out."""
     from PIL import Image
 
     from addressvlm.inference import Localizer
 
-    localizer = Localizer(folder)
+    localizer = Localizer(folder, dtype=dtype)
     for line in sys.stdin:
         photos = [Path(photo).read_bytes() for photo in json.loads(line)]
         wall, cpu = time.perf_counter(), time.process_time()
@@ -196,4 +197,4 @@ def _checked(response: httpx.Response) -> Any:
 
 
 if __name__ == "__main__":
-    _bare(sys.argv[1])
+    _bare(sys.argv[1], sys.argv[2])

@@ -128,13 +128,15 @@ def run(args: argparse.Namespace) -> list[Measured]:
             open_now.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)) if not args.logs else args.logs
         )
         work.mkdir(exist_ok=True, parents=True)
-        makers: list[Callable[[], Server]] = [lambda: Ours(args.folder, args.threads, work, **json.loads(args.settings))]
+        makers: list[Callable[[], Server]] = [
+            lambda: Ours(args.folder, args.threads, args.dtype, work, **json.loads(args.settings))
+        ]
         if not args.without_transformers:
-            makers.append(lambda: transformers_serve(args.folder, args.threads, work))
+            makers.append(lambda: transformers_serve(args.folder, args.threads, args.dtype, work))
         if args.vllm_python:
-            makers.append(lambda: vllm(args.vllm_folder or args.folder, args.threads, work, args.vllm_python))
+            makers.append(lambda: vllm(args.vllm_folder or args.folder, args.threads, args.dtype, work, args.vllm_python))
         servers = [open_now.enter_context(make()) for make in makers]
-        bare = open_now.enter_context(Bare(args.folder, args.threads))
+        bare = open_now.enter_context(Bare(args.folder, args.threads, args.dtype))
         for workload, number, chosen in portions(photos, sizes, args.rounds):
             requests = requests_of(workload, chosen, gazetteer, random.Random(f"{SEED}{workload}{number}"))
             for server in servers:
@@ -178,6 +180,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2, help="of each contestant's model")
+    parser.add_argument("--dtype", default="auto", help="of all contestants; auto: what each takes by itself")
     parser.add_argument("--workloads", nargs="+", default=["localize", "chat", "dialogue"])
     parser.add_argument("--settings", default="{}", help="further settings of our service, as JSON")
     parser.add_argument("--without-transformers", action="store_true")

@@ -50,7 +50,7 @@ class ServiceSettings(BaseModel):
     engine: Literal["transformers", "vllm"] = "transformers"
     vllm_python: str | None = None  # the Python that has vllm, if it is another one
     vllm_options: Names = []  # further arguments of vllm's server, such as --gpu-memory-utilization,0.8
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the processor has instructions for it
     trust_remote_code: bool = False
     exact_answers: bool = True  # chat: questions for the address are answered by the probabilities, not in free words
 

@@ -24,6 +24,7 @@ from addressvlm import InputError
 from addressvlm.answers.beliefs import Beliefs, Localization
 from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.texts import Completion, Piece, TokenScore
+from addressvlm.answers.trie import Trie
 from addressvlm.config_labels import LabelsConfig
 from addressvlm.files import fetched_model
 from addressvlm.labels.vllm_server import serving
@@ -115,12 +116,12 @@ class VllmModel:
         await self.client.models.list(timeout=20)
 
     async def _scores(self, photo: str, answers: Sequence[str]) -> np.ndarray:
-        """ln p of each answer and its end after the photo and the question for the address, float64 (answers,)."""
+        """ln p of each answer after the photo and the question for the address, see `told_apart`, float64 (answers,)."""
         parts = [{"type": "image_url", "image_url": {"url": photo}}, {"type": "text", "text": ADDRESS_QUESTION}]
         turn = {"role": "user", "content": parts}
         before = (await self._read([turn], True))[0]
         told = await asyncio.gather(*(self._read([turn, {"role": "assistant", "content": a}], False) for a in answers))
-        return np.array([tail_score(before, tokens, log_p, self.ends) for tokens, log_p in told])
+        return told_apart([tail(before, tokens, log_p, self.ends) for tokens, log_p in told])
 
     async def _read(self, messages: list[dict[str, Any]], ask: bool) -> tuple[list[int], list[Any]]:
         """The prompt's tokens, and for each of them what the model thought of it."""
@@ -154,8 +155,8 @@ class VllmDeployment(VllmModel):
         self.open.close()
 
 
-def tail_score(before: Sequence[int], tokens: Sequence[int], log_p: Sequence[Any], ends: set[int]) -> float:
-    """ln p of what follows a prompt's tokens up to the first end, from vLLM's prompt log-probabilities.
+def tail(before: Sequence[int], tokens: Sequence[int], log_p: Sequence[Any], ends: set[int]) -> list[tuple[int, float]]:
+    """What follows a prompt's tokens up to the first end: each token and its ln p, from vLLM's prompt log-probabilities.
 
     Args:
         before: the tokens of the prompt alone.
@@ -163,7 +164,14 @@ def tail_score(before: Sequence[int], tokens: Sequence[int], log_p: Sequence[Any
     """
     start = next((at for at, (a, b) in enumerate(zip(before, tokens, strict=False)) if a != b), min(len(before), len(tokens)))
     stop = next((at + 1 for at in range(start, len(tokens)) if tokens[at] in ends), len(tokens))
-    return sum(float(log_p[at][str(tokens[at])]["logprob"]) for at in range(start, stop))
+    return [(tokens[at], float(log_p[at][str(tokens[at])]["logprob"])) for at in range(start, stop)]
+
+
+def told_apart(answers: Sequence[Sequence[tuple[int, float]]]) -> np.ndarray:
+    """ln p of as much of each answer as tells it from the other ones, as `Localizer.address_scores`, float64 (answers,)."""
+    trie = Trie.build([[token for token, _ in answer] for answer in answers]).beginnings()
+    lengths = trie.depths[trie.ends].tolist()
+    return np.array([sum(log_p for _, log_p in answer[:n]) for answer, n in zip(answers, lengths, strict=True)])
 
 
 def _request(question: Question) -> dict[str, Any]:

@@ -118,12 +118,12 @@ def log_likelihoods(localizer, image, question, answers):
     return Scorer(localizer, localizer.trie(answers)).score(prefix)[0]
 
 
-def naive_log_likelihood(localizer, image, question, answer):
-    """The whole conversation in one forward pass, nothing cached, the answer's tokens counted from the end."""
+def naive_log_likelihood(localizer, image, question, answer, first=None):
+    """Of the answer's `first` tokens (or all): the whole conversation in one forward pass, nothing cached."""
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     prompt = localizer.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
     text = prompt + answer + localizer.tokenizer.eos_token
     inputs = localizer.processor(text=[text], images=[image], return_tensors="pt")
     n = len(localizer.tokenizer(answer + localizer.tokenizer.eos_token)["input_ids"])
     log_p = torch.log_softmax(localizer.model(**inputs).logits[0, :-1].double(), dim=-1)
-    return log_p.gather(1, inputs["input_ids"][0, 1:, None])[-n:].sum()
+    return log_p.gather(1, inputs["input_ids"][0, 1:, None])[-n:][:first].sum()

@@ -51,6 +51,17 @@ def test_what_answers_share_is_there_once(sequences):
         assert len(trie.children(run[-1] if run else node)) != 1
 
 
+@given(TOKENS)
+@settings(deadline=None)
+def test_beginnings_are_as_long_as_it_takes_to_tell_answers_apart(sequences):
+    beginnings = Trie.build(sequences).beginnings()
+    for sequence, end in zip(sequences, beginnings.ends.tolist(), strict=True):
+        said, others = beginnings.path(end), [other for other in sequences if other != sequence]
+        assert said == sequence[: len(said)]
+        assert all(other[: len(said)] != said for other in others)
+        assert len(said) == 1 or any(other[: len(said) - 1] == said[:-1] for other in others)
+
+
 @given(TOKENS, st.integers(1, 12))
 @settings(deadline=None)
 def test_parts_cover_it(sequences, most):

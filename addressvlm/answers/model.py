@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from addressvlm.models.base import load, locate, one_dimensional
+from addressvlm.models.base import load, locate, one_dimensional, placed
 from addressvlm.stores import AnyPath, path_of
 
 Turn = dict[str, Any]
@@ -52,7 +52,7 @@ class ChatModel:
     Args:
         folder: a model folder, a hub name, or `toy`.
         device: `cuda` where there is one, else `cpu`.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16 or auto, see `load`.
         loaded: model and processor that are there already; the folder then only holds what is known of the city.
 
     Raises:
@@ -70,7 +70,7 @@ class ChatModel:
         self.folder = path_of(folder if loaded else locate(str(folder)))
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, self.processor = loaded or load(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
-        self.model = model.to(self.device).eval()
+        self.model = placed(model, self.device).eval()
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:

@@ -1,4 +1,4 @@
-"""Exact probabilities of all answers in a trie: what they share goes through the model once.
+"""Exact probabilities of all sequences in a trie: what they share goes through the model once.
 
 All nodes of a part of the trie are fed in one pass; a mask lets each see the prompt and the nodes before it on its own way
 only. Families that forget early tokens, or attend in another way, score one answer beside the other instead.

@@ -98,6 +98,15 @@ class Trie:
             following = self.children(run[-1])
         return run
 
+    def beginnings(self) -> "Trie":
+        """The tree of as much of each sequence as tells it from all others: what must follow by itself is left out."""
+        told_apart = []
+        for end in self.ends.tolist():
+            while self.parents[end] != ROOT and len(self.children(int(self.parents[end]))) == 1:
+                end = int(self.parents[end])
+            told_apart.append(self.path(end))
+        return Trie.build(told_apart)
+
     def path(self, node: int) -> list[int]:
         """The tokens from the root to a node."""
         tokens: list[int] = []

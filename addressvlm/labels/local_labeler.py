@@ -17,7 +17,7 @@ from addressvlm.config_labels import LabelsConfig
 from addressvlm.errors import InputError
 from addressvlm.labels.attempts import Attempts
 from addressvlm.labels.writer import Label, Request
-from addressvlm.models.base import local
+from addressvlm.models.base import dtype_of, local
 
 Messages = list[dict[str, Any]]
 
@@ -90,7 +90,7 @@ class SeeingWriter:
 
     def __init__(self, config: LabelsConfig) -> None:
         self.config = config
-        self.chat = ChatModel(config.model, dtype=_dtype(config))
+        self.chat = ChatModel(config.model, dtype=config.dtype)
 
     def write(self, conversations: Sequence[Messages], seed: int) -> list[str]:
         """See Writer."""
@@ -110,7 +110,7 @@ class ReadingWriter:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left")
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, _dtype(config)), use_safetensors=True)
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype_of(config.dtype), use_safetensors=True)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"labels.model {config.model} can't be loaded: {' '.join(str(error).split())[:300]}.") from error
         if not self.tokenizer.chat_template:
@@ -162,10 +162,6 @@ def _picture(url: str) -> Image.Image:
     except (OSError, ValueError, SyntaxError, binascii.Error) as error:
         raise InputError(f"an image to label can't be decoded ({error}): make the table again.") from None
     return image
-
-
-def _dtype(config: LabelsConfig) -> str:
-    return ("bfloat16" if torch.cuda.is_available() else "float32") if config.dtype == "auto" else config.dtype
 
 
 def _seed(rows: Any) -> int:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from addressvlm.config_training import StageConfig
+from addressvlm.models.base import multiplies_bfloat16
 from addressvlm.models.lora import trainable
 from addressvlm.models.parts import part_of, parts_of
 from addressvlm.training.collate import IGNORE
@@ -54,16 +55,9 @@ def autocast(device: torch.device, weights: torch.dtype, precision: str) -> torc
         weights: dtype of the base model; with bfloat16 weights beside float32 adapters the products are in bfloat16.
         precision: float32, bfloat16, or auto, which is bfloat16 where the device multiplies it faster than float32.
     """
-    wanted = _multiplies_bfloat16(device) if precision == "auto" else precision == "bfloat16"
+    wanted = multiplies_bfloat16(device) if precision == "auto" else precision == "bfloat16"
     wanted = wanted or weights == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:

@@ -13,7 +13,7 @@ from addressvlm.config_training import Data, Part, SystemConfig
 from addressvlm.errors import InputError
 from addressvlm.files import replaced
 from addressvlm.models import load
-from addressvlm.models.base import context_of, one_dimensional, packs
+from addressvlm.models.base import context_of, one_dimensional, packs, placed
 from addressvlm.models.card import write_cards
 from addressvlm.models.lora import attach, export, load_adapter_state
 from addressvlm.run import Run, slug
@@ -27,7 +27,6 @@ from addressvlm.training.snapshot import Best, Snapshot, better
 from addressvlm.training.strategy import CUT, Strategy, shared
 from addressvlm.training.validation import Validation
 
-MANY = 8  # convolutions of a vision encoder that is made of them; a transformer has one
 Report = Callable[[dict[str, Any], Snapshot | None], None]
 
 
@@ -201,10 +200,7 @@ def equip(base: Any, config: Config, device: torch.device) -> tuple[Any, dict[Pa
     packed = packs(base, config.train.packing, device, config.model.base)
     torch.manual_seed(config.seed)  # of LoRA's random halves
     model, parts = attach(base, config.model)
-    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in base.get_submodule(parts["vision"]).modules())
-    if device.type == "cpu" and convolutions > MANY:
-        model.to(memory_format=torch.channels_last)  # a fifth off a ResNet's time
-    return model if _cut(config) else model.to(device), parts, packed
+    return model if _cut(config) else placed(model, device), parts, packed
 
 
 def save(config: Config, model: Any, system: str, adapter: dict[str, torch.Tensor], best: Best | None) -> None:
