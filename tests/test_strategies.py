@@ -22,6 +22,8 @@ from addressvlm.training.system import train_system
 from tests.cities import keeping, table_rows, trained_config
 from tests.tiny import tiny_llava
 
+pytestmark = pytest.mark.xdist_group("strategies")
+
 SYSTEM = "AddressVLM"
 KINDS = ("ddp", "fsdp2", "zero2", "zero3")
 STEPS = 5  # of each of the two stages

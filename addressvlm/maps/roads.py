@@ -118,7 +118,7 @@ def write_roads(path: AnyPath, roads: Sequence[Feature], lat: NDArray[np.float64
 def _write(file: Path, kept: Sequence[Feature], columns: list[NDArray[np.object_]]) -> None:
     pyogrio.raw.write(
         file, shapely.to_wkb([road.shape for road in kept]), columns, COLUMNS,
-        driver="FlatGeobuf", geometry_type="Unknown", crs="EPSG:4326", SPATIAL_INDEX="NO",
+        layer="roads", driver="FlatGeobuf", geometry_type="Unknown", crs="EPSG:4326", SPATIAL_INDEX="NO",
     )  # fmt: skip
 
 

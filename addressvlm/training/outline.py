@@ -98,7 +98,7 @@ def _guessed(base: Any, encoder: Any, adapter: Any, image: dict[str, torch.Tenso
     """Two operations a weight and patch and pass, and sixteen kept numbers a channel, layer and patch, or one."""
     config = encoder.config
     patch, width = getattr(config, "patch_size", 16), config.hidden_size
-    depth = int(getattr(config, "num_hidden_layers", None) or getattr(config, "depth", 12))
+    depth = getattr(config, "num_hidden_layers", 0) or getattr(config, "depth", 12)
     patches = image["pixel_values"].numel() / (3 * patch**2)
     weights = sum(p.numel() for p in [*encoder.parameters(), *adapter.parameters()])
     passes = 3 if any(p.requires_grad for p in [*encoder.parameters(), *adapter.parameters()]) else 1
