@@ -172,15 +172,6 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(tmp_p
     assert same(weights(config), weights(pair))
 
 
-def test_zero2_learns_alike_and_resumes(tmp_path: Path, base: Path, pair: Config) -> None:
-    config = ready(tmp_path, base, workers=2, strategy="zero2")
-    with killing(config, a_worker) as then:
-        train.run_step(config, False, [SYSTEM])
-    assert went_on(config, then)
-    assert curve(config) == pytest.approx(curve(pair), rel=0.01)
-    assert (Run(config).model(SYSTEM) / "merged" / "model.safetensors").is_file()
-
-
 def test_a_killed_job_goes_on_when_the_command_is_given_again(tmp_path: Path, base: Path, alone: Config) -> None:
     config = ready(tmp_path, base, workers=1)
     file = tmp_path / "small.yaml"
