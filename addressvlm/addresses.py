@@ -8,7 +8,6 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import shapely
@@ -17,6 +16,7 @@ from shapely.geometry.base import BaseGeometry
 from addressvlm.errors import InputError
 from addressvlm.names import NameIndex
 from addressvlm.nearby import NearNames
+from addressvlm.stores import AnyPath
 
 GAZETTEER = "gazetteer.geojson"  # in the folder of a dataset or a model
 
@@ -118,7 +118,7 @@ class Gazetteer:
         """The one district named in free text, under any of its names; None if there is none or if there are several."""
         return self._district_index.find(text)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: AnyPath) -> None:
         """Write as GeoJSON: one feature a street, one a district; unknown shapes are null."""
         districts_of = defaultdict(list)
         for address in self.addresses:
@@ -134,17 +134,17 @@ class Gazetteer:
         ]
         tree = {"type": "FeatureCollection", "city": self.city, "attribution": self.attribution, "features": []}
         lines = ",\n".join(json.dumps(feature, ensure_ascii=False) for feature in features)
-        Path(path).write_text(json.dumps(tree, ensure_ascii=False)[:-2] + f"\n{lines}\n]}}\n", encoding="utf-8")
+        path.write_text(json.dumps(tree, ensure_ascii=False)[:-2] + f"\n{lines}\n]}}\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> "Gazetteer":
+    def load(cls, path: AnyPath) -> "Gazetteer":
         """Read what `save` wrote.
 
         Raises:
             InputError: the file is missing or is not a gazetteer.
         """
         try:
-            tree = json.loads(Path(path).read_text(encoding="utf-8"))
+            tree = json.loads(path.read_text(encoding="utf-8"))
             streets = [f for f in tree["features"] if f["properties"]["kind"] == "street"]
             districts = [f for f in tree["features"] if f["properties"]["kind"] == "district"]
             return cls(

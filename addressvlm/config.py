@@ -52,7 +52,7 @@ class Config(Strict):
     """The whole tree."""
 
     name: str = "demo"  # the run: everything it writes is in <storage>/<name>
-    storage: str = "runs"
+    storage: str = "runs"  # a folder, or the address of one in a store: s3://bucket/runs, gs://… (docs/storage.md)
     seed: int = 0
     city: CityConfig = CityConfig()
     tiles: TilesConfig = TilesConfig()

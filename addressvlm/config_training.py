@@ -86,15 +86,20 @@ class TrainConfig(Strict):
     """Ray Train: workers, strategy, stages, and the systems to train with them."""
 
     workers: int = Field(2, ge=1)
+    min_workers: int | None = Field(None, ge=1)  # go on with so few when nodes are lost; a step keeps its rows
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
-    strategy: Literal["ddp", "zero2"] = "ddp"  # zero2 is DeepSpeed
+    # One piece a worker. ddp: nothing; zero2 (DeepSpeed): gradients and optimizer state; fsdp2, zero3: weights too
+    strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = "ddp"
+    checkpoint_activations: bool = False  # keep each layer's input only and compute the rest twice: less memory, more time
     # Of the forward and backward pass; weights stay as they are. auto: bfloat16 where the processor has instructions for it
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # Several conversations in one row, without padding. auto: where attention goes block by block, that is, on CPUs
     packing: Literal["auto", "on", "off"] = "auto"
     cities: dict[str, float] = {}  # other runs of this storage to learn from too, or instead: name -> epochs in one epoch
     checkpoint_every: int = Field(50, ge=1)  # optimizer steps
+    keep_checkpoints: int = Field(2, ge=1)  # the last so many; each holds the adapter that validated best too
+    merge: Literal["last", "best"] = "last"  # which adapter becomes the model; best: by validation, A_ds or else A
     validate_every: int | None = Field(None, ge=1)  # optimizer steps; ask about photos of the split `val`
     validate_photos: int = Field(16, ge=1)  # a time, drawn by seed; each is asked all its questions
     trackers: list[
@@ -117,6 +122,10 @@ class TrainConfig(Strict):
 
     @model_validator(mode="after")
     def _names_exist(self) -> TrainConfig:
+        if self.min_workers and self.min_workers > self.workers:
+            raise ValueError(f"min_workers is {self.min_workers}, above workers, which is {self.workers}: lower it")
+        if self.merge == "best" and not self.validate_every:
+            raise ValueError("merge is best, which needs validation: set validate_every too")
         names = [s.name for s in self.systems]
         followers = [s.name for s in self.systems if s.equal_steps_to]
         if any(weight <= 0 for weight in self.cities.values()):

@@ -10,7 +10,6 @@ The pieces are in `addressvlm/answers/`; this module puts them together.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from addressvlm.answers.sight import Look, Seen, Sights, go_on, look_at
 from addressvlm.answers.trie import Trie
 from addressvlm.errors import InputError
 from addressvlm.questions import ADDRESS_QUESTION
+from addressvlm.stores import AnyPath
 
 __all__ = [
     "Beliefs", "Candidate", "Circle", "Completion", "Conversation", "Level", "Localization", "Localizer", "Piece", "Prior",
@@ -54,7 +54,7 @@ class Localizer(ChatModel):
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | AnyPath,
         device: str | None = None,
         dtype: str = "float32",
         trust_remote_code: bool = False,

@@ -3,12 +3,14 @@
 A step writes into a folder of its own and leaves `_done.json` there last, with the settings it used. A second run with
 the same settings skips the step; with other settings it stops and says which, so that nothing is mixed or lost. Until
 then the folder is called `<step>.partial`; a step made of shards (addressvlm/shards.py) goes on with what is in it.
+
+A store has no rename: there a step writes where it will stay, below a mark `_work/begun.json` that is put before anything
+else. A folder with that mark and without `_done.json` is unfinished, and nobody reads it.
 """
 
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 
 from addressvlm.config import Config
 from addressvlm.errors import InputError
+from addressvlm.files import remove_tree, whole
+from addressvlm.stores import AnyPath, StorePath, is_remote, path_of
 
 DONE = "_done.json"
 WORK = "_work"  # in a partial folder: what the finished step does not need
@@ -31,19 +35,21 @@ def slug(name: str) -> str:
 def named_model(flag: str) -> tuple[str, str]:
     """Name and folder of a flag `name=folder` or `folder`; without a name the folder's own (`x/merged` is called x)."""
     name, equals, folder = flag.partition("=")
-    path = Path(flag)
-    if equals and not path.is_dir():
+    path = path_of(flag)
+    if equals and (is_remote(folder) or not path.is_dir()):
         return name, folder
     return (path.parent.name if path.name == "merged" else path.name), flag
 
 
-def storage(configured: str) -> Path:
-    """The folder of all runs, absolute.
+def storage(configured: str) -> AnyPath:
+    """The folder of all runs: a URI, or an absolute path.
 
     A relative one is taken from the working directory; inside the copy that `ray job submit --working-dir` unpacks
     (which Ray deletes later) it is taken from `~/addressvlm` instead.
     """
-    path = Path(configured).expanduser()
+    path = path_of(configured)
+    if isinstance(path, StorePath):
+        return path
     if not path.is_absolute() and "working_dir_files" in Path.cwd().parts:
         path = Path.home() / "addressvlm" / path
     return Path(os.path.abspath(path))
@@ -70,28 +76,28 @@ class Run:
         self.metrics = self.folder / "metrics.json"
         self.report = self.folder / "report.html"
 
-    def model(self, system: str) -> Path:
+    def model(self, system: str) -> AnyPath:
         """The folder of a trained system (holds `adapter` and `merged`)."""
         return self.models / slug(system)
 
-    def journal(self, system: str) -> Path:
+    def journal(self, system: str) -> AnyPath:
         """The folder of a system's checkpoints and loss curve."""
         return self.training / slug(system)
 
 
-def is_done(folder: Path, settings: dict[str, Any], redo: bool = False) -> bool:
+def is_done(folder: AnyPath, settings: dict[str, Any], redo: bool = False) -> bool:
     """Whether a step finished with these settings; clears up what it no longer needs.
 
     Raises:
         InputError: it finished with other settings; names the first that differ.
     """
-    mark = Path(folder) / DONE
+    mark = folder / DONE
     if not mark.is_file() or redo:
         return False
     before = json.loads(mark.read_text())
     now = json.loads(json.dumps(settings))
     if before == now:
-        shutil.rmtree(Path(folder) / WORK, ignore_errors=True)
+        remove_tree(folder / WORK)
         return True
     changed = sorted(_differences(before, now))
     shown = ", ".join(changed[:3]) + (", …" if len(changed) > 3 else "")
@@ -106,18 +112,22 @@ def _differences(before: Any, now: Any, at: str = "") -> Iterator[str]:
         yield f"{at}: {before} -> {now}"
 
 
-def mark_done(folder: Path, settings: dict[str, Any]) -> None:
+def mark_done(folder: AnyPath, settings: dict[str, Any]) -> None:
     """Leave the mark that `is_done` looks for."""
-    _write_whole(Path(folder) / DONE, json.dumps(settings, indent=1))
+    _write_whole(folder / DONE, json.dumps(settings, indent=1))
 
 
-def claim(folder: Path, settings: dict[str, Any], redo: bool = False) -> None:
+def unfinished(folder: AnyPath) -> bool:
+    """Whether a step writes, or wrote and was killed, into this folder of a store."""
+    return isinstance(folder, StorePath) and (folder / BEGUN).is_file() and not (folder / DONE).is_file()
+
+
+def claim(folder: AnyPath, settings: dict[str, Any], redo: bool = False) -> None:
     """Begin or go on with something in `folder` that grows over several runs, such as a training.
 
     Raises:
         InputError: it was begun with other settings, or the folder can't be written.
     """
-    folder = Path(folder)
     try:
         if redo:
             _remove(folder, DONE)
@@ -129,17 +139,15 @@ def claim(folder: Path, settings: dict[str, Any], redo: bool = False) -> None:
 
 
 @contextmanager
-def writing(folder: Path, settings: dict[str, Any]) -> Iterator[Path]:
+def writing(folder: AnyPath, settings: dict[str, Any]) -> Iterator[AnyPath]:
     """Give a clean temporary folder; put it in place, marked done, when the block ends without an error.
 
     Raises:
         InputError: the place can't be written, or the disk is full.
     """
-    folder = Path(folder)
     partial = _partial(folder)
     try:
-        _remove(partial, BEGUN)
-        partial.mkdir(parents=True)
+        _begin(partial)
         yield partial
         _publish(partial, folder, settings)
     except OSError as error:
@@ -147,7 +155,7 @@ def writing(folder: Path, settings: dict[str, Any]) -> Iterator[Path]:
 
 
 @contextmanager
-def resuming(folder: Path, settings: dict[str, Any], redo: bool = False) -> Iterator[Path]:
+def resuming(folder: AnyPath, settings: dict[str, Any], redo: bool = False) -> Iterator[AnyPath]:
     """Like `writing`, but the temporary folder keeps what an earlier attempt with the same settings left in it.
 
     With `redo` only an attempt that was to redo the step as well is gone on with.
@@ -155,54 +163,65 @@ def resuming(folder: Path, settings: dict[str, Any], redo: bool = False) -> Iter
     Raises:
         InputError: the place can't be written, or the disk is full.
     """
-    folder = Path(folder)
     partial = _partial(folder)
     now = json.loads(json.dumps({"settings": settings, "redo": redo}))
     try:
         if not _goes_on(partial, now):
-            _remove(partial, BEGUN)
-            (partial / WORK).mkdir(parents=True)
+            _begin(partial)
             _write_whole(partial / BEGUN, json.dumps(now))
         yield partial
         _publish(partial, folder, settings)
-        shutil.rmtree(folder / WORK)
     except OSError as error:
         raise storage_error(error, folder) from error
 
 
-def _partial(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".partial")
+def _partial(folder: AnyPath) -> AnyPath:
+    return folder if isinstance(folder, StorePath) else folder.with_name(folder.name + ".partial")
 
 
-def _goes_on(partial: Path, now: dict[str, Any]) -> bool:
+def _begin(partial: AnyPath) -> None:
+    """Clear the folder in which something is to be made."""
+    if isinstance(partial, Path):
+        _remove(partial, BEGUN)
+        (partial / WORK).mkdir(parents=True)
+        return
+    _write_whole(partial / BEGUN, "{}")
+    (partial / DONE).unlink(missing_ok=True)
+    for old, _ in partial.walk_files():
+        if old != partial / BEGUN:
+            old.unlink(missing_ok=True)
+
+
+def _goes_on(partial: AnyPath, now: dict[str, Any]) -> bool:
     """Whether what was begun there is what is wanted now."""
     try:
         before = json.loads((partial / BEGUN).read_text())
     except (OSError, ValueError):
         return False
-    return bool(before["settings"] == now["settings"] and (before["redo"] or not now["redo"]))
+    return bool(before.get("settings") == now["settings"] and (before["redo"] or not now["redo"]))
 
 
-def _remove(folder: Path, mark: str) -> None:
+def _remove(folder: AnyPath, mark: str) -> None:
     """Remove a folder, first the mark by which it would count as something."""
     (folder / mark).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_tree(folder)
 
 
-def _publish(partial: Path, folder: Path, settings: dict[str, Any]) -> None:
+def _publish(partial: AnyPath, folder: AnyPath, settings: dict[str, Any]) -> None:
     mark_done(partial, settings)
-    _remove(folder, DONE)
-    partial.rename(folder)
+    if isinstance(partial, Path) and isinstance(folder, Path):
+        _remove(folder, DONE)
+        partial.rename(folder)
+    remove_tree(folder / WORK)
 
 
-def _write_whole(path: Path, text: str) -> None:
+def _write_whole(path: AnyPath, text: str) -> None:
     """Write a file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
+    with whole(path) as temporary:
+        temporary.write_text(text)
 
 
-def storage_error(error: OSError, folder: Path) -> Exception:
+def storage_error(error: OSError, folder: AnyPath) -> Exception:
     """The sentence for an error of writing to a folder; other errors come back as they are."""
     if error.errno in (1, 2, 13, 17, 20, 30):  # EPERM, ENOENT, EACCES, EEXIST, ENOTDIR, EROFS
         return InputError(f"{folder} can't be written ({error.strerror}): set `storage` to a folder you may write.")

@@ -1,13 +1,12 @@
 """Tables made shard by shard, so that an interrupted step goes on where it was and any number of workers can share it.
 
 A shard is a run of rows of an input table. What is made of it goes into files `<split>-NNNNN.parquet` under the shard's
-number, each under a temporary name until it is whole; a mark `_work/shards/NNNNN.json` comes last. The mark holds a
-fingerprint of what the shard was made from, and counts for as long as that is the same and the files are there.
+number, each of which appears whole; a mark `_work/shards/NNNNN.json` comes last. The mark holds a fingerprint of what the
+shard was made from, and counts for as long as that is the same and the files are there.
 """
 
 import hashlib
 import json
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,13 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from addressvlm import tables
+from addressvlm.files import TEMPORARY, Whole, parquet, whole
 from addressvlm.run import WORK, storage_error
+from addressvlm.stores import AnyPath, path_of
 
 Rows = list[dict[str, Any]]
 Summary = dict[str, Any]
 
 MARKS = f"{WORK}/shards"
-TEMPORARY = ".tmp"
 TAIL = 65536  # bytes; the end of a Parquet file holds the sizes and extremes of all its columns
 
 
@@ -45,14 +45,14 @@ class Shard:
 
     def _rows(self, columns: list[str] | None) -> Iterator[dict[str, Any]]:
         for file, first, last in self.groups:
-            with pq.ParquetFile(file) as parquet:
+            with parquet(path_of(file)) as opened:
                 for group in range(first, last):
-                    for batch in parquet.iter_batches(tables.ROWS_PER_GROUP, row_groups=[group], columns=columns):
+                    for batch in opened.iter_batches(tables.ROWS_PER_GROUP, row_groups=[group], columns=columns):
                         yield from batch.to_pylist()
 
     def fingerprint(self) -> str:
         """Changes when the rows do."""
-        return _digest([[*_end(Path(file)), first, last] for file, first, last in self.groups])
+        return _digest([[*_end(path_of(file)), first, last] for file, first, last in self.groups])
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Work:
     made_from_rows: Callable[[Iterable[dict[str, Any]]], str] | None = None
 
 
-def plan(folder: Path, split: str, rows: int) -> list[Shard]:
+def plan(folder: AnyPath, split: str, rows: int) -> list[Shard]:
     """The shards of a table, of about `rows` rows: of whole row groups, and of one file unless files are smaller.
 
     Raises:
@@ -91,7 +91,7 @@ def plan(folder: Path, split: str, rows: int) -> list[Shard]:
     return plan_files(tables.files(folder, split), rows)
 
 
-def plan_files(files: Iterable[Path], rows: int) -> list[Shard]:
+def plan_files(files: Iterable[AnyPath], rows: int) -> list[Shard]:
     """The same of Parquet files."""
     shards: list[Shard] = []
     groups: list[tuple[str, int, int]] = []
@@ -104,7 +104,8 @@ def plan_files(files: Iterable[Path], rows: int) -> list[Shard]:
         groups, count = [], 0
 
     for file in files:
-        about = pq.read_metadata(file)
+        with parquet(file) as opened:
+            about = opened.metadata
         if count + about.num_rows > rows:
             close()
         for group in range(about.num_row_groups):
@@ -120,17 +121,19 @@ def plan_files(files: Iterable[Path], rows: int) -> list[Shard]:
     return shards
 
 
-def tidy(folder: Path, shards: int) -> None:
-    """Remove what is left of other plans and of writers that were stopped."""
+def tidy(folder: AnyPath, shards: int, made: Iterable[Summary] | None = None) -> None:
+    """Remove what is left of other plans and of writers that were stopped; when all shards are made, all but their files."""
+    kept = None if made is None else {name for summary in made for name in summary["files"]}
     (folder / MARKS).mkdir(parents=True, exist_ok=True)
     for path in [*folder.glob("*"), *folder.glob(f"{MARKS}/*")]:
         number = path.stem.rpartition("-")[2]
         stale = number.isdigit() and int(number) >= shards and path.suffix in (".parquet", ".json")
+        stale |= kept is not None and number.isdigit() and path.suffix == ".parquet" and path.name not in kept
         if path.suffix == TEMPORARY or stale:
             path.unlink(missing_ok=True)
 
 
-def make(shard: Shard, folder: Path, work: Work) -> Summary:
+def make(shard: Shard, folder: AnyPath, work: Work) -> Summary:
     """Make the shard's files in `folder`, unless its mark is there, and return the mark.
 
     It has the keys number, rows, written (rows by split), rejects, counts.
@@ -145,8 +148,6 @@ def make(shard: Shard, folder: Path, work: Work) -> Summary:
     if kept:
         return kept
     mark.unlink(missing_ok=True)
-    for stale in folder.glob(f"*-{shard.number:05d}.parquet"):
-        stale.unlink(missing_ok=True)
     summary: Summary = {"number": shard.number, "rows": shard.rows, "made_from": made_from, "rejects": [], "counts": {}}
     with _Files(folder, shard.number, work.schema) as files:
         for batch in shard.batches(work.columns):
@@ -161,15 +162,15 @@ def make(shard: Shard, folder: Path, work: Work) -> Summary:
     return summary
 
 
-def forget(folder: Path, summaries: Iterable[Summary]) -> None:
+def forget(folder: AnyPath, summaries: Iterable[Summary]) -> None:
     """Take away the marks of these shards, so that they are made again."""
     for summary in summaries:
         (folder / MARKS / f"{summary['number']:05d}.json").unlink(missing_ok=True)
 
 
 def sources_fingerprint(*sources: str | None) -> str:
-    """Changes when one of these files does; what is no local file is known by its name."""
-    return _digest([_end(Path(s)) if s and Path(s).is_file() else [s] for s in sources])
+    """Changes when one of these files does, in a store too; what is no file is known by its name."""
+    return _digest([_end(path_of(s)) if s and _is_file(s) else [s] for s in sources])
 
 
 def files_fingerprint(paths: Iterable[str]) -> str:
@@ -178,14 +179,20 @@ def files_fingerprint(paths: Iterable[str]) -> str:
 
 
 def _changed(path: str) -> list[int]:
+    file = path_of(path)
     try:
-        about = Path(path).stat()
+        about = file.stat() if isinstance(file, Path) else None
     except (OSError, ValueError):  # absent, or no local file
         return []
-    return [about.st_size, about.st_mtime_ns]
+    return [about.st_size, about.st_mtime_ns] if about else []
 
 
-def _end(path: Path) -> list[Any]:
+def _is_file(source: str) -> bool:
+    """Whether it can be read: in a store that holds runs; an address of http and the like is known by its name alone."""
+    return source.partition("://")[0] not in ("http", "https") and "{" not in source and path_of(source).is_file()
+
+
+def _end(path: AnyPath) -> list[Any]:
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - TAIL))
@@ -196,7 +203,7 @@ def _digest(what: Any) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
-def _kept(mark: Path, folder: Path, made_from: str) -> Summary | None:
+def _kept(mark: AnyPath, folder: AnyPath, made_from: str) -> Summary | None:
     """The mark of an earlier attempt if it holds for what is to be made now."""
     try:
         summary: Summary = json.loads(mark.read_text())
@@ -209,9 +216,9 @@ def _kept(mark: Path, folder: Path, made_from: str) -> Summary | None:
 class _Files:
     """The Parquet files of one shard; a block that ends with an error leaves none of them."""
 
-    def __init__(self, folder: Path, number: int, schema: pa.Schema) -> None:
+    def __init__(self, folder: AnyPath, number: int, schema: pa.Schema) -> None:
         self.folder, self.number, self.schema = folder, number, schema
-        self._open: dict[str, tuple[Path, pq.ParquetWriter]] = {}
+        self._open: dict[str, tuple[Whole, pq.ParquetWriter]] = {}
         self._waiting: dict[str, Rows] = {}
         self._written: dict[str, int] = {}
 
@@ -219,9 +226,9 @@ class _Files:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for path, writer in self._open.values():
+        for file, writer in self._open.values():
             writer.close()
-            path.unlink(missing_ok=True)
+            file.discard()
 
     def add(self, split: str, rows: Rows) -> None:
         """Append rows; whole row groups are written at once."""
@@ -239,30 +246,27 @@ class _Files:
         sizes = {}
         try:
             for split in list(self._open):
-                path, writer = self._open[split]
+                file, writer = self._open[split]
                 writer.close()
-                name = f"{split}-{self.number:05d}.parquet"
-                sizes[name] = path.stat().st_size
-                path.rename(self.folder / name)
+                sizes[file.target.name] = file.publish()
                 del self._open[split]
         except OSError as error:
             raise storage_error(error, self.folder) from error
         return {"written": self._written, "files": sizes}
 
-    def mark(self, path: Path, summary: Summary) -> None:
+    def mark(self, path: AnyPath, summary: Summary) -> None:
         """Write the mark, whole or not at all."""
-        temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}{TEMPORARY}")
         try:
-            temporary.write_text(json.dumps(summary))
-            temporary.rename(path)
+            with whole(path) as temporary:
+                temporary.write_text(json.dumps(summary))
         except OSError as error:
             raise storage_error(error, self.folder) from error
 
     def _write(self, split: str, rows: Rows) -> None:
         try:
             if split not in self._open:
-                path = self.folder / f"{split}-{self.number:05d}.{uuid.uuid4().hex}{TEMPORARY}"
-                self._open[split] = (path, pq.ParquetWriter(path, self.schema))
+                file = Whole(self.folder / f"{split}-{self.number:05d}.parquet")
+                self._open[split] = (file, pq.ParquetWriter(file.path, self.schema))
             self._open[split][1].write_table(pa.Table.from_pylist(rows, schema=self.schema))
         except OSError as error:
             raise storage_error(error, self.folder) from error

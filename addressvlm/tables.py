@@ -6,13 +6,16 @@ A table is a folder of `<split>-NNNNN.parquet` files. Every table that a model l
 
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from addressvlm.errors import InputError
+from addressvlm.files import parquet, whole
+from addressvlm.run import unfinished
+from addressvlm.stores import AnyPath, files_in
 
 ROWS_PER_GROUP = 64  # a reader that wants one row reads this many images
 
@@ -128,61 +131,58 @@ REJECTS = pa.schema(
 )
 
 
-def files(folder: Path, split: str) -> list[Path]:
-    """The files of one split, in order.
+def files(folder: AnyPath, split: str) -> list[Any]:
+    """The files of one split, in order, `Path` or `StorePath` as the folder is.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or the step that writes them has not finished.
     """
-    found = sorted(Path(folder).glob(f"{split}-*.parquet"))
-    if not found:
+    found = files_in(folder, f"{split}-*.parquet")
+    if not found or unfinished(folder):
         raise InputError(f"no table {folder}/{split}-*.parquet: run the step that writes it, or give another folder.")
     return found
 
 
-def count(folder: Path, split: str) -> int:
+def count(folder: AnyPath, split: str) -> int:
     """Number of rows of a split; 0 if the split has no files."""
-    return sum(pq.read_metadata(f).num_rows for f in sorted(Path(folder).glob(f"{split}-*.parquet")))
+    return sum(rows_of(file) for file in files_in(folder, f"{split}-*.parquet"))
 
 
-def read(folder: Path, split: str, columns: list[str] | None = None) -> pa.Table:
+def rows_of(file: AnyPath) -> int:
+    """Number of rows of a Parquet file."""
+    with parquet(file) as opened:
+        return int(opened.metadata.num_rows)
+
+
+def read(folder: AnyPath, split: str, columns: list[str] | None = None) -> pa.Table:
     """A split as one table; name the columns where images are not wanted."""
-    return pa.concat_tables([pq.read_table(f, columns=columns) for f in files(folder, split)])
+    return pa.concat_tables([read_file(file, columns) for file in files(folder, split)])
 
 
-def rows(folder: Path, split: str, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+def read_file(file: AnyPath, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file as one table."""
+    with parquet(file) as opened:
+        return opened.read(columns=columns)
+
+
+def rows(folder: AnyPath, split: str, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """A split row by row, one row group in memory at a time."""
     for file in files(folder, split):
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns):
+        with parquet(file) as opened:
+            for batch in opened.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns):
                 yield from batch.to_pylist()
 
 
-def write(folder: Path, split: str, items: Iterable[dict[str, Any]], schema: pa.Schema, rows_per_file: int = 2048) -> int:
+def write(folder: AnyPath, split: str, items: Iterable[dict[str, Any]], schema: pa.Schema, rows_per_file: int = 2048) -> int:
     """Write rows as `<split>-NNNNN.parquet`, return how many; memory holds one row group."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    written, writer = 0, None
-    group: list[dict[str, Any]] = []
-
-    def flush() -> None:
-        nonlocal writer, written, group
-        if not group:
-            return
-        if writer is None:
-            writer = pq.ParquetWriter(folder / f"{split}-{written // rows_per_file:05d}.parquet", schema)
-        writer.write_table(pa.Table.from_pylist(group, schema=schema))
-        written += len(group)
-        group = []
-        if written % rows_per_file == 0:
-            writer.close()
-            writer = None
-
-    for item in items:
-        group.append(item)
-        if len(group) == min(ROWS_PER_GROUP, rows_per_file):
-            flush()
-    flush()
-    if writer is not None:
-        writer.close()
+    size, left = min(ROWS_PER_GROUP, rows_per_file), iter(items)
+    written, group = 0, list(islice(left, size))
+    while group:
+        target, full = folder / f"{split}-{written // rows_per_file:05d}.parquet", False
+        with whole(target) as path, pq.ParquetWriter(path, schema) as out:
+            while group and not full:
+                out.write_table(pa.Table.from_pylist(group, schema=schema))
+                written += len(group)
+                full = written % rows_per_file == 0
+                group = list(islice(left, size))
     return written

@@ -3,12 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import ray.data
 
@@ -16,6 +14,8 @@ from addressvlm import tables
 from addressvlm.addresses import Gazetteer
 from addressvlm.config import Config
 from addressvlm.evaluation import asking, scores
+from addressvlm.files import parquet
+from addressvlm.stores import AnyPath, path_of
 from ray_jobs.common import progress
 from ray_jobs.heartbeat import Heartbeat
 from ray_jobs.stream import person_error
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def answers_of(
-    config: Config, name: str, model: str, files: Sequence[Path], ids: Sequence[str], city: Gazetteer, kinds: Sequence[str]
+    config: Config, name: str, model: str, files: Sequence[AnyPath], ids: Sequence[str], city: Gazetteer, kinds: Sequence[str]
 ) -> list[Row]:
     """What a model answers to the questions of some kinds about the photos `ids` of a table, rows of ANSWERS as they come.
 
@@ -44,7 +44,9 @@ def answers_of(
     return _rows(config, units, Asker, (model, city, config, kinds), f"evaluate: {name}, questions", total)
 
 
-def scores_of(config: Config, name: str, model: str, files: Sequence[Path], ids: Sequence[str], city: Gazetteer) -> list[Row]:
+def scores_of(
+    config: Config, name: str, model: str, files: Sequence[AnyPath], ids: Sequence[str], city: Gazetteer
+) -> list[Row]:
     """The scores that a model gives every address for the photos `ids` of a table, rows of SCORES in the order they come.
 
     Raises:
@@ -78,9 +80,9 @@ def _rows(config: Config, units: list[pa.Table], worker: type, given: tuple[Any,
     return rows
 
 
-def _questions(files: Sequence[Path], ids: set[str], kinds: Sequence[str]) -> int:
+def _questions(files: Sequence[AnyPath], ids: set[str], kinds: Sequence[str]) -> int:
     """How many questions of these kinds there are about the photos."""
-    asked = pa.concat_tables([pq.read_table(file, columns=["id", "rounds"]) for file in files])
+    asked = pa.concat_tables([tables.read_file(file, ["id", "rounds"]) for file in files])
     chosen = asked.filter(pc.is_in(asked["id"], pa.array(ids)))
     found = pc.struct_field(pc.list_flatten(chosen["rounds"].combine_chunks()), "kind")
     return pc.sum(pc.is_in(found, pa.array(kinds))).as_py() or 0
@@ -146,18 +148,18 @@ def _load(model: str, city: Gazetteer, config: Config) -> Any:
 
 
 def _row_group(columns: list[str], file: str, group: int) -> pa.Table:
-    with pq.ParquetFile(file) as parquet:
-        return parquet.read_row_group(group, columns=columns)
+    with parquet(path_of(file)) as opened:
+        return opened.read_row_group(group, columns=columns)
 
 
-def _units(files: Sequence[Path], ids: set[str], photos: int) -> Iterator[pa.Table]:
+def _units(files: Sequence[AnyPath], ids: set[str], photos: int) -> Iterator[pa.Table]:
     """The work in pieces of up to `photos` photos: columns file, group, ids; one row each.
 
     Workers read the photos themselves: no read task competes with them for CPUs, and no image goes through Ray.
     """
     for file in files:
-        with pq.ParquetFile(file) as parquet:
-            for group in range(parquet.num_row_groups):
-                found = [i for i in parquet.read_row_group(group, columns=["id"])["id"].to_pylist() if i in ids]
+        with parquet(file) as opened:
+            for group in range(opened.num_row_groups):
+                found = [i for i in opened.read_row_group(group, columns=["id"])["id"].to_pylist() if i in ids]
                 for start in range(0, len(found), photos):
                     yield pa.table({"file": [str(file)], "group": [group], "ids": [found[start : start + photos]]})

@@ -17,7 +17,6 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from addressvlm import InputError, tables
@@ -28,9 +27,12 @@ from addressvlm.evaluation import asking, metrics, report, table
 from addressvlm.evaluation.asking import judged
 from addressvlm.evaluation.parsing import Judge
 from addressvlm.evaluation.scores import answers_of as answers_by_scores
+from addressvlm.files import fetched_model
 from addressvlm.models.base import locate
 from addressvlm.models.card import set_metrics
 from addressvlm.run import Run, is_done, slug, writing
+from addressvlm.shards import sources_fingerprint
+from addressvlm.stores import AnyPath, StorePath, path_of
 from ray_jobs import given, scoring
 from ray_jobs.asking import answers_of
 from ray_jobs.common import arguments, configure, connect, job, require
@@ -41,9 +43,9 @@ class Job:
     """What is scored, on what, and where the result goes."""
 
     systems: dict[str, str]  # name -> model folder or hub name
-    data: Path  # folder of the photos table
+    data: AnyPath  # folder of the photos table
     split: str
-    out: Path
+    out: AnyPath
     sources: report.Sources
     own: bool = False  # the run's data and systems: these are calibrated
     priors: bool = False  # the table of modes gets constrained answers too
@@ -99,7 +101,7 @@ def evaluate(config: Config, task: Job, redo: bool) -> None:
     if task.own:
         photos = f"{len(ids):,} photos of the split {task.split}"
         for system in scored["systems"]:
-            set_metrics(Path(folders[system["name"]]).parent, system["metrics"], photos)
+            set_metrics(path_of(folders[system["name"]]).parent, system["metrics"], photos)
     print(f"\n{table.plain(scored['systems'])}\n", flush=True)
     if compared:
         print(f"{table.modes(compared)}\n", flush=True)
@@ -110,7 +112,7 @@ def _scores(
     config: Config, task: Job, name: str, model: str, ids: list[str], main: str, city: Gazetteer, redo: bool
 ) -> dict[str, list[dict[str, Any]]]:
     """Split -> one system's scores, as far as they are needed: to calibrate it, to answer by them, to compare modes."""
-    own = (Path(model) / GAZETTEER).is_file()
+    own = (path_of(model) / GAZETTEER).is_file()
     validation = scoring.validation_ids(config, task.data) if task.own and own else []
     wanted = {scoring.VALIDATION: validation} if validation else {}
     if config.evaluate.answers == "scored" or (name == main and own and (validation or task.priors)):
@@ -168,14 +170,16 @@ def _constrained(
 
 def digest(model: str) -> str:
     """What tells two models apart: a hash of a folder's weights and settings; of a hub model its name."""
-    folder = Path(model)
+    folder = fetched_model(model)
     if not folder.is_dir():
         return model
     files = [file for kind in ("*.safetensors", "*.json", "*.jinja") for file in folder.glob(kind)]
     return _hash([file for file in files if file.name != CALIBRATION])
 
 
-def _hash(files: Sequence[Path]) -> str:
+def _hash(files: Sequence[AnyPath]) -> str:
+    if any(isinstance(file, StorePath) for file in files):  # not fetched for this: the ends of Parquet files tell them apart
+        return sources_fingerprint(*map(str, sorted(files)))[:16]
     total = hashlib.sha256()
     for file in sorted(files):
         with file.open("rb") as content:
@@ -205,7 +209,7 @@ def _judge(task: Job, folders: dict[str, str]) -> tuple[Judge, Gazetteer]:
     streets, districts = set(truth["street"].to_pylist()), set(truth["district"].to_pylist())
     variants: dict[str, list[str]] = {}
     own = Gazetteer([])
-    for folder in [task.data, *map(Path, folders.values())]:
+    for folder in [task.data, *map(path_of, folders.values())]:
         if (folder / GAZETTEER).is_file():
             gazetteer = Gazetteer.load(folder / GAZETTEER)
             own = gazetteer if folder == task.data else own
@@ -222,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--photos", metavar="FOLDER", help="what `file` in the manifest is relative to (default: its folder)")
     parser.add_argument("--split", default="test", help="split to score (default: test)")
     parser.add_argument("--priors", action="store_true", help="compare free, constrained and scored answers, and priors")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the result goes (default: <run>/evaluations/…)")
+    parser.add_argument("--out", type=path_of, metavar="FOLDER", help="where the result goes (default: <run>/evaluations/…)")
     return parser
 
 

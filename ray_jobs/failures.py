@@ -6,6 +6,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from addressvlm import InputError
 from addressvlm.config import Config
@@ -25,6 +26,12 @@ class Notice:
         return self.said
 
 
+def notice() -> Any:
+    """A `Notice` on this node: the job ends when the driver's node is lost, and not when another one is."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Notice.options(scheduling_strategy=here).remote()
+
+
 def told(notice: Any) -> InputError | None:
     """What a worker wrote into the notice."""
     said = ray.get(notice.read.remote())
@@ -34,6 +41,9 @@ def told(notice: Any) -> InputError | None:
 def explained(error: Exception, config: Config, system: str) -> InputError | None:
     """A sentence for the failures that somebody at the cluster can mend; None for our defects."""
     failures = getattr(error, "worker_failures", {}).values()
+    stored = [sentence_of(getattr(failure, "_base_exc", failure), config) for failure in failures]  # while training went on
+    if said := next((sentence for sentence in stored if sentence), None):
+        return InputError(said)
     if any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures):
         return InputError(
             f"training '{system}' lost workers more often than train.max_failures={config.train.max_failures} (out of memory, "

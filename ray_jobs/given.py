@@ -1,12 +1,11 @@
 """What the flags --model and --data of evaluate mean: models by name, the folder of a photos table."""
 
-from pathlib import Path
-
 from addressvlm import InputError
 from addressvlm.addresses import GAZETTEER, Gazetteer
 from addressvlm.cities.source import resolve
 from addressvlm.config import Config
 from addressvlm.run import DONE, Run, is_done, named_model, slug
+from addressvlm.stores import AnyPath, path_of
 from ray_jobs import prepare
 
 
@@ -19,7 +18,7 @@ def systems_of(config: Config, run: Run) -> dict[str, str]:
     systems = {}
     for system in config.train.systems:
         merged = run.model(system.name) / "merged"
-        if system.stages and not merged.is_dir():
+        if system.stages and not (merged / "config.json").is_file():
             raise InputError(f"'{system.name}' is not trained yet (no {merged}): run ray_jobs/train.py first.")
         systems[system.name] = str(merged) if system.stages else config.model.base
     return systems
@@ -40,13 +39,13 @@ def named(given: list[str]) -> dict[str, str]:
     return systems
 
 
-def dataset(config: Config, given: str, photos: str | None, models: dict[str, str], out: Path, redo: bool) -> Path:
+def dataset(config: Config, given: str, photos: str | None, models: dict[str, str], out: AnyPath, redo: bool) -> AnyPath:
     """The folder of the photos table that --data means; a manifest is prepared first.
 
     Raises:
         InputError: there is nothing at the path.
     """
-    path = Path(given)
+    path = path_of(given)
     if path.is_dir():
         return path / "photos" if (path / "photos").is_dir() else path
     if not path.is_file():
@@ -59,12 +58,12 @@ def dataset(config: Config, given: str, photos: str | None, models: dict[str, st
     mark = folder / DONE
     changed = mark.is_file() and mark.stat().st_mtime < path.stat().st_mtime
     if not is_done(folder, prepare.settings(config), redo or changed):
-        known = [Path(m) / GAZETTEER for m in models.values() if (Path(m) / GAZETTEER).is_file()]
+        known = [path_of(m) / GAZETTEER for m in models.values() if (path_of(m) / GAZETTEER).is_file()]
         prepare.prepare_test(config, folder, Gazetteer.load(known[0]) if known else None)
     return folder
 
 
-def out(run: Run, data: str | None) -> Path:
+def out(run: Run, data: str | None) -> AnyPath:
     """<run>/evaluations/<name of the data>."""
-    path = Path(data).resolve() if data else run.folder
+    path = path_of(data).resolve() if data else run.folder
     return run.folder / "evaluations" / (path.parent.name if path.name == "photos" else path.stem)

@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from addressvlm import InputError, tables
 from addressvlm.cities.source import resolve
 from addressvlm.config import Config
+from addressvlm.files import write_parquet
 from addressvlm.maps.grafts import Grafter, graft_batch
 from addressvlm.run import Run, is_done, resuming
 from addressvlm.shards import Rows, Work, forget, plan, sources_fingerprint
@@ -66,8 +66,7 @@ def run_step(config: Config, redo: bool) -> None:
 
 
 def _write_rejects(run: Run, rejects: Rows) -> None:
-    run.rejects.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rejects, schema=tables.REJECTS), run.rejects / "graft.parquet")
+    write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), run.rejects / "graft.parquet")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from addressvlm import tables
 from addressvlm.addresses import Gazetteer
 from addressvlm.config import Config
+from addressvlm.files import on_disk, write_parquet
 from addressvlm.labels import Request, beginning
 from addressvlm.labels.costs import Plan
 from addressvlm.labels.ledger import Ledger, writing
@@ -86,8 +86,7 @@ def run_step(config: Config, redo: bool, dry_run: bool = False) -> None:
         (folder / "labels.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
         rejects = [reject for summary in made for reject in summary["rejects"]]
         name = "label" if shows == "graft" else "label-reasoning"
-        run.rejects.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rejects, schema=tables.REJECTS), run.rejects / f"{name}.parquet")
+        write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), run.rejects / f"{name}.parquet")
     print(f"label: {target}: {summary(report)}; {len(rejects):,} rejected", flush=True)
 
 
@@ -126,7 +125,7 @@ def _ask(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
 
 
 def _serve_and_fill(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
-    with serving(config.labels, Run(config).folder / "vllm.log") as url:
+    with serving(config.labels, on_disk(Run(config).folder) / "vllm.log") as url:
         labels = config.labels.model_copy(update={"base_url": url})
         return _fill(config.model_copy(update={"labels": labels}), shards, redo)
 

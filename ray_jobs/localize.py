@@ -14,11 +14,9 @@ import argparse
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from addressvlm import InputError, tables
 from addressvlm.addresses import GAZETTEER
@@ -29,9 +27,11 @@ from addressvlm.cities.readers.source import folder_photos
 from addressvlm.cities.readers.table import open_table
 from addressvlm.config import Config
 from addressvlm.evaluation.report import MAIN
+from addressvlm.files import parquet, write_parquet
 from addressvlm.models.base import locate
-from addressvlm.run import DONE, WORK, Run, is_done, resuming
+from addressvlm.run import DONE, WORK, Run, is_done, resuming, unfinished
 from addressvlm.shards import Shard, Work, files_fingerprint, plan, plan_files, sources_fingerprint
+from addressvlm.stores import AnyPath, path_of
 from ray_jobs.common import arguments, configure, connect, job, require
 from ray_jobs.evaluate import digest
 from ray_jobs.stream import sharded
@@ -40,7 +40,7 @@ SHARD = 512  # photos; what an interruption costs at most, for each worker
 IMAGES = {"id", "image"}  # columns of Parquet that holds the photos themselves
 
 
-def localize(config: Config, model: str, photos: str, split: str, out: Path, top_k: int, redo: bool) -> None:
+def localize(config: Config, model: str, photos: str, split: str, out: AnyPath, top_k: int, redo: bool) -> None:
     """Locate all photos.
 
     Raises:
@@ -48,7 +48,7 @@ def localize(config: Config, model: str, photos: str, split: str, out: Path, top
             cluster is too small.
     """
     model = locate(model)
-    if not (Path(model) / GAZETTEER).is_file():
+    if not (path_of(model) / GAZETTEER).is_file():
         raise InputError(f"{model} holds no {GAZETTEER}: give a model that was trained on a city.")
     need = config.evaluate
     require("CPU", need.workers * need.cpus_per_worker, "localize", "evaluate.workers or evaluate.cpus_per_worker")
@@ -56,7 +56,7 @@ def localize(config: Config, model: str, photos: str, split: str, out: Path, top
     base = base if storage.is_remote(base) else str(storage.local(base).absolute())
     given = _given(photos, split)
     settings = {
-        "model": digest(model), "calibration": sources_fingerprint(str(Path(model) / CALIBRATION)), "photos": photos,
+        "model": digest(model), "calibration": sources_fingerprint(str(path_of(model) / CALIBRATION)), "photos": photos,
         "split": split, "top_k": top_k, "dtype": config.model.dtype, "content": _content(given, base),
     }  # fmt: skip
     _refuse_other(out, settings)
@@ -73,12 +73,12 @@ def localize(config: Config, model: str, photos: str, split: str, out: Path, top
         work = Work(function, LOCATED, columns)
         summaries = sharded("localize: photos", shards, folder, work, need.workers, actor)
         rejects += [reject for summary in summaries for reject in summary["rejects"]]
-        pq.write_table(pa.Table.from_pylist(rejects, schema=tables.REJECTS), folder / "rejects.parquet")
+        write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), folder / "rejects.parquet")
         written = sum(summary["written"].get(SPLIT, 0) for summary in summaries)
     print(f"localize: {written:,} photos located, {len(rejects):,} rejected: {out}", flush=True)
 
 
-def _refuse_other(out: Path, settings: dict[str, Any]) -> None:
+def _refuse_other(out: AnyPath, settings: dict[str, Any]) -> None:
     """Refuse a folder that this job didn't make, as it would be replaced.
 
     Raises:
@@ -86,7 +86,7 @@ def _refuse_other(out: Path, settings: dict[str, Any]) -> None:
     """
     mark = out / DONE
     ours = mark.is_file() and json.loads(mark.read_text()).keys() == settings.keys()
-    if not ours and out.is_dir() and any(out.iterdir()):
+    if not (ours or unfinished(out)) and out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out} holds something else: give an empty or a new --out.")
 
 
@@ -94,7 +94,7 @@ def _refuse_other(out: Path, settings: dict[str, Any]) -> None:
 class _Given:
     """The photos: files of Parquet that hold them, or rows of PHOTOS and the rejects among what was listed."""
 
-    files: list[Path]
+    files: list[AnyPath]
     rows: list[dict[str, Any]]
     rejects: list[dict[str, Any]]
 
@@ -106,7 +106,7 @@ def _given(photos: str, split: str) -> _Given:
         InputError: there are none.
     """
     if _holds_images(photos, split):
-        path = Path(photos)
+        path = path_of(photos)
         return _Given([path] if path.is_file() else list(tables.files(path, split)), [], [])
     if storage.kind(photos) == "folder":
         rows, rejects = listed([(file, file) for file in folder_photos(photos)])
@@ -125,7 +125,7 @@ def _content(given: _Given, base: str) -> str:
     return hashlib.sha256(json.dumps([given.rows, given.rejects, files_fingerprint(files)]).encode()).hexdigest()
 
 
-def _shards(given: _Given, folder: Path) -> tuple[list[Shard], list[str], list[dict[str, Any]]]:
+def _shards(given: _Given, folder: AnyPath) -> tuple[list[Shard], list[str], list[dict[str, Any]]]:
     """The photos in shards, the columns to read of them, and the rejects among their rows."""
     if given.files:
         shards, rejects = _once(plan_files(given.files, SHARD))
@@ -158,12 +158,13 @@ def _once(shards: list[Shard]) -> tuple[list[Shard], list[dict[str, Any]]]:
 
 def _holds_images(photos: str, split: str) -> bool:
     """Whether it is Parquet with the photos in it."""
-    path = Path(photos)
+    path = path_of(photos)
     files = sorted(path.glob(f"{split}-*.parquet")) if path.is_dir() else [path]
     if not files or files[0].suffix != ".parquet" or not files[0].is_file():
         return False
     try:
-        return set(pq.read_schema(files[0]).names) >= IMAGES
+        with parquet(files[0]) as opened:
+            return set(opened.schema_arrow.names) >= IMAGES
     except pa.ArrowException as error:
         raise InputError(f"{files[0]} is not Parquet ({str(error).splitlines()[0]}): write it again.") from None
 
@@ -177,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="FOLDER", help="a trained model's folder (default: AddressVLM of the run)")
     parser.add_argument("--photos", metavar="PATH", required=True, help="a folder, a manifest, or Parquet with images")
     parser.add_argument("--split", default="test", help="of a folder of Parquet with images (default: test)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="where the result goes")
+    parser.add_argument("--out", type=path_of, metavar="FOLDER", required=True, help="where the result goes")
     parser.add_argument("--top-k", type=int, default=5, metavar="N", help="candidates a photo (default: 5)")
     return parser
 

@@ -11,7 +11,7 @@ from addressvlm.training.step import autocast
 
 FORMULA = (
     "memory a worker = 1.05 x (weights as stored + adapter in float32 + 4 bytes of gradient and 8 of AdamW for each trained "
-    "parameter + what the forward pass of one batch keeps)"
+    "parameter + what the forward pass of one batch keeps), of what train.strategy cuts a worker's share"
 )
 
 
@@ -36,7 +36,8 @@ def show(config: Config, systems: list[SystemConfig], photos: int | None) -> Non
                 raise InputError(
                     f"{system.name}, {stage.name} needs about {stage.memory / GIB:.1f} GiB a GPU, which has {have:g}: lower "
                     f"batch_size of train.stages.{stage.name} ({config.train.stages[stage.name].batch_size}) and raise "
-                    "accumulate by as much, or set model.dtype to bfloat16 or train.strategy to zero2."
+                    "accumulate by as much, or set model.dtype to bfloat16, train.checkpoint_activations to true or "
+                    "train.strategy to fsdp2."
                 )
     print(FORMULA, flush=True)
 

@@ -9,18 +9,15 @@ are drawn from), the dataset card (photos/card.json, README.md, card.html), reje
 with the reason), aside.parquet (places that are in no split, with the reason). Run it again after an interruption: it goes on.
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from shapely.geometry.base import BaseGeometry
 
 from addressvlm import InputError, tables
@@ -35,10 +32,12 @@ from addressvlm.cities.split import Split, split, thin_views
 from addressvlm.cities.streets import StreetMap
 from addressvlm.config import Config
 from addressvlm.config_city import CityConfig
+from addressvlm.files import on_disk, remove_tree, write_parquet
 from addressvlm.maps.roads import write_roads
 from addressvlm.maps.sources import open_imagery
 from addressvlm.run import WORK, Run, is_done, resuming, storage
 from addressvlm.shards import Summary, Work, forget, plan, sources_fingerprint
+from addressvlm.stores import AnyPath
 from ray_jobs.common import arguments, configure, connect, job
 from ray_jobs.heartbeat import Heartbeat
 from ray_jobs.stream import sharded
@@ -111,7 +110,7 @@ def run_step(config: Config, redo: bool = False) -> None:
     _print_card(card)
 
 
-def prepare_test(config: Config, folder: Path, gazetteer: Gazetteer | None = None) -> None:
+def prepare_test(config: Config, folder: AnyPath, gazetteer: Gazetteer | None = None) -> None:
     """Make a dataset with a test split only, of all good rows of any manifest: photos that training never saw.
 
     The wrong names in its questions come from `gazetteer` (a model's own), or from the dataset's own addresses.
@@ -121,7 +120,7 @@ def prepare_test(config: Config, folder: Path, gazetteer: Gazetteer | None = Non
     """
     filled = resolve(config, Run(config))
     with resuming(folder, settings(config)) as inside:
-        found = _find(filled, inside, Path(folder).with_name(f"{Path(folder).name}-rejects.parquet"))
+        found = _find(filled, inside, folder.with_name(f"{folder.name}-rejects.parquet"))
         divided = Split({photo.place: "test" for photo in found.good}, {}, None)
         gazetteer = gazetteer or gazetteer_of(filled.city, found.streets, found.answers, found.good, found.sub_streets)
         _write_tables(config, inside, found, found.good, divided, gazetteer)
@@ -129,7 +128,7 @@ def prepare_test(config: Config, folder: Path, gazetteer: Gazetteer | None = Non
     _print_card(card)
 
 
-def _find(config: Config, folder: Path, rejects_file: Path) -> Found:
+def _find(config: Config, folder: AnyPath, rejects_file: AnyPath) -> Found:
     """Read the photos' table or folder, give addresses, check the photos; bad rows go to the rejects table."""
     city, source = config.city, readers.where(config.city)
     with Heartbeat(lambda: "prepare: finding addresses, working"):
@@ -137,7 +136,7 @@ def _find(config: Config, folder: Path, rejects_file: Path) -> Found:
         total = len(rows) + len(rejects)
         streets = _street_map(city, rows)
         print(f"prepare: {total:,} rows in {source}, {len(streets.street_names):,} named streets", flush=True)
-        cache = storage(config.storage) / "geocoder.sqlite"
+        cache = on_disk(storage(config.storage)) / "geocoder.sqlite"
         places, photos, without_address = assign(rows, streets, city, config.seed, cache)
         sub_streets = {}
         if city.answer == "sub_street" and city.partition is not None:
@@ -146,8 +145,7 @@ def _find(config: Config, folder: Path, rejects_file: Path) -> Found:
     made = _check_photos(photos, places, answers, city, folder)
     unusable = [reject for summary in made for reject in summary["rejects"]]
     rejects = sorted(rejects + without_address + unusable, key=lambda reject: reject["row"])
-    rejects_file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rejects, schema=tables.REJECTS), rejects_file)
+    write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), rejects_file)
     found = Found(streets, places, answers, sub_streets, photos, {reject["id"] for reject in unusable}, rejects)
     if len(rejects) > city.max_reject_share * total or not found.good:
         forget(folder / CHECKED_FOLDER, [summary for summary in made if summary["rejects"]])
@@ -177,7 +175,7 @@ def _street_map(city: CityConfig, photos: list[Photo]) -> StreetMap:
 
 
 def _check_photos(
-    photos: list[Photo], places: dict[str, Place], answers: dict[str, Place], city: CityConfig, folder: Path
+    photos: list[Photo], places: dict[str, Place], answers: dict[str, Place], city: CityConfig, folder: AnyPath
 ) -> list[Summary]:
     """Read and check all photos on the cluster; the good ones go to a table of their own, the others are rejects."""
     if not photos:
@@ -185,13 +183,13 @@ def _check_photos(
     base = readers.base(city)
     work = Work(partial(check, base, city.model_dump_json()), CHECKED, made_from_rows=partial(files_of, base))
     wanted = folder / WORK / "listed"
-    shutil.rmtree(wanted, ignore_errors=True)
+    remove_tree(wanted)
     tables.write(wanted, "photos", listed(photos, places, answers), LISTED, CHECKED_AT_A_TIME)
     return sharded("prepare: photos checked", plan(wanted, "photos", CHECKED_AT_A_TIME), folder / CHECKED_FOLDER, work)
 
 
 def _write_tables(
-    config: Config, folder: Path, found: Found, photos: list[Photo], divided: Split, gazetteer: Gazetteer
+    config: Config, folder: AnyPath, found: Found, photos: list[Photo], divided: Split, gazetteer: Gazetteer
 ) -> None:
     """Save the gazetteer and write the tables of all splits, conversations included, on the cluster."""
     file = folder / "gazetteer.geojson"
@@ -205,19 +203,19 @@ def _write_tables(
     sharded("prepare: photos written", plan(folder / CHECKED_FOLDER, "photos", SHARD), folder, work)
 
 
-def _write_aside(path: Path, places: dict[str, Place], divided: Split) -> None:
+def _write_aside(path: AnyPath, places: dict[str, Place], divided: Split) -> None:
     """The places that are in no split and why."""
     items = [
         {"place": p, "lat": places[p].lat, "lon": places[p].lon, "street": places[p].address.street,
          "district": places[p].address.district, "reason": reason}
         for p, reason in divided.reason.items()
     ]  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(items, schema=ASIDE), path)
+    write_parquet(pa.Table.from_pylist(items, schema=ASIDE), path)
 
 
 def _write_card(
     config: Config,
-    folder: Path,
+    folder: AnyPath,
     found: Found,
     photos: list[Photo],
     divided: Split,

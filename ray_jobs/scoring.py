@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from addressvlm import InputError, tables
@@ -14,6 +13,7 @@ from addressvlm.config import Config
 from addressvlm.evaluation import modes
 from addressvlm.evaluation.scores import scored
 from addressvlm.run import is_done, slug, writing
+from addressvlm.stores import AnyPath, path_of
 from ray_jobs.asking import scores_of
 
 VALIDATION = "val"
@@ -23,11 +23,11 @@ Row = dict[str, Any]
 
 def gazetteer_of(model: str, city: Gazetteer) -> Gazetteer:
     """The model's own gazetteer, else the city's."""
-    own = Path(model) / GAZETTEER
+    own = path_of(model) / GAZETTEER
     return Gazetteer.load(own) if own.is_file() else city
 
 
-def validation_ids(config: Config, data: Path) -> list[str]:
+def validation_ids(config: Config, data: AnyPath) -> list[str]:
     """The photos to calibrate on, drawn by seed; none if the data has no such split or the settings want none."""
     if not (config.evaluate.calibrate_on and tables.count(data, VALIDATION)):
         return []
@@ -37,7 +37,7 @@ def validation_ids(config: Config, data: Path) -> list[str]:
 
 
 def score(
-    config: Config, folder: Path, name: str, model: str, data: Path, wanted: Mapping[str, Sequence[str]], made_from: Row,
+    config: Config, folder: AnyPath, name: str, model: str, data: AnyPath, wanted: Mapping[str, Sequence[str]], made_from: Row,
     city: Gazetteer, redo: bool,
 ) -> dict[str, list[Row]]:  # fmt: skip
     """One system's rows of SCORES for each split of `wanted` (split -> ids), from scores/<slug> or new.
@@ -67,7 +67,7 @@ def calibrate(config: Config, name: str, model: str, rows: Sequence[Row], city: 
     """
     fitted = calibration.fit(scored(rows, gazetteer_of(model, city)), config.evaluate.precision)
     try:
-        fitted.save(Path(model))
+        fitted.save(path_of(model))
     except OSError as error:
         raise InputError(f"{model} can't be written ({error.strerror}): set evaluate.calibrate_on=0 to go without.") from error
     before, after = (fitted.measured["ece"][when] for when in ("before", "after"))
@@ -81,14 +81,14 @@ def calibrate(config: Config, name: str, model: str, rows: Sequence[Row], city: 
 
 
 def compare(
-    config: Config, out: Path, name: str, model: str, rows: Sequence[Row], answered: Mapping[str, Sequence[Row]],
+    config: Config, out: AnyPath, name: str, model: str, rows: Sequence[Row], answered: Mapping[str, Sequence[Row]],
     city: Gazetteer,
 ) -> Row:  # fmt: skip
     """The ways of answering of one model side by side, also written to modes.json."""
     settings = modes.Settings(config.evaluate.bootstrap, config.seed)
     ids = {row["id"] for row in rows}
     same = {mode: [row for row in given if row["id"] in ids] for mode, given in answered.items()}
-    found = modes.compare(rows, gazetteer_of(model, city), Calibration.load(Path(model)), same, settings)
+    found = modes.compare(rows, gazetteer_of(model, city), Calibration.load(path_of(model)), same, settings)
     found = {"system": name, **found}
     (out / "modes.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
     return found

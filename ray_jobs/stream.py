@@ -6,7 +6,6 @@ row as well, but pass all bytes through the object store and name their files by
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,6 +13,7 @@ import ray.data
 
 from addressvlm import InputError
 from addressvlm.shards import MARKS, Shard, Summary, Work, make, tidy
+from addressvlm.stores import AnyPath
 from ray_jobs.common import progress
 from ray_jobs.heartbeat import Heartbeat
 
@@ -22,7 +22,7 @@ LONGEST_GROUP = 8  # shards that a task makes; their summaries come back togethe
 
 
 def sharded(
-    step: str, shards: list[Shard], folder: Path, work: Work, tasks: int | None = None, actor: dict[str, float] | None = None
+    step: str, shards: list[Shard], folder: AnyPath, work: Work, tasks: int | None = None, actor: dict[str, float] | None = None
 ) -> list[Summary]:
     """Make all shards that are not made yet, at most `tasks` at a time; summaries in the order of the shards.
 
@@ -60,14 +60,14 @@ def sharded(
             done += summary["rows"]
             progress(step, done, total)
             summaries.append(summary)
-    tidy(folder, len(shards))  # workers of a killed job may have written on for a moment
+    tidy(folder, len(shards), summaries)  # workers of a killed job may have written on for a moment
     return sorted(summaries, key=lambda summary: summary["number"])
 
 
 class _Maker:
     """Makes groups of shards."""
 
-    def __init__(self, shards: list[Shard], folder: Path, work: Work) -> None:
+    def __init__(self, shards: list[Shard], folder: AnyPath, work: Work) -> None:
         self.shards, self.folder, self.work = shards, folder, work
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, str]]:

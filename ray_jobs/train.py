@@ -35,7 +35,15 @@ except ImportError as missing:
     )
 
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.train.torch import TorchTrainer
 
 from addressvlm import InputError, tables
@@ -43,10 +51,12 @@ from addressvlm.config import Config
 from addressvlm.config_training import Data, SystemConfig
 from addressvlm.models.base import locate
 from addressvlm.run import LAST_MODEL, Run, claim, is_done, mark_done, slug, storage
+from addressvlm.stores import AnyPath, filesystem
+from addressvlm.training.snapshot import Snapshot
 from addressvlm.training.system import cities_of, train_system
-from ray_jobs import graft, label, plan, prepare
+from ray_jobs import failures, graft, label, plan, prepare
 from ray_jobs.common import arguments, configure, connect, job, require
-from ray_jobs.failures import Notice, explained, sentence_of, told
+from ray_jobs.failures import explained, sentence_of, told
 from ray_jobs.heartbeat import Heartbeat
 
 QUIET_S = 30.0  # without a step for so long, the driver says that it is still there
@@ -54,7 +64,7 @@ QUIET_S = 30.0  # without a step for so long, the driver says that it is still t
 
 def settings(config: Config, system: SystemConfig) -> dict[str, Any]:
     """What a trained system depends on."""
-    train = config.train.model_dump(include={"workers", "strategy", "precision", "packing", "cities"})
+    train = config.train.model_dump(include={"workers", "strategy", "precision", "packing", "cities", "merge"})
     stages = {name: config.train.stages[name].model_dump() for name in system.stages}
     equal = next((s for s in config.train.systems if s.name == system.equal_steps_to), None)
     others = {name: config.train.stages[name].model_dump() for name in equal.stages} if equal else {}
@@ -142,24 +152,26 @@ def run_step(config: Config, redo: bool = False, only: list[str] | None = None) 
 def _train(config: Config, system: SystemConfig, redo: bool) -> None:
     """One Ray Train run; the same name and storage path make it go on where it stopped."""
     run, train = Run(config), config.train
-    what = f"training '{system.name}' with {train.workers} workers"
-    require("CPU", train.workers * train.cpus_per_worker, what, "train.workers or train.cpus_per_worker")
-    require("GPU", train.workers * train.gpus_per_worker, what, "train.workers or train.gpus_per_worker")
+    least = train.min_workers or train.workers
+    what = f"training '{system.name}' with {least} workers"
+    keys = "train.min_workers" if train.min_workers else "train.workers"
+    require("CPU", least * train.cpus_per_worker, what, f"{keys} or train.cpus_per_worker")
+    require("GPU", least * train.gpus_per_worker, what, f"{keys} or train.gpus_per_worker")
     folder = run.journal(system.name)
     claim(folder, settings(config, system), redo)
-    notice = Notice.remote()
+    notice = failures.notice()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": _absolute(config).model_dump(), "system": system.name, "notice": notice},
         scaling_config=ScalingConfig(
-            num_workers=train.workers,
+            num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,
             use_gpu=train.gpus_per_worker > 0,
             resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker},
         ),
         run_config=RunConfig(
             name=slug(system.name),
-            storage_path=str(run.training),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            **_kept_in(run.training),
+            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
             failure_config=FailureConfig(max_failures=train.max_failures, controller_failure_limit=0),
             logging_config=LoggingConfig(log_level="CRITICAL"),  # what matters of it is said below
         ),
@@ -176,6 +188,14 @@ def _train(config: Config, system: SystemConfig, redo: bool) -> None:
     print(f"train: {system.name}: saved in {run.model(system.name)}", flush=True)
 
 
+def _kept_in(folder: AnyPath) -> dict[str, Any]:
+    """Where Ray Train keeps checkpoints, as its RunConfig takes it; a store is asked in the same way as by all else."""
+    if isinstance(folder, Path):
+        return {"storage_path": str(folder)}
+    store, path = filesystem(str(folder))
+    return {"storage_path": path, "storage_filesystem": store}
+
+
 def _absolute(config: Config) -> Config:
     """With paths that mean the same in a worker, whose working directory is another."""
     config = config.model_copy(deep=True)
@@ -185,7 +205,7 @@ def _absolute(config: Config) -> Config:
     return config
 
 
-def _waiting(system: str, losses: Path) -> str:
+def _waiting(system: str, losses: AnyPath) -> str:
     """What to say while no step is made; nothing while they are."""
     if not losses.is_file():
         return f"train: {system}: waiting for the workers"
@@ -200,12 +220,11 @@ def train_worker(given: dict[str, Any]) -> None:
     config, notice = Config.model_validate(given["config"]), given["notice"]
     if ray.get(notice.read.remote()):
         return
-    report = functools.partial(_report, sharded=config.train.strategy != "ddp")
     found = ray.train.get_checkpoint()
     try:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = Path(found.to_directory(folder)) if found else None
-            train_system(config, given["system"], checkpoint, report, ray.train.torch.get_device())
+            train_system(config, given["system"], checkpoint, Reporter(), ray.train.torch.get_device())
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         said = sentence_of(error, config)
         if said is None:
@@ -226,10 +245,26 @@ def _be_quiet() -> None:
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train writes a line there at every report
 
 
-def _report(metrics: dict[str, Any], folder: Path, sharded: bool) -> None:
-    """Hand a checkpoint to Ray Train: rank 0's under DDP, every rank's share under ZeRO."""
-    mine = sharded or ray.train.get_context().get_world_rank() == 0
-    ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if mine else None)
+class Reporter:
+    """Hands snapshots to Ray Train, which stores one while training goes on; a second one waits for the first."""
+
+    def __init__(self) -> None:
+        self.under_way: Path | None = None
+
+    def __call__(self, metrics: dict[str, Any], snapshot: Snapshot | None) -> None:
+        """Report from every worker; the first one has the snapshot."""
+        if snapshot is None:
+            ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+            return
+        busy = self.under_way is not None and self.under_way.exists()
+        self.under_way = Path(tempfile.mkdtemp())
+        snapshot.write(self.under_way)
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint.from_directory(self.under_way),
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC if busy else CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from addressvlm.addresses import GAZETTEER, Gazetteer
 from addressvlm.run import LAST_MODEL, storage
+from addressvlm.stores import AnyPath, StorePath, path_of
 from serve.errors import ApiError
 from serve.settings import ServiceSettings, SettingsError
 
@@ -30,8 +31,8 @@ class City:
     id: str
     name: str
     model: str
-    folder: Path
-    adapter: Path | None = None
+    folder: AnyPath
+    adapter: AnyPath | None = None
 
     def gazetteer(self) -> Gazetteer | None:
         """The streets that its answers can name."""
@@ -48,7 +49,7 @@ def find(settings: ServiceSettings) -> list[City]:
     if not settings.cities:
         folder = model_folder(settings)
         return [_city(folder, None)]
-    systems = [system for given in settings.cities for system in _systems(Path(os.path.abspath(Path(given).expanduser())))]
+    systems = [system for given in settings.cities for system in _systems(_absolute(given))]
     cities = [_city(_gazetteer_folder(system), system / "adapter") for system in dict.fromkeys(systems)]
     for number, city in enumerate(cities):
         for other in cities[:number]:
@@ -82,9 +83,9 @@ def base_of(cities: Sequence[City], given: str | None) -> str:
     """
     if given:
         return given
-    bases: dict[str, Path] = {}
+    bases: dict[str, AnyPath] = {}
     for city in cities:
-        file = Path(city.adapter or "") / "adapter_config.json"
+        file = (city.adapter or Path()) / "adapter_config.json"
         try:
             bases.setdefault(json.loads(file.read_text())["base_model_name_or_path"], file)
         except (OSError, ValueError, KeyError) as error:
@@ -100,7 +101,7 @@ def base_of(cities: Sequence[City], given: str | None) -> str:
     return base
 
 
-def model_folder(settings: ServiceSettings) -> Path:
+def model_folder(settings: ServiceSettings) -> AnyPath:
     """The folder of the one model to serve, absolute.
 
     Raises:
@@ -108,24 +109,29 @@ def model_folder(settings: ServiceSettings) -> Path:
     """
     if settings.model is None:
         return _model_in(_last_model(settings.storage))
-    return _model_in(Path(os.path.abspath(Path(settings.model).expanduser())))
+    return _model_in(_absolute(settings.model))
 
 
-def model_name(folder: Path) -> str:
+def _absolute(given: str) -> AnyPath:
+    place = path_of(given)
+    return place if isinstance(place, StorePath) else Path(os.path.abspath(place))
+
+
+def model_name(folder: AnyPath) -> str:
     """The name that callers see: `<run>/<system>` for a model of ours, the folder's name for any other."""
     if folder.name in ("merged", "adapter") and folder.parent.parent.name == "models":
         return f"{folder.parents[2].name}/{folder.parent.name}"
     return folder.name
 
 
-def _city(folder: Path, adapter: Path | None) -> City:
+def _city(folder: AnyPath, adapter: AnyPath | None) -> City:
     gazetteer = folder / GAZETTEER
     name = str(json.loads(gazetteer.read_text(encoding="utf-8")).get("city") or "") if gazetteer.is_file() else ""
     model = model_name(adapter or folder)
     return City(re.sub(r"\W+", "-", name.lower()).strip("-") or model, name, model, folder, adapter)
 
 
-def _systems(place: Path) -> Iterator[Path]:
+def _systems(place: AnyPath) -> Iterator[AnyPath]:
     """Trained systems with an adapter: the folder itself, those of a run, or those of the runs in a folder."""
     if (place / "adapter" / "adapter_config.json").is_file():
         yield place
@@ -138,7 +144,7 @@ def _systems(place: Path) -> Iterator[Path]:
     yield from (file.parents[1] for file in found)
 
 
-def _gazetteer_folder(system: Path) -> Path:
+def _gazetteer_folder(system: AnyPath) -> AnyPath:
     places = [system / "merged", system / "adapter", system.parents[1] / "photos"]
     for place in places:
         if (place / GAZETTEER).is_file():
@@ -146,7 +152,7 @@ def _gazetteer_folder(system: Path) -> Path:
     raise SettingsError(f"no {GAZETTEER} for {system} in {' or '.join(map(str, places))}: run its training again.")
 
 
-def _last_model(runs: str) -> Path:
+def _last_model(runs: str) -> AnyPath:
     """Where the newest `last-model` file points, among the runs here and those of submitted jobs."""
     places = dict.fromkeys([storage(runs), Path.home() / "addressvlm" / "runs"])
     pointers = [place / LAST_MODEL for place in places if (place / LAST_MODEL).is_file()]
@@ -156,13 +162,13 @@ def _last_model(runs: str) -> Path:
             "or give one with model=<folder>."
         )
     newest = max(pointers, key=lambda pointer: pointer.stat().st_mtime)
-    folder = Path(newest.read_text().strip())
+    folder = path_of(newest.read_text().strip())
     if not folder.is_dir():
         raise SettingsError(f"{newest} points to {folder}, which is not there: train again, or give model=<folder>.")
     return folder
 
 
-def _model_in(folder: Path) -> Path:
+def _model_in(folder: AnyPath) -> AnyPath:
     """The folder itself, or its `merged`, if it holds a model that transformers loads."""
     if not folder.is_dir():
         raise SettingsError(f"no model folder {folder}: give model=<folder of a trained model>, for instance …/merged.")

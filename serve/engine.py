@@ -13,6 +13,7 @@ from PIL import Image
 from addressvlm import InputError
 from addressvlm.answers import kinds
 from addressvlm.answers.texts import Completion, Piece, Sampling
+from addressvlm.files import fetched_model
 from addressvlm.inference import Localization, Localizer
 from addressvlm.models.base import load
 from addressvlm.uploads import LONGEST_SIDE
@@ -55,7 +56,7 @@ class Engine:
         """
         if city in self.localizers:
             return
-        name, adapter, folder = self.names[city], str(self.cities[city].adapter), self.cities[city].folder
+        name, adapter, folder = self.names[city], str(fetched_model(self.cities[city].adapter or "")), self.cities[city].folder
         try:
             if isinstance(self.base, PeftModel):
                 self.base.load_adapter(adapter, adapter_name=name, torch_device=str(self.base.device))

@@ -43,7 +43,7 @@ class ServiceSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     # What is served
-    model: str | None = None  # folder of a merged model; on a cluster, one that all nodes see. Default: the last trained
+    model: str | None = None  # a merged model: a folder that all nodes see, or s3://…, gs://…. Default: the last trained
     cities: Names = []  # instead: runs, folders of runs, or trained systems, whose adapters share one base model
     base: str | None = None  # the base of `cities`, where it is not where the adapters were trained
     storage: str = Field(default_factory=_default_storage)  # where runs are, when neither is given

@@ -19,6 +19,7 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 from PIL import Image
 from prometheus_client.core import Metric
 from ray import serve
+from transformers import AutoTokenizer
 
 from addressvlm import InputError
 from addressvlm.answers.beliefs import Beliefs, Localization
@@ -26,6 +27,7 @@ from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.texts import Completion, Piece, TokenScore
 from addressvlm.answers.trie import Trie
 from addressvlm.config_labels import LabelsConfig
+from addressvlm.files import fetched_model
 from addressvlm.labels.vllm_server import serving
 from addressvlm.models.export import for_vllm
 from addressvlm.questions import ADDRESS_QUESTION
@@ -37,6 +39,7 @@ from serve.records import Records
 from serve.settings import ServiceSettings
 
 MAX_ADDRESSES = 256  # that one photo is scored against
+END = -1  # in place of the token that ends an answer
 SCORED_TOGETHER = 32  # addresses that a replica asks for at a time
 
 
@@ -44,9 +47,10 @@ class VllmModel:
     """What `serve.model.Model` does, by a vLLM server of the one city's merged model."""
 
     def __init__(self, settings: ServiceSettings, cities: Sequence[City]) -> None:
-        self.folder, self.records = cities[0].folder, Records()
+        self.folder, self.records = fetched_model(cities[0].folder), Records()
         self.gazetteer, self.calibration = cities[0].gazetteer(), Calibration.load(self.folder)
         self.ends, self.side = _ends(self.folder), _side(self.folder)
+        self.telling = telling(self.folder, [address.text() for address in self.gazetteer.addresses]) if self.gazetteer else {}
         self.turns = asyncio.Semaphore(SCORED_TOGETHER)
         self.open = contextlib.ExitStack()
         scratch = Path(self.open.enter_context(tempfile.TemporaryDirectory(prefix="addressvlm-")))
@@ -115,12 +119,13 @@ class VllmModel:
         await self.client.models.list(timeout=20)
 
     async def _scores(self, photo: str, answers: Sequence[str]) -> np.ndarray:
-        """ln p of each answer after the photo and the question for the address, see `told_apart`, float64 (answers,)."""
+        """ln p of each answer after the photo and the question for the address, as far as `telling`, float64 (answers,)."""
         parts = [{"type": "image_url", "image_url": {"url": photo}}, {"type": "text", "text": ADDRESS_QUESTION}]
         turn = {"role": "user", "content": parts}
         before = (await self._read([turn], True))[0]
         told = await asyncio.gather(*(self._read([turn, {"role": "assistant", "content": a}], False) for a in answers))
-        return told_apart([tail(before, tokens, log_p, self.ends) for tokens, log_p in told])
+        tails = [tail(before, tokens, log_p, self.ends) for tokens, log_p in told]
+        return np.array([sum(found[: self.telling[answer]]) for found, answer in zip(tails, answers, strict=True)])
 
     async def _read(self, messages: list[dict[str, Any]], ask: bool) -> tuple[list[int], list[Any]]:
         """The prompt's tokens, and for each of them what the model thought of it."""
@@ -154,8 +159,8 @@ class VllmDeployment(VllmModel):
         self.open.close()
 
 
-def tail(before: Sequence[int], tokens: Sequence[int], log_p: Sequence[Any], ends: set[int]) -> list[tuple[int, float]]:
-    """What follows a prompt's tokens up to the first end: each token and its ln p, from vLLM's prompt log-probabilities.
+def tail(before: Sequence[int], tokens: Sequence[int], log_p: Sequence[Any], ends: set[int]) -> list[float]:
+    """ln p of each token that follows a prompt's, up to the first end, from vLLM's prompt log-probabilities.
 
     Args:
         before: the tokens of the prompt alone.
@@ -163,14 +168,14 @@ def tail(before: Sequence[int], tokens: Sequence[int], log_p: Sequence[Any], end
     """
     start = next((at for at, (a, b) in enumerate(zip(before, tokens, strict=False)) if a != b), min(len(before), len(tokens)))
     stop = next((at + 1 for at in range(start, len(tokens)) if tokens[at] in ends), len(tokens))
-    return [(tokens[at], float(log_p[at][str(tokens[at])]["logprob"])) for at in range(start, stop)]
+    return [float(log_p[at][str(tokens[at])]["logprob"]) for at in range(start, stop)]
 
 
-def told_apart(answers: Sequence[Sequence[tuple[int, float]]]) -> np.ndarray:
-    """ln p of as much of each answer as tells it from the other ones, as `Localizer.address_scores`, float64 (answers,)."""
-    trie = Trie.build([[token for token, _ in answer] for answer in answers]).beginnings()
-    lengths = trie.depths[trie.ends].tolist()
-    return np.array([sum(log_p for _, log_p in answer[:n]) for answer, n in zip(answers, lengths, strict=True)])
+def telling(folder: Path, texts: Sequence[str]) -> dict[str, int]:
+    """How many of its first tokens tell each text from all others, as `Localizer.address_scores` counts them."""
+    read = AutoTokenizer.from_pretrained(folder)
+    trie = Trie.build([[*read(text, add_special_tokens=False)["input_ids"], END] for text in texts]).beginnings()
+    return dict(zip(texts, trie.depths[trie.ends].tolist(), strict=True))
 
 
 def _request(question: Question) -> dict[str, Any]:

@@ -10,8 +10,22 @@ from addressvlm import tables
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.config import Config, validate
 from addressvlm.run import Run
+from addressvlm.training.snapshot import Snapshot
+from addressvlm.training.system import Report
 
 STREETS = {"Mill Street": "red", "Oak Avenue": "blue", "Lake Road": "green"}
+
+
+def keeping(kept: list[Path], folder: Path) -> Report:
+    """A report that writes every snapshot into a folder of its own and notes it."""
+
+    def keep(metrics: dict, snapshot: Snapshot | None) -> None:
+        assert snapshot is not None
+        kept.append(folder / f"checkpoint{len(kept)}")
+        kept[-1].mkdir()
+        snapshot.write(kept[-1])
+
+    return keep
 
 
 class ListTable:

@@ -90,7 +90,7 @@ def running_service(root: Path, **settings: Any) -> Iterator[str]:
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
         given = settings if "cities" in settings else {"model": str(model_folder(root)), **settings}
-        ray_serve.run(service.config(service.ServiceSettings(num_cpus=0.5, **given)))
+        ray_serve.run(service.config(service.ServiceSettings(num_cpus=0.5, dtype="float32", **given)))
         yield f"http://127.0.0.1:{port}"
     finally:
         ray_serve.shutdown()

@@ -107,7 +107,7 @@ def test_each_claim_is_held_against_the_facts(said: str, kind: str | None) -> No
 def test_the_tolerance_of_distances_is_a_setting() -> None:
     text = GOOD.replace("a little to the east", "about 80 m to the east")
     assert [p.kind for p in Checker(verified=True).problems(text, FACTS)] == ["distance"]
-    assert Checker(verified=True, tolerance=1.0).problems(text, FACTS) == []
+    assert Checker(verified=True, config=LabelsConfig(distance_tolerance=1.0)).problems(text, FACTS) == []
 
 
 def test_a_street_view_speaks_of_no_map() -> None:
@@ -126,8 +126,9 @@ def test_other_languages_are_told_apart() -> None:
         "Links steht eine Reihe roter Häuser, und die Kamera schaut die Straße entlang nach Osten, wo bald die King Street "
         "kreuzt. Das ist also die Mill Street in Harbour."
     )
-    assert Checker(language="de").problems(text, FACTS) == []
-    assert [p.kind for p in Checker(language="de").problems(GOOD, FACTS)] == ["language"]
+    german = Checker(config=LabelsConfig(language="de"))
+    assert german.problems(text, FACTS) == []
+    assert [p.kind for p in german.problems(GOOD, FACTS)] == ["language"]
 
 
 def test_almost_all_corruptions_are_caught_and_almost_all_good_labels_pass() -> None:

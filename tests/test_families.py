@@ -16,10 +16,11 @@ from addressvlm.models.base import one_dimensional, packs
 from addressvlm.models.lora import attach, train_only, trainable
 from addressvlm.models.parts import part_of
 from addressvlm.training import loop
-from addressvlm.training.collate import Collator, sample_of
+from addressvlm.training.collate import Collator, Sample, sample_of
 from addressvlm.training.rows import Schedule
 from addressvlm.training.step import answer_loss
 from tests.cities import ListTable, table_rows
+from tests.families import picture
 from tests.tiny_families import FAMILIES
 
 SETTINGS = ModelConfig(vision=PartConfig(rank=2, alpha=4), llm=PartConfig(rank=4, alpha=8), lora_dropout=0.0)
@@ -80,6 +81,20 @@ def test_rows_of_a_family_have_the_loss_of_each_alone(family: str) -> None:
     collate = Collator(processor)
     together, count = answer_loss(model, collate(rows))
     alone = [answer_loss(model, collate([row])) for row in rows]
+    assert count == sum(n for _, n in alone)
+    torch.testing.assert_close(together, sum(loss for loss, _ in alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_photos_of_other_proportions_share_a_batch(packed: bool) -> None:
+    model, processor = FAMILIES["smolvlm"]()
+    processor.image_processor.do_image_splitting, processor.image_processor.size = True, {"longest_edge": 64}
+    rounds = [("Which street is this?", "Mill Street")]
+    rows = [Sample(picture(seed, size), rounds) for seed, size in enumerate([(64, 64), (64, 32), (24, 64)])]
+    alone = [answer_loss(model, Collator(processor)([row])) for row in rows]
+    if packed:
+        assert packs(model, "on", torch.device("cpu"), "smolvlm")
+    together, count = answer_loss(model, Collator(processor, packed=packed)(rows))
     assert count == sum(n for _, n in alone)
     torch.testing.assert_close(together, sum(loss for loss, _ in alone), rtol=1e-5, atol=1e-5)
 

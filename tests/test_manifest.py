@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from addressvlm import InputError
+from addressvlm import InputError, stores
 from addressvlm.cities import readers, storage
 from addressvlm.cities.photo import Photo, looks_swapped
 from addressvlm.cities.photos import check_photo
@@ -208,14 +208,14 @@ def from_store(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_manifest_and_photos_in_a_store(bucket: Path, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage._filesystem.cache_clear()
+    stores._filesystem.cache_clear()
     with store(bucket) as address:
         monkeypatch.setenv("AWS_ENDPOINT_URL", address)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
         from_store(scheme)
-    storage._filesystem.cache_clear()
+    stores._filesystem.cache_clear()
 
 
 def test_what_fsspec_knows_is_read_too(bucket: Path) -> None:
@@ -251,9 +251,9 @@ def test_an_address_that_cannot_be_read_is_said(tmp_path: Path, address: str, me
 
 
 def test_a_store_that_is_away_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    storage._filesystem.cache_clear()
+    stores._filesystem.cache_clear()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(InputError, match=r"s3://bucket/m\.csv can't be reached \(.{1,170}\): check the address and its keys"):
         read("s3://bucket/m.csv")
-    storage._filesystem.cache_clear()
+    stores._filesystem.cache_clear()

@@ -257,7 +257,7 @@ def test_bad_sources_are_named(tmp_path: Path, streets: Path) -> None:
         TileRenderer(streets, tmp_path / "not.tif", CONFIG)
     with pytest.raises(InputError, match="no coordinate system"):
         TileRenderer(streets, town.write_imagery(tmp_path / "no_crs.tif", crs=None), CONFIG)
-    with pytest.raises(InputError, match=r"s3://bucket/city.tif: give a file"):
-        TileRenderer(streets, "s3://bucket/city.tif", CONFIG)
+    with pytest.raises(InputError, match=r"ftp://bucket/city.tif: give a file"):
+        TileRenderer(streets, "ftp://bucket/city.tif", CONFIG)
     with pytest.raises(InputError, match="uint16 samples"):
         TileRenderer(streets, town.write_imagery(tmp_path / "deep.tif", dtype="uint16"), CONFIG)

@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from addressvlm import InputError
 from addressvlm.config import Config
 from addressvlm.config import load as configuration
+from addressvlm.config_training import ModelConfig, PartConfig
 from addressvlm.models import load
 from addressvlm.models.lora import attach, train_only
 from addressvlm.training import loop
@@ -26,8 +27,9 @@ from addressvlm.training.plan import GIB, outline, plan
 from addressvlm.training.rows import Schedule
 from addressvlm.training.system import train_system
 from ray_jobs import plan as planned
-from tests.cities import ListTable, table_rows, trained_config
+from tests.cities import ListTable, keeping, table_rows, trained_config
 from tests.tiny import tiny_llava
+from tests.tiny_families import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,47 @@ def test_operations_of_the_outline_are_those_of_the_model(base: Path, tmp_path: 
     assert cost_of(sketched.model, sketched.parts, row.image, len(row.ids), answers).flops == pytest.approx(real, rel=0.15)
 
 
+def sketched(model: Any, processor: Any) -> Any:
+    """The cost of a row, from the model's shape alone."""
+    with torch.device("meta"):
+        base = type(model)._from_config(model.config)
+    tuned, parts = attach(base, ModelConfig(vision=PartConfig(rank=2), llm=PartConfig(rank=2)))
+    row = Collator(processor).encode(sample_of(table_rows(1)[0]))
+    return cost_of(tuned, parts, row.image, len(row.ids), 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_that_looks_into_its_tensors_is_guessed_and_said_so(family: str) -> None:
+    cost = sketched(*FAMILIES[family]())
+    assert cost.guessed or not family.startswith("qwen")
+    assert cost.flops > 0
+    assert cost.kept > 0
+
+
+def test_the_shape_of_llava_is_counted_and_not_guessed(base: Path) -> None:
+    assert not sketched(*load(str(base))).guessed
+
+
+def test_memory_is_what_the_strategy_leaves_whole(full_size: Path, tmp_path: Path) -> None:
+    config = paper(full_size, tmp_path)
+    made = outline(config)
+    found = {}
+    for strategy in ("ddp", "zero2", "fsdp2", "zero3"):
+        config.train.strategy = strategy
+        found[strategy] = plan(config, config.train.systems[1], made, photos=1000)[0]
+    whole = found["ddp"]
+    assert found["zero2"].weights == whole.weights
+    assert whole.weights / 8 < found["fsdp2"].weights < found["zero3"].weights < whole.weights
+    for strategy in ("zero2", "fsdp2", "zero3"):
+        assert found[strategy].optimizer == whole.optimizer / 8
+        assert found[strategy].gradients == whole.gradients / 8
+        assert found[strategy].activations == whole.activations
+    config.train.checkpoint_activations = True
+    twice = plan(config, config.train.systems[1], made, photos=1000)[0]
+    assert twice.flops == whole.flops
+    assert twice.activations < 0.3 * whole.activations
+
+
 def test_peaks_are_found_by_a_part_of_the_name() -> None:
     assert of_name("NVIDIA H100 80GB HBM3") == 989e12
     assert of_name("NVIDIA H100 PCIe") == 756e12
@@ -176,7 +219,7 @@ def test_a_processor_that_counts_image_tokens_otherwise_is_told(base: Path, tmp_
 def test_a_checkpoint_of_another_base_is_refused(base: Path, tmp_path: Path) -> None:
     config = trained_config(tmp_path, base)
     kept: list[Path] = []
-    train_system(config, "stage 2 only", None, lambda m, f: kept.append(shutil.copytree(f, tmp_path / f"c{len(kept)}")))
+    train_system(config, "stage 2 only", None, keeping(kept, tmp_path))
     config.model.base = str(tiny_llava(tmp_path / "other", seed=1, patch=16))
     with pytest.raises(InputError, match="another base model or other LoRA settings"):
         train_system(config, "stage 2 only", kept[0], lambda metrics, folder: None)

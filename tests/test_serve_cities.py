@@ -16,15 +16,13 @@ from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.priors import Prior
 from addressvlm.answers.texts import Sampling
 from addressvlm.inference import Localizer
-from addressvlm.questions import ADDRESS_QUESTION
 from serve.asks import Question, Where
 from serve.cities import City, base_of, find, pick
 from serve.engine import Engine, side_of
 from serve.errors import ApiError
 from serve.images import bytes_of
 from serve.records import Records
-from serve.vllm_engine import VllmModel
-from tests.families import log_likelihoods
+from serve.vllm_engine import VllmModel, telling
 from tests.service import two_cities
 
 pytestmark = pytest.mark.xdist_group("serve")
@@ -37,7 +35,7 @@ def systems(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def settings(systems: list[Path], **more: object) -> service.ServiceSettings:
-    return service.ServiceSettings(cities=[str(system) for system in systems], **more)
+    return service.ServiceSettings(cities=[str(system) for system in systems], dtype="float32", **more)
 
 
 def test_each_city_answers_as_its_merged_model(systems: list[Path]) -> None:
@@ -81,8 +79,16 @@ class Scored(VllmModel):
         self.gazetteer, self.calibration, self.records = self.localizer.gazetteer, Calibration(temperature=2.0), Records()
 
     async def _scores(self, photo: str, answers: Sequence[str]) -> np.ndarray:
-        image = Image.open(BytesIO(bytes_of(photo)))
-        return log_likelihoods(self.localizer, image, ADDRESS_QUESTION, answers).numpy()
+        scores = self.localizer.address_scores([Image.open(BytesIO(bytes_of(photo)))])[0]
+        of_text = dict(zip([address.text() for address in self.localizer.known_city().addresses], scores, strict=True))
+        return np.array([of_text[answer] for answer in answers])
+
+
+def test_vllm_reads_addresses_as_far_as_transformers_does(systems: list[Path]) -> None:
+    localizer = Localizer(systems[0] / "merged")
+    texts = [address.text() for address in localizer.known_city().addresses]
+    trie = localizer.trie(texts).beginnings()
+    assert list(telling(systems[0] / "merged", texts).values()) == trie.depths[trie.ends].tolist()
 
 
 def test_vllms_scores_make_the_same_ranking(systems: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from serve.errors import ApiError, install
 from serve.images import bytes_of
 from serve.records import Records, render
 from serve.settings import IMAGES, MODEL
-from serve.vllm_engine import VllmModel, _request, tail, told_apart
+from serve.vllm_engine import VllmModel, _request, tail
 from tests.service import check_error
 
 pytestmark = pytest.mark.xdist_group("serve")
@@ -133,11 +133,9 @@ def test_an_addresss_score_is_that_of_its_tokens_up_to_the_end() -> None:
         return {str(token): {"logprob": log_p}, "999": {"logprob": -1.0}}
 
     log_p = [None, told(2, -9), told(7, -0.5), told(8, -0.25), told(3, -0.125), told(4, -9)]
-    assert tail([1, 2], [1, 2, 7, 8, 3, 4], log_p, {3}) == [(7, -0.5), (8, -0.25), (3, -0.125)]
-    assert [token for token, _ in tail([1, 2], [1, 2, 7, 8, 3, 4], log_p, set())] == [7, 8, 3, 4]
-    assert [token for token, _ in tail([1, 5], [1, 2, 7, 8, 3, 4], log_p, {3})] == [2, 7, 8, 3]  # the boundary is another token
-    answers = [[(7, -0.5), (8, -0.25), (3, -4.0)], [(7, -0.5), (9, -2.0), (3, -4.0)], [(5, -1.0), (9, -4.0), (3, -4.0)]]
-    assert told_apart(answers).tolist() == [-0.75, -2.5, -1.0]
+    assert tail([1, 2], [1, 2, 7, 8, 3, 4], log_p, {3}) == [-0.5, -0.25, -0.125]
+    assert tail([1, 2], [1, 2, 7, 8, 3, 4], log_p, set()) == [-0.5, -0.25, -0.125, -9]
+    assert tail([1, 5], [1, 2, 7, 8, 3, 4], log_p, {3}) == [-9, -0.5, -0.25, -0.125]  # the boundary is another token
 
 
 def test_what_vllm_is_asked() -> None:

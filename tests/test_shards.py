@@ -39,7 +39,9 @@ def step(inputs: Path, out: Path, work: Work, redo: bool = False) -> list[dict[s
     shards = plan(inputs, "all", 150)
     with resuming(out, SETTINGS, redo) as folder:
         tidy(folder, len(shards))
-        return [make(shard, folder, work) for shard in shards]
+        made = [make(shard, folder, work) for shard in shards]
+        tidy(folder, len(shards), made)
+        return made
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -162,7 +164,7 @@ def _attempt(inputs: Path, out: Path, die_at: int, redo: bool) -> None:
 
         return counted
 
-    for name in ("rename", "unlink", "mkdir", "write_text"):
+    for name in ("rename", "replace", "unlink", "mkdir", "write_text"):
         setattr(Path, name, dying(getattr(Path, name)))
     shutil.rmtree = partial(_slow_rmtree, dying(lambda: None))
     step(inputs, out, Work(even_and_odd, SCHEMA), redo)

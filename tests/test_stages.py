@@ -4,7 +4,6 @@ python -m pytest -q tests/test_stages.py
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,16 @@ from safetensors.torch import load_file
 from addressvlm import InputError, tables
 from addressvlm.addresses import Address, Gazetteer, joined
 from addressvlm.config import Config
-from addressvlm.config_training import ModelConfig, PartConfig, StageConfig, SystemConfig
+from addressvlm.config_training import ModelConfig, PartConfig, StageConfig, SystemConfig, TrainConfig
 from addressvlm.models import card, load
 from addressvlm.models.lora import attach
 from addressvlm.run import Run
-from addressvlm.training import journal, loop
+from addressvlm.training import journal, loop, system
 from addressvlm.training.collate import Collator
 from addressvlm.training.rows import Mix, Schedule
+from addressvlm.training.snapshot import Snapshot
 from addressvlm.training.system import cities_of, stages_of, table_of, train_system
-from tests.cities import ListTable, picture, table_rows, trained_config
+from tests.cities import ListTable, keeping, picture, table_rows, trained_config
 from tests.tiny import tiny_llava
 
 
@@ -165,7 +165,7 @@ def test_rows_that_cant_be_used_are_replaced_counted_and_written_down(tmp_path: 
     schema = tables.with_features(tables.pa.schema([tables.PHOTOS.field(c) for c in ("id", "place", "image", "rounds")]))
     tables.write(run.photos, "train", rows, schema)
     kept: list[Path] = []
-    train_system(config, "stage 2 only", None, lambda m, f: kept.append(shutil.copytree(f, tmp_path / f"c{len(kept)}")))
+    train_system(config, "stage 2 only", None, keeping(kept, tmp_path))
     assert steps(config, "stage 2 only")[-1]["rejected"] == 4
     rejects = tables.pq.read_table(run.rejects / "train-stage-2-only.parquet").to_pylist()
     assert {(row["id"], row["stage"]) for row in rejects} == {(row, "localization") for row in "3579"}
@@ -201,7 +201,7 @@ def test_a_step_of_no_length_is_told(tmp_path: Path, base: Path) -> None:
     one, two = SystemConfig(name="one", stages=["localization"]), ["alignment", "localization"]
     config.train.systems = [one, SystemConfig(name="two", stages=two, equal_steps_to="one")]
     with pytest.raises(InputError, match="'two' shall make the 12 steps of 'one', but makes 12 before its last stage"):
-        stages_of(config, config.train.systems[1], 1)
+        stages_of(config, config.train.systems[1])
 
 
 def test_an_empty_split_is_told(tmp_path: Path, base: Path) -> None:
@@ -233,6 +233,57 @@ def test_validation_goes_into_the_journal_and_changes_nothing(tmp_path: Path, ba
     assert 0 <= json.loads(lines[-1])["A_s_G"] <= 1
 
 
+def test_the_adapter_that_validated_best_is_kept_and_can_be_merged(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for merge in ("last", "best"):
+        config = trained_config(tmp_path / merge, base, merge=merge, validate_every=2)
+        config.train.stages["localization"].max_steps = 8
+        turns = [0.5, 0.75, 0.75, 0.25]
+        monkeypatch.setattr(system, "Validation", lambda *_, turns=turns, **__: lambda model: {"A_ds": turns.pop(0)})
+        kept: list[Path] = []
+        train_system(config, "stage 2 only", None, keeping(kept, tmp_path / merge))
+        folder = Run(config).model("stage 2 only")
+        found[merge] = load_file(folder / "adapter" / "adapter_model.safetensors")
+        if merge == "last":
+            found["kept"] = load_file(folder / "best" / "adapter_model.safetensors")
+        held = Snapshot.read(kept[-1]).best
+        assert held is not None
+        assert (held.step, held.metric, held.value) == (6, "A_ds", 0.75)  # of equal ones the later
+        turns.append(0.5)
+        train_system(config, "stage 2 only", kept[-2], nothing)  # goes on after the best
+        again = load_file(Run(config).model("stage 2 only") / "adapter" / "adapter_model.safetensors")
+        assert all(torch.equal(again[name], found[merge][name]) for name in again)
+    assert all(torch.equal(found["best"][name], found["kept"][name]) for name in found["best"])
+    assert any(not torch.equal(found["best"][name], found["last"][name]) for name in found["best"])
+
+
+def test_a_step_has_the_same_rows_and_as_many_batches_on_all_workers_whatever_their_number(base: Path) -> None:
+    config = StageConfig(data="photos", batch_size=1, accumulate=2)
+    stage = loop.Stage("s", config, Schedule(named("a", 24), 8, 0), 3, 0)
+    collate = Collator(load(str(base))[1])
+    for world in (1, 2, 3, 4, 5, 8):
+        steps = [loop._step(collate, stage, 1, rank, world) for rank in range(world)]
+        assert sum(step.tokens for step in steps) == loop._step(collate, stage, 1, 0, 1).tokens
+        assert len({len(step.batches) for step in steps}) == 1
+        sizes = [len(batch["input_ids"]) for step in steps for batch in step.batches]
+        assert sum(sizes) == 8
+        assert max(sizes) <= (1 if 8 % world == 0 else 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"workers": 2, "min_workers": 3}, "min_workers is 3, above workers, which is 2"),
+        ({"merge": "best"}, "merge is best, which needs validation: set validate_every too"),
+    ],
+)
+def test_a_training_that_makes_no_sense_is_told(settings: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        TrainConfig(**settings)
+
+
 def test_the_loss_of_each_kind_of_question_is_seen(tmp_path: Path, base: Path) -> None:
     config = trained_config(tmp_path, base, peak_tflops=1e-3)
     train_system(config, "stage 2 only", None, nothing)
@@ -259,7 +310,7 @@ def test_validation_after_the_step_resumed_from_is_forgotten(tmp_path: Path) -> 
 def test_large_seeds_are_taken(tmp_path: Path, base: Path) -> None:
     config = trained_config(tmp_path, base)
     config.seed = 10**6
-    stage = stages_of(config, config.train.systems[1], 1)[0]
+    stage = stages_of(config, config.train.systems[1])[0]
     seeds = {loop._seed(stage, step, rank) for step in range(3) for rank in range(2)}
     assert len(seeds) == 6
     for seed in seeds:

@@ -3,6 +3,7 @@
 python -m pytest -q tests/test_train_job.py
 """
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,8 @@ import psutil
 import pytest
 import torch
 import yaml
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from safetensors.torch import load_file
 
 from addressvlm import InputError
@@ -24,6 +27,7 @@ from addressvlm.config import Config
 from addressvlm.run import LAST_MODEL, Run, mark_done
 from addressvlm.training.system import train_system
 from ray_jobs import graft, label, prepare, train
+from ray_jobs.failures import explained
 from tests.cities import trained_config
 from tests.tiny import tiny_llava
 
@@ -34,7 +38,7 @@ os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # a report waits for it
 ROOT = Path(__file__).parents[1]
 SYSTEM = "AddressVLM"
 STEPS = 24  # of each of the two stages
-KILL_AT = 9  # steps done when something is killed; checkpoints are every 4
+KILL_AT = 14  # steps done when something is killed; checkpoints are every 4
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +79,16 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @contextmanager
-def killing(config: Config, victims: Callable[[], list[psutil.Process]]) -> Iterator[list[str]]:
-    """Kill -9 as soon as the loss curve has `KILL_AT` steps; gives the lines that it had then."""
+def killing(
+    config: Config, victims: Callable[[], list[psutil.Process]], ready: Callable[[Config], object] = lambda config: True
+) -> Iterator[list[str]]:
+    """Kill -9 as soon as the loss curve has `KILL_AT` steps and it is ready; gives the lines that it had then."""
     then: list[str] = []
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(0.005):
-            if len(lines(config)) >= KILL_AT:
+            if len(lines(config)) >= KILL_AT and ready(config):
                 for victim in victims():
                     victim.kill()
                 then.extend(lines(config))
@@ -110,8 +116,20 @@ def went_on(config: Config, then: list[str]) -> bool:
 
 
 def checkpointed(then: list[str]) -> int:
-    """The step whose checkpoint was surely kept; the one after it may have been under way."""
-    return (len(then) - 1) // 4 * 4 - 4
+    """The step whose checkpoint was surely listed; the next may have been stored and not listed, the one after under way."""
+    return (len(then) - 1) // 4 * 4 - 8
+
+
+def stored(config: Config, listed: bool) -> list[Path]:
+    """The folders of checkpoints that are in Ray's list, or those that are being written or about to be listed."""
+    folder = Run(config).journal(SYSTEM)
+    manifest = folder / "checkpoint_manager_snapshot.json"
+    names = manifest.read_text() if manifest.is_file() else ""
+    return [path for path in folder.glob("checkpoint_*/") if (path.name in names) == listed]
+
+
+def being_written(config: Config) -> list[Path]:
+    return stored(config, listed=False)
 
 
 @pytest.fixture(scope="module")
@@ -154,15 +172,6 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(tmp_p
     assert same(weights(config), weights(pair))
 
 
-def test_zero2_learns_alike_and_resumes(tmp_path: Path, base: Path, pair: Config) -> None:
-    config = ready(tmp_path, base, workers=2, strategy="zero2")
-    with killing(config, a_worker) as then:
-        train.run_step(config, False, [SYSTEM])
-    assert went_on(config, then)
-    assert curve(config) == pytest.approx(curve(pair), rel=0.01)
-    assert (Run(config).model(SYSTEM) / "merged" / "model.safetensors").is_file()
-
-
 def test_a_killed_job_goes_on_when_the_command_is_given_again(tmp_path: Path, base: Path, alone: Config) -> None:
     config = ready(tmp_path, base, workers=1)
     file = tmp_path / "small.yaml"
@@ -174,14 +183,16 @@ def test_a_killed_job_goes_on_when_the_command_is_given_again(tmp_path: Path, ba
     def all_of_it() -> list[psutil.Process]:
         return [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]
 
-    with killing(config, all_of_it) as then:
+    with killing(config, all_of_it, being_written) as then:
         assert job.wait() == -9
+    positions = [json.loads((path / "position.json").read_text()) for path in stored(config, listed=True)]
+    listed = max(STEPS * at["stage"] + at["step"] for at in positions)
     assert not Run(config).model(SYSTEM).exists()
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     told = re.search(r"going on after step (\d+) of 48", again.stdout)
     assert told
-    assert checkpointed(then) <= int(told[1]) <= len(then)
+    assert checkpointed(then) <= int(told[1]) == listed <= len(then)
     assert went_on(config, then)
     assert curve(config) == curve(alone)
     assert same(weights(config), weights(alone))
@@ -199,6 +210,14 @@ def test_a_diverging_loss_is_told_at_once_and_the_checkpoint_stays(tmp_path: Pat
     (checkpoint,) = folder.glob("checkpoint_*/state.pt")
     assert all(w.isfinite().all() for w in torch.load(checkpoint, weights_only=True)["adapter"].values())
     assert not Run(config).model("stage 2 only").exists()
+
+
+def test_a_checkpoint_that_cant_be_stored_is_one_sentence(tmp_path: Path, base: Path) -> None:
+    config = trained_config(tmp_path, base)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    failed = WorkerGroupError("", {0: UserExceptionWithTraceback(full, "")})
+    assert "can't be written (No space left on device): free room" in str(explained(failed, config, SYSTEM))
+    assert explained(WorkerGroupError("", {0: UserExceptionWithTraceback(KeyError("x"), "")}), config, SYSTEM) is None
 
 
 def test_more_workers_than_the_cluster_has_is_told(tmp_path: Path, base: Path, ray_local: None) -> None:

@@ -30,7 +30,7 @@ from addressvlm.training.collate import IGNORE, Collator, Sample, messages
 from addressvlm.training.rows import Rows, Schedule, steps_of
 from addressvlm.training.step import answer_loss, autocast, learning_rate
 from addressvlm.training.system import train_system
-from tests.cities import table_rows, trained_config
+from tests.cities import keeping, table_rows, trained_config
 from tests.tiny import tiny_llava
 
 
@@ -163,10 +163,7 @@ def test_training_learns_and_resumes_to_equal_weights(tmp_path: Path, base: Path
     config = trained_config(tmp_path / "whole", base)
     kept: list[Path] = []
 
-    def keep(metrics: dict, folder: Path) -> None:
-        kept.append(shutil.copytree(folder, tmp_path / f"checkpoint{len(kept)}"))
-
-    train_system(config, "AddressVLM", None, keep)
+    train_system(config, "AddressVLM", None, keeping(kept, tmp_path))
     run = Run(config)
     curve = losses(run, "AddressVLM")
     assert len(curve) == 24
@@ -191,6 +188,20 @@ def test_losses_are_those_of_before(tmp_path: Path, base: Path, packing: str) ->
     config.model.lora_dropout = 0.0  # masks depend on the shape of a batch
     train_system(config, "stage 2 only", None, lambda metrics, folder: None)
     assert losses(Run(config), "stage 2 only") == pytest.approx(EXPECTED, rel=1e-3)
+
+
+def test_activations_computed_twice_change_nothing(tmp_path: Path, base: Path) -> None:
+    curves, shares = [], []
+    for twice in (False, True):
+        config = trained_config(tmp_path / str(twice), base, checkpoint_activations=twice, peak_tflops=1.0)
+        config.train.stages["localization"].max_steps = 4
+        train_system(config, "stage 2 only", None, lambda metrics, folder: None)
+        lines = (Run(config).journal("stage 2 only") / "loss.jsonl").read_text().splitlines()
+        steps = [json.loads(line) for line in lines]
+        curves.append([step["loss"] for step in steps])
+        shares.append(steps[0]["mfu"] / steps[0]["samples_per_s"])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-6)
+    assert shares[1] == pytest.approx(shares[0], rel=1e-6)  # only useful operations are counted
 
 
 def test_merged_folder_needs_nothing_of_ours(tmp_path: Path, base: Path) -> None:
@@ -248,7 +259,7 @@ def test_a_part_without_gradient_is_said(tmp_path: Path, base: Path) -> None:
     from addressvlm.training.system import stages_of
 
     tuned, parts = attach(model, config.model)
-    stage = stages_of(config, config.train.systems[1], 1)[0]
+    stage = stages_of(config, config.train.systems[1])[0]
     tuned.get_input_embeddings().weight.data.zero_()
     broken = {**parts, "vision": "model.nothing"}
     with pytest.raises(InputError, match="no gradient reaches the vision part"):
@@ -263,10 +274,22 @@ def test_a_diverging_loss_is_said(tmp_path: Path, base: Path) -> None:
         train_system(config, "stage 2 only", None, lambda metrics, folder: None)
 
 
+@pytest.mark.parametrize("name", ["state.pt", "position.json"])
+def test_a_checkpoint_half_written_is_told(tmp_path: Path, base: Path, name: str) -> None:
+    config = trained_config(tmp_path, base)
+    config.train.stages["localization"].max_steps = 2
+    kept: list[Path] = []
+    train_system(config, "stage 2 only", None, keeping(kept, tmp_path))
+    content = (kept[0] / name).read_bytes()
+    (kept[0] / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"the checkpoint in .* is not whole \(.*: remove it to go on from the one before"):
+        train_system(config, "stage 2 only", kept[0], lambda metrics, folder: None)
+
+
 def test_checkpoint_of_another_rank_is_refused(tmp_path: Path, base: Path) -> None:
     config = trained_config(tmp_path, base)
     kept: list[Path] = []
-    train_system(config, "stage 2 only", None, lambda m, f: kept.append(shutil.copytree(f, tmp_path / f"c{len(kept)}")))
+    train_system(config, "stage 2 only", None, keeping(kept, tmp_path))
     config.model.llm.rank = 3
     with pytest.raises(InputError, match="another base model or other LoRA settings"):
         train_system(config, "stage 2 only", kept[0], lambda metrics, folder: None)

@@ -254,7 +254,7 @@ def test_addresses(z: int, data: st.DataObject) -> None:
         ("https://{x}/{z}/{y}", "begins with http"),
         ("https://host:port/{z}/{x}/{y}", "no web address"),
         ("https://host/{z/{x}/{y}", "tiles.imagery"),
-        ("s3://bucket/city.tif", "http"),
+        ("ftp://bucket/city.tif", "http"),
     ],
 )
 def test_addresses_that_are_none(tmp_path: Path, template: str, reason: str) -> None:

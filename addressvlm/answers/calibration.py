@@ -9,12 +9,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from addressvlm.errors import InputError
+from addressvlm.stores import AnyPath
 
 CALIBRATION = "calibration.json"
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -67,18 +67,18 @@ class Calibration:
         """The confidence above which the model is said to know."""
         return self.thresholds.get(f"{self.target:g}", ALWAYS)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: AnyPath) -> None:
         """Write `calibration.json` into a model's folder."""
-        (Path(folder) / CALIBRATION).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        (folder / CALIBRATION).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> "Calibration":
+    def load(cls, folder: AnyPath) -> "Calibration":
         """Read it; the default where there is none.
 
         Raises:
             InputError: the file is no calibration.
         """
-        file = Path(folder) / CALIBRATION
+        file = folder / CALIBRATION
         if not file.is_file():
             return cls()
         try:

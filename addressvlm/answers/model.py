@@ -8,7 +8,6 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from PIL import Image
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from addressvlm.models.base import load, locate, one_dimensional, placed
+from addressvlm.stores import AnyPath, path_of
 
 Turn = dict[str, Any]
 
@@ -61,13 +61,13 @@ class ChatModel:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | AnyPath,
         device: str | None = None,
         dtype: str = "float32",
         trust_remote_code: bool = False,
         loaded: tuple[Any, Any] | None = None,
     ) -> None:
-        self.folder = Path(folder if loaded else locate(str(folder)))
+        self.folder = path_of(folder if loaded else locate(str(folder)))
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, self.processor = loaded or load(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
         self.model = placed(model, self.device).eval()

@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 import jinja2
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pyproj
 import shapely
 import yaml
@@ -29,6 +28,8 @@ from addressvlm.cities.photo import Photo
 from addressvlm.cities.split import Split
 from addressvlm.config import Config, TilesConfig
 from addressvlm.config_city import CityConfig
+from addressvlm.files import parquet
+from addressvlm.stores import AnyPath, files_in
 
 PARTS = ("train", "val", "test", "aside")
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}  # our names -> those of the Hugging Face hub
@@ -98,12 +99,12 @@ def make_card(
     }  # fmt: skip
 
 
-def count_questions(folder: Path, split: str) -> dict[str, dict[str, int]]:
+def count_questions(folder: AnyPath, split: str) -> dict[str, dict[str, int]]:
     """Level -> kind -> number of questions in a split of `tables.PHOTOS`; reads no images."""
     counted: Counter[tuple[str, str]] = Counter()
-    for file in sorted(Path(folder).glob(f"{split}-*.parquet")):
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(columns=["rounds.list.element.level", "rounds.list.element.kind"]):
+    for file in files_in(folder, f"{split}-*.parquet"):
+        with parquet(file) as opened:
+            for batch in opened.iter_batches(columns=["rounds.list.element.level", "rounds.list.element.kind"]):
                 asked = batch["rounds"].flatten()
                 levels, kinds = (pc.struct_field(asked, field).to_pylist() for field in ("level", "kind"))
                 counted.update(zip(levels, kinds, strict=True))
@@ -123,14 +124,14 @@ def places_per(places: Iterable[Place]) -> dict[str, dict[str, int]]:
     }
 
 
-def write_card(folder: Path, card: Mapping[str, Any], places: Iterable[Place], divided: Split, gazetteer: Gazetteer) -> None:
+def write_card(folder: AnyPath, card: Mapping[str, Any], places: Iterable[Place], divided: Split, gazetteer: Gazetteer) -> None:
     """Write card.json, README.md, card.html and the pictures (figures/*.png) into the folder of the tables.
 
     Args:
         card: from `make_card`.
         places: those to be drawn, all in `divided`.
     """
-    folder, places = Path(folder), list(places)
+    places = list(places)
     (folder / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     picture, counted = CityPicture(places, gazetteer), places_per(places)
     figures = {

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from addressvlm.cities.streets import StreetMap
 from addressvlm.config_city import CityConfig
 from addressvlm.questions import test_rounds, training_rounds
 from addressvlm.shards import Made, Rows, files_fingerprint
+from addressvlm.stores import path_of
 
 SPLITS = ("train", "val", "test")
 LISTED = pa.schema(
@@ -155,7 +155,7 @@ def gazetteer_of(
 
 @lru_cache(maxsize=2)
 def _kept_gazetteer(path: str, fingerprint: str) -> Gazetteer:
-    return Gazetteer.load(Path(path))
+    return Gazetteer.load(path_of(path))
 
 
 @lru_cache(maxsize=2)

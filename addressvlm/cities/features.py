@@ -17,11 +17,13 @@ import shapely
 from addressvlm.cities import osm
 from addressvlm.cities.extract import Extract, Feature, Tags
 from addressvlm.errors import InputError
+from addressvlm.files import fetched
+from addressvlm.stores import AnyPath
 
 GDAL_FILES = (".shp", ".gpkg", ".fgb", ".gdb", ".gml", ".kml", ".zip")
 
 
-def read(path: str | Path, key: str, wanted: Callable[[Tags], bool]) -> Extract:
+def read(path: str | AnyPath, key: str, wanted: Callable[[Tags], bool]) -> Extract:
     """Read a file: a table whole, of OpenStreetMap's objects those whose tags are wanted.
 
     The tags of a table's feature are its properties, as text; a column `NAME` counts as `name`. `key` is the setting that
@@ -30,7 +32,10 @@ def read(path: str | Path, key: str, wanted: Callable[[Tags], bool]) -> Extract:
     Raises:
         InputError: the file is missing, damaged, of no known format or not in degrees.
     """
-    path = Path(path).expanduser()
+    try:
+        path = fetched(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} can't be read (no such file): set {key} to a file that exists.") from None
     if not path.exists():
         raise InputError(f"{path} can't be read (no such file): set {key} to a file that exists.")
     try:

@@ -2,24 +2,14 @@
 
 import os
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from textwrap import shorten
 from typing import IO, Literal
 from urllib.parse import unquote, urlsplit
 
-import fsspec
-from fsspec.registry import known_implementations
 from pyarrow import fs
 
-from addressvlm.errors import InputError
-
-GCS_RETRY_S = 60  # its default is 15 minutes
-
-
-def is_remote(where: str) -> bool:
-    """Whether this is a URI of something that is not a local file."""
-    return "://" in where and not where.startswith("file://")
+from addressvlm.stores import filesystem, is_remote
 
 
 def local(where: str) -> Path:
@@ -42,17 +32,6 @@ def parent(where: str) -> str:
 def suffix(where: str) -> str:
     """The ending in small letters, with its dot."""
     return PurePosixPath(where).suffix.lower()
-
-
-def filesystem(where: str) -> tuple[fs.FileSystem, str]:
-    """The remote file system and the path in it.
-
-    Raises:
-        InputError: nothing is known by this scheme, or the package for it is not installed.
-        OSError: the store can't be reached.
-    """
-    scheme, _, path = where.partition("://")
-    return _filesystem(scheme, path.partition("/")[0]), path
 
 
 def open_binary(where: str) -> IO[bytes]:
@@ -106,24 +85,3 @@ def _files(folder: str) -> Iterator[str]:
     for info in store.get_file_info(fs.FileSelector(path.rstrip("/"), recursive=True)):
         if info.type == fs.FileType.File:
             yield info.path.lstrip("/")[top_length:]
-
-
-@lru_cache(maxsize=64)
-def _filesystem(scheme: str, bucket: str) -> fs.FileSystem:
-    if scheme == "s3":
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")  # a store that is not Amazon's
-        if endpoint or {"AWS_REGION", "AWS_DEFAULT_REGION"} & os.environ.keys():
-            return fs.S3FileSystem(endpoint_override=endpoint)
-        return fs.FileSystem.from_uri(f"s3://{bucket}")[0]  # asks for the bucket's region
-    if scheme in ("gs", "gcs"):
-        emulator = urlsplit(os.environ.get("STORAGE_EMULATOR_HOST", ""))
-        if emulator.netloc:
-            return fs.GcsFileSystem(anonymous=True, scheme=emulator.scheme, endpoint_override=emulator.netloc)
-        return fs.FileSystem.from_uri(f"gs://{bucket}?retry_limit_seconds={GCS_RETRY_S}")[0]
-    try:
-        return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
-    except ValueError:
-        raise InputError(f"{scheme}://{bucket} can't be read: write a local path, or an s3:// or gs:// address.") from None
-    except ImportError:
-        package = known_implementations[scheme]["class"].partition(".")[0]
-        raise InputError(f"{scheme}://{bucket} needs a Python package that is missing: pip install {package}.") from None

@@ -3,17 +3,17 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+from addressvlm.stores import AnyPath, files_in
+from addressvlm.tables import read_file
 
 ONLY_IN_CARD = ("rejected", "sources", "questions_by_kind", "places_per")  # details of card.json that the page leaves there
 
 Row = dict[str, Any]
 
 
-def card(photos: Path | None) -> Row:
+def card(photos: AnyPath | None) -> Row:
     """The dataset card: counts of each split as a table, and the other plain facts in order."""
     file = photos / "card.json" if photos else None
     card = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
@@ -42,10 +42,10 @@ def words(key: str) -> str:
     return f"{words[:-2]} (m)" if words.endswith(" m") else words
 
 
-def rejects(folder: Path | None) -> list[tuple[str, str, int]]:
+def rejects(folder: AnyPath | None) -> list[tuple[str, str, int]]:
     """(step, reason, rows), the most frequent first; what follows a colon in a reason tells rows apart and is left out."""
     counted: Counter[tuple[str, str]] = Counter()
-    for file in sorted(folder.glob("*.parquet")) if folder else []:
-        reasons = pq.read_table(file, columns=["reason"])["reason"].to_pylist()
+    for file in files_in(folder, "*.parquet") if folder else []:
+        reasons = read_file(file, ["reason"])["reason"].to_pylist()
         counted.update((file.stem, reason.partition(":")[0]) for reason in reasons)
     return [(step, reason, n) for (step, reason), n in counted.most_common(20)]

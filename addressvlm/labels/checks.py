@@ -53,10 +53,8 @@ class Checker:
         streets, districts: those of the city, of which no label may name another one as its own.
         variants: their other names, which count as the names.
         verified: every claim must be among the facts (English only).
-        words: the least and the most words.
-        language: ISO 639-1; what is looked for in the wording itself is looked for in English only.
-        tolerance: share by which a distance may differ from the measured one.
         mapless: the label is of a street view alone, and speaks of no map.
+        config: length, language and tolerance of distances; the wording itself is looked at in English only.
     """
 
     def __init__(
@@ -65,16 +63,14 @@ class Checker:
         districts: Iterable[str] = (),
         variants: Mapping[str, Iterable[str]] | None = None,
         verified: bool = False,
-        words: tuple[int, int] = (15, 150),
-        language: str = "en",
-        tolerance: float = 0.25,
         mapless: bool = False,
+        config: LabelsConfig | None = None,
     ) -> None:
         self._variants = variants or {}
         self._streets = Names(streets, variants=self._of(streets))
         self._districts = Names(districts, variants=self._of(districts))
-        self._verified, self._words, self._language, self._mapless = verified, words, language, mapless
-        self._tolerance = tolerance
+        self._verified, self._mapless, config = verified, mapless, config or LabelsConfig()
+        self._words, self._language, self._tolerance = config.words, config.language, config.distance_tolerance
 
     def problems(self, text: str, facts: Facts) -> list[Problem]:
         """What is wrong with a label, in words its writer can act on; empty if it is good."""
@@ -131,10 +127,8 @@ def checker_of(config: LabelsConfig, prompt: Prompt, gazetteer: Gazetteer | None
         districts=gazetteer.districts if gazetteer else (),
         variants=gazetteer.variants if gazetteer else None,
         verified=prompt.verified or not config.send_image,
-        words=config.words,
-        language=config.language,
-        tolerance=config.distance_tolerance,
         mapless=prompt.shows == "photo",
+        config=config,
     )
 
 

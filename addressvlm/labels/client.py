@@ -21,6 +21,7 @@ from addressvlm.labels.ledger import LONGEST_TEXT, Answer
 from addressvlm.waits import retry_after
 
 KEY = "OPENAI_API_KEY"
+KEPT_S = 4.0  # that an idle connection is kept: vLLM's server closes them after 5, with a request on its way or not
 LONGEST_SAID = 300  # characters of the endpoint's own words in an error
 TOKEN = re.compile(r"(?i)\bsk-[\w-]{8,}")  # in a label, where a bearer may be a man of stone
 BEARER = re.compile(r"(?i)\bbearer\s+\S+|\bsk-[\w-]{8,}")
@@ -57,7 +58,7 @@ class Client:
         """
         self.config, self._key = config, endpoint_key(config)
         # aiohttp needs half the processor time of httpx, and the body is made once instead of copied and walked through.
-        limits = httpx2.Limits(max_connections=config.concurrency, keepalive_expiry=30)
+        limits = httpx2.Limits(max_connections=config.concurrency, keepalive_expiry=KEPT_S)
         http = openai.DefaultAioHttpClient(limits=limits)
         self._client = openai.AsyncOpenAI(
             api_key=self._key, base_url=config.base_url, timeout=None, max_retries=0, http_client=http

@@ -3,7 +3,7 @@
 A ledger is a folder of segments, one for each process that ever wrote to it: lines of JSON that are only appended to, which
 works on any file system that nodes share. An answer is found by what was asked, so another prompt, model, image or setting
 finds nothing. A line that a kill cut off counts as not there; zeros at the end of a segment are room kept for answers that
-are still on their way when the disk fills up.
+are still on their way when the disk fills up. A ledger in a store is kept as addressvlm/labels/mirror.py says.
 """
 
 import json
@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
@@ -23,7 +23,10 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 
 from addressvlm.errors import InputError
+from addressvlm.files import on_disk
+from addressvlm.labels.mirror import Mirror
 from addressvlm.run import storage_error
+from addressvlm.stores import AnyPath, StorePath
 
 LONGEST_TEXT = 4000  # characters that are kept of an answer
 LONGEST_LINE = 32 * 1024  # bytes, of an entry with such a text in any script
@@ -75,20 +78,21 @@ class Ledger:
         torn: lines that are cut off.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: AnyPath) -> None:
         """Read what is there; a folder that is not there is an empty ledger.
 
         Raises:
             InputError: it can't be read.
         """
-        self.folder = Path(folder)
+        self.folder = folder
+        self.mirror = Mirror(folder) if isinstance(folder, StorePath) else None
         self.tokens, self.usd, self.torn, self.seconds = 0, 0.0, 0, 0.0
         self.answers: Counter[tuple[str, str]] = Counter()
         self._at: dict[bytes, tuple[Path, int, int]] = {}  # segment, first byte, bytes
         self._files: dict[Path, BinaryIO] = {}  # stay open: on a network file system opening takes long
         self._opening = threading.Lock()
         try:
-            for path in sorted(self.folder.glob("*.jsonl")):
+            for path in self.mirror.fetch() if self.mirror else sorted(Path(str(folder)).glob("*.jsonl")):
                 self._read(path)
         except OSError as error:
             raise storage_error(error, self.folder) from error
@@ -133,7 +137,7 @@ class Ledger:
 class WritableLedger(Ledger):
     """A ledger with a segment of its own. Safe to use from several threads."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: AnyPath) -> None:
         """Read the folder and begin a segment.
 
         Raises:
@@ -141,7 +145,7 @@ class WritableLedger(Ledger):
         """
         super().__init__(folder)
         stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-        self._path = self.folder / f"{stamp}.jsonl"
+        self._path = (self.mirror.spool if self.mirror else Path(str(folder))) / f"{stamp}.jsonl"
         self._lock = threading.Lock()
         self._end = self._allocated = self._synced = 0
         try:
@@ -178,8 +182,8 @@ class WritableLedger(Ledger):
         Raises:
             InputError: it can't be written.
         """
-        cut = {k: v[:LONGEST_TEXT] if isinstance(v, str) else v for k, v in asdict(answer).items()}
-        entry = {"asked": asdict(asked), **cut, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        cut = {k: v[:LONGEST_TEXT] if isinstance(v, str) else v for k, v in vars(answer).items()}
+        entry = {"asked": vars(asked), **cut, "at": datetime.now(UTC).isoformat(timespec="seconds")}
         line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
         with self._lock:
             try:
@@ -196,14 +200,18 @@ class WritableLedger(Ledger):
         """Return when all answers so far survive the end of the machine.
 
         Raises:
-            InputError: the disk fails.
+            InputError: the disk fails, the store can't be written, or another machine's job writes to it.
         """
+        if self.mirror:
+            self.mirror.sign()
         end = self._end
         if end > self._synced:
             try:
                 os.fsync(self._file)
             except OSError as error:
                 raise InputError(f"{self.folder} can't be written ({error.strerror}): see to its disk.") from None
+            if self.mirror:
+                self.mirror.send(self._path, self._file, self._synced, end)
             self._synced = end
 
     def close(self) -> None:
@@ -212,30 +220,33 @@ class WritableLedger(Ledger):
         Raises:
             InputError: it can't be written.
         """
+        if self.mirror:
+            self.sync()
+            self.mirror.join(self._path, self._file, self._end)
         try:
             os.ftruncate(self._file, self._end)
             os.fsync(self._file)
             os.close(self._file)
             for file in self._files.values():
                 file.close()
-            if not self._end:
+            if self.mirror or not self._end:
                 self._path.unlink()
         except OSError as error:
             raise storage_error(error, self.folder) from error
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[WritableLedger]:
+def writing(folder: AnyPath) -> Iterator[WritableLedger]:
     """The ledger of a folder for one job alone.
 
     Raises:
         InputError: another job has it, or the folder can't be written.
     """
-    folder = Path(folder)
-    holder = folder / "holder.json"
-    lock = FileLock(folder / "lock")
+    here = on_disk(folder)
+    holder = here / "holder.json"
+    lock = FileLock(here / "lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        here.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(
@@ -245,11 +256,17 @@ def writing(folder: Path) -> Iterator[WritableLedger]:
         raise storage_error(error, folder) from error
     try:
         _sign(holder)
+        if isinstance(folder, StorePath):
+            left = Mirror(folder)
+            left.sign()
+            left.send_left()
         ledger = WritableLedger(folder)
         try:
             yield ledger
         finally:
             ledger.close()
+            if ledger.mirror:
+                ledger.mirror.release()
     finally:
         lock.release()
 

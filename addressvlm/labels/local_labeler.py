@@ -17,7 +17,7 @@ from addressvlm.config_labels import LabelsConfig
 from addressvlm.errors import InputError
 from addressvlm.labels.attempts import Attempts
 from addressvlm.labels.writer import Label, Request
-from addressvlm.models.base import dtype_of, locate
+from addressvlm.models.base import dtype_of, local
 
 Messages = list[dict[str, Any]]
 
@@ -71,7 +71,7 @@ def load_writer(config: LabelsConfig) -> Writer:
     Raises:
         InputError: there is no such model, or it only reads and images would be sent.
     """
-    where = locate(config.model)
+    where = local(config.model)
     try:
         kind = type(AutoConfig.from_pretrained(where))
     except (OSError, ValueError, KeyError) as error:

@@ -4,7 +4,6 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from addressvlm.addresses import Address, Gazetteer
@@ -18,6 +17,7 @@ from addressvlm.labels.prompt import Prompt, prompt_of
 from addressvlm.labels.replay import ReplayLabeler
 from addressvlm.questions import SUFFIXES, TEMPLATES
 from addressvlm.shards import Made
+from addressvlm.stores import path_of
 
 LEVELS = {"graft": "alignment", "photo": "reasoning"}  # by what the prompt shows
 FACTS_PIXELS = 168  # longer side of a photo that is only measured
@@ -111,12 +111,12 @@ def _round(level: str, kind: str, question: str, answer: str) -> dict[str, Any]:
 
 @cache
 def _kept_gazetteer(path: str) -> Gazetteer | None:
-    return Gazetteer.load(Path(path)) if Path(path).is_file() else None
+    return Gazetteer.load(path_of(path)) if path_of(path).is_file() else None
 
 
 @cache
 def _kept_labeler(labels: str, seed: int, gazetteer: str, ledger: str) -> Labeler:
     config, known = LabelsConfig.model_validate_json(labels), _kept_gazetteer(gazetteer)
     if ledger:
-        return ReplayLabeler(beginning(config, seed, known), Ledger(Path(ledger)))
+        return ReplayLabeler(beginning(config, seed, known), Ledger(path_of(ledger)))
     return make_labeler(config, seed, known)

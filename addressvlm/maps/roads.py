@@ -17,8 +17,10 @@ from addressvlm.cities import features
 from addressvlm.cities.extract import Feature
 from addressvlm.cities.osm import is_road
 from addressvlm.errors import InputError
+from addressvlm.files import whole
 from addressvlm.names import NameIndex, spellings
 from addressvlm.nearby import METRES_PER_DEGREE
+from addressvlm.stores import AnyPath
 
 # Width of the carriageway in metres by the `highway` value of OpenStreetMap; other values are residential streets.
 WIDTHS_M = {
@@ -54,7 +56,9 @@ class Road:
 class Roads:
     """The lines of a street file in metres around their centre, x east and y north."""
 
-    def __init__(self, path: str | Path | None, centre: tuple[float, float] = (0.0, 0.0), language: str | None = None) -> None:
+    def __init__(
+        self, path: str | AnyPath | None, centre: tuple[float, float] = (0.0, 0.0), language: str | None = None
+    ) -> None:
         """Read the whole file; without one there are no roads and the plane lies around `centre` (lat, lon).
 
         Any kind of file that `addressvlm.cities.features` reads; names in the language if the file has them in it.
@@ -62,7 +66,7 @@ class Roads:
         Raises:
             InputError: the file is missing or damaged, or has no lines.
         """
-        found = _read(Path(path)) if path else []
+        found = _read(path) if path else []
         lines = [f.shape if f.dimension == 1 else shapely.boundary(f.shape) for f in found]  # of a paved area its edge
         west, south, east, north = shapely.total_bounds(lines or [shapely.Point(centre[::-1])])
         lat, lon = (south + north) / 2, (west + east) / 2
@@ -97,7 +101,7 @@ class Roads:
         return NameIndex(sorted(name for name in self._others if name), self._others)
 
 
-def write_roads(path: Path, roads: Sequence[Feature], lat: NDArray[np.float64], lon: NDArray[np.float64]) -> None:
+def write_roads(path: AnyPath, roads: Sequence[Feature], lat: NDArray[np.float64], lon: NDArray[np.float64]) -> None:
     """Write those of the roads that a tile of a photo at (N,) lat, lon can show, all if there is none, as a FlatGeobuf file.
 
     `Roads` opens it at once, however large the file is that they come from.
@@ -105,9 +109,16 @@ def write_roads(path: Path, roads: Sequence[Feature], lat: NDArray[np.float64], 
     near = _near(np.array([road.shape for road in roads], dtype=object), lat, lon)
     kept = [roads[i] for i in near] or roads
     columns = [np.array([road.tags.get(key, "") for road in kept], dtype=object) for key in COLUMNS]
+    with whole(path) as temporary:
+        file = temporary.with_suffix(".fgb")  # GDAL would make a folder of another name
+        _write(file, kept, columns)
+        file.replace(temporary)
+
+
+def _write(file: Path, kept: Sequence[Feature], columns: list[NDArray[np.object_]]) -> None:
     pyogrio.raw.write(
-        path, shapely.to_wkb([road.shape for road in kept]), columns, COLUMNS,
-        driver="FlatGeobuf", geometry_type="Unknown", crs="EPSG:4326", SPATIAL_INDEX="NO",
+        file, shapely.to_wkb([road.shape for road in kept]), columns, COLUMNS,
+        layer="roads", driver="FlatGeobuf", geometry_type="Unknown", crs="EPSG:4326", SPATIAL_INDEX="NO",
     )  # fmt: skip
 
 
@@ -121,7 +132,7 @@ def _near(shapes: NDArray[np.object_], lat: NDArray[np.float64], lon: NDArray[np
     return np.unique(shapely.STRtree(shapes).query(boxes, predicate="intersects")[1]).tolist()
 
 
-def _read(path: Path) -> list[Feature]:
+def _read(path: str | AnyPath) -> list[Feature]:
     """What there is to walk or drive on, and all lines of a table."""
     found = features.read(path, "city.streets", is_road).features
     roads = [f for f in found if f.dimension == 1 or (f.dimension == 2 and is_road(f.tags))]

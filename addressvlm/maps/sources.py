@@ -8,6 +8,7 @@ from PIL import Image
 
 from addressvlm.config import TilesConfig
 from addressvlm.errors import InputError
+from addressvlm.files import fetched
 from addressvlm.maps import imagery
 from addressvlm.maps.archives import MbTiles, PmTiles
 from addressvlm.maps.imagery import GeoTiff
@@ -15,6 +16,7 @@ from addressvlm.maps.mercator import Mosaic
 from addressvlm.maps.window import Bounds
 from addressvlm.maps.xyz import XyzServer
 
+STORES = ("s3", "gs", "gcs")
 ARCHIVES: dict[str, type[MbTiles] | type[PmTiles]] = {".mbtiles": MbTiles, ".pmtiles": PmTiles}
 
 
@@ -39,7 +41,7 @@ def open_imagery(text: str | Path, crs: str, config: TilesConfig) -> Imagery:
         InputError: it is missing, is not what its name says, is an address that is neither http nor https, or is that of a
             server and tiles.cache is not set.
     """
-    name = str(text)
+    name = _local(str(text))
     if "{" in name:
         if config.cache is None:
             raise InputError("the tiles of an XYZ server have no folder to be kept in: set tiles.cache.")
@@ -55,13 +57,23 @@ def open_imagery(text: str | Path, crs: str, config: TilesConfig) -> Imagery:
     return GeoTiff(name, crs, config.attribution)
 
 
+def _local(name: str) -> str:
+    """A file in a store as this machine's copy of it; all else as it is."""
+    if name.partition("://")[0] not in STORES or "{" in name:
+        return name
+    try:
+        return str(fetched(name))
+    except FileNotFoundError:
+        raise InputError(f"tiles.imagery is {name}, and there is no such file: set it to one that exists.") from None
+
+
 def centre_of(text: str | Path) -> tuple[float, float]:
     """Latitude and longitude of the middle of the imagery.
 
     Raises:
         InputError: it can't be opened, or has no middle.
     """
-    name = str(text)
+    name = _local(str(text))
     if "{" in name:
         raise InputError("an XYZ server has no middle of its own: set city.streets as well.")
     archive = ARCHIVES.get(Path(name).suffix.lower())

@@ -8,8 +8,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from addressvlm.errors import InputError
+from addressvlm.files import fetched_model
 from addressvlm.models import block_attention
 from addressvlm.models.parts import parts_of
+from addressvlm.stores import StorePath, is_remote, path_of
 
 PLAIN_ATTENTION = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3")  # all earlier tokens, nothing else
 MANY = 8  # convolutions of a vision encoder that is made of them; a transformer has one
@@ -17,21 +19,31 @@ TOY_BASE = Path(__file__).parents[1] / "demo" / "base"
 
 
 def locate(name: str) -> str:
-    """What to hand to transformers for `model.base`: the embedded model's folder for `toy`, else folder or hub name.
+    """Where `model.base` is: the embedded model's folder for `toy`, else folder, URI or hub name.
 
     Raises:
         InputError: it looks like a folder and there is none, or the folder holds no model.
     """
     if name == "toy":
         return str(TOY_BASE)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = path_of(name)
+    if isinstance(folder, StorePath) or folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} holds no model (no config.json): give the folder that save_pretrained wrote.")
         return str(folder)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise InputError(f"no model folder {name}: give an existing folder, a hub name like owner/model, or `toy`.")
     return name
+
+
+def local(name: str) -> str:
+    """What to hand to transformers: as `locate`, but of a folder in a store this machine's copy.
+
+    Raises:
+        InputError: as `locate`, or the store can't be used.
+    """
+    where = locate(name)
+    return str(fetched_model(where)) if is_remote(where) else where
 
 
 def load(name: str, dtype: str = "float32", trust_remote_code: bool = False, attention: str | None = None) -> tuple[Any, Any]:
@@ -45,7 +57,7 @@ def load(name: str, dtype: str = "float32", trust_remote_code: bool = False, att
     Raises:
         InputError: the model or its processor isn't there, isn't a vision-language model, or has no chat template.
     """
-    where = locate(name)
+    where = local(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     attention = attention or (None if torch.cuda.is_available() else "eager")
     try:

@@ -13,6 +13,7 @@ from addressvlm.config import Config
 from addressvlm.config_training import StageConfig
 from addressvlm.models.base import locate
 from addressvlm.run import Run
+from addressvlm.stores import AnyPath, path_of
 
 BEGIN, END = "<!-- metrics -->", "<!-- end of metrics -->"
 UNKNOWN = "Not measured yet: `python ray_jobs/evaluate.py` writes them here."
@@ -69,7 +70,7 @@ def card(config: Config, system: str, code: str, adapter: bool) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def set_metrics(model: Path, table: Mapping[str, Mapping[str, Any]], photos: str) -> None:
+def set_metrics(model: AnyPath, table: Mapping[str, Mapping[str, Any]], photos: str) -> None:
     """Write metrics into the cards of a model folder (`adapter` and `merged` below it), where they have a place for them.
 
     Args:
@@ -116,7 +117,7 @@ def _stage(name: str, stage: StageConfig) -> str:
 
 def _base_licence(config: Config) -> str | None:
     """The licence that the base model's own card names, if its folder has one."""
-    readme = Path(locate(config.model.base)) / "README.md"
+    readme = path_of(locate(config.model.base)) / "README.md"
     if not readme.is_file():
         return None
     pieces: Sequence[str] = readme.read_text(encoding="utf-8", errors="replace").split("---", 2)

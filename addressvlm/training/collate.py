@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
 IGNORE = -100  # label of a token without loss
@@ -125,7 +126,7 @@ class Collator:
         if rows[0].types:
             batch["mm_token_type_ids"] = _padded([row.types for row in rows], length, 0)
         for key in rows[0].image:
-            batch[key] = torch.cat([row.image[key] for row in rows])
+            batch[key] = _stacked([row.image[key] for row in rows])
         return batch
 
     def _turns(self, rounds: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -196,12 +197,20 @@ class Row:
         for row in rows:
             for name in ("ids", "labels", "rounds", "positions", "asked", "types"):
                 getattr(whole, name).extend(getattr(row, name))
-        whole.image = {key: torch.cat([row.image[key] for row in rows]) for key in rows[0].image}
+        whole.image = {key: _stacked([row.image[key] for row in rows]) for key in rows[0].image}
         return whole
 
 
 def _padded(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+
+def _stacked(images: list[torch.Tensor]) -> torch.Tensor:
+    """Images below each other; those of fewer tiles or pixels (Idefics3) get zeros, as its own processor gives them."""
+    sizes = [max(image.shape[dim] for image in images) for dim in range(1, images[0].dim())]
+    whole = [F.pad(image, [n for size, own in zip(sizes[::-1], image.shape[:0:-1], strict=True) for n in (0, size - own)])
+             for image in images]  # fmt: skip
+    return torch.cat(whole)
 
 
 def _hidden(rounds_BT: torch.Tensor) -> torch.Tensor:  # noqa: N803

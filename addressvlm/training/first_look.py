@@ -3,13 +3,13 @@
 from typing import Any
 
 from peft import PeftModel
-from torch.utils.flop_counter import FlopCounterMode
 
 from addressvlm.config_training import Part
 from addressvlm.errors import InputError
 from addressvlm.models.lora import trainable
 from addressvlm.models.parts import part_of
 from addressvlm.training.collate import Collator
+from addressvlm.training.recompute import useful_flops
 from addressvlm.training.step import answer_loss
 
 
@@ -27,7 +27,7 @@ def first_look(model: PeftModel, parts: dict[Part, str], collate: Collator, stag
     schedule = stage.schedule
     batch = collate.batch(schedule.encoded(collate, 0, 0, schedule.per_step))  # one row, as if each had a worker of its own
     device = next(model.parameters()).device
-    with FlopCounterMode(display=False) as counter:
+    with useful_flops(model) as flops:
         try:
             loss, _ = answer_loss(model, {k: v.to(device) for k, v in batch.items()})
         except ValueError as error:
@@ -46,7 +46,7 @@ def first_look(model: PeftModel, parts: dict[Part, str], collate: Collator, stag
                 f"{stage.name}: no gradient reaches the {part} part: take it out of train.stages.{stage.name}.parts, or "
                 "check addressvlm/models/parts.py for this model."
             )
-    return counter.get_total_flops()
+    return flops()
 
 
 def _mismatch(error: ValueError, stage: str) -> InputError | None:

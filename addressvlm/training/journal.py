@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,29 +11,41 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from addressvlm.errors import InputError
+from addressvlm.files import download, upload
+from addressvlm.stores import AnyPath, StorePath
 from addressvlm.training.loop import Progress
 
 Track = Callable[[dict[str, float], int], None]
 SHOWN = ("loss", "learning_rate", "gradient_norm", "samples_per_s", "tokens_per_s", "mfu", "memory_gib")
 EVERY_S = 5.0  # between lines
+SENT_EVERY_S = 30.0  # to a store, beside every checkpoint
+LOSS, VALIDATION = "loss.jsonl", "validation.jsonl"
 
 
 class Journal:
-    """What a run has learnt so far; a resumed run goes on with it."""
+    """What a run has learnt so far; a resumed run goes on with it.
 
-    def __init__(self, folder: Path, system: str, done: int, total: int, trackers: Sequence[str] = (), run: str = "") -> None:
+    A store's objects can't be appended to: there the account is kept on this machine and sent whole now and then.
+    """
+
+    def __init__(
+        self, folder: AnyPath, system: str, done: int, total: int, trackers: Sequence[str] = (), run: str = ""
+    ) -> None:
+        self.remote = folder if isinstance(folder, StorePath) else None
+        self._scratch = tempfile.TemporaryDirectory() if self.remote else None
+        folder = self._fetched() if self._scratch else Path(str(folder))
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "loss.jsonl"
+        self.path = folder / LOSS
         lines = self.path.read_text().splitlines()[:done] if self.path.is_file() else []
         self.path.write_text("".join(f"{line}\n" for line in lines))
-        self.found = folder / "validation.jsonl"
+        self.found = folder / VALIDATION
         if self.found.is_file():
             lines = [line for line in self.found.read_text().splitlines() if json.loads(line)["done"] <= done]
             self.found.write_text("".join(f"{line}\n" for line in lines))
         self.board = SummaryWriter(str(folder / "tensorboard"))
         self.system, self.done, self.first, self.total = system, done, done, total
         self.tracks = [tracker(name, run, system) for name in trackers]
-        self.began = self.shown = time.monotonic()
+        self.began = self.shown = self.sent = time.monotonic()
 
     def note(self, progress: Progress) -> None:
         """Record one step."""
@@ -46,6 +59,31 @@ class Journal:
         if now - self.shown >= EVERY_S or self.done in (self.first + 1, self.total):
             self.shown = now
             print(f"train: {self.system}: {self._line(progress, now)}", flush=True)
+        if now - self.sent >= SENT_EVERY_S:
+            self.keep()
+
+    def keep(self) -> None:
+        """See that all so far is where the run is; to be called before a checkpoint, which counts on it.
+
+        Raises:
+            InputError: the store can't be written.
+        """
+        if self.remote is None:
+            return
+        self.board.flush()
+        folder = self.path.parent
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+            upload(file, self.remote / file.relative_to(folder).as_posix())
+        self.sent = time.monotonic()
+
+    def _fetched(self) -> Path:
+        """A folder of this machine with what an interrupted run left in the store."""
+        assert self.remote is not None
+        assert self._scratch is not None
+        for name in (LOSS, VALIDATION):
+            if (self.remote / name).is_file():
+                download(self.remote / name, Path(self._scratch.name, name))
+        return Path(self._scratch.name)
 
     def validated(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record what validation found after a step."""

@@ -1,5 +1,6 @@
 """One tuning stage, from any step to its end. Under torch.distributed each worker runs it on its share of every step."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,10 @@ from addressvlm.training import strategy as strategies
 from addressvlm.training.collate import IGNORE, KINDS, Collator
 from addressvlm.training.first_look import first_look
 from addressvlm.training.hardware import memory_gib, peak_flops
+from addressvlm.training.recompute import recomputing
 from addressvlm.training.rows import Schedule
 from addressvlm.training.step import autocast, learning_rate, token_losses
+from addressvlm.training.strategy import Moments, Strategy
 
 
 @dataclass(frozen=True)
@@ -70,32 +73,45 @@ def run(
     strategy: str,
     precision: str = "float32",
     start: int = 0,
-    restore: Callable[[strategies.Strategy], None] | None = None,
-    after: Callable[[Progress, strategies.Strategy], None] = lambda progress, strategy: None,
+    moments: Moments | None = None,
+    after: Callable[[Progress, Strategy], None] = lambda progress, strategy: None,
     peak_tflops: float | None = None,
-) -> None:
+    device: torch.device | None = None,
+    recompute: bool = False,
+) -> Strategy:
     """Train from step `start` (0 unless resumed) to the stage's last one.
 
     Args:
+        model: with the weights of step `start`.
         precision: of forward and backward pass, see `train.precision`.
-        restore: loads the checkpoint of step `start` into the strategy.
+        moments: the optimizer's at step `start`, if the stage is resumed.
         after: called on every worker after every step.
         peak_tflops: of a worker; by default known by the GPU's name.
+        device: where to train; by default where the model is.
+        recompute: whether activations are computed twice, see `train.checkpoint_activations`.
+
+    Returns:
+        What holds the trained weights.
 
     Raises:
         InputError: the loss is not finite, a chosen part gets no gradient, or no row can be used.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device, dtype = next(model.parameters()).device, model.get_base_model().dtype
+    device, dtype = device or next(model.parameters()).device, model.get_base_model().dtype
     train_only(model, parts, stage.config.parts)
     model.train()
     keep_statistics(model)
-    with autocast(device, dtype, precision) as context:
-        flops = first_look(model, parts, collate, stage)
-        peak = peak_flops(device, context.fast_dtype if context._enabled else torch.float32, peak_tflops)
-    spread = strategies.make(strategy, model, stage.config)
-    if restore:
-        restore(spread)
+    recomputing(model, recompute)
+
+    def look() -> int:
+        with autocast(next(model.parameters()).device, dtype, precision):
+            return first_look(model, parts, collate, stage)
+
+    context = autocast(device, dtype, precision)
+    peak = peak_flops(device, context.fast_dtype if context._enabled else torch.float32, peak_tflops)
+    spread = strategies.make(strategy, model, stage.config, look, device, context._enabled)
+    if moments is not None:
+        spread.restore(moments)
     for number, step in _prefetched(collate, stage, start, rank, world):
         began = time.perf_counter()
         torch.manual_seed(_seed(stage, number, rank))
@@ -121,9 +137,10 @@ def run(
         took = time.perf_counter() - began
         pace = stage.schedule.per_step / took
         kinds = {kind: a / b for kind, a, b in zip((*KINDS, "other"), loss, counted, strict=True) if b}
-        mfu = pace * flops / (peak * world) if peak else None
+        mfu = pace * spread.flops / (peak * world) if peak else None
         seen = (tokens / took, mfu, memory_gib(device), kinds, len(stage.schedule.rejected))
         after(Progress(stage.name, number + 1, stage.steps, mean, rate, norm, pace, total, *seen), spread)
+    return spread
 
 
 def _seed(stage: Stage, step: int, rank: int) -> int:
@@ -143,8 +160,18 @@ def _step(collate: Collator, stage: Stage, number: int, rank: int, world: int) -
     size = stage.config.batch_size
     if not collate.packed and len(rows) > size:  # rows of a batch are padded to the longest: let them be alike
         rows.sort(key=lambda row: len(row.ids))
-    batches = [collate.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
+    cuts = [len(rows) * at // _batches(stage, world) for at in range(_batches(stage, world) + 1)]
+    batches = [collate.batch(rows[start:stop]) for start, stop in itertools.pairwise(cuts)]
     return Step(batches, sum(len(row.ids) for row in rows))
+
+
+def _batches(stage: Stage, world: int) -> int:
+    """Batches of a step, as many on every worker, which wait for each other in each of them.
+
+    Where the rows of a step do not divide among the workers some have one more, which may make a batch one larger.
+    """
+    most, fewest = -(-stage.schedule.per_step // world), stage.schedule.per_step // world
+    return min(-(-most // stage.config.batch_size), fewest)
 
 
 def _prefetched(collate: Collator, stage: Stage, start: int, rank: int, world: int) -> Iterator[tuple[int, Step]]:

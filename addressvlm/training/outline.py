@@ -13,8 +13,10 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from addressvlm.config_training import Part
+from addressvlm.training.recompute import recomputing
 
 NAME = "addressvlm_outline"
 PASSES = 3  # operations of both passes through an attention, in those of its forward pass
@@ -37,14 +39,36 @@ class Cost:
         return Cost(self.flops + other.flops, self.kept + other.kept, self.pairs + other.pairs, guessed)
 
 
-def cost_of(model: Any, parts: dict[Part, str], image: dict[str, torch.Tensor], tokens: int, answers: int) -> Cost:
-    """Cost of a row of `tokens` tokens, of which `answers` are learnt; what of the model learns is what requires gradients."""
+def cost_of(
+    model: Any, parts: dict[Part, str], image: dict[str, torch.Tensor], tokens: int, answers: int, recompute: bool = False
+) -> Cost:
+    """Cost of a row of `tokens` tokens, of which `answers` are learnt; what of the model learns is what requires gradients.
+
+    Args:
+        recompute: each layer keeps its input only, beside which all of one layer is there while it is computed again.
+    """
     AttentionInterface.register(NAME, _attend)
     base = model.get_base_model()
-    text = base.config.get_text_config()
-    whole = _vision(base, parts, image) + _language(base.get_submodule(parts["llm"]), text.hidden_size, tokens, base.dtype)
+    text, llm = base.config.get_text_config(), base.get_submodule(parts["llm"])
+    whole = _kept(
+        model, base.get_submodule(parts["vision"]), lambda: _vision(base, parts, image, recompute), recompute
+    ) + _kept(model, llm, lambda: _language(llm, text.hidden_size, tokens, base.dtype), recompute)
     width, vocabulary = text.hidden_size, text.vocab_size
     return whole + Cost(4.0 * answers * width * vocabulary, answers * vocabulary * 4.0 * 3)  # logits, their softmax, gradient
+
+
+def _kept(model: Any, part: torch.nn.Module, count: Callable[[], Cost], recompute: bool) -> Cost:
+    cost = count()
+    if not recompute or cost.guessed:
+        return cost
+    training = model.training
+    recomputing(model.train(), True)
+    try:
+        least = count().kept
+    finally:
+        recomputing(model.train(training), False)
+    layers = max(1, sum(isinstance(module, GradientCheckpointingLayer) for module in part.modules()))
+    return Cost(cost.flops, least + (cost.kept - least) / layers, cost.pairs / layers)
 
 
 def _language(llm: Any, width: int, tokens: int, dtype: torch.dtype) -> Cost:
@@ -53,7 +77,7 @@ def _language(llm: Any, width: int, tokens: int, dtype: torch.dtype) -> Cost:
     return _counted(lambda: llm(inputs_embeds=row, use_cache=False).last_hidden_state, llm)
 
 
-def _vision(base: Any, parts: dict[Part, str], image: dict[str, torch.Tensor]) -> Cost:
+def _vision(base: Any, parts: dict[Part, str], image: dict[str, torch.Tensor], recompute: bool) -> Cost:
     """Of encoder and adapter; guessed where a family's code looks into its tensors (Qwen-VL), which then raise RuntimeError."""
     encoder, adapter = base.get_submodule(parts["vision"]), base.get_submodule(parts["adapter"])
     shown = {key: value.to("meta", base.dtype if value.is_floating_point() else None) for key, value in image.items()}
@@ -62,7 +86,7 @@ def _vision(base: Any, parts: dict[Part, str], image: dict[str, torch.Tensor]) -
             encoder.set_attn_implementation(NAME)
         return _counted(lambda: _features(base.get_image_features(**shown)), encoder, adapter)
     except RuntimeError:
-        return _guessed(base, encoder, adapter, image)
+        return _guessed(base, encoder, adapter, image, recompute)
 
 
 def _features(found: Any) -> torch.Tensor:
@@ -70,15 +94,15 @@ def _features(found: Any) -> torch.Tensor:
     return found if isinstance(found, torch.Tensor) else torch.cat(list(found))
 
 
-def _guessed(base: Any, encoder: Any, adapter: Any, image: dict[str, torch.Tensor]) -> Cost:
-    """Two operations a weight and patch and pass, and sixteen kept numbers a channel, layer and patch."""
+def _guessed(base: Any, encoder: Any, adapter: Any, image: dict[str, torch.Tensor], recompute: bool) -> Cost:
+    """Two operations a weight and patch and pass, and sixteen kept numbers a channel, layer and patch, or one."""
     config = encoder.config
     patch, width = getattr(config, "patch_size", 16), config.hidden_size
-    depth = getattr(config, "num_hidden_layers", None) or getattr(config, "depth", 12)
+    depth = getattr(config, "num_hidden_layers", 0) or getattr(config, "depth", 12)
     patches = image["pixel_values"].numel() / (3 * patch**2)
     weights = sum(p.numel() for p in [*encoder.parameters(), *adapter.parameters()])
     passes = 3 if any(p.requires_grad for p in [*encoder.parameters(), *adapter.parameters()]) else 1
-    kept = 16.0 * patches * width * depth * base.dtype.itemsize * (passes > 1)
+    kept = (depth + 16.0 if recompute else 16.0 * depth) * patches * width * base.dtype.itemsize * (passes > 1)
     return Cost(2.0 * passes * weights * patches, kept, guessed=True)
 
 

@@ -7,21 +7,24 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from addressvlm.config import Config
 from addressvlm.config_training import Part, StageConfig, SystemConfig
 from addressvlm.errors import InputError
-from addressvlm.models.base import context_of, locate
+from addressvlm.models.base import context_of, local
 from addressvlm.models.lora import attach, train_only
 from addressvlm.models.parts import part_of
 from addressvlm.questions import templates
 from addressvlm.training.collate import IGNORE, Collator, Row, Sample, UnusableError, sample_of
 from addressvlm.training.outline import Cost, cost_of
 from addressvlm.training.rows import Table, steps_of
+from addressvlm.training.strategy import CUT
 from addressvlm.training.system import steps_left, table_of
 
 LOOKED_AT = 64  # rows of a table whose tokens are counted
 GIB = 2**30
+ZERO3_LIVE = 1e9  # DeepSpeed's default
 SPARE = 1.05  # fragmentation, buffers of the libraries
 
 
@@ -69,7 +72,7 @@ def outline(config: Config) -> Outline:
     Raises:
         InputError: they are not in the folder, or not at hand offline.
     """
-    where = locate(config.model.base)
+    where = local(config.model.base)
     options = {"trust_remote_code": config.model.trust_remote_code}
     try:
         described = AutoConfig.from_pretrained(where, **options)
@@ -137,15 +140,15 @@ def _stage(config: Config, name: str, base: Outline, photos: int | None, cpu: bo
     longest = max(found, key=lambda row: len(row.ids))
     answers = sum(label != IGNORE for row in found for label in row.labels) / len(found)
     train_only(base.model, base.parts, stage.parts)
-    cost = cost_of(base.model, base.parts, longest.image, len(longest.ids), round(answers))
+    twice = config.train.checkpoint_activations
+    cost = cost_of(base.model, base.parts, longest.image, len(longest.ids), round(answers), twice)
     trained: dict[Part, int] = dict.fromkeys(base.parts, 0)
-    adapter = weights = 0
+    adapter = 0
     for path, parameter in base.model.named_parameters():
-        weights += parameter.numel() * parameter.itemsize
         if parameter.requires_grad:
             trained[part_of(path, base.parts) or "llm"] += parameter.numel()
             adapter += parameter.numel()
-    shared = world if config.train.strategy != "ddp" else 1  # ZeRO cuts gradients and optimizer state among workers
+    shared = world if config.train.strategy != "ddp" else 1  # gradients and optimizer state are cut among workers
     return StagePlan(
         name,
         trained,
@@ -155,12 +158,33 @@ def _stage(config: Config, name: str, base: Outline, photos: int | None, cpu: bo
         len(longest.ids),
         _per_step(config, name),
         cost.flops * mean / len(longest.ids),
-        weights,
+        _weights(base.model, config.train.strategy, world),
         4.0 * adapter / shared,
         8.0 * adapter / shared,
         stage.batch_size * kept_bytes(cost, config, cpu),
         cost.guessed,
     )
+
+
+def _weights(model: Any, strategy: str, world: int) -> float:
+    """Bytes of weights of a worker: its share where they are cut, and what is put together for computing."""
+    whole = _bytes(model)
+    if strategy not in CUT or world == 1:
+        return whole
+    layers = sorted(_bytes(module) for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    # FSDP2 keeps what is in no layer whole during a step, and fetches the next layer while it computes one; DeepSpeed keeps
+    # up to `stage3_max_live_parameters`.
+    if strategy == "fsdp2":
+        return whole / world + whole - sum(layers[:-2])
+    return whole / world + min(whole, ZERO3_LIVE * whole / _numbers(model))
+
+
+def _bytes(module: torch.nn.Module) -> float:
+    return float(sum(weights.numel() * weights.itemsize for weights in module.parameters()))
+
+
+def _numbers(module: torch.nn.Module) -> int:
+    return sum(weights.numel() for weights in module.parameters())
 
 
 def kept_bytes(cost: Cost, config: Config, cpu: bool) -> float:

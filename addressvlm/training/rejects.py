@@ -1,13 +1,13 @@
 """Rows that training could not use and why, in one file a system; it outlives an interruption."""
 
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch.distributed as dist
 
 from addressvlm import tables
+from addressvlm.files import write_parquet
+from addressvlm.stores import AnyPath
 from addressvlm.training.loop import Stage
 
 SCHEMA = tables.REJECTS.append(pa.field("stage", pa.string()))
@@ -16,10 +16,10 @@ SCHEMA = tables.REJECTS.append(pa.field("stage", pa.string()))
 class Rejects:
     """The rows left out in all stages so far."""
 
-    def __init__(self, file: Path, resumed: bool) -> None:
+    def __init__(self, file: AnyPath, resumed: bool) -> None:
         """Begin anew, or with what an interrupted run wrote."""
         self.file = file
-        before = pq.read_table(file).to_pylist() if resumed and file.is_file() else []
+        before = tables.read_file(file).to_pylist() if resumed and file.is_file() else []
         self.reasons = {(row["stage"], row["id"]): row["reason"] for row in before}
 
     def write(self, stages: list[Stage]) -> int:
@@ -39,11 +39,8 @@ class Rejects:
         self.file.unlink(missing_ok=True)
         if not self.reasons:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         rows = [
             {"file": None, "row": None, "id": row, "reason": why, "stage": stage}
             for (stage, row), why in sorted(self.reasons.items())
         ]
-        partial = self.file.with_suffix(".partial")
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
-        partial.replace(self.file)
+        write_parquet(pa.Table.from_pylist(rows, schema=SCHEMA), self.file)

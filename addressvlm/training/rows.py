@@ -1,14 +1,14 @@
 """Which rows a worker sees at which step: a function of seed and step alone, so that a resumed run goes on exactly."""
 
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from addressvlm import tables
 from addressvlm.errors import InputError
+from addressvlm.files import parquet
+from addressvlm.stores import AnyPath
 from addressvlm.training.collate import Sample, UnusableError, sample_of
 
 CACHED_GROUPS = 64  # row groups kept in memory
@@ -35,8 +35,8 @@ class Rows:
         InputError: the split has no files.
     """
 
-    def __init__(self, folder: Path, split: str, columns: tuple[str, ...] = ("id", "image", "rounds")) -> None:
-        self.files = [pq.ParquetFile(path) for path in tables.files(folder, split)]
+    def __init__(self, folder: AnyPath, split: str, columns: tuple[str, ...] = ("id", "image", "rounds")) -> None:
+        self.files = [parquet(path) for path in tables.files(folder, split)]
         self.columns = list(columns)
         self.groups = [
             (file, group, parquet.metadata.row_group(group).num_rows)
@@ -129,7 +129,8 @@ class Schedule:
         Raises:
             InputError: none of `TRIES` rows can be used.
         """
-        return [self._usable(collate, index, number) for number, index in enumerate(self.indices(step, rank, world))]
+        rows = self.indices(step, rank, world)
+        return [self._usable(collate, index, rank + number * world) for number, index in enumerate(rows)]
 
     def _usable(self, collate: Any, index: int, number: int) -> Any:
         tried = index

@@ -14,6 +14,8 @@ from addressvlm.models.lora import trainable
 from addressvlm.models.parts import part_of, parts_of
 from addressvlm.training.collate import IGNORE
 
+BETAS = (0.9, 0.999)
+
 
 def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed cross-entropy over the answer tokens of a batch and their number."""
@@ -77,6 +79,11 @@ def parameter_groups(model: Any, stage: StageConfig) -> list[dict[str, Any]]:
         rate = stage.learning_rates.get(part, stage.learning_rate) if part else stage.learning_rate
         groups.setdefault(rate / stage.learning_rate, []).append(parameter)
     return [{"params": parameters, "share": share} for share, parameters in groups.items()]
+
+
+def adamw(model: Any, stage: StageConfig) -> torch.optim.AdamW:
+    """The optimizer of what learns; its rates are set at every step."""
+    return torch.optim.AdamW(parameter_groups(model, stage), lr=0.0, betas=BETAS, weight_decay=stage.weight_decay)
 
 
 def set_rate(optimizer: Any, rate: float) -> None:

@@ -1,8 +1,5 @@
 """Train one system, that is, a row of the table: its stages one after the other on one adapter, then save and merge."""
 
-import json
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,24 +11,27 @@ from addressvlm.addresses import Gazetteer, joined
 from addressvlm.config import Config
 from addressvlm.config_training import Data, Part, SystemConfig
 from addressvlm.errors import InputError
+from addressvlm.files import replaced
 from addressvlm.models import load
 from addressvlm.models.base import context_of, one_dimensional, packs, placed
 from addressvlm.models.card import write_cards
-from addressvlm.models.lora import attach, export
+from addressvlm.models.lora import attach, export, load_adapter_state
 from addressvlm.run import Run, slug
+from addressvlm.stores import AnyPath
 from addressvlm.training import loop
 from addressvlm.training.collate import Collator
 from addressvlm.training.journal import Journal
 from addressvlm.training.rejects import Rejects
 from addressvlm.training.rows import Mix, Rows, Schedule, Table, steps_of
-from addressvlm.training.strategy import Strategy
+from addressvlm.training.snapshot import Best, Snapshot, better
+from addressvlm.training.strategy import CUT, Strategy, shared
 from addressvlm.training.validation import Validation
 
-Report = Callable[[dict[str, Any], Path], None]
+Report = Callable[[dict[str, Any], Snapshot | None], None]
 
 
-def stages_of(config: Config, system: SystemConfig, world: int) -> list[loop.Stage]:
-    """The system's stages with their data and number of steps.
+def stages_of(config: Config, system: SystemConfig) -> list[loop.Stage]:
+    """The system's stages with their data and number of steps, which are those of `train.workers`, however many there are.
 
     Raises:
         InputError: a stage's table is missing or empty, or equal_steps_to leaves no step for the last stage.
@@ -40,13 +40,13 @@ def stages_of(config: Config, system: SystemConfig, world: int) -> list[loop.Sta
     for number, name in enumerate(system.stages):
         stage = config.train.stages[name]
         rows = table_of(config, stage.tables)
-        per_step = stage.batch_size * stage.accumulate * world
+        per_step = stage.batch_size * stage.accumulate * config.train.workers
         steps = steps_of(len(rows), per_step, stage.epochs, stage.max_steps)
         seed = config.seed * 101 + number
         stages.append(loop.Stage(name, stage, Schedule(rows, per_step, seed), steps, seed))
     if system.equal_steps_to and stages:
         model = next(s for s in config.train.systems if s.name == system.equal_steps_to)
-        whole = sum(s.steps for s in stages_of(config, model, world))
+        whole = sum(s.steps for s in stages_of(config, model))
         stages[-1].steps = steps_left(system, whole, sum(s.steps for s in stages[:-1]))
     return stages
 
@@ -81,7 +81,7 @@ def table_of(config: Config, kinds: Sequence[Data]) -> Table:
     found: list[tuple[Table, float]] = []
     for run, weight in cities_of(config):
         for kind in kinds:
-            folder: Path = getattr(run, kind)
+            folder: AnyPath = getattr(run, kind)
             rows = Rows(folder, "train")
             if not len(rows):
                 raise InputError(f"{folder} has no training rows: prepare a city with more places.")
@@ -95,71 +95,100 @@ def train_system(
     """Train from the beginning or from a checkpoint; every worker of the process group calls it.
 
     Args:
-        checkpoint: folder that an earlier run handed to `report`.
-        report: called by all workers together with metrics and a folder holding a checkpoint (rank 0's has the weights
-            under DDP, every rank's has its share under ZeRO).
+        checkpoint: folder into which an earlier run's snapshot was written.
+        report: called by all workers together, by the first with a snapshot, which others may read when it is written.
 
     Raises:
         InputError: see `loop.run`.
     """
-    run = Run(config)
-    system = next(s for s in config.train.systems if s.name == name)
+    run, train, device = Run(config), config.train, torch.device(device)
+    system = next(s for s in train.systems if s.name == name)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    stages = stages_of(config, system, world)
+    stages = stages_of(config, system)
+    model, parts, processor, packed = _loaded(config, stages, device)
+    validation = Validation(config, processor, alike=_cut(config)) if train.validate_every else None
+    resumed = Snapshot.read(checkpoint) if checkpoint else None
+    best = resumed.best if resumed else None
+    if resumed:
+        load_adapter_state(model, resumed.adapter)
+    first, begun = (resumed.stage, resumed.step) if resumed else (0, 0)
+    done, total = sum(s.steps for s in stages[:first]) + begun, sum(s.steps for s in stages)
+    rejects = Rejects(run.rejects / f"train-{slug(name)}.parquet", resumed=done > 0)
+    journal = Journal(run.journal(name), name, done, total, train.trackers, config.name) if rank == 0 else None
+    if journal and (told := _beginning(stages, world, done, total)):
+        print(f"train: {name}: {told}", flush=True)
+
+    trained: Strategy | None = None
+    for number, stage in enumerate(stages[first:], start=first):
+        if trained and train.strategy != "ddp" and world > 1:  # what was cut can't be cut again
+            adapter = trained.weights()
+            if not _cut(config):
+                model.to("cpu")  # which makes room for the next
+            model, parts, processor, packed = _loaded(config, stages, device)
+            load_adapter_state(model, adapter)
+
+        def after(progress: loop.Progress, strategy: Strategy, number: int = number, model: Any = model) -> None:
+            nonlocal best
+            if journal:
+                journal.note(progress)
+            every, last = train.validate_every, progress.step == progress.steps
+            if validation and every and (progress.step % every == 0 or last):
+                found, now = validation(model), strategy.weights()
+                if journal:
+                    journal.validated(progress.stage, progress.step, found)
+                    best = better(best, progress.step, found, now) if number == len(stages) - 1 else None
+            if progress.step % train.checkpoint_every and not last:
+                return
+            rejects.write(stages)
+            if journal:
+                journal.keep()
+            held = strategy.weights(), strategy.moments()
+            report(progress.as_dict(), Snapshot(number, progress.step, *held, best) if rank == 0 else None)
+
+        goes_on = resumed if number == first else None
+        collate = Collator(processor, stage.config.rounds == "apart", packed, context_of(model.get_base_model()))
+        trained = loop.run(
+            model, parts, collate, stage, train.strategy, train.precision, goes_on.step if goes_on else 0,
+            goes_on.moments if goes_on else None, after, train.peak_tflops, device, train.checkpoint_activations,
+        )  # fmt: skip
+    left_out = rejects.write(stages)
+    assert trained
+    adapter = trained.weights()
+    if rank == 0:
+        if left_out:
+            print(f"train: {name}: {left_out:,} rows were left out: see {rejects.file}", flush=True)
+        save(config, model, name, adapter, best)
+
+
+def _cut(config: Config) -> bool:
+    """Whether no worker holds all weights."""
+    return config.train.strategy in CUT and shared()
+
+
+def _beginning(stages: list[loop.Stage], world: int, done: int, total: int) -> str:
+    """What there is to say before the first step."""
+    told = [f"going on after step {done} of {total}"] if done else []
+    uneven = next((s for s in stages if s.schedule.per_step % world), None)
+    if uneven:
+        told.append(f"{uneven.schedule.per_step} rows of a step are dealt to {world} workers, so that some have one more")
+    return "; ".join(told)
+
+
+def _loaded(config: Config, stages: list[loop.Stage], device: torch.device) -> tuple[Any, dict[Part, str], Any, bool]:
+    """The base with its adapter as it was at the beginning, its parts and processor, and whether rows are to be packed.
+
+    Raises:
+        InputError: it can't be loaded, or can't be trained as the stages say.
+    """
     base, processor = load(config.model.base, config.model.dtype, config.model.trust_remote_code)
-    model, parts, packed = equip(base, config, torch.device(device))
     crowded = next((stage.name for stage in stages if stage.config.rounds == "apart"), None)
     if crowded and not one_dimensional(base):
         raise InputError(
             f"train.stages.{crowded}.rounds is apart, which {config.model.base}'s positions by image row and column do not "
             "allow: set it to conversation."
         )
-    validation = Validation(config, processor) if config.train.validate_every else None
-    at = json.loads((checkpoint / "position.json").read_text()) if checkpoint else {"stage": 0, "step": 0}
-    done = sum(s.steps for s in stages[: at["stage"]]) + at["step"]
-    total = sum(s.steps for s in stages)
-    rejects = Rejects(run.rejects / f"train-{slug(name)}.parquet", resumed=done > 0)
-    journal = Journal(run.journal(name), name, done, total, config.train.trackers, config.name) if rank == 0 else None
-    if journal and done:
-        print(f"train: {name}: going on after step {done} of {total}", flush=True)
-
-    for number, stage in enumerate(stages):
-        if number < at["stage"]:
-            continue
-        resumed = checkpoint is not None and number == at["stage"]
-
-        def restore(strategy: Strategy) -> None:
-            assert checkpoint is not None
-            strategy.load(checkpoint)
-
-        def after(progress: loop.Progress, strategy: Strategy, number: int = number) -> None:
-            if journal:
-                journal.note(progress)
-            every, last = config.train.validate_every, progress.step == progress.steps
-            if validation and every and (progress.step % every == 0 or last):
-                found = validation(model)
-                if journal:
-                    journal.validated(progress.stage, progress.step, found)
-            if progress.step % config.train.checkpoint_every and not last:
-                return
-            rejects.write(stages)
-            with tempfile.TemporaryDirectory() as folder:
-                strategy.save(Path(folder))
-                if rank == 0:
-                    position = {"stage": number, "step": progress.step}
-                    (Path(folder) / "position.json").write_text(json.dumps(position))
-                report(progress.as_dict(), Path(folder))
-
-        start = at["step"] if resumed else 0
-        how = config.train.strategy, config.train.precision
-        collate = Collator(processor, stage.config.rounds == "apart", packed, context_of(base))
-        peak = config.train.peak_tflops
-        loop.run(model, parts, collate, stage, *how, start, restore if resumed else None, after, peak)
-    left_out = rejects.write(stages)
-    if rank == 0:
-        if left_out:
-            print(f"train: {name}: {left_out:,} rows were left out: see {rejects.file}", flush=True)
-        save(config, model, name)
+    model, parts, packed = equip(base, config, device)
+    return model, parts, processor, packed
 
 
 def equip(base: Any, config: Config, device: torch.device) -> tuple[Any, dict[Part, str], bool]:
@@ -171,18 +200,30 @@ def equip(base: Any, config: Config, device: torch.device) -> tuple[Any, dict[Pa
     packed = packs(base, config.train.packing, device, config.model.base)
     torch.manual_seed(config.seed)  # of LoRA's random halves
     model, parts = attach(base, config.model)
-    return placed(model, device), parts, packed
+    return model if _cut(config) else placed(model, device), parts, packed
 
 
-def save(config: Config, model: Any, system: str) -> None:
-    """Write `adapter` and `merged`, each with its card, below a temporary folder, then put it in place at once."""
+def save(config: Config, model: Any, system: str, adapter: dict[str, torch.Tensor], best: Best | None) -> None:
+    """Write `adapter`, `merged` and, if it is another, the `best` adapter, each with its card; put them in place at once.
+
+    Args:
+        model: gives the adapter's form; its weights may be cut.
+        adapter: the last weights.
+    """
     folder = Run(config).model(system)
-    partial = folder.with_name(folder.name + ".partial")
-    model.to(memory_format=torch.contiguous_format)
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial / "adapter")
-    export(partial / "adapter", config.model, partial / "merged")
-    joined([Gazetteer.load(run.gazetteer) for run, _ in cities_of(config)]).save(partial / "merged" / "gazetteer.geojson")
-    write_cards(config, system, partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with replaced(folder) as partial:
+        if best:
+            other = "adapter" if config.train.merge == "best" else "best"
+            _save_adapter(model, best.adapter, partial / other)
+            told = f"step {best.step} validated best ({best.metric} {100 * best.value:.1f} %)"
+            print(f"train: {system}: {told}: its adapter is {folder / other}", flush=True)
+        if not best or config.train.merge == "last":
+            _save_adapter(model, adapter, partial / "adapter")
+        export(partial / "adapter", config.model, partial / "merged")
+        joined([Gazetteer.load(run.gazetteer) for run, _ in cities_of(config)]).save(partial / "merged" / "gazetteer.geojson")
+        write_cards(config, system, partial)
+
+
+def _save_adapter(model: Any, adapter: dict[str, torch.Tensor], folder: Path) -> None:
+    statistics = {name: buffer.contiguous() for name, buffer in model.named_buffers()}
+    model.save_pretrained(folder, state_dict={**statistics, **adapter})

@@ -16,6 +16,7 @@ from addressvlm.inference import Localizer
 from addressvlm.models.base import locate
 from addressvlm.models.lora import keep_statistics
 from addressvlm.run import Run
+from addressvlm.training.step import autocast
 
 FEWEST_RESAMPLES = 1  # intervals are left to evaluation
 
@@ -27,25 +28,31 @@ class Validation:
         InputError: the run has no photos of the split `val`.
     """
 
-    def __init__(self, config: Config, processor: Any) -> None:
+    def __init__(self, config: Config, processor: Any, alike: bool = False) -> None:
+        """Draw the photos.
+
+        Args:
+            alike: every worker asks about all photos, for a model whose weights are cut is run by all workers together.
+        """
         run = Run(config)
         ids = sorted(tables.read(run.photos, "val", ["id"])["id"].to_pylist())
         drawn = set(random.Random(config.seed).sample(ids, min(config.train.validate_photos, len(ids))))
         self.photos = [row for row in tables.rows(run.photos, "val", COLUMNS) if row["id"] in drawn]
         gazetteer = Gazetteer.load(run.gazetteer)
         self.judge = Judge(gazetteer.streets, gazetteer.districts, gazetteer.variants)
-        self.config, self.processor = config, processor
+        self.config, self.processor, self.alike = config, processor, alike
 
     def __call__(self, model: Any) -> dict[str, float]:
         """The metrics that were asked about, shares between 0 and 1; every worker calls it and gets the same."""
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        alone = self.alike or not dist.is_initialized()
+        rank, world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
         device = str(next(model.parameters()).device)
         asked = self.config.evaluate.model_copy(update={"answers": "free", "temperature": 0.0})
         side = self.processor.tokenizer.padding_side
         model.eval()
         try:
             localizer = Localizer(locate(self.config.model.base), device, loaded=(model.get_base_model(), self.processor))
-            with torch.inference_mode():
+            with torch.inference_mode(), autocast(torch.device(device), localizer.model.dtype, self.config.train.precision):
                 rows = [row for batch in ask(localizer, self.photos[rank::world], asked, 0) for row in batch]
         finally:
             self.processor.tokenizer.padding_side = side

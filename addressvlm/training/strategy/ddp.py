@@ -1,0 +1,51 @@
+"""Every worker holds everything; gradients are averaged. Also the strategy of a single process."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn.parallel import DistributedDataParallel
+
+from addressvlm.config_training import StageConfig
+from addressvlm.models.lora import adapter_state, trainable
+from addressvlm.training.step import adamw, set_rate
+from addressvlm.training.strategy import Moments, shared
+
+
+class Ddp:
+    """See `Strategy`."""
+
+    def __init__(self, model: PeftModel, stage: StageConfig, look: Callable[[], int], device: torch.device) -> None:
+        self.model, self.clip = model.to(device), stage.clip
+        self.flops = look()
+        self.optimizer = adamw(model, stage)
+        self.learning = trainable(model)
+        self.alone = not shared()
+        self.module: Any = model if self.alone else DistributedDataParallel(model)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        if last or self.alone:
+            loss.backward()
+        else:
+            with self.module.no_sync():
+                loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        set_rate(self.optimizer, learning_rate)
+        norm = torch.nn.utils.clip_grad_norm_(self.learning.values(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return adapter_state(self.model)
+
+    def moments(self) -> Moments:
+        found = {name: self.optimizer.state[parameter] for name, parameter in self.learning.items()}
+        return {name: {key: value.cpu() for key, value in state.items()} for name, state in found.items()}
+
+    def restore(self, moments: Moments) -> None:
+        for name, parameter in self.learning.items():
+            state = {key: value.to(parameter.device) for key, value in moments[name].items() if key != "step"}
+            self.optimizer.state[parameter] = {**state, "step": moments[name]["step"].clone()}

@@ -1,0 +1,145 @@
+#!/usr/bin/env python
+"""What prepare does with a city's table, at ten million photos: seconds and peak memory of every step; no picture is read.
+
+    python benchmarks/metadata.py streets.geojson districts.geojson --rows 10000000
+    python benchmarks/metadata.py --photos data/photos        # only what reading and checking a picture takes
+
+A manifest of so many photos (Parquet; id, file, place, coordinates along the streets of the file, heading) is written by seed,
+then read, given addresses, split with the distance guard, and written as prepare does it: what its driver does at once, in its
+order, and on `--sample` rows what its workers do row by row. Each step says the seconds it took, its CPU seconds, what was in
+use after it and the peak so far.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from addressvlm import tables
+from addressvlm.cities import readers
+from addressvlm.cities.address import assign
+from addressvlm.cities.dataset import LISTED, SPLITS, answering, check, finish, gazetteer_of, listed
+from addressvlm.cities.readers.source import folder_photos
+from addressvlm.cities.split import split, thin_views
+from addressvlm.cities.streets import StreetMap
+from addressvlm.config_city import CityConfig
+from addressvlm.shards import plan, sources_fingerprint
+from benchmarks.annotation import strewn
+from ray_jobs.prepare import CHECKED_AT_A_TIME
+
+VIEWS = 9  # photos of a place, as in SF-IAL-Large (paper 002, Table 1: 1.96 million of 233,820)
+ROWS_AT_A_TIME = 1 << 18
+MIB = 1 << 20
+
+
+@contextmanager
+def step(name: str, rows: int) -> Iterator[None]:
+    """Print what the block took."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    now = psutil.Process().memory_info().rss / MIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"{name:28} {wall:8.1f} s {cpu:8.1f} s CPU {1e6 * cpu / rows:8.2f} us/row {now:8,.0f} MiB, peak {peak:8,.0f}",
+        flush=True,
+    )
+
+
+def write_manifest(path: Path, maps: tuple[str, str], rows: int, seed: int) -> None:
+    """A drive along all streets inside the districts: `VIEWS` photos a place."""
+    streets, places = StreetMap.load(*maps), -(-rows // VIEWS)
+    lat, lon = strewn(streets, 2 * places, seed)
+    inside = np.flatnonzero(streets.district_codes(lat, lon) >= 0)
+    inside = np.sort(np.random.default_rng(seed).choice(inside, places, replace=False))
+    lat, lon = lat[inside], lon[inside]
+    schema = pa.schema([("id", pa.string()), ("file", pa.string()), ("place", pa.string()), ("lat", pa.float64()),
+                        ("lon", pa.float64()), ("heading", pa.float64())])  # fmt: skip
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, rows, ROWS_AT_A_TIME):
+            n = np.arange(start, min(start + ROWS_AT_A_TIME, rows))
+            place, view = n // VIEWS, n % VIEWS
+            ids = [f"{p:08d}_{v}" for p, v in zip(place.tolist(), view.tolist(), strict=True)]
+            columns = [ids, [f"{i[:4]}/{i}.jpg" for i in ids], [i[:8] for i in ids], lat[place], lon[place], 40.0 * view]
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def measure(city: CityConfig, rows: int, sample: int, folder: Path) -> None:
+    """All steps in turn."""
+    with step("table read", rows):
+        photos, rejects = readers.read(city)
+    with step("streets read", rows):
+        streets = StreetMap.load(city.streets, city.districts, with_roads=True)
+    with step("addresses", rows):
+        places, photos, without = assign(photos, streets, city)
+        answers = answering(places, city)
+    with step("list for the workers written", rows):
+        tables.write(folder / "listed", "photos", listed(photos, places, answers), LISTED, CHECKED_AT_A_TIME)
+    with step("split with its guard", rows):
+        divided = split([answers[p] for p in sorted({photo.place for photo in photos})], city, seed=0)
+    with step("views thinned, gazetteer", rows):
+        photos = thin_views(photos, divided.part, city.density.views, 0)
+        train = [photo for photo in photos if divided.part[photo.place] == "train"]
+        gazetteer = gazetteer_of(city, streets, answers, train)
+        gazetteer.save(folder / "gazetteer.geojson")
+    with step("split of every photo", rows):
+        position = {part: number for number, part in enumerate(SPLITS)}
+        parts = np.array([position.get(divided.part[photo.place], -1) for photo in photos], dtype=np.int8)
+    counts = ", ".join(f"{part} {divided.count(part):,}" for part in ("train", "val", "test", "aside"))
+    print(f"{len(photos):,} photos of {len(places):,} places: {counts}; {len(rejects) + len(without):,} rejected", flush=True)
+    done, names = 0, (str(folder / "gazetteer.geojson"), sources_fingerprint(str(folder / "gazetteer.geojson")))
+    chosen = plan(folder / "listed", "photos", CHECKED_AT_A_TIME)[: -(-sample // CHECKED_AT_A_TIME)]
+    finish(parts, names, city.model_dump_json(), 0, next(chosen[0].batches()))  # loads the gazetteer
+    with step(f"questions of {sample:,} rows", sample):
+        for shard in chosen:
+            for batch in shard.batches():
+                done += sum(len(rows) for rows in finish(parts, names, city.model_dump_json(), 0, batch).tables.values())
+
+
+def check_photos(folder: str, count: int) -> None:
+    """What a worker of prepare does to each photo."""
+    files = folder_photos(folder)[:count]
+    rows = [{"file": file, "row": n, "id": file, "view": None} for n, file in enumerate(files, start=1)]
+    with step(f"{len(rows):,} photos checked", len(rows)):
+        made = check(folder, CityConfig(photos=folder).model_dump_json(), rows)
+    print(f"{len(made.rejects):,} rejected", flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("streets", nargs="?", help="file of named lines, as city.streets")
+    parser.add_argument("districts", nargs="?", help="file of named polygons, as city.districts")
+    parser.add_argument("--photos", metavar="FOLDER", help="check photos of this folder instead")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="photos (default: 1,000,000)")
+    parser.add_argument("--sample", type=int, default=20_000, help="rows that get questions (default: 20,000)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.photos:
+        check_photos(args.photos, args.sample)
+        return
+    if not args.districts:
+        parser.error("give streets and districts, or --photos")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        manifest = folder / "photos.parquet"
+        given = (manifest, (args.streets, args.districts), args.rows, args.seed)
+        writer = multiprocessing.get_context("spawn").Process(target=write_manifest, args=given)  # its memory is its own
+        writer.start()
+        writer.join()
+        print(f"{args.rows:,} rows, {manifest.stat().st_size / MIB:,.0f} MiB", flush=True)
+        city = CityConfig(manifest=str(manifest), streets=args.streets, districts=args.districts)
+        measure(city, args.rows, args.sample, folder)
+
+
+if __name__ == "__main__":
+    main()
