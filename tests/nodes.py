@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from uuid import uuid4
 import psutil
 
 REPOSITORY = Path(__file__).parents[1]
+PROGRAMS = Path(sys.executable).parent
 DEADLINE_S = 300.0
 WAITS = {  # a node that refuses connections is dead after a second; one that is only slow has ten to answer
     "RAY_health_check_initial_delay_ms": "1000",
@@ -30,7 +32,14 @@ class Node:
     """One `ray start`."""
 
     def __init__(self, environment: dict[str, str], *arguments: str) -> None:
-        command = ["ray", "start", "--block", "--disable-usage-stats", "--object-store-memory=80000000", *arguments]
+        command = [
+            str(PROGRAMS / "ray"),
+            "start",
+            "--block",
+            "--disable-usage-stats",
+            "--object-store-memory=80000000",
+            *arguments,
+        ]
         self._process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def up(self) -> "Node":
