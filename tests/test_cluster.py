@@ -184,7 +184,9 @@ def test_the_service_loses_no_more_than_what_was_in_flight(
     application["args"] |= {"model": str(Run(config).model(SYSTEM) / "merged"), **mine}
     file, url = tmp_path / "service.yaml", f"http://127.0.0.1:{port}"
     file.write_text(yaml.safe_dump(tree))
-    with subprocess.Popen([str(PROGRAMS / "serve"), "run", str(file)], cwd=REPOSITORY, env=nodes.environment) as process:
+    with subprocess.Popen(
+        ["env", "--default-signal=INT", str(PROGRAMS / "serve"), "run", str(file)], cwd=REPOSITORY, env=nodes.environment
+    ) as process:
         wait_for(lambda: up(url), process)
         with ThreadPoolExecutor(CLIENTS) as clients:
             asked = [clients.submit(locate, url, number) for number in range(80)]
