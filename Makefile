@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO ?= 0
 export RAY_USAGE_STATS_ENABLED ?= 0
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test nodes lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -29,8 +29,11 @@ demo: install  ## the main job on the embedded toy city: data, four systems, acc
 	@echo "      serve run serve.config                     # then open http://127.0.0.1:8000"
 	@echo "      python ray_jobs/train.py --config my_city.yaml --evaluate   # your city: README, 'Your own city'"
 
-test: install lint  ## formatting, lint, types and the whole test suite
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup   # what needs Ray is one group: one Ray at a time
+test: install lint  ## formatting, lint, types and all tests but those of `make nodes`
+	$(BIN)/python -m pytest -q -m "not nodes" -n 2 --dist loadgroup   # what needs Ray is one group: one Ray at a time
+
+nodes: install  ## three Ray nodes on this machine, each job and the service with a node killed: some minutes
+	$(BIN)/python -m pytest -q -m nodes
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .

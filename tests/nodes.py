@@ -16,7 +16,7 @@ import psutil
 
 REPOSITORY = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent
-DEADLINE_S = 300.0
+DEADLINE_S = 1800.0
 WAITS = {  # a node that refuses connections is dead after a second; one that is only slow has ten to answer
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "300",

@@ -32,7 +32,7 @@ from tests.service import photo
 from tests.test_interrupted import city, partial_of
 from tests.tiny import tiny_llava
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.nodes]
 
 PHOTOS = 1200
 STEPS = 10  # of each stage
