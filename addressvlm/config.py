@@ -4,7 +4,7 @@
     ADDRESSVLM_TRAIN__WORKERS=1 python ray_jobs/train.py --config my_city.yaml
 
 A preset is a commented YAML file in `addressvlm/presets/`; every key is described once, here or in
-`config_city.py`, `config_labels.py`, `config_training.py` and `config_answers.py`.
+`config_city.py`, `config_labels.py`, `config_training.py`, `config_answers.py` and `config_compare.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError
 
 from addressvlm.config_answers import EvaluateConfig
 from addressvlm.config_city import CityConfig, Strict
+from addressvlm.config_compare import CompareConfig
 from addressvlm.config_labels import LabelsConfig
 from addressvlm.config_training import ModelConfig, TrainConfig
 from addressvlm.errors import InputError
@@ -60,6 +61,7 @@ class Config(Strict):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    compare: CompareConfig = CompareConfig()
 
 
 def load(source: str | Path = "demo", sets: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Config:

@@ -1,0 +1,120 @@
+"""The section `compare` of the configuration tree: the systems that a comparison puts beside the run's own models, and
+the variants of an ablation (see addressvlm/config.py)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from addressvlm.config_city import Strict
+
+
+class System(Strict):
+    """A row of the table that is not trained by `train.stages`."""
+
+    name: str
+
+
+class ScoredConfig(System):
+    """A system of `train.systems` that answers by its probabilities of all addresses instead of its own words."""
+
+    kind: Literal["scored"]
+    of: str = "AddressVLM"
+
+
+class EncoderConfig(Strict):
+    """What turns a photo into a vector."""
+
+    # Folder or hub name of a CLIP, SigLIP, DINOv2 or other image encoder of transformers, or of a vision-language model, whose
+    # vision encoder it then is; default: model.base
+    base: str | None = None
+    batch_size: int = Field(32, ge=1)  # photos at a time
+
+
+class RetrievalConfig(System):
+    """Image -> GPS -> address (paper 002, Sec. 6.5): the nearest training photo's coordinates, reverse geocoded."""
+
+    kind: Literal["retrieval"]
+    encoder: EncoderConfig = EncoderConfig()
+    neighbours: int = Field(1, ge=1)  # above 1, each votes with its similarity
+
+
+class RagConfig(System):
+    """A language model that sees the photo and what similar and dissimilar photos were taken at (paper 004)."""
+
+    kind: Literal["rag"]
+    encoder: EncoderConfig = EncoderConfig()
+    model: str | None = None  # folder, hub name or a system of `train.systems`; default: model.base, never tuned
+    endpoint: str | None = None  # of an OpenAI-compatible server, whose model `model` then names; the key is in OPENAI_API_KEY
+    ask: Literal["coordinates", "addresses"] = "coordinates"  # what the prompt lists and the answer shall be
+    similar: int = Field(16, ge=0)
+    dissimilar: int = Field(16, ge=0)
+    strategy: Literal["farthest", "random", "centroid"] = "farthest"  # what dissimilar means
+    form: Literal["json", "sentences"] = "json"
+    order: Literal["similar first", "dissimilar first"] = "similar first"
+    degrees: Literal["decimal", "dms"] = "decimal"
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(0.1, ge=0)
+
+
+class LossWeights(Strict):
+    """Of AddressCLIP's three losses (paper 002, Sec. 6.1)."""
+
+    address: float = Field(1.0, ge=0)
+    caption: float = Field(0.2, ge=0)
+    geography: float = Field(0.8, ge=0)
+
+
+class AddressClipConfig(System):
+    """A dual encoder whose nearest address text is the answer (paper 002)."""
+
+    kind: Literal["addressclip"]
+    # Folder or hub name of a CLIP- or SigLIP-like model; default: the vision encoder and the language model of model.base with
+    # projections of their own
+    base: str | None = None
+    captions: Literal["template", "alignment", "none"] = "template"  # alignment: the explanations that stage 1 learns from
+    weights: LossWeights = LossWeights()
+    train_image: bool = True
+    train_text: bool = True
+    epochs: float = Field(10.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(32, ge=2)  # photos per worker and step; all workers' photos are each other's negatives
+    learning_rate: float = Field(2.4e-5, gt=0)  # paper 002, Sec. 6.1
+    projection_learning_rate: float = Field(1e-3, gt=0)  # of projections that begin at random
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
+
+
+class FusionConfig(System):
+    """Probabilities of several systems as one: a weighted sum of their logarithms, weights fitted on the split `val`."""
+
+    kind: Literal["fusion"]
+    of: list[str] = Field(min_length=2)  # rows that have scores: of `train.systems`, or retrieval and addressclip
+
+
+Rival = Annotated[ScoredConfig | RetrievalConfig | RagConfig | AddressClipConfig | FusionConfig, Field(discriminator="kind")]
+
+
+class VariantConfig(Strict):
+    """A row of an ablation: the run with some settings changed, as a run of its own."""
+
+    name: str
+    set: dict[str, Any] = {}  # key -> value, as --set
+    system: str = "AddressVLM"  # of `train.systems`, the one that is trained
+
+
+class CompareConfig(Strict):
+    """Rows of the table beside those of `train.systems`."""
+
+    systems: list[Rival] = []
+    variants: list[VariantConfig] = []
+    main: str = "AddressVLM"  # the row that all others are tested against
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> CompareConfig:
+        twice = [n for n, count in Counter(row.name for row in [*self.systems, *self.variants]).items() if count > 1]
+        if twice:
+            raise ValueError(f"two rows are called '{twice[0]}': give each a name of its own")
+        return self
