@@ -96,7 +96,7 @@ def cache_folder() -> Path:
 
 def on_disk(folder: AnyPath) -> Path:
     """The folder itself, or one of this machine that belongs to a store's folder: for what only works on a disk."""
-    return folder if isinstance(folder, Path) else cache_folder() / "beside" / _digest(str(folder))
+    return folder if isinstance(folder, Path) else cache_folder() / "beside" / digest(str(folder))
 
 
 def fetched(where: str | AnyPath) -> Path:
@@ -124,7 +124,7 @@ def fetched_model(where: str | AnyPath) -> Path:
     about = [(file, stat) for file, stat in folder.walk_files() if file.suffix in OF_A_MODEL and file.parent == folder]
     if not any(file.name in LAST for file, _ in about):
         raise InputError(f"{folder} holds no model (no config.json): give the folder that save_pretrained wrote.")
-    local = cache_folder() / "models" / _digest([[str(file), *stat] for file, stat in about]) / folder.name
+    local = cache_folder() / "models" / digest([[str(file), *stat] for file, stat in about]) / folder.name
     local.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{local.parent}.lock"):
         if not local.is_dir():
@@ -138,7 +138,7 @@ def fetched_model(where: str | AnyPath) -> Path:
 
 
 def _copy(file: StorePath, stat: Stat) -> Path:
-    local = cache_folder() / "files" / _digest([str(file), *stat]) / file.name
+    local = cache_folder() / "files" / digest([str(file), *stat]) / file.name
     if not local.is_file():
         local.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{local.parent}.lock"):
@@ -176,5 +176,6 @@ def replaced(folder: AnyPath) -> Iterator[Path]:
             upload(file, folder / file.relative_to(made).as_posix())
 
 
-def _digest(what: object) -> str:
+def digest(what: object) -> str:
+    """32 characters that change when anything in it does; of what JSON can hold."""
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from addressvlm import tables
-from addressvlm.files import TEMPORARY, Whole, parquet, whole
+from addressvlm.files import TEMPORARY, Whole, digest, parquet, whole
 from addressvlm.run import WORK, storage_error
 from addressvlm.stores import AnyPath, path_of
 
@@ -52,7 +52,7 @@ class Shard:
 
     def fingerprint(self) -> str:
         """Changes when the rows do."""
-        return _digest([[*_end(path_of(file)), first, last] for file, first, last in self.groups])
+        return digest([[*_end(path_of(file)), first, last] for file, first, last in self.groups])
 
 
 @dataclass
@@ -143,7 +143,7 @@ def make(shard: Shard, folder: AnyPath, work: Work) -> Summary:
     """
     mark = folder / MARKS / f"{shard.number:05d}.json"
     point_to = work.made_from_rows(row for batch in shard.batches(work.columns) for row in batch) if work.made_from_rows else ""
-    made_from = _digest([shard.fingerprint(), work.made_from, point_to])
+    made_from = digest([shard.fingerprint(), work.made_from, point_to])
     kept = _kept(mark, folder, made_from)
     if kept:
         return kept
@@ -170,12 +170,12 @@ def forget(folder: AnyPath, summaries: Iterable[Summary]) -> None:
 
 def sources_fingerprint(*sources: str | None) -> str:
     """Changes when one of these files does, in a store too; what is no file is known by its name."""
-    return _digest([_end(path_of(s)) if s and _is_file(s) else [s] for s in sources])
+    return digest([_end(path_of(s)) if s and _is_file(s) else [s] for s in sources])
 
 
 def files_fingerprint(paths: Iterable[str]) -> str:
     """The same for many files, by their sizes and times of change."""
-    return _digest([[path, *_changed(path)] for path in paths])
+    return digest([[path, *_changed(path)] for path in paths])
 
 
 def _changed(path: str) -> list[int]:
@@ -197,10 +197,6 @@ def _end(path: AnyPath) -> list[Any]:
         size = file.seek(0, 2)
         file.seek(max(0, size - TAIL))
         return [path.name, size, hashlib.sha256(file.read()).hexdigest()]
-
-
-def _digest(what: Any) -> str:
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def _kept(mark: AnyPath, folder: AnyPath, made_from: str) -> Summary | None:

@@ -37,8 +37,12 @@ def path_of(where: "str | Path | StorePath") -> "AnyPath":
         return where
     if isinstance(where, str) and is_remote(where):
         return StorePath(where)
-    text = str(where)
-    return Path(unquote(urlsplit(text).path)) if text.startswith("file://") else Path(text).expanduser()
+    return local_path(str(where))
+
+
+def local_path(where: str) -> Path:
+    """The path that a local name or file:// URI means; `~` is the home folder."""
+    return Path(unquote(urlsplit(where).path)) if where.startswith("file://") else Path(where).expanduser()
 
 
 def filesystem(where: str) -> tuple[fs.FileSystem, str]:

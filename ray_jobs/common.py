@@ -28,6 +28,12 @@ def configure(args: argparse.Namespace) -> Config:
     return load(args.config, args.sets)
 
 
+def absolute(local: str) -> str:
+    """A local file or folder by a name that means the same in a worker, whose working directory is another; else the text."""
+    path = Path(local).expanduser()
+    return str(path.absolute()) if path.exists() else local
+
+
 def connect() -> None:
     """Join the Ray around this process (a submitted job, RAY_ADDRESS, `ray start` on this machine), or start a local one.
 

@@ -4,6 +4,7 @@ from addressvlm import InputError
 from addressvlm.addresses import GAZETTEER, Gazetteer
 from addressvlm.cities.source import resolve
 from addressvlm.config import Config
+from addressvlm.config_training import SystemConfig
 from addressvlm.run import DONE, Run, is_done, named_model, slug
 from addressvlm.stores import AnyPath, path_of
 from ray_jobs import prepare
@@ -15,13 +16,21 @@ def systems_of(config: Config, run: Run) -> dict[str, str]:
     Raises:
         InputError: one is not trained yet.
     """
-    systems = {}
-    for system in config.train.systems:
-        merged = run.model(system.name) / "merged"
-        if system.stages and not (merged / "config.json").is_file():
-            raise InputError(f"'{system.name}' is not trained yet (no {merged}): run ray_jobs/train.py first.")
-        systems[system.name] = str(merged) if system.stages else config.model.base
-    return systems
+    return {system.name: model_of(config, run, system) for system in config.train.systems}
+
+
+def model_of(config: Config, run: Run, system: SystemConfig) -> str:
+    """The merged model of a system of the run, or the base model of one without stages.
+
+    Raises:
+        InputError: it is not trained yet.
+    """
+    if not system.stages:
+        return config.model.base
+    merged = run.model(system.name) / "merged"
+    if not (merged / "config.json").is_file():
+        raise InputError(f"'{system.name}' is not trained yet (no {merged}): run ray_jobs/train.py first.")
+    return str(merged)
 
 
 def named(given: list[str]) -> dict[str, str]:

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -93,13 +92,13 @@ def run_step(config: Config, redo: bool, dry_run: bool = False) -> None:
 def _absolute(config: Config) -> Config:
     """With paths that mean the same in a worker, whose working directory is another."""
     config = config.model_copy(deep=True)
-    labels, folder = config.labels, Path(config.labels.model).expanduser()
-    if labels.labeler in ("local", "vllm") and folder.is_dir():
-        labels.model = str(folder.absolute())
-    if labels.prompt.endswith(".md") and (prompt := Path(labels.prompt).expanduser()).is_file():
-        labels.prompt = str(prompt.absolute())
-    if labels.vllm_python and (python := Path(labels.vllm_python).expanduser()).is_file():
-        labels.vllm_python = str(python.absolute())
+    labels = config.labels
+    if labels.labeler in ("local", "vllm"):
+        labels.model = common.absolute(labels.model)
+    if labels.prompt.endswith(".md"):
+        labels.prompt = common.absolute(labels.prompt)
+    if labels.vllm_python:
+        labels.vllm_python = common.absolute(labels.vllm_python)
     return config
 
 

@@ -11,7 +11,6 @@ can't be used and why. Run it again after an interruption: it goes on, and no ro
 """
 
 import argparse
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,13 +26,13 @@ from addressvlm.cities.readers.source import folder_photos
 from addressvlm.cities.readers.table import open_table
 from addressvlm.config import Config
 from addressvlm.evaluation.report import MAIN
-from addressvlm.files import parquet, write_parquet
+from addressvlm.files import digest, parquet, write_parquet
 from addressvlm.models.base import locate
 from addressvlm.run import DONE, WORK, Run, is_done, resuming, unfinished
 from addressvlm.shards import Shard, Work, files_fingerprint, plan, plan_files, sources_fingerprint
 from addressvlm.stores import AnyPath, path_of
+from ray_jobs.answering import model_digest
 from ray_jobs.common import arguments, configure, connect, job, require
-from ray_jobs.evaluate import digest
 from ray_jobs.stream import sharded
 
 SHARD = 512  # photos; what an interruption costs at most, for each worker
@@ -53,10 +52,10 @@ def localize(config: Config, model: str, photos: str, split: str, out: AnyPath, 
     need = config.evaluate
     require("CPU", need.workers * need.cpus_per_worker, "localize", "evaluate.workers or evaluate.cpus_per_worker")
     base = photos if storage.kind(photos) == "folder" else storage.parent(photos)
-    base = base if storage.is_remote(base) else str(storage.local(base).absolute())
+    base = base if storage.is_remote(base) else str(storage.local_path(base).absolute())
     given = _given(photos, split)
     settings = {
-        "model": digest(model), "calibration": sources_fingerprint(str(path_of(model) / CALIBRATION)), "photos": photos,
+        "model": model_digest(model), "calibration": sources_fingerprint(str(path_of(model) / CALIBRATION)), "photos": photos,
         "split": split, "top_k": top_k, "dtype": config.model.dtype, "content": _content(given, base),
     }  # fmt: skip
     _refuse_other(out, settings)
@@ -122,7 +121,7 @@ def _given(photos: str, split: str) -> _Given:
 def _content(given: _Given, base: str) -> str:
     """Changes when the list does, or a local photo; what is no local file is known by its name."""
     files = [str(path) for path in given.files] or [storage.join(base, row["file"]) for row in given.rows]
-    return hashlib.sha256(json.dumps([given.rows, given.rejects, files_fingerprint(files)]).encode()).hexdigest()
+    return digest([given.rows, given.rejects, files_fingerprint(files)])
 
 
 def _shards(given: _Given, folder: AnyPath) -> tuple[list[Shard], list[str], list[dict[str, Any]]]:

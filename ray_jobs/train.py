@@ -11,55 +11,29 @@ models/<system>/adapter (PEFT), models/<system>/merged (an ordinary Hugging Face
 loss.jsonl, TensorBoard).
 """
 
-import functools
-import logging
-import os
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")  # importing torch can take minutes on a busy machine
-os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # or every line of a worker comes twice
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # Ray's own error line; lost nodes are noticed without it
-
 try:
-    import ray.train.torch
+    import torch
 
     import addressvlm  # noqa: F401
+    from ray_jobs.fitting import Reporter, fit, guarded, require_workers
 except ImportError as missing:
     sys.exit(
         f"error: {missing.name} is not installed for {sys.executable}: activate the environment of `make install` "
         "(. .venv/bin/activate) before `ray start` and before this command."
     )
 
-import torch
-from ray.train import (
-    Checkpoint,
-    CheckpointConfig,
-    CheckpointUploadMode,
-    FailureConfig,
-    LoggingConfig,
-    RunConfig,
-    ScalingConfig,
-)
-from ray.train.torch import TorchTrainer
-
 from addressvlm import InputError, tables
 from addressvlm.config import Config
 from addressvlm.config_training import Data, SystemConfig
 from addressvlm.models.base import locate
-from addressvlm.run import LAST_MODEL, Run, claim, is_done, mark_done, slug, storage
-from addressvlm.stores import AnyPath, filesystem
-from addressvlm.training.snapshot import Snapshot
+from addressvlm.run import LAST_MODEL, Run, claim, is_done, mark_done
 from addressvlm.training.system import cities_of, train_system
-from ray_jobs import failures, graft, label, plan, prepare
-from ray_jobs.common import arguments, configure, connect, job, require
-from ray_jobs.failures import explained, sentence_of, told
-from ray_jobs.heartbeat import Heartbeat
-
-QUIET_S = 30.0  # without a step for so long, the driver says that it is still there
+from ray_jobs import graft, label, plan, prepare
+from ray_jobs.common import arguments, configure, connect, job
 
 
 def settings(config: Config, system: SystemConfig) -> dict[str, Any]:
@@ -150,121 +124,22 @@ def run_step(config: Config, redo: bool = False, only: list[str] | None = None) 
 
 
 def _train(config: Config, system: SystemConfig, redo: bool) -> None:
-    """One Ray Train run; the same name and storage path make it go on where it stopped."""
-    run, train = Run(config), config.train
-    least = train.min_workers or train.workers
-    what = f"training '{system.name}' with {least} workers"
-    keys = "train.min_workers" if train.min_workers else "train.workers"
-    require("CPU", least * train.cpus_per_worker, what, f"{keys} or train.cpus_per_worker")
-    require("GPU", least * train.gpus_per_worker, what, f"{keys} or train.gpus_per_worker")
-    folder = run.journal(system.name)
-    claim(folder, settings(config, system), redo)
-    notice = failures.notice()
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"config": _absolute(config).model_dump(), "system": system.name, "notice": notice},
-        scaling_config=ScalingConfig(
-            num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,
-            use_gpu=train.gpus_per_worker > 0,
-            resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker},
-        ),
-        run_config=RunConfig(
-            name=slug(system.name),
-            **_kept_in(run.training),
-            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
-            failure_config=FailureConfig(max_failures=train.max_failures, controller_failure_limit=0),
-            logging_config=LoggingConfig(log_level="CRITICAL"),  # what matters of it is said below
-        ),
-    )
-    print(f"train: {system.name}: starting {train.workers} worker{'s' if train.workers > 1 else ''}", flush=True)
-    try:
-        with Heartbeat(functools.partial(_waiting, system.name, folder / "loss.jsonl"), QUIET_S):
-            trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise told(notice) or explained(error, config, system.name) or error from error
-    if said := told(notice):
-        raise said
-    mark_done(run.model(system.name), settings(config, system))
+    """Train a system, or go on where it stopped."""
+    run, made_from = Run(config), settings(config, system)
+    require_workers(config, system.name, config.train.min_workers)
+    claim(run.journal(system.name), made_from, redo)
+    fit(config, system.name, train_worker, {"system": system.name}, config.train.min_workers)
+    mark_done(run.model(system.name), made_from)
     print(f"train: {system.name}: saved in {run.model(system.name)}", flush=True)
-
-
-def _kept_in(folder: AnyPath) -> dict[str, Any]:
-    """Where Ray Train keeps checkpoints, as its RunConfig takes it; a store is asked in the same way as by all else."""
-    if isinstance(folder, Path):
-        return {"storage_path": str(folder)}
-    store, path = filesystem(str(folder))
-    return {"storage_path": path, "storage_filesystem": store}
-
-
-def _absolute(config: Config) -> Config:
-    """With paths that mean the same in a worker, whose working directory is another."""
-    config = config.model_copy(deep=True)
-    config.storage = str(storage(config.storage))
-    if Path(config.model.base).expanduser().is_dir():
-        config.model.base = str(Path(config.model.base).expanduser().absolute())
-    return config
-
-
-def _waiting(system: str, losses: AnyPath) -> str:
-    """What to say while no step is made; nothing while they are."""
-    if not losses.is_file():
-        return f"train: {system}: waiting for the workers"
-    if time.time() - losses.stat().st_mtime < QUIET_S:
-        return ""
-    return f"train: {system}: {len(losses.read_text().splitlines()):,} steps done, working"
 
 
 def train_worker(given: dict[str, Any]) -> None:
     """What each worker of the group runs."""
-    _be_quiet()
-    config, notice = Config.model_validate(given["config"]), given["notice"]
-    if ray.get(notice.read.remote()):
-        return
-    found = ray.train.get_checkpoint()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = Path(found.to_directory(folder)) if found else None
-            train_system(config, given["system"], checkpoint, Reporter(), ray.train.torch.get_device())
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
-        said = sentence_of(error, config)
-        if said is None:
-            raise
-        ray.get(notice.write.remote(said))
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # so that workers waiting for this one end too
 
+    def work(config: Config, checkpoint: Path | None, device: torch.device) -> None:
+        train_system(config, given["system"], checkpoint, Reporter(), device)
 
-def _be_quiet() -> None:
-    """No progress bars of loading and no chatter of DeepSpeed between our lines."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    logging.getLogger().setLevel(logging.WARNING)  # Ray Train writes a line there at every report
-
-
-class Reporter:
-    """Hands snapshots to Ray Train, which stores one while training goes on; a second one waits for the first."""
-
-    def __init__(self) -> None:
-        self.under_way: Path | None = None
-
-    def __call__(self, metrics: dict[str, Any], snapshot: Snapshot | None) -> None:
-        """Report from every worker; the first one has the snapshot."""
-        if snapshot is None:
-            ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
-            return
-        busy = self.under_way is not None and self.under_way.exists()
-        self.under_way = Path(tempfile.mkdtemp())
-        snapshot.write(self.under_way)
-        ray.train.report(
-            metrics,
-            checkpoint=Checkpoint.from_directory(self.under_way),
-            checkpoint_upload_mode=CheckpointUploadMode.SYNC if busy else CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=True,
-        )
+    guarded(given, work)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from addressvlm.evaluation import asking, metrics
 from addressvlm.inference import Localizer
 from addressvlm.questions import test_rounds as rounds_to_test
 from addressvlm.run import Run
-from ray_jobs import evaluate
+from ray_jobs import answering, evaluate
 from tests.tiny import tiny_llava
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -191,8 +191,10 @@ def test_a_broken_model_is_told_from_the_worker(ray_local, config, models, tmp_p
 
 def test_digest_follows_the_weights(models, tmp_path):
     same, other = tiny_llava(tmp_path / "a", seed=0), tiny_llava(tmp_path / "b", seed=5)
-    assert evaluate.digest(str(models / "base")) == evaluate.digest(str(same)) != evaluate.digest(str(other))
-    assert evaluate.digest("owner/model") == "owner/model"
+    assert (
+        answering.model_digest(str(models / "base")) == answering.model_digest(str(same)) != answering.model_digest(str(other))
+    )
+    assert answering.model_digest("owner/model") == "owner/model"
 
 
 def test_each_photo_is_asked_its_own_questions(models):

@@ -5,28 +5,22 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from textwrap import shorten
 from typing import IO, Literal
-from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs
 
-from addressvlm.stores import filesystem, is_remote
-
-
-def local(where: str) -> Path:
-    """The path that a local name or file:// URI means; `~` is the home folder."""
-    return Path(unquote(urlsplit(where).path)) if where.startswith("file://") else Path(where).expanduser()
+from addressvlm.stores import filesystem, is_remote, local_path
 
 
 def join(folder: str, file: str) -> str:
     """A file inside a folder; a URI or an absolute path stays as it is."""
     if "://" in file or (not is_remote(folder) and Path(file).is_absolute()):
         return file
-    return f"{folder.rstrip('/')}/{file}" if is_remote(folder) else str(local(folder) / file)
+    return f"{folder.rstrip('/')}/{file}" if is_remote(folder) else str(local_path(folder) / file)
 
 
 def parent(where: str) -> str:
     """The folder that holds it."""
-    return where.rstrip("/").rpartition("/")[0] if is_remote(where) else str(local(where).parent)
+    return where.rstrip("/").rpartition("/")[0] if is_remote(where) else str(local_path(where).parent)
 
 
 def suffix(where: str) -> str:
@@ -42,7 +36,7 @@ def open_binary(where: str) -> IO[bytes]:
         OSError: there is no such file (FileNotFoundError), or it can't be read.
     """
     if not is_remote(where):
-        return local(where).open("rb")
+        return local_path(where).open("rb")
     store, path = filesystem(where)
     return store.open_input_file(path)
 
@@ -56,7 +50,7 @@ def read_bytes(where: str) -> bytes:
 def kind(where: str) -> Literal["file", "folder"] | None:
     """What is there, None if nothing is; raises as `open_binary` does."""
     if not is_remote(where):
-        path = local(where)
+        path = local_path(where)
         return "folder" if path.is_dir() else "file" if path.exists() else None
     store, inside = filesystem(where)
     found = store.get_file_info(inside.rstrip("/")).type
@@ -75,7 +69,7 @@ def said(error: OSError) -> str:
 
 def _files(folder: str) -> Iterator[str]:
     if not is_remote(folder):
-        top = local(folder)
+        top = local_path(folder)
         for here, _, names in os.walk(top):
             inside = Path(here).relative_to(top)
             yield from ((inside / name).as_posix() for name in names)

@@ -12,8 +12,8 @@ def plain(systems: Sequence[Mapping[str, Any]], metrics: Sequence[str] = METRICS
     body = []
     for system in systems:
         cells = [system["metrics"].get(name) for name in metrics]
-        body.append([system["name"], *(_percent(cell) for cell in cells)])
-        body.append(["", *(_range(cell) for cell in cells)])
+        body.append([system["name"], *(percent(cell) for cell in cells)])
+        body.append(["", *(span(cell) for cell in cells)])
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     lines = [_line(head, widths), rule]
@@ -37,18 +37,20 @@ def modes(compared: Mapping[str, Any]) -> str:
 
 
 def _words(cell: Interval) -> str:
-    return f"{_percent(cell)} ({_range(cell)})" if _range(cell) else _percent(cell)
+    return f"{percent(cell)} ({span(cell)})" if span(cell) else percent(cell)
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
 
 
-def _percent(cell: Interval | None) -> str:
+def percent(cell: Interval | None) -> str:
+    """The value, with one decimal."""
     return "–" if cell is None or cell["value"] is None else f"{100 * cell['value']:.1f}"
 
 
-def _range(cell: Interval | None) -> str:
+def span(cell: Interval | None) -> str:
+    """Both ends of its interval, nothing if there is none."""
     if cell is None or cell["low"] is None or cell["high"] is None:
         return ""
     return f"{100 * cell['low']:.0f}–{100 * cell['high']:.0f}"

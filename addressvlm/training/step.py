@@ -1,7 +1,7 @@
 """The loss and the learning rate of a step."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,3 +90,12 @@ def set_rate(optimizer: Any, rate: float) -> None:
     """Give every group of `parameter_groups` its rate at a step whose own is `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["share"]
+
+
+def clipped_step(optimizer: torch.optim.Optimizer, learning: Iterable[torch.nn.Parameter], clip: float, rate: float) -> Any:
+    """Update once and clear the gradients; returns their norm before it was clipped, a tensor."""
+    set_rate(optimizer, rate)
+    norm = torch.nn.utils.clip_grad_norm_(learning, clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm

@@ -65,7 +65,7 @@ def base(city: CityConfig) -> str:
     if not folder:
         source = where(city)
         folder = source if kind(source) == "folder" else storage.parent(source)
-    return folder if storage.is_remote(folder) else str(storage.local(folder).absolute())
+    return folder if storage.is_remote(folder) else str(storage.local_path(folder).absolute())
 
 
 def sample(city: CityConfig) -> Sample:

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from addressvlm.config_training import StageConfig
 from addressvlm.models.lora import adapter_state, trainable
-from addressvlm.training.step import adamw, set_rate
+from addressvlm.training.step import adamw, clipped_step
 from addressvlm.training.strategy import Moments, shared
 
 
@@ -32,11 +32,7 @@ class Ddp:
                 loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        set_rate(self.optimizer, learning_rate)
-        norm = torch.nn.utils.clip_grad_norm_(self.learning.values(), self.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(norm)
+        return float(clipped_step(self.optimizer, self.learning.values(), self.clip, learning_rate))
 
     def weights(self) -> dict[str, torch.Tensor]:
         return adapter_state(self.model)

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from addressvlm.config_training import StageConfig
 from addressvlm.models.lora import adapter_weights, trainable
-from addressvlm.training.step import adamw, set_rate
+from addressvlm.training.step import adamw, clipped_step
 from addressvlm.training.strategy import Moments
 
 
@@ -36,10 +36,7 @@ class Fsdp:
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        set_rate(self.optimizer, learning_rate)
-        norm = torch.nn.utils.clip_grad_norm_(self.learning.values(), self.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        norm = clipped_step(self.optimizer, self.learning.values(), self.clip, learning_rate)
         return float(_whole(norm))
 
     def weights(self) -> dict[str, torch.Tensor]:
