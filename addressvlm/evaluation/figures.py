@@ -165,3 +165,38 @@ def _ticks(end: float) -> list[float]:
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= rough)
     return [round(i * step, 10) for i in range(int(end / step) + 1)]
+
+
+def distance_curves(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Share of whole addresses right (0 to 100 %) by distance to the nearest training photo, a line a system.
+
+    Each row has `name`, `hue` and `by_distance` with `from_m`, `to_m` and an interval; a point lies at the middle of its band.
+    """
+    if not rows:
+        return ""
+    width, height, left, low = 640.0, 300.0, 40.0, 30.0
+    furthest = max(band["to_m"] for row in rows for band in row["by_distance"]) or 1.0
+    most = min(1.0, max(0.1, 1.1 * max(band["value"] for row in rows for band in row["by_distance"])))
+
+    def xy(metres: float, share: float) -> str:
+        return f"{left + metres / furthest * (width - left - 8):.1f},{8 + (1 - share / most) * (height - low - 8):.1f}"
+
+    parts = []
+    for share in (0.0, most / 2, most):
+        x, y = xy(0, share).split(",")
+        parts.append(f'<line class="grid" x1="{x}" x2="{width - 8}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick end" x="{left - 5}" y="{float(y) + 4}">{100 * share:.0f}</text>')
+    for metres in (0.0, furthest / 2, furthest):
+        x = xy(metres, 0).split(",")[0]
+        parts.append(f'<text class="tick middle" x="{x}" y="{height - low + 14}">{metres:.0f} m</text>')
+    for row in rows:
+        points = [((band["from_m"] + band["to_m"]) / 2, band["value"], band) for band in row["by_distance"]]
+        parts.append(
+            f'<g class="hue{row["hue"]}"><polyline class="smooth" points="{" ".join(xy(m, s) for m, s, _ in points)}"/>'
+        )
+        for metres, share, band in points:
+            x, y = xy(metres, share).split(",")
+            note = f"{row['name']}, {band['from_m']:.0f} to {band['to_m']:.0f} m: {100 * share:.1f} % of {band['n']}"
+            parts.append(f'<circle class="bin" cx="{x}" cy="{y}" r="4"><title>{html.escape(note)}</title></circle>')
+        parts.append("</g>")
+    return f'<svg class="loss reliability" viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'

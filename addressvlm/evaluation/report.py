@@ -3,8 +3,6 @@
 `write` takes the metrics and the answers; every folder of the run that is there adds a section, none is required.
 """
 
-import base64
-import io
 import json
 import math
 import random
@@ -15,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image
 
 from addressvlm import tables
 from addressvlm.addresses import Gazetteer
+from addressvlm.evaluation.comparison_section import section
 from addressvlm.evaluation.data_section import card as card_of
 from addressvlm.evaluation.data_section import rejects as rejects_of
 from addressvlm.evaluation.data_section import words
 from addressvlm.evaluation.figures import CityMap, interval_bar, loss_curves
 from addressvlm.evaluation.metrics import DESCRIPTIONS, MEANS, METRICS, paired
+from addressvlm.evaluation.pictures import data_url, pictures
 from addressvlm.evaluation.reliability import reliability_diagram
 from addressvlm.labels.tally import summary
 from addressvlm.run import slug
@@ -31,7 +30,7 @@ from addressvlm.run import slug
 MAIN = "AddressVLM"  # the system that the others are compared with; the last one if there is none of this name
 EXAMPLES = 8
 GRAFTS = 4
-THUMBNAIL = 360  # pixels, longer side
+HUES = 12
 
 Row = dict[str, Any]
 
@@ -55,6 +54,7 @@ def write(
     seed: int = 0,
     resamples: int = 1000,
     modes: Mapping[str, Any] | None = None,
+    comparison: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the page.
 
@@ -66,9 +66,10 @@ def write(
         seed: decides which examples are shown.
         resamples: of the bootstrap of the differences between systems.
         modes: what modes.json holds.
+        comparison: what comparison.json holds.
     """
     sources = sources or Sources()
-    systems = [{**system, "hue": i % 6} for i, system in enumerate(metrics["systems"])]
+    systems = [{**system, "hue": i % HUES} for i, system in enumerate(metrics["systems"])]
     named = main_of([system["name"] for system in systems])
     main = next(system for system in systems if system["name"] == named)
     rows = answers[main["name"]]
@@ -98,6 +99,7 @@ def write(
         attribution=list(dict.fromkeys([*(gazetteer.attribution if gazetteer else []), *card["attribution"]])),
         interval_bar=interval_bar,
         modes=modes,
+        comparison=section(comparison, systems, answers, sources.photos, seed) if comparison else None,
         reliability_diagram=reliability_diagram,
     )
     path.write_text(page, encoding="utf-8")
@@ -187,40 +189,17 @@ def _examples(
     wrong = [row for row in one_a_place if not row["correct"]]
     n_right = min(len(right), max(EXAMPLES // 2, EXAMPLES - len(wrong)))
     chosen = [*right[:n_right], *wrong[: EXAMPLES - n_right]]
-    pictures = _pictures(photos, split, {row["id"] for row in chosen})
+    shown = pictures(photos, split, {row["id"] for row in chosen})
     said = {s["name"]: {row["id"]: row for row in _address_rows(answers[s["name"]])} for s in systems}
     return [
         {
             **row,
-            "picture": pictures[row["id"]],
+            "picture": shown[row["id"]],
             "answers": [{**s, "row": said[s["name"]][row["id"]]} for s in systems if row["id"] in said[s["name"]]],
         }
         for row in chosen
-        if row["id"] in pictures
+        if row["id"] in shown
     ]
-
-
-def _pictures(folder: Path, split: str, ids: set[str]) -> dict[str, str]:
-    """Data URLs of some photos of a split."""
-    if not ids or not tables.count(folder, split):
-        return {}
-    return {
-        row["id"]: _data_url(row["image"]["bytes"]) for row in tables.rows(folder, split, ["id", "image"]) if row["id"] in ids
-    }
-
-
-def _data_url(encoded: bytes) -> str:
-    """A JPEG of at most THUMBNAIL pixels; small files go in as they are."""
-    opened = Image.open(io.BytesIO(encoded))
-    kind = f"image/{(opened.format or 'jpeg').lower()}"
-    if max(opened.size) > THUMBNAIL or len(encoded) > 60_000:
-        opened.draft("RGB", (THUMBNAIL, THUMBNAIL))
-        image = opened.convert("RGB")
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=82)
-        encoded, kind = buffer.getvalue(), "image/jpeg"
-    return f"data:{kind};base64,{base64.b64encode(encoded).decode()}"
 
 
 def _confusions(rows: Sequence[Row], top: int = 8) -> list[Row]:
@@ -243,7 +222,7 @@ def _grafts(alignment: Path | None, seed: int) -> list[Row]:
     ids = tables.read(alignment, "train", ["id"])["id"].to_pylist()
     chosen = set(random.Random(seed).sample(ids, min(GRAFTS, len(ids))))
     found = [row for row in tables.rows(alignment, "train") if row["id"] in chosen]
-    return [{**row, "picture": _data_url(row["image"]["bytes"]), "round": row["rounds"][-1]} for row in found]
+    return [{**row, "picture": data_url(row["image"]["bytes"]), "round": row["rounds"][-1]} for row in found]
 
 
 def _curves(systems: list[Row], training: Path | None) -> list[Row]:

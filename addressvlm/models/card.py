@@ -46,7 +46,7 @@ def card(config: Config, system: str, code: str, adapter: bool) -> str:
         "pipeline_tag": "image-text-to-text",
         "tags": ["addressvlm", "image-geolocation", *(["lora"] if adapter else [])],
     }
-    if (licence := _base_licence(config)) is not None:
+    if (licence := base_licence(config)) is not None:
         head["license"] = licence
     sources = dict.fromkeys(source for gazetteer in gazetteers for source in gazetteer.attribution)
     lines = [
@@ -115,7 +115,7 @@ def _stage(name: str, stage: StageConfig) -> str:
     )
 
 
-def _base_licence(config: Config) -> str | None:
+def base_licence(config: Config) -> str | None:
     """The licence that the base model's own card names, if its folder has one."""
     readme = path_of(locate(config.model.base)) / "README.md"
     if not readme.is_file():

@@ -24,6 +24,7 @@ class Work:
         ids: split (`val`, to fit and to calibrate on; `test`, to judge) -> ids of `run.photos`, in the order of the table.
         gazetteer: the city's; scores are in the order of its addresses.
         costs: folder of a file of costs for each row.
+        outcomes: of the rows before this one, by name.
     """
 
     config: Config
@@ -31,6 +32,7 @@ class Work:
     ids: Mapping[str, list[str]]
     gazetteer: Gazetteer
     costs: AnyPath
+    outcomes: "dict[str, Outcome]" = field(default_factory=dict)
 
     @contextmanager
     def cost(self, name: str, what: str, photos: int, cpus: float, gpus: float = 0.0) -> Iterator[None]:
@@ -45,7 +47,11 @@ class Work:
         begun = time.monotonic()
         yield
         seconds = time.monotonic() - begun
-        noted = {**self.noted(name), what: {"seconds": seconds, "photos": photos, "cpus": cpus, "gpus": gpus}}
+        self.note(name, what, {"seconds": seconds, "photos": photos, "cpus": cpus, "gpus": gpus})
+
+    def note(self, name: str, what: str, took: Row) -> None:
+        """Note what a part took, known from elsewhere: `seconds`, `photos`, `cpus`, `gpus` as for `cost`."""
+        noted = {**self.noted(name), what: took}
         self.costs.mkdir(parents=True, exist_ok=True)
         with whole(self.costs / f"{slug(name)}.json") as partial:
             partial.write_text(json.dumps(noted, indent=1), encoding="utf-8")

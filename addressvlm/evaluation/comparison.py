@@ -1,0 +1,146 @@
+"""Systems side by side on the same photos: what the table of a comparison says beyond the metrics of each."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from addressvlm.addresses import Address, Gazetteer
+from addressvlm.answers import calibration
+from addressvlm.evaluation import metrics
+from addressvlm.evaluation.metrics import Interval
+from addressvlm.evaluation.scores import scored
+from addressvlm.nearby import METRES_PER_DEGREE
+
+TOP = 5
+BANDS = 4  # of equally many photos, by distance to the nearest training photo
+
+Row = dict[str, Any]
+
+
+def whole_addresses(answers: Sequence[Row]) -> list[Row]:
+    """The answers to the question for the whole address, one a photo."""
+    return [row for row in answers if row["level"] == "address"]
+
+
+def top(rows: Sequence[Row], gazetteer: Gazetteer, resamples: int, seed: int) -> dict[str, Interval]:
+    """Accuracy among the first one and the first five of a ranking (paper 002, Sec. 6.1).
+
+    Args:
+        rows: of `tables.SCORES`.
+
+    Returns:
+        `address-1` and `address-5`, where an address is a street, or a sub-street, with its district (SSA if the city answers
+        with sub-streets, SA if with streets); `street-1` and `street-5`, of the street or sub-street alone.
+    """
+    if not rows:
+        return {}
+    order = np.argsort(-np.array([row["scores"] for row in rows]), axis=1, kind="stable")
+    names = {"address": [a.text() for a in gazetteer.addresses], "street": [a.street for a in gazetteer.addresses]}
+    truth = {"address": [Address(r["street"], r["district"]).text() for r in rows], "street": [r["street"] for r in rows]}
+    places = [row["place"] for row in rows]
+    found = {}
+    for level, of in names.items():
+        ranked = [list(dict.fromkeys(of[i] for i in line)) for line in order.tolist()]
+        for first in (1, TOP):
+            right = [t in line[:first] for t, line in zip(truth[level], ranked, strict=True)]
+            found[f"{level}-{first}"] = metrics.share(right, places, resamples, seed)
+    return found
+
+
+def by_training(answers: Sequence[Row], learnt: Collection[Address], resamples: int, seed: int) -> dict[str, Interval]:
+    """Whole addresses right where training has photos of the address, and where it has none (`seen`, `unseen`)."""
+    groups: dict[str, list[Row]] = {"seen": [], "unseen": []}
+    for row in whole_addresses(answers):
+        groups["seen" if Address(row["street"], row["district"]) in learnt else "unseen"].append(row)
+    return {name: _right(rows, resamples, seed) for name, rows in groups.items() if rows}
+
+
+def mcnemar(main: Sequence[Row], other: Sequence[Row]) -> Row:
+    """McNemar's exact test on whole addresses that both were asked about.
+
+    Returns:
+        `better` and `worse`, photos that only the main or only the other system got right; `p`, two-sided. It takes photos as
+        independent, which those of one place are not: the paired interval over places is the safer of the two.
+    """
+    right = {row["id"]: bool(row["correct"]) for row in whole_addresses(other)}
+    pairs = [(bool(row["correct"]), right[row["id"]]) for row in whole_addresses(main) if row["id"] in right]
+    better, worse = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    n, least = better + worse, min(better, worse)
+    p = min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
+    return {"better": better, "worse": worse, "p": p}
+
+
+def against(main: Sequence[Row], other: Sequence[Row], resamples: int, seed: int) -> Row:
+    """The main system minus another on the questions that both answered; McNemar's test beside it."""
+    return {**metrics.paired(main, other, resamples=resamples, seed=seed), "mcnemar": mcnemar(main, other)}
+
+
+def trust(validation: Sequence[Row], test: Sequence[Row], gazetteer: Gazetteer) -> Row | None:
+    """Reliability of a ranking whose temperature is fitted on validation photos; None if there are none it could be fitted on.
+
+    Both are rows of `tables.SCORES`.
+    """
+    if not validation or not test or not (scored(validation, gazetteer).truth >= 0).any():
+        return None
+    temperature = calibration.fit(scored(validation, gazetteer), 0.0).temperature
+    confidence, right = scored(test, gazetteer).confidences(temperature)
+    return {
+        "temperature": temperature,
+        "bins": calibration.reliability(confidence, right),
+        "ece": calibration.ece(confidence, right),
+    }
+
+
+def bands(distances_m: Mapping[str, float]) -> list[tuple[float, float, list[str]]]:
+    """Photos in bands of about equally many by distance to the nearest training photo: least and most metres, ids."""
+    order = sorted(distances_m, key=lambda photo: (distances_m[photo], photo))
+    parts = [part.tolist() for part in np.array_split(np.array(order, dtype=object), min(BANDS, len(order)))] if order else []
+    return [(distances_m[part[0]], distances_m[part[-1]], part) for part in parts]
+
+
+def by_distance(answers: Sequence[Row], distances_m: Mapping[str, float], resamples: int, seed: int) -> list[Row]:
+    """Whole addresses right in each of `bands`: `from_m`, `to_m` and the interval."""
+    rows = {row["id"]: row for row in whole_addresses(answers)}
+    return [
+        {"from_m": low, "to_m": high, **_right([rows[i] for i in ids if i in rows], resamples, seed)}
+        for low, high, ids in bands(distances_m)
+        if any(i in rows for i in ids)
+    ]
+
+
+def nearest_m(photos: Sequence[Row], training: Sequence[Row]) -> dict[str, float]:
+    """Photo -> metres to the nearest training photo; photos without coordinates are left out. Rows with id, lat, lon."""
+    placed = [row for row in training if row["lat"] is not None and row["lon"] is not None]
+    here = [row for row in photos if row["lat"] is not None and row["lon"] is not None]
+    if not placed or not here:
+        return {}
+    squeeze = math.cos(math.radians(here[0]["lat"]))
+    scale = np.array([METRES_PER_DEGREE, METRES_PER_DEGREE * squeeze])
+    known = np.unique(np.array([(row["lat"], row["lon"]) for row in placed]), axis=0) * scale
+    return {row["id"]: float(np.hypot(*(known - np.array([row["lat"], row["lon"]]) * scale).T).min()) for row in here}
+
+
+def split_verdicts(main: Sequence[Row], other: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Ids of photos whose whole address only the main system, and only the other, got right."""
+    right = {row["id"]: bool(row["correct"]) for row in whole_addresses(other)}
+    both = [(row["id"], bool(row["correct"]), right[row["id"]]) for row in whole_addresses(main) if row["id"] in right]
+    return [i for i, a, b in both if a and not b], [i for i, a, b in both if b and not a]
+
+
+def neighbours(answers: Sequence[Row], gazetteer: Gazetteer, near: int = 5) -> Row | None:
+    """Of the wrong streets that were named, how many are among the `near` nearest to the true one; None without shapes."""
+    wrong = [
+        (row["street"], named)
+        for row in whole_addresses(answers)
+        if not row["correct"] and (named := gazetteer.find_street(row["answer"])) and named != row["street"]
+    ]
+    if not gazetteer.geometry or not wrong:
+        return None
+    close = sum(named in gazetteer.near(true, near) for true, named in wrong if true in gazetteer.geometry)
+    return {"wrong": len(wrong), "near": close, "of": near}
+
+
+def _right(rows: Sequence[Row], resamples: int, seed: int) -> Interval:
+    return metrics.share([bool(row["correct"]) for row in rows], [row["place"] for row in rows], resamples, seed)

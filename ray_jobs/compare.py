@@ -1,0 +1,248 @@
+#!/usr/bin/env python
+"""Every system on the same photos -> one table with intervals, tests and costs, and a report to look at.
+
+    ray job submit -- python ray_jobs/compare.py --config demo-compare
+    python ray_jobs/compare.py --config my_city.yaml --row AddressVLM --row AddressCLIP
+    python ray_jobs/compare.py --config demo-ablation
+
+Rows are the systems of `train.systems`, trained if they are not, then those of `compare.systems` and `compare.variants`. What
+is done is not done again; a row that fails says why in the table, and the others go on. Writes below <storage>/<name>:
+comparison.json, .md, .csv and .html, answers/<row> and scores/<row>, costs/<row>.json.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from addressvlm import InputError, tables
+from addressvlm.addresses import Address
+from addressvlm.config import Config, validate
+from addressvlm.config_compare import Rival, VariantConfig
+from addressvlm.evaluation import asking, comparison, comparison_files, metrics, report
+from addressvlm.evaluation.asking import judged
+from addressvlm.evaluation.parsing import Judge
+from addressvlm.evaluation.scores import answers_of as answers_by_scores
+from addressvlm.run import Run, slug, writing
+from ray_jobs import answering, prepare, scoring
+from ray_jobs.answering import Task
+from ray_jobs.common import arguments, configure, connect, job, require
+from ray_jobs.rivals import fusion, own, scored
+from ray_jobs.rivals.own import Own
+from ray_jobs.rivals.work import Outcome, Row, Work
+
+TEST = "test"
+
+
+@dataclass
+class Compared:
+    """A row: what it made of the photos, or why it could not."""
+
+    name: str
+    kind: str
+    outcome: Outcome = field(default_factory=Outcome)
+    answers: list[Row] = field(default_factory=list)
+    failed: str = ""
+
+
+def runner(kind: str) -> Callable[..., Outcome]:
+    """What makes a row of a kind of `compare.systems`; its libraries are loaded only where it is wanted."""
+    if kind == "retrieval":
+        from ray_jobs.rivals import retrieval
+
+        return retrieval.run
+    if kind == "rag":
+        from ray_jobs.rivals import rag
+
+        return rag.run
+    if kind == "addressclip":
+        from ray_jobs.rivals import addressclip
+
+        return addressclip.run
+    return {"scored": scored.run, "fusion": fusion.run}[kind]
+
+
+def run_step(config: Config, redo: bool = False, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Make every row, then the table and the report; returns what comparison.json holds.
+
+    Raises:
+        InputError: a name is not that of a row or stands for two, the cluster is too small, or the city can't be prepared.
+    """
+    _check(config, only)
+    need, run = config.evaluate, Run(config)
+    require("CPU", need.workers * need.cpus_per_worker, "compare", "evaluate.workers or evaluate.cpus_per_worker")
+    prepare.run_step(config)
+    task = Task({}, run.photos, TEST, run.folder, report.Sources(run.photos, run.alignment, run.training, run.rejects))
+    judge, gazetteer = answering.judge_of(task, {})
+    ids = {TEST: answering.chosen_ids(config, task)}
+    if validation := scoring.validation_ids(config, run.photos):
+        ids[scoring.VALIDATION] = validation
+    work = Work(config, run, ids, gazetteer, run.folder / "costs")
+    rows: list[Compared] = []
+    for name, kind, make in _plan(config, work, task, judge, redo):
+        if only and name not in only:
+            continue
+        print(f"compare: {name}", flush=True)
+        rows.append(_attempt(name, kind, make))
+        work.outcomes[name] = rows[-1].outcome
+    return _write(config, work, task, rows)
+
+
+def _check(config: Config, only: Sequence[str]) -> None:
+    if config.evaluate.answers == "scored":
+        raise InputError("evaluate.answers is scored, which rows of the kind scored are: leave it free to compare.")
+    names = [row.name for row in [*config.train.systems, *config.compare.systems, *config.compare.variants]]
+    slugs = [slug(name) for name in names]
+    if twice := [name for name, of in zip(names, slugs, strict=True) if slugs.count(of) > 1]:
+        raise InputError(f"rows {' and '.join(twice[:2])} would share a folder: give each of train and compare another name.")
+    if unknown := [name for name in only if name not in names]:
+        raise InputError(f"--row {unknown[0]}: rows are {', '.join(names)}.")
+
+
+def _plan(config: Config, work: Work, task: Task, judge: Judge, redo: bool) -> list[tuple[str, str, Callable[[], Compared]]]:
+    """Name, kind and maker of each row, in the order of the table."""
+    plan: list[tuple[str, str, Callable[[], Compared]]] = []
+    for system in config.train.systems:
+        of = Own(system.name, config, system)
+        plan.append((system.name, "generated", partial(_own, work, of, task, judge, redo)))
+    for rival in config.compare.systems:
+        plan.append((rival.name, rival.kind, partial(_rival, work, rival, task, judge, redo)))
+    for variant in config.compare.variants:
+        plan.append((variant.name, "variant", partial(_variant, work, variant, task, judge, redo)))
+    return plan
+
+
+def _attempt(name: str, kind: str, make: Callable[[], Compared]) -> Compared:
+    """The row, or why there is none; only what a person asks for stops the others."""
+    try:
+        return make()
+    except InputError as error:
+        failed = str(error)
+    except Exception as error:
+        traceback.print_exc()
+        failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    print(f"compare: {name} failed: {failed}", file=sys.stderr, flush=True)
+    return Compared(name, kind, failed=failed)
+
+
+def _own(work: Work, of: Own, task: Task, judge: Judge, redo: bool) -> Compared:
+    return Compared(of.name, "generated", *own.run(work, of, task, judge, redo))
+
+
+def _variant(work: Work, variant: VariantConfig, task: Task, judge: Judge, redo: bool) -> Compared:
+    """The same system of a run of its own with other settings, asked about the same photos."""
+    config = changed(work.config, variant)
+    system = next((s for s in config.train.systems if s.name == variant.system), None)
+    if system is None:
+        known = ", ".join(s.name for s in config.train.systems)
+        raise InputError(f"compare.variants: '{variant.name}' is of {variant.system}: systems of train.systems are {known}.")
+    return Compared(variant.name, "variant", *own.run(work, Own(variant.name, config, system), task, judge, redo))
+
+
+def changed(config: Config, variant: VariantConfig) -> Config:
+    """The configuration of a variant's run, `<name>-<variant>`.
+
+    Raises:
+        InputError: a key is unknown or a value has the wrong type.
+    """
+    tree = config.model_dump()
+    for key, value in variant.set.items():
+        *sections, last = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    tree["name"] = f"{config.name}-{slug(variant.name)}"
+    return validate(tree, f"compare.variants, '{variant.name}'")
+
+
+def _rival(work: Work, rival: Rival, task: Task, judge: Judge, redo: bool) -> Compared:
+    outcome = runner(rival.kind)(work, rival, redo)
+    found = outcome.answers
+    if outcome.scores:
+        columns = [column for column in asking.COLUMNS if column != "image"]
+        photos = {row["id"]: row for row in tables.rows(task.data, TEST, columns)}
+        found = list(answers_by_scores(outcome.scores[TEST], photos, work.gazetteer))
+        with writing(task.out / "scores" / slug(rival.name), {"row": rival.model_dump()}) as folder:
+            for split, rows in outcome.scores.items():
+                tables.write(folder, split, rows, tables.SCORES)
+    answers = judged(found, judge)
+    with writing(task.out / "answers" / slug(rival.name), {"row": rival.model_dump()}) as folder:
+        tables.write(folder, TEST, answers, tables.ANSWERS)
+    return Compared(rival.name, rival.kind, outcome, answers)
+
+
+def _write(config: Config, work: Work, task: Task, rows: Sequence[Compared]) -> dict[str, Any]:
+    """All files of the comparison; prints the table."""
+    made = [row for row in rows if not row.failed and row.answers]
+    names = [row.name for row in made]
+    main = config.compare.main if config.compare.main in names else (report.main_of(names) if names else "")
+    columns = ["id", "lat", "lon", "street", "district"]
+    learnt = tables.read(work.run.photos, "train", columns).to_pylist()
+    distances = comparison.nearest_m(tables.read(work.run.photos, TEST, columns).to_pylist(), learnt)
+    known = {Address(row["street"], row["district"]) for row in learnt}
+    of_main = next((row.answers for row in made if row.name == main), [])
+    told = [_told(config, work, row, of_main, known, distances) for row in rows]
+    tree = {
+        "city": work.gazetteer.city or config.city.name, "split": TEST, "main": main, "photos": len(work.ids[TEST]),
+        "validation_photos": len(work.ids.get(scoring.VALIDATION, [])), "systems": told,
+    }  # fmt: skip
+    answers = {row.name: row.answers for row in made}
+    scored = {**tree, "systems": [row for row in told if row["name"] in answers]}
+    out = task.out / "comparison"
+    with writing(out, {"rows": [row.name for row in rows]}) as folder:
+        comparison_files.write(folder, tree)
+        if made:
+            named = (config.seed, config.evaluate.bootstrap)
+            report.write(folder / "report.html", scored, answers, work.gazetteer, task.sources, *named, comparison=tree)
+    print(f"\n{comparison_files.plain(tree)}\n\n{out}", flush=True)
+    return tree
+
+
+def _told(
+    config: Config, work: Work, row: Compared, of_main: Sequence[Row], learnt: set[Address], distances: dict[str, float]
+) -> dict[str, Any]:
+    """What the table and the report say of a row."""
+    drawn, city, of = (config.evaluate.bootstrap, config.seed), work.gazetteer, row.outcome
+    told: dict[str, Any] = {"name": row.name, "kind": row.kind, "failed": row.failed}
+    if row.failed or not row.answers:
+        return told
+    return {
+        **told,
+        "metrics": metrics.score(row.answers, *drawn),
+        "top": comparison.top(of.scores.get(TEST, []), city, *drawn),
+        "by_training": comparison.by_training(row.answers, learnt, *drawn),
+        "by_distance": comparison.by_distance(row.answers, distances, *drawn),
+        "against": comparison.against(of_main, row.answers, *drawn) if row.answers is not of_main else None,
+        "trust": comparison.trust(of.scores.get(scoring.VALIDATION, []), of.scores.get(TEST, []), city),
+        "neighbours": comparison.neighbours(row.answers, city),
+        "within": _within(work, of, drawn),
+        "cost": {**work.noted(row.name), "parameters": of.parameters, "stored_bytes": of.stored_bytes},
+        "licences": of.licences,
+        "notes": of.notes,
+    }
+
+
+def _within(work: Work, outcome: Outcome, drawn: tuple[int, int]) -> dict[str, Any]:
+    if not outcome.coordinates:
+        return {}
+    from addressvlm.baselines.geography import within
+
+    photos = tables.read(work.run.photos, TEST, ["id", "place", "lat", "lon"]).to_pylist()
+    return within([photo for photo in photos if photo["id"] in set(work.ids[TEST])], outcome.coordinates, *drawn)
+
+
+def main() -> None:
+    """Command line."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row (may be repeated)")
+    args = parser.parse_args()
+    config = configure(args)
+    connect()
+    run_step(config, args.redo, args.row)
+
+
+if __name__ == "__main__":
+    job(main)

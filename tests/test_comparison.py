@@ -1,0 +1,175 @@
+"""pytest tests/test_comparison.py: what a comparison says beyond each system's own metrics, and fusion."""
+
+import csv
+import io
+import json
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given
+from hypothesis import strategies as st
+
+from addressvlm import InputError
+from addressvlm.addresses import Address, Gazetteer
+from addressvlm.baselines import fusion
+from addressvlm.evaluation import comparison, comparison_files, report
+
+ADDRESSES = [Address("Mill Street", "Harbour"), Address("Oak Avenue", "Old Town"), Address("Elm Row", "Old Town")]
+SHAPES = {a.street: shapely.LineString([(0.1 + i / 100, 52.2), (0.1 + i / 100, 52.21)]) for i, a in enumerate(ADDRESSES)}
+CITY = Gazetteer(ADDRESSES, SHAPES, city="Toytown")
+
+
+def answer(i, correct, address=ADDRESSES[0], said=""):
+    return {
+        "id": f"photo{i}", "place": f"place{i // 2}", "lat": 52.2, "lon": 0.1 + i / 1000, "street": address.street,
+        "district": address.district, "level": "address", "kind": "generation", "question": "Where?", "options": [],
+        "expected": address.text(), "answer": said, "correct": correct,
+    }  # fmt: skip
+
+
+def score(i, scores, address=ADDRESSES[0]):
+    return {**{k: v for k, v in answer(i, True, address).items() if k in ("id", "place", "lat", "lon", "street", "district")},
+            "scores": scores}  # fmt: skip
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    main = [answer(i, i < 8) for i in range(12)]
+    other = [answer(i, i in (0, 1, 8)) for i in range(12)]
+    found = comparison.mcnemar(main, other)
+    assert (found["better"], found["worse"]) == (6, 1)
+    assert found["p"] == pytest.approx(2 * (1 + 7) / 2**7)
+    assert comparison.mcnemar(main, main) == {"better": 0, "worse": 0, "p": 1.0}
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=30))
+def test_mcnemar_is_the_same_for_both_sides(pairs):
+    a, b = ([answer(i, pair[side]) for i, pair in enumerate(pairs)] for side in (0, 1))
+    one, two = comparison.mcnemar(a, b), comparison.mcnemar(b, a)
+    assert (one["better"], one["worse"], one["p"]) == (two["worse"], two["better"], two["p"])
+    assert 0 <= one["p"] <= 1
+
+
+def test_top_counts_streets_once_and_knows_unlisted_addresses_are_missed():
+    city = Gazetteer([Address("Mill Street", "Harbour"), Address("Mill Street", "Old Town"), Address("Elm Row", "Old Town")])
+    liked = {"Elm Row": -1.0, "Mill Street": 0.0}  # and more so in the wrong district
+    scores = [liked[a.street] + (a.street == "Mill Street" and a.district == "Old Town") for a in city.addresses]
+    rows = [score(0, scores), score(2, scores, Address("Never Learnt", "Harbour"))]
+    found = {name: cell["value"] for name, cell in comparison.top(rows, city, 100, 0).items()}
+    assert found == {"address-1": 0, "address-5": 0.5, "street-1": 0.5, "street-5": 0.5}
+    assert comparison.top([], city, 100, 0) == {}
+
+
+def test_addresses_that_training_never_saw_are_told_apart():
+    rows = [answer(0, True), answer(1, False, ADDRESSES[1]), answer(2, True, ADDRESSES[1])]
+    found = comparison.by_training(rows, {ADDRESSES[0]}, 100, 0)
+    assert (found["seen"]["value"], found["seen"]["n"]) == (1, 1)
+    assert (found["unseen"]["value"], found["unseen"]["n"]) == (0.5, 2)
+    assert list(comparison.by_training(rows[:1], {ADDRESSES[0]}, 100, 0)) == ["seen"]
+
+
+def test_distance_to_the_nearest_training_photo():
+    photos = [{"id": "a", "lat": 52.2, "lon": 0.1}, {"id": "b", "lat": 52.2, "lon": 0.2}, {"id": "c", "lat": None, "lon": None}]
+    found = comparison.nearest_m(photos, [{"id": "t", "lat": 52.2, "lon": 0.1}, {"id": "u", "lat": 52.21, "lon": 0.2}])
+    assert found["a"] == 0
+    assert found["b"] == pytest.approx(1113, rel=0.01)
+    assert set(found) == {"a", "b"}
+    assert comparison.nearest_m(photos, []) == {}
+
+
+@given(st.dictionaries(st.text(max_size=4), st.floats(0, 1e4), max_size=40))
+def test_bands_hold_every_photo_once_in_order_of_distance(distances):
+    bands = comparison.bands(distances)
+    assert sorted(photo for _, _, ids in bands for photo in ids) == sorted(distances)
+    assert all(low <= high for low, high, _ in bands)
+    assert all(a[1] <= b[0] for a, b in pairwise(bands))
+    assert len(bands) <= comparison.BANDS
+
+
+def test_wrong_streets_near_the_true_one():
+    rows = [answer(0, False, said="Oak Avenue, Old Town"), answer(1, False, said="Elm Row"), answer(2, False, said="nowhere")]
+    assert comparison.neighbours(rows, CITY, near=1) == {"wrong": 2, "near": 1, "of": 1}
+    assert comparison.neighbours([answer(0, True)], CITY) is None
+
+
+def test_fusion_finds_the_system_that_knows():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, 200)
+    knows = np.where(np.arange(3) == truth[:, None], 2.0, 0.0) + rng.normal(0, 1, (200, 3))
+    noise = rng.normal(0, 3, (200, 3))
+    weights = fusion.fit({"knows": knows, "noise": noise, "common": np.zeros(3)}, truth)
+    assert weights["knows"] > 0.5
+    assert weights["noise"] < 0.1
+    fused = fusion.fuse({"knows": knows, "noise": noise}, weights, 200)
+    assert (fused.argmax(1) == truth).mean() >= (knows.argmax(1) == truth).mean() - 0.02
+    assert (fused.argmax(1) == truth).mean() > (noise.argmax(1) == truth).mean() + 0.2
+
+
+def test_fusion_takes_no_photo_of_an_unknown_address_and_no_other_city():
+    scores = np.zeros((2, 3))
+    with pytest.raises(InputError, match="no validation photo"):
+        fusion.fit({"a": scores, "b": scores}, np.array([-1, -1]))
+    with pytest.raises(InputError, match=r"a 3, b 4"):
+        fusion.fit({"a": scores, "b": np.zeros((2, 4))}, np.array([0, 1]))
+    ruled_out = np.array([[0.0, -math.inf, 1.0]])
+    assert np.isfinite(fusion.fuse({"a": ruled_out, "b": np.zeros((1, 3))}, {"a": 1, "b": 1}, 1)).all()
+
+
+def test_common_counts_training_photos():
+    found = np.exp(fusion.common(ADDRESSES, [ADDRESSES[1]] * 2 + [Address("Elsewhere", "Far")]))
+    assert found == pytest.approx([1 / 5, 3 / 5, 1 / 5])
+
+
+def tree(rows):
+    return {"city": "Toytown", "split": "test", "main": "A", "photos": 2, "validation_photos": 0, "systems": rows}
+
+
+def row(name, answers, **more):
+    from addressvlm.evaluation import metrics
+
+    return {
+        "name": name, "kind": "generated", "failed": "", "metrics": metrics.score(answers, 100), "top": {},
+        "by_training": comparison.by_training(answers, {ADDRESSES[0]}, 100, 0), "by_distance": [], "against": None,
+        "trust": None, "neighbours": None, "within": {}, "licences": {"base model": "mit"}, "notes": {},
+        "cost": {"parameters": 2_000_000, "stored_bytes": 5_000_000,
+                 "training": {"seconds": 1800, "photos": 10, "cpus": 2, "gpus": 0},
+                 "answering": {"seconds": 1, "photos": 2, "cpus": 2, "gpus": 0}},
+        **more,
+    }  # fmt: skip
+
+
+def test_files_say_what_a_row_cost_and_why_one_failed(tmp_path):
+    ours, theirs = ([answer(0, True), answer(1, right, ADDRESSES[1])] for right in (True, False))
+    rows = [
+        row("A", ours), row("B", theirs, against=comparison.against(ours, theirs, 100, 0)),
+        {"name": "C", "kind": "rag", "failed": "no model folder /nowhere: give one."},
+    ]  # fmt: skip
+    comparison_files.write(tmp_path, tree(rows))
+    assert json.loads((tmp_path / "comparison.json").read_text())["systems"][2]["failed"].startswith("no model folder")
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| C | not done: no model folder /nowhere: give one. |" in text
+    assert "2.0 M" in text
+    assert "1 CPU h" in text
+    assert "| 500 |" in text
+    assert "-50.0" in text
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "comparison.csv").read_text())))
+    assert [line["name"] for line in lines] == ["A", "B", "C"]
+    assert float(lines[1]["A_ds_minus_main"]) == -0.5
+    assert lines[2]["A_ds"] == ""
+    assert "not done" in comparison_files.plain(tree(rows))
+
+
+def test_report_shows_the_comparison(tmp_path):
+    ours, theirs = [answer(0, True), answer(1, True)], [answer(0, True), answer(1, False, said="Elm Row, Old Town")]
+    curve = comparison.by_distance(ours, {"photo0": 3.0, "photo1": 30.0}, 100, 0)
+    rows = [row("A", ours, by_distance=curve), row("B", theirs, against=comparison.against(ours, theirs, 100, 0))]
+    failed = {"name": "C", "kind": "rag", "failed": "no model <folder>"}
+    answers = {"A": ours, "B": theirs}
+    page = tmp_path / "report.html"
+    report.write(page, tree(rows), answers, CITY, comparison=tree([*rows, failed]))
+    text = page.read_text()
+    assert "no model &lt;folder&gt;" in text
+    assert "How far from what was learnt" in text
+    assert text.count("<svg") > 4
