@@ -13,7 +13,7 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -33,7 +33,8 @@ WHOLE = (("train", "stages"), ("train", "cities"))  # sections that one file rep
 class TilesConfig(Strict):
     """The tile of a place, and the photo grafted onto it (paper 001, Sec. 3.2)."""
 
-    # GeoTIFF/COG, .mbtiles, .pmtiles or an XYZ address like https://host/{z}/{x}/{y}.png; without one: the rendered street map
+    # GeoTIFF/COG, .mbtiles, .pmtiles or an XYZ address like https://host/{z}/{x}/{y}.png; without one: the rendered street map;
+    # `none`: that map in a toy city too, which has imagery
     imagery: str | None = None
     zoom: int | None = Field(None, ge=0, le=23)  # of XYZ imagery; default: the first as fine as the tile's pixels
     cache: str | None = None  # folder of fetched XYZ tiles; default: <storage>/tile-cache
@@ -45,8 +46,15 @@ class TilesConfig(Strict):
     names: bool = True  # street names written along the streets (off: paper 001 Table 2, "w/o road")
     font_px: float = Field(13.0, gt=0)  # height of the street names, in tile pixels
     font: str | None = None  # TTF or OTF file for names in scripts that DejaVu Sans Bold lacks (Japanese, Thai, Devanagari …)
-    delta: float = Field(0.5, gt=0, le=0.5)  # longer side of the pasted photo / side of the tile
+    # graft: the photo in the tile's corner; beside: both shrunk to half the width, for comparison
+    layout: Literal["graft", "beside"] = "graft"
+    delta: float = Field(0.5, gt=0, lt=1)  # longer side of the pasted photo / side of the tile; above 0.5 it hides the place
     jpeg_quality: int = Field(92, ge=30, le=100)
+
+    @property
+    def covered(self) -> float:
+        """Share of the tile's side that the photo covers, in its upper right corner."""
+        return self.delta if self.layout == "graft" else 0.0
 
 
 class Config(Strict):

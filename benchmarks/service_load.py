@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 import psutil
 import ray
 from ray import serve as ray_serve
@@ -60,16 +60,19 @@ class Load:
 
     def __init__(self, photos: list[bytes]) -> None:
         self.photos = itertools.cycle(photos)
-        limits = httpx.Limits(max_connections=2000, max_keepalive_connections=200)
-        self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", timeout=120, limits=limits)
+        self.client = aiohttp.ClientSession(
+            f"http://127.0.0.1:{PORT}", timeout=aiohttp.ClientTimeout(120), connector=aiohttp.TCPConnector(limit=0)
+        )
         self.under_way: set[asyncio.Task[None]] = set()
 
     async def ask(self, phase: Phase) -> None:
         """One photo."""
         begun = time.monotonic()
         try:
-            status = str((await self.client.post("/v1/localize", files={"file": next(self.photos)})).status_code)
-        except httpx.HTTPError as error:
+            async with self.client.post("/v1/localize", data=_form(next(self.photos))) as response:
+                await response.read()
+                status = str(response.status)
+        except (aiohttp.ClientError, TimeoutError) as error:
             status = type(error).__name__
         phase.statuses[status] += 1
         if status == "200":
@@ -122,7 +125,9 @@ async def main(argv: list[str] | None = None) -> None:
     ray_serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     try:
         deploy(settings)
-        await run(Load(photos), args.minutes * 60, settings)
+        load = Load(photos)
+        async with load.client:
+            await run(load, args.minutes * 60, settings)
     finally:
         ray_serve.shutdown()
         ray.shutdown()
@@ -153,6 +158,12 @@ async def run(load: Load, seconds: float, settings: dict[str, Any]) -> None:
     tell(updated)
     watch.cancel()
     print("memory of all processes, MB: " + ", ".join(f"{s:.0f} s {mb:.0f}" for s, mb in memory[:: max(1, len(memory) // 12)]))
+
+
+def _form(photo: bytes) -> aiohttp.FormData:
+    form = aiohttp.FormData()
+    form.add_field("file", photo, filename="photo.jpg", content_type="image/jpeg")
+    return form
 
 
 def deploy(settings: dict[str, Any]) -> None:

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from addressvlm import InputError
-from addressvlm.grafting import decode_photo, encode, graft, graft_photo, grafted_size
+from addressvlm.grafting import beside, decode_photo, encode, graft, graft_photo, grafted_size
 
 SIDES = st.integers(1, 400)
 
 
 @settings(deadline=None, max_examples=60)
-@given(width=SIDES, height=SIDES, side=st.integers(32, 200), delta=st.floats(0.05, 0.5))
+@given(width=SIDES, height=SIDES, side=st.integers(32, 200), delta=st.floats(0.05, 0.9))
 def test_only_the_upper_right_corner_changes(width: int, height: int, side: int, delta: float) -> None:
     tile, photo = Image.new("RGB", (side, side), (10, 20, 30)), Image.new("RGB", (width, height), (200, 100, 0))
     grafted = np.asarray(graft(tile, photo, delta))
@@ -36,7 +36,7 @@ def test_aspect_is_kept(width: int, height: int) -> None:
     assert abs(h - height * scale) <= 0.5 or h == 1
 
 
-@pytest.mark.parametrize("delta", [0.0, -0.1, 0.51, 1.0])
+@pytest.mark.parametrize("delta", [0.0, -0.1, 1.0, 1.5])
 def test_delta_beyond_its_range(delta: float) -> None:
     with pytest.raises(ValueError, match="delta"):
         graft(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8)), delta)
@@ -52,6 +52,16 @@ def test_golden_picture() -> None:
     golden = np.array([[b, b, r, g], [b, b, b, b], [b, b, b, b], [b, b, b, b]])
     assert abs(rows - golden).max() <= 40  # LANCZOS bleeds a little over the edge between red and green
     assert (rows[1:] == golden[1:]).all()
+
+
+def test_beside_shows_both_whole_and_apart() -> None:
+    tile, photo = Image.new("RGB", (40, 40), (0, 0, 255)), Image.new("RGB", (200, 100), (255, 0, 0))
+    pixels = np.asarray(beside(tile, photo))
+    golden = np.zeros((40, 40, 3), np.uint8)
+    golden[10:30, :20], golden[15:25, 20:] = (0, 0, 255), (255, 0, 0)
+    assert (pixels == golden).all()
+    encoded_photo = picture((200, 100), "PNG")
+    assert Image.open(io.BytesIO(graft_photo(tile, encoded_photo, 0, 92)[0])).size == (40, 40)
 
 
 def picture(size: tuple[int, int], form: str = "JPEG", **options: object) -> bytes:

@@ -9,6 +9,8 @@ from addressvlm.files import on_disk, upload
 from addressvlm.run import Run, storage
 from addressvlm.stores import StorePath
 
+NO_IMAGERY = "none"  # of tiles.imagery
+
 
 def resolve(config: Config, run: Run) -> Config:
     """The settings with the paths filled in; a toy city is drawn into the run's `input` folder if it is not there.
@@ -22,7 +24,7 @@ def resolve(config: Config, run: Run) -> Config:
     config = config.model_copy(update={"tiles": config.tiles.model_copy(update={"cache": cache})})
     if not config.city.toy:
         readers.where(config.city)
-        return config
+        return _with_imagery(config, config.tiles.imagery)
     from addressvlm.demo.city import write_city
 
     folder = run.input / config.city.toy
@@ -33,8 +35,12 @@ def resolve(config: Config, run: Run) -> Config:
     except OSError as error:
         raise InputError(f"{folder} can't be written ({error.strerror}): set storage to a folder with room.") from None
     city = config.city.model_copy(update={key: paths[key] for key in ("manifest", "photos", "streets", "districts")})
-    tiles = config.tiles.model_copy(update={"imagery": config.tiles.imagery or paths["imagery"]})
-    return config.model_copy(update={"city": city, "tiles": tiles})
+    return _with_imagery(config.model_copy(update={"city": city}), config.tiles.imagery or paths["imagery"])
+
+
+def _with_imagery(config: Config, imagery: str | None) -> Config:
+    tiles = config.tiles.model_copy(update={"imagery": None if imagery == NO_IMAGERY else imagery})
+    return config.model_copy(update={"tiles": tiles})
 
 
 def _in_store(name: str, folder: StorePath) -> dict[str, str]:

@@ -63,7 +63,8 @@ class Grafter:
     def _graft(self, photo: dict[str, Any]) -> dict[str, Any]:
         config = self.config
         tile = self._tile((photo["lat"], photo["lon"], photo["main_street"]))
-        image, small = graft_photo(tile.image, photo["image"]["bytes"], config.delta, config.jpeg_quality)
+        encoded = photo["image"]["bytes"]
+        image, small = graft_photo(tile.image, encoded, config.covered, config.jpeg_quality)
         facts = facts_of(
             photo["street"],
             photo["district"],
@@ -73,7 +74,7 @@ class Grafter:
             small,
             tile,
             self.renderer.roads,
-            config.delta,
+            config.covered,
             imagery=self.renderer.imagery is not None,
             main_street=photo["main_street"],
         )

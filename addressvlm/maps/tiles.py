@@ -111,9 +111,9 @@ class TileRenderer:
         """
         size, font = self.config.pixels, self.config.font_px
         metre = size / self.config.side_m
-        free = _free_area(bounds, self.config.delta, margin=0.6 * font / metre)
+        free = _free_area(bounds, self.config.covered, margin=0.6 * font / metre)
         detector = mapnik.LabelCollisionDetector(mapnik.Box2d(0, 0, size, size))
-        corner = round(self.config.delta * size)
+        corner = round(self.config.covered * size)
         detector.insert(mapnik.Box2d(size - corner, 0, size, corner))
         written = []
         for number, (name, pieces) in enumerate(_labels(roads, bounds, free, street, simplify_m=2 / metre)):
