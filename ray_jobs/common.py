@@ -38,7 +38,7 @@ def connect() -> None:
     """Join the Ray around this process (a submitted job, RAY_ADDRESS, `ray start` on this machine), or start a local one.
 
     Raises:
-        InputError: Ray refuses the token or can't be reached.
+        InputError: Ray refuses the token, can't be reached, or does not start.
     """
     if ray.is_initialized():
         return
@@ -53,6 +53,10 @@ def connect() -> None:
             f"Ray can't be reached ({sentence}): start one with `ray start --head`, and set RAY_AUTH_MODE=token both there "
             "and here if ~/.ray/auth_token exists (see README, 'On a cluster')."
         ) from None
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        raise InputError("Ray did not start within 30 s, this machine is too busy: try again when it has less to do.") from None
 
 
 def _ray_is_around() -> bool:

@@ -28,7 +28,7 @@ def test_command_line_beats_environment_beats_file(tmp_path: Path) -> None:
         ("train: {worker: 2}", "unknown key 'train.worker', did you mean 'workers'"),
         ("trian: {}", "unknown key 'trian', did you mean 'train'"),
         ("train: {workers: two}", "'train.workers' is 'two'"),
-        ("tiles: {delta: 0.7}", "'tiles.delta' is 0.7"),
+        ("tiles: {delta: 1.2}", "'tiles.delta' is 1.2"),
         ("city: {split: {train: 0.5, val: 0.1, test: 0.1}}", "train [+] val [+] test must be 1"),
         ("train: {systems: [{name: x, stages: [nothing]}]}", "names the stage 'nothing'"),
         ("train: {systems: [{name: x, equal_steps_to: y}]}", "equals 'y'"),

@@ -11,6 +11,7 @@ from addressvlm.evaluation.table import percent, span
 from addressvlm.stores import AnyPath
 
 HEAD = ["A_ds", "A_s", "A_d", "A", "top 5", "minus main, A_ds", "p", "trained", "training", "ms a photo", "stored"]
+ACCURACIES = 4  # of HEAD, which the report shows elsewhere
 MEGA = 1e6
 
 Row = Mapping[str, Any]
@@ -70,7 +71,7 @@ def cells(row: Row, main: str) -> list[str]:
         *(_interval(of[name]) for name in ("A_ds", "A_s", "A_d", "A")),
         _interval(row["top"].get("address-5")),
         "" if other is None or row["name"] == main else _difference(other["A_ds"]),
-        "" if other is None or row["name"] == main else f"{other['mcnemar']['p']:.3f}",
+        "" if other is None or row["name"] == main else _p(other["mcnemar"]["p"]),
         f"{took['parameters'] / MEGA:.1f} M" if took["parameters"] else "–",
         _hours(took),
         "–" if ms is None else f"{ms:.0f}",
@@ -88,6 +89,10 @@ def _difference(cell: Interval) -> str:
         return "–"
     value, low, high = (100 * -end for end in (cell["value"], cell["high"], cell["low"]))
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _p(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _hours(took: Mapping[str, float | None]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from addressvlm.evaluation.comparison import split_verdicts, whole_addresses
-from addressvlm.evaluation.comparison_files import HEAD, cells
+from addressvlm.evaluation.comparison_files import ACCURACIES, HEAD, cells
 from addressvlm.evaluation.figures import distance_curves
 from addressvlm.evaluation.pictures import pictures
 from addressvlm.evaluation.reliability import reliability_diagram
@@ -27,11 +27,14 @@ def section(
         seed: decides which photos are shown.
     """
     hues = {system["name"]: system["hue"] for system in systems}
-    rows = [{**row, "hue": hues.get(row["name"], 0), "cells": cells(row, tree["main"])} for row in tree["systems"]]
+    rows = [
+        {**row, "hue": hues.get(row["name"], 0), "cells": cells(row, tree["main"])[ACCURACIES if "metrics" in row else 0 :]}
+        for row in tree["systems"]
+    ]
     done = [row for row in rows if "metrics" in row]
     return {
         "main": tree["main"],
-        "head": HEAD,
+        "head": HEAD[ACCURACIES:],
         "rows": rows,
         "curves": distance_curves([row for row in done if row["by_distance"]]),
         "bands": next((row["by_distance"] for row in done if row["by_distance"]), []),

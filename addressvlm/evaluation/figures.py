@@ -188,7 +188,8 @@ def distance_curves(rows: Sequence[Mapping[str, Any]]) -> str:
         parts.append(f'<text class="tick end" x="{left - 5}" y="{float(y) + 4}">{100 * share:.0f}</text>')
     for metres in (0.0, furthest / 2, furthest):
         x = xy(metres, 0).split(",")[0]
-        parts.append(f'<text class="tick middle" x="{x}" y="{height - low + 14}">{metres:.0f} m</text>')
+        end = "end" if metres == furthest else "middle"
+        parts.append(f'<text class="tick {end}" x="{x}" y="{height - low + 14}">{metres:.0f} m</text>')
     for row in rows:
         points = [((band["from_m"] + band["to_m"]) / 2, band["value"], band) for band in row["by_distance"]]
         parts.append(
