@@ -106,7 +106,6 @@ class Ours(Server):
             "dtype": dtype,
             "num_cpus": threads,
             "max_replicas": 1,
-            "batch_size": BATCH,
             "max_ongoing_requests": 64,
             **settings,
         }
