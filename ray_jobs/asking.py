@@ -40,23 +40,26 @@ def answers_of(
     need = config.evaluate
     total = _questions(files, set(ids), kinds)
     at_a_time = BATCHES_AT_A_TIME * need.batch_size * len(ids) // max(total, 1)
-    units = list(_units(files, set(ids), max(1, min(at_a_time, -(-len(ids) // need.workers)))))
-    return _rows(config, units, Asker, (model, city, config, kinds), f"evaluate: {name}, questions", total)
+    units = list(units_of(files, set(ids), max(1, min(at_a_time, -(-len(ids) // need.workers)))))
+    return rows_of(config, units, Asker, (model, city, config, kinds), f"evaluate: {name}, questions", total)
 
 
 def scores_of(
-    config: Config, name: str, model: str, files: Sequence[AnyPath], ids: Sequence[str], city: Gazetteer
-) -> list[Row]:
+    config: Config, name: str, model: str, files: Sequence[AnyPath], ids: Sequence[str], city: Gazetteer,
+    scorer: "type[Holder] | None" = None,
+) -> list[Row]:  # fmt: skip
     """The scores that a model gives every address for the photos `ids` of a table, rows of SCORES in the order they come.
+
+    `scorer` holds it where it is no vision-language model.
 
     Raises:
         InputError: a worker can't load the model, or neither it nor the data has a gazetteer.
     """
-    units = list(_units(files, set(ids), max(1, min(PHOTOS_SCORED, -(-len(ids) // config.evaluate.workers)))))
-    return _rows(config, units, Scorer, (model, city, config), f"evaluate: {name}, photos scored", len(ids))
+    units = list(units_of(files, set(ids), max(1, min(PHOTOS_SCORED, -(-len(ids) // config.evaluate.workers)))))
+    return rows_of(config, units, scorer or Scorer, (model, city, config), f"evaluate: {name}, photos scored", len(ids))
 
 
-def _rows(config: Config, units: list[pa.Table], worker: type, given: tuple[Any, ...], step: str, total: int) -> list[Row]:
+def rows_of(config: Config, units: list[pa.Table], worker: type, given: tuple[Any, ...], step: str, total: int) -> list[Row]:
     """What workers, each made of what is given, make of the units; with progress."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     need = config.evaluate
@@ -104,15 +107,20 @@ class Holder(ABC):
         torch.set_num_threads(max(1, int(config.evaluate.cpus_per_worker)))
         disable_progress_bar()
         self.config, self.kinds = config, kinds
-        self.load = lru_cache(partial(_load, model, city, config))
+        self.load = lru_cache(partial(self.opened, model, city, config))
         self.read = lru_cache(maxsize=1)(partial(_row_group, list(self.columns)))  # neighbouring units lie in one row group
 
     def __call__(self, unit: pa.Table) -> Iterator[pa.Table]:
-        """A unit of `_units` -> rows of the schema, some at a time."""
+        """A unit of `units_of` -> rows of the schema, some at a time."""
         for file, group, ids in zip(*(unit[name].to_pylist() for name in unit.column_names), strict=True):
             rows = self.read(file, group)
             for batch in self.work(rows.filter(pc.is_in(rows["id"], pa.array(ids))).to_pylist()):
                 yield pa.Table.from_pylist(batch, schema=self.schema)
+
+    @staticmethod
+    def opened(model: str, city: Gazetteer, config: Config) -> Any:
+        """The model in a folder, loaded."""
+        return _load(model, city, config)
 
     @abstractmethod
     def work(self, photos: list[Row]) -> Iterable[list[Row]]:
@@ -152,7 +160,7 @@ def _row_group(columns: list[str], file: str, group: int) -> pa.Table:
         return opened.read_row_group(group, columns=columns)
 
 
-def _units(files: Sequence[AnyPath], ids: set[str], photos: int) -> Iterator[pa.Table]:
+def units_of(files: Sequence[AnyPath], ids: set[str], photos: int) -> Iterator[pa.Table]:
     """The work in pieces of up to `photos` photos: columns file, group, ids; one row each.
 
     Workers read the photos themselves: no read task competes with them for CPUs, and no image goes through Ray.

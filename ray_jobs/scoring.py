@@ -14,7 +14,7 @@ from addressvlm.evaluation import modes
 from addressvlm.evaluation.scores import scored
 from addressvlm.run import is_done, slug, writing
 from addressvlm.stores import AnyPath, path_of
-from ray_jobs.asking import scores_of
+from ray_jobs.asking import Holder, scores_of
 
 VALIDATION = "val"
 
@@ -38,9 +38,11 @@ def validation_ids(config: Config, data: AnyPath) -> list[str]:
 
 def score(
     config: Config, folder: AnyPath, name: str, model: str, data: AnyPath, wanted: Mapping[str, Sequence[str]], made_from: Row,
-    city: Gazetteer, redo: bool,
+    city: Gazetteer, redo: bool, scorer: type[Holder] | None = None,
 ) -> dict[str, list[Row]]:  # fmt: skip
     """One system's rows of SCORES for each split of `wanted` (split -> ids), from scores/<slug> or new.
+
+    `scorer` holds the model where it is no vision-language model.
 
     Raises:
         InputError: neither the model nor the data has a gazetteer, or the folder was made otherwise.
@@ -52,7 +54,7 @@ def score(
             raise InputError(f"neither {model} nor {data} holds a {GAZETTEER}: addresses can't be scored without their names.")
         files = [file for split in wanted for file in tables.files(data, split)]
         ids = [photo for of_split in wanted.values() for photo in of_split]
-        found = {row["id"]: row for row in scores_of(config, name, model, files, ids, city)}
+        found = {row["id"]: row for row in scores_of(config, name, model, files, ids, city, scorer)}
         with writing(folder, settings) as partial:
             for split, of_split in wanted.items():
                 tables.write(partial, split, (found[photo] for photo in of_split), tables.SCORES)

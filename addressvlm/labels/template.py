@@ -18,8 +18,13 @@ def explain(facts: Facts, rng: random.Random) -> str:
 
 def reason(facts: Facts, rng: random.Random) -> str:
     """A label for a street view alone: what it shows, then the address; nothing that only a map tells."""
+    return f"{describe(facts, rng)} {_conclusion(facts, rng)}"
+
+
+def describe(facts: Facts, rng: random.Random) -> str:
+    """What a street view shows, without its address."""
     seen = [*_photo(facts, rng), *_drawn(frames.SKY, facts.sky, rng), *_drawn(frames.GREENERY, facts.greenery, rng)]
-    return " ".join([*seen, _conclusion(facts, rng)])
+    return " ".join(seen)
 
 
 def _conclusion(facts: Facts, rng: random.Random) -> str:

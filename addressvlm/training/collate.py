@@ -34,13 +34,21 @@ def sample_of(row: dict[str, Any]) -> Sample:
     """
     if not row["rounds"]:
         raise UnusableError("there is no question")
+    kinds = tuple(r.get("kind") or "" for r in row["rounds"])
+    return Sample(image_of(row), [(r["question"], r["answer"]) for r in row["rounds"]], kinds)
+
+
+def image_of(row: dict[str, Any]) -> Image.Image:
+    """The decoded image of a row.
+
+    Raises:
+        UnusableError: it can't be decoded.
+    """
     try:
         with Image.open(io.BytesIO(row["image"]["bytes"])) as picture:
-            image = picture.convert("RGB")
+            return picture.convert("RGB")
     except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnusableError(f"the image can't be decoded ({' '.join(str(error).split())[:80]})") from None
-    kinds = tuple(r.get("kind") or "" for r in row["rounds"])
-    return Sample(image, [(r["question"], r["answer"]) for r in row["rounds"]], kinds)
 
 
 def number_of(kind: str) -> int:

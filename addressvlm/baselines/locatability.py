@@ -1,0 +1,160 @@
+"""Locatability (paper 003, Sec. 3.1): how much of a street view tells where it is, from 0 to 1.
+
+A segmentation model cuts the photo into classes (road, sky, building, …). Each class's part of the photo, all else greyed out,
+is compared by a CLIP-like model with texts that name geographic clues and with texts that name none; its weight is the
+probability of the clues. Locatability is the sum of the shares of the photo times these weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
+
+from addressvlm.baselines.dual_encoder import ClipLike, clip_like
+from addressvlm.errors import InputError
+from addressvlm.models.base import dtype_of, local
+
+THRESHOLD = 0.4  # paper 003
+THRESHOLDS = tuple(number / 20 for number in range(2, 15))  # of the sensitivity curve: 0.1 to 0.7
+LEAST_SHARE = 0.01  # of the photo; smaller parts weigh nothing
+GREY = 127
+CLUES = (
+    "a street sign with a name on it",
+    "a shop sign with writing",
+    "a landmark",
+    "a building with a characteristic facade",
+    "a licence plate",
+    "a characteristic monument or bridge",
+)
+OTHERS = ("the sky", "the surface of a road", "leaves of a tree", "a blank wall", "a passing car", "nothing")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What thresholds keep.
+
+    Attributes:
+        kept: share of the photos at or above each threshold.
+        mean: their mean locatability, None where none is kept.
+    """
+
+    thresholds: tuple[float, ...]
+    kept: list[float]
+    mean: list[float | None]
+
+
+class Locatability:
+    """Segmentation and CLIP-like model, loaded."""
+
+    def __init__(
+        self, segmentation: str, clip: str, clues: Sequence[str] = CLUES, others: Sequence[str] = OTHERS,
+        dtype: str = "float32", device: str | torch.device = "cpu",
+    ) -> None:  # fmt: skip
+        """`segmentation` and `clip` are folders or hub names; safetensors only.
+
+        Raises:
+            InputError: one is not there or is of another kind, or there are no clues or nothing to tell them from.
+        """
+        if not clues or not others:
+            raise InputError("locatability needs texts that name clues and texts that name none: give both.")
+        self.device, self.clues = torch.device(device), len(clues)
+        self.model, self.processor = _segmenter(segmentation, dtype)
+        self.model.to(self.device)
+        self.clip = ClipLike(*clip_like(clip, dtype)).eval().to(self.device)
+        self._texts_TD = self.clip.encode_texts([*clues, *others])
+
+    def scores(self, photos: Sequence[Image.Image]) -> list[float]:
+        """Locatability of each photo."""
+        return [self._score(photo.convert("RGB"), classes) for photo, classes in zip(photos, self.classes(photos), strict=True)]
+
+    @torch.inference_mode()
+    def classes(self, photos: Sequence[Image.Image]) -> list[np.ndarray]:
+        """The class of each pixel, int (H, W)."""
+        inputs = self.processor(images=[photo.convert("RGB") for photo in photos], return_tensors="pt").to(self.device)
+        logits = _class_logits(self.model(pixel_values=inputs["pixel_values"].to(self.model.dtype))).float()
+        sizes = [(photo.height, photo.width) for photo in photos]
+        grown = (F.interpolate(one[None], size=size, mode="bilinear") for one, size in zip(logits, sizes, strict=True))
+        return [one[0].argmax(dim=0).cpu().numpy() for one in grown]
+
+    @torch.inference_mode()
+    def _score(self, photo: Image.Image, classes: np.ndarray) -> float:
+        pixels = np.asarray(photo)
+        present, counts = np.unique(classes, return_counts=True)
+        shares = counts / classes.size
+        chosen = shares >= LEAST_SHARE
+        parts = [Image.fromarray(np.where((classes == c)[..., None], pixels, GREY).astype(np.uint8)) for c in present[chosen]]
+        if not parts:
+            return 0.0
+        logits = self.clip.scale.float() * self.clip.encode_images(parts) @ self._texts_TD.T
+        weights = logits.softmax(dim=-1)[:, : self.clues].sum(dim=-1).double().cpu().numpy()
+        return float(np.clip(shares[chosen] @ weights, 0.0, 1.0))
+
+
+def curve(scores: Sequence[float], thresholds: Sequence[float] = THRESHOLDS) -> Curve:
+    """How many photos each threshold keeps, and how locatable they are.
+
+    Raises:
+        InputError: there are no photos.
+    """
+    if not len(scores):
+        raise InputError("there are no photos whose locatability a threshold could be chosen for: score some first.")
+    found = np.asarray(scores, dtype=float)
+    kept = [found[found >= threshold] for threshold in thresholds]
+    means = [float(some.mean()) if len(some) else None for some in kept]
+    return Curve(tuple(thresholds), [len(some) / len(found) for some in kept], means)
+
+
+def draw(found: Curve, path: Any, chosen: float = THRESHOLD) -> None:
+    """Write the curve as SVG into a path or an open file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
+    axis.plot(found.thresholds, found.kept, "o-", label="share of the photos kept")
+    points = [(t, m) for t, m in zip(found.thresholds, found.mean, strict=True) if m is not None]
+    axis.plot(*zip(*points, strict=True), "s--", label="their mean locatability") if points else None
+    axis.axvline(chosen, color="grey", linewidth=1)
+    axis.set_ylim(0, 1.02)
+    axis.set_xlabel("threshold of locatability")
+    axis.legend()
+    figure.savefig(path, format="svg")
+    plt.close(figure)
+
+
+def _class_logits(found: Any) -> torch.Tensor:
+    """Scores of classes (N, C, h, w), of a semantic model or of one whose queries each have a class and a mask."""
+    if hasattr(found, "logits"):
+        logits: torch.Tensor = found.logits
+        return logits
+    classes = found.class_queries_logits.softmax(dim=-1)[..., :-1]  # the last is none
+    return torch.einsum("nqc,nqhw->nchw", classes, found.masks_queries_logits.sigmoid())
+
+
+def _segmenter(name: str, dtype: str) -> tuple[Any, Any]:
+    where = local(name)
+    try:
+        config = AutoConfig.from_pretrained(where)
+        universal = config.model_type in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
+        kind = AutoModelForUniversalSegmentation if universal else AutoModelForSemanticSegmentation
+        model = kind.from_pretrained(where, dtype=dtype_of(dtype), use_safetensors=True)
+        processor = AutoImageProcessor.from_pretrained(where, backend="pil")
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise InputError(
+            f"segmentation model '{name}' can't be loaded ({' '.join(str(error).split())[:200]}): give the folder of a "
+            "SegFormer, Mask2Former or the like."
+        ) from error
+    return model.eval(), processor

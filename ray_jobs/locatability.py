@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""How much each training photo tells of where it is (paper 003, Sec. 3.1), and what a threshold would keep.
+
+    python ray_jobs/locatability.py --config my_city.yaml --segmentation nvidia/segformer-b5-finetuned-cityscapes-1024-1024 \\
+        --clip openai/clip-vit-large-patch14-336
+
+Reads <run>/photos (train), writes <run>/locatability: a table of photos and scores, curve.json and curve.svg; photos below the
+threshold go to <run>/rejects/locatability.parquet.
+"""
+
+import json
+from dataclasses import asdict
+from functools import cache, partial
+from typing import Any
+
+import pyarrow as pa
+
+from addressvlm import InputError, tables
+from addressvlm.baselines import locatability
+from addressvlm.baselines.locatability import THRESHOLD, Locatability
+from addressvlm.config import Config
+from addressvlm.evaluation.asking import picture
+from addressvlm.files import write_parquet
+from addressvlm.models.base import locate
+from addressvlm.run import Run, is_done, resuming
+from addressvlm.shards import Made, Rows, Work, plan
+from ray_jobs import common, prepare
+from ray_jobs.common import absolute
+from ray_jobs.stream import sharded
+
+SHARD = 64  # photos
+AT_ONCE = 8  # photos cut into classes together
+SCHEMA = pa.schema([("id", pa.string()), ("place", pa.string()), ("locatability", pa.float64())])
+
+
+def run_step(config: Config, segmentation: str, clip: str, threshold: float = THRESHOLD, redo: bool = False) -> int:
+    """Score the training photos of a run; how many are below the threshold.
+
+    Raises:
+        InputError: there are no photos, or one of the models is not there.
+    """
+    run, models = Run(config), (absolute(segmentation), absolute(clip))
+    if not 0 <= threshold <= 1:
+        raise InputError(f"--threshold {threshold:g}: locatability is between 0 and 1.")
+    for model in models:
+        locate(model)
+    out, settings = run.folder / "locatability", {**prepare.settings(config), "models": models}
+    if not is_done(out, settings, redo):
+        need = config.evaluate
+        actor = {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}
+        work = Work(partial(score_batch, *models), SCHEMA, ["id", "place", "image"])
+        with resuming(out, settings, redo) as folder:
+            sharded("locatability", plan(run.photos, "train", SHARD), folder, work, need.workers, actor)
+            found = locatability.curve(tables.read(folder, "train", ["locatability"])["locatability"].to_pylist())
+            (folder / "curve.json").write_text(json.dumps(asdict(found), indent=1), encoding="utf-8")
+            with (folder / "curve.svg").open("wb") as file:
+                locatability.draw(found, file, threshold)
+    return _set_aside(run, list(tables.rows(out, "train")), threshold)
+
+
+def _set_aside(run: Run, rows: list[dict[str, Any]], threshold: float) -> int:
+    low = [row for row in rows if row["locatability"] < threshold]
+    reason = f"its locatability is {{:.2f}}, below {threshold:g}"
+    rejects = [{"file": None, "row": None, "id": row["id"], "reason": reason.format(row["locatability"])} for row in low]
+    write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), run.rejects / "locatability.parquet")
+    print(f"locatability: {len(low):,} of {len(rows):,} training photos are below {threshold:g}", flush=True)
+    return len(low)
+
+
+def score_batch(segmentation: str, clip: str, photos: Rows) -> Made:
+    """Rows of PHOTOS -> rows of SCHEMA, by models that the process keeps between calls."""
+    scorer = _kept(segmentation, clip)
+    scores = [
+        score
+        for start in range(0, len(photos), AT_ONCE)
+        for score in scorer.scores([picture(photo) for photo in photos[start : start + AT_ONCE]])
+    ]
+    return Made({"train": [
+        {"id": photo["id"], "place": photo["place"], "locatability": score} for photo, score in zip(photos, scores, strict=True)
+    ]})  # fmt: skip
+
+
+@cache
+def _kept(segmentation: str, clip: str) -> Locatability:
+    import torch
+
+    return Locatability(segmentation, clip, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main() -> None:
+    """Command line."""
+    parser = common.arguments(__doc__ or "")
+    parser.add_argument("--segmentation", required=True, metavar="MODEL", help="folder or hub name: SegFormer, Mask2Former …")
+    parser.add_argument("--clip", required=True, metavar="MODEL", help="folder or hub name of a CLIP-like model")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help=f"(default: {THRESHOLD})")
+    args = parser.parse_args()
+    config = common.configure(args)
+    common.connect()
+    run_step(config, args.segmentation, args.clip, args.threshold, args.redo)
+
+
+if __name__ == "__main__":
+    common.job(main)

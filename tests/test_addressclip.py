@@ -1,0 +1,251 @@
+"""python -m pytest -q tests/test_addressclip.py: losses, dual encoders, captions, training alone and in two processes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F  # noqa: N812
+from PIL import Image
+from safetensors.torch import load_file
+
+from addressvlm import InputError, tables
+from addressvlm.addresses import Address, Gazetteer
+from addressvlm.baselines import addressclip, similarity_map
+from addressvlm.baselines.candidates import Candidates, score
+from addressvlm.baselines.captions import captions_of
+from addressvlm.baselines.clip_losses import contrastive_loss, distances, geography_loss
+from addressvlm.baselines.dual_encoder import begin, open_encoder
+from addressvlm.config import Config
+from addressvlm.models.base import load
+from addressvlm.run import Run
+from tests.cities import keeping
+from tests.dual_encoders import photo_run, rival, tiny_clip
+from tests.families import picture, tiny_fastvlm
+from tests.tiny import tiny_llava
+
+pytestmark = pytest.mark.xdist_group("strategies")  # two processes at a time, as there
+
+HERE = torch.tensor([[0.0, 0.0], [0.0, 1.0], [90.0, 40.0], [100.0, 40.0]])  # two near places, and two at the other end
+
+
+def unit(*shape: int) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64), dim=-1)
+
+
+def ignored(metrics: dict, snapshot: object) -> None:
+    """A report that keeps nothing."""
+
+
+def losses(config: Config) -> list[float]:
+    lines = (Run(config).journal("AddressCLIP") / "loss.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def weights(config: Config) -> dict[str, torch.Tensor]:
+    folder = Run(config).model("AddressCLIP")
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "projections.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llava(tmp_path_factory.mktemp("tiny"))
+
+
+def test_contrastive_loss_is_the_papers_where_texts_differ() -> None:
+    images, texts, scale = unit(5, 8), unit(10, 8)[5:], torch.tensor(10.0, dtype=torch.float64)
+    logits = (10 * images @ texts.T).exp()
+    paper = -(logits.diag() / logits.sum(dim=1)).log() - (logits.diag() / logits.sum(dim=0)).log()  # eq. 1
+    assert contrastive_loss(images, texts, scale, torch.arange(5)) == pytest.approx(float(paper.sum() / 10))
+
+
+def test_photos_of_one_address_are_no_negatives_of_each_other() -> None:
+    texts = torch.eye(2, dtype=torch.float64)[[0, 0, 1]].requires_grad_()
+    images, scale = torch.eye(2, dtype=torch.float64)[[0, 0, 1]].requires_grad_(), torch.tensor(30.0, dtype=torch.float64)
+    right = contrastive_loss(images, texts, scale, torch.tensor([7, 7, 9]))
+    (pull,) = torch.autograd.grad(right, images)
+    assert pull.abs().max() < 1e-6  # nothing left to learn, while as negatives the two are pushed apart for ever
+    (push,) = torch.autograd.grad(contrastive_loss(images, texts, scale, torch.arange(3)), texts)
+    assert push.abs().max() < 1e-6  # their texts are equal, so that the paper's loss can't tell them apart either
+    assert right.item() == pytest.approx(2 / 3 * np.log(2))
+
+
+def test_near_photos_are_pulled_together_and_far_ones_apart() -> None:
+    vectors = F.normalize(torch.ones(4, 6) + 0.3 * unit(4, 6).float(), dim=-1)
+    learnt = vectors.clone().requires_grad_()
+    optimizer = torch.optim.SGD([learnt], lr=1.0)
+    for _ in range(200):
+        optimizer.zero_grad()
+        geography_loss(F.normalize(learnt, dim=-1), HERE).backward()
+        optimizer.step()
+    after = F.normalize(learnt.detach(), dim=-1)
+    similarity = after @ after.T
+    assert similarity[0, 1] > 0.97
+    assert similarity[0, 3] < 0.1 < 0.9 < similarity[2, 3]
+    assert float(geography_loss(after, HERE)) < 1e-3  # vectors with the similarities that are asked for exist
+
+
+def test_distances_know_no_unit_and_photos_without_coordinates_are_left_out() -> None:
+    assert torch.allclose(distances(HERE), distances(HERE * torch.tensor([7.0, 0.001]) + 5), atol=1e-4)
+    assert float(distances(HERE).max()) == 2
+    unknown = torch.cat([HERE, torch.tensor([[float("nan"), 1.0]])])
+    vectors = unit(5, 6).float()
+    assert geography_loss(vectors, unknown) == geography_loss(vectors[:4], HERE)
+    assert geography_loss(vectors[:1], unknown[4:]) == 0
+    assert geography_loss(vectors, torch.zeros(5, 2)).isfinite()  # all photos at one place
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "llava", "fastvlm"])
+def test_a_dual_encoder_is_the_same_after_saving(kind: str, tmp_path: Path) -> None:
+    made = {"llava": tiny_llava, "fastvlm": tiny_fastvlm}.get(kind, lambda folder: tiny_clip(folder, kind))(tmp_path / "base")
+    encoder = begin(str(made) if kind in ("clip", "siglip") else None, str(made), "float32", seed=3)
+    encoder.log_scale.data.fill_(1.5)
+    photos, texts = [picture(1), picture(2)], ["Mill Street, Harbour", "Oak Avenue " * 60]
+    images, words = encoder.encode_images(photos), encoder.encode_texts(texts, at_once=1)
+    assert images.norm(dim=-1) == pytest.approx([1, 1], abs=1e-5)
+    assert images.shape[1] == words.shape[1]
+    assert torch.allclose(words, encoder.encode_texts(texts), atol=1e-5)  # whatever it is padded with
+    (tmp_path / "saved").mkdir()
+    encoder.save(tmp_path / "saved")
+    again = open_encoder(tmp_path / "saved")
+    assert torch.equal(again.encode_images(photos), images)
+    assert torch.equal(again.encode_texts(texts, at_once=1), words)
+    assert again.scale == encoder.scale
+
+
+def test_what_is_no_dual_encoder_says_so(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no model folder"):
+        begin("./not/there", str(base), "float32", 0)
+    with pytest.raises(InputError, match="encodes no texts"):
+        begin(str(base), str(base), "float32", 0)
+    pickled = tiny_clip(tmp_path / "pickled")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="can't be loaded"):
+        begin(str(pickled), str(base), "float32", 0)
+    with pytest.raises(InputError, match="holds no dual encoder"):
+        open_encoder(base)
+
+
+def test_captions_begin_with_the_address_and_tell_only_what_the_photo_shows(base: Path, tmp_path: Path) -> None:
+    run = Run(photo_run(tmp_path, base))
+    row, red = {"id": "train1", "street": "Mill Street", "district": "Harbour"}, Image.new("RGB", (32, 32), "red")
+    template = captions_of(run, "template").of(row, "Mill Street, Harbour", red)
+    assert template is not None
+    assert template.startswith("Mill Street, Harbour. ")
+    assert "red" in template
+    assert template.count("Mill Street") == 1
+    explained = captions_of(run, "alignment")
+    assert explained.missing == 1
+    assert explained.of(row, "A, B", red) == "A, B. Yes"
+    assert explained.of(row | {"id": "train0"}, "A, B", red) == "A, B"
+    assert captions_of(run, "none").of(row, "A, B", red) is None
+    for file in run.alignment.glob("*.parquet"):
+        file.unlink()
+    with pytest.raises(InputError, match="which are not there"):
+        captions_of(run, "alignment")
+
+
+def test_a_listed_twice_address_is_encoded_once_and_scored_alike(base: Path) -> None:
+    encoder = begin(None, str(base), "float32", 0)
+    street = [Address("Mill Street", "Harbour"), Address("Oak Avenue", "Harbour"), Address("Mill Street", "Harbour")]
+    candidates = Candidates(encoder, [*street, Address("Mill", "Street, Harbour"), Address("Mill Street", "Harbour")])
+    assert candidates.texts == ["Mill Street, Harbour", "Oak Avenue, Harbour", "Mill, Street, Harbour"]
+    scores = candidates.scores([picture(1), picture(2)])
+    assert scores.dtype == np.float64
+    assert scores.shape == (2, 5)
+    assert (scores[:, 0] == scores[:, 2]).all()
+    assert (scores[:, 0] != scores[:, 1]).all()
+    with pytest.raises(InputError, match="no address to compare"):
+        Candidates(encoder, [])
+
+
+def test_it_learns_the_colours_and_says_what_it_is(base: Path, tmp_path: Path) -> None:
+    config = photo_run(tmp_path, base)
+    photos = Run(config).photos
+    rows = list(tables.rows(photos, "train"))
+    rows[5]["image"] = {"bytes": b"no picture", "path": None}
+    tables.write(photos, "train", rows, tables.read_file(next(photos.glob("train-*"))).schema)
+    addressclip.train(config, rival(epochs=20.0, max_steps=80, captions="alignment"), None, ignored)
+    run = Run(config)
+    found = losses(config)
+    assert len(found) == 80
+    assert found[-1] < 0.7 * found[0]
+    (bad,) = tables.read_file(run.rejects / "train-addressclip.parquet").to_pylist()
+    assert (bad["id"], bad["stage"]) == ("train5", "contrast")
+    folder = run.model("AddressCLIP")
+    city = Gazetteer.load(folder / "gazetteer.geojson")
+    (scored,) = score(Candidates(open_encoder(folder), city.addresses), list(tables.rows(run.photos, "test")), 8)
+    assert [city.addresses[int(np.argmax(row["scores"]))].street for row in scored] == [row["street"] for row in scored]
+    assert addressclip.learnt_of(folder)["without_caption"] == 1
+    assert "# Toytown: a photo and its address" in (folder / "README.md").read_text()
+    assert load(str(folder))  # also an ordinary model
+
+
+def test_going_on_from_a_checkpoint_ends_in_equal_weights(base: Path, tmp_path: Path) -> None:
+    config, kept = photo_run(tmp_path, base), []
+    addressclip.train(config, rival(), None, keeping(kept, tmp_path))
+    whole, curve = weights(config), losses(config)
+    addressclip.train(config, rival(), kept[0], ignored)
+    assert losses(config) == curve
+    again = weights(config)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_frozen_encoders_stay_as_they_are_and_see_each_photo_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = tiny_fastvlm(tmp_path)
+    config, seen = photo_run(tmp_path, fast, rows=6), []
+    encode = addressclip.DualEncoder.pixels
+    monkeypatch.setattr(addressclip.DualEncoder, "pixels", lambda self, images: seen.extend(images) or encode(self, images))
+    addressclip.train(config, rival(train_image=False, train_text=False, max_steps=6), None, ignored)
+    assert len(seen) <= 6 + 4 + 2  # those of the first look, and those being made ready meanwhile, twice
+    before, after = load_file(fast / "model.safetensors"), weights(config)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    addressclip.train(config, rival(max_steps=2), None, ignored)
+    statistics = [name for name in before if "running_mean" in name]
+    assert statistics
+    assert all(torch.equal(weights(config)[name], before[name]) for name in statistics)  # batch statistics are not learnt
+
+
+def test_nothing_to_learn_is_an_error(base: Path, tmp_path: Path) -> None:
+    clip = rival(base=str(tiny_clip(tmp_path / "clip")), train_image=False, train_text=False)
+    with pytest.raises(InputError, match="AddressCLIP: nothing learns"):
+        addressclip.train(photo_run(tmp_path, base), clip, None, ignored)
+
+
+def pair(rank: int, folder: Path, config: Config) -> None:
+    """What each of two workers does."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    addressclip.train(config, rival(batch_size=2), None, ignored)
+    dist.destroy_process_group()
+
+
+def test_two_workers_learn_what_one_does_from_the_joint_batch(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    one, two = photo_run(tmp_path / "one", base, workers=1), photo_run(tmp_path / "two", base, workers=2)
+    addressclip.train(one, rival(batch_size=4), None, ignored)
+    mp.spawn(pair, (tmp_path / "two", two), nprocs=2)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    alone, shared = weights(one), weights(two)
+    assert all(torch.allclose(shared[name], alone[name], atol=2e-3) for name in alone)
+
+
+def test_a_map_shows_where_photos_are_like_a_text(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = photo_run(tmp_path, base)
+    run, encoder = Run(config), begin(None, str(base), "float32", 0)
+    (tmp_path / "model").mkdir()
+    encoder.save(tmp_path / "model")
+    given = [str(tmp_path / "model"), str(run.folder), "Mill Street", "Harbour", "--out"]
+    similarity_map.main([*given, str(tmp_path / "map.svg")])
+    drawn = (tmp_path / "map.svg").read_text()
+    assert drawn.count("<use ") >= 6  # three places on each of two maps
+    assert "Mill Street: most similar photos" in capsys.readouterr().out
+    found = similarity_map.similar(encoder, list(tables.rows(run.photos, "test")), ["Mill Street"])
+    assert found.similarity.shape == (3, 1)
+    with pytest.raises(InputError, match=r"end it in \.svg"):
+        similarity_map.main([*given, str(tmp_path / "map.txt")])
+    with pytest.raises(InputError, match="a text that says something"):
+        similarity_map.similar(encoder, list(tables.rows(run.photos, "test")), [" "])

@@ -1,0 +1,71 @@
+"""What is read out of a language model's words: python -m pytest tests/test_rag_reply.py"""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from addressvlm.baselines.rag_prompt import dms
+from addressvlm.baselines.rag_reply import read
+
+CITY = (0.10, 52.19, 0.14, 52.22)  # west, south, east, north
+HERE = (52.205, 0.119)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"lat": 52.205, "lon": 0.119}',
+        '```json\n{"longitude": "0.119", "latitude": "52.205"}\n```',
+        "The photo was taken at latitude 52.205 and longitude 0.119.",
+        "**Latitude:** 52.205° N, **Longitude:** 0.119° E",
+        "lat=52.205;lng=0.119",
+        "{'lat': 52.205, 'lon': 0.119}",
+        "52°12'18\"N 0°07'08.4\"E",
+        "52° 12′ 18″ N, 0° 7′ 8.4″ E",
+        '{"lat": "52°12\'18\\"N", "lon": "0°07\'08.4\\"E"}',
+        "52 degrees 12 minutes 18 seconds North, 0 degrees 7 minutes 8.4 seconds East",
+        "N 52.205, E 0.119",
+        "It lies South of the river: 52.205, 0.119.",
+        "(52.205, 0.119)",
+        "First I thought of 10.5, 20.5, but the 16 similar photos within 25 m say 52.205, 0.119.",
+    ],
+)
+def test_coordinates_in_any_dress(text: str) -> None:
+    found = read(text, CITY)
+    assert found.point == pytest.approx(HERE)
+    assert found.why == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["", "I can't tell.", "There are 16 similar photos, 2 of them at 25 m.", "version 1.2.3.4, 5.6"]
+)
+def test_prose_without_coordinates_is_a_refusal(text: str) -> None:
+    assert read(text, CITY).why == "refused"
+    assert read(text, CITY).point is None
+
+
+def test_swapped_and_out_of_range() -> None:
+    assert read("[0.119, 52.205]", CITY) == read('{"lat": 0.119, "lon": 52.205}', CITY)
+    assert (read("[0.119, 52.205]", CITY).point, read("[0.119, 52.205]", CITY).why) == (HERE, "swapped")
+    assert read("0.119, 52.205").point == (0.119, 52.205)  # elsewhere nobody can tell
+    assert read("-122.4194, 37.7749") == read("-122.4194, 37.7749", CITY)
+    assert read("-122.4194, 37.7749").point == (37.7749, -122.4194)
+    assert (read("95.5, 200.1").point, read("95.5, 200.1").why) == (None, "out of range")
+    assert read("lat 51.5 S, lon 0.1 W").point == (-51.5, -0.1)
+
+
+@given(st.floats(-90, 90), st.floats(-180, 180), st.booleans())
+def test_what_is_written_is_read(lat: float, lon: float, as_dms: bool) -> None:
+    lat, lon = round(lat, 5), round(lon, 5)
+    tolerance = 0.06 / 3600 if as_dms else 1e-9
+    pair = {"lat": dms(lat, "NS"), "lon": dms(lon, "EW")} if as_dms else {"lat": f"{lat:.5f}", "lon": f"{lon:.5f}"}
+    for text in (json.dumps(pair, ensure_ascii=False), json.dumps(pair), " ".join(pair.values()), ", ".join(pair.values())):
+        assert read(text).point == pytest.approx((lat, lon), abs=tolerance)
+
+
+@given(st.text())
+def test_any_text_is_read(text: str) -> None:
+    found = read(text, CITY)
+    assert (found.point is None) == (found.why in ("refused", "out of range"))
