@@ -46,6 +46,7 @@ class StageConfig(Strict):
     data: Data | list[Data]  # table of the run, or several that are mixed row by row
     parts: list[Part] = ["vision", "adapter", "llm"]
     rounds: Literal["conversation", "apart"] = "conversation"  # apart: no question about an image sees the other answers
+    locatability: float | None = Field(None, ge=0, le=1)  # leave out photos that score less, see ray_jobs/locatability.py
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1)  # stop here even if the epochs are not over
     batch_size: int = Field(16, ge=1)  # images per worker and step

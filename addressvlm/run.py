@@ -70,6 +70,7 @@ class Run:
         self.ledger = self.folder / "ledger"  # what was asked for labels and answered
         self.alignment = self.folder / "alignment"
         self.reasoning = self.folder / "reasoning"
+        self.locatability = self.folder / "locatability"  # how much each training photo tells of where it is
         self.training = self.folder / "training"  # checkpoints and loss curves, one folder a system
         self.models = self.folder / "models"  # <slug>/adapter and <slug>/merged
         self.answers = self.folder / "answers"  # one table a system

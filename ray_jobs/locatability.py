@@ -44,7 +44,7 @@ def run_step(config: Config, segmentation: str, clip: str, threshold: float = TH
         raise InputError(f"--threshold {threshold:g}: locatability is between 0 and 1.")
     for model in models:
         locate(model)
-    out, settings = run.folder / "locatability", {**prepare.settings(config), "models": models}
+    out, settings = run.locatability, {**prepare.settings(config), "models": models}
     if not is_done(out, settings, redo):
         need = config.evaluate
         actor = {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}

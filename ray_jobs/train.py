@@ -28,28 +28,40 @@ except ImportError as missing:
 
 from addressvlm import InputError, tables
 from addressvlm.config import Config
-from addressvlm.config_training import Data, SystemConfig
+from addressvlm.config_training import Data, StageConfig, SystemConfig
 from addressvlm.models.base import locate
 from addressvlm.run import LAST_MODEL, Run, claim, is_done, mark_done
+from addressvlm.training.locatable import scored_by
 from addressvlm.training.system import cities_of, train_system
 from ray_jobs import graft, label, plan, prepare
 from ray_jobs.common import arguments, configure, connect, job
 
 
 def settings(config: Config, system: SystemConfig) -> dict[str, Any]:
-    """What a trained system depends on."""
+    """What a trained system depends on.
+
+    Raises:
+        InputError: it depends on the locatability of photos that have not been scored.
+    """
     train = config.train.model_dump(include={"workers", "strategy", "precision", "packing", "cities", "merge"})
-    stages = {name: config.train.stages[name].model_dump() for name in system.stages}
+    stages = {name: _stage(config.train.stages[name]) for name in system.stages}
     equal = next((s for s in config.train.systems if s.name == system.equal_steps_to), None)
-    others = {name: config.train.stages[name].model_dump() for name in equal.stages} if equal else {}
+    others = {name: _stage(config.train.stages[name]) for name in equal.stages} if equal else {}
+    choosy = any("locatability" in stage for stage in [*stages.values(), *others.values()])
     kinds = tables_of(config, system)
     reasons = [_reasoning(config)] if "reasoning" in kinds else []
     return {
         **(label if "alignment" in kinds else prepare).settings(config),
         **({"reasoning": label.settings(reasons[0])["labels"]} if reasons else {}),
+        **({"locatability": {run.folder.name: scored_by(run) for run, _ in cities_of(config)}} if choosy else {}),
         "model": config.model.model_dump(),
         "train": {**train, "system": system.model_dump(), "stages": stages, "equal_to": others},
     }
+
+
+def _stage(stage: StageConfig) -> dict[str, Any]:
+    """Its settings; a threshold that is not set was no setting when runs of earlier versions finished."""
+    return stage.model_dump(exclude={"locatability"} if stage.locatability is None else None)
 
 
 def tables_of(config: Config, system: SystemConfig) -> set[Data]:

@@ -11,10 +11,16 @@ from transformers import CLIPImageProcessorPil, SegformerConfig, SegformerForSem
 from addressvlm import InputError, tables
 from addressvlm.baselines import locatability
 from addressvlm.baselines.locatability import Locatability, curve
-from addressvlm.run import Run
+from addressvlm.config import Config
+from addressvlm.run import Run, mark_done
+from addressvlm.training.rows import Schedule
+from addressvlm.training.system import stages_of, table_of, train_system
 from ray_jobs import locatability as job
+from ray_jobs import train
+from tests.cities import trained_config
 from tests.dual_encoders import photo_run, tiny_clip
 from tests.families import picture
+from tests.tiny import tiny_llava
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -78,6 +84,58 @@ def test_models_that_are_not_there_or_of_another_kind_say_so(models: tuple[str, 
         Locatability(models[0], models[0])
     with pytest.raises(InputError, match="texts that name clues"):
         Locatability(*models, clues=())
+
+
+def scored(config: Config, scores: list[float | None]) -> None:
+    """Write scores of the first photos, None for one that was forgotten."""
+    run, ids = Run(config), tables.read(Run(config).photos, "train", ["id"])["id"].to_pylist()
+    rows = [
+        {"id": name, "place": name, "locatability": score}
+        for name, score in zip(ids, scores, strict=False)
+        if score is not None
+    ]
+    tables.write(run.locatability, "train", rows, job.SCHEMA)
+    mark_done(run.locatability, {"models": ["seg", "clip"]})
+
+
+def test_a_stage_learns_from_photos_above_its_threshold_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = trained_config(tmp_path, tiny_llava(tmp_path / "base"), rows=24)
+    system = next(s for s in config.train.systems if s.name == "AddressVLM")
+    scored(config, [0.1, 0.4, 0.8] * 8)
+    config.train.stages["localization"].locatability = 0.4
+    before, stage = stages_of(config, system)
+    assert (before.steps, stage.steps) == (12, 8)  # of 24 and of 16 rows, twice
+    low = {f"{number}" for number in range(0, 24, 3)}
+    every = [row for step in range(stage.steps) for row in stage.schedule.indices(step)]
+    rows = stage.schedule.rows
+    assert sorted(rows[row]["id"] for row in every) == sorted(2 * [f"{n}" for n in range(24) if n % 3])
+    assert Schedule(table_of(config, ["photos"], 0.4), 4, stage.seed).indices(5) == every[20:24]
+    mixed = table_of(config, ["alignment", "photos"], 0.4)
+    assert len(mixed) == 32
+    assert not {mixed[row]["id"] for row in mixed.epoch(0, 0)} & low
+    config.train.stages["localization"].max_steps = 1
+    train_system(config, "stage 2 only", None, lambda metrics, snapshot: None)
+    assert "localization leaves out 8 photos of a locatability below 0.4" in capsys.readouterr().out
+    rejects = tables.read_file(Run(config).rejects / "train-stage-2-only.parquet").to_pylist()
+    assert {row["id"] for row in rejects} == low
+    assert rejects[0]["reason"] == "its locatability is 0.10, below 0.4"
+
+
+def test_scores_that_a_stage_needs_and_that_are_missing_are_told(tmp_path: Path) -> None:
+    config = trained_config(tmp_path, tmp_path, rows=6)
+    system, stage = config.train.systems[1], config.train.stages["localization"]
+    assert "locatability" not in str(train.settings(config, system))  # runs that finished without it stay finished
+    stage.locatability = 0.4
+    for missing in (lambda: table_of(config, ["photos"], 0.4), lambda: train.settings(config, system)):
+        with pytest.raises(InputError, match=r"has no scores: run `.*ray_jobs/locatability\.py"):
+            missing()
+    scored(config, [0.5, 0.5, None, 0.5, 0.5, 0.5])
+    with pytest.raises(InputError, match="has the photo 2, which has no score"):
+        stages_of(config, system)
+    scored(config, [0.5] * 6)
+    assert train.settings(config, system)["locatability"] == {"small": ["seg", "clip"]}
+    with pytest.raises(InputError, match=r"none of the 6 rows .* reaches the locatability 0\.6"):
+        table_of(config, ["photos"], 0.6)
 
 
 def test_the_job_scores_every_training_photo_and_sets_the_low_ones_aside(

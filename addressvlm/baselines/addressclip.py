@@ -197,7 +197,7 @@ def train(
         print(f"train: {rival.name}: {captions.missing:,} photos without an explanation: their address alone", flush=True)
 
     for number, batch in lessons.batches(start, stage.steps, rank, world):
-        progress = _step(learner, stage, number, batch, (rank, world), context)
+        progress = step(learner, stage, number, batch, (rank, world), context)
         if journal:
             journal.note(progress)
         last = progress.step == stage.steps
@@ -216,7 +216,7 @@ def train(
         save(config, rival, encoder, {"parameters": parameters, "steps": stage.steps, "without_caption": captions.missing})
 
 
-def _step(learner: Learner, stage: loop.Stage, number: int, batch: Batch, of: tuple[int, int], context: Any) -> loop.Progress:
+def step(learner: Learner, stage: loop.Stage, number: int, batch: Batch, of: tuple[int, int], context: Any) -> loop.Progress:
     """One optimizer step of all workers."""
     began = time.perf_counter()
     torch.manual_seed((stage.seed * 1_000_003 + number) * 1_009 + of[0])

@@ -52,7 +52,7 @@ def fit(scores: Mapping[str, np.ndarray], truth: np.ndarray) -> dict[str, float]
         total.backward()
         return total
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     weights = torch.nn.functional.softplus(free.detach()).tolist()
     return dict(zip(scores, weights, strict=True))
 

@@ -37,11 +37,12 @@ def markdown(tree: Mapping[str, Any]) -> str:
 
 def plain(tree: Mapping[str, Any]) -> str:
     """The same for a terminal."""
-    body = [[row["name"], *cells(row, tree["main"])] for row in tree["systems"]]
+    body = [[row["name"], *cells(row, tree["main"])] for row in tree["systems"] if "metrics" in row]
+    without = [f"{row['name']}: {cells(row, tree['main'])[0]}" for row in tree["systems"] if "metrics" not in row]
     widths = [max(map(len, column)) for column in zip(["", *HEAD], *body, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [["", *HEAD], *body]]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([lines[0], rule, *lines[1:], rule, *_notes(tree)])
+    return "\n".join([lines[0], rule, *lines[1:], rule, *without, *_notes(tree)])
 
 
 def cost(row: Row) -> dict[str, float | None]:

@@ -112,7 +112,7 @@ def plan(config: Config, system: SystemConfig, base: Outline, photos: int | None
 
 def _table(config: Config, stage: str) -> Table | None:
     try:
-        return table_of(config, config.train.stages[stage].tables)
+        return table_of(config, config.train.stages[stage].tables, config.train.stages[stage].locatability)
     except InputError:
         return None
 

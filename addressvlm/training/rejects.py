@@ -1,4 +1,4 @@
-"""Rows that training could not use and why, in one file a system; it outlives an interruption."""
+"""Rows that training could or should not use and why, in one file a system; it outlives an interruption."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from addressvlm import tables
 from addressvlm.files import write_parquet
 from addressvlm.stores import AnyPath
+from addressvlm.training.locatable import left_out
 from addressvlm.training.loop import Stage
 
 SCHEMA = tables.REJECTS.append(pa.field("stage", pa.string()))
@@ -29,6 +30,8 @@ class Rejects:
         if dist.is_initialized():
             of_all = [None] * dist.get_world_size()
             dist.all_gather_object(of_all, mine)
+        for stage in stages:
+            self.reasons |= {(stage.name, row): why for row, why in left_out(stage.schedule.rows).items()}
         for of_one in of_all:
             self.reasons |= of_one
         if not dist.is_initialized() or dist.get_rank() == 0:

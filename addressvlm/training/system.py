@@ -21,6 +21,7 @@ from addressvlm.stores import AnyPath
 from addressvlm.training import loop
 from addressvlm.training.collate import Collator
 from addressvlm.training.journal import Journal
+from addressvlm.training.locatable import Locatable, left_out
 from addressvlm.training.rejects import Rejects
 from addressvlm.training.rows import Mix, Rows, Schedule, Table, steps_of
 from addressvlm.training.snapshot import Best, Snapshot, better
@@ -34,12 +35,12 @@ def stages_of(config: Config, system: SystemConfig) -> list[loop.Stage]:
     """The system's stages with their data and number of steps, which are those of `train.workers`, however many there are.
 
     Raises:
-        InputError: a stage's table is missing or empty, or equal_steps_to leaves no step for the last stage.
+        InputError: see `table_of`; or equal_steps_to leaves no step for the last stage.
     """
     stages = []
     for number, name in enumerate(system.stages):
         stage = config.train.stages[name]
-        rows = table_of(config, stage.tables)
+        rows = table_of(config, stage.tables, stage.locatability)
         per_step = stage.batch_size * stage.accumulate * config.train.workers
         steps = steps_of(len(rows), per_step, stage.epochs, stage.max_steps)
         seed = config.seed * 101 + number
@@ -72,17 +73,17 @@ def cities_of(config: Config) -> list[tuple[Run, float]]:
     return [(Run(config.model_copy(update={"name": name})), weight) for name, weight in names.items()]
 
 
-def table_of(config: Config, kinds: Sequence[Data]) -> Table:
-    """The training rows of some kinds in all cities.
+def table_of(config: Config, kinds: Sequence[Data], locatability: float | None = None) -> Table:
+    """The training rows of some kinds in all cities, of photos with at least such a score if one is given.
 
     Raises:
-        InputError: one of the tables is missing or empty.
+        InputError: one of the tables is missing or empty, or its photos have no scores.
     """
     found: list[tuple[Table, float]] = []
     for run, weight in cities_of(config):
         for kind in kinds:
             folder: AnyPath = getattr(run, kind)
-            rows = Rows(folder, "train")
+            rows: Table = Rows(folder, "train") if locatability is None else Locatable(run, folder, locatability)
             if not len(rows):
                 raise InputError(f"{folder} has no training rows: prepare a city with more places.")
             found.append((rows, weight))
@@ -151,12 +152,12 @@ def train_system(
             model, parts, collate, stage, train.strategy, train.precision, goes_on.step if goes_on else 0,
             goes_on.moments if goes_on else None, after, train.peak_tflops, device, train.checkpoint_activations,
         )  # fmt: skip
-    left_out = rejects.write(stages)
+    unused = rejects.write(stages)
     assert trained
     adapter = trained.weights()
     if rank == 0:
-        if left_out:
-            print(f"train: {name}: {left_out:,} rows were left out: see {rejects.file}", flush=True)
+        if unused:
+            print(f"train: {name}: {unused:,} rows were left out: see {rejects.file}", flush=True)
         save(config, model, name, adapter, best)
 
 
@@ -171,6 +172,9 @@ def _beginning(stages: list[loop.Stage], world: int, done: int, total: int) -> s
     uneven = next((s for s in stages if s.schedule.per_step % world), None)
     if uneven:
         told.append(f"{uneven.schedule.per_step} rows of a step are dealt to {world} workers, so that some have one more")
+    for stage in stages:
+        if low := left_out(stage.schedule.rows):
+            told.append(f"{stage.name} leaves out {len(low):,} photos of a locatability below {stage.config.locatability:g}")
     return "; ".join(told)
 
 
