@@ -1,6 +1,6 @@
 """Where photos look like a text, drawn on the map (paper 002, Sec. 6.4 and Fig. 6): a street, a district, or any words.
 
-    python -m addressvlm.baselines.similarity_map runs/demo-compare/models/addressclip runs/demo-compare "Mill Street" "Harbour"
+    python -m addressvlm.baselines.similarity_map runs/demo/models/addressclip runs/demo "Mill Street" "Harbour"
 
 A point is a place, the brighter the more similar its photos are to the text. The street or district that the text names is
 outlined in red.
