@@ -45,7 +45,7 @@ def photo(split: str, number: int, known: bool = True) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def work_in(folder: Path, base: Path | str, train: list[dict[str, Any]], **settings: Any) -> Work:
+def work_in(folder: Path, base: Path | str, learnt: list[dict[str, Any]], **settings: Any) -> Work:
     """A prepared run of coloured photos: six to ask about, and those to learn from."""
     config = validate(
         {"name": "r", "storage": str(folder), "model": {"base": str(base)}, "city": {"manifest": "none.csv"}, **settings},
@@ -53,7 +53,7 @@ def work_in(folder: Path, base: Path | str, train: list[dict[str, Any]], **setti
     )
     run = Run(config)
     test = [photo("test", number) for number in range(6)]
-    for split, rows in (("train", train), ("test", test)):
+    for split, rows in (("train", learnt), ("test", test)):
         tables.write(run.photos, split, rows, tables.PHOTOS)
     GAZETTEER.save(run.gazetteer)
     return Work(config, run, {"test": [row["id"] for row in test]}, GAZETTEER, run.folder / "costs")
