@@ -18,7 +18,13 @@ from serve.records import Records
 from serve.settings import ServiceSettings
 
 
-@serve.deployment(name="HttpApi", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0}, logging_config=QUIET)
+@serve.deployment(
+    name="HttpApi",
+    max_ongoing_requests=256,
+    max_queued_requests=512,  # in the proxy, whose memory would grow without end; beyond it Serve answers 503 itself
+    ray_actor_options={"num_cpus": 0},
+    logging_config=QUIET,
+)
 @serve.ingress()
 class HttpApi:
     """The front. Reserves no CPU: it mostly waits for the model, and a one-CPU machine must do.
