@@ -144,7 +144,7 @@ class Scorer(Holder):
 
     def work(self, photos: list[Row]) -> Iterable[list[Row]]:
         """The scores."""
-        return scores.score(self.load(), photos, PHOTOS_SCORED)
+        return scores.score(self.load().address_scores, photos, PHOTOS_SCORED)
 
 
 def _load(model: str, city: Gazetteer, config: Config) -> Any:

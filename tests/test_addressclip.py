@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from addressvlm import InputError, tables
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.baselines import addressclip, similarity_map
-from addressvlm.baselines.candidates import Candidates, score
+from addressvlm.baselines.candidates import Candidates
 from addressvlm.baselines.captions import captions_of
 from addressvlm.baselines.clip_losses import contrastive_loss, distances, geography_loss
 from addressvlm.baselines.dual_encoder import begin, open_encoder
 from addressvlm.config import Config
+from addressvlm.evaluation.scores import score
 from addressvlm.models.base import load
 from addressvlm.run import Run
 from tests.cities import keeping
@@ -178,7 +179,7 @@ def test_it_learns_the_colours_and_says_what_it_is(base: Path, tmp_path: Path) -
     assert (bad["id"], bad["stage"]) == ("train5", "contrast")
     folder = run.model("AddressCLIP")
     city = Gazetteer.load(folder / "gazetteer.geojson")
-    (scored,) = score(Candidates(open_encoder(folder), city.addresses), list(tables.rows(run.photos, "test")), 8)
+    (scored,) = score(Candidates(open_encoder(folder), city.addresses).scores, list(tables.rows(run.photos, "test")), 8)
     assert [city.addresses[int(np.argmax(row["scores"]))].street for row in scored] == [row["street"] for row in scored]
     assert addressclip.learnt_of(folder)["without_caption"] == 1
     assert "# Toytown: a photo and its address" in (folder / "README.md").read_text()

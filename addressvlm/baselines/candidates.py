@@ -1,6 +1,6 @@
 """Addresses as the texts that a dual encoder compares photos with, and the scores that follow (paper 002, Sec. 4.1)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,10 +9,6 @@ import torch
 from addressvlm.addresses import Address
 from addressvlm.baselines.dual_encoder import DualEncoder
 from addressvlm.errors import InputError
-from addressvlm.evaluation.asking import picture
-from addressvlm.evaluation.scores import COLUMNS
-
-Row = dict[str, Any]
 
 
 class Candidates:
@@ -46,14 +42,3 @@ class Candidates:
         """
         found = self.encoder.scale.float() * self.encoder.encode_images(images) @ self._vectors_TD.T
         return found.double().cpu().numpy()[:, self.index]
-
-
-def score(candidates: Candidates, photos: Sequence[Row], at_once: int) -> Iterator[list[Row]]:
-    """Rows of `tables.SCORES`, `at_once` photos at a time, from rows of `tables.PHOTOS` with `evaluation.scores.COLUMNS`."""
-    for start in range(0, len(photos), at_once):
-        batch = photos[start : start + at_once]
-        scores = candidates.scores([picture(photo) for photo in batch])
-        yield [
-            {key: photo[key] for key in COLUMNS if key != "image"} | {"scores": row.tolist()}
-            for photo, row in zip(batch, scores, strict=True)
-        ]

@@ -1,30 +1,30 @@
 """What a model holds of each test photo: its score of every address, from which all answers of the mode `scored` follow."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.answers.beliefs import Beliefs
 from addressvlm.answers.calibration import Scored
 from addressvlm.evaluation.asking import picture, questions_of
-from addressvlm.inference import Localizer
 
 COLUMNS = ["id", "place", "lat", "lon", "street", "district", "image"]  # of tables.PHOTOS, needed to score
 
 Row = dict[str, Any]
 
 
-def score(localizer: Localizer, photos: Sequence[Row], at_once: int) -> Iterator[list[Row]]:
+def score(scores_of: Callable[[Sequence[Image.Image]], np.ndarray], photos: Sequence[Row], at_once: int) -> Iterator[list[Row]]:
     """Rows of `tables.SCORES`, `at_once` photos at a time, from rows of `tables.PHOTOS` with COLUMNS.
 
-    Raises:
-        InputError: the model's folder has no gazetteer.
+    Args:
+        scores_of: images -> ln p of all addresses up to a constant, float64 (images, addresses).
     """
     for start in range(0, len(photos), at_once):
         batch = photos[start : start + at_once]
-        scores = localizer.address_scores([picture(photo) for photo in batch])
+        scores = scores_of([picture(photo) for photo in batch])
         yield [
             {key: photo[key] for key in COLUMNS if key != "image"} | {"scores": row.tolist()}
             for photo, row in zip(batch, scores, strict=True)

@@ -11,7 +11,7 @@ import torch
 
 from addressvlm import tables
 from addressvlm.addresses import Gazetteer
-from addressvlm.baselines import addressclip, candidates
+from addressvlm.baselines import addressclip
 from addressvlm.baselines.candidates import Candidates
 from addressvlm.baselines.captions import captions_of
 from addressvlm.baselines.clip_card import licence_of
@@ -103,4 +103,4 @@ class Scorer(Holder):
 
     def work(self, photos: list[Row]) -> Iterable[list[Row]]:
         """The scores."""
-        return candidates.score(self.load(), photos, PHOTOS_SCORED)
+        return scores.score(self.load().scores, photos, PHOTOS_SCORED)
