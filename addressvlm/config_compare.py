@@ -101,6 +101,7 @@ class VariantConfig(Strict):
     """A row of an ablation: the run with some settings changed, as a run of its own."""
 
     name: str
+    config: str | None = None  # a preset or YAML file whose sections labels, model and train are taken instead of the run's own
     set: dict[str, Any] = {}  # key -> value, as --set
     system: str = "AddressVLM"  # of `train.systems`, the one that is trained
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from addressvlm import InputError, tables
 from addressvlm.addresses import Address
-from addressvlm.config import Config, validate
+from addressvlm.config import Config, load, validate
 from addressvlm.config_compare import Rival, VariantConfig
 from addressvlm.evaluation import asking, comparison, comparison_files, metrics, report
 from addressvlm.evaluation.asking import judged
@@ -145,9 +145,12 @@ def changed(config: Config, variant: VariantConfig) -> Config:
     """The configuration of a variant's run, `<name>-<variant>`.
 
     Raises:
-        InputError: a key is unknown or a value has the wrong type.
+        InputError: there is no such configuration, a key is unknown or a value has the wrong type.
     """
     tree = config.model_dump()
+    if variant.config is not None:
+        other = load(variant.config)
+        tree |= {"labels": other.labels.model_dump(), "model": other.model.model_dump(), "train": other.train.model_dump()}
     for key, value in variant.set.items():
         *sections, last = key.split(".")
         place = tree

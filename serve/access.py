@@ -11,7 +11,8 @@ import re
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from starlette._utils import get_route_path
@@ -19,7 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import ApiError, error_response, in_words
+from serve.errors import ApiError, busy, error_response, in_words
 from serve.records import Records
 from serve.settings import ServiceSettings, SettingsError
 
@@ -97,6 +98,7 @@ class Access:
         self.app, self.settings, self.records = app, settings, records
         self.digests, self.wait, self.set_id, self.routes = digests, wait, set_id, frozenset(routes)
         self.open = frozenset({*OPEN, *pages})
+        self.inside = 0  # questions under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -118,11 +120,8 @@ class Access:
             await send(message)
 
         try:
-            try:
-                await self._admit(scope, headers)
-            except ApiError as error:
-                await error_response(error)(scope, receive, told)
-            else:
+            await self._admit(scope, headers)
+            with self._room(scope):
                 await self.app(scope, receive, told)
         except ClientDisconnect:
             status = 499
@@ -153,6 +152,18 @@ class Access:
         if seconds > 0:
             words = f"More than {self.settings.rate_limit:g} requests a minute: wait {seconds:.0f} s."
             raise ApiError(429, words, code="rate_limit_exceeded", retry_after_s=max(1, round(seconds)))
+
+    @contextmanager
+    def _room(self, scope: Scope) -> Iterator[None]:
+        """A place for a question while it is under way. One too many is refused before its body is read or decoded."""
+        question = scope["method"] == "POST"
+        if question and self.inside >= self.settings.at_once:
+            raise busy()
+        self.inside += question
+        try:
+            yield
+        finally:
+            self.inside -= question
 
     def _key(self, headers: Headers) -> str:
         """The caller's name, from its key; every key is compared, in a time that says nothing."""

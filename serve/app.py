@@ -20,7 +20,7 @@ from serve.settings import ServiceSettings
 
 @serve.deployment(
     name="HttpApi",
-    max_ongoing_requests=256,
+    max_ongoing_requests=1024,  # more than `ServiceSettings.at_once`, so that what is too much is refused in our words
     max_queued_requests=512,  # in the proxy, whose memory would grow without end; beyond it Serve answers 503 itself
     ray_actor_options={"num_cpus": 0},
     logging_config=QUIET,

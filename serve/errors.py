@@ -33,6 +33,11 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def busy() -> ApiError:
+    """What a caller is told whose question can't be taken in now."""
+    return ApiError(503, "The service is busy: try again in a moment.", code="overloaded")
+
+
 def error_response(error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
     """The error as a response."""
     headers = dict(headers or {})
@@ -52,7 +57,7 @@ def in_words(error: Exception) -> ApiError:
     if isinstance(error, InputError):
         return ApiError(400, str(error))
     if isinstance(error, BackPressureError | DeploymentUnavailableError | RayActorError | TimeoutError):
-        return ApiError(503, "The service is busy: try again in a moment.", code="overloaded")
+        return busy()
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, f"{HTTPStatus(error.status_code).phrase}: see /openapi.json for what is served.")
     logger.error("unexpected", exc_info=error)

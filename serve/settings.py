@@ -1,6 +1,7 @@
 """What `serve run serve.config key=value …` and `serve deploy` understand."""
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -117,6 +118,12 @@ class ServiceSettings(BaseModel):
             if not _ORIGIN.fullmatch(origin):
                 raise SettingsError(f"allowed_origins has {origin!r}: give origins such as https://example.org.")
         return self
+
+    @property
+    def at_once(self) -> float:
+        """Questions that an HTTP replica takes in: as many as may wait, and as many as all model replicas may work on."""
+        waiting = self.max_queued_requests
+        return waiting + self.max_replicas * self.max_ongoing_requests if waiting >= 0 else math.inf
 
     def only(self, names: Iterable[str]) -> Self:
         """These settings, all others as if they were not given."""

@@ -71,5 +71,11 @@ def test_rows_must_be_told_apart(config: Config) -> None:
 def test_a_variant_is_a_run_of_its_own() -> None:
     changed = compare.changed(Config(), VariantConfig(name="delta 0.3", set={"tiles.delta": 0.3, "train.cities": {"a": 1}}))
     assert (changed.name, changed.tiles.delta, changed.train.cities) == ("demo-delta-0-3", 0.3, {"a": 1.0})
+    other = compare.changed(
+        Config(seed=3), VariantConfig(name="GeoReasoner", config="demo-georeasoner", set={"tiles.names": False})
+    )
+    assert (other.name, other.seed, other.tiles.names, list(other.train.stages)) == (
+        "demo-georeasoner", 3, False, ["reasoning", "localization"],
+    )  # fmt: skip
     with pytest.raises(InputError, match=r"compare\.variants, 'x': unknown key 'tiles\.dleta'"):
         compare.changed(Config(), VariantConfig(name="x", set={"tiles.dleta": 0.3}))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
@@ -137,8 +138,8 @@ def test_keys_are_asked_for_under_a_prefix(client: TestClient) -> None:
 class Around:
     """`Access` around an application of a few lines."""
 
-    def __init__(self, app: Any, wait: Any = None) -> None:
-        settings = ServiceSettings(forwarded=True, rate_limit=1)
+    def __init__(self, app: Any, wait: Any = None, **more: Any) -> None:
+        settings = ServiceSettings(forwarded=True, rate_limit=1, **more)
         self.access = Access(app, settings, Records(), wait=wait)
 
     def client(self, address: str = "10.0.0.9") -> TestClient:
@@ -177,6 +178,32 @@ def test_a_rate_limit_that_does_not_answer_stops_nobody(monkeypatch: pytest.Monk
         return await asyncio.get_running_loop().create_future()
 
     assert Around(fine, never).client().get("/v1/x").status_code == 200
+
+
+def test_a_question_too_many_is_refused_at_the_door() -> None:
+    inside, over = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        if scope["method"] == "POST":
+            inside.set()
+            await over.wait()
+        await fine(scope, receive, send)
+
+    async def ask() -> None:
+        around = Around(slow, max_queued_requests=0, max_replicas=1, max_ongoing_requests=1, target_ongoing_requests=0.5)
+        transport = httpx.ASGITransport(around.access)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            first = asyncio.create_task(client.post("/v1/localize"))
+            await inside.wait()
+            refused = await client.post("/v1/localize")
+            check_error(refused, 503, "busy")
+            assert refused.headers["retry-after"] == "1"
+            assert (await client.get("/v1/models")).status_code == 200
+            over.set()
+            assert (await first).status_code == 200
+            assert (await client.post("/v1/localize")).status_code == 200
+
+    asyncio.run(ask())
 
 
 def test_failures_are_not_taken_for_callers_that_left(caplog: pytest.LogCaptureFixture) -> None:
