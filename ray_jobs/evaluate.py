@@ -13,6 +13,7 @@ run's trained models: calibration.json, from the split val.
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from addressvlm import InputError, tables
@@ -29,15 +30,16 @@ from ray_jobs.answering import Task, files_digest, model_digest
 from ray_jobs.common import arguments, configure, connect, job, require
 
 
-def run_step(config: Config, redo: bool, priors: bool = False) -> None:
-    """Score every system of the run on its own test split, and calibrate those that were trained.
+def run_step(config: Config, redo: bool, priors: bool = False, only: Sequence[str] | None = None) -> None:
+    """Score every system of the run, or those of these names, on its own test split, and calibrate those that were trained.
 
     Raises:
         InputError: a system is not trained yet, the data is missing, or the cluster is too small.
     """
     run = Run(config)
     sources = report.Sources(run.photos, run.alignment, run.training, run.rejects)
-    evaluate(config, Task(given.systems_of(config, run), run.photos, "test", run.folder, sources, True, priors), redo)
+    systems = given.systems_of(config, run, only)
+    evaluate(config, Task(systems, run.photos, "test", run.folder, sources, True, priors), redo)
 
 
 def evaluate(config: Config, task: Task, redo: bool) -> None:

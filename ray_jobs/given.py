@@ -1,5 +1,7 @@
 """What the flags --model and --data of evaluate mean: models by name, the folder of a photos table."""
 
+from collections.abc import Sequence
+
 from addressvlm import InputError
 from addressvlm.addresses import GAZETTEER, Gazetteer
 from addressvlm.cities.source import resolve
@@ -10,13 +12,14 @@ from addressvlm.stores import AnyPath, path_of
 from ray_jobs import prepare
 
 
-def systems_of(config: Config, run: Run) -> dict[str, str]:
-    """Name -> model of every system of the run.
+def systems_of(config: Config, run: Run, only: Sequence[str] | None = None) -> dict[str, str]:
+    """Name -> model of every system of the run, or of those of these names.
 
     Raises:
         InputError: one is not trained yet.
     """
-    return {system.name: model_of(config, run, system) for system in config.train.systems}
+    systems = [system for system in config.train.systems if not only or system.name in only]
+    return {system.name: model_of(config, run, system) for system in systems}
 
 
 def model_of(config: Config, run: Run, system: SystemConfig) -> str:

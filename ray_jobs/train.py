@@ -95,8 +95,8 @@ def _make_data(config: Config, redo: bool, kinds: set[Data]) -> None:
         for kind in sorted(kinds):
             if not tables.count(getattr(run, kind), "train"):
                 raise InputError(
-                    f"train.cities names {run.folder.name}, which has no {kind} in {run.folder}: make it first with its own "
-                    f"configuration, `python ray_jobs/label.py --config …`."
+                    f"train.cities names {run.folder.name}, which has no {kind} in {run.folder}: run ray_jobs/prepare.py, "
+                    "graft.py and label.py with its own configuration first."
                 )
     if config.name not in (config.train.cities or {config.name: 1.0}):
         return
@@ -173,7 +173,7 @@ def main() -> None:
     if args.evaluate:
         from ray_jobs import evaluate
 
-        evaluate.run_step(config, args.redo)
+        evaluate.run_step(config, args.redo, only=args.system)
 
 
 if __name__ == "__main__":

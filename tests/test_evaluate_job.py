@@ -180,6 +180,8 @@ def test_untrained_system(ray_local, config):
     (Run(config).model("AddressVLM") / "merged").unlink()
     with pytest.raises(InputError, match=r"'AddressVLM' is not trained yet.*ray_jobs/train\.py"):
         evaluate.run_step(config, redo=False)
+    evaluate.run_step(config, redo=False, only=["zero-shot"])
+    assert [system["name"] for system in json.loads(Run(config).metrics.read_text())["systems"]] == ["zero-shot"]
 
 
 def test_a_broken_model_is_told_from_the_worker(ray_local, config, models, tmp_path):
