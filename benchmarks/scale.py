@@ -26,19 +26,19 @@ class Measured:
     command: str
 
 
-PITTSBURGH = "benchmarks/metadata.py <streets> <districts of Pittsburgh> --rows 1000000"
+PITTSBURGH = "benchmarks/metadata.py <streets> <districts of Pittsburgh> --rows 10000000"
 CAMBRIDGE = "files of a run on central Cambridge, 604 photos, 388 grafts of 320 px"
 MEASURED = {
     "photo_b": Measured(64_236, "bytes a photo", "table photos", CAMBRIDGE),
     "graft_b": Measured(20_426, "bytes a training photo", "table grafts", CAMBRIDGE),
     "label_b": Measured(20_458, "bytes a training photo", "table alignment", CAMBRIDGE),
     "answer_b": Measured(113, "bytes a question", "table answers", CAMBRIDGE),
-    "metadata_us": Measured(44.3, "us CPU a photo", "prepare, driver: table, addresses, list, split, gazetteer", PITTSBURGH),
-    "metadata_b": Measured(639, "bytes a photo", "prepare, driver: memory", f"{PITTSBURGH}, less the next"),
+    "metadata_us": Measured(49.5, "us CPU a photo", "prepare, driver: table, addresses, list, split, gazetteer", PITTSBURGH),
+    "metadata_b": Measured(816, "bytes a photo", "prepare, driver: memory", f"{PITTSBURGH}, less the next"),
     "driver_mib": Measured(393, "MiB", "prepare, driver: memory without photos", "the same, with --photos, and the streets"),
     "check_us": Measured(2_624, "us CPU a photo", "prepare, workers: photos of 640 x 640 read and checked",
                          "benchmarks/metadata.py --photos <Cambridge> --sample 100"),
-    "question_us": Measured(1_157, "us CPU a photo", "prepare, workers: conversations", PITTSBURGH),
+    "question_us": Measured(750, "us CPU a photo", "prepare, workers: conversations", PITTSBURGH),
     "graft_us": Measured(12_690, "us CPU a training photo", "graft, Ray included", "benchmarks/graft_job.py --photos 20000"),
     "ask_us": Measured(2_900, "us CPU a row", "label, asking an endpoint", "benchmarks/labelling.py"),
     "in": Measured(8_744, "tokens a row", "label, sent with an image in high detail, by gpt-4o-mini's rule",
