@@ -46,8 +46,9 @@ class TilesConfig(Strict):
     names: bool = True  # street names written along the streets (off: paper 001 Table 2, "w/o road")
     font_px: float = Field(13.0, gt=0)  # height of the street names, in tile pixels
     font: str | None = None  # TTF or OTF file for names in scripts that DejaVu Sans Bold lacks (Japanese, Thai, Devanagari …)
-    # graft: the photo in the tile's corner; beside: both shrunk to half the width, for comparison
-    layout: Literal["graft", "beside"] = "graft"
+    # graft: the photo in the tile's corner; for comparison, beside: both in one image, each at half its width, and two: the
+    # photo and the tile as two images of a conversation
+    layout: Literal["graft", "beside", "two"] = "graft"
     delta: float = Field(0.5, gt=0, lt=1)  # longer side of the pasted photo / side of the tile; above 0.5 it hides the place
     jpeg_quality: int = Field(92, ge=30, le=100)
 

@@ -21,6 +21,9 @@ class EvaluateConfig(Strict):
     # free: the model's own words, as in paper 001; constrained: only the city's names can be said; scored: all three kinds of
     # questions follow from the probabilities of all addresses
     answers: Literal["free", "constrained", "scored"] = "free"
+    # What the model is shown. grafts: each photo on the tile of its true place, which tells where that is: for ablations only
+    # (docs/comparison.md)
+    images: Literal["photos", "grafts"] = "photos"
     max_photos: int | None = Field(None, ge=1)  # score only this many, drawn by seed
     bootstrap: int = Field(1000, ge=100)  # resamples of places for the 95 % intervals
     calibrate_on: int = Field(256, ge=0)  # photos of the split `val` that probabilities are calibrated on; 0: do without

@@ -9,8 +9,10 @@ A place's tile is opened once and serves all photos of the place. Photos are dec
 """
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -19,6 +21,7 @@ from addressvlm.errors import InputError
 # No worse to see at these sizes than LANCZOS and BICUBIC, in about half their time.
 FILTER = Image.Resampling.HAMMING
 HALF = 0.5  # of the width, for each of two images beside each other
+QUALITY = 92  # of a JPEG that is only looked at
 
 
 def graft_photo(tile: Image.Image, photo: bytes, delta: float, quality: int) -> tuple[bytes, Image.Image]:
@@ -33,6 +36,39 @@ def graft_photo(tile: Image.Image, photo: bytes, delta: float, quality: int) -> 
     """
     small = decode_photo(photo, round((delta or HALF) * tile.width))
     return encode(graft(tile, small, delta) if delta else beside(tile, small), quality), small
+
+
+def pair(tile: Image.Image, photo: bytes, quality: int) -> tuple[bytes, bytes, Image.Image]:
+    """JPEG bytes of an encoded photo by itself, no larger than the tile, and of the tile; and the photo, decoded.
+
+    Raises:
+        InputError: the bytes of the photo are not a whole image.
+    """
+    decoded = decode_photo(photo, tile.width)
+    small = decoded.copy()
+    small.thumbnail(tile.size, FILTER, reducing_gap=3.0)
+    return encode(small, quality), encode(tile, quality), decoded
+
+
+def shown(row: dict[str, Any]) -> bytes:
+    """The one picture that people and labelers see of a row of GRAFTS or ALIGNMENT.
+
+    It is the row's image; of one that has its tile as an image of its own, left the tile and right the photo, both as large as
+    they are.
+
+    Raises:
+        InputError: one of the two can't be decoded.
+    """
+    if not row.get("tile"):
+        data: bytes = row["image"]["bytes"]
+        return data
+    images = [decode_photo(row[column]["bytes"]) for column in ("tile", "image")]
+    both = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
+    left = 0
+    for image in images:
+        both.paste(image, (left, (both.height - image.height) // 2))
+        left += image.width
+    return encode(both, QUALITY)
 
 
 def graft(tile: Image.Image, photo: Image.Image, delta: float) -> Image.Image:
@@ -82,7 +118,7 @@ def encode(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def decode_photo(data: bytes, longest_side: int) -> Image.Image:
+def decode_photo(data: bytes, longest_side: float = math.inf) -> Image.Image:
     """Upright RGB photo from encoded bytes, its longer side at least `longest_side` if the file has as many pixels.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 scale where that is enough.

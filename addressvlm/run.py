@@ -67,6 +67,7 @@ class Run:
         self.roads = self.photos / "roads.fgb"  # what tiles are drawn from, if the city has a map
         self.rejects = self.folder / "rejects"  # one Parquet file a step
         self.grafts = self.folder / "grafts"
+        self.grafted = self.folder / "grafted"  # photos of other splits on their tiles, to ask about, one folder a split
         self.ledger = self.folder / "ledger"  # what was asked for labels and answered
         self.alignment = self.folder / "alignment"
         self.reasoning = self.folder / "reasoning"

@@ -1,7 +1,8 @@
 """The one data format: Parquet with encoded image bytes, in the layout `datasets.load_dataset("parquet", …)` opens.
 
 A table is a folder of `<split>-NNNNN.parquet` files. Every table that a model learns from has the columns `image`
-(encoded bytes) and `rounds` (the conversation about it); the rest says where the row comes from.
+(encoded bytes) and `rounds` (the conversation about it), and where an image comes with its map, `tile`; the rest says where
+the row comes from.
 """
 
 import json
@@ -78,7 +79,8 @@ GRAFTS = with_features(
         [
             ("id", pa.string()),
             ("place", pa.string()),
-            ("image", IMAGE),  # photo grafted onto the tile
+            ("image", IMAGE),  # photo grafted onto the tile; with tiles.layout two the photo
+            ("tile", IMAGE),  # with tiles.layout two, else null
             ("street", pa.string()),
             ("district", pa.string()),
             ("names", pa.list_(pa.string())),  # street names that can be read on the tile
@@ -92,6 +94,7 @@ ALIGNMENT = with_features(
             ("id", pa.string()),
             ("place", pa.string()),
             ("image", IMAGE),
+            ("tile", IMAGE),  # a second image of the conversation, or null
             ("street", pa.string()),
             ("district", pa.string()),
             ("rounds", ROUNDS),  # the last one: the question and the label

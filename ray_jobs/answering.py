@@ -33,6 +33,12 @@ class Task:
     sources: report.Sources
     own: bool = False  # the run's data and systems: these are calibrated
     priors: bool = False  # the table of modes gets constrained answers too
+    images: AnyPath | None = None  # folder of the same table with other images, which the model is shown
+
+    @property
+    def shown(self) -> AnyPath:
+        """The table whose images the model is shown."""
+        return self.images or self.data
 
 
 def answer(
@@ -41,19 +47,20 @@ def answer(
 ) -> bool:  # fmt: skip
     """One system's answers into answers/<slug>; False if they were there. `scores` of the split may decide them."""
     folder = task.out / "answers" / slug(name)
+    decisive = {"answers", "max_new_tokens", "temperature", "max_photos", *({"images"} if task.images else ())}
     settings = {
-        "evaluate": config.evaluate.model_dump(include={"answers", "max_new_tokens", "temperature", "max_photos"}),
+        "evaluate": config.evaluate.model_dump(include=decisive),
         "seed": config.seed,
         "dtype": config.model.dtype,
         "split": task.split,
-        "data": files_digest(tables.files(task.data, task.split)),
+        "data": files_digest(tables.files(task.shown, task.split)),
         "model": model_digest(model),
         "kinds": list(kinds),
     }
     if is_done(folder, settings, redo):
         print(f"evaluate: {name}: already answered", flush=True)
         return False
-    files = tables.files(task.data, task.split)
+    files = tables.files(task.shown, task.split)
     with writing(folder, settings) as partial:
         if config.evaluate.answers == "scored":
             columns = [column for column in asking.COLUMNS if column != "image"]
@@ -78,9 +85,9 @@ def chosen_ids(config: Config, task: Task) -> list[str]:
     Raises:
         InputError: the split has no rows.
     """
-    ids = tables.read(task.data, task.split, ["id"])["id"].to_pylist()
+    ids = tables.read(task.shown, task.split, ["id"])["id"].to_pylist()
     if not ids:
-        raise InputError(f"{task.data} has no photos in its split {task.split}: give another --data or --split.")
+        raise InputError(f"{task.shown} has no photos in its split {task.split}: give another --data or --split.")
     wanted = config.evaluate.max_photos
     if not wanted or wanted >= len(ids):
         return ids

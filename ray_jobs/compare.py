@@ -93,6 +93,10 @@ def run_step(config: Config, redo: bool = False, only: Sequence[str] = ()) -> di
 def _check(config: Config, only: Sequence[str]) -> None:
     if config.evaluate.answers == "scored":
         raise InputError("evaluate.answers is scored, which rows of the kind scored are: leave it free to compare.")
+    if config.evaluate.images == "grafts" and config.compare.systems:
+        raise InputError(
+            "evaluate.images is grafts, but rows of compare.systems see photos: set it in compare.variants instead."
+        )
     names = [row.name for row in [*config.train.systems, *config.compare.systems, *config.compare.variants]]
     slugs = [slug(name) for name in names]
     if twice := [name for name, of in zip(names, slugs, strict=True) if slugs.count(of) > 1]:

@@ -5,10 +5,12 @@
     python ray_jobs/evaluate.py --config my_city.yaml --model ours=runs/demo/models/addressvlm/merged --data new_photos.csv
     python ray_jobs/evaluate.py --model runs/a/models/addressvlm/merged --data runs/b
     python ray_jobs/evaluate.py --config demo --priors     # also constrained answers, for the table of modes
+    python ray_jobs/evaluate.py --config demo --set evaluate.images=grafts    # photos on the tile of their true place
 
 Writes <run>/answers/<system>/test-*.parquet, <run>/scores/<system>/{val,test}-*.parquet, <run>/metrics.json, <run>/modes.json
-and <run>/report.html; with --model or --data the same into <run>/evaluations/<name of the data>. Into the folders of the
-run's trained models: calibration.json, from the split val.
+and <run>/report.html; with --model or --data the same into <run>/evaluations/<name of the data>, and with
+evaluate.images=grafts into <run>/evaluations/grafts. Into the folders of the run's trained models, unless they are asked about
+grafts: calibration.json, from the split val.
 """
 
 import argparse
@@ -38,8 +40,9 @@ def run_step(config: Config, redo: bool, priors: bool = False, only: Sequence[st
     """
     run = Run(config)
     sources = report.Sources(run.photos, run.alignment, run.training, run.rejects)
-    systems = given.systems_of(config, run, only)
-    evaluate(config, Task(systems, run.photos, "test", run.folder, sources, True, priors), redo)
+    systems, images = given.systems_of(config, run, only), given.images(config, run, "test", redo)
+    out = given.out(run, None) if images else run.folder
+    evaluate(config, Task(systems, run.photos, "test", out, sources, not images, priors, images), redo)
 
 
 def evaluate(config: Config, task: Task, redo: bool) -> None:
@@ -99,9 +102,9 @@ def _scores(
         wanted[task.split] = ids
     if not wanted:
         return {}
-    made_from = {split: files_digest(tables.files(task.data, split)) for split in wanted}
+    made_from = {split: files_digest(tables.files(task.shown, split)) for split in wanted}
     made_from |= {"model": model_digest(model), "dtype": config.model.dtype, "seed": config.seed}
-    found = scoring.score(config, task.out, name, model, task.data, wanted, made_from, city, redo)
+    found = scoring.score(config, task.out, name, model, task.shown, wanted, made_from, city, redo)
     if validation:
         scoring.calibrate(config, name, model, found[scoring.VALIDATION], city)
     return found
@@ -139,12 +142,17 @@ def main(argv: list[str] | None = None) -> None:
         run_step(config, args.redo, args.priors)
         return
     run = Run(config)
+    if args.data and config.evaluate.images == "grafts":
+        raise InputError(
+            "--data and evaluate.images=grafts don't go together, the run has no map of other photos: leave one out."
+        )
     systems = given.named(args.model) or given.systems_of(config, run)
     for model in systems.values():
         locate(model)
     out = (args.out or given.out(run, args.data)).absolute()
     data = given.dataset(config, args.data, args.photos, systems, out, args.redo) if args.data else run.photos
-    evaluate(config, Task(systems, data, args.split, out, report.Sources(photos=data), False, args.priors), args.redo)
+    images = given.images(config, run, args.split, args.redo)
+    evaluate(config, Task(systems, data, args.split, out, report.Sources(photos=data), False, args.priors, images), args.redo)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the flags --model and --data of evaluate mean: models by name, the folder of a photos table."""
+"""What the flags --model and --data and the images of evaluate mean: models by name, the folder of a photos table."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from addressvlm.config import Config
 from addressvlm.config_training import SystemConfig
 from addressvlm.run import DONE, Run, is_done, named_model, slug
 from addressvlm.stores import AnyPath, path_of
-from ray_jobs import prepare
+from ray_jobs import graft, prepare
 
 
 def systems_of(config: Config, run: Run, only: Sequence[str] | None = None) -> dict[str, str]:
@@ -75,7 +75,18 @@ def dataset(config: Config, given: str, photos: str | None, models: dict[str, st
     return folder
 
 
+def images(config: Config, of: Run, split: str, redo: bool = False) -> AnyPath | None:
+    """The table with what models are shown instead of the photos of the run `of`; None: the photos.
+
+    Raises:
+        InputError: see `graft.photos_on_tiles`.
+    """
+    return graft.photos_on_tiles(config, of, split, redo) if config.evaluate.images == "grafts" else None
+
+
 def out(run: Run, data: str | None) -> AnyPath:
-    """<run>/evaluations/<name of the data>."""
+    """<run>/evaluations/<name of the data>; of the run's photos on their tiles, <run>/evaluations/grafts."""
+    if not data and run.config.evaluate.images == "grafts":
+        return run.folder / "evaluations" / "grafts"
     path = path_of(data).resolve() if data else run.folder
     return run.folder / "evaluations" / (path.parent.name if path.name == "photos" else path.stem)

@@ -15,9 +15,10 @@ from addressvlm import InputError, tables
 from addressvlm.cities.source import resolve
 from addressvlm.config import Config
 from addressvlm.files import write_parquet
-from addressvlm.maps.grafts import Grafter, graft_batch
+from addressvlm.maps.grafts import Grafter, graft_batch, graft_photos_batch
 from addressvlm.run import Run, is_done, resuming
-from addressvlm.shards import Rows, Work, forget, plan, sources_fingerprint
+from addressvlm.shards import Work, forget, plan, sources_fingerprint
+from addressvlm.stores import AnyPath
 from ray_jobs import common, prepare
 from ray_jobs.stream import sharded
 
@@ -41,32 +42,66 @@ def run_step(config: Config, redo: bool) -> None:
     if is_done(run.grafts, settings(config), redo):
         print("graft: already done", flush=True)
         return
-    shards = plan(run.photos, "train", SHARD)
-    total = sum(shard.rows for shard in shards)
+    files, tiles = _sources(config, run)
+    work = Work(partial(graft_batch, *files, tiles), tables.GRAFTS, COLUMNS, sources_fingerprint(*files))
+    with resuming(run.grafts, settings(config), redo) as folder:
+        told = _make(run, "train", folder, work, "graft")
+    print(f"graft: {told[0]:,} grafted images in {run.grafts}, {told[1]:,} rejected", flush=True)
+
+
+def photos_on_tiles(config: Config, of: Run, split: str, redo: bool = False) -> AnyPath:
+    """The photos of a split, each on the tile of its place, for `evaluate.images: grafts`: their table with other images.
+
+    Args:
+        config: whose tiles they are, and whose run keeps them.
+        of: the run with the photos and their city.
+
+    Raises:
+        InputError: as `run_step`, or a graft would be two images.
+    """
+    if config.tiles.layout == "two":
+        raise InputError("evaluate.images is grafts and tiles.layout is two, but one image is asked about: set it to graft.")
+    target = Run(config).grafted / split
+    photos = sources_fingerprint(*map(str, tables.files(of.photos, split)))
+    made_from = {"photos": photos, "tiles": settings(config)["tiles"]}
+    if is_done(target, made_from, redo):
+        return target
+    files, tiles = _sources(of.config.model_copy(update={"tiles": config.tiles}), of)
+    work = Work(partial(graft_photos_batch, *files, tiles, split), tables.PHOTOS, None, sources_fingerprint(*files))
+    with resuming(target, made_from, redo) as folder:
+        told = _make(of, split, folder, work, f"graft-{Run(config).folder.name}-{split}")
+    print(f"graft: {told[0]:,} photos of the split {split} on their tiles in {target}, {told[1]:,} rejected", flush=True)
+    return target
+
+
+def _sources(config: Config, run: Run) -> tuple[tuple[str | None, str | None], str]:
+    """The files of streets and imagery, and the settings of tiles as JSON; a missing file is told before Ray is asked."""
     sources = resolve(config, run)
     if sources.city.streets and not run.roads.is_file():
         raise InputError(f"there is no {run.roads} to draw tiles from: run prepare again, with --redo.")
     files = (str(run.roads) if sources.city.streets else None, sources.tiles.imagery)
-    Grafter(*files, sources.tiles)  # a missing file is told before Ray is asked
-    function = partial(graft_batch, *files, sources.tiles.model_dump_json())
-    with resuming(run.grafts, settings(config), redo) as folder:
-        made = sharded("graft", shards, folder, Work(function, tables.GRAFTS, COLUMNS, sources_fingerprint(*files)))
-        written = sum(summary["written"].get("train", 0) for summary in made)
-        rejects = [reject for summary in made for reject in summary["rejects"]]
-        _write_rejects(run, rejects)
-        if not written or len(rejects) > config.city.max_reject_share * total:
-            forget(folder, [summary for summary in made if summary["rejects"]])
-            first = rejects[0]["reason"].rstrip(".") if rejects else "there are no training photos"
-            more = ", or raise city.max_reject_share" if written else ""
-            raise InputError(
-                f"{len(rejects)} of {total} photos have no graft (the first: {first}): mend tiles.imagery or city.streets for "
-                f"the places listed in {run.rejects / 'graft.parquet'}{more}."
-            )
-    print(f"graft: {written:,} grafted images in {run.grafts}, {len(rejects):,} rejected", flush=True)
+    Grafter(*files, sources.tiles)
+    return files, sources.tiles.model_dump_json()
 
 
-def _write_rejects(run: Run, rejects: Rows) -> None:
-    write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), run.rejects / "graft.parquet")
+def _make(run: Run, split: str, folder: AnyPath, work: Work, step: str) -> tuple[int, int]:
+    """Graft a split of a run's photos; how many were written and rejected."""
+    shards = plan(run.photos, split, SHARD)
+    total = sum(shard.rows for shard in shards)
+    made = sharded("graft", shards, folder, work)
+    written = sum(summary["written"].get(split, 0) for summary in made)
+    rejects = [reject for summary in made for reject in summary["rejects"]]
+    file = run.rejects / f"{step}.parquet"
+    write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), file)
+    if not written or len(rejects) > run.config.city.max_reject_share * total:
+        forget(folder, [summary for summary in made if summary["rejects"]])
+        first = rejects[0]["reason"].rstrip(".") if rejects else f"there are no {split} photos"
+        more = ", or raise city.max_reject_share" if written else ""
+        raise InputError(
+            f"{len(rejects)} of {total} photos have no graft (the first: {first}): mend tiles.imagery or city.streets for "
+            f"the places listed in {file}{more}."
+        )
+    return written, len(rejects)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -149,7 +149,7 @@ def _plan(config: Config, shards: list[Shard], ledger: Ledger, redo: bool) -> Pl
 def _requests(config: Config, shards: list[Shard]) -> Iterator[Request]:
     """The rows whose image can be decoded, in order."""
     prompt, city = prompt_of(config.labels), city_of(str(Run(config).gazetteer))
-    columns = ["id", "image", "facts"] if prompt.shows == "graft" else ["id", "image", "street", "district"]
+    columns = ["id", "image", "tile", "facts"] if prompt.shows == "graft" else ["id", "image", "street", "district"]
     for rows in chain.from_iterable(shard.batches(columns) for shard in shards):
         for row in rows:  # one after another, so that memory holds no more than is asked about
             for _, request in readable([row], prompt, city)[0]:

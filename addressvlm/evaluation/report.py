@@ -24,6 +24,7 @@ from addressvlm.evaluation.figures import CityMap, interval_bar, loss_curves
 from addressvlm.evaluation.metrics import DESCRIPTIONS, MEANS, METRICS, paired
 from addressvlm.evaluation.pictures import data_url, pictures
 from addressvlm.evaluation.reliability import reliability_diagram
+from addressvlm.grafting import shown
 from addressvlm.labels.tally import summary
 from addressvlm.run import slug
 
@@ -222,7 +223,7 @@ def _grafts(alignment: Path | None, seed: int) -> list[Row]:
     ids = tables.read(alignment, "train", ["id"])["id"].to_pylist()
     chosen = set(random.Random(seed).sample(ids, min(GRAFTS, len(ids))))
     found = [row for row in tables.rows(alignment, "train") if row["id"] in chosen]
-    return [{**row, "picture": data_url(row["image"]["bytes"]), "round": row["rounds"][-1]} for row in found]
+    return [{**row, "picture": data_url(shown(row)), "round": row["rounds"][-1]} for row in found]
 
 
 def _curves(systems: list[Row], training: Path | None) -> list[Row]:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from addressvlm import tables
 from addressvlm.errors import InputError
+from addressvlm.grafting import shown
 from addressvlm.run import storage_error
 
 LEVELS = ("wrong", "partly", "right")  # from the worst
@@ -113,7 +114,8 @@ def _items(
             said = row["rounds"][-1]
             text = f"{run}\n{row['id']}\n{said['answer']}"
             yield {
-                **{key: row[key] for key in ("id", "place", "image", "street", "district", "source")},
+                **{key: row[key] for key in ("id", "place", "street", "district", "source")},
+                "image": {**row["image"], "bytes": shown(row)},
                 "item": hashlib.sha256(text.encode()).hexdigest()[:10],
                 "run": str(run),
                 "question": said["question"],

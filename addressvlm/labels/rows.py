@@ -9,7 +9,7 @@ from typing import Any
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.config_labels import LabelsConfig
 from addressvlm.errors import InputError
-from addressvlm.grafting import decode_photo
+from addressvlm.grafting import decode_photo, shown
 from addressvlm.labels import Label, Labeler, Request, beginning, make_labeler
 from addressvlm.labels.facts import Facts, photo_facts
 from addressvlm.labels.ledger import Ledger
@@ -54,9 +54,10 @@ def readable(
     found, rejects = [], []
     for row in rows:
         try:
+            request = request_of(row, prompt, city)
             if prompt.shows == "graft":
-                decode_photo(row["image"]["bytes"], LOOKED_AT_PIXELS)
-            found.append((row, request_of(row, prompt, city)))
+                decode_photo(request.image, LOOKED_AT_PIXELS)
+            found.append((row, request))
         except InputError as error:
             rejects.append({"file": row["image"]["path"], "row": None, "id": row["id"], "reason": str(error)})
     return found, rejects
@@ -72,9 +73,9 @@ def request_of(row: dict[str, Any], prompt: Prompt, city: str = "") -> Request:
     """What a labeler is asked about a row: of GRAFTS, or of PHOTOS, whose facts are those that need no map.
 
     Raises:
-        InputError: the image of a photo can't be decoded.
+        InputError: the image of a photo, or one of two images, can't be decoded.
     """
-    data = row["image"]["bytes"]
+    data = shown(row)
     if prompt.shows == "graft":
         return Request(row["id"], data, Facts.from_json(row["facts"]))
     return Request(row["id"], data, photo_facts(row["street"], row["district"], decode_photo(data, FACTS_PIXELS), city))
@@ -87,7 +88,7 @@ def labelled(
     level = LEVELS[prompt.shows]
     return [
         {
-            **{key: row[key] for key in ("id", "place", "image", "street", "district")},
+            **{key: row.get(key) for key in ("id", "place", "image", "tile", "street", "district")},
             "rounds": [*_asked(row, config, seed), _round(level, "explanation", label.question, label.text)],
             "source": label.source,
             "attempts": label.attempts,

@@ -7,7 +7,7 @@ from typing import Any
 
 from addressvlm.config import TilesConfig
 from addressvlm.errors import InputError
-from addressvlm.grafting import graft_photo
+from addressvlm.grafting import graft_photo, pair
 from addressvlm.labels.facts import facts_of
 from addressvlm.maps.tiles import Tile, TileRenderer
 from addressvlm.shards import Made, Rows
@@ -30,6 +30,13 @@ def graft_batch(streets: str | None, imagery: str | None, tiles: str, photos: Ro
         else:
             rejects.append({"file": row["image"]["path"], "row": None, "id": row["id"], "reason": reason})
     return Made({"train": good}, rejects)
+
+
+def graft_photos_batch(streets: str | None, imagery: str | None, tiles: str, split: str, photos: Rows) -> Made:
+    """Rows of PHOTOS -> the same rows of the same split with the graft for their image, and rejects as `graft_batch`."""
+    made = graft_batch(streets, imagery, tiles, photos)
+    grafts = {row["id"]: row["image"] for row in made.tables["train"]}
+    return Made({split: [{**row, "image": grafts[row["id"]]} for row in photos if row["id"] in grafts]}, made.rejects)
 
 
 @cache
@@ -58,13 +65,23 @@ class Grafter:
                 yield {**row, **self._graft(photo), "reason": None}
             except InputError as error:
                 path = photo["image"]["path"]
-                yield {**row, "image": {"bytes": None, "path": path}, "names": [], "facts": "", "reason": str(error)}
+                yield {
+                    **row,
+                    "image": {"bytes": None, "path": path},
+                    "tile": None,
+                    "names": [],
+                    "facts": "",
+                    "reason": str(error),
+                }
 
     def _graft(self, photo: dict[str, Any]) -> dict[str, Any]:
         config = self.config
         tile = self._tile((photo["lat"], photo["lon"], photo["main_street"]))
-        encoded = photo["image"]["bytes"]
-        image, small = graft_photo(tile.image, encoded, config.covered, config.jpeg_quality)
+        encoded, path, beneath = photo["image"]["bytes"], photo["image"]["path"], None
+        if config.layout == "two":
+            image, beneath, small = pair(tile.image, encoded, config.jpeg_quality)
+        else:
+            image, small = graft_photo(tile.image, encoded, config.covered, config.jpeg_quality)
         facts = facts_of(
             photo["street"],
             photo["district"],
@@ -79,7 +96,8 @@ class Grafter:
             main_street=photo["main_street"],
         )
         return {
-            "image": {"bytes": image, "path": photo["image"]["path"]},
+            "image": {"bytes": image, "path": path},
+            "tile": beneath and {"bytes": beneath, "path": None},
             "names": tile.names,
             "facts": facts.to_json(),
         }

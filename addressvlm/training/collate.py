@@ -1,4 +1,4 @@
-"""Conversations about one image -> token batches whose loss is on the answers only (paper 001, eq. 2)."""
+"""Conversations about an image, or two -> token batches whose loss is on the answers only (paper 001, eq. 2)."""
 
 import io
 from dataclasses import dataclass, field
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from PIL import Image
+
+from addressvlm.errors import InputError
 
 IGNORE = -100  # label of a token without loss
 KINDS = ("generation", "judgment", "choice", "explanation")  # of rounds, by number; others count as one more
@@ -19,36 +21,43 @@ class UnusableError(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and the question/answer rounds about it."""
+    """One image, or a photo and its tile, and the question/answer rounds about it."""
 
     image: Image.Image
     rounds: list[tuple[str, str]]
     kinds: tuple[str, ...] = ()  # of the rounds: generation, judgment, choice or explanation
+    tile: Image.Image | None = None  # the second image
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """In the order in which the conversation shows them."""
+        return [self.image, self.tile] if self.tile else [self.image]
 
 
 def sample_of(row: dict[str, Any]) -> Sample:
-    """A row of a photos or alignment table (columns `image`, `rounds`) as a sample.
+    """A row of a photos or alignment table (columns `image`, `rounds`, in some `tile`) as a sample.
 
     Raises:
-        UnusableError: its image can't be decoded, or it has no rounds.
+        UnusableError: an image of it can't be decoded, or it has no rounds.
     """
     if not row["rounds"]:
         raise UnusableError("there is no question")
     kinds = tuple(r.get("kind") or "" for r in row["rounds"])
-    return Sample(image_of(row), [(r["question"], r["answer"]) for r in row["rounds"]], kinds)
+    rounds = [(r["question"], r["answer"]) for r in row["rounds"]]
+    return Sample(image_of(row), rounds, kinds, image_of(row, "tile") if row.get("tile") else None)
 
 
-def image_of(row: dict[str, Any]) -> Image.Image:
+def image_of(row: dict[str, Any], column: str = "image") -> Image.Image:
     """The decoded image of a row.
 
     Raises:
         UnusableError: it can't be decoded.
     """
     try:
-        with Image.open(io.BytesIO(row["image"]["bytes"])) as picture:
+        with Image.open(io.BytesIO(row[column]["bytes"])) as picture:
             return picture.convert("RGB")
     except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnusableError(f"the image can't be decoded ({' '.join(str(error).split())[:80]})") from None
+        raise UnusableError(f"the {column} can't be decoded ({' '.join(str(error).split())[:80]})") from None
 
 
 def number_of(kind: str) -> int:
@@ -56,11 +65,11 @@ def number_of(kind: str) -> int:
     return KINDS.index(kind) if kind in KINDS else len(KINDS)
 
 
-def messages(rounds: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Rounds as chat messages, the image in the first one; an empty answer at the end leaves the question open."""
+def messages(rounds: list[tuple[str, str]], images: int = 1) -> list[dict[str, Any]]:
+    """Rounds as chat messages, the images in the first one; an empty answer at the end leaves the question open."""
     chat: list[dict[str, Any]] = []
     for number, (question, answer) in enumerate(rounds):
-        parts: list[dict[str, Any]] = [{"type": "image"}] if number == 0 else []
+        parts: list[dict[str, Any]] = [{"type": "image"}] * images if number == 0 else []
         chat.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
         if answer:
             chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
@@ -93,13 +102,14 @@ class Collator:
         return self.batch([self.encode(sample) for sample in samples])
 
     def encode(self, sample: Sample) -> "Row":
-        """Tokens and image of one sample.
+        """Tokens and images of one sample.
 
         Raises:
             UnusableError: it has more tokens than the model has positions for, or no answer to learn from.
+            InputError: it has two images, and the model's family takes one.
         """
-        turns = self._turns(sample.rounds)
-        first = self.processor(text=[turns[0][0]], images=[[sample.image]])
+        turns = self._turns(sample.rounds, len(sample.images))
+        first = self._read(turns[0][0], sample.images)
         row = self._row(list(first["input_ids"][0]), turns, [number_of(kind) for kind in sample.kinds])
         if all(label == IGNORE for label in row.labels):
             raise UnusableError("there is no answer")
@@ -137,23 +147,38 @@ class Collator:
             batch[key] = _stacked([row.image[key] for row in rows])
         return batch
 
-    def _turns(self, rounds: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    def _read(self, prompt: str, images: list[Image.Image]) -> Any:
+        """What the processor makes of the first prompt and its images."""
+        if len(images) == 1:
+            return self.processor(text=[prompt], images=[images])
+        try:
+            if prompt.count(self.processor.image_token) == len(images):
+                return self.processor(text=[prompt], images=[images])
+            why = f"its chat template shows {prompt.count(self.processor.image_token)} of them"
+        except (ValueError, TypeError, IndexError, AttributeError) as error:
+            why = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"the base model can't be given {len(images)} images in a conversation ({why}): set tiles.layout to graft or "
+            "beside, or take another model.base."
+        )
+
+    def _turns(self, rounds: list[tuple[str, str]], images: int) -> list[tuple[str, str]]:
         """The conversation's text cut at every answer's start and end: [(prompt, answer), …].
 
-        With `apart` every prompt begins anew, with the image.
+        With `apart` every prompt begins anew, with the images.
         """
         template = self.processor.apply_chat_template
         turns, at = [], 0
         for number, (question, answer) in enumerate(rounds):
             before = [] if self.apart else rounds[:number]
-            prompt = template(messages([*before, (question, "")]), add_generation_prompt=True, tokenize=False)
-            whole = template(messages([*before, (question, answer)]), tokenize=False)
+            prompt = template(messages([*before, (question, "")], images), add_generation_prompt=True, tokenize=False)
+            whole = template(messages([*before, (question, answer)], images), tokenize=False)
             turns.append((prompt[at:], whole[len(prompt) :]))
             at = 0 if self.apart else len(whole)
         return turns
 
     def _row(self, first: list[int], turns: list[tuple[str, str]], kinds: list[int]) -> "Row":
-        """Tokens of all turns; `first` are those of the first prompt, its image included."""
+        """Tokens of all turns; `first` are those of the first prompt, its images included."""
         row = Row()
         shared = self._after_image(first) if self.apart else 0
         row.add(first[:shared], IGNORE, 0, 0)
@@ -170,7 +195,7 @@ class Collator:
         return row
 
     def _after_image(self, ids: list[int]) -> int:
-        """Where the text after the image begins."""
+        """Where the text after the last image begins."""
         image = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
         return len(ids) - ids[::-1].index(image)
 

@@ -202,7 +202,9 @@ def _rows(config: Config, stage: StageConfig, base: Outline, table: Table | None
         asked = templates("street", "choice")[0].format(options="; ".join(["Forbes Avenue"] * 4))
         rounds = config.city.rounds if "photos" in stage.tables else 1
         answer = "Forbes Avenue, Oakland" if "photos" in stage.tables else "Forbes Avenue runs there. " * 12
-        return [collate.encode(Sample(Image.new("RGB", (side, side)), [(asked, answer)] * rounds))]
+        image = Image.new("RGB", (side, side))
+        tile = image if config.tiles.layout == "two" and "alignment" in stage.tables else None
+        return [collate.encode(Sample(image, [(asked, answer)] * rounds, tile=tile))]
     last = int(table.starts[-1])
     found = []
     for index in range(0, last, max(1, last // LOOKED_AT)):

@@ -35,7 +35,7 @@ class Rows:
         InputError: the split has no files.
     """
 
-    def __init__(self, folder: AnyPath, split: str, columns: tuple[str, ...] = ("id", "image", "rounds")) -> None:
+    def __init__(self, folder: AnyPath, split: str, columns: tuple[str, ...] = ("id", "image", "tile", "rounds")) -> None:
         self.files = [parquet(path) for path in tables.files(folder, split)]
         self.columns = list(columns)
         self.groups = [

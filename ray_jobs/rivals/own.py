@@ -2,12 +2,13 @@
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from safetensors import safe_open
 
+from addressvlm import tables
 from addressvlm.config import Config
 from addressvlm.config_training import SystemConfig
 from addressvlm.evaluation.parsing import Judge
@@ -41,13 +42,17 @@ def run(work: Work, own: Own, task: Task, judge: Judge, redo: bool = False) -> t
         train.run_step(config, redo, [system.name])
     model = locate(given.model_of(config, its_run, system))
     ids, need = work.ids[task.split], config.evaluate
+    task = replace(task, images=given.images(config, work.run, task.split, redo))
+    there = set(tables.read(task.shown, task.split, ["id"])["id"].to_pylist())
+    without, ids = len(set(ids) - there), [photo for photo in ids if photo in there]
     begun = time.monotonic()
     if answering.answer(config, task, own.name, model, ids, judge, work.gazetteer, {}, redo):
         held = {"cpus": need.workers * need.cpus_per_worker, "gpus": need.workers * need.gpus_per_worker}
         work.note(own.name, "answering", {"seconds": time.monotonic() - begun, "photos": len(ids), **held})
     if system.stages:
         work.note(own.name, "training", _training(config, system, its_run))
-    return described(config, system), answering.read(task, own.name)
+    notes = {"photos without a tile": without} if without else {}
+    return replace(described(config, system), notes=notes), answering.read(task, own.name)
 
 
 def described(config: Config, system: SystemConfig) -> Outcome:
