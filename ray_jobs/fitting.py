@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")  # importing torch can take minutes on a busy machine
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # or every line of a worker comes twice
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # Ray's own error line; lost nodes are noticed without it
 
@@ -37,6 +36,8 @@ from ray_jobs.failures import explained, sentence_of, told
 from ray_jobs.heartbeat import Heartbeat
 
 QUIET_S = 30.0  # without a step for so long, the driver says that it is still there
+PLACE_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # how long Ray waits for nodes that have room for all workers
+PLACE_TIMEOUT_SET = os.environ.get(PLACE_TIMEOUT)
 
 
 def require_workers(config: Config, name: str, fewest: int | None = None) -> None:
@@ -65,6 +66,7 @@ def fit(
         InputError: a worker or Ray gave up for a reason that a person can mend.
     """
     run, train, notice = Run(config), config.train, failures.notice()
+    os.environ[PLACE_TIMEOUT] = PLACE_TIMEOUT_SET or place_timeout_s(fewest)
     trainer = TorchTrainer(
         worker,
         train_loop_config={"config": _absolute(config).model_dump(), "notice": notice, **given},
@@ -77,7 +79,7 @@ def fit(
             name=slug(name),
             **_kept_in(run.training),
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
-            failure_config=FailureConfig(max_failures=train.max_failures, controller_failure_limit=0),
+            failure_config=failures_allowed(config, fewest),
             logging_config=LoggingConfig(log_level="CRITICAL"),  # what matters of it is said below
         ),
     )
@@ -89,6 +91,21 @@ def fit(
         raise told(notice) or explained(error, config, name) or error from error
     if said := told(notice):
         raise said
+
+
+def place_timeout_s(fewest: int | None) -> str:
+    """How long Ray Train waits for room for its workers, in seconds.
+
+    All of them: until a lost node is replaced. With `fewest`, Ray counts nodes again every 20 s, so that after a loss it first
+    asks for room that is gone; then the wait must end before it tries with those that are left.
+    """
+    return "60" if fewest else "900"
+
+
+def failures_allowed(config: Config, fewest: int | None) -> FailureConfig:
+    """How often Ray Train tries again: after lost workers, and with `fewest` when there was no room for what it asked for."""
+    most = config.train.max_failures
+    return FailureConfig(max_failures=most, controller_failure_limit=most if fewest else 0)
 
 
 def _kept_in(folder: AnyPath) -> dict[str, Any]:

@@ -17,12 +17,18 @@ import psutil
 REPOSITORY = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent
 DEADLINE_S = 1800.0
-WAITS = {  # a node that refuses connections is dead after a second; one that is only slow has ten to answer
+STARTS = 8  # of a node
+WAITS = {  # a node whose process is gone refuses connections and is dead after a second; one that is only slow has minutes
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "300",
-    "RAY_health_check_timeout_ms": "10000",
+    "RAY_health_check_timeout_ms": "120000",
     "RAY_health_check_failure_threshold": "3",
-    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_grpc_keepalive_timeout_ms": "120000",
+    "RAY_gcs_rpc_server_connect_timeout_s": "120",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "300",
+    "RAY_agent_register_timeout_ms": "600000",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_raylet_start_wait_time_s": "60",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "PYTHONUNBUFFERED": "1",  # or `ray start --block` says nothing
 }
@@ -32,7 +38,8 @@ class Node:
     """One `ray start`."""
 
     def __init__(self, environment: dict[str, str], *arguments: str) -> None:
-        command = [
+        self._environment = environment
+        self._command = [
             str(PROGRAMS / "ray"),
             "start",
             "--block",
@@ -40,16 +47,28 @@ class Node:
             "--object-store-memory=80000000",
             *arguments,
         ]
-        self._process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self._command, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def up(self) -> "Node":
-        """Wait until it belongs to the cluster."""
-        said = []
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            said.append(line)
-            if "Ray runtime started" in line:
-                return self
+        """Wait until it belongs to the cluster.
+
+        A raylet whose agents take longer than 15 s to start dies, and no setting gives them more: then once more.
+        """
+        for _ in range(STARTS):
+            said = []
+            assert self._process.stdout is not None
+            for line in self._process.stdout:
+                said.append(line)
+                if "Ray runtime started" in line:
+                    return self
+            self.kill()
+            self._process = self._start()
+        self.kill()
         raise AssertionError("".join(said))
 
     def works(self, on: str) -> bool:
@@ -78,6 +97,7 @@ class Nodes:
         here = {"PYTHONPATH": str(REPOSITORY), "RAY_TMPDIR": str(folder), "RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
         self.environment = {**os.environ, **token, **WAITS, **here}
         self._nodes: list[Node] = []  # the head first
+        self._replacing = threading.Lock()
 
     def start(self) -> None:
         """One after the other: nodes that start at the same moment choose the same sockets."""
@@ -96,9 +116,10 @@ class Nodes:
         return self._node(f"--address={self.environment['RAY_ADDRESS']}", "--num-cpus=1")
 
     def replace(self, on: str) -> None:
-        """Kill -9 the first node that works on this, as soon as one does, and put another into its place."""
-        number = self.lose(on)
-        self._nodes.insert(number, self._another().up())
+        """Kill -9 the first node that works on this, as soon as one does, and put another into its place; one at a time."""
+        with self._replacing:
+            number = self.lose(on)
+            self._nodes.insert(number, self._another().up())
 
     def lose(self, on: str) -> int:
         """Kill -9 the first node that works on this, as soon as one does; its number."""

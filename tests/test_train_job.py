@@ -18,8 +18,10 @@ import psutil
 import pytest
 import torch
 import yaml
-from ray.train import WorkerGroupError
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from safetensors.torch import load_file
 
 from addressvlm import InputError
@@ -28,6 +30,7 @@ from addressvlm.run import LAST_MODEL, Run, mark_done
 from addressvlm.training.system import train_system
 from ray_jobs import graft, label, prepare, train
 from ray_jobs.failures import explained
+from ray_jobs.fitting import failures_allowed, place_timeout_s
 from tests.cities import trained_config
 from tests.tiny import tiny_llava
 
@@ -228,6 +231,17 @@ def test_more_workers_than_the_cluster_has_is_told(tmp_path: Path, base: Path, r
     config.train.cpus_per_worker, config.train.gpus_per_worker = 1, 16
     with pytest.raises(InputError, match=r"asks for 32 GPUs and the cluster has 0: lower train.workers"):
         train.run_step(config, False, [SYSTEM])
+
+
+def test_room_that_went_away_is_not_waited_for_when_fewer_workers_will_do() -> None:
+    config = Config.model_validate({"name": "x", "train": {"max_failures": 2}})
+    gone = ControllerError(WorkerGroupStartupTimeoutError(2))
+    fewer, all_of_them = (DefaultFailurePolicy(failures_allowed(config, fewest)) for fewest in (1, None))
+    decisions = [fewer.make_decision(gone) for _ in range(3)]
+    assert decisions == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
+    assert all_of_them.make_decision(gone) == FailureDecision.RAISE
+    counted_every = _AutoscalingCoordinatorActor.TICK_INTERVAL_S
+    assert counted_every < float(place_timeout_s(1)) < float(place_timeout_s(None))  # so the second try knows what is left
 
 
 def test_labels_are_made_only_for_systems_that_learn_from_them(
