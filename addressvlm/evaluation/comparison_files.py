@@ -89,7 +89,7 @@ def _difference(cell: Interval) -> str:
     if cell["value"] is None or cell["low"] is None or cell["high"] is None:
         return "–"
     value, low, high = (100 * -end for end in (cell["value"], cell["high"], cell["low"]))
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{value:+z.1f} ({low:+z.1f} to {high:+z.1f})"
 
 
 def _p(p: float) -> str:

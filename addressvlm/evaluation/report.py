@@ -119,7 +119,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
     )
     environment.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.1f}"
-    environment.filters["points"] = lambda share: "–" if share is None else f"{100 * share:+.1f}".replace("-", "−")
+    environment.filters["points"] = lambda share: "–" if share is None else f"{100 * share:+z.1f}".replace("-", "−")
     environment.filters["metric"] = _metric_name
     environment.filters["words"] = words
     return environment.get_template("report.html")
