@@ -97,6 +97,8 @@ def test_models_of_the_run_are_asked_about_grafts_beside_what_they_said_of_photo
 
     evaluate.run_step(asked, redo=False)
     assert "zero-shot: already answered" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"grafted/test was made with other settings \(tiles\.delta"):
+        evaluate.run_step(shown(config, delta=0.3), redo=False)
 
 
 def test_a_variant_with_the_map_stands_beside_rows_of_photos(config: Config) -> None:
@@ -128,7 +130,6 @@ def test_a_variant_with_the_map_stands_beside_rows_of_photos(config: Config) -> 
     ("changes", "flags", "sentence"),
     [
         ({"layout": "two"}, [], "tiles.layout is two, but one image is asked about"),
-        ({"delta": 0.3}, [], r"grafted/test was made with other settings \(tiles\.delta"),
         ({}, ["--data", "runs/other"], "--data and evaluate.images=grafts don't go together"),
         ({}, ["--split", "none"], r"no table .*none-\*\.parquet"),
     ],
