@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from addressvlm import InputError, tables
@@ -12,7 +12,7 @@ from addressvlm.answers.calibration import Calibration
 from addressvlm.config import Config
 from addressvlm.evaluation import modes
 from addressvlm.evaluation.scores import scored
-from addressvlm.run import is_done, slug, writing
+from addressvlm.run import DONE, is_done, slug, writing
 from addressvlm.stores import AnyPath, path_of
 from ray_jobs.asking import Holder, scores_of
 
@@ -42,23 +42,33 @@ def score(
 ) -> dict[str, list[Row]]:  # fmt: skip
     """One system's rows of SCORES for each split of `wanted` (split -> ids), from scores/<slug> or new.
 
-    `scorer` holds the model where it is no vision-language model.
+    Splits that are there already are kept, whoever wanted them. `scorer` holds the model where it is no vision-language model.
 
     Raises:
         InputError: neither the model nor the data has a gazetteer, or the folder was made otherwise.
     """
     folder = folder / "scores" / slug(name)
-    settings = {**made_from, "photos": {split: len(ids) for split, ids in wanted.items()}}
-    if not is_done(folder, settings, redo):
+    counts = {split: len(ids) for split, ids in wanted.items()}
+    before = {} if redo or not (folder / DONE).is_file() else json.loads((folder / DONE).read_text())
+    held = before.get("photos", {})
+    missing = [split for split in wanted if split not in held]
+    settings = {**{split: before[split] for split in held}, **made_from, "photos": {**held, **counts}}
+    there = {key: of for key, of in settings.items() if key not in missing} | {"photos": {**held, **_only(counts, held)}}
+    if not is_done(folder, there, redo) or missing:
         if not gazetteer_of(model, city).addresses:
             raise InputError(f"neither {model} nor {data} holds a {GAZETTEER}: addresses can't be scored without their names.")
-        files = [file for split in wanted for file in tables.files(data, split)]
-        ids = [photo for of_split in wanted.values() for photo in of_split]
+        files = [file for split in missing for file in tables.files(data, split)]
+        ids = [photo for split in missing for photo in wanted[split]]
         found = {row["id"]: row for row in scores_of(config, name, model, files, ids, city, scorer)}
+        rows = {split: list(tables.rows(folder, split)) for split in held}
         with writing(folder, settings) as partial:
-            for split, of_split in wanted.items():
-                tables.write(partial, split, (found[photo] for photo in of_split), tables.SCORES)
+            for split, of_split in (rows | {split: [found[photo] for photo in wanted[split]] for split in missing}).items():
+                tables.write(partial, split, of_split, tables.SCORES)
     return {split: list(tables.rows(folder, split)) for split in wanted}
+
+
+def _only(of: Row, keys: Collection[str]) -> Row:
+    return {key: value for key, value in of.items() if key in keys}
 
 
 def calibrate(config: Config, name: str, model: str, rows: Sequence[Row], city: Gazetteer) -> Calibration:

@@ -3,15 +3,19 @@
 import random
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import shapely
 
+from addressvlm import InputError
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.answers.calibration import Calibration
+from addressvlm.config import Config
 from addressvlm.evaluation import modes, scores, table
 from addressvlm.evaluation.metrics import share
 from addressvlm.evaluation.reliability import reliability_diagram
 from addressvlm.questions import test_rounds as rounds_to_test
+from ray_jobs import scoring
 
 ADDRESSES = [Address(f"Street {letter}", f"District {i % 3}") for i, letter in enumerate("ABCDEFGHIJKL")]
 LINES = {a.street: shapely.LineString([(i / 500, 0), (i / 500, 0.001)]) for i, a in enumerate(ADDRESSES)}
@@ -130,3 +134,30 @@ def test_shares_of_places():
     assert found["value"] == 0.5
     assert (found["low"], found["high"], found["n"]) == (0, 1, 4)
     assert share([], [])["value"] is None
+
+
+def test_scores_of_one_split_are_kept_when_another_is_wanted(tmp_path, monkeypatch):
+    of, asked = {row["id"]: row for row in rows(6)}, []
+
+    def answer(config, name, model, files, ids, city, scorer):
+        asked.append(list(ids))
+        return [of[photo] for photo in ids]
+
+    def score(*splits, **made_from):
+        wanted = {split: {"val": ["0", "1"], "test": ["2", "3", "4"]}[split] for split in splits}
+        made_from = {**{split: f"digest of {split}" for split in splits}, "model": "m", **made_from}
+        return scoring.score(Config(), tmp_path, "System", "no-model", tmp_path, wanted, made_from, CITY, False)
+
+    monkeypatch.setattr(scoring, "scores_of", answer)
+    monkeypatch.setattr(scoring.tables, "files", lambda data, split: [f"{split}.parquet"])
+    monkeypatch.setattr(
+        scoring.tables, "rows", lambda folder, split: iter(pq.read_table(folder / f"{split}-00000.parquet").to_pylist())
+    )
+    assert [row["id"] for row in score("val")["val"]] == ["0", "1"]
+    both = score("val", "test")
+    assert [row["id"] for row in both["test"]] == ["2", "3", "4"]
+    assert both["val"] == score("val")["val"]
+    assert asked == [["0", "1"], ["2", "3", "4"]]
+    for other in ({"model": "another"}, {"val": "another digest"}):
+        with pytest.raises(InputError, match="made with other settings"):
+            score("val", "test", **other)

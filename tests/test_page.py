@@ -99,6 +99,7 @@ def test_below_the_threshold_it_says_so(opened: Open) -> None:
     assert (sent(page, "threshold"), found["known"], found["address"]) == ("1", False, None)
     expect(page.locator("#plate")).to_have_text("I don't knowthese are the likeliest")
     expect(page.locator("#verdict")).to_contain_text("Not sure enough")
+    expect(page.locator("body")).to_contain_text("It is never sure enough to name an address.")
     expect(page.locator("#candidates li")).to_have_count(2)
     assert page.locator("#status").inner_text().startswith("I don't know. The likeliest is")
 

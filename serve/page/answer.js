@@ -59,7 +59,8 @@ function meaning(known, confidence, threshold) {
   const often = Math.round(100 * confidence);
   const right = often < 1 ? "By its own estimate the first is right less often than once in 100 times." : `By its own estimate, answers like this are right about ${often} times in 100.`;
   if (threshold === 0) return `${right} This was never checked against photos whose address is known.`;
-  return known || threshold === undefined ? right : `${right} Below ${percent(threshold)} no address is named.`;
+  if (known || threshold === undefined) return right;
+  return `${right} ${threshold < 1 ? `Below ${percent(threshold)} no address is named.` : "It is never sure enough to name an address."}`;
 }
 
 /** Likely streets are hot, unlikely ones grey. */
