@@ -52,7 +52,7 @@ def score(
     before = {} if redo or not (folder / DONE).is_file() else json.loads((folder / DONE).read_text())
     held = before.get("photos", {})
     missing = [split for split in wanted if split not in held]
-    settings = {**{split: before[split] for split in held}, **made_from, "photos": {**held, **counts}}
+    settings = {**_only(before, held), **made_from, "photos": {**held, **counts}}
     there = {key: of for key, of in settings.items() if key not in missing} | {"photos": {**held, **_only(counts, held)}}
     if not is_done(folder, there, redo) or missing:
         if not gazetteer_of(model, city).addresses:

@@ -158,6 +158,9 @@ def test_scores_of_one_split_are_kept_when_another_is_wanted(tmp_path, monkeypat
     assert [row["id"] for row in both["test"]] == ["2", "3", "4"]
     assert both["val"] == score("val")["val"]
     assert asked == [["0", "1"], ["2", "3", "4"]]
+    assert scoring.score(Config(), tmp_path, "Other", "m", tmp_path, {"val": ["0"]}, {"of": 1}, CITY, False)["val"]
+    assert scoring.score(Config(), tmp_path, "Other", "m", tmp_path, {"val": ["0"]}, {"of": 1}, CITY, False)["val"]
+    assert len(asked) == 3
     for other in ({"model": "another"}, {"val": "another digest"}):
         with pytest.raises(InputError, match="made with other settings"):
             score("val", "test", **other)
