@@ -52,23 +52,26 @@ def score(
     before = {} if redo or not (folder / DONE).is_file() else json.loads((folder / DONE).read_text())
     held = before.get("photos", {})
     missing = [split for split in wanted if split not in held]
-    settings = {**_only(before, held), **made_from, "photos": {**held, **counts}}
-    there = {key: of for key, of in settings.items() if key not in missing} | {"photos": {**held, **_only(counts, held)}}
-    if not is_done(folder, there, redo) or missing:
+    kept = {split: before[split] for split in held if split in before}
+    settings = {**kept, **made_from, "photos": {**held, **counts}}
+    if not is_done(folder, _without(missing, settings), redo) or missing:
         if not gazetteer_of(model, city).addresses:
             raise InputError(f"neither {model} nor {data} holds a {GAZETTEER}: addresses can't be scored without their names.")
         files = [file for split in missing for file in tables.files(data, split)]
         ids = [photo for split in missing for photo in wanted[split]]
         found = {row["id"]: row for row in scores_of(config, name, model, files, ids, city, scorer)}
         rows = {split: list(tables.rows(folder, split)) for split in held}
+        rows |= {split: [found[photo] for photo in wanted[split]] for split in missing}
         with writing(folder, settings) as partial:
-            for split, of_split in (rows | {split: [found[photo] for photo in wanted[split]] for split in missing}).items():
+            for split, of_split in rows.items():
                 tables.write(partial, split, of_split, tables.SCORES)
     return {split: list(tables.rows(folder, split)) for split in wanted}
 
 
-def _only(of: Row, keys: Collection[str]) -> Row:
-    return {key: value for key, value in of.items() if key in keys}
+def _without(splits: Collection[str], settings: Row) -> Row:
+    """The settings of the other splits alone."""
+    photos = {split: count for split, count in settings["photos"].items() if split not in splits}
+    return {**{key: value for key, value in settings.items() if key not in splits}, "photos": photos}
 
 
 def calibrate(config: Config, name: str, model: str, rows: Sequence[Row], city: Gazetteer) -> Calibration:

@@ -3,11 +3,10 @@
 import random
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import shapely
 
-from addressvlm import InputError
+from addressvlm import InputError, tables
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.answers.calibration import Calibration
 from addressvlm.config import Config
@@ -137,7 +136,7 @@ def test_shares_of_places():
 
 
 def test_scores_of_one_split_are_kept_when_another_is_wanted(tmp_path, monkeypatch):
-    of, asked = {row["id"]: row for row in rows(6)}, []
+    of, asked, data = {row["id"]: row for row in rows(6)}, [], tmp_path / "data"
 
     def answer(config, name, model, files, ids, city, scorer):
         asked.append(list(ids))
@@ -146,20 +145,18 @@ def test_scores_of_one_split_are_kept_when_another_is_wanted(tmp_path, monkeypat
     def score(*splits, **made_from):
         wanted = {split: {"val": ["0", "1"], "test": ["2", "3", "4"]}[split] for split in splits}
         made_from = {**{split: f"digest of {split}" for split in splits}, "model": "m", **made_from}
-        return scoring.score(Config(), tmp_path, "System", "no-model", tmp_path, wanted, made_from, CITY, False)
+        return scoring.score(Config(), tmp_path, "System", "no-model", data, wanted, made_from, CITY, False)
 
     monkeypatch.setattr(scoring, "scores_of", answer)
-    monkeypatch.setattr(scoring.tables, "files", lambda data, split: [f"{split}.parquet"])
-    monkeypatch.setattr(
-        scoring.tables, "rows", lambda folder, split: iter(pq.read_table(folder / f"{split}-00000.parquet").to_pylist())
-    )
+    for split in ("val", "test"):
+        tables.write(data, split, of.values(), tables.SCORES)
     assert [row["id"] for row in score("val")["val"]] == ["0", "1"]
     both = score("val", "test")
     assert [row["id"] for row in both["test"]] == ["2", "3", "4"]
     assert both["val"] == score("val")["val"]
     assert asked == [["0", "1"], ["2", "3", "4"]]
-    assert scoring.score(Config(), tmp_path, "Other", "m", tmp_path, {"val": ["0"]}, {"of": 1}, CITY, False)["val"]
-    assert scoring.score(Config(), tmp_path, "Other", "m", tmp_path, {"val": ["0"]}, {"of": 1}, CITY, False)["val"]
+    assert scoring.score(Config(), tmp_path, "Other", "m", data, {"val": ["0"]}, {"of": 1}, CITY, False)["val"]
+    assert scoring.score(Config(), tmp_path, "Other", "m", data, {"val": ["0"]}, {"of": 1}, CITY, False)["val"]
     assert len(asked) == 3
     for other in ({"model": "another"}, {"val": "another digest"}):
         with pytest.raises(InputError, match="made with other settings"):
