@@ -40,6 +40,13 @@ class ModelConfig(Strict):
         return {**own, **given} if isinstance(given, dict) else given
 
 
+class AugmentConfig(Strict):
+    """How photos are changed anew at every step of a stage; not at all by default, as in paper 001."""
+
+    crop: float = Field(1.0, gt=0, le=1)  # least share of a photo's area that is shown
+    colour: float = Field(0.0, ge=0, lt=1)  # brightness, contrast and saturation times 1 - colour to 1 + colour
+
+
 class StageConfig(Strict):
     """One tuning stage: which table, which parts, how long."""
 
@@ -47,6 +54,7 @@ class StageConfig(Strict):
     parts: list[Part] = ["vision", "adapter", "llm"]
     rounds: Literal["conversation", "apart"] = "conversation"  # apart: no question about an image sees the other answers
     locatability: float | None = Field(None, ge=0, le=1)  # leave out photos that score less, see ray_jobs/locatability.py
+    augment: AugmentConfig = AugmentConfig()
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1)  # stop here even if the epochs are not over
     batch_size: int = Field(16, ge=1)  # images per worker and step
@@ -66,6 +74,8 @@ class StageConfig(Strict):
     def _makes_sense(self) -> StageConfig:
         if not self.tables or len(set(self.tables)) < len(self.tables):
             raise ValueError(f"data is {self.data}: name one table or several different ones")
+        if "alignment" in self.tables and self.augment.crop < 1:
+            raise ValueError(f"augment.crop is {self.augment.crop:g}, which cuts the map off a grafted image: leave it at 1")
         if not self.parts or len(set(self.parts)) < len(self.parts):
             raise ValueError(f"parts is {self.parts}: name at least one part, each once")
         if idle := [part for part in self.learning_rates if part not in self.parts]:

@@ -1,14 +1,17 @@
 """Which rows a worker sees at which step: a function of seed and step alone, so that a resumed run goes on exactly."""
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from addressvlm import tables
+from addressvlm.config_training import AugmentConfig
 from addressvlm.errors import InputError
 from addressvlm.files import parquet
 from addressvlm.stores import AnyPath
+from addressvlm.training.augment import augmented
 from addressvlm.training.collate import Sample, UnusableError, sample_of
 
 CACHED_GROUPS = 64  # row groups kept in memory
@@ -108,11 +111,12 @@ class Schedule:
     """Cuts the endless stream of shuffled epochs into steps and hands each worker its share.
 
     Attributes:
+        augment: how images are changed; what is drawn depends on seed and position alone.
         rejected: id (or number) of a row that can't be used -> why; another is taken in its place.
     """
 
-    def __init__(self, rows: Table, per_step: int, seed: int) -> None:
-        self.rows, self.per_step, self.seed = rows, per_step, seed
+    def __init__(self, rows: Table, per_step: int, seed: int, augment: AugmentConfig | None = None) -> None:
+        self.rows, self.per_step, self.seed, self.augment = rows, per_step, seed, augment or AugmentConfig()
         self.rejected: dict[str, str] = {}
         self._epochs: dict[int, np.ndarray] = {}
 
@@ -130,13 +134,13 @@ class Schedule:
             InputError: none of `TRIES` rows can be used.
         """
         rows = self.indices(step, rank, world)
-        return [self._usable(collate, index, rank + number * world) for number, index in enumerate(rows)]
+        return [self._usable(collate, index, step, rank + number * world) for number, index in enumerate(rows)]
 
-    def _usable(self, collate: Any, index: int, number: int) -> Any:
+    def _usable(self, collate: Any, index: int, step: int, number: int) -> Any:
         tried = index
         for attempt in range(TRIES + 1):
             try:
-                return collate.encode(self.sample(tried))
+                return collate.encode(self._changed(self.sample(tried), step, number))
             except UnusableError as why:
                 self.rejected.setdefault(str(self.rows[tried].get("id", tried)), str(why))
             tried = int(np.random.default_rng([self.seed, index, number, attempt]).integers(self.rows.starts[-1]))
@@ -153,6 +157,12 @@ class Schedule:
             UnusableError: its image can't be decoded, or it has no rounds.
         """
         return sample_of(self.rows[index])
+
+    def _changed(self, sample: Sample, step: int, number: int) -> Sample:
+        if self.augment == AugmentConfig():
+            return sample
+        rng = np.random.default_rng([self.seed, step, number])
+        return replace(sample, image=augmented(sample.image, self.augment, rng))
 
     def _row(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.rows))

@@ -44,7 +44,7 @@ def stages_of(config: Config, system: SystemConfig) -> list[loop.Stage]:
         per_step = stage.batch_size * stage.accumulate * config.train.workers
         steps = steps_of(len(rows), per_step, stage.epochs, stage.max_steps)
         seed = config.seed * 101 + number
-        stages.append(loop.Stage(name, stage, Schedule(rows, per_step, seed), steps, seed))
+        stages.append(loop.Stage(name, stage, Schedule(rows, per_step, seed, stage.augment), steps, seed))
     if system.equal_steps_to and stages:
         model = next(s for s in config.train.systems if s.name == system.equal_steps_to)
         whole = sum(s.steps for s in stages_of(config, model))
