@@ -27,8 +27,8 @@ class ScoredConfig(System):
 class EncoderConfig(Strict):
     """What turns a photo into a vector."""
 
-    # Folder or hub name of a CLIP, SigLIP, DINOv2 or other image encoder of transformers, or of a vision-language model, whose
-    # vision encoder it then is; default: model.base
+    # Folder or hub name of a CLIP, SigLIP, DINOv2 or other image encoder of transformers, of a CLIP or SigLIP of open_clip, of
+    # MegaLoc or DINOv2 SALAD, or of a vision-language model, whose vision encoder it then is; default: model.base
     base: str | None = None
     batch_size: int = Field(32, ge=1)  # photos at a time
 
@@ -71,8 +71,8 @@ class AddressClipConfig(System):
     """A dual encoder whose nearest address text is the answer (paper 002)."""
 
     kind: Literal["addressclip"]
-    # Folder or hub name of a CLIP- or SigLIP-like model; default: the vision encoder and the language model of model.base with
-    # projections of their own
+    # Folder or hub name of a CLIP- or SigLIP-like model of transformers or open_clip; default: the vision encoder and the language
+    # model of model.base with projections of their own
     base: str | None = None
     captions: Literal["template", "alignment", "none"] = "template"  # alignment: the explanations that stage 1 learns from
     weights: LossWeights = LossWeights()
@@ -94,7 +94,33 @@ class FusionConfig(System):
     of: list[str] = Field(min_length=2)  # rows that have scores: of `train.systems`, or retrieval and addressclip
 
 
-Rival = Annotated[ScoredConfig | RetrievalConfig | RagConfig | AddressClipConfig | FusionConfig, Field(discriminator="kind")]
+class Known(Strict):
+    """What is known of a photo before it is looked at; restrictions hold together. How it is drawn from the photo's true
+    address: `evaluation.drawn_priors`."""
+
+    district: bool = False  # the true one
+    streets: int | None = Field(None, ge=1)  # W: so many, the true one among them
+    gps_m: float | None = Field(
+        None, gt=0, allow_inf_nan=False
+    )  # a position that is off by less than this in 95 of 100 photos, metres
+
+
+class PriorConfig(System, Known):
+    """Another row that knows something of each photo beforehand (paper 002, D.1, Table 12)."""
+
+    kind: Literal["prior"]
+    of: str  # a row that has scores: of `train.systems`, or one that stands before it
+
+    @model_validator(mode="after")
+    def _something_is_known(self) -> PriorConfig:
+        if not (self.district or self.streets or self.gps_m):
+            raise ValueError(f"'{self.name}' knows nothing beforehand: set district, streets or gps_m")
+        return self
+
+
+Rival = Annotated[
+    ScoredConfig | RetrievalConfig | RagConfig | AddressClipConfig | FusionConfig | PriorConfig, Field(discriminator="kind")
+]
 
 
 class VariantConfig(Strict):

@@ -112,7 +112,7 @@ class Localizer(ChatModel):
         if len(given) != len(images):
             raise ValueError(f"{len(images)} images and {len(given)} priors: give one prior an image, or none at all.")
         weights = [0.0 if prior is None else prior.log_weights(gazetteer) for prior in given]
-        scores = self.address_scores(images) / self.calibration.temperature
+        scores = self.calibration.applied(self.address_scores(images)) if images else np.empty((0, 0))
         return [Beliefs(gazetteer.addresses, row + extra) for row, extra in zip(scores, weights, strict=True)]
 
     def address_scores(self, images: Sequence[Image.Image]) -> np.ndarray:

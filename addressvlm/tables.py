@@ -127,7 +127,7 @@ ANSWERS = with_features(
     )
 )
 SCORES = with_features(
-    pa.schema([*_WHERE, ("scores", pa.list_(pa.float64()))])  # ln p of each address of the model's gazetteer, in its order
+    pa.schema([*_WHERE, ("scores", pa.list_(pa.float64()))])  # ln p of each address of the gazetteer in its order, -inf: never
 )
 REJECTS = pa.schema(
     [("file", pa.string()), ("row", pa.int64()), ("id", pa.string()), ("reason", pa.string())]  # row 1 is the first

@@ -8,13 +8,14 @@ from typing import Any
 
 from addressvlm import InputError, tables
 from addressvlm.addresses import GAZETTEER, Gazetteer
-from addressvlm.answers.calibration import CALIBRATION
+from addressvlm.answers.calibration import CALIBRATION, Calibration
 from addressvlm.config import Config
 from addressvlm.evaluation import asking, report
 from addressvlm.evaluation.asking import judged
 from addressvlm.evaluation.parsing import Judge
 from addressvlm.evaluation.scores import answers_of as answers_by_scores
-from addressvlm.files import fetched_model
+from addressvlm.evaluation.scores import calibrated
+from addressvlm.files import digest, fetched_model
 from addressvlm.run import is_done, slug, writing
 from addressvlm.shards import sources_fingerprint
 from addressvlm.stores import AnyPath, StorePath, path_of
@@ -57,15 +58,20 @@ def answer(
         "model": model_digest(model),
         "kinds": list(kinds),
     }
+    by_scores = config.evaluate.answers == "scored"
+    calibration = Calibration.load(path_of(model)) if by_scores else Calibration()
+    if by_scores:
+        settings["calibration"] = digest([calibration.temperature, *calibration.own_prior])
     if is_done(folder, settings, redo):
         print(f"evaluate: {name}: already answered", flush=True)
         return False
     files = tables.files(task.shown, task.split)
     with writing(folder, settings) as partial:
-        if config.evaluate.answers == "scored":
+        if by_scores:
             columns = [column for column in asking.COLUMNS if column != "image"]
             photos = {row["id"]: row for row in tables.rows(task.data, task.split, columns)}
-            found = list(answers_by_scores(scores[task.split], photos, scoring.gazetteer_of(model, city)))
+            believed = calibrated(scores[task.split], calibration)
+            found = list(answers_by_scores(believed, photos, scoring.gazetteer_of(model, city)))
         else:
             found = answers_of(config, name, model, files, ids, city, kinds)
         place = {photo: i for i, photo in enumerate(ids)}

@@ -7,7 +7,8 @@
 
 Rows are the systems of `train.systems`, trained if they are not, then those of `compare.systems` and `compare.variants`. What
 is done is not done again; a row that fails says why in the table, and the others go on. Writes below <storage>/<name>:
-comparison.json, .md, .csv and .html, answers/<row> and scores/<row>, costs/<row>.json.
+comparison.json, .md, .csv and .html, answers/<row> and scores/<row>, costs/<row>.json, cards/<row>/README.md of rows without a
+model folder. Cards of models get their metrics.
 """
 
 import sys
@@ -20,20 +21,19 @@ from typing import Any
 from addressvlm import InputError, tables
 from addressvlm.addresses import Address
 from addressvlm.config import Config, load, validate
-from addressvlm.config_compare import Rival, VariantConfig
-from addressvlm.evaluation import asking, comparison, comparison_files, metrics, report
+from addressvlm.config_compare import AddressClipConfig, Rival, VariantConfig
+from addressvlm.evaluation import asking, comparison, comparison_files, metrics, report, row_cards
 from addressvlm.evaluation.asking import judged
 from addressvlm.evaluation.parsing import Judge
 from addressvlm.evaluation.scores import answers_of as answers_by_scores
+from addressvlm.models.card import set_metrics
 from addressvlm.run import Run, slug, writing
 from ray_jobs import answering, prepare, scoring
 from ray_jobs.answering import Task
 from ray_jobs.common import arguments, configure, connect, job, require
-from ray_jobs.rivals import fusion, own, scored
+from ray_jobs.rivals import fusion, own, prior, scored
 from ray_jobs.rivals.own import Own
-from ray_jobs.rivals.work import Outcome, Row, Work
-
-TEST = "test"
+from ray_jobs.rivals.work import TEST, Outcome, Row, Work
 
 
 @dataclass
@@ -61,7 +61,7 @@ def runner(kind: str) -> Callable[..., Outcome]:
         from ray_jobs.rivals import addressclip
 
         return addressclip.run
-    return {"scored": scored.run, "fusion": fusion.run}[kind]
+    return {"scored": scored.run, "fusion": fusion.run, "prior": prior.run}[kind]
 
 
 def run_step(config: Config, redo: bool = False, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -77,8 +77,8 @@ def run_step(config: Config, redo: bool = False, only: Sequence[str] = ()) -> di
     task = Task({}, run.photos, TEST, run.folder, report.Sources(run.photos, run.alignment, run.training, run.rejects))
     judge, gazetteer = answering.judge_of(task, {})
     ids = {TEST: answering.chosen_ids(config, task)}
-    if validation := scoring.validation_ids(config, run.photos):
-        ids[scoring.VALIDATION] = validation
+    if held := scoring.calibrated_on(config, run.photos):
+        ids[scoring.VALIDATION] = held[scoring.VALIDATION]
     work = Work(config, run, ids, gazetteer, run.folder / "costs")
     rows: list[Compared] = []
     for name, kind, make in _plan(config, work, task, judge, redo):
@@ -205,7 +205,23 @@ def _write(config: Config, work: Work, task: Task, rows: Sequence[Compared]) -> 
             named = (config.seed, config.evaluate.bootstrap)
             report.write(folder / "report.html", scored, answers, work.gazetteer, task.sources, *named, comparison=tree)
     print(f"\n{comparison_files.plain(tree)}\n\n{out}", flush=True)
+    for row, of_row in zip(rows, told, strict=True):
+        leave_card(config, work, row, of_row)
     return tree
+
+
+def leave_card(config: Config, work: Work, row: Compared, told: dict[str, Any]) -> None:
+    """Write what was measured into the cards of the row's model, or if it has none, a card below <run>/cards."""
+    if "metrics" not in told:
+        return
+    photos = f"{len({answer['id'] for answer in row.answers}):,} photos of the split {TEST} of "
+    photos += work.gazetteer.city or config.name
+    rival = next((rival for rival in config.compare.systems if rival.name == row.name), None)
+    if row.outcome.model:
+        set_metrics(row.outcome.model, told["metrics"], photos)
+    elif rival and not isinstance(rival, AddressClipConfig):
+        with writing(work.run.folder / "cards" / slug(row.name), {"row": rival.model_dump()}) as folder:
+            (folder / "README.md").write_text(row_cards.card(config, rival, told, photos), encoding="utf-8")
 
 
 def _told(

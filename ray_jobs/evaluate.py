@@ -96,17 +96,17 @@ def _scores(
 ) -> dict[str, list[dict[str, Any]]]:
     """Split -> one system's scores, as far as they are needed: to calibrate it, to answer by them, to compare modes."""
     own = (path_of(model) / GAZETTEER).is_file()
-    validation = scoring.validation_ids(config, task.data) if task.own and own else []
-    wanted = {scoring.VALIDATION: validation} if validation else {}
-    if config.evaluate.answers == "scored" or (name == main and own and (validation or task.priors)):
+    held = scoring.calibrated_on(config, task.data) if task.own and own else {}
+    wanted = dict(held)
+    if config.evaluate.answers == "scored" or (name == main and own and (held or task.priors)):
         wanted[task.split] = ids
     if not wanted:
         return {}
     made_from = {split: files_digest(tables.files(task.shown, split)) for split in wanted}
     made_from |= {"model": model_digest(model), "dtype": config.model.dtype, "seed": config.seed}
     found = scoring.score(config, task.out, name, model, task.shown, wanted, made_from, city, redo)
-    if validation:
-        scoring.calibrate(config, name, model, found[scoring.VALIDATION], city)
+    if held:
+        scoring.calibrate(config, name, model, found, city)
     return found
 
 

@@ -16,7 +16,7 @@ from addressvlm.run import DONE, is_done, slug, writing
 from addressvlm.stores import AnyPath, path_of
 from ray_jobs.asking import Holder, scores_of
 
-VALIDATION = "val"
+VALIDATION, TRAINING = "val", "train"
 
 Row = dict[str, Any]
 
@@ -27,11 +27,15 @@ def gazetteer_of(model: str, city: Gazetteer) -> Gazetteer:
     return Gazetteer.load(own) if own.is_file() else city
 
 
-def validation_ids(config: Config, data: AnyPath) -> list[str]:
-    """The photos to calibrate on, drawn by seed; none if the data has no such split or the settings want none."""
+def calibrated_on(config: Config, data: AnyPath) -> dict[str, list[str]]:
+    """Split -> the photos to calibrate on, drawn by seed; nothing if there are no validation photos or none are wanted."""
     if not (config.evaluate.calibrate_on and tables.count(data, VALIDATION)):
-        return []
-    ids = tables.read(data, VALIDATION, ["id"])["id"].to_pylist()
+        return {}
+    return {split: _drawn(config, data, split) for split in (VALIDATION, TRAINING)}
+
+
+def _drawn(config: Config, data: AnyPath, split: str) -> list[str]:
+    ids = tables.read(data, split, ["id"])["id"].to_pylist()
     drawn = set(random.Random(config.seed).sample(ids, min(config.evaluate.calibrate_on, len(ids))))
     return [photo for photo in ids if photo in drawn]
 
@@ -74,21 +78,26 @@ def _without(splits: Collection[str], settings: Row) -> Row:
     return {**{key: value for key, value in settings.items() if key not in splits}, "photos": photos}
 
 
-def calibrate(config: Config, name: str, model: str, rows: Sequence[Row], city: Gazetteer) -> Calibration:
+def calibrate(config: Config, name: str, model: str, rows: Mapping[str, Sequence[Row]], city: Gazetteer) -> Calibration:
     """Fit a trained model's calibration and leave it in its folder.
+
+    Args:
+        rows: of SCORES, of the photos of `calibrated_on`.
 
     Raises:
         InputError: no photo has an address that the model knows, or the folder can't be written.
     """
-    fitted = calibration.fit(scored(rows, gazetteer_of(model, city)), config.evaluate.precision)
+    validation, training = (scored(rows[split], gazetteer_of(model, city)) for split in (VALIDATION, TRAINING))
+    fitted = calibration.fit(validation, config.evaluate.precision, training.scores)
     try:
         fitted.save(path_of(model))
     except OSError as error:
         raise InputError(f"{model} can't be written ({error.strerror}): set evaluate.calibrate_on=0 to go without.") from error
     before, after = (fitted.measured["ece"][when] for when in ("before", "after"))
     sure = f"sure above {fitted.threshold:.2f}" if fitted.threshold < calibration.NEVER else "never sure enough"
+    prior = "divided by the model's own prior, " if fitted.own_prior else ""
     print(
-        f"evaluate: {name}: calibrated on {fitted.measured['photos']:,} photos, temperature {fitted.temperature:.2f}, "
+        f"evaluate: {name}: calibrated on {fitted.measured['photos']:,} photos, {prior}temperature {fitted.temperature:.2f}, "
         f"calibration error {before:.2f} -> {after:.2f}; for {fitted.target:.0%} right answers {sure}",
         flush=True,
     )

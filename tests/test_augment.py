@@ -13,8 +13,8 @@ from addressvlm.config import load
 from addressvlm.config_training import AugmentConfig
 from addressvlm.training.augment import ASPECT, augmented
 from addressvlm.training.rows import Schedule
-from tests.images import encoded
 from tests.cities import ListTable
+from tests.images import encoded
 
 CHANGED = AugmentConfig(crop=0.5, colour=0.3)
 

@@ -81,6 +81,48 @@ def test_all_right_has_a_closed_form():
     assert calibration.lower_bound(10, 10, 0.05) == pytest.approx(0.05**0.1, rel=1e-6)
 
 
+def generative(photos, common, seed=0, addresses=8):
+    """A model that was told the first address 20 times as often, asked about photos of which it is as common, or all alike."""
+    rng = np.random.default_rng(seed)
+    learnt = np.array([1.0, *[0.05] * (addresses - 1)]) if common else np.ones(addresses)
+    truth = rng.choice(addresses, photos, p=learnt / learnt.sum())
+    evidence = rng.normal(0, 1, (photos, addresses))
+    evidence[np.arange(photos), truth] += 1.0  # ln p(photo | address) up to a constant
+    prior = np.log(np.array([1.0, *[0.05] * (addresses - 1)]))
+    return Scored(evidence + prior, truth, [str(i) for i in range(photos)])
+
+
+def test_a_prior_that_photos_do_not_bear_out_is_divided_by():
+    training, validation, test = generative(600, True, 1), generative(300, False, 2), generative(300, False, 3)
+    plain, fitted = (calibration.fit(validation, 0.8, given) for given in (None, training.scores))
+    assert not plain.own_prior
+    assert np.argmax(fitted.own_prior) == 0
+    assert fitted.measured["nll"]["after"] < plain.measured["nll"]["after"] - 0.1
+    before, after = (np.mean(np.argmax(c.applied(test.scores), axis=1) == test.truth) for c in (plain, fitted))
+    assert after > before + 0.15
+
+
+def test_a_prior_that_photos_bear_out_stays():
+    training, validation = generative(600, True, 1), generative(300, True, 2)
+    fitted = calibration.fit(validation, 0.8, training.scores)
+    assert fitted == calibration.fit(validation, 0.8)
+
+
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(0, 99))
+@settings(deadline=None)
+def test_the_own_prior_is_a_distribution(photos, addresses, seed):
+    scores = np.random.default_rng(seed).normal(0, 30, (photos, addresses))
+    prior = calibration.own_prior(scores)
+    assert np.exp(prior).sum() == pytest.approx(1)
+    assert prior.min() >= -math.log(addresses * (photos + 1)) - 1e-9
+    assert calibration.own_prior(scores + 5) == pytest.approx(prior)
+
+
+def test_a_prior_of_another_gazetteer_is_one_sentence():
+    with pytest.raises(InputError, match=r"calibration\.json is of 2 addresses and the gazetteer beside it has 3: delete it"):
+        Calibration(own_prior=(0.0, -1.0)).applied(np.zeros((4, 3)))
+
+
 def test_errors_of_bins():
     confidence, right = np.array([0.95, 0.95, 0.55, 1.0]), np.array([True, False, True, True])
     bins = calibration.reliability(confidence, right)
@@ -93,11 +135,24 @@ def test_saved_and_loaded(tmp_path):
     fitted.save(tmp_path)
     assert Calibration.load(tmp_path) == fitted
     assert fitted.threshold == fitted.thresholds["0.75"]
+    divided = calibration.fit(generative(300, False, 2), 0.8, generative(600, True, 1).scores)
+    divided.save(tmp_path)
+    assert Calibration.load(tmp_path) == divided
     assert Calibration.load(tmp_path / "nowhere") == Calibration()
     assert Calibration().threshold == calibration.ALWAYS
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"temperature": 0, "target": 0.8, "thresholds": {}}', "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"temperature": 0, "target": 0.8, "thresholds": {}}',
+        "\x00",
+        '{"temperature": 1, "target": 0.8, "thresholds": {}, "own_prior": [NaN]}',
+    ],
+)
 def test_a_damaged_file_is_one_sentence(tmp_path, text):
     (tmp_path / "calibration.json").write_text(text)
     with pytest.raises(InputError, match=r"calibration\.json is not a calibration .*make it again"):

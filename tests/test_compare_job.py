@@ -1,14 +1,18 @@
 """The comparison on a real Ray: rows of several kinds, one that fails, table and report: pytest tests/test_compare_job.py"""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 
 from addressvlm import InputError, tables
 from addressvlm.config import Config
 from addressvlm.config_compare import VariantConfig
+from addressvlm.models import card
 from addressvlm.run import Run, mark_done
 from ray_jobs import compare, prepare
+from ray_jobs.rivals.work import Outcome
 from tests.rivals import photo, tiny_dino, work_in
 from tests.tiny import tiny_llava
 
@@ -24,6 +28,10 @@ def config(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
         {"name": "Nowhere", "kind": "retrieval", "encoder": {"base": str(folder / "nothing")}},
         {"name": "Fused", "kind": "fusion", "of": ["Nearest", "zero-shot"]},
         {"name": "Fused in vain", "kind": "fusion", "of": ["Nearest", "Nowhere"]},
+        {"name": "Two streets", "kind": "prior", "of": "Fused", "streets": 2},
+        {"name": "One street", "kind": "prior", "of": "zero-shot", "streets": 1},
+        {"name": "Too early", "kind": "prior", "of": "Later", "district": True},
+        {"name": "Later", "kind": "scored", "of": "zero-shot"},
     ]
     work = work_in(
         folder, tiny_llava(folder / "base"), [photo("train", number) for number in range(9)],
@@ -37,7 +45,9 @@ def config(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def test_one_table_of_all_rows_and_why_some_are_missing(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {row["name"]: row for row in compare.run_step(config)["systems"]}
-    assert list(rows) == ["zero-shot", "Nearest", "Nowhere", "Fused", "Fused in vain"]
+    assert list(rows) == [
+        "zero-shot", "Nearest", "Nowhere", "Fused", "Fused in vain", "Two streets", "One street", "Too early", "Later",
+    ]  # fmt: skip
     assert rows["Nearest"]["metrics"]["A_ds"]["value"] == 1
     assert rows["Nearest"]["against"]["mcnemar"] == {"better": 0, "worse": 6, "p": 2 / 2**6}
     assert rows["Nearest"]["within"]["500 m"]["value"] == 1
@@ -46,6 +56,16 @@ def test_one_table_of_all_rows_and_why_some_are_missing(config: Config, capsys: 
     assert rows["Fused"]["notes"]["weight of Nearest"] > rows["Fused"]["notes"]["weight of zero-shot"]
     assert "nothing" in rows["Nowhere"]["failed"]
     assert "fuses 'Nowhere', which has no scores" in rows["Fused in vain"]["failed"]
+    assert "'Too early' is of 'Later', which has no scores" in rows["Too early"]["failed"]
+    assert rows["One street"]["metrics"]["A_s"]["value"] == 1
+    assert rows["Two streets"]["notes"] == {"addresses left": 2, "nothing ruled out": 0, "true address ruled out": 0}
+    assert rows["Two streets"]["trust"]["ece"] >= 0
+    left = {split: tables.read(Run(config).folder / "scores" / "two-streets", split)["scores"] for split in ("val", "test")}
+    assert all(sum(map(math.isinf, scores)) == 1 for split in left.values() for scores in split.to_pylist())
+    cards = {page.parent.name: page.read_text() for page in (Run(config).folder / "cards").glob("*/README.md")}
+    assert set(cards) == {"nearest", "fused", "two-streets", "one-street", "later"}
+    assert "9 training photos and 3 addresses" in cards["nearest"]
+    assert "| A_ds | 100.0 |" in cards["two-streets"]
     folder = Run(config).folder / "comparison"
     assert json.loads((folder / "comparison.json").read_text())["main"] == "zero-shot"
     assert "What confidence is worth" in (folder / "report.html").read_text()
@@ -54,6 +74,21 @@ def test_one_table_of_all_rows_and_why_some_are_missing(config: Config, capsys: 
     again = compare.run_step(config, only=["zero-shot", "Nearest"])
     assert [row["name"] for row in again["systems"]] == ["zero-shot", "Nearest"]
     assert "zero-shot: already answered" in capsys.readouterr().out
+
+
+def test_what_is_measured_goes_into_the_cards_of_a_trained_model(tmp_path: Path) -> None:
+    work = work_in(tmp_path, "a/base", [photo("train", number) for number in range(3)])
+    model, answers = work.run.model("AddressVLM"), [{"id": "test0"}, {"id": "test0"}, {"id": "test1"}]
+    (model / "merged").mkdir(parents=True)
+    (model / "merged" / "README.md").write_text(card.unmeasured("evaluate"))
+    row = compare.Compared("AddressVLM", "generated", Outcome(model=model), answers)
+    compare.leave_card(work.config, work, row, {"metrics": {"A_ds": {"value": 0.5, "low": 0.25, "high": 0.75}}})
+    text = (model / "merged" / "README.md").read_text()
+    assert "2 photos of the split test of r" in text
+    assert "| A_ds | 50.0 | 25.0 to 75.0 |" in text
+    compare.leave_card(work.config, work, row, {"failed": "no answers"})
+    assert (model / "merged" / "README.md").read_text() == text
+    assert not (work.run.folder / "cards").exists()
 
 
 def test_rows_must_be_told_apart(config: Config) -> None:

@@ -35,6 +35,12 @@ def score(i, scores, address=ADDRESSES[0]):
             "scores": scores}  # fmt: skip
 
 
+def ordered(*scores):
+    """Scores of ADDRESSES in the gazetteer's order."""
+    of = dict(zip(ADDRESSES, scores, strict=True))
+    return [of[address] for address in CITY.addresses]
+
+
 def test_mcnemar_is_the_exact_binomial_test():
     main = [answer(i, i < 8) for i in range(12)]
     other = [answer(i, i in (0, 1, 8)) for i in range(12)]
@@ -60,6 +66,22 @@ def test_top_counts_streets_once_and_knows_unlisted_addresses_are_missed():
     found = {name: cell["value"] for name, cell in comparison.top(rows, city, 100, 0).items()}
     assert found == {"address-1": 0, "address-5": 0.5, "street-1": 0.5, "street-5": 0.5}
     assert comparison.top([], city, 100, 0) == {}
+
+
+def test_an_address_that_a_prior_rules_out_has_no_rank():
+    rows = [score(0, ordered(-math.inf, 0.0, -math.inf)), score(2, ordered(1.0, 0.0, 2.0))]  # Mill Street is the true one
+    found = {name: cell["value"] for name, cell in comparison.top(rows, CITY, 100, 0).items()}
+    assert found == {"address-1": 0, "address-5": 0.5, "street-1": 0, "street-5": 0.5}
+
+
+def test_trust_is_finite_where_a_prior_rules_out_the_truth():
+    seen = [score(i, ordered(0.0, float(i % 3) - 0.5, -math.inf)) for i in range(8)]
+    lost = score(8, ordered(-math.inf, 1.0, 0.0))
+    found = comparison.trust([*seen, lost], [*seen, lost], CITY)
+    assert found["temperature"] == comparison.trust(seen, seen, CITY)["temperature"]
+    assert 0 <= found["ece"] <= 1
+    assert sum(b["photos"] for b in found["bins"]) == 9
+    assert comparison.trust([lost], [lost], CITY) is None
 
 
 def test_addresses_that_training_never_saw_are_told_apart():

@@ -336,10 +336,10 @@ def test_the_card_tells_base_data_and_licence_and_takes_metrics(tmp_path: Path, 
         assert f"base_model: {base}" in text
         assert "Smallville: 24 photos" in text
         assert "Streets: somebody" in text
-        assert card.UNKNOWN in text
+        assert card.unmeasured("evaluate") in text
     measured = {"A_ds": {"value": 0.5, "low": 0.25, "high": 0.75}, "A": {"value": None, "low": None, "high": None}}
     card.set_metrics(folder, measured, "4 test photos")
     card.set_metrics(folder, measured, "4 test photos")
     text = (folder / "merged" / "README.md").read_text()
     assert text.count("| A_ds | 50.0 | 25.0 to 75.0 |") == 1
-    assert card.UNKNOWN not in text
+    assert "Not measured yet" not in text

@@ -1,14 +1,17 @@
 """How far a model's probabilities can be believed, learnt from photos it has not been trained on.
 
-One temperature makes them match how often they are right (Guo et al. 2017), without changing their order. For each target
-precision a threshold is chosen above which, with 95 % confidence, at least that share of answers is right; below it the
-answer is *don't know*. Photos of one place look alike, so the places count, not the photos.
+A generative model's p(address | photo) holds how often it was told each address. Where validation photos bear it out, it is
+divided by that prior of its own, the mean of its probabilities over training photos, so that all addresses are equally
+likely beforehand (logit adjustment, Menon et al. 2021; what a contrastive loss learns by itself). One temperature then makes
+probabilities match how often they are right (Guo et al. 2017), without changing their order. For each target precision a
+threshold is chosen above which, with 95 % confidence, at least that share of answers is right; below it the answer is
+*don't know*. Photos of one place look alike, so the places count, not the photos.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +33,7 @@ class Scored:
     """Photos whose address is known, as a model scored them.
 
     Attributes:
-        scores: ln p of each address, up to a constant a photo, float64 (photos, addresses).
+        scores: ln p of each address, up to a constant a photo, float64 (photos, addresses); -inf where it is ruled out.
         truth: number of the true address, int64 (photos,); -1 where it is none of them.
         places: whose photo each is.
     """
@@ -38,6 +41,13 @@ class Scored:
     scores: np.ndarray
     truth: np.ndarray
     places: Sequence[str]
+
+    @property
+    def reachable(self) -> np.ndarray:
+        """Whether the true address is among those scored and not ruled out, bool (photos,)."""
+        known = self.truth >= 0
+        known[known] = np.isfinite(self.scores[known, self.truth[known]])
+        return known
 
     def confidences(self, temperature: float) -> tuple[np.ndarray, np.ndarray]:
         """Probability of the best address and whether it is right, both (photos,)."""
@@ -51,21 +61,38 @@ class Calibration:
     """What `calibration.json` in a model's folder holds; the default is a model that was never calibrated.
 
     Attributes:
-        temperature: scores are divided by it.
+        temperature: scores are divided by it, less the model's own prior.
         target: precision that answers are to have unless asked otherwise.
         thresholds: target precision, as text, -> confidence above which an answer keeps it; 1 where none does.
         measured: photos, places, and errors before and after, for the reader.
+        own_prior: ln p of each address of the gazetteer whatever the photo, subtracted from scores; empty: nothing is.
     """
 
     temperature: float = 1.0
     target: float = 0.0
     thresholds: Mapping[str, float] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
+    own_prior: Sequence[float] = ()
 
     @property
     def threshold(self) -> float:
         """The confidence above which the model is said to know."""
         return self.thresholds.get(f"{self.target:g}", ALWAYS)
+
+    def applied(self, scores: np.ndarray) -> np.ndarray:
+        """Calibrated scores, of which softmax gives the probabilities; float64 (photos, addresses) or (addresses,).
+
+        Raises:
+            InputError: the calibration is of another number of addresses.
+        """
+        if not self.own_prior:
+            return scores / self.temperature
+        if len(self.own_prior) != scores.shape[-1]:
+            raise InputError(
+                f"{CALIBRATION} is of {len(self.own_prior):,} addresses and the gazetteer beside it has {scores.shape[-1]:,}: "
+                "delete it, or make it again with evaluate."
+            )
+        return (scores - np.asarray(self.own_prior)) / self.temperature
 
     def save(self, folder: AnyPath) -> None:
         """Write `calibration.json` into a model's folder."""
@@ -84,9 +111,12 @@ class Calibration:
         try:
             tree = json.loads(file.read_text(encoding="utf-8"))
             thresholds = {str(key): float(value) for key, value in tree["thresholds"].items()}
-            made = cls(float(tree["temperature"]), float(tree["target"]), thresholds, dict(tree.get("measured", {})))
+            prior = tuple(float(value) for value in tree.get("own_prior", ()))
+            made = cls(float(tree["temperature"]), float(tree["target"]), thresholds, dict(tree.get("measured", {})), prior)
             if not (made.temperature > 0 and math.isfinite(made.temperature)):
                 raise ValueError(f"temperature {made.temperature}")
+            if not all(map(math.isfinite, prior)):
+                raise ValueError("own_prior is not finite")
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise InputError(
                 f"{file} is not a calibration ({type(error).__name__}: {error}): delete it, or make it again with evaluate."
@@ -94,27 +124,45 @@ class Calibration:
         return made
 
 
-def fit(scored: Scored, target: float) -> Calibration:
-    """The calibration of a model from its scores of validation photos.
+def fit(scored: Scored, target: float, training: np.ndarray | None = None) -> Calibration:
+    """The calibration of a model from its scores of validation photos; the temperature from those it could get right.
+
+    Args:
+        training: scores of some training photos, (photos, addresses), which the model's own prior is read off. It is divided
+            by if that makes the true addresses of validation photos likelier, each at its best temperature.
 
     Raises:
         InputError: no photo has its true address among those scored.
     """
-    known = scored.truth >= 0
+    known = scored.reachable
     if not known.any():
         raise InputError("no validation photo has an address of the gazetteer: calibrate on photos of the model's own city.")
     scores, truth = scored.scores[known], scored.truth[known]
-    temperature = _minimum(lambda t: nll(scores / t, truth))
+    temperature = _temperature(scores, truth)
+    prior: Sequence[float] = ()
+    raw, raw_right = scored.confidences(1.0)
+    before = nll(scores, truth)
+    if training is not None and len(training):
+        own = own_prior(training)
+        other = _temperature(scores - own, truth)
+        if nll((scores - own) / other, truth) < nll(scores / temperature, truth):
+            prior, temperature, scores = tuple(own.tolist()), other, scores - own
+            scored = replace(scored, scores=scored.scores - own)
     confidence, right = scored.confidences(temperature)
     targets = sorted({*TARGETS, target})
     chosen = {f"{wanted:g}": threshold(confidence, right, scored.places, wanted) for wanted in targets}
-    raw, raw_right = scored.confidences(1.0)
     measured = {
         "photos": len(confidence), "places": len(set(scored.places)), "right": float(right.mean()),
-        "nll": {"before": nll(scores, truth), "after": nll(scores / temperature, truth)},
+        "nll": {"before": before, "after": nll(scores / temperature, truth)},
         "ece": {"before": ece(raw, raw_right), "after": ece(confidence, right)},
     }  # fmt: skip
-    return Calibration(temperature, target, chosen, measured)
+    return Calibration(temperature, target, chosen, measured, prior)
+
+
+def own_prior(training: np.ndarray) -> np.ndarray:
+    """ln of the mean probability of each address over photos (photos, addresses) and one that says nothing, (addresses,)."""
+    addresses = training.shape[1]
+    return np.log((softmax(training).sum(axis=0) + 1 / addresses) / (len(training) + 1))
 
 
 def threshold(confidence: np.ndarray, right: np.ndarray, places: Sequence[str], target: float) -> float:
@@ -179,6 +227,10 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     """Along the last axis; -inf gives 0."""
     powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def _temperature(scores: np.ndarray, truth: np.ndarray) -> float:
+    return _minimum(lambda t: nll(scores / t, truth))
 
 
 def _minimum(loss: Any) -> float:

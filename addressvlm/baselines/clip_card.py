@@ -1,12 +1,10 @@
 """The card that travels with a trained dual encoder: base, data, licences, how it was trained, how to use it."""
 
-import yaml
-
 from addressvlm import tables
 from addressvlm.addresses import Gazetteer
 from addressvlm.config import Config
 from addressvlm.config_compare import AddressClipConfig
-from addressvlm.models.card import base_licence
+from addressvlm.models.card import ELSEWHERE, PEOPLE, attributed, base_licence, front, unmeasured
 from addressvlm.run import Run
 
 USE = """from pathlib import Path
@@ -34,24 +32,25 @@ def card(config: Config, rival: AddressClipConfig, steps: int, parameters: int) 
     """The card's text."""
     run = Run(config)
     gazetteer, base = Gazetteer.load(run.gazetteer), rival.base or config.model.base
-    city, licence = gazetteer.city or config.name, licence_of(config, rival)
+    city = gazetteer.city or config.name
     head = {"library_name": "transformers", "base_model": base, "tags": ["addressvlm", "image-geolocation", "addressclip"]}
     trained = " and ".join(name for name, on in (("image", rival.train_image), ("text", rival.train_text)) if on) or "neither"
     weights = ", ".join(f"{name} {weight:g}" for name, weight in rival.weights.model_dump().items())
     lines = [
-        "---\n" + yaml.safe_dump({**head, **({"license": licence} if licence else {})}, sort_keys=False) + "---",
+        front(head, licence_of(config, rival)),
         f"# {city}: a photo and its address as neighbouring vectors",
         f"`{base}`, taught {city} by AddressCLIP's losses ({weights}; captions: {rival.captions}). It compares a photo with "
         f"the texts of the {len(gazetteer.addresses):,} addresses that it is given. It knows no other city.",
         "## Data",
-        f"{tables.count(run.photos, 'train'):,} photos. Photos, maps and base model keep their own licences. Attribution: "
-        + ("; ".join(gazetteer.attribution) or "none was given") + ".",
+        f"{tables.count(run.photos, 'train'):,} photos. {attributed(gazetteer.attribution)}",
         "## Training",
         f"{steps:,} steps of {rival.batch_size * config.train.workers:,} photos, encoders trained: {trained}, learning rate "
         f"{rival.learning_rate:g}, of new projections {rival.projection_learning_rate:g}; {parameters:,} numbers learnt, seed "
         f"{config.seed}. All settings are in `_done.json`.",
+        "## Metrics",
+        unmeasured("compare"),
         "## Use",
         f"```python\n{USE}\n```",
-        "Photos from elsewhere get an address of this city all the same. Do not use it to find people.",
-    ]  # fmt: skip
+        f"{ELSEWHERE}. {PEOPLE}",
+    ]
     return "\n\n".join(lines) + "\n"

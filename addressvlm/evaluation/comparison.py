@@ -28,7 +28,7 @@ def top(rows: Sequence[Row], gazetteer: Gazetteer, resamples: int, seed: int) ->
     """Accuracy among the first one and the first five of a ranking (paper 002, Sec. 6.1).
 
     Args:
-        rows: of `tables.SCORES`.
+        rows: of `tables.SCORES`; an address at -inf has no rank.
 
     Returns:
         `address-1` and `address-5`, where an address is a street, or a sub-street, with its district (SSA if the city answers
@@ -36,13 +36,14 @@ def top(rows: Sequence[Row], gazetteer: Gazetteer, resamples: int, seed: int) ->
     """
     if not rows:
         return {}
-    order = np.argsort(-np.array([row["scores"] for row in rows]), axis=1, kind="stable")
+    scores = np.array([row["scores"] for row in rows])
+    order = [line[left[line]] for line, left in zip(np.argsort(-scores, axis=1, kind="stable"), scores > -np.inf, strict=True)]
     names = {"address": [a.text() for a in gazetteer.addresses], "street": [a.street for a in gazetteer.addresses]}
     truth = {"address": [Address(r["street"], r["district"]).text() for r in rows], "street": [r["street"] for r in rows]}
     places = [row["place"] for row in rows]
     found = {}
     for level, of in names.items():
-        ranked = [list(dict.fromkeys(of[i] for i in line)) for line in order.tolist()]
+        ranked = [list(dict.fromkeys(of[i] for i in line)) for line in order]
         for first in (1, TOP):
             right = [t in line[:first] for t, line in zip(truth[level], ranked, strict=True)]
             found[f"{level}-{first}"] = metrics.share(right, places, resamples, seed)
@@ -82,7 +83,7 @@ def trust(validation: Sequence[Row], test: Sequence[Row], gazetteer: Gazetteer) 
 
     Both are rows of `tables.SCORES`.
     """
-    if not validation or not test or not (scored(validation, gazetteer).truth >= 0).any():
+    if not validation or not test or not scored(validation, gazetteer).reachable.any():
         return None
     temperature = calibration.fit(scored(validation, gazetteer), 0.0).temperature
     confidence, right = scored(test, gazetteer).confidences(temperature)

@@ -12,6 +12,7 @@ from addressvlm.stores import AnyPath
 
 HEAD = ["A_ds", "A_s", "A_d", "A", "top 5", "minus main, A_ds", "p", "trained", "training", "ms a photo", "stored"]
 ACCURACIES = 4  # of HEAD, which the report shows elsewhere
+COSTS = HEAD[7:]
 MEGA = 1e6
 
 Row = Mapping[str, Any]
@@ -66,13 +67,21 @@ def cells(row: Row, main: str) -> list[str]:
     """The cells of a row below HEAD; of one that failed, why, and nothing else."""
     if "metrics" not in row:
         return [f"not done: {row['failed'] or 'no answers'}", *[""] * (len(HEAD) - 1)]
-    of, other, took = row["metrics"], row["against"], cost(row)
-    ms = took["ms_per_photo"]
+    of, other = row["metrics"], row["against"]
     return [
         *(_interval(of[name]) for name in ("A_ds", "A_s", "A_d", "A")),
         _interval(row["top"].get("address-5")),
         "" if other is None or row["name"] == main else _difference(other["A_ds"]),
         "" if other is None or row["name"] == main else _p(other["mcnemar"]["p"]),
+        *costs(row),
+    ]
+
+
+def costs(row: Row) -> list[str]:
+    """The cells of a row below COSTS."""
+    took = cost(row)
+    ms = took["ms_per_photo"]
+    return [
         f"{took['parameters'] / MEGA:.1f} M" if took["parameters"] else "–",
         _hours(took),
         "–" if ms is None else f"{ms:.0f}",

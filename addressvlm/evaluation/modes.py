@@ -1,13 +1,10 @@
 """One model, its ways of answering side by side: free, constrained, scored, and scored with what is known beforehand.
 
-The priors are those of paper 002 (Table 12): the district, or W streets with the true one among them; and a rough GPS fix,
-drawn so that 95 of 100 lie within the radius of the true place. Beside them: how far the probabilities can be believed.
+The priors are those of paper 002 (Table 12), and a rough GPS fix; `evaluation.drawn_priors` says how they are drawn. Beside
+them: how far the probabilities can be believed.
 """
 
-import math
-import random
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +12,13 @@ import numpy as np
 
 from addressvlm.addresses import Gazetteer
 from addressvlm.answers.calibration import Calibration, ece, reliability
-from addressvlm.answers.priors import Circle, Prior
-from addressvlm.errors import InputError
+from addressvlm.config_compare import Known
+from addressvlm.evaluation.drawn_priors import restricted, words
 from addressvlm.evaluation.metrics import Interval, share
-from addressvlm.evaluation.scores import scored
-from addressvlm.nearby import METRES_PER_DEGREE
+from addressvlm.evaluation.scores import calibrated, scored
 
 STREETS = (20, 10, 5, 2)  # W of paper 002, Table 12
 RADII_M = (200, 100, 50)
-WITHIN = math.sqrt(-2 * math.log(0.05))  # radius that holds 95 % of a two-dimensional Gaussian, in its deviations
 LEVELS = {"A_ds": "address", "A_s": "street", "A_d": "district"}
 
 Row = dict[str, Any]
@@ -53,10 +48,12 @@ def compare(
         answered: mode -> its judged rows of `tables.ANSWERS` about the same photos.
     """
     table = [{"name": name, "metrics": _of_answers(list(given), settings)} for name, given in answered.items()]
+    believed = calibrated(rows, calibration)
     table += [
-        {"name": name, "metrics": _of_prior(rows, gazetteer, make, settings)} for name, make in _priors(gazetteer, settings)
+        {"name": f"+ {words(known)}" if words(known) else "scored", "metrics": _of_prior(believed, gazetteer, known, settings)}
+        for known in _priors(gazetteer)
     ]
-    return {"photos": len(rows), "table": table, "trust": _trust(rows, gazetteer, calibration, settings)}
+    return {"photos": len(rows), "table": table, "trust": _trust(rows, believed, gazetteer, calibration, settings)}
 
 
 def _of_answers(answers: Sequence[Row], settings: Settings) -> dict[str, Interval]:
@@ -68,11 +65,10 @@ def _of_answers(answers: Sequence[Row], settings: Settings) -> dict[str, Interva
     return metrics
 
 
-def _of_prior(
-    rows: Sequence[Row], gazetteer: Gazetteer, make: Callable[[Row], Prior], settings: Settings
-) -> dict[str, Interval]:
+def _of_prior(rows: Sequence[Row], gazetteer: Gazetteer, known: Known, settings: Settings) -> dict[str, Interval]:
     """The accuracy of the likeliest address among those that each photo's prior leaves."""
-    best = [gazetteer.addresses[int(np.argmax(np.array(row["scores"]) + _weights(make(row), gazetteer)))] for row in rows]
+    left = restricted(rows, known, gazetteer, settings.seed)
+    best = [gazetteer.addresses[int(np.argmax(row["scores"]))] for row in left]
     places = [row["place"] for row in rows]
     streets = [address.street == row["street"] for address, row in zip(best, rows, strict=True)]
     districts = [address.district == row["district"] for address, row in zip(best, rows, strict=True)]
@@ -81,59 +77,29 @@ def _of_prior(
     return {name: _share(found, places, settings) for name, found in right.items()}
 
 
-def _weights(prior: Prior, gazetteer: Gazetteer) -> np.ndarray:
-    """As the prior says; nothing is ruled out where it would leave no address."""
-    try:
-        return prior.log_weights(gazetteer)
-    except InputError:
-        return np.zeros(len(gazetteer.addresses))
+def _priors(gazetteer: Gazetteer) -> list[Known]:
+    """What is known of each photo, from one line of the table to the next; first nothing."""
+    chosen = [Known(), Known(district=True)]
+    chosen += [Known(streets=w) for w in STREETS if w < len(gazetteer.streets)]
+    return chosen + [Known(gps_m=radius) for radius in RADII_M if gazetteer.geometry]
 
 
-def _priors(gazetteer: Gazetteer, settings: Settings) -> list[tuple[str, Callable[[Row], Prior]]]:
-    """Name and maker of each prior; the first is none at all."""
-    chosen: list[tuple[str, Callable[[Row], Prior]]] = [("scored", lambda row: Prior())]
-    chosen.append(("+ the district", lambda row: Prior(districts=(row["district"],))))
-    chosen += [
-        (f"+ {w} streets", lambda row, w=w: Prior(streets=_some_streets(row, w, gazetteer, settings.seed)))  # type: ignore[misc]
-        for w in STREETS if w < len(gazetteer.streets)
-    ]  # fmt: skip
-    chosen += [
-        (f"+ GPS within {radius} m", lambda row, radius=radius: Prior(circle=_fix(row, radius, settings.seed)))  # type: ignore[misc]
-        for radius in RADII_M if gazetteer.geometry
-    ]  # fmt: skip
-    return chosen
+def _trust(
+    rows: Sequence[Row], believed: Sequence[Row], gazetteer: Gazetteer, calibration: Calibration, settings: Settings
+) -> dict[str, Any]:
+    """Reliability on photos that the calibration has not seen, and what the confidence is good for.
 
-
-def _rng(row: Row, what: str, seed: int) -> random.Random:
-    return random.Random(zlib.crc32(repr((seed, what, row["id"])).encode()))
-
-
-def _some_streets(row: Row, count: int, gazetteer: Gazetteer, seed: int) -> tuple[str, ...]:
-    """The true street and others drawn at random, `count` together."""
-    others = [street for street in gazetteer.streets if street != row["street"]]
-    return (row["street"], *_rng(row, "streets", seed).sample(others, count - 1))
-
-
-def _fix(row: Row, radius_m: float, seed: int) -> Circle | None:
-    """A GPS fix that is off by chance, and the circle in which it says the place is; None for a photo without coordinates."""
-    if row["lat"] is None or row["lon"] is None:
-        return None
-    rng, deviation = _rng(row, "fix", seed), radius_m / WITHIN
-    east, north = rng.gauss(0, deviation), rng.gauss(0, deviation)
-    lat = row["lat"] + north / METRES_PER_DEGREE
-    lon = row["lon"] + east / (METRES_PER_DEGREE * math.cos(math.radians(row["lat"])))
-    return Circle(lat, lon, radius_m)
-
-
-def _trust(rows: Sequence[Row], gazetteer: Gazetteer, calibration: Calibration, settings: Settings) -> dict[str, Any]:
-    """Reliability on photos that the calibration has not seen, and what the confidence is good for."""
-    known = scored(rows, gazetteer)
-    confidence, right = known.confidences(calibration.temperature)
-    raw, raw_right = known.confidences(1.0)
+    Args:
+        rows: as the model scored them; `believed` are the same calibrated.
+    """
+    known = scored(believed, gazetteer)
+    confidence, right = known.confidences(1.0)
+    raw, raw_right = scored(rows, gazetteer).confidences(1.0)
     half = np.argsort(-confidence, kind="stable")[: (len(rows) + 1) // 2]
     sure = confidence > calibration.threshold
     return {
         "temperature": calibration.temperature,
+        "own_prior": bool(calibration.own_prior),
         "bins": reliability(confidence, right),
         "ece": _ece_interval(confidence, right, known.places, settings),
         "ece_uncalibrated": ece(raw, raw_right),

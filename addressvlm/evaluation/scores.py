@@ -8,7 +8,7 @@ from PIL import Image
 
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.answers.beliefs import Beliefs
-from addressvlm.answers.calibration import Scored
+from addressvlm.answers.calibration import Calibration, Scored
 from addressvlm.evaluation.asking import picture, questions_of
 
 COLUMNS = ["id", "place", "lat", "lon", "street", "district", "image"]  # of tables.PHOTOS, needed to score
@@ -37,6 +37,15 @@ def scored(rows: Sequence[Row], gazetteer: Gazetteer) -> Scored:
     truth = [number.get(Address(row["street"], row["district"]), -1) for row in rows]
     scores = np.array([row["scores"] for row in rows], dtype=np.float64).reshape(len(rows), len(number))
     return Scored(scores, np.array(truth, dtype=np.int64), [row["place"] for row in rows])
+
+
+def calibrated(rows: Iterable[Row], calibration: Calibration) -> list[Row]:
+    """Rows of `tables.SCORES` as the model's calibration has them.
+
+    Raises:
+        InputError: it is of another number of addresses.
+    """
+    return [{**row, "scores": calibration.applied(np.array(row["scores"])).tolist()} for row in rows]
 
 
 def answers_of(rows: Iterable[Row], photos: Mapping[str, Row], gazetteer: Gazetteer) -> Iterator[Row]:

@@ -1,7 +1,10 @@
-"""The model card that travels with an adapter and a merged model: base, data, licences, how it was trained, metrics."""
+"""The model card that travels with an adapter and a merged model: base, data, licences, how it was trained, metrics.
+
+`front`, `attributed`, `unmeasured` and `measured` are what all cards have in common.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,9 @@ from addressvlm.run import Run
 from addressvlm.stores import AnyPath, path_of
 
 BEGIN, END = "<!-- metrics -->", "<!-- end of metrics -->"
-UNKNOWN = "Not measured yet: `python ray_jobs/evaluate.py` writes them here."
+UNKNOWN = "Not measured yet: `python ray_jobs/{job}.py` writes them here."
+ELSEWHERE = "Photos from elsewhere get an address of this city all the same"
+PEOPLE = "Do not use it to find people."
 ADAPTER = """from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -46,44 +51,63 @@ def card(config: Config, system: str, code: str, adapter: bool) -> str:
         "pipeline_tag": "image-text-to-text",
         "tags": ["addressvlm", "image-geolocation", *(["lora"] if adapter else [])],
     }
-    if (licence := base_licence(config)) is not None:
-        head["license"] = licence
     sources = dict.fromkeys(source for gazetteer in gazetteers for source in gazetteer.attribution)
     lines = [
-        "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---",
+        front(head, base_licence(config)),
         f"# {cities}: from a street-level photo to its address",
         f"`{config.model.base}`, taught {cities} in {_number(len(stages))}: it names the street and the district of a "
         "photo, judges and chooses between them. It knows no other city.",
         "## Data",
         "\n".join(_data(run, gazetteer) for run, gazetteer in zip(runs, gazetteers, strict=True)),
-        "Photos, maps and base model keep their own licences. Attribution: " + ("; ".join(sources) or "none was given") + ".",
+        attributed(sources),
         "## Training",
         "\n".join(_stage(name, stage) for name, stage in stages) or "None.",
         f"Weights in {config.model.dtype}, seed {config.seed}, {config.train.workers} workers ({config.train.strategy}). "
         "All settings are in `_done.json` of the model's folder.",
         "## Metrics",
-        f"{BEGIN}\n{UNKNOWN}\n{END}",
+        unmeasured("evaluate"),
         "## Use",
         f"```python\n{code.format(base=config.model.base)}\n```",
-        "Photos from elsewhere get an address of this city all the same: mind the confidence. Do not use it to find people.",
+        f"{ELSEWHERE}: mind the confidence. {PEOPLE}",
     ]
     return "\n\n".join(lines) + "\n"
 
 
-def set_metrics(model: AnyPath, table: Mapping[str, Mapping[str, Any]], photos: str) -> None:
-    """Write metrics into the cards of a model folder (`adapter` and `merged` below it), where they have a place for them.
+def front(head: Mapping[str, Any], licence: str | None) -> str:
+    """The YAML that a card begins with, which model hubs read."""
+    tree = {**head, **({"license": licence} if licence else {})}
+    return "---\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True) + "---"
 
-    Args:
-        table: metric -> value, low, high as shares, see `evaluation.metrics.score`.
-        photos: which photos these are of.
-    """
+
+def attributed(sources: Iterable[str]) -> str:
+    """Whose photos and maps these are."""
+    return f"Photos, maps and base model keep their own licences. Attribution: {'; '.join(sources) or 'none was given'}."
+
+
+def unmeasured(job: str) -> str:
+    """The place for metrics that a job in ray_jobs/ will write."""
+    return f"{BEGIN}\n{UNKNOWN.format(job=job)}\n{END}"
+
+
+def measured(table: Mapping[str, Mapping[str, Any]], photos: str) -> str:
+    """Metrics as a table; those without a value are left out. Arguments as for `set_metrics`."""
     rows = [
         f"| {name} | {100 * cell['value']:.1f} | {100 * cell['low']:.1f} to {100 * cell['high']:.1f} |"
         for name, cell in table.items()
         if cell["value"] is not None
     ]
-    text = "\n".join([f"Percent on {photos}, with 95 % intervals:", "", "| | | |", "|---|---:|---:|", *rows])
-    for readme in (model / "adapter" / "README.md", model / "merged" / "README.md"):
+    return "\n".join([f"Percent on {photos}, with 95 % intervals:", "", "| | | |", "|---|---:|---:|", *rows])
+
+
+def set_metrics(model: AnyPath, table: Mapping[str, Mapping[str, Any]], photos: str) -> None:
+    """Write metrics into the cards of a model folder (its own, `adapter`'s, `merged`'s), where they have a place for them.
+
+    Args:
+        table: metric -> value, low, high as shares, see `evaluation.metrics.score`.
+        photos: which photos these are of.
+    """
+    text = measured(table, photos)
+    for readme in (folder / "README.md" for folder in (model, model / "adapter", model / "merged")):
         if readme.is_file() and BEGIN in (before := readme.read_text(encoding="utf-8")):
             head, rest = before.split(BEGIN, 1)
             readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")

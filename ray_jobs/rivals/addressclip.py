@@ -57,6 +57,7 @@ def run(work: Work, rival: AddressClipConfig, redo: bool = False) -> Outcome:
         stored_bytes=sum(file.stat().st_size for file in files_in(folder, "*.safetensors")),
         licences={rival.base or config.model.base: licence_of(config, rival) or "not said"},
         notes={"steps": learnt["steps"], "photos without a caption": learnt["without_caption"]},
+        model=folder,
     )
 
 

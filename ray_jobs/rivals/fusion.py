@@ -1,6 +1,7 @@
 """Scores of several rows as one; nothing is computed on the cluster."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,11 +10,9 @@ from addressvlm.addresses import Address
 from addressvlm.baselines import fusion
 from addressvlm.config_compare import FusionConfig
 from addressvlm.evaluation.scores import scored
-from ray_jobs.rivals.scored import scores_of
-from ray_jobs.rivals.work import Outcome, Row, Work
+from ray_jobs.rivals.parts import Scores, made_of, scores_of_row
+from ray_jobs.rivals.work import Outcome, Work
 from ray_jobs.scoring import VALIDATION
-
-Scores = dict[str, list[Row]]  # split -> rows
 
 
 def run(work: Work, rival: FusionConfig, redo: bool = False) -> Outcome:
@@ -24,7 +23,7 @@ def run(work: Work, rival: FusionConfig, redo: bool = False) -> Outcome:
     """
     if VALIDATION not in work.ids:
         raise InputError(f"{work.run.photos} has no split {VALIDATION}, on which the weights of '{rival.name}' are fitted.")
-    given = {name: _scores(work, rival, name) for name in rival.of}
+    given = {name: scores_of_row(work, name, f"'{rival.name}' fuses") for name in rival.of}
     addresses = work.gazetteer.addresses
     learnt = tables.read(work.run.photos, "train", ["street", "district"]).to_pylist()
     common = fusion.common(addresses, [Address(row["street"], row["district"]) for row in learnt])
@@ -34,33 +33,8 @@ def run(work: Work, rival: FusionConfig, redo: bool = False) -> Outcome:
         rows = given[rival.of[0]][split]
         total = fusion.fuse(_arrays(given, split, common), weights, len(rows))
         fused[split] = [{**row, "scores": line.tolist()} for row, line in zip(rows, total, strict=True)]
-    parts = [work.outcomes[name] for name in rival.of if name in work.outcomes]
-    return Outcome(
-        scores=fused,
-        parameters=sum(part.parameters for part in parts),
-        stored_bytes=sum(part.stored_bytes for part in parts),
-        licences={what: licence for part in parts for what, licence in part.licences.items()},
-        notes={f"weight of {name}": weight for name, weight in weights.items()},
-    )
-
-
-def _scores(work: Work, rival: FusionConfig, name: str) -> Scores:
-    """Those of a row before this one, or of a system of `train.systems`; in the order of the photos."""
-    found = work.outcomes.get(name)
-    scores = found.scores if found and found.scores else None
-    if scores is None:
-        if name not in {system.name for system in work.config.train.systems}:
-            raise InputError(
-                f"'{rival.name}' fuses '{name}', which has no scores: name systems of train.systems or rows of the kinds "
-                "scored, retrieval, addressclip and fusion that stand before it and did not fail."
-            )
-        scores = scores_of(work, name)
-    return {split: _in_order(scores[split], ids) for split, ids in work.ids.items()}
-
-
-def _in_order(rows: Sequence[Row], ids: Sequence[str]) -> list[Row]:
-    by_id = {row["id"]: row for row in rows}
-    return [by_id[photo] for photo in ids]
+    weighed = {f"weight of {name}": weight for name, weight in weights.items()}
+    return replace(made_of(work, rival.of), scores=fused, notes=weighed)
 
 
 def _arrays(given: Mapping[str, Scores], split: str, common: np.ndarray) -> dict[str, np.ndarray]:

@@ -52,7 +52,8 @@ def run(work: Work, own: Own, task: Task, judge: Judge, redo: bool = False) -> t
     if system.stages:
         work.note(own.name, "training", _training(config, system, its_run))
     notes = {"photos without a tile": without} if without else {}
-    return replace(described(config, system), notes=notes), answering.read(task, own.name)
+    trained = its_run.model(system.name) if system.stages and not task.images else None
+    return replace(described(config, system), notes=notes, model=trained), answering.read(task, own.name)
 
 
 def described(config: Config, system: SystemConfig) -> Outcome:

@@ -31,9 +31,9 @@ from ray_jobs.answering import model_digest
 from ray_jobs.asking import Holder, rows_of, units_of
 from ray_jobs.common import absolute
 from ray_jobs.rivals.embed import Embedded, embedded
-from ray_jobs.rivals.retrieval import TEST, answering, geocoder_of, indexed, licences, made_from, stored
+from ray_jobs.rivals.retrieval import answering, geocoder_of, indexed, licences, made_from, stored
 from ray_jobs.rivals.search import Searcher, loads
-from ray_jobs.rivals.work import Outcome, Row, Work
+from ray_jobs.rivals.work import TEST, Outcome, Row, Work
 
 PHOTOS = 64  # given to a worker together
 AT_ONCE = 8  # prompts through the model together; they are long

@@ -21,9 +21,8 @@ from addressvlm.run import is_done, slug, writing
 from addressvlm.stores import AnyPath, files_in, path_of
 from ray_jobs.rivals.embed import Embedded, base_of, embedded, gallery_of
 from ray_jobs.rivals.search import Searcher, index_files, loads
-from ray_jobs.rivals.work import Outcome, Row, Work
+from ray_jobs.rivals.work import TEST, Outcome, Row, Work
 
-TEST = "test"
 FOUND = tables.with_features(
     pa.schema(
         [

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from addressvlm import InputError, tables
 from addressvlm.config_compare import ScoredConfig
+from addressvlm.evaluation.scores import calibrated
 from addressvlm.run import DONE, slug
 from ray_jobs import given, scoring
 from ray_jobs.answering import files_digest, model_digest
@@ -13,7 +14,7 @@ from ray_jobs.rivals.work import Outcome, Row, Work
 
 
 def run(work: Work, rival: ScoredConfig, redo: bool = False) -> Outcome:
-    """Scores of the split `val`, to calibrate on, and of `test`.
+    """Scores of the splits `val` and `test`, calibrated as the model's own folder then says.
 
     Raises:
         InputError: there is no such system, it is not trained, or its model has other addresses than the city.
@@ -29,7 +30,7 @@ def run(work: Work, rival: ScoredConfig, redo: bool = False) -> Outcome:
 
 
 def scores_of(work: Work, system: str, redo: bool = False) -> dict[str, list[Row]]:
-    """Split -> rows of `tables.SCORES` of a system of `train.systems`, from <run>/scores or new.
+    """Split -> rows of `tables.SCORES` of a system of `train.systems`, from <run>/scores or new, calibrated if it was trained.
 
     Raises:
         InputError: see `run`.
@@ -42,6 +43,12 @@ def scores_of(work: Work, system: str, redo: bool = False) -> dict[str, list[Row
     own = scoring.gazetteer_of(model, work.gazetteer)
     if own.addresses != work.gazetteer.addresses:
         raise InputError(f"{system} knows other addresses than {run.gazetteer}: it can't be scored on them; train it anew.")
-    made_from = {split: files_digest(tables.files(run.photos, split)) for split in work.ids}
+    held = scoring.calibrated_on(config, run.photos) if named[system].stages else {}
+    wanted = {**work.ids, **held}
+    made_from = {split: files_digest(tables.files(run.photos, split)) for split in wanted}
     made_from |= {"model": model_digest(model), "dtype": config.model.dtype, "seed": config.seed}
-    return scoring.score(config, run.folder, system, model, run.photos, work.ids, made_from, work.gazetteer, redo)
+    found = scoring.score(config, run.folder, system, model, run.photos, wanted, made_from, work.gazetteer, redo)
+    if not held:
+        return found
+    calibration = scoring.calibrate(config, system, model, found, work.gazetteer)
+    return {split: calibrated(found[split], calibration) for split in work.ids}

@@ -13,6 +13,8 @@ from addressvlm.files import whole
 from addressvlm.run import Run, slug
 from addressvlm.stores import AnyPath
 
+TEST = "test"  # the split that is judged
+
 Row = dict[str, Any]
 
 
@@ -74,6 +76,7 @@ class Outcome:
         stored_bytes: what must be kept to answer: weights and index.
         licences: what it is made of -> its licence, as its files say.
         notes: further numbers worth showing, by name.
+        model: the folder of a model that was trained for this row, whose cards get what is measured.
     """
 
     scores: dict[str, list[Row]] = field(default_factory=dict)
@@ -83,3 +86,4 @@ class Outcome:
     stored_bytes: int = 0
     licences: dict[str, str] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    model: AnyPath | None = None

@@ -1,0 +1,96 @@
+"""pytest tests/test_drawn_priors.py: what is known of a photo beforehand, drawn from its truth, and what it leaves."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from addressvlm import InputError
+from addressvlm.addresses import Address, Gazetteer
+from addressvlm.config import validate
+from addressvlm.config_compare import Known
+from addressvlm.evaluation.drawn_priors import restricted, ruled_out, words
+from tests.test_modes import ADDRESSES, CITY, accuracy, compare, rows
+
+knowns = st.builds(
+    Known, district=st.booleans(), streets=st.none() | st.integers(1, len(ADDRESSES)), gps_m=st.none() | st.floats(1, 5000)
+)
+
+
+def array(of):
+    return np.array([row["scores"] for row in of])
+
+
+def test_a_known_district_leaves_its_addresses_as_they_are():
+    given_rows = rows(photos=24)
+    left = restricted(given_rows, Known(district=True), CITY, seed=0)
+    for before, after in zip(given_rows, left, strict=True):
+        inside = np.array([address.district == before["district"] for address in CITY.addresses])
+        assert np.array_equal(np.array(after["scores"])[inside], np.array(before["scores"])[inside])
+        assert np.isneginf(np.array(after["scores"])[~inside]).all()
+        assert {**after, "scores": None} == {**before, "scores": None}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_true_street_is_among_those_known(count):
+    for row in restricted(rows(photos=48), Known(streets=count), CITY, seed=3):
+        left = {CITY.addresses[i].street for i in np.flatnonzero(np.isfinite(row["scores"]))}
+        assert len(left) == count
+        assert row["street"] in left
+
+
+def test_rows_and_the_table_of_modes_know_the_same():
+    table = compare()
+    for known in (Known(), Known(district=True), Known(streets=5), Known(gps_m=100)):
+        best = array(restricted(rows(), known, CITY, seed=0)).argmax(axis=1)
+        right = [CITY.addresses[i] == Address(row["street"], row["district"]) for i, row in zip(best, rows(), strict=True)]
+        assert np.mean(right) == pytest.approx(accuracy(table, f"+ {words(known)}" if words(known) else "scored"))
+
+
+@given(knowns, st.integers(0, 5))
+def test_nothing_gets_likelier_and_something_is_left(known, seed):
+    before = rows(photos=12)
+    after = restricted(before, known, CITY, seed)
+    kept = np.isfinite(array(after))
+    assert kept.any(axis=1).all()
+    assert np.array_equal(array(after)[kept], array(before)[kept])
+    assert restricted(after, known, CITY, seed) == after
+
+
+def test_restrictions_hold_together_and_never_leave_nothing():
+    both = restricted(rows(photos=24), Known(district=True, streets=4), CITY, seed=0)
+    one_by_one = restricted(restricted(rows(photos=24), Known(district=True), CITY, 0), Known(streets=4), CITY, 0)
+    assert both == one_by_one
+    elsewhere = [row | {"scores": [-np.inf if a.district == row["district"] else 0.0 for a in ADDRESSES]} for row in rows(4)]
+    assert restricted(elsewhere, Known(district=True), CITY, 0) == elsewhere
+
+
+def test_a_photo_of_which_nothing_is_known_keeps_its_scores():
+    nowhere = [row | {"lat": None, "lon": None} for row in rows(photos=4)]
+    assert restricted(nowhere, Known(gps_m=50), CITY, 0) == nowhere
+    foreign = [row | {"street": "Nowhere", "district": "Far"} for row in rows(photos=4)]
+    assert restricted(foreign, Known(district=True, streets=2), CITY, 0) == foreign
+
+
+def test_what_was_ruled_out_is_counted():
+    left = restricted(rows(photos=40), Known(gps_m=100), CITY, seed=0)
+    found = ruled_out(left, CITY)
+    truth = [CITY.addresses.index(Address(row["street"], row["district"])) for row in left]
+    assert found["true address ruled out"] == sum(np.isneginf(array(left)[np.arange(40), truth]))
+    assert found["addresses left"] == pytest.approx(np.isfinite(array(left)).sum(axis=1).mean())
+    assert ruled_out(rows(4), CITY) == {"addresses left": 12.0, "nothing ruled out": 4, "true address ruled out": 0}
+
+
+def test_what_can_not_be_known():
+    with pytest.raises(InputError, match=r"a prior of 13 streets, but Toytown has 12: lower streets"):
+        restricted(rows(4), Known(streets=13), CITY, 0)
+    with pytest.raises(InputError, match=r"no street of the city has a shape, so no circle can choose: leave gps_m out"):
+        restricted(rows(4), Known(gps_m=100), Gazetteer(ADDRESSES), 0)
+
+
+def test_a_row_of_the_comparison_needs_one():
+    row = {"name": "x", "kind": "prior", "of": "AddressCLIP"}
+    with pytest.raises(InputError, match=r"'x' knows nothing beforehand: set district, streets or gps_m"):
+        validate({"compare": {"systems": [row]}}, "test")
+    (made,) = validate({"compare": {"systems": [{**row, "district": True, "gps_m": 100}]}}, "test").compare.systems
+    assert words(made) == "the district and GPS within 100 m"
