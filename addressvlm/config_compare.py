@@ -71,8 +71,8 @@ class AddressClipConfig(System):
     """A dual encoder whose nearest address text is the answer (paper 002)."""
 
     kind: Literal["addressclip"]
-    # Folder or hub name of a CLIP- or SigLIP-like model of transformers or open_clip; default: the vision encoder and the language
-    # model of model.base with projections of their own
+    # Folder or hub name of a CLIP- or SigLIP-like model of transformers or open_clip; default: the vision encoder and the
+    # language model of model.base with projections of their own
     base: str | None = None
     captions: Literal["template", "alignment", "none"] = "template"  # alignment: the explanations that stage 1 learns from
     weights: LossWeights = LossWeights()

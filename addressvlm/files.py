@@ -20,7 +20,8 @@ from addressvlm.stores import AnyPath, Stat, StorePath, path_of
 TEMPORARY = ".tmp"
 CACHE = "ADDRESSVLM_CACHE"  # environment variable: the folder of copies, default ~/.cache/addressvlm
 OF_A_MODEL = {".safetensors", ".json", ".jinja", ".txt", ".model", ".geojson", ".md"}  # nothing that could run
-LAST = ("config.json", "adapter_config.json")  # without them a folder is no model, so they are sent last and removed first
+# Without one of them a folder is no model, so they are sent last and removed first
+LAST = ("config.json", "adapter_config.json", "open_clip_config.json")
 
 
 class Whole:

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoProcessor
 
+from addressvlm.baselines.open_clip import open_clip_with_texts
+from addressvlm.baselines.weights import format_of
 from addressvlm.errors import InputError
 from addressvlm.models.base import dtype_of, load, local
 from addressvlm.models.parts import part_of, parts_of
@@ -249,6 +251,8 @@ def clip_like(name: str, dtype: str = "float32", trust_remote_code: bool = False
         InputError: the model isn't there, has no safetensors, or has no such features.
     """
     where = local(name)
+    if format_of(where) == "open_clip":
+        return open_clip_with_texts(where, dtype)  # as a model of transformers
     try:
         processor = AutoProcessor.from_pretrained(where, backend="pil", trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(

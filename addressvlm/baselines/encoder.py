@@ -1,4 +1,5 @@
-"""Photos as vectors: any image encoder of transformers, or the vision encoder of a vision-language model.
+"""Photos as vectors: any image encoder of transformers, CLIP in open_clip's format, MegaLoc and DINOv2 SALAD, or the vision
+encoder of a vision-language model.
 
     Encoder("facebook/dinov2-base").encode(photos)  # float32 (N, 768), each of length 1
 
@@ -6,11 +7,11 @@ What a vector is, by kind of model:
 
 - CLIP, SigLIP and other dual encoders: their own image features, which their texts are compared with;
 - other image encoders (DINOv2, ViT, ResNet): the pooled output, else the class token;
-- a place-recognition model of remote code (`model.trust_remote_code`): the descriptor that it gives;
+- a place-recognition model (MegaLoc, SALAD, or one of remote code, `model.trust_remote_code`): the descriptor that it gives;
 - a vision-language model: the mean over what its adapter is given of the photo, before the adapter itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +23,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
+from addressvlm.baselines.open_clip import open_clip
+from addressvlm.baselines.place_recognition import place_recognition
+from addressvlm.baselines.weights import format_of
 from addressvlm.errors import InputError
 from addressvlm.evaluation.asking import picture
 from addressvlm.models.base import dtype_of, load, local, placed
@@ -29,6 +33,7 @@ from addressvlm.models.parts import parts_of
 from addressvlm.shards import Made, Rows
 
 CANT_LOAD = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError)
+OTHER_FORMATS: dict[str, Callable[[str, str], tuple[Any, Any]]] = {"open_clip": open_clip, "places": place_recognition}
 
 
 class Encoder:
@@ -45,8 +50,13 @@ class Encoder:
 
     def __init__(self, base: str, dtype: str = "float32", trust_remote_code: bool = False, device: str | None = None) -> None:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        speaks = _config(base, trust_remote_code).model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        model, self._processor = (_vision_part if speaks else _image_encoder)(base, dtype, trust_remote_code)
+        where, speaks = local(base), False
+        other = OTHER_FORMATS.get(format_of(where))
+        if other:
+            model, self._processor = other(where, dtype)
+        else:
+            speaks = _config(base, trust_remote_code).model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+            model, self._processor = (_vision_part if speaks else _image_encoder)(base, dtype, trust_remote_code)
         self._model = placed(model, self.device).eval()
         self._features = self._before_adapter if speaks else self._pooled
 

@@ -28,7 +28,7 @@ def locate(name: str) -> str:
         return str(TOY_BASE)
     folder = path_of(name)
     if isinstance(folder, StorePath) or folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / about).is_file() for about in ("config.json", "open_clip_config.json")):
             raise InputError(f"{folder} holds no model (no config.json): give the folder that save_pretrained wrote.")
         return str(folder)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
