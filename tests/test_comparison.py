@@ -121,10 +121,10 @@ def test_fusion_finds_the_system_that_knows():
     truth = rng.integers(0, 3, 200)
     knows = np.where(np.arange(3) == truth[:, None], 2.0, 0.0) + rng.normal(0, 1, (200, 3))
     noise = rng.normal(0, 3, (200, 3))
-    weights = fusion.fit({"knows": knows, "noise": noise, "common": np.zeros(3)}, truth)
+    weights = fusion.fit({"knows": knows, "noise": noise}, truth)
     assert weights["knows"] > 0.5
     assert weights["noise"] < 0.1
-    fused = fusion.fuse({"knows": knows, "noise": noise}, weights, 200)
+    fused = fusion.fuse({"knows": knows, "noise": noise}, weights)
     assert (fused.argmax(1) == truth).mean() >= (knows.argmax(1) == truth).mean() - 0.02
     assert (fused.argmax(1) == truth).mean() > (noise.argmax(1) == truth).mean() + 0.2
 
@@ -136,12 +136,7 @@ def test_fusion_takes_no_photo_of_an_unknown_address_and_no_other_city():
     with pytest.raises(InputError, match=r"a 3, b 4"):
         fusion.fit({"a": scores, "b": np.zeros((2, 4))}, np.array([0, 1]))
     ruled_out = np.array([[0.0, -math.inf, 1.0]])
-    assert np.isfinite(fusion.fuse({"a": ruled_out, "b": np.zeros((1, 3))}, {"a": 1, "b": 1}, 1)).all()
-
-
-def test_common_counts_training_photos():
-    found = np.exp(fusion.common(ADDRESSES, [ADDRESSES[1]] * 2 + [Address("Elsewhere", "Far")]))
-    assert found == pytest.approx([1 / 5, 3 / 5, 1 / 5])
+    assert np.isfinite(fusion.fuse({"a": ruled_out, "b": np.zeros((1, 3))}, {"a": 1, "b": 1})).all()
 
 
 def tree(rows):

@@ -18,7 +18,7 @@ from tests.cities import STREETS, table_rows
 
 NOTES = {
     "gallery": 8, "set_aside": 1, "replies": 6, "refused": 2, "weight of AddressCLIP": 0.75, "weight of zero-shot": 0.01,
-    "weight of how common the address is": 1.5, "addresses left": 2.5, "nothing ruled out": 0, "true address ruled out": 3,
+    "weight of Image-GPS-Address": 1.5, "addresses left": 2.5, "nothing ruled out": 0, "true address ruled out": 3,
 }  # fmt: skip
 METRICS = {"A_ds": {"value": 0.5, "low": 0.25, "high": 0.75}, "A": {"value": None, "low": None, "high": None}}
 TOLD = {
@@ -37,7 +37,7 @@ ROWS = [
     ({"kind": "scored", "of": "tuned"}, ["`models/tuned/merged`"]),
     (
         {"kind": "fusion", "of": ["AddressCLIP", "zero-shot"]},
-        ["AddressCLIP: weight 0.75", "how common the address is: weight 1.5", "as long as in all of them"],
+        ["AddressCLIP: weight 0.75", "Image-GPS-Address: weight 1.5", "as long as in all of them"],
     ),
     (
         {"kind": "prior", "of": "AddressCLIP", "district": True, "gps_m": 100},

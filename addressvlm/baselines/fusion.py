@@ -1,36 +1,25 @@
 """Late fusion: probabilities of several systems as one.
 
 ln p(address) = sum over systems k of w_k * ln p_k(address), up to a constant. The weights are at least 0 and make the true
-addresses of validation photos as likely as they can be; a system that adds nothing gets about 0. How common an address is
-among the training photos counts as one more system.
+addresses of validation photos as likely as they can be; a system that adds nothing gets about 0.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
-from addressvlm.addresses import Address
 from addressvlm.errors import InputError
 
-COMMON = "how common the address is"
 STEPS = 200
 RIDGE = 1e-3  # on the weights, per photo: decides where systems agree on every photo
-
-
-def common(addresses: Sequence[Address], of_training: Sequence[Address]) -> np.ndarray:
-    """ln of the share of training photos at each address, one more than counted, float64 (addresses,)."""
-    number = {address: i for i, address in enumerate(addresses)}
-    at = [number[address] for address in of_training if address in number]
-    counts = np.bincount(at, minlength=len(addresses)) + 1.0
-    return np.log(counts / counts.sum())
 
 
 def fit(scores: Mapping[str, np.ndarray], truth: np.ndarray) -> dict[str, float]:
     """The weight of each system.
 
     Args:
-        scores: system -> ln p up to a constant, float64 (photos, addresses), or (addresses,) for what no photo changes.
+        scores: system -> ln p up to a constant, float64 (photos, addresses).
         truth: number of the true address of each photo, -1 for one that is not among them.
 
     Raises:
@@ -39,7 +28,7 @@ def fit(scores: Mapping[str, np.ndarray], truth: np.ndarray) -> dict[str, float]
     known = np.flatnonzero(truth >= 0)
     if not len(known):
         raise InputError("no validation photo has an address of the gazetteer: fuse systems on photos of their own city.")
-    stacked = torch.stack([torch.from_numpy(of) for of in _stacked(scores, len(truth))])[:, torch.from_numpy(known)]
+    stacked = torch.stack([torch.from_numpy(of) for of in _stacked(scores)])[:, torch.from_numpy(known)]
     right = torch.from_numpy(truth[known])
     free = torch.zeros(len(stacked), dtype=torch.float64, requires_grad=True)  # softplus of it is the weight
     optimizer = torch.optim.LBFGS([free], max_iter=STEPS, line_search_fn="strong_wolfe")
@@ -57,16 +46,15 @@ def fit(scores: Mapping[str, np.ndarray], truth: np.ndarray) -> dict[str, float]
     return dict(zip(scores, weights, strict=True))
 
 
-def fuse(scores: Mapping[str, np.ndarray], weights: Mapping[str, float], photos: int) -> np.ndarray:
+def fuse(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
     """ln p up to a constant of every address, float64 (photos, addresses); `scores` as for `fit`."""
-    return np.einsum("k,kpa->pa", [weights[name] for name in scores], np.stack(_stacked(scores, photos)))
+    return np.einsum("k,kpa->pa", [weights[name] for name in scores], np.stack(_stacked(scores)))
 
 
-def _stacked(scores: Mapping[str, np.ndarray], photos: int) -> list[np.ndarray]:
+def _stacked(scores: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """ln p of each system, (photos, addresses) each; what a system rules out gets the least that any address has."""
     made = []
     for of in scores.values():
-        of = np.broadcast_to(of, (photos, of.shape[-1])).astype(np.float64)
         if not np.isfinite(of).all():
             least = np.where(np.isfinite(of), of, np.inf).min(axis=1, keepdims=True)
             of = np.where(np.isfinite(of), of, least)

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from addressvlm import InputError, tables
-from addressvlm.addresses import Address
+from addressvlm import InputError
 from addressvlm.baselines import fusion
 from addressvlm.config_compare import FusionConfig
 from addressvlm.evaluation.scores import scored
@@ -24,19 +23,14 @@ def run(work: Work, rival: FusionConfig, redo: bool = False) -> Outcome:
     if VALIDATION not in work.ids:
         raise InputError(f"{work.run.photos} has no split {VALIDATION}, on which the weights of '{rival.name}' are fitted.")
     given = {name: scores_of_row(work, name, f"'{rival.name}' fuses") for name in rival.of}
-    addresses = work.gazetteer.addresses
-    learnt = tables.read(work.run.photos, "train", ["street", "district"]).to_pylist()
-    common = fusion.common(addresses, [Address(row["street"], row["district"]) for row in learnt])
-    weights = fusion.fit(_arrays(given, VALIDATION, common), scored(given[rival.of[0]][VALIDATION], work.gazetteer).truth)
+    weights = fusion.fit(_arrays(given, VALIDATION), scored(given[rival.of[0]][VALIDATION], work.gazetteer).truth)
     fused: Scores = {}
     for split in work.ids:
-        rows = given[rival.of[0]][split]
-        total = fusion.fuse(_arrays(given, split, common), weights, len(rows))
-        fused[split] = [{**row, "scores": line.tolist()} for row, line in zip(rows, total, strict=True)]
+        total = fusion.fuse(_arrays(given, split), weights)
+        fused[split] = [{**row, "scores": line.tolist()} for row, line in zip(given[rival.of[0]][split], total, strict=True)]
     weighed = {f"weight of {name}": weight for name, weight in weights.items()}
     return replace(made_of(work, rival.of), scores=fused, notes=weighed)
 
 
-def _arrays(given: Mapping[str, Scores], split: str, common: np.ndarray) -> dict[str, np.ndarray]:
-    scores = {name: np.array([row["scores"] for row in of[split]]) for name, of in given.items()}
-    return {**scores, fusion.COMMON: common}
+def _arrays(given: Mapping[str, Scores], split: str) -> dict[str, np.ndarray]:
+    return {name: np.array([row["scores"] for row in of[split]], dtype=np.float64) for name, of in given.items()}
