@@ -5,9 +5,13 @@
     python benchmarks/training.py my_city.yaml --growth             # time per step against rounds and images
     python benchmarks/training.py my_city.yaml --memory             # the plan's memory against what a step took
 
-The run must have photos (`python ray_jobs/prepare.py`). All sides have the same base, adapter, rows, batches, optimizer,
-schedule, precision and loss (on the answers). TRL is used as it recommends for images: gradient checkpointing (its default),
-`assistant_only_loss`, no truncation; the Trainer pads our rows and masks our labels. On CPUs seconds of processor time count.
+    python benchmarks/training.py demo --set model.base=full-size --set model.dtype=bfloat16 --rows 16 --steps 20   # a GPU
+
+The run must have photos (`python ray_jobs/prepare.py`); `full-size` is made by benchmarks/full_size.py. All sides have the same
+base, adapter, rows, batches, optimizer, schedule, precision and loss (on the answers). TRL is used as it recommends for images:
+gradient checkpointing (its default), `assistant_only_loss`, no truncation; the Trainer pads our rows and masks our labels. On
+CPUs seconds of processor time count, on a GPU those of the clock; there the memory and the share of the peak are shown too,
+with the same useful operations a row for all sides.
 """
 
 import argparse
@@ -30,6 +34,7 @@ from addressvlm.models.lora import keep_statistics, lora_config, train_only
 from addressvlm.models.parts import parts_of
 from addressvlm.training import loop
 from addressvlm.training.collate import Collator, sample_of
+from addressvlm.training.hardware import memory_gib
 from addressvlm.training.plan import GIB, outline, plan
 from addressvlm.training.rows import Schedule
 from addressvlm.training.system import equip, table_of
@@ -44,20 +49,44 @@ GENERATION = (
 )
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seconds() -> float:
+    """Of this process on a CPU; of the clock on a GPU, when all that was begun is done."""
+    if DEVICE.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock(TrainerCallback):
-    """Processor seconds and loss of every step of a Trainer."""
+    """Seconds and loss of every step of a Trainer.
+
+    Attributes:
+        mfu: share of the GPU's peak in the last step, if it was measured.
+        tokens: of a row, likewise.
+        memory: most that was held on the GPU, GiB.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.losses: list[float] = []
-        self.last = time.process_time()
+        self.mfu: float | None = None
+        self.tokens = self.memory = 0.0
+        self.last = seconds()
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         if not self.seconds:
-            self.last = time.process_time()
+            self.last = seconds()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        now = time.process_time()
+        now = seconds()
+        if DEVICE.type == "cuda":
+            self.memory = memory_gib(DEVICE)
         self.seconds.append(now - self.last)
         self.last = now
 
@@ -87,16 +116,18 @@ class Bench:
 
     def ours(self, seed: int) -> Clock:
         base, processor = self.base(seed)
-        model, parts, packed = equip(base, self.config.model_copy(update={"seed": seed}), torch.device("cpu"))
         clock = Clock()
+        model, parts, packed = equip(base, self.config.model_copy(update={"seed": seed}), DEVICE)
         stage = loop.Stage("bench", self.stage, Schedule(self.table, self.rows, seed), self.steps, seed)
 
         def after(progress: loop.Progress, strategy: Any) -> None:
             clock.on_step_end()
             clock.losses.append(progress.loss)
+            clock.mfu, clock.tokens = progress.mfu, progress.tokens_per_s / progress.samples_per_s
 
         precision = self.config.train.precision
-        loop.run(model, parts, Collator(processor, packed=packed), stage, "ddp", precision, after=after)
+        peak = self.config.train.peak_tflops
+        loop.run(model, parts, Collator(processor, packed=packed), stage, "ddp", precision, after=after, peak_tflops=peak)
         return clock
 
     def trainer(self, seed: int) -> Clock:
@@ -163,15 +194,21 @@ class Quiet(TrainerCallback):
 
 
 def compare(bench: Bench, seeds: int, sides: list[str]) -> None:
-    """Samples a processor second of each side, and the loss over the last half of the steps."""
+    """Samples a second of each side, and the loss over the last half of the steps."""
     pace: dict[str, list[float]] = {side: [] for side in sides}
     loss: dict[str, list[float]] = {side: [] for side in sides}
+    useful, tokens = None, 0.0  # share of the peak by a row a second, known once ours has run; tokens of a row
     for seed in range(seeds):
         for side in sides:
             clock: Clock = getattr(bench, side)(seed)
             pace[side].append(bench.rows / statistics.median(clock.seconds[WARM:]))
             loss[side].append(statistics.mean(clock.losses[bench.steps // 2 :]))
-            print(f"seed {seed} {side:8} {pace[side][-1]:.3f} samples/s, loss {loss[side][-1]:.4f}", flush=True)
+            told = f"seed {seed} {side:8} {pace[side][-1]:.3f} samples/s, loss {loss[side][-1]:.4f}"
+            if side == "ours":
+                useful, tokens = clock.mfu and clock.mfu / (bench.rows / clock.seconds[-1]), clock.tokens
+            if useful:
+                told += f", {100 * useful * pace[side][-1]:.1f} % of the peak, {tokens * pace[side][-1]:,.0f} tokens/s"
+            print(f"{told}, {clock.memory:.1f} GiB" if clock.memory else told, flush=True)
     for side in sides:
         ratio = statistics.median(a / b for a, b in zip(pace["ours"], pace[side], strict=True))
         spread = f"{min(loss[side]):.4f} to {max(loss[side]):.4f}"
@@ -181,7 +218,7 @@ def compare(bench: Bench, seeds: int, sides: list[str]) -> None:
 def growth(config: Config, bench: Bench) -> None:
     """A table of seconds a step: rounds of a conversation, images of a batch."""
     base, processor = bench.base(0)
-    model, parts, packed = equip(base, config, torch.device("cpu"))
+    model, parts, packed = equip(base, config, DEVICE)
     print("| rounds | images a batch | tokens | seconds a step | seconds a 1,000 tokens |\n|---:|---:|---:|---:|---:|")
     for rounds, images in ((1, 2), (3, 2), (7, 2), (14, 2), (7, 1), (7, 4)):
         clock, tokens = Clock(), []
@@ -196,8 +233,8 @@ def growth(config: Config, bench: Bench) -> None:
             tokens.append(progress.tokens_per_s / progress.samples_per_s)
 
         loop.run(model, parts, Collator(processor, packed=packed), stage, "ddp", config.train.precision, after=after)
-        seconds, length = statistics.median(clock.seconds[WARM:]), statistics.mean(tokens) * images
-        print(f"| {rounds} | {images} | {length:.0f} | {seconds:.2f} | {1000 * seconds / length:.2f} |", flush=True)
+        step, length = statistics.median(clock.seconds[WARM:]), statistics.mean(tokens) * images
+        print(f"| {rounds} | {images} | {length:.0f} | {step:.2f} | {1000 * step / length:.2f} |", flush=True)
 
 
 class Longer:
@@ -218,11 +255,11 @@ class Longer:
 
 
 def memory(config: Config, bench: Bench, stage: str) -> None:
-    """The plan's memory against the growth of this process over what it had with its libraries."""
-    before = _held()
+    """The plan's memory against what tensors took on a GPU, or by how much this process grew over its libraries."""
+    before = _held() if DEVICE.type == "cpu" else 0.0
     seen: list[float] = []
     base, processor = bench.base(0)
-    model, parts, packed = equip(base, config, torch.device("cpu"))
+    model, parts, packed = equip(base, config, DEVICE)
     made = loop.Stage("bench", bench.stage, Schedule(bench.table, bench.rows, 0), 2, 0)
     loop.run(
         model, parts, Collator(processor, packed=packed), made, "ddp", config.train.precision,
@@ -231,7 +268,7 @@ def memory(config: Config, bench: Bench, stage: str) -> None:
     took = max(seen) - before
     config.train.stages = {stage: bench.stage.model_copy(update={"max_steps": 1})}
     system = config.train.systems[0].model_copy(update={"stages": [stage]})
-    planned = plan(config, system, outline(config), cpu=True)[0].memory / GIB
+    planned = plan(config, system, outline(config), cpu=DEVICE.type == "cpu")[0].memory / GIB
     print(f"planned {planned:.2f} GiB, took {took:.2f} GiB: {100 * (planned / took - 1):+.0f} %")
 
 
