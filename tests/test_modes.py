@@ -46,6 +46,15 @@ def accuracy(compared, name):
     return next(row["metrics"]["A_ds"]["value"] for row in compared["table"] if row["name"] == name)
 
 
+def test_a_model_that_is_divided_by_its_prior_is_shown_with_it_too():
+    skewed = Calibration(1.0, 0.8, {"0.8": 0.5}, own_prior=(50.0, *[0.0] * (len(CITY.addresses) - 1)))
+    compared = modes.compare(rows(), CITY, skewed, {}, SETTINGS)
+    assert [row["name"] for row in compared["table"]][:2] == ["scored, own prior left in", "scored"]
+    assert accuracy(compared, "scored, own prior left in") == accuracy(compare(), "scored")
+    assert accuracy(compared, "scored") < accuracy(compare(), "scored")
+    assert compared["trust"]["own_prior"]
+
+
 def test_what_is_known_beforehand_helps():
     compared = compare()
     names = [row["name"] for row in compared["table"]]

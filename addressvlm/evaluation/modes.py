@@ -49,6 +49,8 @@ def compare(
     """
     table = [{"name": name, "metrics": _of_answers(list(given), settings)} for name, given in answered.items()]
     believed = calibrated(rows, calibration)
+    if calibration.own_prior:
+        table.append({"name": "scored, own prior left in", "metrics": _of_prior(rows, gazetteer, Known(), settings)})
     table += [
         {"name": f"+ {words(known)}" if words(known) else "scored", "metrics": _of_prior(believed, gazetteer, known, settings)}
         for known in _priors(gazetteer)
