@@ -72,6 +72,11 @@ class Config(Strict):
     evaluate: EvaluateConfig = EvaluateConfig()
     compare: CompareConfig = CompareConfig()
 
+    @property
+    def training_seed(self) -> int:
+        """What decides random weights, the order of rows and dropout."""
+        return self.seed if self.train.seed is None else self.train.seed
+
 
 def load(source: str | Path = "demo", sets: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
     """Read a preset's name or a YAML file, then the environment, then `key=value` strings of the command line.

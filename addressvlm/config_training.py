@@ -107,6 +107,7 @@ class TrainConfig(Strict):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # Several conversations in one row, without padding. auto: where attention goes block by block, that is, on CPUs
     packing: Literal["auto", "on", "off"] = "auto"
+    seed: int | None = None  # of random weights, the order of rows and dropout; default: the run's, which also draws the split
     cities: dict[str, float] = {}  # other runs of this storage to learn from too, or instead: name -> epochs in one epoch
     checkpoint_every: int = Field(50, ge=1)  # optimizer steps
     keep_checkpoints: int = Field(2, ge=1)  # the last so many; each holds the adapter that validated best too

@@ -28,6 +28,7 @@ from addressvlm.evaluation.parsing import Judge
 from addressvlm.evaluation.scores import answers_of as answers_by_scores
 from addressvlm.models.card import set_metrics
 from addressvlm.run import Run, slug, writing
+from addressvlm.training.system import cities_of
 from ray_jobs import answering, prepare, scoring
 from ray_jobs.answering import Task
 from ray_jobs.common import arguments, configure, connect, job, require
@@ -91,8 +92,6 @@ def run_step(config: Config, redo: bool = False, only: Sequence[str] = ()) -> di
 
 
 def _check(config: Config, only: Sequence[str]) -> None:
-    if config.evaluate.answers == "scored":
-        raise InputError("evaluate.answers is scored, which rows of the kind scored are: leave it free to compare.")
     if config.evaluate.images == "grafts" and config.compare.systems:
         raise InputError(
             "evaluate.images is grafts, but rows of compare.systems see photos: set it in compare.variants instead."
@@ -142,7 +141,29 @@ def _variant(work: Work, variant: VariantConfig, task: Task, judge: Judge, redo:
     if system is None:
         known = ", ".join(s.name for s in config.train.systems)
         raise InputError(f"compare.variants: '{variant.name}' is of {variant.system}: systems of train.systems are {known}.")
+    if system.stages:
+        keep_apart(work, variant.name, config)
     return Compared(variant.name, "variant", *own.run(work, Own(variant.name, config, system), task, judge, redo))
+
+
+def keep_apart(work: Work, name: str, config: Config) -> None:
+    """Make sure that a variant learns from no photo near those that all rows are asked about.
+
+    Raises:
+        InputError: its settings draw another split, or the other city is this one.
+    """
+    guard, columns = config.city.guard_m, ["id", "lat", "lon"]
+    asked = tables.read(work.run.photos, TEST, columns).to_pylist()
+    for run, _ in cities_of(config):
+        if run.folder.name == config.name:
+            prepare.run_step(config)
+        near = comparison.nearest_m(asked, tables.read(run.photos, "train", columns).to_pylist())
+        if near and (least := min(near.values())) < guard - 1e-3:
+            raise InputError(
+                f"'{name}' would learn from photos of {run.folder.name} that are {least:.0f} m from test photos, less than the "
+                f"guard of {guard:g} m: leave seed and city.split, guard_m and block_m as they are (train.seed draws other "
+                "weights)."
+            )
 
 
 def changed(config: Config, variant: VariantConfig) -> Config:

@@ -43,7 +43,8 @@ def settings(config: Config, system: SystemConfig) -> dict[str, Any]:
     Raises:
         InputError: it depends on the locatability of photos that have not been scored.
     """
-    train = config.train.model_dump(include={"workers", "strategy", "precision", "packing", "cities", "merge"})
+    kept = {"workers", "strategy", "precision", "packing", "cities", "merge", "seed"}
+    train = config.train.model_dump(include=kept, exclude_none=True)
     stages = {name: _stage(config.train.stages[name]) for name in system.stages}
     equal = next((s for s in config.train.systems if s.name == system.equal_steps_to), None)
     others = {name: _stage(config.train.stages[name]) for name in equal.stages} if equal else {}
@@ -60,8 +61,9 @@ def settings(config: Config, system: SystemConfig) -> dict[str, Any]:
 
 
 def _stage(stage: StageConfig) -> dict[str, Any]:
-    """Its settings; a threshold that is not set was no setting when runs of earlier versions finished."""
-    return stage.model_dump(exclude={"locatability"} if stage.locatability is None else None)
+    """Its settings; what is not set was no setting when runs of earlier versions finished."""
+    later = {"locatability", "augment"}
+    return stage.model_dump(exclude=later) | stage.model_dump(include=later, exclude_defaults=True)
 
 
 def tables_of(config: Config, system: SystemConfig) -> set[Data]:

@@ -76,6 +76,25 @@ def test_one_table_of_all_rows_and_why_some_are_missing(config: Config, capsys: 
     assert "zero-shot: already answered" in capsys.readouterr().out
 
 
+def test_all_rows_can_answer_by_their_scores(config: Config) -> None:
+    scored = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"answers": "scored"})})
+    (row,) = compare.run_step(scored, redo=True, only=["zero-shot"])["systems"]
+    assert not row["failed"]
+    assert row["top"]["address-5"]["value"] == 1  # of three addresses
+    assert row["metrics"]["A_ds"]["value"] == row["top"]["address-1"]["value"]
+
+
+def test_a_variant_does_not_learn_from_photos_near_those_asked_about(tmp_path: Path) -> None:
+    work = work_in(tmp_path, "a/base", [photo("train", number) for number in range(60, 63)])
+    near, far = (work_in(tmp_path, "a/base", [photo("train", n)], name=name) for name, n in (("near", 4), ("far", 40)))
+    variant = work.config.model_copy(update={"train": work.config.train.model_copy(update={"cities": {"far": 1.0}})})
+    compare.keep_apart(work, "x", variant)
+    variant.train.cities["near"] = 0.5
+    with pytest.raises(InputError, match=r"'x' would learn from photos of near that are 0 m from test photos, less"):
+        compare.keep_apart(work, "x", variant)
+    assert {near.config.name, far.config.name} == set(variant.train.cities)
+
+
 def test_what_is_measured_goes_into_the_cards_of_a_trained_model(tmp_path: Path) -> None:
     work = work_in(tmp_path, "a/base", [photo("train", number) for number in range(3)])
     model, answers = work.run.model("AddressVLM"), [{"id": "test0"}, {"id": "test0"}, {"id": "test1"}]
@@ -98,9 +117,6 @@ def test_rows_must_be_told_apart(config: Config) -> None:
     twice.train.systems[0].name = "nearest"
     with pytest.raises(InputError, match="would share a folder"):
         compare.run_step(twice)
-    scored = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"answers": "scored"})})
-    with pytest.raises(InputError, match=r"evaluate\.answers is scored"):
-        compare.run_step(scored)
 
 
 def test_a_variant_is_a_run_of_its_own() -> None:

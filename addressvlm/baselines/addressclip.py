@@ -176,9 +176,9 @@ def train(
     """
     run, device = Run(config), torch.device(device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    encoder = begin(rival.base, config.model.base, config.model.dtype, config.seed, config.model.trust_remote_code)
+    encoder = begin(rival.base, config.model.base, config.model.dtype, config.training_seed, config.model.trust_remote_code)
     encoder = placed(encoder, device)
-    captions, seed = captions_of(run, rival.captions), config.seed * 101
+    captions, seed = captions_of(run, rival.captions), config.training_seed * 101
     lessons = Lessons(Rows(run.photos, "train", COLUMNS), rival.batch_size * config.train.workers, seed, captions, encoder)
     stage = stage_of(config, rival, lessons)
     context = autocast(device, torch.float32, config.train.precision)

@@ -46,7 +46,7 @@ def card(config: Config, rival: AddressClipConfig, steps: int, parameters: int) 
         "## Training",
         f"{steps:,} steps of {rival.batch_size * config.train.workers:,} photos, encoders trained: {trained}, learning rate "
         f"{rival.learning_rate:g}, of new projections {rival.projection_learning_rate:g}; {parameters:,} numbers learnt, seed "
-        f"{config.seed}. All settings are in `_done.json`.",
+        f"{config.training_seed}. All settings are in `_done.json`.",
         "## Metrics",
         unmeasured("compare"),
         "## Use",

@@ -62,8 +62,8 @@ def card(config: Config, system: str, code: str, adapter: bool) -> str:
         attributed(sources),
         "## Training",
         "\n".join(_stage(name, stage) for name, stage in stages) or "None.",
-        f"Weights in {config.model.dtype}, seed {config.seed}, {config.train.workers} workers ({config.train.strategy}). "
-        "All settings are in `_done.json` of the model's folder.",
+        f"Weights in {config.model.dtype}, seed {config.training_seed}, {config.train.workers} workers "
+        f"({config.train.strategy}). All settings are in `_done.json` of the model's folder.",
         "## Metrics",
         unmeasured("evaluate"),
         "## Use",

@@ -43,7 +43,7 @@ def stages_of(config: Config, system: SystemConfig) -> list[loop.Stage]:
         rows = table_of(config, stage.tables, stage.locatability)
         per_step = stage.batch_size * stage.accumulate * config.train.workers
         steps = steps_of(len(rows), per_step, stage.epochs, stage.max_steps)
-        seed = config.seed * 101 + number
+        seed = config.training_seed * 101 + number
         stages.append(loop.Stage(name, stage, Schedule(rows, per_step, seed, stage.augment), steps, seed))
     if system.equal_steps_to and stages:
         model = next(s for s in config.train.systems if s.name == system.equal_steps_to)
@@ -202,7 +202,7 @@ def equip(base: Any, config: Config, device: torch.device) -> tuple[Any, dict[Pa
         InputError: the base's parts can't be named, or it can't be packed and shall be.
     """
     packed = packs(base, config.train.packing, device, config.model.base)
-    torch.manual_seed(config.seed)  # of LoRA's random halves
+    torch.manual_seed(config.training_seed)  # of LoRA's random halves
     model, parts = attach(base, config.model)
     return model if _cut(config) else placed(model, device), parts, packed
 

@@ -64,7 +64,7 @@ def run(work: Work, rival: AddressClipConfig, redo: bool = False) -> Outcome:
 def settings(config: Config, rival: AddressClipConfig) -> dict[str, Any]:
     """What the trained model depends on."""
     made_from = (label if rival.captions == "alignment" else prepare).settings(config)
-    train = config.train.model_dump(include={"workers", "precision"})
+    train = config.train.model_dump(include={"workers", "precision", "seed"}, exclude_none=True)
     return {**made_from, "base": config.model.base, "dtype": config.model.dtype, "train": train, "rival": rival.model_dump()}
 
 

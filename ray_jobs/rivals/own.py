@@ -1,24 +1,23 @@
-"""A row of `train.systems`, or a variant of one: trained if it is not, then asked in its own words."""
+"""A row of `train.systems`, or a variant of one: trained if it is not, then asked as `evaluate.answers` says."""
 
 import json
 import time
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
-from safetensors import safe_open
-
 from addressvlm import tables
+from addressvlm.answers.calibration import Calibration
 from addressvlm.config import Config
 from addressvlm.config_training import SystemConfig
 from addressvlm.evaluation.parsing import Judge
-from addressvlm.files import fetched, fetched_model
+from addressvlm.evaluation.scores import calibrated
 from addressvlm.models.base import locate
-from addressvlm.models.card import base_licence
 from addressvlm.run import Run
-from addressvlm.stores import AnyPath, files_in, path_of
+from addressvlm.stores import path_of
 from ray_jobs import answering, given, train
 from ray_jobs.answering import Task
+from ray_jobs.rivals.described import described
+from ray_jobs.rivals.scored import before_calibration
 from ray_jobs.rivals.work import Outcome, Row, Work
 
 
@@ -45,26 +44,21 @@ def run(work: Work, own: Own, task: Task, judge: Judge, redo: bool = False) -> t
     task = replace(task, images=given.images(config, work.run, task.split, redo))
     there = set(tables.read(task.shown, task.split, ["id"])["id"].to_pylist())
     without, ids = len(set(ids) - there), [photo for photo in ids if photo in there]
-    begun = time.monotonic()
-    if answering.answer(config, task, own.name, model, ids, judge, work.gazetteer, {}, redo):
+    begun, scores = time.monotonic(), {}
+    if need.answers == "scored":
+        asked = {task.split: ids} if task.images else work.ids
+        scores = before_calibration(work, config, own.name, model, asked, task.images, redo)
+    if answering.answer(config, task, own.name, model, ids, judge, work.gazetteer, scores, redo):
         held = {"cpus": need.workers * need.cpus_per_worker, "gpus": need.workers * need.gpus_per_worker}
         work.note(own.name, "answering", {"seconds": time.monotonic() - begun, "photos": len(ids), **held})
     if system.stages:
         work.note(own.name, "training", _training(config, system, its_run))
     notes = {"photos without a tile": without} if without else {}
     trained = its_run.model(system.name) if system.stages and not task.images else None
-    return replace(described(config, system), notes=notes, model=trained), answering.read(task, own.name)
-
-
-def described(config: Config, system: SystemConfig) -> Outcome:
-    """What a trained system is made of; without answers."""
-    run = Run(config)
-    folder = path_of(fetched_model(locate(given.model_of(config, run, system))))
-    return Outcome(
-        parameters=_numbers(run.model(system.name) / "adapter") if system.stages else 0,
-        stored_bytes=sum(file.stat().st_size for file in files_in(folder, "*.safetensors")),
-        licences={"base model": base_licence(config) or "not said"},
-    )
+    calibration = Calibration.load(path_of(model)) if scores else Calibration()
+    ranked = {split: calibrated(rows, calibration) for split, rows in scores.items()}
+    outcome = replace(described(config, system), scores=ranked, notes=notes, model=trained)
+    return outcome, answering.read(task, own.name)
 
 
 def _training(config: Config, system: SystemConfig, run: Run) -> dict[str, Any]:
@@ -81,12 +75,3 @@ def _training(config: Config, system: SystemConfig, run: Run) -> dict[str, Any]:
         "seconds": seconds, "photos": photos,
         "cpus": workers * train_config.cpus_per_worker, "gpus": workers * train_config.gpus_per_worker,
     }  # fmt: skip
-
-
-def _numbers(folder: AnyPath) -> int:
-    """How many numbers the safetensors files of a folder hold."""
-    total = 0
-    for file in files_in(folder, "*.safetensors"):
-        with safe_open(str(fetched(file)), framework="np") as opened:
-            total += sum(prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
-    return total

@@ -1,15 +1,20 @@
 """A trained system that answers by its probabilities of all addresses."""
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from addressvlm import InputError, tables
+from addressvlm.addresses import GAZETTEER
+from addressvlm.answers.calibration import Calibration
+from addressvlm.config import Config
 from addressvlm.config_compare import ScoredConfig
 from addressvlm.evaluation.scores import calibrated
 from addressvlm.run import DONE, slug
+from addressvlm.stores import AnyPath, path_of
 from ray_jobs import given, scoring
 from ray_jobs.answering import files_digest, model_digest
-from ray_jobs.rivals.own import described
+from ray_jobs.rivals.described import described
 from ray_jobs.rivals.work import Outcome, Row, Work
 
 
@@ -35,20 +40,40 @@ def scores_of(work: Work, system: str, redo: bool = False) -> dict[str, list[Row
     Raises:
         InputError: see `run`.
     """
-    config, run = work.config, work.run
+    config = work.config
     named = {s.name: s for s in config.train.systems}
     if system not in named:
         raise InputError(f"compare.systems names {system}: systems of train.systems are {', '.join(named)}.")
-    model = given.model_of(config, run, named[system])
-    own = scoring.gazetteer_of(model, work.gazetteer)
+    model = given.model_of(config, work.run, named[system])
+    found = before_calibration(work, config, system, model, work.ids, redo=redo)
+    calibration = Calibration.load(path_of(model)) if named[system].stages else Calibration()
+    return {split: calibrated(rows, calibration) for split, rows in found.items()}
+
+
+def before_calibration(
+    work: Work, config: Config, name: str, model: str, asked: Mapping[str, Sequence[str]], shown: AnyPath | None = None,
+    redo: bool = False,
+) -> dict[str, list[Row]]:  # fmt: skip
+    """Split -> rows of SCORES as the model gives them; a trained model's calibration is left in its folder.
+
+    Args:
+        config: says how it was trained and is asked.
+        name: of the folder below <run>/scores.
+        asked: split -> ids.
+        shown: the table whose images it is shown, which it is then not calibrated on; default: the run's photos.
+
+    Raises:
+        InputError: the model has other addresses than the city.
+    """
+    own, data = scoring.gazetteer_of(model, work.gazetteer), shown or work.run.photos
     if own.addresses != work.gazetteer.addresses:
-        raise InputError(f"{system} knows other addresses than {run.gazetteer}: it can't be scored on them; train it anew.")
-    held = scoring.calibrated_on(config, run.photos) if named[system].stages else {}
-    wanted = {**work.ids, **held}
-    made_from = {split: files_digest(tables.files(run.photos, split)) for split in wanted}
+        raise InputError(f"{name} knows other addresses than {work.run.gazetteer}: it can't be scored on them; train it anew.")
+    trained = (path_of(model) / GAZETTEER).is_file()
+    held = scoring.calibrated_on(config, data) if trained and shown is None else {}
+    wanted = {**asked, **held}
+    made_from = {split: files_digest(tables.files(data, split)) for split in wanted}
     made_from |= {"model": model_digest(model), "dtype": config.model.dtype, "seed": config.seed}
-    found = scoring.score(config, run.folder, system, model, run.photos, wanted, made_from, work.gazetteer, redo)
-    if not held:
-        return found
-    calibration = scoring.calibrate(config, system, model, found, work.gazetteer)
-    return {split: calibrated(found[split], calibration) for split in work.ids}
+    found = scoring.score(config, work.run.folder, name, model, data, wanted, made_from, work.gazetteer, redo)
+    if held:
+        scoring.calibrate(config, name, model, found, work.gazetteer)
+    return {split: found[split] for split in asked}
