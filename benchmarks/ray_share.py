@@ -51,7 +51,7 @@ def seconds(config: Config) -> float:
 def without_ray(args: argparse.Namespace, sets: list[str]) -> None:
     """Run this file under torchrun."""
     flags = [word for assignment in sets for word in ("--set", assignment)]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={args.workers}", "--master-port=0", __file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.workers}", __file__]
     subprocess.run([*command, "--worker", "--config", args.config, *flags], cwd=ROOT, check=True, env=environment())
 
 
