@@ -100,9 +100,7 @@ class Known(Strict):
 
     district: bool = False  # the true one
     streets: int | None = Field(None, ge=1)  # W: so many, the true one among them
-    gps_m: float | None = Field(
-        None, gt=0, allow_inf_nan=False
-    )  # a position that is off by less than this in 95 of 100 photos, metres
+    gps_m: float | None = Field(None, gt=0, allow_inf_nan=False)  # metres; a position is off by less in 95 of 100 photos
 
 
 class PriorConfig(System, Known):
