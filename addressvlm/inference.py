@@ -49,7 +49,7 @@ class Localizer(ChatModel):
         folder, device, dtype, trust_remote_code, loaded: see ChatModel.
 
     Raises:
-        InputError: as ChatModel.
+        InputError: as ChatModel, or the calibration is damaged or of another gazetteer.
     """
 
     def __init__(
@@ -65,6 +65,8 @@ class Localizer(ChatModel):
         gazetteer = self.folder / GAZETTEER
         self.gazetteer: Gazetteer | None = Gazetteer.load(gazetteer) if gazetteer.is_file() else None
         self.calibration = Calibration.load(self.folder)
+        if self.gazetteer:
+            self.calibration.applied(np.zeros(len(self.gazetteer.addresses)))  # one of another gazetteer is told now
         self._sights = Sights(int(memory_mb * 2**20))
         self._scorer: Scorer | None = None
 

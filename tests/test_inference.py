@@ -1,10 +1,13 @@
 """pytest tests/test_inference.py: answers and probabilities of small random models, checked against plain forward passes."""
 
+import shutil
+
 import pytest
 import torch
 
 from addressvlm import InputError
 from addressvlm.addresses import Address, Gazetteer
+from addressvlm.answers.calibration import Calibration
 from addressvlm.inference import Localizer, Prior, Sampling, user_turn
 from addressvlm.questions import ADDRESS_QUESTION
 from tests.families import localizer_of, log_likelihoods, naive_log_likelihood, picture
@@ -69,6 +72,20 @@ def test_known_is_above_the_threshold(localizer):
     assert not localizer.localize(picture(3), threshold=confidence).known
     with pytest.raises(InputError, match=r"threshold is 1\.5"):
         localizer.localize(picture(3), threshold=1.5)
+
+
+def test_the_models_own_prior_is_divided_out(localizer, monkeypatch):
+    before = localizer.localize(picture(3), top_k=None).candidates
+    prior = [-1000.0 if address.street == before[-1].street else 0.0 for address in localizer.gazetteer.addresses]
+    monkeypatch.setattr(localizer, "calibration", Calibration(own_prior=tuple(prior)))
+    assert localizer.localize(picture(3)).candidates[0].street == before[-1].street
+
+
+def test_a_calibration_of_another_gazetteer_is_told_when_the_model_is_loaded(localizer, tmp_path):
+    shutil.copytree(localizer.folder, tmp_path / "model")
+    Calibration(own_prior=(0.0, -1.0)).save(tmp_path / "model")
+    with pytest.raises(InputError, match=r"calibration\.json is of 2 addresses"):
+        Localizer(tmp_path / "model")
 
 
 def test_many_photos_are_located_like_one_by_one(localizer, monkeypatch):
