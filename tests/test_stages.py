@@ -307,25 +307,6 @@ def test_validation_after_the_step_resumed_from_is_forgotten(tmp_path: Path) -> 
     assert [json.loads(line)["done"] for line in found] == [2, 4]
 
 
-def test_large_seeds_are_taken(tmp_path: Path, base: Path) -> None:
-    config = trained_config(tmp_path, base)
-    config.seed = 10**6
-    stage = stages_of(config, config.train.systems[1])[0]
-    seeds = {loop._seed(stage, step, rank) for step in range(3) for rank in range(2)}
-    assert len(seeds) == 6
-    for seed in seeds:
-        torch.manual_seed(seed)
-
-
-def test_a_seed_of_training_leaves_the_split_alone(tmp_path: Path, base: Path) -> None:
-    config = trained_config(tmp_path, base)
-    own = trained_config(tmp_path, base, seed=7)
-    before, after = (stages_of(one, one.train.systems[1])[0] for one in (config, own))
-    assert (own.seed, own.training_seed, config.training_seed) == (0, 7, 0)
-    assert after.schedule.seed != before.schedule.seed
-    assert after.schedule.indices(0) != before.schedule.indices(0)
-
-
 def test_a_tracker_that_is_not_there_is_told() -> None:
     with pytest.raises(InputError, match=r"train\.trackers names no_such_tracker, which is not installed"):
         journal.tracker("no_such_tracker", "run", "system")
