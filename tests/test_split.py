@@ -22,17 +22,17 @@ def thinned(share: float) -> CityConfig:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 150), st.integers(1, 15), SHARES, SHARES, st.integers(0, 3))
 def test_fewer_training_places_are_some_of_the_more(
-    scatter: int, number: int, streets: int, share: float, other: float, seed: int
+    scatter: int, number: int, addresses: int, share: float, other: float, seed: int
 ) -> None:
-    places = scattered(scatter, number, streets)
-    street = {p.id: p.address.street for p in places}
+    places = scattered(scatter, number, addresses)
+    address = {p.id: p.address for p in places}
     full = split(places, CityConfig(), seed)
     results = [split(places, thinned(s), seed) for s in sorted([share, other])]
     fewer, more, everything = ({p for p, part in r.part.items() if part == "train"} for r in (*results, full))
     assert fewer <= more <= everything
-    assert {street[p] for p in fewer} == {street[p] for p in everything}
+    assert {address[p] for p in fewer} == {address[p] for p in everything}
     wanted = round(min(share, other) * len(everything))
-    assert wanted <= len(fewer) <= wanted + len({street[p] for p in everything})
+    assert wanted <= len(fewer) <= wanted + len({address[p] for p in everything})
     for result in results:
         held_out = {p: part for p, part in result.part.items() if part in ("val", "test")}
         assert held_out == {p: part for p, part in full.part.items() if part in ("val", "test")}

@@ -1,7 +1,8 @@
 """Train, validation and test places, in blocks, with a distance between them so that neighbouring views can't leak.
 
 Blocks (square cells of the city) go to the test split, then to validation, in an order drawn by seed. A block is taken
-only if every street in it keeps a training place; where whole blocks fail, halves and quarters of them are tried.
+only if every address (street and district) in it keeps a training place, for no answer can be right that was never
+learnt; where whole blocks fail, halves and quarters of them are tried.
 What is left for training can be thinned, by place and by view, to see what density does (paper 001, Fig. 5).
 """
 
@@ -15,6 +16,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from addressvlm.addresses import Address
 from addressvlm.cities.address import Place
 from addressvlm.cities.photo import Photo
 from addressvlm.config_city import CityConfig
@@ -46,7 +48,7 @@ class Split:
 def split(places: Sequence[Place], city: CityConfig, seed: int) -> Split:
     """Split by the shares, block, guard and density of the city's settings; the same places and seed give the same split.
 
-    Every street of a held-out place keeps a training place.
+    Every address of a held-out place keeps a training place.
     Density is applied last and with draws of its own, so that the held-out places do not depend on it.
     """
     places = sorted(places, key=lambda p: p.id)
@@ -89,11 +91,11 @@ class _State:
     def __init__(self, places: Sequence[Place], guard_m: float) -> None:
         self.xy = np.array([[p.x, p.y] for p in places]).reshape(-1, 2)
         self.points = shapely.points(self.xy)
-        self.streets = [p.address.street for p in places]
+        self.addresses = [p.address for p in places]
         self.guard_m = guard_m
         self.part: list[Part] = ["train"] * len(places)
         self.reason: dict[int, str] = {}
-        self.trained = Counter(self.streets)  # street -> its training places
+        self.trained = Counter(self.addresses)  # address -> its training places
         self.near = self._neighbours()
 
     def fill(self, part: Literal["val", "test"], wanted: int, block_m: float, rng: random.Random) -> None:
@@ -105,25 +107,25 @@ class _State:
                 if missing <= 0:
                     return
                 members = [i for i in block if self._may_become(i, part)]
-                if members and len(members) < 2 * missing and self._streets_stay_trained(members):
+                if members and len(members) < 2 * missing and self._addresses_stay_trained(members):
                     self._move(members, part)
                     have += len(members)
             side /= 2
 
     def thin(self, share: float, rng: random.Random) -> None:
-        """Put training places aside until this share is left, and one more for each street that would have none.
+        """Put training places aside until this share is left, and one more for each address that would have none.
 
         The order of the places is drawn once: a smaller share leaves a subset of what a larger one leaves.
         """
         order = [i for i, part in enumerate(self.part) if part == "train"]
         rng.shuffle(order)
         kept = round(share * len(order))
-        seen: set[str] = set()
+        seen: set[Address] = set()
         for rank, i in enumerate(order):
-            if rank >= kept and self.streets[i] in seen:
+            if rank >= kept and self.addresses[i] in seen:
                 self.part[i] = "aside"
                 self.reason[i] = f"thinned to {share:g} of the training places"
-            seen.add(self.streets[i])
+            seen.add(self.addresses[i])
 
     def _neighbours(self) -> list[list[int]]:
         """For each place the others nearer than the guard."""
@@ -150,21 +152,21 @@ class _State:
         held_out = {self.part[j] for j in self.near[i]} - {"train", "aside", part}
         return self.part[i] in ("train", "aside") and not held_out
 
-    def _streets_stay_trained(self, members: list[int]) -> bool:
-        """Whether each street in the block, and each that its guard takes places from, keeps a training place."""
+    def _addresses_stay_trained(self, members: list[int]) -> bool:
+        """Whether each address in the block, and each that its guard takes places from, keeps a training place."""
         leaving = {i for m in members for i in (m, *self.near[m]) if self.part[i] == "train"}
-        loss = Counter(self.streets[i] for i in leaving)
-        touched = set(loss) | {self.streets[m] for m in members}
-        return all(self.trained[street] > loss[street] for street in touched)
+        loss = Counter(self.addresses[i] for i in leaving)
+        touched = set(loss) | {self.addresses[m] for m in members}
+        return all(self.trained[address] > loss[address] for address in touched)
 
     def _move(self, members: list[int], part: Part) -> None:
         for m in members:
             if self.part[m] == "train":
-                self.trained[self.streets[m]] -= 1
+                self.trained[self.addresses[m]] -= 1
             self.part[m] = part
             self.reason.pop(m, None)
         for i in sorted({j for m in members for j in self.near[m] if self.part[j] == "train"}):
-            self.trained[self.streets[i]] -= 1
+            self.trained[self.addresses[i]] -= 1
             self.part[i] = "aside"
             self.reason[i] = f"nearer than {self.guard_m:g} m to a {part} place"
 
