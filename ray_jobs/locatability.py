@@ -11,13 +11,14 @@ threshold go to <run>/rejects/locatability.parquet.
 import json
 from dataclasses import asdict
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from addressvlm import InputError, tables
 from addressvlm.baselines import locatability
-from addressvlm.baselines.locatability import THRESHOLD, Locatability
+from addressvlm.baselines.locatability import OURS, THRESHOLD, Locatability, Texts
 from addressvlm.config import Config
 from addressvlm.evaluation.asking import picture
 from addressvlm.files import write_parquet
@@ -33,22 +34,25 @@ AT_ONCE = 8  # photos cut into classes together
 SCHEMA = pa.schema([("id", pa.string()), ("place", pa.string()), ("locatability", pa.float64())])
 
 
-def run_step(config: Config, segmentation: str, clip: str, threshold: float = THRESHOLD, redo: bool = False) -> int:
+def run_step(
+    config: Config, segmentation: str, clip: str, texts: Texts = OURS, threshold: float = THRESHOLD, redo: bool = False
+) -> int:
     """Score the training photos of a run; how many are below the threshold.
 
     Raises:
         InputError: there are no photos, or one of the models is not there.
     """
-    run, models = Run(config), (absolute(segmentation), absolute(clip))
+    run, models = Run(config), [absolute(segmentation), absolute(clip)]
     if not 0 <= threshold <= 1:
         raise InputError(f"--threshold {threshold:g}: locatability is between 0 and 1.")
     for model in models:
         locate(model)
-    out, settings = run.locatability, {**prepare.settings(config), "models": models}
+    out = run.locatability
+    settings = {**prepare.settings(config), "locatability": {"models": models, **asdict(texts)}}
     if not is_done(out, settings, redo):
         need = config.evaluate
         actor = {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}
-        work = Work(partial(score_batch, *models), SCHEMA, ["id", "place", "image"])
+        work = Work(partial(score_batch, *models, texts), SCHEMA, ["id", "place", "image"])
         with resuming(out, settings, redo) as folder:
             sharded("locatability", plan(run.photos, "train", SHARD), folder, work, need.workers, actor)
             found = locatability.curve(tables.read(folder, "train", ["locatability"])["locatability"].to_pylist())
@@ -67,9 +71,9 @@ def _set_aside(run: Run, rows: list[dict[str, Any]], threshold: float) -> int:
     return len(low)
 
 
-def score_batch(segmentation: str, clip: str, photos: Rows) -> Made:
+def score_batch(segmentation: str, clip: str, texts: Texts, photos: Rows) -> Made:
     """Rows of PHOTOS -> rows of SCHEMA, by models that the process keeps between calls."""
-    scorer = _kept(segmentation, clip)
+    scorer = _kept(segmentation, clip, texts)
     scores = [
         score
         for start in range(0, len(photos), AT_ONCE)
@@ -81,10 +85,10 @@ def score_batch(segmentation: str, clip: str, photos: Rows) -> Made:
 
 
 @cache
-def _kept(segmentation: str, clip: str) -> Locatability:
+def _kept(segmentation: str, clip: str, texts: Texts) -> Locatability:
     import torch
 
-    return Locatability(segmentation, clip, device="cuda" if torch.cuda.is_available() else "cpu")
+    return Locatability(segmentation, clip, texts, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main() -> None:
@@ -92,11 +96,13 @@ def main() -> None:
     parser = common.arguments(__doc__ or "")
     parser.add_argument("--segmentation", required=True, metavar="MODEL", help="folder or hub name: SegFormer, Mask2Former …")
     parser.add_argument("--clip", required=True, metavar="MODEL", help="folder or hub name of a CLIP-like model")
+    parser.add_argument("--clues", type=Path, metavar="FILE", help="YAML with lists of texts, clues and others (default: ours)")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help=f"(default: {THRESHOLD})")
     args = parser.parse_args()
     config = common.configure(args)
     common.connect()
-    run_step(config, args.segmentation, args.clip, args.threshold, args.redo)
+    texts = Texts.read(args.clues) if args.clues else OURS
+    run_step(config, args.segmentation, args.clip, texts, args.threshold, args.redo)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The toy world: the same seed gives the same city, and both views show the same things."""
 
 import csv
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,11 @@ import pytest
 import rasterio
 
 from addressvlm import InputError
+from addressvlm.baselines.locatability import Locatability, Texts
 from addressvlm.demo import city
-from addressvlm.demo.camera import photograph
-from addressvlm.demo.city import ground_frame, origin, to_degrees, write_city
+from addressvlm.demo.camera import PARTS, PAVEMENT, YARD, parts, photograph
+from addressvlm.demo.city import ground_frame, origin, places, to_degrees, views, write_city
+from addressvlm.demo.clues import lessons, make
 from addressvlm.demo.world import CROWNS, PAVINGS, district_at, generate
 
 
@@ -52,6 +56,45 @@ def test_photo_and_satellite_show_the_same_paving(toy_city: dict[str, str]) -> N
         paving = np.array(PAVINGS[street.character.paving])
         assert np.abs(above - paving).max() <= 3
         assert np.abs(photo[-4, 80].astype(int) - paving).max() <= 3
+
+
+def test_parts_are_what_the_photo_shows() -> None:
+    world = generate(3)
+    rng = random.Random(0)
+    bare = replace(world, trees=world.trees[:0], crowns=world.crowns[:0])
+    seen: set[str] = set()
+    for street, x, y in rng.sample(list(places(world)), 6):
+        for heading in views(street, rng):
+            found = parts(world, x, y, heading)
+            photo, without = (np.asarray(photograph(w, x, y, heading, 1.0)).astype(int) for w in (world, bare))
+            assert found.shape == photo.shape[:2]
+            tree, unchanged = found == PARTS.index("tree"), (photo == without).all(axis=-1)
+            assert unchanged[~tree].all()
+            assert (parts(bare, x, y, heading) == found)[~tree].all()
+            horizon = len(found) // 2
+            for part, colours in (("pavement", [PAVEMENT]), ("yard", [YARD]), ("road", [*PAVINGS.values(), (238, 238, 230)])):
+                shown = photo[found == PARTS.index(part)]
+                assert (shown[:, None] == np.array(colours)[None]).all(axis=-1).any(axis=-1).all()
+                assert not (found[:horizon] == PARTS.index(part)).any()
+            assert not (found[horizon + 1 :] == PARTS.index("sky")).any()
+            wall = photo[found == PARTS.index("building")]
+            assert not (wall[:, None] == np.array([PAVEMENT, YARD])[None]).all(axis=-1).any()
+            seen |= {PARTS[number] for number in np.unique(found)}
+    assert seen == set(PARTS)
+
+
+def test_clues_of_the_toy_city_score_its_photos(tmp_path: Path) -> None:
+    make(tmp_path, steps=2, batch=2)
+    words = Texts.read(tmp_path / "clues.yaml")
+    assert {"gravel road", "pine trees", "red fronts"} <= set(words.clues)
+    assert "the sky" in words.others
+    scorer = Locatability(str(tmp_path / "segmentation"), str(tmp_path / "clip"), words)
+    assert scorer.model.config.id2label[0] == "sky"
+    some = [next(lessons(random.Random(0)))]
+    assert all(0 < score < 1 for score in scorer.scores([one.photo for one in some]))
+    assert scorer.classes([some[0].photo])[0].shape == some[0].classes.shape
+    tokens = scorer.clip.tokens(["red fronts", "red roofs of all houses"])["input_ids"]
+    assert (tokens == scorer.clip.tokenizer.eos_token_id).any(dim=1).all()
 
 
 def test_trees_are_of_the_street_s_kind() -> None:

@@ -1,5 +1,7 @@
 """python -m pytest -q tests/test_locatability.py: shares of a photo times what they tell (paper 003), and thresholds."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from transformers import CLIPImageProcessorPil, SegformerConfig, SegformerForSem
 
 from addressvlm import InputError, tables
 from addressvlm.baselines import locatability
-from addressvlm.baselines.locatability import Locatability, curve
+from addressvlm.baselines.locatability import Locatability, Texts, curve
 from addressvlm.config import Config
 from addressvlm.run import Run, mark_done
 from addressvlm.training.rows import Schedule
@@ -24,6 +26,9 @@ from tests.tiny import tiny_llava
 
 pytestmark = pytest.mark.xdist_group("ray")
 
+SCORED_BY = {"models": ["seg", "clip"], "clues": ["a church"], "others": ["the sky"]}
+SEGFORMER = {"image_processor_type": "SegformerImageProcessor", "size": {"height": 32, "width": 32}}
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
@@ -34,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     SegformerForSemanticSegmentation(SegformerConfig(**sizes, decoder_hidden_size=8, num_labels=3)).save_pretrained(
         folder / "seg"
     )
-    CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False).save_pretrained(folder / "seg")
+    (folder / "seg" / "preprocessor_config.json").write_text(json.dumps(SEGFORMER))
     return str(folder / "seg"), str(tiny_clip(folder / "clip"))
 
 
@@ -44,6 +49,21 @@ def test_a_photo_is_scored_between_0_and_1_by_its_own_classes(models: tuple[str,
     scores = scorer.scores(photos)
     assert all(0 < score < 1 for score in scores)
     assert scores == pytest.approx([scorer.scores([photo])[0] for photo in photos], abs=1e-5)
+
+
+def test_a_segformer_sees_photos_as_its_folder_says(models: tuple[str, str], tmp_path: Path) -> None:
+    photos, default = [picture(1), picture(2, (64, 48))], Locatability(*models)
+    assert default.processor.image_mean == pytest.approx([0.485, 0.456, 0.406])  # SegFormer's own where the file says nothing
+    pixels = default.processor(images=photos, return_tensors="pt")["pixel_values"]
+    small = np.asarray(photos[1].resize((32, 32), Image.Resampling.BILINEAR), dtype=np.float64) / 255
+    expected = (small - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    assert pixels[1].numpy() == pytest.approx(expected.transpose(2, 0, 1), abs=1e-5)
+    shutil.copytree(models[0], tmp_path / "old")
+    old = {"feature_extractor_type": "SegformerFeatureExtractor", "size": 64, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "old" / "preprocessor_config.json").write_text(json.dumps(old))
+    pixels = Locatability(str(tmp_path / "old"), models[1]).processor(images=photos, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (2, 3, 64, 64)
+    assert pixels.min() >= -1 <= pixels.max() <= 1
 
 
 def test_shares_count_by_what_their_part_tells(models: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,15 +95,37 @@ def test_the_curve_says_what_thresholds_keep(tmp_path: Path) -> None:
         curve([])
 
 
-def test_models_that_are_not_there_or_of_another_kind_say_so(models: tuple[str, str]) -> None:
+def test_models_that_are_not_there_or_of_another_kind_say_so(models: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no model folder"):
         Locatability("./nowhere", models[1])
     with pytest.raises(InputError, match="segmentation model"):
         Locatability(models[1], models[1])
+    shutil.copytree(models[0], tmp_path / "eyes")
+    CLIPImageProcessorPil().save_pretrained(tmp_path / "eyes")
     with pytest.raises(InputError, match="encodes no texts"):
-        Locatability(models[0], models[0])
-    with pytest.raises(InputError, match="texts that name clues"):
-        Locatability(*models, clues=())
+        Locatability(models[0], str(tmp_path / "eyes"))
+
+
+def test_texts_are_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "clues.yaml"
+    file.write_text("clues: [a church, 'the *Pub*']\nothers: [the sky]\n")
+    assert Texts.read(file) == Texts(("a church", "the *Pub*"), ("the sky",))
+    for wrong in (
+        "clues: [a church]",
+        "clues: []\nothers: [the sky]",
+        "clues: a church\nothers: [the sky]",
+        "- 1",
+        "clues: [1]\nothers: [2]",
+    ):
+        file.write_text(wrong)
+        with pytest.raises(InputError, match="give two lists of texts, `clues` and `others`"):
+            Texts.read(file)
+    for missing in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(InputError, match="can't be read"):
+            Texts.read(missing)
+    file.write_text("clues: [")
+    with pytest.raises(InputError, match="can't be read"):
+        Texts.read(file)
 
 
 def scored(config: Config, scores: list[float | None]) -> None:
@@ -95,7 +137,7 @@ def scored(config: Config, scores: list[float | None]) -> None:
         if score is not None
     ]
     tables.write(run.locatability, "train", rows, job.SCHEMA)
-    mark_done(run.locatability, {"models": ["seg", "clip"]})
+    mark_done(run.locatability, {"locatability": SCORED_BY})
 
 
 def test_a_stage_learns_from_photos_above_its_threshold_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +175,7 @@ def test_scores_that_a_stage_needs_and_that_are_missing_are_told(tmp_path: Path)
     with pytest.raises(InputError, match="has the photo 2, which has no score"):
         stages_of(config, system)
     scored(config, [0.5] * 6)
-    assert train.settings(config, system)["locatability"] == {"small": ["seg", "clip"]}
+    assert train.settings(config, system)["locatability"] == {"small": SCORED_BY}
     with pytest.raises(InputError, match=r"none of the 6 rows .* reaches the locatability 0\.6"):
         table_of(config, ["photos"], 0.6)
 

@@ -7,11 +7,13 @@ probability of the clues. Locatability is the sum of the shares of the photo tim
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+import yaml
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import (
@@ -19,7 +21,9 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForSemanticSegmentation,
     AutoModelForUniversalSegmentation,
+    ViTImageProcessorPil,
 )
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
 
 from addressvlm.baselines.dual_encoder import ClipLike, clip_like
@@ -30,15 +34,51 @@ THRESHOLD = 0.4  # paper 003
 THRESHOLDS = tuple(number / 20 for number in range(2, 15))  # of the sensitivity curve: 0.1 to 0.7
 LEAST_SHARE = 0.01  # of the photo; smaller parts weigh nothing
 GREY = 127
-CLUES = (
-    "a street sign with a name on it",
-    "a shop sign with writing",
-    "a landmark",
-    "a building with a characteristic facade",
-    "a licence plate",
-    "a characteristic monument or bridge",
-)
-OTHERS = ("the sky", "the surface of a road", "leaves of a tree", "a blank wall", "a passing car", "nothing")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts for the CLIP-like model. The paper's are not published; the defaults are ours.
+
+    Attributes:
+        clues: what tells places apart.
+        others: what does not.
+    """
+
+    clues: tuple[str, ...] = (
+        "a street sign with a name on it",
+        "a shop sign with writing",
+        "a landmark",
+        "a building with a characteristic facade",
+        "a licence plate",
+        "a characteristic monument or bridge",
+    )
+    others: tuple[str, ...] = (
+        "the sky",
+        "the surface of a road",
+        "leaves of a tree",
+        "a blank wall",
+        "a passing car",
+        "nothing",
+    )
+
+    @staticmethod
+    def read(path: Path) -> "Texts":
+        """From a YAML file with the lists `clues` and `others`.
+
+        Raises:
+            InputError: the file isn't there, or holds anything else.
+        """
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{path} can't be read ({' '.join(str(error).split())[:120]}): give a YAML file.") from error
+        if not (isinstance(found, dict) and found.keys() == {"clues", "others"} and all(map(_is_texts, found.values()))):
+            raise InputError(f"{path} does not hold what it should: give two lists of texts, `clues` and `others`.")
+        return Texts(tuple(found["clues"]), tuple(found["others"]))
+
+
+OURS = Texts()
 
 
 @dataclass(frozen=True)
@@ -59,21 +99,18 @@ class Locatability:
     """Segmentation and CLIP-like model, loaded."""
 
     def __init__(
-        self, segmentation: str, clip: str, clues: Sequence[str] = CLUES, others: Sequence[str] = OTHERS,
-        dtype: str = "float32", device: str | torch.device = "cpu",
-    ) -> None:  # fmt: skip
+        self, segmentation: str, clip: str, texts: Texts = OURS, dtype: str = "float32", device: str | torch.device = "cpu"
+    ) -> None:
         """`segmentation` and `clip` are folders or hub names; safetensors only.
 
         Raises:
-            InputError: one is not there or is of another kind, or there are no clues or nothing to tell them from.
+            InputError: one is not there or is of another kind.
         """
-        if not clues or not others:
-            raise InputError("locatability needs texts that name clues and texts that name none: give both.")
-        self.device, self.clues = torch.device(device), len(clues)
+        self.device, self.clues = torch.device(device), len(texts.clues)
         self.model, self.processor = _segmenter(segmentation, dtype)
         self.model.to(self.device)
         self.clip = ClipLike(*clip_like(clip, dtype)).eval().to(self.device)
-        self._texts_TD = self.clip.encode_texts([*clues, *others])
+        self._texts_TD = self.clip.encode_texts([*texts.clues, *texts.others])
 
     def scores(self, photos: Sequence[Image.Image]) -> list[float]:
         """Locatability of each photo."""
@@ -90,16 +127,20 @@ class Locatability:
 
     @torch.inference_mode()
     def _score(self, photo: Image.Image, classes: np.ndarray) -> float:
-        pixels = np.asarray(photo)
         present, counts = np.unique(classes, return_counts=True)
         shares = counts / classes.size
         chosen = shares >= LEAST_SHARE
-        parts = [Image.fromarray(np.where((classes == c)[..., None], pixels, GREY).astype(np.uint8)) for c in present[chosen]]
+        parts = [part_alone(photo, classes == c) for c in present[chosen]]
         if not parts:
             return 0.0
         logits = self.clip.scale.float() * self.clip.encode_images(parts) @ self._texts_TD.T
         weights = logits.softmax(dim=-1)[:, : self.clues].sum(dim=-1).double().cpu().numpy()
         return float(np.clip(shares[chosen] @ weights, 0.0, 1.0))
+
+
+def part_alone(photo: Image.Image, part: np.ndarray) -> Image.Image:
+    """The photo with all but the part, bool (H, W), greyed out: what the CLIP-like model sees of a class."""
+    return Image.fromarray(np.where(part[..., None], np.asarray(photo), GREY).astype(np.uint8))
 
 
 def curve(scores: Sequence[float], thresholds: Sequence[float] = THRESHOLDS) -> Curve:
@@ -135,6 +176,10 @@ def draw(found: Curve, path: Any, chosen: float = THRESHOLD) -> None:
     plt.close(figure)
 
 
+def _is_texts(found: Any) -> bool:
+    return isinstance(found, list) and bool(found) and all(isinstance(text, str) and text.strip() for text in found)
+
+
 def _class_logits(found: Any) -> torch.Tensor:
     """Scores of classes (N, C, h, w), of a semantic model or of one whose queries each have a class and a mask."""
     if hasattr(found, "logits"):
@@ -144,6 +189,14 @@ def _class_logits(found: Any) -> torch.Tensor:
     return torch.einsum("nqc,nqhw->nchw", classes, found.masks_queries_logits.sigmoid())
 
 
+class _SegformerPixels(ViTImageProcessorPil):
+    """What SegFormer's image processor does to photos; the one in transformers needs torchvision for label maps."""
+
+    resample = PILImageResampling.BILINEAR
+    image_mean, image_std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    size: ClassVar = {"height": 512, "width": 512}
+
+
 def _segmenter(name: str, dtype: str) -> tuple[Any, Any]:
     where = local(name)
     try:
@@ -151,7 +204,10 @@ def _segmenter(name: str, dtype: str) -> tuple[Any, Any]:
         universal = config.model_type in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
         kind = AutoModelForUniversalSegmentation if universal else AutoModelForSemanticSegmentation
         model = kind.from_pretrained(where, dtype=dtype_of(dtype), use_safetensors=True)
-        processor = AutoImageProcessor.from_pretrained(where, backend="pil")
+        if config.model_type == "segformer":
+            processor = _SegformerPixels.from_pretrained(where)
+        else:
+            processor = AutoImageProcessor.from_pretrained(where, backend="pil")
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(
             f"segmentation model '{name}' can't be loaded ({' '.join(str(error).split())[:200]}): give the folder of a "

@@ -1,5 +1,7 @@
 """The toy city seen from the street: one ray per picture column against the walls, trees as upright discs."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from PIL import Image
 
@@ -11,6 +13,7 @@ FIELD = np.pi / 2  # horizontal field of view
 SKY_TOP, SKY_LOW = np.array([112.0, 156, 214]), np.array([206.0, 220, 236])
 YARD = np.array([128.0, 148, 96])
 PAVEMENT = np.array([176.0, 172, 166])
+PARTS = ("sky", "yard", "pavement", "road", "building", "tree")
 
 
 def photograph(world: World, x: float, y: float, heading: float, light: float, pixels: int = 160) -> Image.Image:
@@ -21,6 +24,45 @@ def photograph(world: World, x: float, y: float, heading: float, light: float, p
         light: brightness of the day, about 0.8 to 1.15.
         pixels: side of the square picture.
     """
+    look = _look(world, x, y, heading, pixels)
+    picture = _sky_and_ground(world, look)
+    picture = np.where(look.is_wall[..., None], _walls(world, look), picture)
+    haze = np.clip(look.depth / REACH, 0, 1)[None, :, None] * 0.45
+    picture = np.where(look.is_wall[..., None], picture * (1 - haze) + SKY_LOW * haze, picture)
+    _draw_trees(world, x, y, heading, look.focal, look.depth, picture)
+    return Image.fromarray(np.clip(picture * light, 0, 255).astype(np.uint8))
+
+
+def parts(world: World, x: float, y: float, heading: float, pixels: int = 160) -> np.ndarray:
+    """What each pixel of that photo shows, as an index into `PARTS`: uint8 (pixels, pixels)."""
+    look = _look(world, x, y, heading, pixels)
+    ground = ground_colour(world, look.px, look.py)
+    is_yard, is_pavement = ((ground == colour).all(axis=-1) for colour in (YARD, PAVEMENT))
+    below = np.select([is_yard, is_pavement], [PARTS.index("yard"), PARTS.index("pavement")], PARTS.index("road"))
+    found = np.where(look.rows > 0, below, PARTS.index("sky"))
+    found = np.where(look.is_wall, PARTS.index("building"), found)
+    painted = np.zeros((pixels, pixels, 3))
+    _draw_trees(world, x, y, heading, look.focal, look.depth, painted)
+    return np.where(painted.any(axis=-1), PARTS.index("tree"), found).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Where the rays of a picture end; arrays over columns, or rows x columns."""
+
+    focal: float  # pixels
+    rows: np.ndarray  # below the horizon, in pixels, a column vector
+    depth: np.ndarray  # columns, metres along the viewing direction
+    wall: np.ndarray  # columns, building or -1
+    along: np.ndarray  # columns, metres along the wall
+    lit: np.ndarray  # columns, how much light the wall gets
+    height: np.ndarray  # of the wall point that a pixel would show, in metres
+    is_wall: np.ndarray
+    px: np.ndarray  # of the ground point that a pixel would show, plan frame
+    py: np.ndarray
+
+
+def _look(world: World, x: float, y: float, heading: float, pixels: int) -> _Look:
     focal = pixels / 2 / np.tan(FIELD / 2)
     columns = np.arange(pixels) - (pixels - 1) / 2
     rays = heading - np.arctan2(columns, focal)
@@ -29,17 +71,12 @@ def photograph(world: World, x: float, y: float, heading: float, light: float, p
 
     distance, wall, along, lit = _cast(world, x, y, direction)
     depth = distance * straighten
-    horizon = (pixels - 1) / 2
-    rows = np.arange(pixels)[:, None] - horizon
-
-    picture = _sky_and_ground(world, x, y, direction, straighten, rows, focal, pixels)
-    height = EYE - rows * depth[None] / focal  # of the wall point that a pixel would show, in metres
+    rows = np.arange(pixels)[:, None] - (pixels - 1) / 2
+    height = EYE - rows * depth[None] / focal
     is_wall = (wall >= 0)[None] & (height >= 0) & (height <= world.heights[wall][None])
-    picture = np.where(is_wall[..., None], _walls(world, wall, along, lit, height), picture)
-    haze = np.clip(depth / REACH, 0, 1)[None, :, None] * 0.45
-    picture = np.where(is_wall[..., None], picture * (1 - haze) + SKY_LOW * haze, picture)
-    _draw_trees(world, x, y, heading, focal, depth, picture)
-    return Image.fromarray(np.clip(picture * light, 0, 255).astype(np.uint8))
+    away = EYE * focal / np.maximum(rows, 0.5) / straighten[None]
+    px, py = x + away * direction[None, :, 0], y + away * direction[None, :, 1]
+    return _Look(focal, rows, depth, wall, along, lit, height, is_wall, px, py)
 
 
 def _cast(world: World, x: float, y: float, direction: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -66,11 +103,12 @@ def _cast(world: World, x: float, y: float, direction: np.ndarray) -> tuple[np.n
     return distance, np.where(seen, index[first], -1), along, lit
 
 
-def _walls(world: World, wall: np.ndarray, along: np.ndarray, lit: np.ndarray, height: np.ndarray) -> np.ndarray:
+def _walls(world: World, look: _Look) -> np.ndarray:
     """Facade colour with windows and a darker ground floor; rows x columns x RGB."""
+    wall, height = look.wall, look.height
     gap = world.windows[wall]
-    colour = np.broadcast_to(world.facades[wall][None], (*height.shape, 3)) * lit[None, :, None]
-    in_window = (np.mod(along, gap) > 0.35 * gap)[None] & (np.mod(height, 3.1) > 1.0) & (np.mod(height, 3.1) < 2.5)
+    colour = np.broadcast_to(world.facades[wall][None], (*height.shape, 3)) * look.lit[None, :, None]
+    in_window = (np.mod(look.along, gap) > 0.35 * gap)[None] & (np.mod(height, 3.1) > 1.0) & (np.mod(height, 3.1) < 2.5)
     glass = np.array([70.0, 86, 108])
     colour = np.where(in_window[..., None], colour * 0.25 + glass * 0.75, colour)
     shop = (height < 3.1)[..., None] & ~in_window[..., None]
@@ -79,14 +117,11 @@ def _walls(world: World, wall: np.ndarray, along: np.ndarray, lit: np.ndarray, h
     return np.where(eaves[..., None], world.roofs[wall][None], colour)
 
 
-def _sky_and_ground(
-    world: World, x: float, y: float, direction: np.ndarray, straighten: np.ndarray, rows: np.ndarray, focal: float, pixels: int
-) -> np.ndarray:
-    up = np.clip(-rows / (pixels / 2), 0, 1)[..., None]
+def _sky_and_ground(world: World, look: _Look) -> np.ndarray:
+    pixels = len(look.rows)
+    up = np.clip(-look.rows / (pixels / 2), 0, 1)[..., None]
     sky = np.broadcast_to(SKY_LOW * (1 - up) + SKY_TOP * up, (pixels, pixels, 3))
-    away = EYE * focal / np.maximum(rows, 0.5) / straighten[None]
-    px, py = x + away * direction[None, :, 0], y + away * direction[None, :, 1]
-    return np.where((rows > 0)[..., None], ground_colour(world, px, py), sky)
+    return np.where((look.rows > 0)[..., None], ground_colour(world, look.px, look.py), sky)
 
 
 def ground_colour(world: World, px: np.ndarray, py: np.ndarray) -> np.ndarray:

@@ -61,14 +61,14 @@ def left_out(table: Table) -> dict[str, str]:
     return table.left_out if isinstance(table, Locatable) else {}
 
 
-def scored_by(run: Run) -> list[str]:
-    """The models that scored a run's photos.
+def scored_by(run: Run) -> dict[str, Any]:
+    """The models and texts that scored a run's photos.
 
     Raises:
         InputError: none have been scored.
     """
     try:
-        found: list[str] = json.loads((run.locatability / DONE).read_text())["models"]
+        found: dict[str, Any] = json.loads((run.locatability / DONE).read_text())["locatability"]
     except FileNotFoundError as error:
         raise _unscored(run) from error
     return found
