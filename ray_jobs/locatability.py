@@ -10,7 +10,7 @@ threshold go to <run>/rejects/locatability.parquet.
 
 import json
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from addressvlm import InputError, tables
 from addressvlm.baselines import locatability
-from addressvlm.baselines.locatability import OURS, THRESHOLD, Locatability, Texts
+from addressvlm.baselines.locatability import OURS, THRESHOLD, Texts, kept
 from addressvlm.config import Config
 from addressvlm.evaluation.asking import picture
 from addressvlm.files import write_parquet
@@ -73,7 +73,7 @@ def _set_aside(run: Run, rows: list[dict[str, Any]], threshold: float) -> int:
 
 def score_batch(segmentation: str, clip: str, texts: Texts, photos: Rows) -> Made:
     """Rows of PHOTOS -> rows of SCHEMA, by models that the process keeps between calls."""
-    scorer = _kept(segmentation, clip, texts)
+    scorer = kept(segmentation, clip, texts)
     scores = [
         score
         for start in range(0, len(photos), AT_ONCE)
@@ -82,13 +82,6 @@ def score_batch(segmentation: str, clip: str, texts: Texts, photos: Rows) -> Mad
     return Made({"train": [
         {"id": photo["id"], "place": photo["place"], "locatability": score} for photo, score in zip(photos, scores, strict=True)
     ]})  # fmt: skip
-
-
-@cache
-def _kept(segmentation: str, clip: str, texts: Texts) -> Locatability:
-    import torch
-
-    return Locatability(segmentation, clip, texts, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main() -> None:

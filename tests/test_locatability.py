@@ -1,12 +1,15 @@
 """python -m pytest -q tests/test_locatability.py: shares of a photo times what they tell (paper 003), and thresholds."""
 
 import json
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SegformerConfig, SegformerForSemanticSegmentation
 
@@ -15,6 +18,7 @@ from addressvlm.baselines import locatability
 from addressvlm.baselines.locatability import Locatability, Texts, curve
 from addressvlm.config import Config
 from addressvlm.run import Run, mark_done
+from addressvlm.training.locatable import scored_by
 from addressvlm.training.rows import Schedule
 from addressvlm.training.system import stages_of, table_of, train_system
 from ray_jobs import locatability as job
@@ -196,3 +200,18 @@ def test_the_job_scores_every_training_photo_and_sets_the_low_ones_aside(
         job.run_step(config, "./nowhere", models[1], redo=True)
     with pytest.raises(InputError, match="between 0 and 1"):
         job.run_step(config, *models, threshold=4)
+
+
+def test_the_command_s_own_functions_reach_its_workers(
+    models: tuple[str, str], ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = photo_run(tmp_path, tmp_path, rows=6)
+    config.city.manifest, config.evaluate.workers = "none.csv", 1
+    (tmp_path / "city.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    (tmp_path / "clues.yaml").write_text("clues: [a church]\nothers: [the sky]\n")
+    command = ["--config", "city.yaml", "--segmentation", models[0], "--clip", models[1], "--clues", "clues.yaml"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["locatability.py", *command])
+    runpy.run_path(job.__file__, run_name="__main__")
+    assert tables.count(Run(config).locatability, "train") == 6
+    assert scored_by(Run(config))["clues"] == ["a church"]

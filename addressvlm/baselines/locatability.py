@@ -7,6 +7,7 @@ probability of the clues. Locatability is the sum of the shares of the photo tim
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -136,6 +137,12 @@ class Locatability:
         logits = self.clip.scale.float() * self.clip.encode_images(parts) @ self._texts_TD.T
         weights = logits.softmax(dim=-1)[:, : self.clues].sum(dim=-1).double().cpu().numpy()
         return float(np.clip(shares[chosen] @ weights, 0.0, 1.0))
+
+
+@cache
+def kept(segmentation: str, clip: str, texts: Texts) -> Locatability:
+    """The models on the process's GPU where it has one, loaded once."""
+    return Locatability(segmentation, clip, texts, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def part_alone(photo: Image.Image, part: np.ndarray) -> Image.Image:
