@@ -10,9 +10,14 @@ from addressvlm import InputError, tables
 from addressvlm.config import Config
 from addressvlm.config_compare import VariantConfig
 from addressvlm.models import card
+from addressvlm.models.base import load
+from addressvlm.models.lora import attach, trainable
+from addressvlm.models.parts import part_of
 from addressvlm.run import Run, mark_done
 from ray_jobs import compare, prepare
+from ray_jobs.rivals.described import described
 from ray_jobs.rivals.work import Outcome
+from tests.cities import trained_config
 from tests.rivals import photo, tiny_dino, work_in
 from tests.tiny import tiny_llava
 
@@ -108,6 +113,19 @@ def test_what_is_measured_goes_into_the_cards_of_a_trained_model(tmp_path: Path)
     compare.leave_card(work.config, work, row, {"failed": "no answers"})
     assert (model / "merged" / "README.md").read_text() == text
     assert not (work.run.folder / "cards").exists()
+
+
+def test_only_parts_that_learn_count_as_trained(tmp_path: Path) -> None:
+    config = trained_config(tmp_path, tiny_llava(tmp_path / "base"))
+    config.train.stages["alignment"].parts, config.train.stages["localization"].parts = ["adapter"], ["adapter", "llm"]
+    system = config.train.systems[-1]
+    assert system.stages == ["alignment", "localization"]
+    model, parts = attach(load(str(tmp_path / "base"), "float32")[0], config.model)
+    tiny_llava(Run(config).model(system.name) / "merged")
+    model.save_pretrained(Run(config).model(system.name) / "adapter")
+    learning = {name: weights.numel() for name, weights in trainable(model).items() if part_of(name, parts) != "vision"}
+    assert 0 < sum(learning.values()) < sum(weights.numel() for weights in trainable(model).values())
+    assert described(config, system).parameters == sum(learning.values())
 
 
 def test_rows_must_be_told_apart(config: Config) -> None:

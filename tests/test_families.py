@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from addressvlm.config_training import ModelConfig, PartConfig, StageConfig
 from addressvlm.models.base import one_dimensional, packs
 from addressvlm.models.lora import attach, train_only, trainable
-from addressvlm.models.parts import part_of
+from addressvlm.models.parts import part_named, part_of
 from addressvlm.training import loop
 from addressvlm.training.collate import Collator, Sample, sample_of
 from addressvlm.training.rows import Schedule
@@ -71,6 +71,7 @@ def test_each_part_of_a_family_can_learn_alone(family: str) -> None:
         answer_loss(model, batch)[0].backward()
         learnt = [name for name, weights in trainable(model).items() if weights.grad is not None]
         assert {part_of(name.replace(".modules_to_save.default", ""), parts) for name in learnt} == {part}
+        assert {part_named(name) for name in learnt} == {part}
         model.zero_grad()
 
 

@@ -1,5 +1,6 @@
 """The three parts of a vision-language model by name: vision encoder g, VL adapter h, language model f (paper 001, Fig. 4)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -36,9 +37,18 @@ def parts_of(model: nn.Module) -> dict[Part, str]:
 
 def part_of(path: str, parts: dict[Part, str]) -> Part | None:
     """Which part a parameter or module path (with or without what PEFT adds to it) belongs to; the longest match wins."""
+    return _longest(path, {prefix: part for part, prefix in parts.items()})
+
+
+def part_named(path: str) -> Part | None:
+    """The same of a model whose family is not known."""
+    return _longest(path, {name: part for part, names in NAMES.items() for name in names})
+
+
+def _longest(path: str, prefixes: Mapping[str, Part]) -> Part | None:
     path = path.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
-    inside = [part for part, prefix in parts.items() if path == prefix or path.startswith(prefix + ".")]
-    return max(inside, key=lambda part: len(parts[part]), default=None)
+    inside = [prefix for prefix in prefixes if path == prefix or path.startswith(prefix + ".")]
+    return prefixes[max(inside, key=len)] if inside else None
 
 
 def linear_leaves(model: nn.Module, part: Part, parts: dict[Part, str]) -> list[str]:
