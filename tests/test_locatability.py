@@ -11,7 +11,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import CLIPImageProcessorPil, SegformerConfig, SegformerForSemanticSegmentation
+from transformers import (
+    CLIPImageProcessorPil,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SwinConfig,
+)
 
 from addressvlm import InputError, tables
 from addressvlm.baselines import locatability
@@ -68,6 +75,29 @@ def test_a_segformer_sees_photos_as_its_folder_says(models: tuple[str, str], tmp
     pixels = Locatability(str(tmp_path / "old"), models[1]).processor(images=photos, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (2, 3, 64, 64)
     assert pixels.min() >= -1 <= pixels.max() <= 1
+
+
+def test_photos_of_other_sizes_beside_it_change_nothing_of_a_photo(models: tuple[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "mask2former"
+    torch.manual_seed(0)
+    stages = {"out_features": [f"stage{number}" for number in range(1, 5)]}
+    eyes = SwinConfig(
+        image_size=32, patch_size=2, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4, **stages
+    )  # fmt: skip
+    sizes = dict.fromkeys(("hidden_dim", "feature_size", "mask_feature_size"), 32)
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2}
+    config = Mask2FormerConfig(backbone_config=eyes, num_queries=8, num_labels=3, **sizes, **layers)
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    seen = {"image_processor_type": "Mask2FormerImageProcessor", "size": {"shortest_edge": 64, "longest_edge": 128}}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**seen, "size_divisor": 32, "ignore_index": 255}))
+    scorer = Locatability(str(folder), models[1])
+    rng = np.random.default_rng(0)
+    photos = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in ((30, 40), (40, 90), (60, 40))]
+    alone = [scorer.classes([photo])[0] for photo in photos]
+    together = scorer.classes(photos)
+    assert [found.shape for found in together] == [(30, 40), (40, 90), (60, 40)]
+    assert len({number for found in alone for number in np.unique(found)}) > 1
+    assert all((a == b).mean() > 0.99 for a, b in zip(alone, together, strict=True))
 
 
 def test_shares_count_by_what_their_part_tells(models: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

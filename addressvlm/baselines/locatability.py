@@ -8,6 +8,7 @@ probability of the clues. Locatability is the sum of the shares of the photo tim
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -117,14 +118,16 @@ class Locatability:
         """Locatability of each photo."""
         return [self._score(photo.convert("RGB"), classes) for photo, classes in zip(photos, self.classes(photos), strict=True)]
 
-    @torch.inference_mode()
     def classes(self, photos: Sequence[Image.Image]) -> list[np.ndarray]:
-        """The class of each pixel, int (H, W)."""
+        """The class of each pixel, int (H, W); neighbours of one size are looked at together, so that none is padded."""
+        return [found for _, alike in groupby(photos, key=lambda photo: photo.size) for found in self._classes(list(alike))]
+
+    @torch.inference_mode()
+    def _classes(self, photos: Sequence[Image.Image]) -> list[np.ndarray]:
         inputs = self.processor(images=[photo.convert("RGB") for photo in photos], return_tensors="pt").to(self.device)
         logits = _class_logits(self.model(pixel_values=inputs["pixel_values"].to(self.model.dtype))).float()
-        sizes = [(photo.height, photo.width) for photo in photos]
-        grown = (F.interpolate(one[None], size=size, mode="bilinear") for one, size in zip(logits, sizes, strict=True))
-        return [one[0].argmax(dim=0).cpu().numpy() for one in grown]
+        grown = F.interpolate(logits, size=(photos[0].height, photos[0].width), mode="bilinear")
+        return list(grown.argmax(dim=1).cpu().numpy())
 
     @torch.inference_mode()
     def _score(self, photo: Image.Image, classes: np.ndarray) -> float:
