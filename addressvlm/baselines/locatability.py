@@ -33,7 +33,7 @@ from addressvlm.errors import InputError
 from addressvlm.models.base import dtype_of, local
 
 THRESHOLD = 0.4  # paper 003
-THRESHOLDS = tuple(number / 20 for number in range(2, 15))  # of the sensitivity curve: 0.1 to 0.7
+THRESHOLDS = tuple(number / 20 for number in range(20))  # of the sensitivity curve: 0 to 0.95
 LEAST_SHARE = 0.01  # of the photo; smaller parts weigh nothing
 GREY = 127
 
@@ -181,7 +181,7 @@ def draw(found: Curve, path: Any, chosen: float = THRESHOLD) -> None:
     axis.axvline(chosen, color="grey", linewidth=1)
     axis.set_ylim(0, 1.02)
     axis.set_xlabel("threshold of locatability")
-    axis.legend()
+    axis.legend(loc="lower left")
     figure.savefig(path, format="svg")
     plt.close(figure)
 
