@@ -1,6 +1,7 @@
 """The toy world: the same seed gives the same city, and both views show the same things."""
 
 import csv
+import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from addressvlm import InputError
 from addressvlm.baselines.locatability import Locatability, Texts
 from addressvlm.demo import city
 from addressvlm.demo.camera import PARTS, PAVEMENT, YARD, parts, photograph
-from addressvlm.demo.city import ground_frame, origin, places, to_degrees, views, write_city
+from addressvlm.demo.city import ground_frame, origin, places, to_degrees, toy_world, views, write_city
 from addressvlm.demo.clues import lessons, make
 from addressvlm.demo.world import CROWNS, PAVINGS, district_at, generate
 
@@ -24,6 +25,16 @@ def test_a_seed_is_a_city() -> None:
     assert [s.name for s in one.streets] == [s.name for s in again.streets]
     assert {s.name for s in one.streets} != {s.name for s in other.streets}
     assert len({s.name for s in one.streets}) == 13
+
+
+def test_no_two_toy_cities_lie_at_the_same_place() -> None:
+    ends = []
+    for name in city.TOY_CITIES:
+        world = toy_world(name)
+        half = np.hypot(*world.size) / 2
+        assert np.abs(to_degrees(world, np.array([world.size]) / 2)[0] - city.ORIGIN[::-1]).max() < 1
+        ends.append((origin(world)[1] - half, origin(world)[1] + half))
+    assert all(below[1] + 1000 < above[0] for below, above in itertools.pairwise(sorted(ends)))
 
 
 def test_districts_cover_the_city() -> None:
@@ -43,7 +54,7 @@ def test_no_building_stands_on_a_road() -> None:
 
 
 def test_photo_and_satellite_show_the_same_paving(toy_city: dict[str, str]) -> None:
-    world = generate(city.TOY_CITIES["alderbrook"])
+    world = toy_world("alderbrook")
     with rasterio.open(toy_city["imagery"]) as imagery:
         picture, west, north = np.moveaxis(imagery.read(), 0, -1), imagery.bounds.left, imagery.bounds.top
     for street in world.streets[:4]:
@@ -51,7 +62,7 @@ def test_photo_and_satellite_show_the_same_paving(toy_city: dict[str, str]) -> N
         offset = 2.5  # off the centre line
         x, y = (x, y + offset) if street.horizontal else (x + offset, y)
         photo = np.asarray(photograph(world, x, y, 0.0 if street.horizontal else np.pi / 2, 1.0))
-        east, up = world.to_ground(np.array([[x, y]]))[0] + np.array(origin())
+        east, up = world.to_ground(np.array([[x, y]]))[0] + np.array(origin(world))
         above = picture[int((north - up) / city.GROUND_PIXEL), int((east - west) / city.GROUND_PIXEL)]
         paving = np.array(PAVINGS[street.character.paving])
         assert np.abs(above - paving).max() <= 3
@@ -108,7 +119,7 @@ def test_degrees_and_metres_agree() -> None:
     world = generate(7)
     lon, lat = to_degrees(world, np.array([[10.0, 20.0]]))[0]
     east, north = ground_frame().transform(lon, lat, direction="INVERSE")
-    expected = world.to_ground(np.array([[10.0, 20.0]]))[0] + np.array(origin())
+    expected = world.to_ground(np.array([[10.0, 20.0]]))[0] + np.array(origin(world))
     assert np.allclose([east, north], expected, atol=0.01)
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from addressvlm.config import TilesConfig
-from addressvlm.demo.city import TOY_CITIES, places, to_degrees
-from addressvlm.demo.world import generate
+from addressvlm.demo.city import places, to_degrees, toy_world
 from addressvlm.maps.tiles import Tile, TileRenderer
 from tests import town
 from tests.reading import NEAR, Reader, letters, wrong
@@ -39,7 +38,7 @@ def reader() -> Reader:
 @pytest.fixture
 def toy_tiles(toy_city: dict[str, str]) -> list[Tile]:
     """Three tiles of a toy city with its satellite image below."""
-    world = generate(TOY_CITIES["alderbrook"])
+    world = toy_world("alderbrook")
     renderer = TileRenderer(toy_city["streets"], toy_city["imagery"], CONFIG)
     chosen = random.Random(1).sample(list(places(world)), 3)
     return [renderer.tile(*to_degrees(world, np.array([[x, y]]))[0][::-1], street.name) for street, x, y in chosen]

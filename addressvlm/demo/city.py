@@ -28,6 +28,7 @@ SPACING = 20.0  # metres between places
 VIEWS = 4
 GROUND_PIXEL = 0.5  # metres
 MARGIN = 130.0  # metres of imagery around the city
+APART = 20_000.0  # metres from a toy city to the next
 
 
 def write_city(name: str, folder: Path) -> dict[str, str]:
@@ -36,9 +37,7 @@ def write_city(name: str, folder: Path) -> dict[str, str]:
     Raises:
         InputError: there is no toy city of that name.
     """
-    if name not in TOY_CITIES:
-        raise InputError(f"no toy city '{name}': city.toy is one of {', '.join(TOY_CITIES)}.")
-    folder = Path(folder)
+    world, folder = toy_world(name), Path(folder)
     paths = {
         "manifest": folder / "manifest.csv",
         "photos": folder / "photos",
@@ -47,7 +46,6 @@ def write_city(name: str, folder: Path) -> dict[str, str]:
         "imagery": folder / "satellite.tif",
     }
     if not paths["manifest"].is_file():  # there last, and whole
-        world = generate(TOY_CITIES[name])
         paths["photos"].mkdir(parents=True, exist_ok=True)
         write_maps(world, paths)
         rng = random.Random(TOY_CITIES[name])
@@ -55,20 +53,33 @@ def write_city(name: str, folder: Path) -> dict[str, str]:
     return {key: str(path) for key, path in paths.items()}
 
 
+def toy_world(name: str) -> World:
+    """The world of a toy city; no two lie at the same place.
+
+    Raises:
+        InputError: there is no toy city of that name.
+    """
+    if name not in TOY_CITIES:
+        raise InputError(f"no toy city '{name}': city.toy is one of {', '.join(TOY_CITIES)}.")
+    world = generate(TOY_CITIES[name])
+    world.north = APART * list(TOY_CITIES).index(name)
+    return world
+
+
 def ground_frame() -> Transformer:
     """Metres east and north of the origin (as UTM coordinates) -> longitude, latitude."""
     return Transformer.from_crs(UTM, "EPSG:4326", always_xy=True)
 
 
-def origin() -> tuple[float, float]:
+def origin(world: World) -> tuple[float, float]:
     """UTM coordinates of the city's centre, whole metres."""
     east, north = Transformer.from_crs("EPSG:4326", UTM, always_xy=True).transform(ORIGIN[1], ORIGIN[0])
-    return float(round(east)), float(round(north))
+    return float(round(east)), float(round(north)) + world.north
 
 
 def to_degrees(world: World, points: np.ndarray) -> np.ndarray:
     """Plan frame, N x 2 metres -> N x (longitude, latitude)."""
-    ground = world.to_ground(points) + np.array(origin())
+    ground = world.to_ground(points) + np.array(origin(world))
     return np.stack(ground_frame().transform(ground[:, 0], ground[:, 1]), 1)
 
 
@@ -165,7 +176,7 @@ def satellite(world: World) -> tuple[np.ndarray, float, float]:
     for (x, y, radius), crown in zip(world.trees, world.crowns, strict=False):
         (px, py), r = pixel(np.array([(x, y)]))[0], radius / GROUND_PIXEL
         draw.ellipse((px - r, py - r, px + r, py + r), fill=tuple(int(v) for v in crown))
-    east0, north0 = origin()
+    east0, north0 = origin(world)
     return np.asarray(image), east0 - half, north0 + half
 
 

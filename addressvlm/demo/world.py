@@ -127,6 +127,7 @@ class World:
     size: tuple[float, float]
     streets: list[Street]
     districts: list[District]
+    north: float = 0.0  # metres from where all worlds lie else to its centre
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))  # N x (x0, y0, x1, y1)
     heights: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))  # N
     facades: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.float32))  # N x RGB
