@@ -92,9 +92,8 @@ def main() -> None:
     parser.add_argument("--clues", type=Path, metavar="FILE", help="YAML with lists of texts, clues and others (default: ours)")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help=f"(default: {THRESHOLD})")
     args = parser.parse_args()
-    config = common.configure(args)
+    config, texts = common.configure(args), Texts.read(args.clues) if args.clues else OURS
     common.connect()
-    texts = Texts.read(args.clues) if args.clues else OURS
     run_step(config, args.segmentation, args.clip, texts, args.threshold, args.redo)
 
 
