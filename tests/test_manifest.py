@@ -158,6 +158,14 @@ def test_every_row_is_a_photo_or_a_reject(rows: list[dict[str, Any]], cut: bool)
     assert all(":" in r["reason"] for r in rejects)
 
 
+@pytest.mark.parametrize("headings", [None, {"headings": [0, 90]}])
+def test_a_heading_just_below_north_is_north(headings: dict[str, Any] | None) -> None:
+    city = CityConfig.model_validate({"panorama": headings})
+    row = {"file": "a.jpg", "lat": 1.0, "lon": 2.0, "heading": -1e-20}
+    good, _ = to_photos([row], city.panorama)
+    assert good[0].heading == 0
+
+
 # swapped latitude and longitude
 
 BOUNDS = (16.0, 48.0, 17.0, 49.0)  # west, south, east, north

@@ -63,7 +63,7 @@ def _photo(row: int, identifier: str, file: str, cells: Row) -> Photo:
         place=text(cells.get("place")) or f"{lat:.5f},{lon:.5f}",  # about 1 m
         lat=lat,
         lon=lon,
-        heading=None if heading is None else heading % 360,
+        heading=None if heading is None else _turn(heading),
         street=text(cells.get("street")),
         district=text(cells.get("district")),
         sub_street=text(cells.get("sub_street")),
@@ -78,9 +78,14 @@ def _views(photo: Photo, is_panorama: bool | None, panorama: PanoramaConfig | No
     if panorama is None or is_panorama is False:
         yield photo
         return
-    for view in dict.fromkeys(heading % 360 for heading in panorama.headings):
-        heading = None if photo.heading is None else (photo.heading + view) % 360
+    for view in dict.fromkeys(_turn(heading) for heading in panorama.headings):
+        heading = None if photo.heading is None else _turn(photo.heading + view)
         yield replace(photo, id=f"{photo.id}@{view:g}", heading=heading, fov_deg=panorama.fov_deg, view=view)
+
+
+def _turn(degrees: float) -> float:
+    """The same direction in [0, 360); the remainder of a tiny negative number is 360 itself."""
+    return degrees % 360 % 360
 
 
 def text(value: Any) -> str:
