@@ -37,7 +37,7 @@ def write_city(name: str, folder: Path) -> dict[str, str]:
     Raises:
         InputError: there is no toy city of that name.
     """
-    world, folder = toy_world(name), Path(folder)
+    folder = Path(folder)
     paths = {
         "manifest": folder / "manifest.csv",
         "photos": folder / "photos",
@@ -46,6 +46,7 @@ def write_city(name: str, folder: Path) -> dict[str, str]:
         "imagery": folder / "satellite.tif",
     }
     if not paths["manifest"].is_file():  # there last, and whole
+        world = toy_world(name)
         paths["photos"].mkdir(parents=True, exist_ok=True)
         write_maps(world, paths)
         rng = random.Random(TOY_CITIES[name])
