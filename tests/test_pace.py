@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from addressvlm.maps import pace
+from tests.clock import Clock
 
 
 def _take(file: Path, turns: int, times: "multiprocessing.Queue[float]") -> None:
@@ -29,19 +30,6 @@ def test_processes_share_one_pace(tmp_path: Path) -> None:
     for worker in workers:
         worker.join()
     assert taken[-1] - taken[0] >= 14 / 50 - 0.02
-
-
-class Clock:
-    """Stands for the module `time`: sleeping moves its hands."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def time(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 @settings(max_examples=30)

@@ -57,6 +57,14 @@ def test_names_that_tell_no_position(tmp_path: Path, name: str, reason: str) -> 
     assert rejects[0]["reason"].startswith(reason)
 
 
+@pytest.mark.parametrize(("degrees", "problem"), [(0.0003, False), (0.0004, True)])
+def test_positions_of_a_name_may_be_20_metres_apart(degrees: float, problem: bool) -> None:
+    """Of longitude at 60 degrees north: 17 and 22 m, which would be 33 and 45 m at the equator."""
+    east, north = pyproj.Transformer.from_crs(4326, 32633, always_xy=True).transform(15.0, 60.0)
+    cells = names.from_name(f"@{east:.2f}@{north:.2f}@33@V@{60:.5f}@{15 + degrees:.5f}@@@@@@@@@.jpg")
+    assert ("PROBLEM" in cells) is problem
+
+
 def test_sf_xl_as_folder_and_as_list_are_the_same(tmp_path: Path) -> None:
     for heading in ("030", "210"):
         photo(tmp_path / "photos" / "37.70" / SF.replace("@210@", f"@{heading}@"))

@@ -45,6 +45,14 @@ def test_an_annotation_whose_position_is_in_the_name(tmp_path: Path) -> None:
     assert ial.sub_street("A", []) == ""
 
 
+def test_an_annotation_keeps_what_is_known_of_the_photo(tmp_path: Path) -> None:
+    known = {"id": "one", "place": 7, "lat": 40.4, "lon": -79.9, "heading": 450, "fov_deg": 60, "panorama": False}
+    photos, rejects = read(manifest=written(tmp_path, [IAL_ROW | known]))
+    assert rejects == []
+    assert [(p.id, p.place, p.heading, p.fov_deg, p.view) for p in photos] == [("one", "7", 90.0, 60.0, None)]
+    assert read(manifest=written(tmp_path, [IAL_ROW | known | {"panorama": True}]))[1][0]["reason"].startswith("panorama: ")
+
+
 GRAPH = {
     "id": "498763468214164",
     "geometry": {"type": "Point", "coordinates": [16.1, 48.1]},
@@ -120,6 +128,11 @@ def test_kartaview_answers(tmp_path: Path, content: Any, stored: str) -> None:
     photos, rejects = read(manifest=path, photos=str(tmp_path / "photos"))
     assert rejects == []
     assert [(p.id, p.file, p.lat, p.lon, p.heading, p.fov_deg) for p in photos] == [("9", stored, 52.5, 13.4, 271.5, None)]
+
+
+def test_kartaview_tells_the_field_of_view(tmp_path: Path) -> None:
+    photos, _ = read(manifest=written(tmp_path, [KARTA | {"id": "9", "fieldOfView": "70"}, KARTA | {"id": "10"}]))
+    assert [(p.id, p.fov_deg) for p in photos] == [("9", 70.0), ("10", None)]
 
 
 def test_kartaview_panoramas_need_the_setting(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """python -m pytest tests/test_xyz.py"""
 
-import time
+import itertools
+import zlib
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from addressvlm import InputError
+from addressvlm import InputError, waits
 from addressvlm.config import TilesConfig
-from addressvlm.maps import sources, xyz
+from addressvlm.maps import pace, sources, xyz
 from addressvlm.maps.grafts import Grafter
 from addressvlm.maps.mercator import Mosaic
 from addressvlm.maps.tiles import TileRenderer
 from addressvlm.maps.xyz import XyzServer
 from tests import town
+from tests.clock import Clock
 from tests.server import Answer, Asked, Server
 from tests.tileserver import encoded, good, ground
 
@@ -26,10 +29,12 @@ HTML = b"<html><body>Sign in</body></html>"
 
 
 @pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The waits of a real run, a hundred times shorter."""
-    init = XyzServer.__init__
-    monkeypatch.setattr(XyzServer, "__init__", lambda self, *args, **kw: init(self, *args, **{"backoff_s": 0.01, **kw}))
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """All waits of the client and of the pace."""
+    ours = Clock()
+    monkeypatch.setattr(xyz, "time", ours)
+    monkeypatch.setattr(pace, "time", ours)
+    return ours
 
 
 @pytest.fixture(scope="module")
@@ -99,20 +104,78 @@ def test_404_is_a_hole_and_asked_once(tmp_path: Path, streets: Path) -> None:
         assert len(running.asked) == len({asked.path for asked in running.asked})
 
 
-@pytest.mark.parametrize("header", ["0.2", "date"])
-def test_429_waits_as_long_as_the_server_says(tmp_path: Path, header: str) -> None:
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("after", ["60", format_datetime(NOW + timedelta(seconds=60), usegmt=True)])
+def test_429_waits_as_long_as_the_server_says(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
     """All who share the folder wait, not only the one who was told."""
-    answers: list[Answer] = []
+    monkeypatch.setattr(waits, "datetime", SimpleNamespace(now=lambda zone: NOW))
+    at: list[float] = []
 
     def answer(asked: Asked) -> Answer:
-        after = header if header != "date" else format_datetime(datetime.now(UTC) + timedelta(seconds=1.2), usegmt=True)
-        answers.append((429, {"Retry-After": after}, b"") if not answers else good(asked))
-        return answers[-1]
+        at.append(clock.now)
+        return (429, {"Retry-After": after}, b"") if asked.number in (1, 3) else good(asked)
 
     with Server(answer).running() as running:
-        assert server_of(running, tmp_path).tile(18, 131159, 86000) is not None
-        assert [a[0] for a in answers] == [429, 200]
-        assert running.asked[1].at - running.asked[0].at >= 0.19
+        first, second = (server_of(running, tmp_path) for _ in range(2))
+        assert first.tile(18, 131159, 86000) is not None
+        assert at[1] - at[0] == pytest.approx(60)
+        monkeypatch.setattr(xyz, "TRIES", 1)
+        with pytest.raises(InputError, match="429"):
+            first.tile(18, 131159, 86001)
+        assert second.tile(18, 131159, 86001) is not None
+    assert at[3] - at[2] == pytest.approx(60)
+
+
+def test_waits_without_a_word_of_the_server_double(tmp_path: Path, clock: Clock) -> None:
+    at: list[float] = []
+
+    def answer(asked: Asked) -> Answer:
+        at.append(clock.now)
+        return 503, {}, b""
+
+    with Server(answer).running() as running, pytest.raises(InputError):
+        server_of(running, tmp_path).tile(18, 1, 5)
+    assert [after - before for before, after in itertools.pairwise(at)] == pytest.approx([1, 2, 4])
+
+
+def test_requests_keep_the_pace(tmp_path: Path, clock: Clock) -> None:
+    at: list[float] = []
+
+    def answer(asked: Asked) -> Answer:
+        at.append(clock.now)
+        return good(asked)
+
+    with Server(answer).running() as running:
+        for number in range(4):  # one process after the other
+            server = XyzServer(f"{running.url}/{{z}}/{{x}}/{{y}}.png", tmp_path, "tests", 5)
+            server.tile(18, 131159, 86000 + number)
+            server.tile(18, 131159, 86000)  # is there by now, and takes no turn
+    assert [after - before for before, after in itertools.pairwise(at)] == pytest.approx([0.2] * 3)
+
+
+def test_two_addresses_of_a_host_share_no_tiles(tmp_path: Path) -> None:
+    """Nor do two tiles of an address: whatever of it differs, another picture comes, from the server and from the cache."""
+
+    def answer(asked: Asked) -> Answer:
+        shade = zlib.crc32(asked.path.encode())
+        return 200, {}, encoded(Image.new("RGB", (8, 8), (shade & 255, shade >> 8 & 255, shade >> 16 & 255)))
+
+    with Server(answer).running() as running:
+        addresses = [
+            f"{running.url}/{rest}" for rest in ("a/{z}/{x}/{y}.png", "b/{z}/{x}/{y}.png", "a/{z}/{x}/{y}.png?style=2")
+        ]
+        places = [(3, 1, 2), (3, 2, 1), (4, 1, 2)]
+        rounds = [
+            [XyzServer(address, tmp_path, "tests", 1000).tile(*place) for address in addresses for place in places]
+            for _ in range(2)
+        ]
+    pictures = [[tile.tobytes() for tile in tiles if tile] for tiles in rounds]
+    assert pictures[0] == pictures[1]
+    assert len(set(pictures[0])) == len(running.asked) == 9
 
 
 @pytest.mark.parametrize(
@@ -120,24 +183,31 @@ def test_429_waits_as_long_as_the_server_says(tmp_path: Path, header: str) -> No
     [
         (500, {}, "500 Internal Server Error", 4),
         (503, {}, "503 Service Unavailable", 4),
-        (429, {"Retry_After": "3600"}, "429 Too Many Requests, it asks to wait 3600 s", 1),
+        (429, {"Retry_After": "61"}, "429 Too Many Requests, it asks to wait 61 s", 1),
     ],
 )
-def test_a_server_that_keeps_failing(tmp_path: Path, status: int, headers: dict[str, str], reason: str, asks: int) -> None:
-    """A sentence each, and after three tiles no more questions for a while."""
+def test_a_server_that_keeps_failing(
+    tmp_path: Path, clock: Clock, status: int, headers: dict[str, str], reason: str, asks: int
+) -> None:
+    """A sentence each, and after three tiles in a row one question in 30 s."""
     with always(status, **headers).running() as running:
         server = server_of(running, tmp_path)
         for x in range(3):
             with pytest.raises(InputError, match=rf"tile 18/{x}/5 can't be had \({reason}\): run this step again"):
                 server.tile(18, x, 5)
         assert len(running.asked) == 3 * asks
+        clock.now += 29
         with pytest.raises(InputError, match="is down"):
             server.tile(18, 4, 5)
         assert len(running.asked) == 3 * asks
+        clock.now += 1
+        for _ in range(2):
+            with pytest.raises(InputError):
+                server.tile(18, 4, 5)
+        assert len(running.asked) == 3 * asks + 1
 
 
-def test_a_server_that_is_back_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xyz, "DOWN_S", 0.0)
+def test_a_server_that_is_back_is_asked_again(tmp_path: Path, clock: Clock) -> None:
     broken = Server(lambda path: (500, {}, b""))
     with broken.running() as running:
         server = server_of(running, tmp_path)
@@ -145,6 +215,7 @@ def test_a_server_that_is_back_is_asked_again(tmp_path: Path, monkeypatch: pytes
             with pytest.raises(InputError):
                 server.tile(18, x, 5)
         broken.answer = good
+        clock.now += 30
         assert server.tile(18, 3, 5) is not None
         broken.answer = lambda path: (500, {}, b"")
         asked = len(running.asked)
@@ -173,6 +244,7 @@ def test_refusals_are_not_repeated(tmp_path: Path, status: int, hint: str) -> No
         ({}, encoded(Image.new("L", (1025, 8))), "has 1025 x 8 pixels"),
         ({}, bytes(9 << 20), "larger than 8 MB"),
     ],
+    ids=range(8),
 )
 def test_what_is_not_a_map_tile(tmp_path: Path, headers: dict[str, str], body: bytes, reason: str) -> None:
     with always(200, body, **headers).running() as running:
@@ -181,15 +253,13 @@ def test_what_is_not_a_map_tile(tmp_path: Path, headers: dict[str, str], body: b
         assert not list(tmp_path.rglob("1/0/*"))  # nothing bad is kept
 
 
-@pytest.mark.parametrize("drip_s", [0.05, 30.0])
-def test_a_server_that_hangs_is_left(tmp_path: Path, drip_s: float) -> None:
+@pytest.mark.parametrize("drip_s", [0.005, 30.0])
+def test_a_server_that_hangs_is_left(tmp_path: Path, clock: Clock, drip_s: float) -> None:
     """Nothing after the first byte, or a byte now and then: bounded by the time of one request, times the tries."""
-    hanging = Server(good, drip_s)
-    with hanging.running() as running:
-        started = time.monotonic()
+    clock.tick = 0.06
+    with Server(good, drip_s).running() as running:
         with pytest.raises(InputError, match=r"can't be had \(no answer within 0.2 s\)"):
             server_of(running, tmp_path, timeout_s=0.2).tile(18, 131159, 86000)
-        assert time.monotonic() - started < 4
         assert len(running.asked) == 4
 
 

@@ -47,9 +47,7 @@ def to_row(cells: Row) -> Row:
     """One annotation under the names of `Photo`."""
     if isinstance(cells.get("address"), dict):
         cells = cells | {str(key).lower(): value for key, value in cells["address"].items()}
-    row: Row = {
-        column: cells[column] for column in ("file", "id", "place", "lat", "lon", "heading", "panorama") if column in cells
-    }
+    row: Row = {column: cells[column] for column in KEPT if column in cells}
     if "lat" not in row or "lon" not in row:
         row |= _position(_first(cells, NAMES["position"]))
     if "lat" not in row and "@" in text(cells.get("file")):
