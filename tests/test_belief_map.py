@@ -5,16 +5,21 @@ from collections import Counter
 import numpy as np
 import pytest
 import shapely
+import torch
 from PIL import Image
 
 from addressvlm import InputError
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.answers import sampling
 from addressvlm.answers.sampling import Sampled
+from tests import north
 from tests.families import localizer_of, picture
 
 LINES = {"Mill Street": shapely.LineString([(0, 0), (0.01, 0)]), "Oak Avenue": shapely.LineString([(0, 0.01), (0.01, 0.01)])}
 CITY = Gazetteer([Address(street, "Harbour") for street in LINES], LINES, city="Toytown", attribution=["generated"])
+
+
+LINES_BY_NUMBER = [*LINES, "no idea"]
 
 
 class Said:
@@ -49,6 +54,48 @@ def test_how_far_the_answers_lie():
     found = Sampled(Counter({"Mill Street": 3, "Oak Avenue": 1}), 4)
     assert sampling.spread_m(found, CITY, 0, 0.005) == pytest.approx(0.25 * 0.01 * 111_320, rel=1e-3)
     assert sampling.spread_m(Sampled(Counter(), 4), CITY, 0, 0) is None
+
+
+NORTH = Gazetteer(
+    [Address(name, "Harbour") for name in ("East Road", "North Road")],
+    {
+        "East Road": shapely.LineString([north.at(400, 0)[::-1], north.at(500, 0)[::-1]]),
+        "North Road": shapely.LineString([north.at(0, 400)[::-1], north.at(0, 500)[::-1]]),
+    },
+)
+
+
+def test_distances_and_the_view_far_from_the_equator():
+    one = Sampled(Counter({"East Road": 3}), 4)
+    for street in NORTH.streets:
+        assert sampling.spread_m(Sampled(Counter({street: 3}), 4), NORTH, north.LAT, north.LON) == pytest.approx(400, rel=0.01)
+    west, south, east, north_end = sampling._view([one], NORTH, (north.LAT, north.LON))
+    across, up = north.metres((north.LAT, west), (north.LAT, east)), north.metres((south, west), (north_end, west))
+    assert (across, up) == (pytest.approx(650, rel=0.01), pytest.approx(650, rel=0.01))  # 500 m and the margin
+    assert (west + east) / 2 == pytest.approx(north.at(250, 0)[1])
+    assert (south + north_end) / 2 == pytest.approx(north.LAT)
+    drawn = {}
+
+    class Axis:
+        def __getattr__(self, name):
+            return lambda *given, **named: drawn.setdefault(name, given)
+
+    sampling._draw_map(Axis(), one, NORTH, (north.LAT, north.LON), 1.0, (west, south, east, north_end))
+    assert drawn["set_aspect"] == (pytest.approx(across / up * (north_end - south) / (east - west) / 0.25, rel=0.01),)
+
+
+def test_answers_are_drawn_from_the_seed_and_as_many_as_wanted():
+    class Draws(Said):
+        def answer(self, images, questions, max_tokens, temperature):
+            self.asked.append((len(images), len(questions), temperature))
+            return [LINES_BY_NUMBER[int(i)] for i in torch.randint(3, (len(questions),))]
+
+    draws = Draws()
+    first, again, other = (sampling.sample(draws, picture(1), CITY, 130, 0.7, seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first.counts != other.counts
+    assert draws.asked[:3] == [(50, 50, 0.7), (50, 50, 0.7), (30, 30, 0.7)]
+    assert first.answers == 130
 
 
 def test_a_real_model_draws_and_the_picture_shows_it(tmp_path, capsys, monkeypatch):

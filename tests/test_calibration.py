@@ -58,6 +58,51 @@ def test_thresholds_rise_with_the_target():
     assert 0 < thresholds["0.7"] < 1
 
 
+CONFIDENCE = np.linspace(0.99, 0.90, 10)
+TRIED = calibration.DOUBT / calibration.COVERAGES
+
+
+def test_an_exact_threshold_by_hand():
+    """Ten photos of ten places, the surest eight right: all k right of k bear out 0.005 ** (1 / k), 8 of 9 bear out 0.42."""
+    right, places = np.arange(10) < 8, [str(i) for i in range(10)]
+    between = (CONFIDENCE[7] + CONFIDENCE[8]) / 2
+    for target in (0.45, 0.515, calibration.lower_bound(8, 8, TRIED)):
+        assert calibration.threshold(CONFIDENCE, right, places, target) == pytest.approx(between)
+    assert calibration.threshold(CONFIDENCE, right, places, 0.516) == calibration.NEVER
+    shuffled = np.random.default_rng(0).permutation(10)
+    assert calibration.threshold(CONFIDENCE[shuffled], right[shuffled], places, 0.45) == pytest.approx(between)
+    everything = np.ones(10, dtype=bool)
+    assert calibration.threshold(CONFIDENCE, everything, places, 0.588) == calibration.ALWAYS
+    assert calibration.threshold(CONFIDENCE, everything, places, 0.589) == calibration.NEVER
+
+
+def test_equally_sure_answers_are_kept_or_left_together():
+    """The surest eight of ten are as sure as the ninth, which is wrong."""
+    confidence = np.array([*CONFIDENCE[:7], CONFIDENCE[7], CONFIDENCE[7], 0.1])
+    places = [str(i) for i in range(10)]
+    assert calibration.threshold(confidence, np.arange(10) < 8, places, 0.5) == calibration.NEVER
+
+
+@given(st.integers(4, 60), st.integers(2, 5), st.sampled_from(calibration.TARGETS), st.integers(0, 99))
+@settings(deadline=None)
+def test_views_of_a_place_that_are_alike_say_no_more_than_one(places, views, target, seed):
+    rng = np.random.default_rng(seed)
+    confidence = rng.random(places).round(2)
+    right = rng.random(places) < 0.5 + confidence / 2
+    names = [str(i) for i in range(places)]
+    once = calibration.threshold(confidence, right, names, target)
+    assert calibration.threshold(confidence.repeat(views), right.repeat(views), np.repeat(names, views), target) == once
+
+
+def test_a_place_that_is_right_in_part_is_not_rounded_up():
+    """Of ten places with two views each one view is wrong: nineteen of twenty, so nine places of ten."""
+    right, places = np.arange(20) < 19, [str(i // 2) for i in range(20)]
+    confidence, borne_out = CONFIDENCE.repeat(2), calibration.lower_bound(9, 10, TRIED)
+    assert calibration.threshold(confidence, right, places, borne_out) == calibration.ALWAYS
+    assert calibration.threshold(confidence, np.ones(20, dtype=bool), places, borne_out + 0.01) == calibration.ALWAYS
+    assert calibration.threshold(confidence, right, places, borne_out + 0.01) != calibration.ALWAYS
+
+
 def test_few_or_wrong_answers_are_never_sure_enough():
     few = Scored(np.array([[9.0, 0.0]] * 4), np.zeros(4, dtype=int), ["a", "a", "b", "b"])
     assert calibration.fit(few, 0.9).threshold == calibration.NEVER  # all right, but two places tell little
@@ -100,6 +145,48 @@ def test_a_prior_that_photos_do_not_bear_out_is_divided_by():
     assert fitted.measured["nll"]["after"] < plain.measured["nll"]["after"] - 0.1
     before, after = (np.mean(np.argmax(c.applied(test.scores), axis=1) == test.truth) for c in (plain, fitted))
     assert after > before + 0.15
+
+
+def test_the_own_prior_goes_before_the_temperature():
+    made = Calibration(temperature=2.0, own_prior=(1.0, 3.0))
+    assert made.applied(np.array([5.0, 9.0])).tolist() == [2.0, 3.0]
+    assert made.applied(np.array([[5.0, 9.0], [1.0, -1.0]])).tolist() == [[2.0, 3.0], [0.0, -2.0]]
+    assert Calibration(temperature=4.0).applied(np.array([8.0, -2.0])).tolist() == [2.0, -0.5]
+
+
+@pytest.mark.parametrize("common", [False, True])
+def test_what_is_measured_and_chosen_is_of_the_scores_as_they_are_applied(common):
+    """With an own prior and without one, of a model that is three times too sure."""
+    training, validation = generative(600, True, 1), generative(400, common, 2)
+    validation = Scored(validation.scores * 3, validation.truth, validation.places)
+    fitted = calibration.fit(validation, 0.55, training.scores * 3)
+    applied = fitted.applied(validation.scores)
+    assert bool(fitted.own_prior) is not common
+    assert fitted.temperature > 1.5
+    if fitted.own_prior:
+        assert fitted.own_prior == pytest.approx(calibration.own_prior(training.scores * 3))
+    confidence, right = Scored(applied, validation.truth, validation.places).confidences(1.0)
+    raw, raw_right = validation.confidences(1.0)
+    assert fitted.thresholds == {
+        f"{target:g}": calibration.threshold(confidence, right, validation.places, target)
+        for target in sorted({*calibration.TARGETS, 0.55})
+    }
+    assert fitted.measured == {
+        "photos": 400,
+        "places": 400,
+        "right": np.mean(applied.argmax(axis=1) == validation.truth),
+        "nll": {
+            "before": pytest.approx(calibration.nll(validation.scores, validation.truth)),
+            "after": pytest.approx(calibration.nll(applied, validation.truth)),
+        },
+        "ece": {
+            "before": pytest.approx(calibration.ece(raw, raw_right)),
+            "after": pytest.approx(calibration.ece(confidence, right)),
+        },
+    }
+    assert calibration.nll(applied, validation.truth) <= min(
+        calibration.nll(applied * t, validation.truth) for t in (0.97, 1.03)
+    )
 
 
 def test_a_prior_that_photos_bear_out_stays():
@@ -168,4 +255,6 @@ def test_a_photo_of_an_unknown_street_counts_as_wrong():
     scored = drawn(100)
     lost = Scored(scored.scores, np.where(np.arange(100) < 50, -1, scored.truth), scored.places)
     assert calibration.fit(lost, 0.8).measured["right"] < calibration.fit(scored, 0.8).measured["right"]
+    known = Scored(scored.scores[50:], scored.truth[50:], scored.places[50:])
+    assert calibration.fit(lost, 0.8).temperature == calibration.fit(known, 0.8).temperature
     assert json.dumps(calibration.fit(lost, 0.8).measured)

@@ -9,7 +9,9 @@ from addressvlm import InputError
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.config import validate
 from addressvlm.config_compare import Known
+from addressvlm.evaluation import drawn_priors
 from addressvlm.evaluation.drawn_priors import restricted, ruled_out, words
+from tests import north
 from tests.test_modes import ADDRESSES, CITY, accuracy, compare, rows
 
 knowns = st.builds(
@@ -94,3 +96,28 @@ def test_a_row_of_the_comparison_needs_one():
         validate({"compare": {"systems": [row]}}, "test")
     (made,) = validate({"compare": {"systems": [{**row, "district": True, "gps_m": 100}]}}, "test").compare.systems
     assert words(made) == "the district and GPS within 100 m"
+
+
+def test_fixes_are_off_alike_in_all_directions_and_within_the_radius_in_95_of_100():
+    """At 60 degrees north, in metres on the ellipsoid."""
+    fixes = [drawn_priors._fix({"id": str(i), "lat": north.LAT, "lon": north.LON}, 100, seed=0) for i in range(3000)]
+    assert {fix.radius_m for fix in fixes} == {100}
+    middle = (north.LAT, north.LON)
+    away = np.array([north.metres(middle, (fix.lat, fix.lon)) for fix in fixes])
+    assert np.mean(away <= 100) == pytest.approx(0.95, abs=0.01)
+    assert len(set(away)) == 3000
+    for along in ([(fix.lat, north.LON) for fix in fixes], [(north.LAT, fix.lon) for fix in fixes]):
+        assert np.sqrt(np.mean([north.metres(middle, place) ** 2 for place in along])) == pytest.approx(40.9, rel=0.05)
+    assert np.mean([(fix.lat, fix.lon) for fix in fixes], axis=0) == pytest.approx(middle, abs=1e-4)
+
+
+def test_a_draw_depends_on_the_photo_and_the_seed_alone():
+    given_rows = rows(photos=24)
+    for known in (Known(streets=3), Known(gps_m=300), Known(district=True, streets=6, gps_m=2000)):
+        together = restricted(given_rows, known, CITY, seed=1)
+        assert restricted(given_rows[::-1], known, CITY, seed=1)[::-1] == together
+        assert [restricted([row], known, CITY, seed=1)[0] for row in given_rows] == together
+        assert restricted(given_rows, known, CITY, seed=2) != together
+    same_place = [row | {"id": str(i)} for i, row in enumerate(given_rows[:1] * 12)]
+    for known in (Known(streets=3), Known(gps_m=400)):
+        assert len({str(row["scores"]) for row in restricted(same_place, known, CITY, seed=1)}) > 1

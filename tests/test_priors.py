@@ -10,6 +10,7 @@ from addressvlm import InputError
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.inference import Circle, Prior
 from addressvlm.nearby import METRES_PER_DEGREE
+from tests import north
 
 STEP = 100 / METRES_PER_DEGREE  # degrees of latitude in 100 m; the city lies on the equator
 ADDRESSES = [
@@ -86,3 +87,30 @@ def test_what_can_be_no_prior_is_one_sentence(prior, sentence):
 def test_no_circle_without_shapes():
     with pytest.raises(InputError, match="no street of the city has a shape"):
         Prior(circle=Circle(0, 0, 50)).log_weights(Gazetteer(ADDRESSES))
+
+
+def test_a_circle_is_round_far_from_the_equator():
+    """Sixteen streets around a place at 60 degrees north, 90 m and 110 m away in eight directions."""
+    places = {
+        f"{metres} {angle}": north.at(metres * math.sin(angle), metres * math.cos(angle))
+        for metres in (90, 110)
+        for angle in np.arange(8) * math.pi / 4
+    }
+    lines = {name: shapely.LineString([(lon, lat), (lon + 1e-9, lat)]) for name, (lat, lon) in places.items()}
+    city = Gazetteer([Address(name, "Town") for name in places], lines)
+    hard, soft = (Prior(circle=Circle(north.LAT, north.LON, 100, soft)).log_weights(city) for soft in (False, True))
+    assert [w == 0 for w in hard] == [address.street.startswith("90 ") for address in city.addresses]
+    metres = np.array([north.metres((north.LAT, north.LON), places[a.street]) for a in city.addresses])
+    assert soft == pytest.approx(-((metres / 100) ** 2) / 2, rel=0.01)
+
+
+def test_all_that_is_known_holds_together():
+    parts = [
+        Prior(districts=("Old Town",)),
+        Prior(streets=("Mill Street", "Elm Row")),
+        Prior(weights={"Mill Street": 3.0, "Elm Row": 0.5}),
+        Prior(circle=Circle(STEP, STEP / 2, 100, soft=True)),
+    ]
+    whole = Prior(("Old Town",), ("Mill Street", "Elm Row"), parts[3].circle, parts[2].weights).log_weights(CITY)
+    assert np.array_equal(whole, sum(part.log_weights(CITY) for part in parts))
+    assert np.isfinite(whole).sum() == 2
