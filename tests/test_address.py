@@ -217,6 +217,28 @@ def test_a_city_without_maps_takes_the_geocoders_district(tmp_path: Path) -> Non
     assert [r["reason"] for r in rejects] == [f"no geocoded street: none for 0.02698, 30.00000, nor within {limit} of it"]
 
 
+def test_the_geocoder_is_asked_by_the_settings(town: StreetMap, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Seed, language and the settings' own file of answers reach it; places whose street is given are not asked about."""
+    asked: list[Any] = []
+
+    def locate(ids: list[str], lat: Any, lon: Any, x: Any, y: Any, *rest: Any) -> Any:
+        asked.append((ids, [*zip(lat, lon, strict=True)], [*zip(x, y, strict=True)], rest))
+        return [geocoders.Answer("Mill Street") for _ in ids], ["nominatim"] * len(ids)
+
+    monkeypatch.setattr(geocoders, "locate", locate)
+    photos = [photo(1, 50, 4), photo(2, 70, 4, street="Low Street"), photo(3, 90, 4)]
+    geocoder = GeocoderConfig(share=0.5, cache=str(tmp_path / "own.sqlite"))
+    city = CITY.model_copy(update={"geocoder": geocoder, "language": "de"})
+    assign(photos, town, city, seed=5, cache=tmp_path / "other.sqlite")
+    assign(photos, town, city.model_copy(update={"geocoder": GeocoderConfig()}), seed=6, cache=tmp_path / "other.sqlite")
+    (ids, at, metres, rest), (*_, other) = asked
+    assert ids == ["p1", "p3"]
+    assert at == [(photos[i].lat, photos[i].lon) for i in (0, 2)]
+    assert metres == [tuple(float(v[0]) for v in town.to_metres([photos[i].lat], [photos[i].lon])) for i in (0, 2)]
+    assert rest == (geocoder, tmp_path / "own.sqlite", 5, "de")
+    assert other[1:] == (tmp_path / "other.sqlite", 6, "de")
+
+
 def test_ties_of_the_geocoder_are_ambiguous(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(geocoders.KEY, "k")
     route = {"types": ["route"]}

@@ -1,24 +1,28 @@
 """External geocoders, against a server on this machine: python -m pytest tests/test_geocoders.py"""
 
+import itertools
 import json
 import logging
 import random
 import socket
 import sqlite3
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from addressvlm import InputError
+from addressvlm import InputError, waits
 from addressvlm.cities import geocoder_client, geocoders
 from addressvlm.cities.geocoder_cache import AnswerCache
 from addressvlm.config_city import GeocoderConfig
+from tests.clock import Clock
 from tests.server import Answer, Asked, Server
 
 SECRET = "a-key-that-nobody-may-see"
@@ -40,9 +44,22 @@ def serving(reply: Reply) -> AbstractContextManager[Server]:
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(geocoder_client, "FIRST_PAUSE_S", 0.01)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """All waits of the client; whoever waits for its end moves the hands."""
+    ours = Clock()
+
+    class Event(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            ours.sleep(timeout or 0.0)
+            return self.is_set()
+
+    monkeypatch.setattr(geocoder_client, "time", ours)
+    monkeypatch.setattr(geocoder_client, "threading", SimpleNamespace(Event=Event, Lock=threading.Lock))
     monkeypatch.setenv(geocoders.KEY, SECRET)
+    return ours
+
+
+ONE_THREAD = {"per_second": 1.0}  # one question after the other, in the order of the places
 
 
 def road(name: str, **address: str) -> dict[str, Any]:
@@ -57,7 +74,7 @@ def result(street: str | None, location: str = "RANGE_INTERPOLATED", **others: s
 
 def ask(
     where: Server | str, folder: Path, number: int = 1, seed: int = 0, step_m: float = 10.0, order: list[int] | None = None,
-    **config: Any,
+    language: str | None = None, **config: Any,
 ) -> tuple[list[geocoders.Answer | None], list[str]]:  # fmt: skip
     """The answers about `number` places in a row to the north."""
     url = where if isinstance(where, str) else f"{where.url}/reverse"
@@ -65,7 +82,8 @@ def ask(
     order = order or list(range(number))
     y = np.array(order) * step_m
     ids = [f"p{i:03}" for i in order]
-    return geocoders.locate(ids, 40 + y * METRE, np.full(len(y), -80.0), 0 * y, y, settings, folder / "answers.sqlite", seed)
+    spots = (40 + y * METRE, np.full(len(y), -80.0), 0 * y, y)
+    return geocoders.locate(ids, *spots, settings, folder / "answers.sqlite", seed, language)
 
 
 def test_nominatim_is_asked_for_streets(tmp_path: Path) -> None:
@@ -189,10 +207,56 @@ def test_a_file_that_is_no_cache(tmp_path: Path) -> None:
         ask("http://127.0.0.1:9/", tmp_path)
 
 
-def test_requests_keep_the_pace(tmp_path: Path) -> None:
-    with serving(lambda n, q: (200, {}, road("Forbes Avenue"))) as server:
-        ask(server, tmp_path, 6, per_second=20.0)
-    assert server.asked[-1].at - server.asked[0].at >= 5 / 20 * 0.9
+def test_what_was_asked_of_whom_and_where_is_kept_apart(tmp_path: Path) -> None:
+    """Service, server, language, latitude and longitude: another one is another question."""
+    known = {"service": "nominatim", "server": "https://one/reverse", "language": "de", "lat": 52.1, "lon": 13.4}
+    others = {"service": "google", "server": "https://two/reverse", "language": None, "lat": 13.4, "lon": 52.1}
+
+    def cache(asked: dict[str, Any]) -> AnswerCache:
+        return AnswerCache(tmp_path / "a.sqlite", asked["service"], asked["server"], asked["language"])
+
+    cases = [known, *(known | {field: other} for field, other in others.items())]
+    for number, asked in enumerate(cases):
+        assert cache(asked).get(asked["lat"], asked["lon"]) is None
+        cache(asked).put(asked["lat"], asked["lon"], {"number": number})
+    assert [cache(asked).get(asked["lat"], asked["lon"]) for asked in cases] == [{"number": n} for n in range(len(cases))]
+    assert cache(known).get(known["lat"] + 4e-7, known["lon"]) == {"number": 0}  # less than is asked for
+    assert cache(known).get(known["lat"] + 1e-6, known["lon"]) is None
+    assert len(cache(known)) == 3
+
+
+@pytest.mark.parametrize(("service", "key"), [("nominatim", "accept-language"), ("google", "language")])
+def test_the_language_is_asked_for_and_each_is_kept(service: str, key: str, tmp_path: Path) -> None:
+    def reply(n: int, query: dict[str, str]) -> tuple[int, dict[str, str], Any]:
+        name = f"Street in {query.get(key)}"
+        return 200, {}, road(name) if service == "nominatim" else {"status": "OK", "results": [result(name)]}
+
+    with serving(reply) as server:
+        for language in ("de", None, "fr", "de"):
+            (answer,), _ = ask(server, tmp_path, language=language, service=service)
+            assert answer is not None
+            assert answer.street == f"Street in {language}"
+        assert len(server.asked) == 3
+
+
+def test_requests_keep_the_pace(clock: Clock, tmp_path: Path) -> None:
+    at: list[float] = []
+
+    def reply(n: int, query: dict[str, str]) -> tuple[int, dict[str, str], Any]:
+        at.append(clock.now)
+        return 200, {}, road("Forbes Avenue")
+
+    with serving(reply) as server:
+        ask(server, tmp_path, 4, per_second=0.5)
+    assert [after - before for before, after in itertools.pairwise(at)] == pytest.approx([2.0] * 3)
+
+
+def test_threads_share_the_pace() -> None:
+    client = geocoder_client.Client("http://host/", "", 4.0, 1.0, 0, "tests", lambda reply: None)
+    turns = [client._until_my_turn() for _ in range(4)]
+    assert turns == pytest.approx([0, 0.25, 0.5, 0.75])
+    client._hold(10)
+    assert client._until_my_turn() == pytest.approx(10)
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -203,12 +267,38 @@ def test_failures_for_now_are_asked_again(status: int, tmp_path: Path) -> None:
     assert len(server.asked) == 3
 
 
-@pytest.mark.parametrize("as_date", [False, True])
-def test_retry_after_is_waited_for(as_date: bool, tmp_path: Path) -> None:
-    until = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True) if as_date else "1"
-    with serving(lambda n, q: (200, {}, road("A")) if n > 1 else (429, {"Retry-After": until}, {})) as server:
-        ask(server, tmp_path)
-    assert server.asked[1].at - server.asked[0].at >= (0.5 if as_date else 0.95)
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("after", ["300", format_datetime(NOW + timedelta(seconds=300), usegmt=True)])
+def test_retry_after_is_waited_for(after: str, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also by who asks about another place; what is asked for beyond five minutes ends the run."""
+    monkeypatch.setattr(waits, "datetime", SimpleNamespace(now=lambda zone: NOW))
+    at: list[float] = []
+
+    def reply(n: int, query: dict[str, str]) -> tuple[int, dict[str, str], Any]:
+        at.append(clock.now)
+        return (200, {}, road("A")) if n > 1 else (429, {"Retry-After": after}, {})
+
+    with serving(reply) as server:
+        ask(server, tmp_path, 2, **ONE_THREAD)
+    assert [when - at[0] for when in at] == pytest.approx([0, 300, 301])
+
+
+def test_pauses_double_with_jitter(clock: Clock, tmp_path: Path) -> None:
+    at: list[float] = []
+
+    def reply(n: int, query: dict[str, str]) -> tuple[int, dict[str, str], Any]:
+        at.append(clock.now)
+        return 500, {}, {}
+
+    with serving(reply) as server:
+        ask(server, tmp_path, retries=7)
+    pauses = [after - before for before, after in itertools.pairwise(at)]
+    assert len(pauses) == 7
+    for pause, middle in zip(pauses, [1, 2, 4, 8, 16, 32, 60], strict=True):
+        assert 0.5 * middle <= pause <= 1.5 * middle
+    assert len({round(pause / middle, 3) for pause, middle in zip(pauses, [1, 2, 4, 8, 16, 32, 60], strict=True)}) > 3
 
 
 def test_a_server_that_hangs_is_left(tmp_path: Path) -> None:
@@ -244,7 +334,7 @@ GOOGLE = {"service": "google"}
         ((403, {}, {}), GOOGLE, r"refuses us \(403\): check GOOGLE_MAPS_API_KEY"),
         ((404, {}, {}), {}, r"answers 404 instead of an address: check city\.geocoder\.url"),
         ((429, {}, {}), {}, r"answers 429, too many requests: 0 answers are kept in .*answers\.sqlite, run the same command"),
-        ((429, {"Retry-After": "86400"}, {}), {}, r"asks to wait 86400 s .*run the same command later"),
+        ((429, {"Retry-After": "301"}, {}), {}, r"asks to wait 301 s .*run the same command later"),
         ((200, {"Content-Type": "text/html"}, PAGE), {}, r"answers with a web page instead of JSON: check city\.geocoder\.url"),
         ((200, {}, PAGE), {}, "answers with a web page instead of JSON"),
         ((200, {}, b"[1, 2"), {}, "answers with something else instead of JSON"),
@@ -278,7 +368,16 @@ def test_a_server_that_keeps_failing_ends_the_run(tmp_path: Path) -> None:
         pytest.raises(InputError, match="answers 500, the server has a problem"),
     ):
         ask(server, tmp_path, 100, retries=0)
-    assert len(server.asked) < 100
+    assert geocoders.GIVE_UP_AFTER <= len(server.asked) < 100
+
+
+def test_failures_between_answers_do_not_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(geocoders, "as_completed", list)  # in the order in which they were asked
+    many = 4 * geocoders.GIVE_UP_AFTER
+    with serving(lambda n, q: (500, {}, {}) if n % geocoders.GIVE_UP_AFTER else (200, {}, road("A"))) as server:
+        _, sources = ask(server, tmp_path, many, retries=0, **ONE_THREAD)
+    assert sources.count("nominatim") == 4
+    assert len(server.asked) == many
 
 
 def test_nobody_there(tmp_path: Path) -> None:
