@@ -1,18 +1,21 @@
 """Rows are paid for once, within limits: python -m pytest tests/test_labelling_engine.py"""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from addressvlm import InputError
 from addressvlm.config_labels import LabelsConfig
 from addressvlm.labels import Request, beginning, engine
-from addressvlm.labels.ledger import ROOM, Ledger, WritableLedger, writing
-from addressvlm.labels.limits import Pace
+from addressvlm.labels.facts import Facts
+from addressvlm.labels.ledger import LONGEST_TEXT, ROOM, Answer, Ledger, writing
+from addressvlm.labels.limits import Budget, Pace
 from addressvlm.labels.openai_labeler import OpenAILabeler
-from addressvlm.labels.replay import ReplayLabeler, asked_of
-from tests.endpoint import Endpoint, Reply, refuses, says
+from addressvlm.labels.replay import ReplayLabeler, asked_of, survey
+from tests.endpoint import Endpoint, Reply, drops, refuses, says
 from tests.labelling import BAD, FACTS, GOOD, config_of, left, requests, settle
 from tests.test_ledger import disk_of
 
@@ -37,28 +40,119 @@ def test_only_what_is_missing_is_asked(endpoint: Endpoint, tmp_path: Path) -> No
         ReplayLabeler(beginning(config), Ledger(tmp_path)).label(requests(31))
 
 
+# Settings of a labeler that change what an answer may be, each with another value.
+SHAPING = {
+    "labeler": "vllm",
+    "prompt": "grounded",
+    "model": "n",
+    "base_url": "http://h/v1",
+    "send_image": False,
+    "image_pixels": 64,
+    "image_quality": 60,
+    "image_detail": "high",
+    "language": "de",
+    "temperature": 0.5,
+    "max_tokens": 99,
+    "request": {"top_p": 0.5},
+}
+
+
+def test_every_setting_that_shapes_an_answer_is_part_of_what_was_asked_and_no_other(tmp_path: Path) -> None:
+    """A new setting must be put into SHAPING here, or be found not to change any answer."""
+    row, config = requests(1)[0], LabelsConfig(labeler="openai", model="m")
+    plain = asked_of(beginning(config)(row))
+    others = {
+        "words": (9, 99), "distance_tolerance": 0.5, "ask_address": True, "concurrency": 9, "attempts": 9, "timeout_s": 9.0,
+        "retries": 9, "requests_per_minute": 9.0, "tokens_per_minute": 9.0, "budget_tokens": 9, "budget_usd": 9.0,
+        "usd_per_million_in": 9.0, "usd_per_million_out": 9.0, "image_rule": "fixed", "image_base": 9, "image_each": 9.0,
+        "workers": 9, "cpus_per_worker": 9.0, "gpus_per_worker": 9.0, "batch_size": 9, "dtype": "float32",
+        "tensor_parallel": 9, "vllm_python": "python9", "vllm_arguments": ["--seed=9"], "vllm_start_s": 9.0,
+    }  # fmt: skip
+    assert SHAPING.keys() | others.keys() == LabelsConfig.model_fields.keys()
+    start = beginning(config)
+    for changes in (SHAPING, others):
+        for key, value in changes.items():
+            changed = config.model_copy(update={key: value})
+            begin = start if key in ("send_image", "language") else beginning(changed)  # the prompt would refuse them
+            row_of = begin(row)
+            row_of.config = changed
+            assert (asked_of(row_of).key() == plain.key()) == (changes is others), key
+    nested = [config.model_copy(update={"request": {"response_format": {"type": kind}}}) for kind in ("text", "json_object")]
+    assert len({asked_of(beginning(c)(row)).key() for c in nested}) == 2
+
+
+def test_another_row_image_fact_or_question_is_another_ask() -> None:
+    row, config = requests(1)[0], LabelsConfig(labeler="openai", model="m", prompt="grounded")
+    begin = beginning(config)
+    changed = [
+        replace(row, id="other"),
+        replace(row, image=row.image + b"x"),
+        replace(row, facts=replace(FACTS, facing="west")),
+    ]
+    assert len({asked_of(begin(r)).key() for r in [row, *changed]}) == 4
+    named = LabelsConfig(labeler="openai", model="m")  # its prompt holds the question
+    of_question = {s.question: asked_of(s).key() for s in (beginning(named, seed)(row) for seed in range(9))}
+    assert len(set(of_question.values())) == len(of_question) > 1
+
+
 def test_answers_to_another_prompt_or_model_are_not_used(endpoint: Endpoint, tmp_path: Path) -> None:
     config = config_of(endpoint)
     settle(config, tmp_path / "ledger", requests(5))
     file = tmp_path / "mine.md"
     shipped = Path(engine.__file__).parent / "prompts" / "alignment.md"
     file.write_text(shipped.read_text().replace("35 to 80 words", "30 to 90 words"))
-    for change in (
-        {"prompt": str(file)},
-        {"model": "n"},
-        {"temperature": 0.5},
-        {"image_quality": 60},
-        {"base_url": "http://h/v1"},
-    ):
-        other = config.model_copy(update=change)
-        assert (left(other, tmp_path / "ledger", requests(5)).settled, left(other, tmp_path / "ledger", requests(5)).left) == (
-            0,
-            5,
-        )
+    for change in ({"prompt": str(file)}, {"model": "n"}, {"max_tokens": 99}):
+        plan = left(config.model_copy(update=change), tmp_path / "ledger", requests(5))
+        assert (plan.settled, plan.left) == (0, 5)
     text = left(config.model_copy(update={"model": "n"}), tmp_path / "ledger", requests(6)).text()
     assert "6 rows: 0 are answered in the ledger, 6 will be asked" in text
     assert "5 answers in the ledger are to other prompts or from other models" in text
     assert left(config.model_copy(update={"concurrency": 9, "retries": 0}), tmp_path / "ledger", requests(5)).left == 0
+
+
+def test_a_plan_knows_how_long_answers_took(tmp_path: Path) -> None:
+    config = LabelsConfig(labeler="openai", model="m")
+    rows = requests(3)
+    with writing(tmp_path) as ledger:
+        for row, seconds in zip(rows[:2], (2.0, 4.0), strict=True):
+            ledger.add(asked_of(beginning(config)(row)), Answer(GOOD, tokens_in=7, tokens_out=3, usd=0.5, seconds=seconds))
+        ledger.add(asked_of(beginning(config)(rows[2])), Answer(failure="500"))
+    plan = survey(config, beginning(config), rows, Ledger(tmp_path))
+    assert (plan.answer_s, plan.spent_tokens, plan.spent_usd, plan.settled) == (3.0, 20, 1.0, 3)
+    assert survey(config, beginning(config), rows, Ledger(tmp_path), again=True).left == 1
+
+
+def test_what_is_sent_is_what_the_settings_say(endpoint: Endpoint, tmp_path: Path) -> None:
+    config = config_of(endpoint, max_tokens=77, temperature=0.25, request={"top_p": 0.5, "seed": 3})
+    settle(config, tmp_path, requests(1))
+    settle(config.model_copy(update={"request": {"max_tokens": None, "max_completion_tokens": 55}}), tmp_path, requests(1))
+    first, second = ({k: v for k, v in body.items() if k != "messages"} for body in endpoint.asked)
+    assert first == {"model": "m", "max_tokens": 77, "temperature": 0.25, "top_p": 0.5, "seed": 3}
+    assert second == {"model": "m", "temperature": 0.25, "max_completion_tokens": 55}
+
+
+def test_each_row_gets_its_own_answer_whatever_fails_on_the_way(endpoint: Endpoint, tmp_path: Path) -> None:
+    names = ["Mill Street", "Elm Road", "Castle Hill", "Green Lane", "Broadway", "North Terrace", "Corn Exchange Street"]
+    rows = [replace(row, facts=Facts(name, "Harbour")) for row, name in zip(requests(len(names)), names, strict=True)]
+
+    def reply(n: int, body: dict[str, Any]) -> Reply:
+        (name,) = [name for name in names if name in body["messages"][1]["content"][1]["text"]]
+        if n and name in names[:2]:  # put off to the last round, and given up
+            return refuses(500, "no")
+        if n % 3 == 2:
+            return refuses(503, "busy")
+        text = f"A row of red brick houses stands on the left and the camera looks along the road. This is {name} in Harbour."
+        return says(text.replace("Harbour", "town") if n % 4 == 1 else text)
+
+    endpoint.reply = reply
+    config = config_of(endpoint, concurrency=3, retries=2, attempts=9)
+    labels, tally = settle(config, tmp_path, rows)
+    assert tally.rows == len(labels) == len(rows)
+    endpoint.reply = lambda n, body: reply(0, body)
+    labels, _ = settle(config, tmp_path, rows, again=True)
+    assert [labels[n].text.partition("This is ")[2] for n in range(len(rows))] == [f"{name} in Harbour." for name in names]
+    assert ReplayLabeler(beginning(config), Ledger(tmp_path)).label(rows) == [labels[n] for n in range(len(rows))]
+    assert ReplayLabeler(beginning(config), Ledger(tmp_path)).label(rows[::-1]) == [labels[n] for n in range(len(rows))][::-1]
 
 
 def test_models_of_one_name_in_two_folders_are_two_and_a_server_of_ours_may_move(tmp_path: Path) -> None:
@@ -129,6 +223,36 @@ def test_a_budget_stops_the_job_and_a_larger_one_goes_on(endpoint: Endpoint, tmp
     assert (len(endpoint.asked), ledger.tokens, round(ledger.usd, 6)) == (40, 40_000, 0.04)
 
 
+def test_what_was_set_aside_is_given_back_whatever_comes_of_an_ask(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets: list[Budget] = []
+    monkeypatch.setattr(engine, "Budget", lambda *about: budgets.append(Budget(*about)) or budgets[-1])
+    bad = [
+        lambda: refuses(500, "oops"),
+        lambda: refuses(429, "slow down"),
+        drops,
+        lambda: (200, {}, "<html>"),
+        lambda: says(""),
+    ]
+    endpoint.reply = lambda n, body: bad[n - 1]() if n <= len(bad) else used(GOOD, 900, 100)
+    prices = {"usd_per_million_in": 1e6, "usd_per_million_out": 2e6, "budget_usd": 1e9, "budget_tokens": 10**9}
+    _, tally = settle(config_of(endpoint, concurrency=2, **prices), tmp_path, requests(6))
+    (budget,) = budgets
+    assert (budget._holders, budget._held_tokens, budget._held_usd) == (0, 0, 0)
+    assert (budget.tokens, budget.usd) == (tally.tokens_in + tally.tokens_out, tally.tokens_in + 2 * tally.tokens_out)
+    kept = Ledger(tmp_path)
+    assert (kept.tokens, kept.usd) == (budget.tokens, budget.usd)
+    assert tally.again == {"500": 1, "429": 1, "connection": 1, "no JSON": 1}
+
+
+def test_tokens_sent_and_written_are_told_apart(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.reply = lambda n, body: used(GOOD, 900, 100)
+    _, tally = settle(config_of(endpoint, usd_per_million_in=1e6, usd_per_million_out=2e6), tmp_path, requests(2))
+    assert (tally.tokens_in, tally.tokens_out, tally.usd, Ledger(tmp_path).usd) == (1800, 200, 2200, 2200)
+    assert "2/2 rows asked about, 2,000 tokens, 2,200 US dollars" in tally.line()
+
+
 def test_an_endpoint_that_does_not_count_is_estimated(endpoint: Endpoint, tmp_path: Path) -> None:
     config = config_of(endpoint, image_rule="fixed", image_base=600)
     _, tally = settle(config, tmp_path, requests(3))
@@ -136,14 +260,15 @@ def test_an_endpoint_that_does_not_count_is_estimated(endpoint: Endpoint, tmp_pa
     assert tally.tokens_out == 3 * -(-len(GOOD) // 4)
 
 
-def test_a_full_disk_ends_the_job_and_nothing_paid_is_lost(
-    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(WritableLedger, "has_room", lambda ledger, answers: ledger._end + 300 * answers <= ledger._allocated)
+def test_a_full_disk_ends_the_job_and_nothing_paid_is_lost(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.reply = lambda n, body: says(GOOD + "…" * LONGEST_TEXT)  # 12 kB each, so that a disk of 1 MiB fills up
+    config = config_of(endpoint, concurrency=8, attempts=1)
     with disk_of(ROOM), pytest.raises(InputError, match=r"disk of .* is full"):
-        settle(config_of(endpoint, concurrency=900, attempts=1), tmp_path, requests(250) * 12)
-    found = Ledger(tmp_path)
-    assert sum(found.answers.values()) == len(endpoint.asked) > 0
+        settle(config, tmp_path, requests(100))
+    assert sum(Ledger(tmp_path).answers.values()) == len(endpoint.asked)
+    assert 0 < len(endpoint.asked) < 100
+    settle(config, tmp_path, requests(100))
+    assert len(endpoint.asked) == 100
 
 
 def test_every_request_takes_its_turn(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

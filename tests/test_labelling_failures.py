@@ -13,7 +13,7 @@ import pytest
 
 from addressvlm import InputError
 from addressvlm.config_labels import LabelsConfig
-from addressvlm.labels import Request, beginning
+from addressvlm.labels import Request, beginning, engine
 from addressvlm.labels.ledger import Ledger
 from addressvlm.labels.openai_labeler import OpenAILabeler
 from addressvlm.labels.replay import ReplayLabeler
@@ -37,6 +37,9 @@ def after(first: Callable[[], Reply], times: int = 1) -> Callable[[int, dict[str
     [
         (lambda: refuses(429, "slow down", Retry_After="0"), "429"),
         (lambda: refuses(500, "oops"), "500"),
+        (lambda: refuses(408, "took long"), "408"),
+        (lambda: refuses(409, "locked"), "409"),
+        (lambda: refuses(425, "early"), "425"),
         (lambda: refuses(503, "busy"), "503"),
         (drops, "connection"),
         (lambda: cuts(says(GOOD)), "connection"),
@@ -68,6 +71,79 @@ def test_waits_as_long_as_the_endpoint_says() -> None:
     assert 85 < (retry_after({"retry-after": date}) or 0) <= 90
     assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
     assert [retry_after({"retry-after": "soon"}), retry_after({})] == [None, None]
+
+
+def waits_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that the engine waits between tries, with its usual constants; nobody really waits."""
+    told: list[float] = []
+
+    async def at_once(waiter: Any, seconds: float) -> None:
+        waiter.close()
+        told.append(seconds)
+        raise TimeoutError
+
+    monkeypatch.setattr(engine, "FIRST_WAIT_S", 0.5)
+    monkeypatch.setattr(engine, "LONGEST_WAIT_S", 3.0)
+    monkeypatch.setattr(engine.asyncio, "wait_for", at_once)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("headers", "asked_s"), [({"Retry_After": "7"}, 7.0), ({"Retry_After_Ms": "1500"}, 1.5), ({"Retry_After": "0"}, 0.0)]
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_the_next_try_waits_as_long_as_the_endpoint_says_and_a_little_more(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, headers: dict[str, str], asked_s: float
+) -> None:
+    told = waits_of(monkeypatch)
+    endpoint.reply = after(lambda: refuses(status, "slow down", **headers), times=3)
+    settle(config_of(endpoint), tmp_path, requests(1))
+    assert len(told) == 3
+    assert all(asked_s <= seconds <= asked_s + 0.5 * step for seconds, step in zip(told, (0.5, 1.0, 2.0), strict=True)), told
+
+
+def test_where_the_endpoint_does_not_say_how_long_the_wait_doubles_up_to_a_limit(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = waits_of(monkeypatch)
+    endpoint.reply = after(lambda: refuses(500, "oops"), times=5)
+    settle(config_of(endpoint), tmp_path, requests(1))
+    assert all(0.5 * most <= seconds <= most for seconds, most in zip(told, (0.5, 1, 2, 3, 3), strict=True)), told
+
+
+@pytest.mark.parametrize(("status", "tries"), [(500, 3), (429, 9)])
+def test_a_busy_endpoint_is_tried_longer_than_one_that_fails(
+    endpoint: Endpoint, tmp_path: Path, status: int, tries: int
+) -> None:
+    (bad,) = requests(1)
+    marked = beginning(config_of(endpoint))(bad).messages()[1]["content"][0]["image_url"]["url"]
+    endpoint.reply = lambda n, body: refuses(status, "no") if marked in str(body) else says(GOOD)
+    labels, tally = settle(config_of(endpoint, retries=2), tmp_path, requests(3))
+    assert (labels[0].source, tally.again[str(status)]) == ("fallback:template", 2 * tries)
+
+
+def failing(config: LabelsConfig, bad: list[Request]) -> Callable[[int, dict[str, Any]], Reply]:
+    marked = {beginning(config)(row).messages()[1]["content"][0]["image_url"]["url"] for row in bad}
+    return lambda n, body: refuses(500, "no") if body["messages"][1]["content"][0]["image_url"]["url"] in marked else says(GOOD)
+
+
+def test_an_answer_in_between_shows_that_the_endpoint_works(endpoint: Endpoint, tmp_path: Path) -> None:
+    config = config_of(endpoint, concurrency=1, retries=0)
+    endpoint.reply = failing(config, requests(40)[:30:2])  # 15 rows, each tried in vain twice: more than GIVE_UP_AFTER
+    labels, tally = settle(config, tmp_path, requests(40))
+    assert (len(labels), tally.failed, tally.answered) == (40, 15, 25)
+
+
+def test_not_more_rows_than_fit_into_memory_wait_for_the_last_round(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "MOST_LATER", 3)
+    config = config_of(endpoint, concurrency=1, retries=0)
+    endpoint.reply = failing(config, requests(8)[::2][:3])
+    assert settle(config, tmp_path / "three", requests(8))[1].failed == 3
+    endpoint.reply = failing(config, requests(8)[::2])
+    with pytest.raises(InputError, match="keeps failing"):
+        settle(config, tmp_path / "four", requests(8))
 
 
 def test_a_row_that_the_endpoint_fails_for_falls_back_when_others_are_answered(endpoint: Endpoint, tmp_path: Path) -> None:
