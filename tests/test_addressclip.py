@@ -1,6 +1,7 @@
 """python -m pytest -q tests/test_addressclip.py: losses, dual encoders, captions, training alone and in two processes."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,19 @@ from safetensors.torch import load_file
 
 from addressvlm import InputError, tables
 from addressvlm.addresses import Address, Gazetteer
-from addressvlm.baselines import addressclip, similarity_map
+from addressvlm.baselines import addressclip, clip_losses, similarity_map
 from addressvlm.baselines.candidates import Candidates
-from addressvlm.baselines.captions import captions_of
-from addressvlm.baselines.clip_losses import contrastive_loss, distances, geography_loss
-from addressvlm.baselines.dual_encoder import begin, open_encoder
+from addressvlm.baselines.captions import Captions, captions_of
+from addressvlm.baselines.clip_losses import contrastive_loss, distances, gathered, geography_loss, total_loss
+from addressvlm.baselines.dual_encoder import DualEncoder, begin, open_encoder
+from addressvlm.baselines.lessons import COLUMNS, Lessons, number_of
 from addressvlm.config import Config
+from addressvlm.config_compare import LossWeights
 from addressvlm.evaluation.scores import score
 from addressvlm.models.base import load
 from addressvlm.run import Run
+from addressvlm.training.rows import Rows
+from addressvlm.training.step import learning_rate
 from tests.cities import keeping
 from tests.dual_encoders import photo_run, rival, tiny_clip
 from tests.families import picture, tiny_fastvlm
@@ -99,6 +104,74 @@ def test_distances_know_no_unit_and_photos_without_coordinates_are_left_out() ->
     assert geography_loss(vectors, torch.zeros(5, 2)).isfinite()  # all photos at one place
 
 
+def features_of(count: int = 4) -> dict[str, torch.Tensor]:
+    """What `total_loss` takes; the first two photos have one address, the last two one caption."""
+    vectors = unit(3 * count, 6)
+    return {
+        "images": vectors[:count], "addresses": vectors[count : 2 * count][[0, 0, 2, 3]],
+        "captions": vectors[2 * count :][[0, 1, 2, 2]],
+        "scale": torch.tensor(5.0, dtype=torch.float64), "positions": HERE.double(),
+        "address_names": torch.tensor([7, 7, 8, 9]), "caption_names": torch.tensor([1, 2, 3, 3]),
+    }  # fmt: skip
+
+
+def test_geography_draws_similarity_to_one_less_half_the_distance() -> None:
+    vectors, positions = unit(3, 5), torch.tensor([[0.0, 60.0], [1.0, 60.0], [0.25, 64.0]])
+    apart = np.array([[0, 1, 1.25], [1, 0, 1.75], [1.25, 1.75, 0]])  # east and north, each as a share of the whole
+    assert distances(positions).numpy() == pytest.approx(apart)
+    wanted = ((vectors @ vectors.T).numpy() - (1 - apart / 2)) ** 2
+    assert float(geography_loss(vectors, positions.double())) == pytest.approx(wanted.mean())
+
+
+def test_the_total_is_each_loss_times_its_weight() -> None:
+    features = features_of()
+    features["images"].requires_grad_()
+    features["scale"].requires_grad_()
+    images, scale = features["images"], features["scale"]
+    alone = {
+        "address": contrastive_loss(images, features["addresses"], scale, features["address_names"]),
+        "caption": contrastive_loss(images, features["captions"], scale, features["caption_names"]),
+        "geography": geography_loss(images, features["positions"]),
+    }
+    weights = {"address": 2.0, "caption": 0.25, "geography": 3.0}
+    total, parts = total_loss(features, LossWeights(**weights))
+    assert {name: part.item() for name, part in parts.items()} == {name: part.item() for name, part in alone.items()}
+    assert float(total) == pytest.approx(sum(weights[name] * float(part) for name, part in alone.items()))
+    for of in (images, scale):
+        (found,) = torch.autograd.grad(total, of, retain_graph=True)
+        each = {n: torch.autograd.grad(p, of, retain_graph=True, allow_unused=True)[0] for n, p in alone.items()}
+        expected = sum(weights[name] * pull for name, pull in each.items() if pull is not None)
+        assert torch.allclose(found, expected)
+    some, parts = total_loss(features, LossWeights(address=0, caption=0.5, geography=0))
+    assert list(parts) == ["caption"]
+    assert float(some) == pytest.approx(0.5 * float(alone["caption"]))
+
+
+def test_all_workers_gradients_add_up_to_those_of_the_joint_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    joint, weights, world = features_of(), LossWeights(), 2
+    learnt = {name: joint[name].clone().requires_grad_() for name in ("images", "addresses", "captions")}
+    total_loss(joint | learnt, weights)[0].backward()
+    shares = [
+        {name: value if name == "scale" else value[2 * rank : 2 * rank + 2] for name, value in joint.items()} for rank in (0, 1)
+    ]
+
+    def exchange(found: list[torch.Tensor], mine: torch.Tensor) -> None:
+        at = next(name for name in joint if name != "scale" and torch.equal(shares[rank][name], mine.to(joint[name].dtype)))
+        found[:] = [share[at] for share in shares]
+
+    monkeypatch.setattr(clip_losses.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(clip_losses.dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(clip_losses.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(clip_losses.dist, "all_gather", exchange)
+    for rank in range(world):
+        own = {name: shares[rank][name].clone().requires_grad_() for name in learnt}
+        loss, _ = total_loss(gathered(shares[rank] | own), weights)
+        assert float(loss) == pytest.approx(float(total_loss(joint, weights)[0]))
+        loss.backward()
+        for name, value in own.items():  # the gradients of weights are averaged over workers afterwards
+            assert torch.allclose(value.grad / world, learnt[name].grad[2 * rank : 2 * rank + 2]), name
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip", "llava", "fastvlm"])
 def test_a_dual_encoder_is_the_same_after_saving(kind: str, tmp_path: Path) -> None:
     made = {"llava": tiny_llava, "fastvlm": tiny_fastvlm}.get(kind, lambda folder: tiny_clip(folder, kind))(tmp_path / "base")
@@ -115,6 +188,128 @@ def test_a_dual_encoder_is_the_same_after_saving(kind: str, tmp_path: Path) -> N
     assert torch.equal(again.encode_images(photos), images)
     assert torch.equal(again.encode_texts(texts, at_once=1), words)
     assert again.scale == encoder.scale
+
+
+def test_image_and_text_encoder_learn_each_by_its_own_switch(base: Path, tmp_path: Path) -> None:
+    clip, halves = begin(str(tiny_clip(tmp_path)), "", "float32", 0), begin(None, str(base), "float32", 0)
+    for encoder, reads in ((clip, "text_"), (halves, "model.language_model.")):
+        name_of = {id(weights): name for name, weights in encoder.model.named_parameters()}
+
+        def names(image: bool, text: bool, encoder: DualEncoder = encoder, name_of: dict = name_of) -> set[str]:
+            return {name_of[id(weights)] for weights in encoder.learning(image, text)[0]}
+
+        ours = {name for name in name_of.values() if name not in ("logit_scale", "lm_head.weight")}
+        assert names(image=False, text=True) == {name for name in ours if name.startswith(reads)}
+        assert names(image=True, text=False) == {name for name in ours if not name.startswith(reads)}
+        assert names(image=True, text=True) == ours
+        assert names(image=False, text=False) == set()
+        inside = [{name_of[id(w)] for part in of for w in part.parameters()} for of in (encoder.eyes(), encoder.reader())]
+        assert [{name.startswith(reads) for name in of} for of in inside] == [{False}, {True}]
+    assert [id(weights) for weights in clip.learning(image=True, text=False)[1]] == [id(clip.log_scale)]
+    assert clip.learning(image=False, text=False)[1] == []
+    assert len(halves.learning(image=False, text=False)[1]) == 3  # both projections and the temperature
+
+
+def test_the_temperature_has_a_floor_and_projections_are_drawn_by_seed(base: Path) -> None:
+    one, same, other = (begin(None, str(base), "float32", seed) for seed in (1, 1, 2))
+    assert torch.equal(one.of_images[1].weight, same.of_images[1].weight)
+    assert not torch.equal(one.of_images[1].weight, other.of_images[1].weight)
+    assert not torch.equal(one.of_images[1].weight, one.of_texts[1].weight)
+    assert float(one.scale) == pytest.approx(1 / 0.07)
+    one.log_scale.data.fill_(9.0)
+    assert float(one.scale) == pytest.approx(100.0)
+
+
+def lessons_of(config: Config, encoder: DualEncoder, per_step: int = 4, seed: int = 5) -> Lessons:
+    return Lessons(Rows(Run(config).photos, "train", COLUMNS), per_step, seed, Captions("template"), encoder)
+
+
+def test_batches_depend_on_seed_and_step_alone_and_workers_share_them(base: Path, tmp_path: Path) -> None:
+    config, encoder = photo_run(tmp_path, base), begin(None, str(base), "float32", 0)
+    lessons = lessons_of(config, encoder)
+    steps = [[lesson.index for lesson in lessons.batch(number).lessons] for number in range(6)]
+    assert sorted(index for step in steps for index in step) == list(range(24))  # an epoch has each photo once
+    afresh = lessons_of(config, encoder)
+    later = list(afresh.batches(start=2, steps=6, rank=0, world=1))
+    assert [number for number, _ in later] == [2, 3, 4, 5]
+    assert [[lesson.index for lesson in batch.lessons] for _, batch in later] == steps[2:]
+    assert list(afresh.batches(start=6, steps=6, rank=0, world=1)) == []
+    other = lessons_of(config, encoder, seed=6)
+    assert [[lesson.index for lesson in other.batch(number).lessons] for number in range(6)] != steps
+    shares = [[lesson.index for lesson in lessons.batch(3, rank, 2).lessons] for rank in (0, 1)]
+    assert sorted(shares[0] + shares[1]) == sorted(steps[3])
+    assert [len(share) for share in shares] == [2, 2]
+    assert [lesson.index for lesson in lessons.batch(3, most=2).lessons] == steps[3][:2]
+
+
+def test_a_lesson_is_what_its_own_row_says(base: Path, tmp_path: Path) -> None:
+    config, encoder = photo_run(tmp_path, base), begin(None, str(base), "float32", 0)
+    photos = Run(config).photos
+    rows = list(tables.rows(photos, "train"))
+    rows[3]["lat"] = None
+    tables.write(photos, "train", rows, tables.read_file(next(photos.glob("train-*"))).schema)
+    lessons = lessons_of(config, encoder, per_step=24)
+    batch = lessons.batch(0)
+    for lesson, position, pixels in zip(batch.lessons, batch.positions.tolist(), batch.pixels["pixel_values"], strict=True):
+        row = rows[lesson.index]
+        assert lesson.address == f"{row['street']}, {row['district']}"
+        assert lesson.caption.startswith(f"{lesson.address}. ")
+        lon, lat = position
+        assert lon == row["lon"]
+        assert lat == row["lat"] or (row["lat"] is None and np.isnan(lat))
+        assert torch.equal(pixels, encoder.pixels([lesson.image])["pixel_values"][0])
+    lessons.keep(batch.lessons[1])
+    again = lessons.batch(0)
+    assert [lesson.image is None for lesson in again.lessons[:3]] == [False, True, False]
+    assert len(again.pixels["pixel_values"]) == 23  # of those that are not known yet, in order
+    assert torch.equal(again.pixels["pixel_values"][1], batch.pixels["pixel_values"][2])
+    assert number_of("Mill Street, Harbour") == 8159133416030511998  # on every worker, whatever its hash seed
+    assert number_of("Mill Street") != number_of("Oak Avenue")
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_step_has_the_features_of_its_own_photos_and_texts(learns: bool, base: Path, tmp_path: Path) -> None:
+    config, encoder = photo_run(tmp_path, base), begin(None, str(base), "float32", 0)
+    lessons = lessons_of(config, encoder)
+    towers = addressclip.Towers(encoder, rival(train_image=learns, train_text=learns), lessons)
+    with torch.no_grad():
+        for number in (0, 1, 0, 7):  # the third time from what is kept; the epoch after that mixes known and new photos
+            batch = lessons.batch(number)
+            found = towers(batch)
+            for at, lesson in enumerate(batch.lessons):
+                image = lesson.image or lessons_of(config, encoder).sample(lesson.index).image
+                alone = encoder.encode_images([image])[0], *encoder.encode_texts([lesson.address, lesson.caption])
+                for name, vector in zip(("images", "addresses", "captions"), alone, strict=True):
+                    assert torch.allclose(found[name][at], vector, atol=1e-5), (name, number, at)
+                assert found["address_names"][at] == number_of(lesson.address)
+                assert found["caption_names"][at] == number_of(lesson.caption)
+            assert torch.equal(found["positions"], batch.positions)
+            assert float(found["scale"]) == pytest.approx(float(encoder.scale))
+
+
+def test_new_projections_have_a_rate_of_their_own_and_no_decay(base: Path, tmp_path: Path) -> None:
+    config, encoder = photo_run(tmp_path, base), begin(None, str(base), "float32", 0)
+    lessons = lessons_of(config, encoder)
+    settings = rival(learning_rate=1e-3, projection_learning_rate=4e-3, weight_decay=0.1, warmup=0.5, epochs=3, max_steps=None)
+    learner = addressclip.Learner(addressclip.Towers(encoder, settings, lessons), lessons.batch(0, most=2), 1.0, nullcontext())
+    old, new = learner.optimizer.param_groups
+    assert {id(weights) for weights in new["params"]} == {id(weights) for weights in encoder.learning(True, True)[1]}
+    assert {id(weights) for weights in old["params"]} <= {id(weights) for weights in encoder.learning(True, True)[0]}
+    assert (old["weight_decay"], new["weight_decay"]) == (0.1, 0.0)
+    assert old["betas"] == new["betas"] == (0.9, 0.98)  # paper 002, App. B
+    assert all(weights.grad is None for weights in encoder.parameters())
+    stage = addressclip.stage_of(config, settings, lessons)
+    assert (stage.steps, stage.config.learning_rate, stage.config.warmup) == (18, 1e-3, 0.5)
+    seeds = []
+    with pytest.MonkeyPatch.context() as patch:
+        seed = torch.manual_seed
+        patch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+        for number, rank in ((8, 0), (9, 0), (8, 1)):
+            addressclip.step(learner, stage, number, lessons.batch(number), (rank, 2), nullcontext())
+            assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx(
+                [learning_rate(number, 18, 1e-3, 0.5), learning_rate(number, 18, 4e-3, 0.5)]
+            )
+    assert len(set(seeds)) == 3  # dropout differs by step and by worker
 
 
 def test_what_is_no_dual_encoder_says_so(base: Path, tmp_path: Path) -> None:
@@ -160,6 +355,10 @@ def test_a_listed_twice_address_is_encoded_once_and_scored_alike(base: Path) -> 
     assert scores.shape == (2, 5)
     assert (scores[:, 0] == scores[:, 2]).all()
     assert (scores[:, 0] != scores[:, 1]).all()
+    alone = torch.stack([encoder.encode_texts([text])[0] for text in ("Mill Street, Harbour", "Oak Avenue, Harbour")])
+    for number, photo in enumerate((picture(1), picture(2))):
+        like = (encoder.encode_images([photo]) @ alone.T)[0] / 0.07  # by the temperature that it begins with
+        assert scores[number, :2] == pytest.approx(like.numpy(), abs=1e-4)
     with pytest.raises(InputError, match="no address to compare"):
         Candidates(encoder, [])
 

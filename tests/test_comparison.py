@@ -129,6 +129,35 @@ def test_fusion_finds_the_system_that_knows():
     assert (fused.argmax(1) == truth).mean() > (noise.argmax(1) == truth).mean() + 0.2
 
 
+def test_fused_is_the_weighted_sum_of_logarithms_of_probabilities():
+    scores = {"a": np.log(np.array([[0.5, 0.3, 0.2]])) + 7, "b": np.array([[0.0, -np.inf, np.log(3)]])}
+    fused = fusion.fuse(scores, {"b": 0.5, "a": 2.0})
+    ruled_out = np.log([0.2, 0.2, 0.6])  # as the least of the others
+    assert fused[0] == pytest.approx(2 * np.log([0.5, 0.3, 0.2]) + 0.5 * ruled_out)
+
+
+def test_fusion_finds_the_best_weights_from_photos_whose_address_is_known():
+    rng = np.random.default_rng(1)
+    truth = rng.integers(0, 4, 60)
+    right = np.arange(4) == truth[:, None]
+    scores = {name: right * gain + rng.normal(0, 1, (60, 4)) for name, gain in (("a", 1.0), ("b", 0.5), ("c", -0.5))}
+    found = fusion.fit(scores, truth)
+
+    def loss(weights):
+        fused = fusion.fuse(scores, weights)
+        likely = fused - np.logaddexp.reduce(fused, axis=1, keepdims=True)
+        return -likely[np.arange(60), truth].mean() + 1e-3 * sum(weight**2 for weight in weights.values())
+
+    assert list(found) == ["a", "b", "c"]
+    assert all(weight >= 0 for weight in found.values())
+    assert found["c"] < 0.01
+    for name in scores:
+        assert all(loss(found) <= loss(found | {name: max(found[name] + step, 0)}) + 1e-6 for step in (0.05, -0.05))
+    at = np.array([3, 17, 40])  # unknown ones among them change nothing
+    more = {name: np.insert(of, at, rng.normal(size=(3, 4)), axis=0) for name, of in scores.items()}
+    assert fusion.fit(more, np.insert(truth, at, -1)) == pytest.approx(found, abs=1e-6)
+
+
 def test_fusion_takes_no_photo_of_an_unknown_address_and_no_other_city():
     scores = np.zeros((2, 3))
     with pytest.raises(InputError, match="no validation photo"):

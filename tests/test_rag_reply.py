@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from addressvlm.baselines.rag_prompt import dms
-from addressvlm.baselines.rag_reply import read
+from addressvlm.baselines.rag_reply import Reply, read
 
 CITY = (0.10, 52.19, 0.14, 52.22)  # west, south, east, north
 HERE = (52.205, 0.119)
@@ -29,6 +29,8 @@ HERE = (52.205, 0.119)
         "N 52.205, E 0.119",
         "It lies South of the river: 52.205, 0.119.",
         "(52.205, 0.119)",
+        "latitude 10.5, longitude 20.5 at first, but latitude 52.205, longitude 0.119 in the end.",
+        "At first 10.5 N, 20.5 E, then 52.205 N, 0.119 E.",
         "First I thought of 10.5, 20.5, but the 16 similar photos within 25 m say 52.205, 0.119.",
     ],
 )
@@ -54,6 +56,13 @@ def test_swapped_and_out_of_range() -> None:
     assert read("-122.4194, 37.7749").point == (37.7749, -122.4194)
     assert (read("95.5, 200.1").point, read("95.5, 200.1").why) == (None, "out of range")
     assert read("lat 51.5 S, lon 0.1 W").point == (-51.5, -0.1)
+    assert read("95.5, 120.5") == Reply(None, "out of range")  # neither way
+    assert read("190.5, 50.5") == Reply(None, "out of range")
+    assert read("95.5, 90.0") == Reply((90.0, 95.5), "swapped")
+    assert read("-90.0, 180.0") == Reply((-90.0, 180.0))
+    assert read("1.1, 51.3", CITY) == Reply((51.3, 1.1), "swapped")  # less than a degree from the city
+    assert read("1.2, 51.3", CITY) == Reply((1.2, 51.3))
+    assert read("53.21, -0.89", CITY) == Reply((53.21, -0.89))
 
 
 @given(st.floats(-90, 90), st.floats(-180, 180), st.booleans())

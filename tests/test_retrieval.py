@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyproj
 import pytest
 import shapely
 import torch
@@ -25,14 +26,15 @@ from transformers import (
 
 from addressvlm import InputError
 from addressvlm.addresses import Address, Gazetteer
-from addressvlm.baselines.encoder import Encoder
+from addressvlm.baselines import index as indexes
+from addressvlm.baselines.encoder import Encoder, embed
 from addressvlm.baselines.geography import Geocoder, address_scores, chosen, distance_m, within
 from addressvlm.baselines.index import Found, Index, drawn, merged, typical
 from addressvlm.baselines.rag_prompt import prompt
 from addressvlm.cities.streets import StreetMap
 from addressvlm.config_compare import RagConfig
 from tests.families import picture, tiny_fastvlm
-from tests.rivals import DINO
+from tests.rivals import DINO, photo, tiny_dino
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION, TEXT = {**TOWER, "image_size": 32, "patch_size": 8}, {**TOWER, "vocab_size": 64}
@@ -72,6 +74,19 @@ def test_what_is_no_image_encoder(tmp_path: Path) -> None:
         Encoder(str(tmp_path / "text"))
 
 
+def test_photos_are_embedded_each_as_alone(tmp_path: Path) -> None:
+    base, rows = str(tiny_dino(tmp_path)), [photo("train", number) for number in range(5)]
+    made = embed(base, "float32", False, 1, 2, "val", rows).tables
+    assert list(made) == ["val"]
+    assert [row["id"] for row in made["val"]] == [row["id"] for row in rows]
+    for row, alike in zip(made["val"], rows, strict=True):
+        (alone,) = embed(base, "float32", False, 1, 8, "val", [alike]).tables["val"]
+        assert "image" not in row
+        assert row["street"] == alike["street"]
+        assert row["vector"] == pytest.approx(alone["vector"], abs=1e-5)
+    assert len({tuple(np.round(row["vector"], 4)) for row in made["val"]}) == 3  # of as many colours
+
+
 # Indexes
 
 
@@ -103,6 +118,21 @@ def test_best_photo_of_each_group() -> None:
     assert np.isneginf(found[:, 4]).all()
 
 
+def test_best_is_the_same_however_many_queries_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    gallery, queries, group = unit(rng, 40), unit(rng, 7), rng.integers(-1, 4, 40)
+    at_once = Index(gallery, "e").best(queries, group, 5)
+    monkeypatch.setattr(indexes, "BLOCK", 3 * 40)
+    assert Index(gallery, "e").best(queries, group, 5) == pytest.approx(at_once, abs=1e-6)
+
+
+def test_of_equally_similar_photos_the_first_comes_first() -> None:
+    like = np.array([[0.5, 0.25]], dtype=np.float32)
+    parts = [Found(like, np.array([[7, 5]])), Found(like, np.array([[2, 9]]))]
+    assert merged(parts, 3).position.tolist() == [[2, 7, 5]]
+    assert merged(parts, 3, farthest=True).position.tolist() == [[5, 9, 2]]
+
+
 def test_an_index_of_another_encoder_is_refused(tmp_path: Path) -> None:
     made = Index(unit(np.random.default_rng(0), 9), "clip a1")
     made.save(tmp_path / "0.faiss")
@@ -124,6 +154,20 @@ def test_other_ways_to_be_dissimilar() -> None:
     assert len(ordinary) > 4
     assert np.array_equal(ordinary, typical(gallery, 4, 0))
     assert len(typical(gallery[:3], 4, 0)) <= 3
+    many = drawn([str(number) for number in range(50)], 20, 6, 0)
+    assert all(len(set(row)) == 6 for row in many.tolist())
+    assert set(many.ravel().tolist()) == set(range(20))
+    assert not np.array_equal(many, drawn([str(number) for number in range(50)], 20, 6, 1))
+    assert drawn(["a"], 3, 6, 0).shape == (1, 3)
+
+
+def test_clusters_are_stood_for_by_a_photo_of_their_middle() -> None:
+    middles = np.eye(6, dtype=np.float32)[:4]
+    around = np.concatenate(
+        [middles + 0.2 * np.eye(6, dtype=np.float32)[4 + side] * sign for side in (0, 1) for sign in (1, -1)]
+    )
+    gallery = np.concatenate([around / np.linalg.norm(around, axis=1, keepdims=True), middles])
+    assert typical(gallery, 1, 0).tolist() == [16, 17, 18, 19]
 
 
 # Coordinates and addresses
@@ -152,6 +196,14 @@ def test_geocoder_asks_the_map_and_else_the_nearest_photo() -> None:
     assert Geocoder(MAP, 40, PHOTOS).of_photos(Gazetteer([KING])).tolist() == [0, 0, -1]
 
 
+def test_the_nearest_photo_far_north_is_nearest_in_metres() -> None:
+    photos = [
+        {"lat": 60.0, "lon": 10.0015, "street": "East", "district": "D"},  # 83 m
+        {"lat": 60.001, "lon": 10.0, "street": "North", "district": "D"},  # 111 m, in degrees the nearer one
+    ]
+    assert Geocoder(StreetMap([], []), 40, photos).addresses([60.0], [10.0]) == [Address("East", "D")]
+
+
 @settings(max_examples=50)
 @given(st.integers(1, 6), st.integers(0, 10_000))
 def test_the_first_address_is_that_of_the_vote(neighbours: int, seed: int) -> None:
@@ -170,6 +222,46 @@ def test_the_first_address_is_that_of_the_vote(neighbours: int, seed: int) -> No
     winners = np.argmax(scores, axis=1)
     known = (address[nearest.position] >= 0).any(axis=1)
     assert (address[chosen(nearest, address, winners)] == winners)[known].all()
+
+
+def test_scores_by_hand() -> None:
+    address, best = np.array([0, 1, 0, -1, 2]), np.array([[0.5, 0.4, 0.3, -np.inf]], dtype=np.float32)
+    three = Found(np.array([[0.5, 0.4, 0.2]], dtype=np.float32), np.array([[0, 1, 2]]))
+    scores = address_scores(three, address, best)[0]
+    least = np.log(0.7)
+    assert scores[:2] == pytest.approx([np.log(0.75 + 0.6), least])  # each vote is (1 + similarity) / 2
+    assert scores[2] == pytest.approx(least - 1e-6)  # likelier than the last that voted: right behind the least vote
+    assert scores[3] == pytest.approx(least - (1.01 + 0.2) / 0.01 - 1e-6, rel=1e-5)
+    one = address_scores(Found(three.similarity[:, :1], three.position[:, :1]), address, best)[0]
+    assert one[:3] - one[0] == pytest.approx([0, -0.1 / 0.01, -0.2 / 0.01], abs=1e-4)  # the softmax of s / 0.01
+    nobody = address_scores(Found(np.array([[0.6]], dtype=np.float32), np.array([[3]])), address, best)[0]
+    assert nobody - nobody[0] == pytest.approx([0, -10, -20, -151], abs=1e-3)
+
+
+def test_the_photo_that_is_shown_is_the_nearest_that_voted_for_the_winner() -> None:
+    address = np.array([0, 1, 1, 2])
+    nearest = Found(np.array([[0.9, 0.8, 0.7], [0.9, 0.8, 0.7]]), np.array([[0, 2, 1], [3, 0, 1]]))
+    assert chosen(nearest, address, np.array([1, 5])).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(("lat", "lon"), [(60.0, 10.0), (-60.0, -170.0), (0.0, 0.0)])
+def test_distances_are_those_on_the_sphere(lat: float, lon: float) -> None:
+    geod = pyproj.Geod(a=6_371_008.8, b=6_371_008.8)
+    north, east = np.array([0.01, 0.0, -0.02, 30.0]), np.array([0.0, 0.01, 0.05, -60.0])
+    expected = geod.inv(np.full(4, lon), np.full(4, lat), lon + east, lat + north)[2]
+    assert distance_m(lat, lon, lat + north, lon + east) == pytest.approx(expected)
+
+
+def test_shares_within_a_radius_are_in_metres_far_north() -> None:
+    geod, photos = pyproj.Geod(ellps="sphere"), []
+    found = {}
+    for number, metres in enumerate((24.8, 25.2, 49, 99, 101, 900, 24_000)):
+        photos.append({"id": str(number), "place": str(number), "lat": 60.0, "lon": 10.0 + number})
+        lon, lat, _ = geod.fwd(10.0 + number, 60.0, 90, metres)
+        found[str(number)] = (lat, lon)
+    shares = within(photos, found, 100)
+    assert [round(7 * share["value"]) for share in shares.values()] == [1, 3, 4, 5, 6, 7, 7, 7, 7]
+    assert list(shares) == ["25 m", "50 m", "100 m", "500 m", "1 km", "25 km", "200 km", "750 km", "2500 km"]
 
 
 def test_distances_and_shares() -> None:
@@ -199,4 +291,15 @@ def test_prompts_say_what_they_are_told_to() -> None:
     assert backwards.index("unlike this one were taken at 52.01000, 0.01000.") < backwards.index("52.00510, 0.01000; 52.01490")
     assert "taken at King Street, Harbour; King Street, Harbour." in said(ask="addresses", form="sentences")
     assert "52." not in said(ask="addresses")
+    turned = said(order="dissimilar first")
+    assert turned.index('"dissimilar": [{"lat": 52.01,') < turned.index('"similar": [{"lat": 52.0051')
+    assert "the similar photos and unlikely near the dissimilar ones" in said()
+    assert said().endswith('{"lat": <latitude in decimal degrees>, "lon": <longitude in decimal degrees>}')
+    west = [{"lat": -33.99999, "lon": -70.5}]
+    assert '"lat": "33°59\'60.0' not in prompt(RagConfig(name="rag", kind="rag", degrees="dms"), west, [])
+    assert '{"lat": "34°00\'00.0\\"S", "lon": "70°30\'00.0\\"W"}' in prompt(
+        RagConfig(name="rag", kind="rag", degrees="dms"), west, []
+    )
+    alone = prompt(RagConfig(name="rag", kind="rag", form="sentences"), [], far)
+    assert alone.startswith("Photos that look unlike this one were taken at 52.01000, 0.01000.\n")
     assert prompt(RagConfig(name="rag", kind="rag"), [], []).startswith("Where was this photo taken?")
