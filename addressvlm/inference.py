@@ -146,7 +146,8 @@ class Localizer(ChatModel):
         An image object that is given several times goes through the model once, if the model's family allows it.
         """
         _same_number(images, questions)
-        return answer_freely(self, images, questions, max_new_tokens, temperature) if images else []
+        answers = answer_freely(self, images, questions, max_new_tokens, temperature) if images else []
+        return [answer.text for answer in answers]
 
     def answer_from(
         self, images: Sequence[Image.Image], questions: Sequence[str], tries: Sequence[Trie], beams: int = 1

@@ -12,6 +12,7 @@ from PIL import Image
 
 from addressvlm import InputError
 from addressvlm.answers import kinds
+from addressvlm.answers.batches import answer_freely
 from addressvlm.answers.texts import Completion, Piece, Sampling
 from addressvlm.files import fetched_model
 from addressvlm.inference import Localization, Localizer
@@ -157,18 +158,9 @@ class Engine:
     def _plain(self, asked: Sequence[Question]) -> list[list[Completion]]:
         """Answers to questions of one city that have as much room."""
         room, localizer = self._room(asked[0]), self._use(asked[0].city)
-        texts = localizer.answer(
-            [_images(question)[0] for question in asked],
-            [question.messages[0]["content"][1]["text"] for question in asked],
-            room.max_tokens,
-            room.temperature,
-        )
-        answers = []
-        for text, question in zip(texts, asked, strict=True):
-            count = len(localizer.tokenizer(text, add_special_tokens=False)["input_ids"])
-            finish = "length" if count >= room.max_tokens else "stop"
-            answers.append([Completion(text, finish, (), self._length(question), count + (finish == "stop"))])
-        return answers
+        images = [_images(question)[0] for question in asked]
+        texts = [question.messages[0]["content"][1]["text"] for question in asked]
+        return [[answer] for answer in answer_freely(localizer, images, texts, room.max_tokens, room.temperature)]
 
     def _chat(self, question: Question) -> list[Completion]:
         sampling = self._room(question)

@@ -7,13 +7,14 @@ import torch
 from PIL import Image
 
 from addressvlm.answers.model import ChatModel, Prefix, user_turn
+from addressvlm.answers.texts import Completion
 
 
 @torch.inference_mode()
 def answer_freely(
     model: ChatModel, images: Sequence[Image.Image], questions: Sequence[str], max_tokens: int, temperature: float
-) -> list[str]:
-    """One answer to each question about the image at the same position."""
+) -> list[Completion]:
+    """One answer to each question about the image at the same position; blanks around it are cut off."""
     inputs = _inputs(model, images, questions)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
@@ -25,8 +26,14 @@ def answer_freely(
         pad_token_id=model.tokenizer.pad_token_id,
         **sampling,
     )
-    new = ids[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in model.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    prompts, new = inputs["attention_mask"].sum(1).tolist(), ids[:, inputs["input_ids"].shape[1] :].tolist()
+    texts = model.tokenizer.batch_decode(new, skip_special_tokens=True)
+    answers = []
+    for text, prompt, row in zip(texts, prompts, new, strict=True):
+        end = next((at for at, token in enumerate(row) if token in model.ends), None)
+        finish, tokens = ("length", len(row)) if end is None else ("stop", end + 1)
+        answers.append(Completion(text.strip(), finish, (), prompt, tokens))
+    return answers
 
 
 @torch.inference_mode()
