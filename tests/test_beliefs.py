@@ -51,6 +51,36 @@ def test_probabilities(scores):
     assert found.known == (found.confidence > 0.5)
 
 
+def test_answers_come_with_the_probability_that_they_are_right():
+    """Mill Street 0.1 + 0.2, Oak Avenue 0.4 in Old Town, which is likeliest; Harbour 0.3 + 0.1 of all, Old Town 0.6."""
+    held = {"Elm Row": (0.2, 0.0), "Mill Street": (0.1, 0.2), "Oak Avenue": (0.0, 0.4), "Station Road": (0.1, 0.0)}
+    with np.errstate(divide="ignore"):
+        beliefs = Beliefs(CITY.addresses, np.log([held[a.street][a.district == "Old Town"] for a in CITY.addresses]) - 7)
+    for asked, answer, probability in [
+        (kinds.Asked("generation", "street"), "Oak Avenue", 0.4),
+        (kinds.Asked("generation", "district"), "Old Town", 0.6),
+        (kinds.Asked("generation", "address"), "Oak Avenue, Old Town", 0.4),
+        (kinds.Asked("judgment", "street", ("oak ave",)), "Yes", 0.4),
+        (kinds.Asked("judgment", "street", ("Mill Street",)), "No", 0.7),
+        (kinds.Asked("judgment", "district", ("Harbour",)), "No", 0.6),
+        (kinds.Asked("judgment", "address", ("Mill Street, Old Town",)), "No", 0.8),
+        (kinds.Asked("choice", "street", ("Elm Row", "Mill Street", "Station Road")), "Mill Street", 0.3),
+        (kinds.Asked("choice", "street", ("Elm Row", "Oak Avenue")), "Oak Avenue", 0.4),
+        (kinds.Asked("choice", "district", ("Atlantis", "Harbour")), "Harbour", 0.4),
+    ]:
+        assert asked.answer(beliefs) == (answer, pytest.approx(probability))
+
+
+def test_of_equal_addresses_the_first_is_named_and_ranked_first():
+    beliefs = Beliefs(CITY.addresses, np.array([0.0, 1.0, 1.0, -math.inf, 1.0, 0.0, 0.0, 1.0]))
+    first = [CITY.addresses[i] for i in (1, 2, 4, 7, 0, 5, 6)]
+    assert beliefs.name("address") == first[0].text()
+    assert [(c.street, c.district) for c in beliefs.ranked()] == [(a.street, a.district) for a in first]
+    found = beliefs.localization(2, threshold=beliefs.ranked()[0].probability)
+    assert not found.known  # the confidence has to be above the threshold
+    assert len(found.candidates) == 2
+
+
 @pytest.mark.parametrize(
     ("question", "expected"),
     [

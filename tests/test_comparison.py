@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 
 from addressvlm import InputError
 from addressvlm.addresses import Address, Gazetteer
+from addressvlm.answers import calibration
 from addressvlm.baselines import fusion
-from addressvlm.evaluation import comparison, comparison_files, report
+from addressvlm.evaluation import comparison, comparison_files, comparison_section, report
+from addressvlm.evaluation.scores import scored
+from tests import north
 
 ADDRESSES = [Address("Mill Street", "Harbour"), Address("Oak Avenue", "Old Town"), Address("Elm Row", "Old Town")]
 SHAPES = {a.street: shapely.LineString([(0.1 + i / 100, 52.2), (0.1 + i / 100, 52.21)]) for i, a in enumerate(ADDRESSES)}
@@ -48,6 +51,10 @@ def test_mcnemar_is_the_exact_binomial_test():
     assert (found["better"], found["worse"]) == (6, 1)
     assert found["p"] == pytest.approx(2 * (1 + 7) / 2**7)
     assert comparison.mcnemar(main, main) == {"better": 0, "worse": 0, "p": 1.0}
+    unasked = [answer(20, False), *(row | {"level": "street"} for row in main)]
+    assert comparison.mcnemar(main, [*unasked[:1], *other[::-1], *unasked[1:]]) == found
+    only_main, only_other = comparison.split_verdicts(main, other[::-1])
+    assert (only_main, only_other) == ([f"photo{i}" for i in range(2, 8)], ["photo8"])
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=30))
@@ -66,6 +73,35 @@ def test_top_counts_streets_once_and_knows_unlisted_addresses_are_missed():
     found = {name: cell["value"] for name, cell in comparison.top(rows, city, 100, 0).items()}
     assert found == {"address-1": 0, "address-5": 0.5, "street-1": 0.5, "street-5": 0.5}
     assert comparison.top([], city, 100, 0) == {}
+
+
+@pytest.mark.parametrize(("rank", "first", "five"), [(1, 1, 1), (2, 0, 1), (5, 0, 1), (6, 0, 0)])
+def test_ranks_of_addresses_and_of_streets(rank, first, five):
+    """Seven streets in two districts each; each street's addresses stand one after the other in the ranking."""
+    city = Gazetteer([Address(f"Street {i}", district) for i in range(7) for district in "AB"])
+    worse = {address: -int(address.street[-1]) - 0.1 * (address.district == "B") for address in city.addresses}
+    scores = [worse[address] for address in city.addresses]
+    found = comparison.top([score(0, scores, Address(f"Street {rank - 1}", "A"))], city, 10, 0)
+    assert (found["street-1"]["value"], found["street-5"]["value"]) == (first, five)
+    by_address = comparison.top([score(0, scores, city.addresses[rank - 1])], city, 10, 0)
+    assert (by_address["address-1"]["value"], by_address["address-5"]["value"]) == (first, five)
+
+
+def test_trust_is_of_test_photos_at_the_temperature_of_validation_photos():
+    rng = np.random.default_rng(0)
+    validation, test = (
+        [score(i, (sharp * rng.normal(0, 1, 3)).tolist(), ADDRESSES[rng.integers(3)]) for i in range(n)]
+        for n, sharp in ((60, 3), (40, 1))
+    )
+    found = comparison.trust(validation, test, CITY)
+    temperature = calibration.fit(scored(validation, CITY), 0.0).temperature
+    confidence, right = scored(test, CITY).confidences(temperature)
+    assert found == {
+        "temperature": temperature,
+        "bins": calibration.reliability(confidence, right),
+        "ece": calibration.ece(confidence, right),
+    }
+    assert sum(b["photos"] for b in found["bins"]) == 40
 
 
 def test_an_address_that_a_prior_rules_out_has_no_rank():
@@ -99,6 +135,27 @@ def test_distance_to_the_nearest_training_photo():
     assert found["b"] == pytest.approx(1113, rel=0.01)
     assert set(found) == {"a", "b"}
     assert comparison.nearest_m(photos, []) == {}
+
+
+def test_the_nearest_training_photo_far_from_the_equator():
+    """One to the east, one to the north, the photo a little nearer to the one or to the other."""
+    training = [north.at(1000, 0), north.at(0, 1000)]
+    for east, up, expected in ((100, 0, 900), (0, 100, 900), (-400, 0, 1077), (600, 600, 721)):
+        lat, lon = north.at(east, up)
+        rows = [{"id": "t", "lat": at[0], "lon": at[1]} for at in training]
+        found = comparison.nearest_m([{"id": "p", "lat": lat, "lon": lon}], rows)["p"]
+        assert found == pytest.approx(min(north.metres((lat, lon), at) for at in training), rel=0.01)
+        assert found == pytest.approx(expected, rel=0.01)
+
+
+def test_whole_addresses_by_distance():
+    """Ten photos, the nearest three right and the furthest one, in four bands."""
+    rows = [answer(i, i in (0, 1, 2, 9)) for i in range(10)]
+    distances = {f"photo{i}": 10.0 * i for i in (3, 7, 1, 9, 0, 5, 2, 8, 6, 4)}
+    found = comparison.by_distance([*rows[::-1], answer(1, False) | {"level": "street"}], distances, 50, 0)
+    assert [(b["from_m"], b["to_m"], b["value"], b["n"]) for b in found] == [
+        (0, 20, 1, 3), (30, 50, 0, 3), (60, 70, 0, 2), (80, 90, 0.5, 2)
+    ]  # fmt: skip
 
 
 @given(st.dictionaries(st.text(max_size=4), st.floats(0, 1e4), max_size=40))
@@ -205,6 +262,50 @@ def test_files_say_what_a_row_cost_and_why_one_failed(tmp_path):
     assert float(lines[1]["A_ds_minus_main"]) == -0.5
     assert lines[2]["A_ds"] == ""
     assert "not done" in comparison_files.plain(tree(rows))
+
+
+def test_what_a_row_cost_is_the_sum_of_its_parts():
+    parts = {
+        "training": {"seconds": 3600, "cpus": 4, "gpus": 2},
+        "index": {"seconds": 1800, "cpus": 8, "gpus": 1},
+        "answering": {"seconds": 3, "photos": 12, "cpus": 2, "gpus": 1},
+    }
+    of = {"cost": {"parameters": 1_500_000, "stored_bytes": 2_500_000, **parts}}
+    assert comparison_files.cost(of) == {
+        "parameters": 1_500_000, "cpu_hours": 8.0, "gpu_hours": 2.5, "ms_per_photo": 250.0, "stored_bytes": 2_500_000
+    }  # fmt: skip
+    assert comparison_files.costs(of) == ["1.5 M", "2.5 GPU h, 8 CPU h", "250", "2.5 MB"]
+    assert comparison_files.costs({}) == ["–"] * 4
+
+
+def test_differences_are_those_of_the_other_row():
+    """In the table, in the CSV: the other minus the main one, so that the ends change places."""
+    cell = {"value": 0.25, "low": 0.125, "high": 0.5, "n": 8}
+    against = {"A_ds": cell, "mcnemar": {"better": 3, "worse": 1, "p": 0.0625}}
+    top = {"address-1": {"value": 0.5, "low": 0.4, "high": 0.6}, "address-5": {"value": 0.75, "low": 0.7, "high": 0.8}}
+    other = row("B", [answer(0, True)], against=against, top=top)
+    shown = dict(zip(comparison_files.HEAD, comparison_files.cells(other, "A"), strict=True))
+    assert (shown["minus main, A_ds"], shown["p"]) == ("-25.0 (-50.0 to -12.5)", "0.062")
+    assert shown["top 5"] == "75.0 (70–80)"
+    flat = comparison_files._flat(other)
+    assert [flat[f"A_ds_minus_main{end}"] for end in ("_low", "", "_high")] == [-0.5, -0.25, -0.125]
+    assert (flat["mcnemar_p"], flat["address_5"]) == (0.0625, 0.75)
+    (note,) = comparison_files._notes(tree([row("B", [answer(0, True), answer(1, False, ADDRESSES[1])])]))[1:]
+    assert "of 1 where training has the address, 0.0 (0–" in note
+
+
+def test_photos_that_systems_disagree_about(monkeypatch):
+    """Those that only the main system got right and those that only the best other one did, with what both said."""
+    monkeypatch.setattr(comparison_section, "pictures", lambda folder, split, ids: {photo: f"of {photo}" for photo in ids})
+    rights = {"A": (0, 1, 4), "B": (1, 2, 4, 5), "C": (3,)}
+    answers = {name: [answer(i, i in right, said=f"{name}{i}") for i in range(6)] for name, right in rights.items()}
+    rows = [row(name, of) for name, of in answers.items()]
+    made = comparison_section.section(tree(rows), [{**r, "hue": i + 4} for i, r in enumerate(rows)], answers, "photos", 0)
+    assert [r["hue"] for r in made["rows"]] == [4, 5, 6]
+    told = made["disagreements"]
+    assert [(d["picture"], d["right"]) for d in told] == [("of photo0", "A"), ("of photo2", "B"), ("of photo5", "B")]
+    for d in told:
+        assert [(name, said["answer"]) for name, said in d["said"]] == [(n, n + d["picture"][-1]) for n in "AB"]
 
 
 def test_report_shows_the_comparison(tmp_path):

@@ -224,6 +224,20 @@ def test_constrained_answers_are_names(models):
     assert generated[0] in rows
 
 
+@pytest.mark.parametrize("answers", ["free", "constrained"])
+def test_questions_of_a_batch_are_answered_as_each_alone(models, answers):
+    """In order of their length, whoever's photo they are about."""
+    localizer = Localizer(models / "tuned" / "merged")
+    photos = [photo(i) for i in range(3)]
+    batches = list(asking.ask(localizer, photos, EvaluateConfig(batch_size=5, max_new_tokens=3, answers=answers), seed=0))
+    assert [len(batch) for batch in batches] == [5] * 5 + [2]
+    alone = EvaluateConfig(batch_size=1, max_new_tokens=3, answers=answers)
+    rows = [row for one in photos for (row,) in asking.ask(localizer, [one], alone, seed=0)]
+    told = {(row["id"], row["level"], row["kind"], row["expected"]): row for row in rows}
+    assert len(told) == 27
+    assert all(row == told[row["id"], row["level"], row["kind"], row["expected"]] for batch in batches for row in batch)
+
+
 def test_sampled_answers_repeat(models):
     localizer = Localizer(models / "base")
     settings = EvaluateConfig(batch_size=4, max_new_tokens=8, temperature=5.0)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -199,6 +200,56 @@ def test_photos_of_one_place_count_as_one():
     assert width[0] == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 40), rel=0.15)
 
 
+VIEWS = st.tuples(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(2, 4), st.integers(0, 5))
+
+
+@settings(max_examples=20, deadline=None)
+@given(VIEWS)
+def test_more_views_of_a_place_that_are_alike_change_no_interval(drawn):
+    results, views, seed = drawn
+    one = [row(f"p{i}", "address", "generation", ok) for i, ok in enumerate(results)]
+    more = [row(f"p{i}", "address", "generation", ok, f"{i}/{j}") for i, ok in enumerate(results) for j in range(views)]
+    other = [r | {"correct": i % 3 == 0} for i, r in enumerate(one)]
+    others = [r | {"correct": other[i // views]["correct"]} for i, r in enumerate(more)]
+    places = [r["place"] for r in more]
+    found = [
+        (metrics.score(one, 50, seed)["A_ds"], metrics.score(more, 50, seed)["A_ds"]),
+        (metrics.share(results, places[::views], 50, seed), metrics.share(np.repeat(results, views), places, 50, seed)),
+        (
+            metrics.paired(one, other, resamples=50, seed=seed)["A_ds"],
+            metrics.paired(more, others, resamples=50, seed=seed)["A_ds"],
+        ),
+    ]
+    for once, often in found:
+        assert often == {**{end: pytest.approx(once[end]) for end in ("value", "low", "high")}, "n": once["n"] * views}
+
+
+def test_every_question_counts_once_whatever_its_place():
+    """One place with one question, one with three: the share is of questions, not the mean of places."""
+    rows = [row("p", "address", "generation", True), *(row("q", "address", "generation", False, f"q{i}") for i in range(3))]
+    assert metrics.score(rows)["A_ds"]["value"] == 0.25
+    assert metrics.share([r["correct"] for r in rows], [r["place"] for r in rows])["value"] == 0.25
+    both = metrics.paired(rows, [r | {"correct": False} for r in rows])
+    assert (both["A_ds"]["value"], both["A_ds"]["n"]) == (0.25, 4)
+
+
+def test_an_interval_holds_95_of_100_resamples():
+    """Of forty places half are right: a resample has Binomial(40, 1/2) right ones, whose 2.5 and 97.5 percent are 14 and 26."""
+    right = [i % 2 == 0 for i in range(40)]
+    for seed in range(3):
+        found = metrics.share(right, [str(i) for i in range(40)], 4000, seed)
+        assert (found["low"], found["high"]) == (14 / 40, 26 / 40)
+
+
+def test_all_right_leaves_room_for_doubt():
+    for cell in (
+        metrics.score([row(f"p{i % 10}", "address", "generation", True, str(i)) for i in range(40)])["A_ds"],
+        metrics.share([1] * 40, [str(i % 10) for i in range(40)]),
+    ):
+        assert cell["value"] == cell["high"] == 1
+        assert cell["low"] == pytest.approx(1 - 0.308, abs=1e-3)  # Clopper-Pearson, 10 places of 10
+
+
 def test_no_question_no_value():
     scored = metrics.score([row("p", "street", "generation", True)])
     assert scored["A_ds"] == {"value": None, "low": None, "high": None, "n": 0}
@@ -239,6 +290,31 @@ def test_paired_difference():
 def test_paired_with_itself_is_nothing():
     gain = metrics.paired(hand_made(), hand_made())
     assert gain["A_ds"] == {"value": 0, "low": 0, "high": 0, "n": 2}
+    assert gain["A"] == {"value": 0, "low": 0, "high": 0, "n": 13}
+
+
+def test_pairs_are_of_one_question_whatever_the_order():
+    """Questions of a photo that differ in one thing alone."""
+    a = [
+        row("p", "street", "judgment", True, expected="Yes"),
+        row("p", "street", "judgment", False, expected="No"),
+        row("p", "street", "judgment", True, expected="Yes") | {"question": "again"},
+        row("p", "district", "judgment", True, expected="Yes"),
+        row("q", "street", "judgment", False, expected="Yes"),
+        row("q", "street", "judgment", True, photo="another", expected="Yes"),
+    ]
+    b = [r | {"correct": not r["correct"]} for r in a]
+    cells = ("A_s_J", "A_d_J")
+    gain = metrics.paired(a, b, cells)
+    assert [gain[cell]["n"] for cell in cells] == [5, 1]
+    assert [gain[cell]["value"] for cell in cells] == [pytest.approx(3 / 5 - 2 / 5), 1]
+    assert metrics.paired(a, b[::-1], cells) == gain
+    for one in a:
+        assert metrics.paired([one], b, ["A_s_J", "A_d_J"]) == metrics.paired(
+            [one], [{**one, "correct": not one["correct"]}], cells
+        )
+    back = metrics.paired(b, a, cells)["A_s_J"]
+    assert (back["low"], back["high"]) == (-gain["A_s_J"]["high"], -gain["A_s_J"]["low"])
 
 
 SYSTEMS = [{"name": "zero-shot", "metrics": metrics.score(hand_made())}, {"name": "ours", "metrics": metrics.score([])}]

@@ -8,7 +8,7 @@ import shapely
 
 from addressvlm import InputError, tables
 from addressvlm.addresses import Address, Gazetteer
-from addressvlm.answers.calibration import Calibration
+from addressvlm.answers.calibration import Calibration, ece
 from addressvlm.config import Config
 from addressvlm.evaluation import modes, scores, table
 from addressvlm.evaluation.metrics import share
@@ -88,6 +88,45 @@ def test_trust():
     drawing = reliability_diagram(trust["bins"])
     assert drawing.count("<circle") == len(trust["bins"])
     assert "scored" in table.modes({"system": "AddressVLM", **compare()})
+
+
+def test_trust_is_of_calibrated_scores_and_counts_places():
+    calibrated = Calibration(2.5, 0.8, {"0.8": 0.3})
+    given = rows()
+    trust = modes.compare(given, CITY, calibrated, {}, SETTINGS)["trust"]
+    of = scores.scored(given, CITY)
+    confidence, right = of.confidences(2.5)
+    assert trust["ece"]["value"] == pytest.approx(ece(confidence, right))
+    assert trust["ece_uncalibrated"] == pytest.approx(ece(*of.confidences(1.0)))
+    assert trust["ece_uncalibrated"] != pytest.approx(trust["ece"]["value"], rel=0.1)
+    assert trust["coverage"]["value"] == pytest.approx((confidence > 0.3).mean())
+    assert (trust["temperature"], trust["threshold"], trust["target"]) == (2.5, 0.3, 0.8)
+    at_one = sorted(confidence)[60]
+    exactly = modes.compare(given, CITY, Calibration(2.5, 0.8, {"0.8": at_one}), {}, SETTINGS)["trust"]
+    assert exactly["coverage"]["value"] == pytest.approx(59 / 120)  # above it, not at it
+    one_a_place = [row for i, row in enumerate(given) if i % 4 == 0]
+    views = [row | {"id": f"{row['id']}/{view}"} for row in one_a_place for view in range(4)]
+    once, often = (modes.compare(of, CITY, calibrated, {}, SETTINGS)["trust"]["ece"] for of in (one_a_place, views))
+    assert [often[end] for end in ("value", "low", "high")] == pytest.approx([once[end] for end in ("value", "low", "high")])
+
+
+def test_streets_and_districts_that_are_right_by_themselves():
+    city = Gazetteer([Address(street, district) for street in ("Elm Row", "Mill Street") for district in ("A", "B")])
+    best = [("Elm Row", "A"), ("Elm Row", "B"), ("Mill Street", "A"), ("Elm Row", "B"), ("Mill Street", "B")]
+    given = [
+        {"id": str(i), "place": str(i), "lat": 0.0, "lon": 0.0, "street": "Elm Row", "district": "A",
+         "scores": [float((a.street, a.district) == at) for a in city.addresses]}
+        for i, at in enumerate(best)
+    ]  # fmt: skip
+    answers = [
+        {"level": level, "kind": kind, "correct": kind == "generation" and i < right, "place": str(i)}
+        for level, right in (("address", 1), ("street", 2), ("district", 3))
+        for kind in ("generation", "choice") for i in range(4)
+    ]  # fmt: skip
+    compared = modes.compare(given, city, Calibration(), {"free": answers}, SETTINGS)["table"]
+    values = {line["name"]: {name: cell["value"] for name, cell in line["metrics"].items()} for line in compared}
+    assert values["free"] == {"A_ds": 0.25, "A_s": 0.5, "A_d": 0.75}
+    assert values["scored"] == {"A_ds": 0.2, "A_s": 0.6, "A_d": 0.4}
 
 
 def test_nobody_is_sure():

@@ -60,6 +60,30 @@ def test_training_rounds_say_the_truth() -> None:
                 assert r["question"].endswith("Answer Yes or No.")
 
 
+def test_the_right_option_stands_at_any_place() -> None:
+    """Else a model could learn to take the first; the same for what is true of the first judgment."""
+    stood: dict[str, Counter[int]] = {"training": Counter(), "test": Counter()}
+    rng = random.Random(0)
+    for _ in range(400):
+        for name, asked in (
+            ("training", questions.training_rounds(HERE, gazetteer(), rng)),
+            ("test", questions.test_rounds(HERE, gazetteer(), rng)),
+        ):
+            chosen = [r for r in asked if r["kind"] == "choice" and r["level"] == "street"]
+            stood[name].update(r["options"].index(r["answer"]) for r in chosen)
+    for places in stood.values():
+        assert sorted(places) == [0, 1, 2, 3]
+        assert all(abs(n / places.total() - 1 / 4) < 0.07 for n in places.values())
+
+
+def test_a_conversation_comes_in_any_order() -> None:
+    rng = random.Random(0)
+    conversations = [questions.training_rounds(HERE, gazetteer(), rng) for _ in range(600)]
+    for place in range(7):
+        kinds = Counter(c[place]["kind"] for c in conversations)
+        assert all(abs(n / 600 - 1 / 3) < 0.08 for n in kinds.values())
+
+
 def test_test_rounds_are_the_nine_of_the_metrics() -> None:
     rounds = questions.test_rounds(HERE, gazetteer(), random.Random(1))
     assert [(r["level"], r["kind"], r["answer"]) for r in rounds] == [

@@ -17,8 +17,10 @@ from addressvlm import tables
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.config_labels import LabelsConfig
 from addressvlm.evaluation import metrics, report
-from addressvlm.evaluation.figures import CityMap, interval_bar, loss_curves
+from addressvlm.evaluation.figures import CityMap, distance_curves, interval_bar, loss_curves
+from addressvlm.evaluation.reliability import reliability_diagram
 from addressvlm.labels.tally import report_of
+from tests import north
 
 GAZETTEER = Gazetteer(
     [Address("Mill Street", "Harbour"), Address("Oak & Elm <Row>", "Old Town")],
@@ -194,6 +196,92 @@ def test_map_marks_right_partly_and_wrong():
     assert all(0 <= value <= city.width for value in x)
     assert all(0 <= value <= city.height for value in y)
     assert len(ElementTree.fromstring(city.defs).findall(".//path[@class='street']")) == 2
+
+
+def test_a_map_far_from_the_equator_is_not_stretched():
+    """Four places 300 m around the middle of the map are as far from it on the map."""
+    corners = [north.at(east, up) for east, up in ((1000, 1000), (-1000, -1000))]
+    around = [north.at(east, up) for east, up in ((0, 0), (300, 0), (-300, 0), (0, 300), (0, -300))]
+    places = [{"lat": lat, "lon": lon, "share": 1, "note": ""} for lat, lon in around]
+    marks = list(ElementTree.fromstring(CityMap(corners, None).draw(places)).iter("circle"))
+    (x, y), *others = [(float(mark.get("cx")), float(mark.get("cy"))) for mark in marks]
+    unit = others[0][0] - x
+    assert unit == pytest.approx(300 * 520 / 2240, rel=0.02)  # 2 km and the margins over the width
+    expected = [(x + unit, y), (x - unit, y), (x, y - unit), (x, y + unit)]
+    assert others == [(pytest.approx(right, abs=0.5), pytest.approx(down, abs=0.5)) for right, down in expected]
+
+
+def test_curves_and_bins_stand_where_their_numbers_are():
+    bands = [
+        {"from_m": 0, "to_m": 100, "value": 0.5, "n": 3},
+        {"from_m": 100, "to_m": 400, "value": 0.25, "n": 3},
+    ]
+    drawn = ElementTree.fromstring(distance_curves([{"name": "A", "hue": 3, "by_distance": bands}]))
+    (x, y), (further, lower) = [(float(c.get("cx")), float(c.get("cy"))) for c in drawn.iter("circle")]
+    assert drawn.find("g[@class='hue3']") is not None
+    ends = [float(tick.get("x")) for tick in drawn.findall("text") if tick.text.endswith(" m")]
+    bottom, top = (float(line.get("y1")) for line in drawn.findall("line")[::2])
+    assert [x, further] == pytest.approx([ends[0] + (ends[2] - ends[0]) * share for share in (50 / 400, 250 / 400)], abs=0.1)
+    assert [y, lower] == pytest.approx([bottom + (top - bottom) * share / 0.55 for share in (0.5, 0.25)], abs=0.1)
+    bins = [{"photos": 4, "confidence": 0.5, "right": 0.25}, {"photos": 1, "confidence": 1.0, "right": 1.0}]
+    diagram = ElementTree.fromstring(reliability_diagram(bins))
+    frame = {key: float(value) for key, value in diagram.find("rect").attrib.items() if key != "class"}
+    first, last = ([float(c.get(key)) for key in ("cx", "cy", "r")] for c in diagram.iter("circle"))
+    assert first[:2] == pytest.approx([frame["x"] + frame["width"] / 2, frame["y"] + 0.75 * frame["height"]], abs=0.1)
+    assert last[:2] == pytest.approx([frame["x"] + frame["width"], frame["y"]], abs=0.1)
+    assert (first[2], last[2]) == (10.0, 6.5)  # the area over the least goes by the photos
+
+
+def test_what_is_confused_most_is_counted_by_photo():
+    def said(street, named, level="street", kind="generation", correct=False):
+        return {"expected": street, "answer": named, "level": level, "kind": kind, "correct": correct}
+
+    rows = [
+        *[said("A", "B")] * 2, *[said("C", "A")] * 3, said("B", "A"), *[said("A", "A", correct=True)] * 5,
+        *[said("A", "D", level="address")] * 5, *[said("A", "No", kind="judgment")] * 5,
+    ]  # fmt: skip
+    assert report._confusions(rows) == [{"expected": "C", "answer": "A", "n": 3}, {"expected": "A", "answer": "B", "n": 2}]
+
+
+def test_places_of_the_map_are_those_of_whole_addresses():
+    rows = [
+        {"id": str(i), "place": place, "lat": lat, "lon": 0.1, "level": level, "expected": "E", "answer": said,
+         "correct": right}
+        for i, (place, lat, level, said, right) in enumerate(
+            [("p", 1.0, "address", "x", True), ("p", 1.0, "address", "y", False), ("p", 1.0, "address", "y", False),
+             ("p", 1.0, "street", "x", True), ("q", 2.0, "address", "z", True), ("r", None, "address", "z", True)]
+        )
+    ]  # fmt: skip
+    assert report._places(rows) == [
+        {"lat": 1.0, "lon": 0.1, "share": pytest.approx(1 / 3), "note": "E: 1 of 3 right; answered “y”"},
+        {"lat": 2.0, "lon": 0.1, "share": 1, "note": "E: 1 of 1 right; answered “z”"},
+    ]
+
+
+def test_differences_are_the_main_system_minus_each_other():
+    answers = {"zero-shot": answered(False), "AddressVLM": answered(True)}
+    systems = [{"name": name} for name in answers]
+    (found,) = report._differences(systems, systems[1], answers, 100, 0)
+    assert (found["name"], found["gain"]["A_ds"]["value"]) == ("zero-shot", pytest.approx(5 / 6))
+    assert report._reach([found]) == 1.0
+    assert report._reach([{"gain": {"A": {"low": -0.41, "high": 0.1}}}]) == 0.5
+    assert report.main_of(["AddressVLM", "other"]) == "AddressVLM"
+    assert report.main_of(["a", "b"]) == "b"
+
+
+def test_examples_are_of_different_places_half_of_them_right(run):
+    rows = answered(True)
+    answers = {"zero-shot": answered(False), "AddressVLM": rows}
+    systems = [{"name": name} for name in answers]
+    found = report._examples(systems, systems[1], answers, "test", run / "photos", 0)
+    assert len({row["place"] for row in found}) == len(found) == 3
+    for row in found:
+        assert [a["name"] for a in row["answers"]] == list(answers)
+        assert [a["row"]["id"] for a in row["answers"]] == [row["id"]] * 2
+        assert [a["row"]["correct"] for a in row["answers"]] == [False, row["id"] != "photo0"]
+    many = [{**rows[6], "id": f"photo{i % 6}", "place": str(i), "correct": i < 30} for i in range(60)]
+    chosen = report._examples([systems[1]], systems[1], {"AddressVLM": many}, "test", run / "photos", 0)
+    assert [row["correct"] for row in chosen] == [True] * 4 + [False] * 4
 
 
 def test_map_of_a_single_place():
