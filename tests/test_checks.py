@@ -8,7 +8,7 @@ import pytest
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.config_labels import LabelsConfig
 from addressvlm.labels.checks import Checker, checker_of
-from addressvlm.labels.facts import Facts
+from addressvlm.labels.facts import DIRECTIONS, Facts
 from addressvlm.labels.mentions import Names
 from addressvlm.labels.prompt import load_prompt
 from addressvlm.names import normal
@@ -83,8 +83,17 @@ CLAIMS = [
     ("The photo shows green fronts.", "colour"),
     ("From above, the ground is red.", "colour"),
     ("There is much open sky, and the sky is wide.", "sky"),
+    ("The camera looks at an angle to the street.", "direction"),
+    ("The street runs to the north.", "direction"),
+    ("The street runs northeast to southwest.", "direction"),
+    ("To the west, forty metres away, comes the corner of King Street.", "direction"),
+    ("King Street meets it 51 m to the east.", "distance"),
+    ("King Street meets it 29 m to the east.", "distance"),
 ]
 TRUE = [
+    "The street runs to the west.",
+    "King Street meets it 50 m to the east.",
+    "King Street meets it 30 m to the east.",
     "The camera looks to the east, along Mill Street.",
     "The street runs from west to east.",
     "King Street meets it about 45 m to the east.",
@@ -108,6 +117,60 @@ def test_the_tolerance_of_distances_is_a_setting() -> None:
     text = GOOD.replace("a little to the east", "about 80 m to the east")
     assert [p.kind for p in Checker(verified=True).problems(text, FACTS)] == ["distance"]
     assert Checker(verified=True, config=LabelsConfig(distance_tolerance=1.0)).problems(text, FACTS) == []
+
+
+def test_a_far_crossing_may_be_missed_by_a_share_and_a_near_one_is_here() -> None:
+    strict = Checker(verified=True)
+
+    def kinds(said: str, metres: int) -> list[str]:
+        text = GOOD.replace("On the map King Street meets the street a little to the east.", said)
+        return [p.kind for p in strict.problems(text, replace(FACTS, cross_distance_m=metres))]
+
+    far = [kinds(f"King Street meets it {said} m to the east.", 100) for said in (75, 125, 74, 126)]
+    assert far == [[], [], ["distance"], ["distance"]]
+    assert [kinds("King Street meets it right here.", metres) for metres in (0, 20, 30)] == [[], [], ["distance"]]
+
+
+@pytest.mark.parametrize("view", ["along", "across", "oblique"])
+def test_the_view_that_was_measured_may_be_told_and_no_other(view: str) -> None:
+    said = {"along": "along the road", "across": "across the road", "oblique": "at an angle to the road"}
+    found = {
+        other: [
+            p.kind for p in Checker(verified=True).problems(GOOD.replace("along the road", words), replace(FACTS, view=view))
+        ]
+        for other, words in said.items()
+    }
+    assert found == {other: [] if other == view else ["direction"] for other in said}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_axis_that_was_measured_may_be_told_from_either_end_and_no_other(direction: str) -> None:
+    def said(axis: str, known: str) -> list[str]:
+        text = f"The street runs {axis}. {GOOD}".replace("On the map King Street meets the street a little to the east. ", "")
+        return [p.kind for p in Checker(verified=True).problems(text, replace(FACTS, direction=known))]
+
+    for other in DIRECTIONS:
+        first, second = other.split("-")
+        for axis in (other, f"{second}-{first}", f"from {first} to {second}", f"from {second} to {first}"):
+            assert said(axis, direction) == ([] if other == direction else ["direction"]), axis
+
+
+def test_colours_of_the_photo_and_of_the_ground_are_held_apart() -> None:
+    facts = replace(FACTS, tile_colours=("green",))
+    strict = Checker(verified=True)
+    assert strict.problems(f"From above, the ground is green. {GOOD}", facts) == []
+    for said in ("From above, the ground is red.", "The photo shows green fronts."):
+        assert [p.kind for p in strict.problems(f"{said} {GOOD}", facts)] == ["colour"]
+
+
+def test_length_and_repetition_end_where_the_settings_say() -> None:
+    words = len(normal(GOOD).split())
+    for least, most, fits in ((words, 150, True), (words + 1, 150, False), (1, words, True), (1, words - 1, False)):
+        checker = Checker(config=LabelsConfig(words=(least, most)))
+        assert [p.kind for p in checker.problems(GOOD, FACTS)] == ([] if fits else ["length"])
+    six = GOOD.replace("A row", "The camera looks along the road, and a row")
+    assert [p.kind for p in Checker().problems(six, FACTS)] == ["repetition"]
+    assert Checker().problems(six.replace("The camera looks along", "The photo looks along"), FACTS) == []
 
 
 def test_a_street_view_speaks_of_no_map() -> None:

@@ -1,13 +1,19 @@
 """python -m pytest tests/test_facts.py"""
 
+import json
+import math
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import numpy as np
+import pyproj
 import pytest
 from PIL import Image
 
 from addressvlm.config import TilesConfig
-from addressvlm.labels.colours import colour_word, photo_colours
-from addressvlm.labels.facts import Facts, compass, facts_of, photo_facts
+from addressvlm.labels.colours import colour_word, green_share, photo_colours, sky_share, tile_colours
+from addressvlm.labels.facts import COMPASS, DIRECTIONS, GREENERY, SKY, Facts, _step, compass, facts_of, photo_facts
 from addressvlm.maps.tiles import TileRenderer
 from tests import town
 
@@ -89,3 +95,119 @@ def test_a_photo_alone_tells_colours_sky_and_greenery() -> None:
     )  # fmt: skip
     wall = photo_facts("Mill Street", "Harbour", Image.new("RGB", (90, 90), (200, 30, 30)))
     assert (wall.sky, wall.greenery) == ("hidden", "little")
+
+
+# Sixty degrees north, where a degree of longitude is half as long as one of latitude
+
+NORTH = pyproj.Proj(proj="aeqd", lat_0=60.17, lon_0=24.94, ellps="WGS84")
+Line = list[tuple[float, float]]  # metres east and north of the middle
+
+
+def north(folder: Path, streets: dict[str, Line], side_m: float = 200) -> Callable[..., Facts]:
+    """A town with these streets: from a place and a heading to the facts of a photo on Mill Street."""
+    features = [
+        {
+            "type": "Feature",
+            "properties": {"name": name},
+            "geometry": {"type": "LineString", "coordinates": [NORTH(*point, inverse=True) for point in line]},
+        }
+        for name, line in streets.items()
+    ]
+    (folder / "s.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+    renderer = TileRenderer(folder / "s.geojson", None, TilesConfig(side_m=side_m, pixels=32))
+    photo, tile = Image.new("RGB", (8, 8)), cache(renderer.tile)
+
+    def facts(at: tuple[float, float] = (0, 0), heading: float | None = None) -> Facts:
+        lon, lat = NORTH(*at, inverse=True)
+        return facts_of("Mill Street", "Harbour", lat, lon, heading, photo, tile(lat, lon), renderer.roads, imagery=False)
+
+    return facts
+
+
+def towards(degrees: float, metres: float) -> tuple[float, float]:
+    return metres * math.sin(math.radians(degrees)), metres * math.cos(math.radians(degrees))
+
+
+@pytest.mark.parametrize("bearing", [20, 25, 65, 115, 155])
+def test_the_direction_of_a_street_is_that_on_the_ground(tmp_path: Path, bearing: float) -> None:
+    line = [towards(bearing, -150), towards(bearing, 150)]
+    towns = [north(tmp_path, {"Mill Street": ends}) for ends in (line, line[::-1])]
+    assert [town().direction for town in towns] == [DIRECTIONS[round(bearing / 45) % 4]] * 2
+    views = [towns[0](heading=bearing + turned).view for turned in (28, -28, 32, 58, -58, 62, 90, 180)]
+    assert views == ["along", "along", "oblique", "oblique", "oblique", "across", "across", "along"]
+
+
+@pytest.mark.parametrize("way", range(8))
+def test_the_crossing_street_is_where_it_is_on_the_ground(tmp_path: Path, way: int) -> None:
+    meeting = towards(45 * way + 15, 64)  # nearer than a right angle's half to the compass word
+    across = [tuple(np.add(meeting, towards(45 * way + 105, step))) for step in (-200, 200)]
+    facts = north(tmp_path, {"Mill Street": [(0, 0), towards(45 * way + 15, 150)], "King Street": across})()
+    assert (facts.cross_street, facts.cross_distance_m, facts.cross_direction) == ("King Street", 60, COMPASS[way])
+
+
+def test_a_street_that_bends_runs_as_it_does_at_the_place(tmp_path: Path) -> None:
+    bent = north(tmp_path, {"Mill Street": [(-60, 0), (60, 0), (60, 300)]})
+    assert bent().direction == "east-west"
+    assert bent(at=(60, 80)).direction == "north-south"
+    crooked = north(tmp_path, {"Mill Street": [(-60, 0), (-1, 0), (0, 0), (1, 1), (60, 1)]})
+    assert crooked().direction == "east-west"
+
+
+def test_of_several_crossings_the_nearest_counts_as_seen_from_the_camera(tmp_path: Path) -> None:
+    streets: dict[str, Line] = {
+        "Mill Street": [(-300, 0), (300, 0)],
+        "King Street": [(40, -300), (40, 300)],
+        "Elm Road": [(-55, -300), (-55, 300)],
+        "Far Lane": [(-300, 150), (300, 150)],
+    }
+    town = north(tmp_path, streets)
+    found = [town(at=at) for at in ((0, 0), (-10, 0), (0, -40), (34, 0))]
+    assert [(f.cross_street, f.cross_distance_m, f.cross_direction) for f in found] == [
+        ("King Street", 40, "east"), ("Elm Road", 40, "west"), ("King Street", 60, "northeast"), ("King Street", 10, "east"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gap", "side_m", "meets"), [(10, 200, True), (14, 200, False), (10, 60, False)])
+def test_streets_meet_across_a_small_gap_and_on_the_tile(tmp_path: Path, gap: float, side_m: float, meets: bool) -> None:
+    streets: dict[str, Line] = {"Mill Street": [(-300, 0), (300, 0)], "King Street": [(40, gap), (40, 300)]}
+    facts = north(tmp_path, streets, side_m)()
+    assert (facts.cross_street, facts.cross_distance_m) == (("King Street", 40) if meets else (None, None))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "word"),
+    [(22, 0), (23, 1), (67, 1), (68, 2), (202, 4), (203, 5), (292, 6), (293, 7), (337, 7), (338, 0), (720, 0)],
+)
+def test_compass_words_change_between_their_middles(degrees: float, word: int) -> None:
+    assert compass(degrees) == COMPASS[word]
+
+
+def test_steps_of_sky_and_greenery() -> None:
+    assert [_step(share, SKY) for share in (1, 0.25, 0.2499, 0.03, 0.0299, 0)] == [
+        "wide", "wide", "narrow", "narrow", "hidden", "hidden",
+    ]  # fmt: skip
+    assert [_step(share, GREENERY) for share in (1, 0.25, 0.2499, 0.05, 0.0499, 0)] == [
+        "much", "much", "some", "some", "little", "little",
+    ]  # fmt: skip
+
+
+def test_sky_is_a_share_of_the_upper_half_and_greenery_of_what_is_no_sky() -> None:
+    photo = Image.new("RGB", (96, 96), (90, 150, 250))
+    photo.paste((200, 30, 30), (0, 24, 96, 96))
+    photo.paste((60, 140, 60), (0, 78, 96, 96))
+    assert (sky_share(photo), green_share(photo)) == (0.5, 0.25)
+    photo.paste((90, 150, 250), (0, 60, 96, 70))  # blue below a wall is no sky
+    assert sky_share(photo) == 0.5
+
+
+def test_the_colours_of_a_tile_are_those_of_the_place_and_not_of_the_photo_on_it() -> None:
+    tile = Image.new("RGB", (96, 96), (60, 140, 60))
+    tile.paste((200, 30, 30), (48, 0, 96, 48))  # where the photo is
+    assert tile_colours(tile, 0.5) == ["green"]
+    assert tile_colours(tile, 0.1) == ["green", "red"]
+    for corner in ((0, 0, 48, 48), (0, 48, 48, 96), (48, 48, 96, 96)):
+        other = Image.new("RGB", (96, 96), (60, 140, 60))
+        other.paste((60, 90, 170), corner)
+        assert tile_colours(other, 0.5) == ["green", "blue"]
+    other.paste((130, 130, 128), (0, 0, 96, 96))  # a grey roof or road says nothing
+    assert tile_colours(other, 0.5) == []
