@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyproj
 import pytest
 import shapely
 import yaml
@@ -97,6 +99,28 @@ def test_counts_of_the_papers_tables(tmp_path: Path) -> None:
     assert written["address_sources"] == {"map": 5, "manifest": 5}
     assert written["rejected"] == {"no GPS": 2, "not a picture": 1}
     assert (written["min_train_to_held_out_m"], written["guard_m"]) == (51.25, 25.0)
+
+
+@pytest.mark.parametrize("lat", [0.0, 60.0])
+def test_areas_are_those_on_the_globe(lat: float) -> None:
+    """A square of 2 km whose sides run north and east, also where a degree of longitude is short."""
+    globe = pyproj.Geod(ellps="WGS84")
+    at = [globe.fwd(25, lat, azimuth, 2000**0.5 * 1000**0.5)[:2] for azimuth in (45, 135, 225, 315)]
+    corners = [place(i, 0, 0, MILL, lat=y, lon=x) for i, (x, y) in enumerate(at)]
+    assert card._area_km2(corners) == pytest.approx(4, abs=0.002)
+    picture = CityPicture(corners, Gazetteer([Address(MILL, "Harbour")]))
+    assert np.abs(picture.xy) == pytest.approx(np.full((4, 2), 1000), abs=1)
+    assert np.sign(picture.xy).tolist() == [[1, 1], [1, -1], [-1, -1], [-1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("photos", "words"), [(999, "n<1K"), (1000, "1K<n<10K"), (9999, "1K<n<10K"), (10_000, "10K<n<100K"), (10**6, "1M<n<10M")]
+)
+def test_size_in_the_words_of_the_hub(photos: int, words: str) -> None:
+    header = yaml.safe_load(card._header({**City().card(), "photos": photos}, ["train", "val"]))
+    assert header["size_categories"] == [words]
+    assert [files["split"] for files in header["configs"][0]["data_files"]] == ["train", "validation"]
+    assert [files["path"] for files in header["configs"][0]["data_files"]] == ["train-*.parquet", "val-*.parquet"]
 
 
 def test_long_tail_before_and_after_the_partition() -> None:

@@ -68,3 +68,13 @@ def test_areas_and_points_of_a_table_count_unless_openstreetmap_says_otherwise()
     assert network.network(Extract.of([square, stop, street]), "t").names == ["Plaza", "Stop", "Mill Road"]
     tagged = Feature({"name": "Plaza", "highway": "pedestrian"}, square.shape)
     assert network.network(Extract.of([tagged, stop, street]), "t").names == ["Plaza", "Mill Road"]
+
+
+@pytest.mark.parametrize(("azimuth", "metres", "streets"), [(90, 45, 1), (90, 55, 2), (0, 45, 1), (0, 55, 2)])
+@pytest.mark.parametrize("lat", [0.0, 60.0, -60.0])
+def test_spellings_belong_together_up_to_50_m_of_the_globe(lat: float, azimuth: float, metres: float, streets: int) -> None:
+    """The gap between two ways of one name, to the east or the north."""
+    globe = pyproj.Geod(ellps="WGS84")
+    at = [globe.fwd(25.0, lat, azimuth, d)[:2] for d in (0, 100, 100 + metres, 200 + metres)]
+    ways = [Feature({"name": name}, shapely.LineString(at[i : i + 2])) for i, name in ((0, "Mill Rd"), (2, "Mill Road"))]
+    assert len(set(network.network(Extract.of(ways), "t").names)) == streets

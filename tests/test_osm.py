@@ -3,14 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+import pyproj
 import pytest
 import shapely
 from hypothesis import given
 from hypothesis import strategies as st
 
 from addressvlm import InputError
-from addressvlm.cities.districts import cells
-from addressvlm.cities.extract import Feature
+from addressvlm.cities.districts import cells, choose
+from addressvlm.cities.extract import Extract, Feature
 from addressvlm.cities.osm import is_block, is_district, is_street
 from addressvlm.cities.streets import StreetMap
 from addressvlm.maps.roads import Roads, write_roads
@@ -101,6 +102,20 @@ def test_only_what_a_tile_can_show_is_kept(tmp_path: Path) -> None:
     assert {"Street -2000", "Street 0", "Street 2000", "Street 5000"} == {r.name for r in Roads(tmp_path / "roads.fgb").roads}
     write_roads(tmp_path / "roads.fgb", roads, np.array([40.0]), np.array([0.0]))
     assert len(Roads(tmp_path / "roads.fgb").roads) == len(roads)
+
+
+@pytest.mark.parametrize("lat", [60.0, -60.0])
+def test_what_a_tile_far_from_the_equator_can_show_is_kept(tmp_path: Path, lat: float) -> None:
+    """2 km of the globe to each side of photos that lie anywhere in the grid's squares."""
+    globe, photos = pyproj.Geod(ellps="WGS84"), [(lat + i / 300, 25 + i / 70) for i in range(8)]
+    roads = {}
+    for number, (y, x) in enumerate(photos):
+        for azimuth in (0, 90, 180, 270):
+            here, there = globe.fwd(x, y, azimuth, 2000)[:2], globe.fwd(x, y, azimuth, 2001)[:2]
+            roads[f"{number} {azimuth}"] = shapely.LineString([here, there])
+    far = {"far": shapely.LineString([globe.fwd(25, lat, 270, d)[:2] for d in (9000, 9001)])}
+    write_roads(tmp_path / "roads.fgb", [Feature({"name": n}, line) for n, line in (roads | far).items()], *np.array(photos).T)
+    assert {road.name for road in Roads(tmp_path / "roads.fgb").roads} == set(roads)
 
 
 def test_names_in_a_language(extract: Path) -> None:
@@ -198,6 +213,43 @@ def test_blocks_of_which_only_the_middle_is_known(tmp_path: Path) -> None:
     city.places += [(5, 5, {"place": "quarter", "name": "all of it"})]
     streets = StreetMap.load(city.save(tmp_path / "cells.osm.pbf"))
     assert streets.nearest(*at((1, 1), (9, 1), (4.9, 9)), 40)[0].tolist() == ["2-2", "8-2", "2-8"]
+
+
+def layer(level: str, columns: int, rows: int = 1, right: float = 10, **tags: str) -> list[Feature]:
+    """Areas side by side over the ground from (0, 0) to (right, 10)."""
+    tags = tags or {"boundary": "administrative", "admin_level": level}
+    width, height = right / columns, 10 / rows
+    boxes = [shapely.box(width * i, height * j, width * (i + 1), height * (j + 1)) for i in range(columns) for j in range(rows)]
+    return [Feature({**tags, "name": f"{level}-{i}"}, box) for i, box in enumerate(boxes)]
+
+
+PLACES = [Feature({"place": "suburb", "name": f"place-{i}"}, shapely.Point(2.5 + 5 * i, 5)) for i in range(2)]
+QUARTERS = layer("quarter", 2, place="quarter")
+
+
+@pytest.mark.parametrize(
+    ("features", "settings", "chosen"),
+    [
+        (layer("8", 2) + layer("9", 2, 2) + layer("10", 3, 2), {}, "10"),  # of those that cover all, the finest
+        (layer("8", 2) + layer("10", 5, 4), {}, "8"),  # 20 for 40 streets are no districts, but blocks
+        (layer("8", 2) + layer("10", 5, 4)[:19], {}, "10"),
+        (layer("8", 1) + layer("10", 2, right=9), {}, "10"),  # nine tenths are enough, and one is no district
+        (layer("8", 2) + layer("10", 2, right=8.8), {}, "8"),
+        (layer("8", 2) + QUARTERS, {}, "8"),
+        (layer("8", 1) + QUARTERS + PLACES, {}, "quarter"),
+        (layer("8", 1) + layer("suburb", 2, place="suburb") + QUARTERS, {}, "quarter"),
+        (layer("8", 1) + PLACES, {}, "place"),
+        (layer("8", 2) + QUARTERS + PLACES, {"source": "polygons"}, "quarter"),
+        (layer("8", 2) + QUARTERS + PLACES, {"source": "place"}, "place"),
+        (layer("8", 2) + layer("9", 2, 2) + QUARTERS, {"admin_level": 8}, "8"),
+        (layer("8", 1, right=3) + layer("9", 1, right=5), {}, "9"),  # where none will do, that which covers most
+        (layer("8", 1, right=5) + layer("9", 1, right=3), {}, "8"),
+    ],
+)
+def test_the_layer_of_districts_that_is_chosen(features: list[Feature], settings: dict, chosen: str) -> None:
+    streets = np.array([shapely.Point(0.125 + 0.25 * i, 5.1) for i in range(40)], dtype=object)
+    found = choose(Extract.of(features, (0, 0, 10, 10), osm=True), streets, "town.osm", **settings)
+    assert {f.tags["name"].partition("-")[0] for f in found} == {chosen}
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=12), st.integers(-70, 70))

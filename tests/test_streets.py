@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pyproj
 import pytest
 import shapely
 from hypothesis import Phase, given, settings
@@ -112,20 +113,28 @@ def test_overlapping_districts_the_smallest_and_gaps_the_nearest() -> None:
     st.lists(st.tuples(st.integers(0, 900), st.integers(0, 900), st.integers(1, 500), st.integers(1, 500)), max_size=8),
     st.lists(st.tuples(st.floats(-100, 1500), st.floats(-100, 1500)), min_size=1, max_size=40),
     st.sampled_from([1, 30, 1 << 22]),
+    st.sampled_from([0, 60, -70]),
 )
 def test_districts_of_every_point_are_what_shapely_says(
-    boxes: list[tuple[int, ...]], points: list[tuple[float, float]], cells: int
+    boxes: list[tuple[int, ...]], points: list[tuple[float, float]], cells: int, lat: int
 ) -> None:
-    """Whether the grid is fine or, as over a whole country, coarse."""
-    degree = 111_195.0
+    """Whether the grid is fine or, as over a whole country, coarse; and far from the equator."""
+    plane = f"+proj=tmerc +lat_0={lat} +lon_0=25 +x_0=-700 +y_0=-700 +datum=WGS84"
+    to_degrees = pyproj.Transformer.from_crs(plane, 4326, always_xy=True).transform
     shapes = [shapely.box(x, y, x + width, y + height) for x, y, width, height in boxes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("addressvlm.cities.district_index.MOST_CELLS", cells)
         names = [f"{i:02}" for i in range(len(boxes))]
         streets = StreetMap(
-            [], [], [(n, shapely.transform(s, lambda c: c / degree)) for n, s in zip(names, shapes, strict=True)]
+            [],
+            [],
+            [
+                (n, shapely.transform(s, lambda c: np.column_stack(to_degrees(c[:, 0], c[:, 1]))))
+                for n, s in zip(names, shapes, strict=True)
+            ],
         )
-    codes = streets.district_codes(*(np.array([p[i] for p in points]) / degree for i in (1, 0)))
+    lon, at_lat = to_degrees(*np.array(points).T)
+    codes = streets.district_codes(at_lat, lon)
     for (x, y), code in zip(points, codes.tolist(), strict=True):
         metres = [shapely.distance(shapely.Point(x, y), shape) for shape in shapes]
         edges = [shapely.distance(shapely.Point(x, y), shape.boundary) for shape in shapes]
@@ -134,6 +143,46 @@ def test_districts_of_every_point_are_what_shapely_says(
         order = sorted(range(len(shapes)), key=lambda i: (round(metres[i], 1), shapes[i].area, i))
         best = order[0] if order and metres[order[0]] <= 50 else -1
         assert code == best or (metres[code] == pytest.approx(metres[best], abs=0.5) and metres[best] > 0)
+
+
+NORTH, EAST = 60.0, 25.0
+GLOBE = pyproj.Geod(ellps="WGS84")
+
+
+def away(azimuth: float, metres: float, lat: float = NORTH, lon: float = EAST) -> tuple[float, float]:
+    """Longitude and latitude of the point so far from (60 N, 25 E), on the ellipsoid."""
+    return GLOBE.fwd(lon, lat, azimuth, metres)[:2]
+
+
+def test_distances_far_north_are_those_on_the_globe() -> None:
+    """A degree of longitude is half as long there as one of latitude."""
+    shapes = {
+        "East Way": shapely.LineString([away(90, 60), away(90.0, 60, *away(0, 200)[::-1])]),
+        "Point": shapely.Point(away(180, 45)),
+        "Far Square": shapely.Polygon([away(a, 150) for a in (250, 260, 270, 280)]),
+    }
+    streets = StreetMap(list(shapes), list(shapes.values()))
+    found = streets.around([NORTH], [EAST], 300)[0]
+    assert [name for name, _ in found] == ["Point", "East Way", "Far Square"]
+    assert [metres for _, metres in found] == pytest.approx([45, 60, 150 * math.cos(math.radians(15))], abs=0.1)
+    x, y = streets.to_metres([away(40, 500)[1]], [away(40, 500)[0]])
+    x0, y0 = streets.to_metres([NORTH], [EAST])
+    assert math.hypot(x[0] - x0[0], y[0] - y0[0]) == pytest.approx(500, abs=0.1)
+    assert math.degrees(math.atan2(x[0] - x0[0], y[0] - y0[0])) == pytest.approx(40, abs=0.1)
+    lat, lon = streets.to_degrees(x, y)
+    assert (lon[0], lat[0]) == pytest.approx(away(40, 500), abs=1e-7)
+
+
+@pytest.mark.parametrize("azimuth", [0, 90, 180, 270])
+def test_a_point_beside_a_district_far_north_belongs_to_it_within_50_m(azimuth: int) -> None:
+    """Another district on each side puts the point into the grid of what is known."""
+    tower = shapely.Polygon([away(a, 100) for a in range(0, 360, 5)])
+    around = [
+        (f"{a}", shapely.Polygon([away(a + b, 700 + c) for b, c in ((-1, 0), (1, 0), (0, 30))])) for a in range(0, 360, 45)
+    ]
+    streets = StreetMap([], [], [("Tower", tower), *around])
+    lon, lat = np.array([away(azimuth, 100 + metres) for metres in (*range(30, 50, 1), 51, 60, 90)]).T
+    assert streets.district(lat, lon) == ["Tower"] * 20 + [None] * 3
 
 
 def test_points_that_are_nowhere_have_no_district() -> None:
