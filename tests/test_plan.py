@@ -23,7 +23,7 @@ from addressvlm.training.collate import Collator, sample_of
 from addressvlm.training.first_look import first_look
 from addressvlm.training.hardware import of_name
 from addressvlm.training.outline import cost_of
-from addressvlm.training.plan import GIB, outline, plan
+from addressvlm.training.plan import GIB, StagePlan, outline, plan
 from addressvlm.training.rows import Schedule
 from addressvlm.training.system import train_system
 from ray_jobs import plan as planned
@@ -176,6 +176,33 @@ def test_memory_is_what_the_strategy_leaves_whole(full_size: Path, tmp_path: Pat
     twice = plan(config, config.train.systems[1], made, photos=1000)[0]
     assert twice.flops == whole.flops
     assert twice.activations < 0.3 * whole.activations
+
+
+def test_memory_and_steps_follow_from_batch_workers_and_what_learns(base: Path, tmp_path: Path) -> None:
+    config = trained_config(tmp_path, base, workers=2)
+    stage = config.train.stages["localization"]
+    made = outline(config)
+
+    def planned_with(**settings: Any) -> StagePlan:
+        config.train.stages["localization"] = stage.model_copy(update={"batch_size": 1, "accumulate": 1, **settings})
+        return plan(config, config.train.systems[1], made)[0]
+
+    one, three, often = planned_with(), planned_with(batch_size=3), planned_with(accumulate=3)
+    assert (one.rows, one.rows_per_step, one.steps) == (24, 2, 24)
+    assert (three.rows_per_step, three.steps) == (often.rows_per_step, often.steps) == (6, 8)
+    assert three.activations == pytest.approx(3 * one.activations)
+    assert often.activations == one.activations
+    assert one.memory == pytest.approx(1.05 * (one.weights + one.gradients + one.optimizer + one.activations))
+    learnt = sum(one.trained.values())
+    assert (one.gradients, one.optimizer) == (4 * learnt, 8 * learnt)  # float32; two moments
+    lone = planned_with(parts=["llm"])
+    assert (lone.trained["vision"], lone.trained["adapter"]) == (0, 0)
+    assert lone.trained["llm"] == one.trained["llm"]
+    assert lone.optimizer == 8 * lone.trained["llm"]
+    assert one.seconds(2e9, 4, 0.5) == pytest.approx(24 * 2 * one.flops / 4e9)
+    on_cpu = plan(config, config.train.systems[1], made, cpu=True)[0]
+    pairs = 2 * 2 * lone.longest**2  # heads and layers of the language model
+    assert on_cpu.activations - lone.activations == 4 * pairs
 
 
 def test_peaks_are_found_by_a_part_of_the_name() -> None:

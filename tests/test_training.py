@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from addressvlm import InputError, tables
-from addressvlm.config_training import ModelConfig, PartConfig
+from addressvlm.config_training import AugmentConfig, ModelConfig, PartConfig
 from addressvlm.models import load
 from addressvlm.models.base import one_dimensional
 from addressvlm.models.lora import adapter_state, attach, train_only, trainable
@@ -29,7 +29,7 @@ from addressvlm.run import Run
 from addressvlm.training.collate import IGNORE, Collator, Sample, messages
 from addressvlm.training.rows import Rows, Schedule, steps_of
 from addressvlm.training.step import answer_loss, autocast, learning_rate
-from addressvlm.training.system import train_system
+from addressvlm.training.system import stages_of, train_system
 from tests.cities import keeping, table_rows, trained_config
 from tests.tiny import tiny_llava
 
@@ -133,6 +133,18 @@ def test_steps_cover_each_epoch_once_whatever_the_workers(rows: int, world: int,
     assert seen == alone
     stream = [schedule._row(p) for p in range(2 * rows)]
     assert sorted(stream[:rows]) == sorted(stream[rows:]) == list(range(rows))
+    if rows > 20:
+        other = [Schedule(Counted(), per_step, seed + 1)._row(p) for p in range(rows)]
+        assert stream[:rows] != stream[rows:]
+        assert other not in (stream[:rows], stream[rows:], list(range(rows)))
+
+
+def test_rows_of_far_groups_are_mixed(tmp_path: Path) -> None:
+    schema = tables.pa.schema([("id", tables.pa.string())])
+    tables.write(tmp_path, "train", [{"id": str(n)} for n in range(80)], schema, rows_per_file=20)
+    order = Rows(tmp_path, "train", ("id",)).epoch(0, 0)
+    assert len({int(row) // 20 for row in order[:10]}) > 1
+    assert any(later - earlier != 1 for earlier, later in itertools.pairwise(order))
 
 
 def test_rows_are_those_of_the_table(tmp_path: Path) -> None:
@@ -152,6 +164,29 @@ def test_steps_and_learning_rate() -> None:
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == rates[10] == 1.0
     assert rates[-1] < 0.001
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine() -> None:
+    rates = [learning_rate(step, 12, 2.0, 0.25) for step in range(12)]
+    assert rates[:4] == pytest.approx([2 / 3, 4 / 3, 2.0, 2.0])
+    assert (rates[6], rates[9]) == pytest.approx((1.5, 0.5))  # a third and two thirds of the way down
+    assert [learning_rate(step, 3, 1.0, 0.0) for step in range(3)] == pytest.approx([1.0, 1.0, 0.5])
+    assert learning_rate(0, 1, 1.0, 0.5) == 1.0
+
+
+def test_stages_have_seeds_changes_of_photos_and_steps_of_their_own(tmp_path: Path, base: Path) -> None:
+    config = trained_config(tmp_path, base, workers=3)
+    config.train.stages["alignment"].accumulate = 2  # 24 rows, two epochs: 24 a step, then 12
+    config.train.stages["localization"].augment = AugmentConfig(colour=0.2)
+    systems = {made.name: stages_of(config, made) for made in config.train.systems if made.stages}
+    first, second = systems["AddressVLM"]
+    assert (first.steps, second.steps) == (2, 4)
+    assert [stage.steps for stage in systems["stage 2 only, equal steps"]] == [6]
+    assert [stage.steps for stage in systems["stage 2 only"]] == [4]
+    assert first.seed != second.seed
+    assert (first.schedule.seed, second.schedule.seed) == (first.seed, second.seed)
+    assert first.schedule.indices(0)[:12] != second.schedule.indices(0)
+    assert [stage.schedule.augment.colour for stage in (first, second)] == [0.0, 0.2]
 
 
 def losses(run: Run, system: str) -> list[float]:
@@ -256,7 +291,6 @@ def test_a_part_without_gradient_is_said(tmp_path: Path, base: Path) -> None:
     config.model.vision.full = False
     model, processor = load(str(base))
     from addressvlm.training import loop
-    from addressvlm.training.system import stages_of
 
     tuned, parts = attach(model, config.model)
     stage = stages_of(config, config.train.systems[1])[0]
