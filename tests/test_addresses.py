@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shapely.geometry import LineString, box
 
 from addressvlm import InputError
-from addressvlm.addresses import Address, Gazetteer
+from addressvlm.addresses import Address, Gazetteer, joined
 from addressvlm.names import NameIndex, bare, normal, proper, spellings
 
 
@@ -232,3 +232,27 @@ def test_what_is_no_gazetteer_is_said(tmp_path: Path, content: str | None) -> No
         path.write_text(content)
     with pytest.raises(InputError, match=r"gazetteer\.geojson"):
         Gazetteer.load(path)
+
+
+def test_of_a_name_in_two_cities_the_first_ones_shape_holds_and_counts_add_up(tmp_path: Path) -> None:
+    first = LineString([(0, 0), (0, 1)])
+    other = Gazetteer(
+        [Address("Mill Street", "Hill"), Address("Elm Row", "Harbour")],
+        {"Mill Street": LineString([(5, 5), (6, 6)]), "Elm Row": first},
+        {"Harbour": box(0, 0, 9, 9), "Hill": box(0, 0, 2, 2)},
+        {"Mill Street": 3, "Elm Row": 4}, {"Mill Street": 2, "Elm Row": 1}, "B", [],
+        {"Mill Street": ["Molengasse"], "Hill": ["Berg"]},
+    )  # fmt: skip
+    one = Gazetteer(
+        [Address("Mill Street", "Harbour")], {"Mill Street": first}, {"Harbour": box(0, 0, 1, 1)}, {"Mill Street": 8},
+        {"Mill Street": 5}, "A", [], {"Mill Street": ["The Mill"]},
+    )  # fmt: skip
+    both = joined([one, other])
+    assert both.geometry == {"Mill Street": first, "Elm Row": first}
+    assert both.district_geometry == {"Harbour": box(0, 0, 1, 1), "Hill": box(0, 0, 2, 2)}
+    assert both.variants == {"Mill Street": ["The Mill"], "Hill": ["Berg"]}
+    both.save(tmp_path / "gazetteer.geojson")
+    properties = [f["properties"] for f in json.loads((tmp_path / "gazetteer.geojson").read_text())["features"]]
+    counts = {p["name"]: (p["photos"], p["places"], p["districts"]) for p in properties if p["kind"] == "street"}
+    assert counts == {"Mill Street": (11, 7, ["Harbour", "Hill"]), "Elm Row": (4, 1, ["Harbour"])}
+    assert joined([other]) is other

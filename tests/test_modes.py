@@ -1,10 +1,12 @@
 """pytest tests/test_modes.py: ways of answering compared, from scores alone; the scored answers of all questions."""
 
+import io
 import random
 
 import numpy as np
 import pytest
 import shapely
+from PIL import Image
 
 from addressvlm import InputError, tables
 from addressvlm.addresses import Address, Gazetteer
@@ -174,6 +176,40 @@ def test_all_questions_are_answered_from_the_scores():
                 assert a["answer"] == ("Yes" if a["options"][0] == names[a["level"]] else "No")
             if a["kind"] == "choice":
                 assert a["answer"] == names[a["level"]] or names[a["level"]] not in a["options"]
+
+
+def test_each_photo_has_its_own_scores():
+    """Photos of a colour each, a few at a time; a model that sees the colour."""
+
+    def encoded(red):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), (red, 0, 0)).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    def scores_of(images):
+        sizes.append(len(images))
+        return np.array([[image.getpixel((0, 0))[0], -1.0] for image in images])
+
+    sizes = []
+    photos = [{**row, "image": encoded(40 * i), "rounds": []} for i, row in enumerate(rows(photos=5))]
+    made = [row for batch in scores.score(scores_of, photos, 2) for row in batch]
+    assert sizes == [2, 2, 1]
+    assert made == [{**row, "scores": [40.0 * i, -1.0]} for i, row in enumerate(rows(photos=5))]
+
+
+def test_what_the_terminal_says_of_a_models_confidence():
+    cells = {
+        name: {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 9}
+        for name, value in (("ece", 0.125), ("half", 0.75), ("coverage", 0.5), ("precision", 0.8))
+    }
+    trust = {**cells, "ece_uncalibrated": 0.25, "target": 0.9}
+    lines = table.modes({"system": "Ours", "photos": 1234, "table": [], "trust": trust}).splitlines()
+    assert lines[0] == "Ours, ways of answering, 1,234 photos"
+    assert lines[-3:] == [
+        "calibration error 12.5 (2–22) (uncalibrated 25.0)",
+        "right among the surer half 75.0 (65–85)",
+        "for 90% right answers: knows 50.0 (40–60) of the photos, right 80.0 (70–90)",
+    ]
 
 
 def test_shares_of_places():

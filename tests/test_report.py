@@ -16,7 +16,8 @@ from PIL import Image
 from addressvlm import tables
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.config_labels import LabelsConfig
-from addressvlm.evaluation import metrics, report
+from addressvlm.evaluation import figures, metrics, report
+from addressvlm.evaluation.data_section import rejects
 from addressvlm.evaluation.figures import CityMap, distance_curves, interval_bar, loss_curves
 from addressvlm.evaluation.reliability import reliability_diagram
 from addressvlm.labels.tally import report_of
@@ -241,6 +242,27 @@ def test_what_is_confused_most_is_counted_by_photo():
         *[said("A", "D", level="address")] * 5, *[said("A", "No", kind="judgment")] * 5,
     ]  # fmt: skip
     assert report._confusions(rows) == [{"expected": "C", "answer": "A", "n": 3}, {"expected": "A", "answer": "B", "n": 2}]
+
+
+def test_rows_left_out_are_counted_by_step_and_reason(tmp_path):
+    for step, reasons in (("prepare", ["far: 3 m"] * 3 + ["far: 4 m"] + ["no file"] * 2), ("grafts", ["far: 9 m"] * 3)):
+        rows = [{"file": "m", "row": i, "id": str(i), "reason": reason} for i, reason in enumerate(reasons)]
+        pq.write_table(pa.Table.from_pylist(rows, schema=tables.REJECTS), tmp_path / f"{step}.parquet")
+    assert rejects(tmp_path) == [("prepare", "far", 4), ("grafts", "far", 3), ("prepare", "no file", 2)]
+    assert rejects(None) == []
+
+
+def test_a_smooth_curve_is_the_mean_around_each_point():
+    """Of 48 losses three on each side, fewer at the ends; a straight line stays one."""
+    straight = [(float(step), 100.0 - step) for step in range(1, 49)]
+    assert figures._smooth(straight) == pytest.approx(straight)
+    jump = [(float(step), 7.0 * (step > 24)) for step in range(1, 49)]
+    smoothed = [loss for _, loss in figures._smooth(jump)]
+    assert smoothed[20:28] == pytest.approx([0, 1, 2, 3, 4, 5, 6, 7])
+    assert (smoothed[0], smoothed[-1]) == (0, 7)
+    assert [figures._ticks(end) for end in (4, 1, 0.3, 900)] == [
+        [0, 1, 2, 3, 4], [0, 0.25, 0.5, 0.75, 1], [0, 0.1, 0.2, 0.3], [0, 250, 500, 750]
+    ]  # fmt: skip
 
 
 def test_places_of_the_map_are_those_of_whole_addresses():

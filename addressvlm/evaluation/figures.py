@@ -164,7 +164,7 @@ def _ticks(end: float) -> list[float]:
     rough = max(end, 1e-6) / 4
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= rough)
-    return [round(i * step, 10) for i in range(int(end / step) + 1)]
+    return [round(i * step, 10) for i in range(math.floor(end / step + 1e-9) + 1)]
 
 
 def distance_curves(rows: Sequence[Mapping[str, Any]]) -> str:
