@@ -178,14 +178,14 @@ def rows(folder: AnyPath, split: str, columns: list[str] | None = None) -> Itera
 
 def write(folder: AnyPath, split: str, items: Iterable[dict[str, Any]], schema: pa.Schema, rows_per_file: int = 2048) -> int:
     """Write rows as `<split>-NNNNN.parquet`, return how many; memory holds one row group."""
-    size, left = min(ROWS_PER_GROUP, rows_per_file), iter(items)
-    written, group = 0, list(islice(left, size))
+    left, written = iter(items), 0
+    group = list(islice(left, min(ROWS_PER_GROUP, rows_per_file)))
     while group:
-        target, full = folder / f"{split}-{written // rows_per_file:05d}.parquet", False
-        with whole(target) as path, pq.ParquetWriter(path, schema) as out:
-            while group and not full:
+        room = rows_per_file
+        with whole(folder / f"{split}-{written // rows_per_file:05d}.parquet") as path, pq.ParquetWriter(path, schema) as out:
+            while group and room:
                 out.write_table(pa.Table.from_pylist(group, schema=schema))
                 written += len(group)
-                full = written % rows_per_file == 0
-                group = list(islice(left, size))
+                room -= len(group)
+                group = list(islice(left, min(ROWS_PER_GROUP, room or rows_per_file)))
     return written
