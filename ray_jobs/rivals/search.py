@@ -77,7 +77,8 @@ class Searcher:
         actors = 0 if self._here else min(len(loads), max(1, int(ray.cluster_resources().get("CPU", 1))))
         made = ray.remote(num_cpus=1)(Part)
         self._actors = [made.remote(numbered[number::actors], threads=1) for number in range(actors)]
-        ray.get([actor.ready.remote() for actor in self._actors])
+        if self._actors:  # without them Ray is not needed
+            ray.get([actor.ready.remote() for actor in self._actors])
 
     def __enter__(self) -> "Searcher":
         return self
