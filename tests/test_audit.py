@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -91,6 +92,23 @@ def test_cohens_kappa_of_a_known_table() -> None:
     assert found.n == 50
     assert kappa([(1, 1)] * 5, 2).value is None  # one level throughout: chance explains it all
     assert alpha([(1, 1)] * 5, 2).value is None
+
+
+def test_a_weighted_interval_puts_those_of_the_strata_together() -> None:
+    first, second, both = share(45, 50), share(10, 50), weighted_share([(900, 45, 50), (100, 10, 50)])
+    assert both.value - both.low == pytest.approx(math.hypot(0.9 * (0.9 - first.low), 0.1 * (0.2 - second.low)))
+    assert both.high - both.value == pytest.approx(math.hypot(0.9 * (first.high - 0.9), 0.1 * (second.high - 0.2)))
+    assert both.n == 100
+
+
+def test_kappa_knows_which_rater_prefers_what_and_alpha_how_far_levels_are() -> None:
+    """Three levels by hand: 6 of 10 alike; chance (5*2 + 3*4 + 2*4) / 100."""
+    pairs = [(0, 0)] * 2 + [(0, 1)] * 2 + [(0, 2)] + [(1, 1)] * 2 + [(1, 2)] + [(2, 2)] * 2
+    assert kappa(pairs, 3).value == pytest.approx((0.6 - 0.3) / (1 - 0.3))
+    near, far = [(0, 0)] * 4 + [(2, 2)] * 4 + [(1, 1)] * 4 + [(0, 1)], [(0, 0)] * 4 + [(2, 2)] * 4 + [(1, 1)] * 4 + [(0, 2)]
+    assert alpha(near, 3).value > alpha(far, 3).value
+    # nominal alpha of two raters by hand: observed 1/13, expected from 9 zeros, 9 ones and 8 twos of 26
+    assert alpha(near, 3, ordinal=False).value == pytest.approx(1 - (1 / 13) / ((26**2 - 9**2 - 9**2 - 8**2) / (26 * 25)))
 
 
 # Draw
@@ -198,12 +216,43 @@ def test_summary_weighs_by_what_was_drawn_from(tmp_path: Path, capsys: pytest.Ca
     assert json.loads((tmp_path / "s.json").read_text())["rated"] == {"Ann": 4, "Ben": 4}
 
 
+def test_each_two_raters_are_compared_with_each_other_and_all_together(tmp_path: Path) -> None:
+    _, items = sheet(tmp_path, template=4)
+    levels = {"Ann": [0, 0, 2, 2], "Ben": [0, 2, 2, 2], "Cas": [1, 1, 1, 0]}
+    ratings = [rating for rater, given in levels.items() for rating in ratings_of(items, rater, given)]
+    del ratings[-1]  # Cas left one out
+    found = summarize(items, ratings)
+    assert found["rated"] == {"Ann": 4, "Ben": 4, "Cas": 3}
+    first, second, third, together = found["criteria"]["reason"]["agreement"]
+    assert [first["raters"], second["raters"], third["raters"], together["raters"]] == [
+        ["Ann", "Ben"], ["Ann", "Cas"], ["Ben", "Cas"], ["Ann", "Ben", "Cas"],
+    ]  # fmt: skip
+    assert [entry["same"]["value"] for entry in (first, second, third)] == [0.75, 0, 0]
+    assert [entry["same"]["n"] for entry in (first, second, third)] == [4, 3, 3]
+    assert first["kappa"]["value"] == pytest.approx(0.5)
+    two, three = list(zip(levels["Ann"], levels["Ben"], strict=True)), [[0, 0, 1], [0, 2, 1], [2, 2, 1], [2, 2, None]]
+    assert first["alpha"]["value"] == alpha(two, 3, resamples=1).value
+    assert together["alpha"]["value"] == alpha(three, 3, resamples=1).value
+    assert "kappa" not in together
+    shares = found["criteria"]["reason"]["shares"]["Ben"][ALL]
+    assert [(level, shares[level]["value"]) for level in shares] == [("right", 0.75), ("partly", 0), ("wrong", 0.25)]
+
+
+def test_of_a_row_that_is_given_twice_the_last_counts(tmp_path: Path) -> None:
+    _, items = sheet(tmp_path, template=4)
+    write_ratings(tmp_path / "a.csv", ratings_of(items, "Ann", [0, 0, 0, 0]), items)
+    write_ratings(tmp_path / "b.csv", ratings_of(items[:1], "Ann", [2]), items)
+    found = read_ratings([tmp_path / "a.csv", tmp_path / "b.csv"], items)
+    assert [rating.levels["truth"] for rating in found] == [2, 0, 0, 0]
+
+
 # Judge
 
 
 def test_a_judges_lines() -> None:
     assert levels_in("Truth: right\n**reason**: partly\n- names = WRONG.") == {"truth": 2, "reason": 1, "names": 0}
     assert levels_in("The text is true and right.") == {}
+    assert levels_in("truth: wrong\ntruth: right") == {"truth": 0}
 
 
 def test_a_model_judges_the_sheet_and_is_paid_once(tmp_path: Path) -> None:

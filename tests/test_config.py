@@ -1,11 +1,13 @@
 """Settings: where they come from, and what is said when they are wrong."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from addressvlm import InputError
-from addressvlm.config import PRESETS, load
+from addressvlm.config import PRESETS, load, validate
+from addressvlm.config_compare import AddressClipConfig
 from addressvlm.run import Run, claim, is_done, slug, storage, writing
 
 
@@ -81,6 +83,86 @@ def test_what_cant_be_extended_is_told(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("extends: nothing\n")
     with pytest.raises(InputError, match="no configuration 'nothing'"):
         load(tmp_path / "c.yaml", environment={})
+
+
+def test_cities_are_replaced_as_a_whole_and_a_section_may_begin_from_nothing(tmp_path: Path) -> None:
+    (tmp_path / "below.yaml").write_text("train: {cities: {a: 1, b: 2}, workers: 3}\ncity: {geocoder: null}\n")
+    (tmp_path / "above.yaml").write_text("extends: below.yaml\ntrain: {cities: {c: 1}}\n")
+    config = load(tmp_path / "above.yaml", ["city.geocoder.share=0.5"], {})
+    assert (config.train.cities, config.train.workers) == ({"c": 1}, 3)
+    assert config.city.geocoder is not None
+    assert config.city.geocoder.share == 0.5
+
+
+def test_values_of_the_command_line_mean_what_they_look_like(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("name: a\n")
+    sets = ["labels.words=[5, 9]", "labels.request={top_p: 0.5}", "name=a=b", "labels.base_url=null", "seed=1", "seed=2"]
+    config = load(tmp_path / "a.yaml", sets, {})
+    assert (config.labels.words, config.labels.request, config.name, config.labels.base_url, config.seed) == (
+        (5, 9), {"top_p": 0.5}, "a=b", None, 2,
+    )  # fmt: skip
+    environment = {"ADDRESSVLM_LABELS__MODEL": "x", "ADDRESSVLM_NAME": "from the environment"}
+    config = load(tmp_path / "a.yaml", environment=environment)
+    assert (config.labels.model, config.name) == ("x", "from the environment")
+    with pytest.raises(InputError, match=r"labels\.words=\[5: the value is not YAML"):
+        load(tmp_path / "a.yaml", ["labels.words=[5"], {})
+
+
+@pytest.mark.parametrize(
+    ("tree", "sentence"),
+    [
+        ({"city": {"answer": "sub_street"}}, "answer is sub_street, so set city.partition"),
+        ({"compare": {"variants": [{"name": "x"}, {"name": "x"}]}}, "two rows are called 'x'"),
+        ({"train": {"cities": {"a": 0}}}, "cities must have weights above 0"),
+        ({"train": {"stages": {"s": {"data": "alignment", "augment": {"crop": 0.9}}}}}, r"augment\.crop is 0\.9"),
+        ({"train": {"stages": {"s": {"data": "photos", "parts": []}}}}, "name at least one part"),
+        ({"train": {"workers": 2, "min_workers": 3}}, "min_workers is 3, above workers, which is 2"),
+        ({"labels": {"base_url": "http://me@host/v1"}}, "keys come from OPENAI_API_KEY alone"),
+        ({"labels": {"labeler": "vllm", "tensor_parallel": 2, "gpus_per_worker": 1}}, "set gpus_per_worker to tensor_parallel"),
+    ],
+)
+def test_settings_that_do_not_fit_together(tree: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=rf"^here: .*{sentence}"):
+        validate(tree, "here")
+
+
+def test_settings_that_just_fit_together() -> None:
+    assert validate({"city": {"answer": "sub_street", "partition": {}}}, "x").city.partition is not None
+    assert validate({"train": {"workers": 2, "min_workers": 2}}, "x").train.min_workers == 2
+    assert validate(
+        {
+            "train": {
+                "stages": {"alignment": {"data": "alignment"}, "localization": {"data": "photos", "augment": {"crop": 0.9}}}
+            }
+        },
+        "x",
+    )
+    assert (
+        validate({"labels": {"labeler": "vllm", "tensor_parallel": 2, "gpus_per_worker": 2}}, "x").labels.tensor_parallel == 2
+    )
+
+
+def test_defaults_are_those_of_the_papers() -> None:
+    config = validate({}, "x")
+    assert config.city.split.model_dump() == {"train": 0.7, "val": 0.2, "test": 0.1}  # paper 001, Sec. 3.3
+    weights = AddressClipConfig(name="a", kind="addressclip").weights
+    assert weights.model_dump() == {"address": 1.0, "caption": 0.2, "geography": 0.8}  # paper 002, Sec. 6.1
+    assert (config.model.llm.rank, config.model.vision.rank, config.model.adapter.full) == (128, 64, True)
+    assert [(s.name, s.stages, s.equal_steps_to) for s in config.train.systems] == [
+        ("zero-shot", [], None),
+        ("stage 2 only", ["localization"], None),
+        ("stage 2 only, equal steps", ["localization"], "AddressVLM"),
+        ("AddressVLM", ["alignment", "localization"], None),
+    ]
+    assert (config.tiles.delta, config.tiles.covered) == (0.5, 0.5)
+    assert {layout: config.tiles.model_copy(update={"layout": layout}).covered for layout in ("beside", "two")} == {
+        "beside": 0.0, "two": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("run", "train", "used"), [(3, None, 3), (3, 7, 7), (3, 0, 0)])
+def test_training_has_the_seed_of_the_run_unless_it_has_its_own(run: int, train: int | None, used: int) -> None:
+    assert validate({"seed": run, "train": {"seed": train}}, "x").training_seed == used
 
 
 def test_missing_configuration_and_broken_set() -> None:

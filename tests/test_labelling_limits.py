@@ -61,6 +61,55 @@ def test_a_pace_that_is_not_used_up_does_not_pile_up() -> None:
     assert Pace(None, None, clock).slot(1e9) == 0
 
 
+def test_tokens_and_requests_each_have_their_pace() -> None:
+    clock = Clock()
+    tokens = Pace(None, 60, clock)
+    assert [round(tokens.slot(n), 6) for n in (10, 20, 5, 0)] == [0, 10, 30, 35]
+    both = Pace(60, 60, clock)
+    assert [round(both.slot(n), 6) for n in (0.5, 3, 0, 0)] == [0, 1, 4, 5]
+
+
+@pytest.mark.parametrize("limits", [(60, None), (None, 60)])
+def test_one_limit_alone_is_waited_for(limits: tuple[float | None, float | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+
+    async def noted(seconds: float) -> None:
+        told.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    pace = Pace(*limits, Clock())
+
+    async def story() -> None:
+        for _ in range(3):
+            await pace.wait(1)
+
+    asyncio.run(story())
+    assert told == [0, 1, 2]
+
+
+def test_money_is_that_of_tokens_in_and_out_each_at_its_price() -> None:
+    budget = Budget(LabelsConfig(usd_per_million_in=2, usd_per_million_out=8))
+    assert budget.price(1_000_000, 0) == 2
+    assert budget.price(500_000, 250_000) == 3
+    assert (budget.spend(500_000, 250_000), budget.tokens, budget.usd) == (3, 750_000, 3)
+    assert Budget(LabelsConfig()).price(10**9, 10**9) == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "fits"),
+    [({"budget_tokens": 70}, True), ({"budget_tokens": 69}, False), ({"budget_usd": 90}, True), ({"budget_usd": 89}, False)],
+)
+def test_the_last_ask_may_use_up_the_budget_and_not_more(limits: dict[str, float], fits: bool) -> None:
+    async def story() -> None:
+        await Budget(priced(**limits), tokens=40, usd=50).hold(20, 10)  # 30 tokens, 40 dollars
+
+    if fits:
+        asyncio.run(story())
+    else:
+        with pytest.raises(InputError, match="the budget leaves no room"):
+            asyncio.run(story())
+
+
 def priced(**limits: Any) -> LabelsConfig:
     return LabelsConfig(usd_per_million_in=1e6, usd_per_million_out=2e6, **limits)  # a dollar a token sent, two a token written
 
@@ -165,6 +214,21 @@ def test_a_plan_says_what_it_costs() -> None:
         assert part in text
     assert "money: unknown without labels.usd_per_million_in" in Plan(LabelsConfig(), rows=1).text()
     assert "tokens: " not in Plan(LabelsConfig(), rows=1, settled=1).text()
+
+
+@pytest.mark.parametrize(
+    ("limits", "minutes"),
+    [
+        ({}, 5.0),  # 600 rows, ten at a time, 5 s each
+        ({"requests_per_minute": 100}, 6.0),
+        ({"tokens_per_minute": 33_000}, 20.0),
+        ({"requests_per_minute": 1000, "tokens_per_minute": 1e9}, 5.0),
+        ({"requests_per_minute": 20, "tokens_per_minute": 33_000}, 30.0),
+    ],
+)
+def test_the_tightest_limit_decides_how_long_it_takes(limits: dict[str, float], minutes: float) -> None:
+    config = LabelsConfig(concurrency=10, max_tokens=100, **limits)
+    assert Plan(config, rows=1000, settled=400, tokens_in=600_000).minutes() == pytest.approx(minutes)
 
 
 def test_an_estimate_counts_the_prompt_and_the_image() -> None:

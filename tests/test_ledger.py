@@ -87,6 +87,35 @@ def test_an_answer_beats_a_failure_in_any_order(tmp_path: Path, order: int) -> N
     assert Ledger(tmp_path).get(ASKED) == Answer("Mill Street")
 
 
+def test_a_job_that_asked_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with writing(tmp_path) as ledger:
+        ledger.make_room(1)
+    assert list(tmp_path.glob("*.jsonl")) == []
+
+
+def test_what_is_spent_is_known_again_whatever_came_back(tmp_path: Path) -> None:
+    came = [Answer("x", None, None, 10, 1, 0.5, 2.0), Answer(None, "no", None, 20, 2, 0.25, 4.0), Answer(failure="500")]
+    with writing(tmp_path) as ledger:
+        for number, answer in enumerate(came, 1):
+            ledger.add(replace(ASKED, number=number), answer)
+        first = (ledger.tokens, ledger.usd, ledger.seconds, ledger.answers)
+    found = Ledger(tmp_path)
+    assert first == (found.tokens, found.usd, found.seconds, found.answers) == (33, 0.75, 6.0, {("v1", "openai:m"): 2})
+    assert [found.get(replace(ASKED, number=number)) for number in (1, 2, 3)] == came
+
+
+def test_answers_are_made_to_survive_the_machine_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with writing(tmp_path) as ledger:
+        synced: list[int] = []
+        monkeypatch.setattr("os.fsync", synced.append)
+        ledger.sync()
+        for number in (1, 2):
+            ledger.add(replace(ASKED, number=number), Answer("x"))
+            ledger.sync()
+            ledger.sync()
+        assert synced == [ledger._file] * 2
+
+
 def test_foreign_lines_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"asked": {}}\n[1]\nno JSON\n' + json.dumps({"asked": "x"}) + "\n")
     assert Ledger(tmp_path).torn == 4

@@ -14,6 +14,7 @@ from addressvlm.labels.attempts import Attempts
 from addressvlm.labels.facts import Facts
 from addressvlm.labels.prompt import FOLDER, load_prompt, prompt_of
 from addressvlm.labels.rows import label_batch
+from addressvlm.labels.writer import template_label
 from tests.test_checks import FACTS, GOOD
 
 OURS = sorted(path.stem for path in FOLDER.glob("*.md"))
@@ -171,6 +172,60 @@ def test_refusals_and_empty_answers_are_counted_and_asked_again_afresh() -> None
     assert row.messages() == first
     label = row.take(GOOD)
     assert label == Label(row.question, GOOD, "openai:m", 4, ("refused", "empty", "empty"))
+
+
+def test_after_a_refusal_a_bad_text_of_before_is_not_shown_again() -> None:
+    row = begin(attempts=4)
+    first = row.messages()
+    assert row.take(GOOD.replace("Harbour", "town")) is None
+    assert row.messages() != first
+    assert row.take(None) is None
+    assert row.messages() == first
+    assert row.take(GOOD) == Label(row.question, GOOD, "openai:m", 3, ("district", "empty"))
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 5])
+def test_a_row_is_asked_as_often_as_the_settings_say(attempts: int) -> None:
+    row = begin(attempts=attempts)
+    labels = [row.take("no") for _ in range(attempts)]
+    assert labels[:-1] == [None] * (attempts - 1)
+    last = labels[-1]
+    assert last is not None
+    assert (last.source, last.attempts, row.number) == ("fallback:template", attempts, attempts)
+
+
+def test_a_row_has_one_question_and_one_template_whoever_writes() -> None:
+    prompt = load_prompt("alignment")
+    questions = set()
+    for number in range(12):
+        request = Request(f"row{number}", image(), FACTS)
+        row = beginning(LabelsConfig(labeler="openai", model="m", attempts=1), seed=4)(request)
+        spare = template_label(request, prompt, 4)
+        assert row.question == spare.question
+        fallen = row.take(None)
+        assert fallen is not None
+        assert (fallen.question, fallen.text) == (spare.question, spare.text)
+        assert (spare.question, spare.text) != (
+            template_label(request, prompt, 5).question,
+            template_label(request, prompt, 5).text,
+        )
+        questions.add(row.question)
+    assert len(questions) > 2
+
+
+def test_each_slot_holds_its_own(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.md"
+    text = (FOLDER / "alignment.md").read_text(encoding="utf-8")
+    head, _, body = text.partition("# user\n")
+    user = "S={street} D={district} C={city} Q={question} F={facts}\n\n# again\n{problems}\n"
+    slots = "slots: [street, district, question, city, facts]"
+    mine.write_text(f"{head}# user\n{user}".replace("slots: [street, district, question]", slots), encoding="utf-8")
+    prompt = load_prompt(str(mine))
+    facts = Facts("Mill Street", "Harbour", sky="wide", city="Alderbrook")
+    assert prompt.ask(facts, "Where?") == "S=Mill Street D=Harbour C=Alderbrook Q=Where? F=The sky is wide."
+    assert prompt.ask(Facts("A", "B"), "?").startswith("S=A D=B C=not named Q=? F=Nothing")
+    assert prompt.ask_again(["one", "two"]) == "one; two"
+    assert body
 
 
 def test_the_answers_alone_decide() -> None:
