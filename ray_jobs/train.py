@@ -44,6 +44,8 @@ def settings(config: Config, system: SystemConfig) -> dict[str, Any]:
         InputError: it depends on the locatability of photos that have not been scored.
     """
     kept = {"workers", "strategy", "precision", "packing", "cities", "merge", "seed"}
+    if config.train.merge == "best":
+        kept |= {"validate_every", "validate_photos"}
     train = config.train.model_dump(include=kept, exclude_none=True)
     stages = {name: _stage(config.train.stages[name]) for name in system.stages}
     equal = next((s for s in config.train.systems if s.name == system.equal_steps_to), None)
