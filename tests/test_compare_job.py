@@ -1,9 +1,11 @@
 """The comparison on a real Ray: rows of several kinds, one that fails, table and report: pytest tests/test_compare_job.py"""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
+import pyproj
 import pytest
 
 from addressvlm import InputError, tables
@@ -18,7 +20,7 @@ from ray_jobs import compare, prepare
 from ray_jobs.rivals.described import described
 from ray_jobs.rivals.work import Outcome
 from tests.cities import trained_config
-from tests.rivals import photo, tiny_dino, work_in
+from tests.rivals import photo, tiny_dino, where, work_in
 from tests.tiny import tiny_llava
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -100,6 +102,47 @@ def test_a_variant_does_not_learn_from_photos_near_those_asked_about(tmp_path: P
     assert {near.config.name, far.config.name} == set(variant.train.cities)
 
 
+def test_a_variant_may_learn_from_photos_just_beyond_the_guard(tmp_path: Path) -> None:
+    work = work_in(tmp_path, "a/base", [photo("train", 40)], city={"manifest": "none.csv", "guard_m": 25})
+    asked = work_in(tmp_path, "a/base", [photo("train", 40)], name="other")
+    geod, rows = pyproj.Geod(ellps="WGS84"), [photo("test", 0)]
+    rows[0] |= {"lat": 60.0, "lon": 10.0}
+    tables.write(work.run.photos, "test", rows, tables.PHOTOS)
+    for metres, apart in ((24.5, False), (25.5, True)):
+        lon, lat, _ = geod.fwd(10.0, 60.0, 90, metres)
+        tables.write(asked.run.photos, "train", [photo("train", 0) | {"lat": lat, "lon": lon}], tables.PHOTOS)
+        variant = work.config.model_copy(update={"train": work.config.train.model_copy(update={"cities": {"other": 1.0}})})
+        if apart:
+            compare.keep_apart(work, "x", variant)
+        else:
+            with pytest.raises(InputError, match=r"that are 2[45] m from test photos, less than the guard of 25 m"):
+                compare.keep_apart(work, "x", variant)
+
+
+def test_only_photos_that_were_asked_about_count_within_a_radius(tmp_path: Path) -> None:
+    work = work_in(tmp_path, "a/base", [photo("train", 0)])
+    some = dataclasses.replace(work, ids={"test": ["test1", "test3"]})
+    found = compare._within(some, Outcome(coordinates={"test1": where(1, 1), "test0": where(0, 0)}), (100, 0))
+    assert (found["25 m"]["n"], found["25 m"]["value"]) == (2, 0.5)
+    assert compare._within(some, Outcome(), (100, 0)) == {}
+
+
+def test_rows_stand_in_the_order_of_the_settings_and_see_photos(tmp_path: Path) -> None:
+    systems = [{"name": "B", "kind": "scored", "of": "z"}, {"name": "A", "kind": "prior", "of": "B", "district": True}]
+    work = work_in(
+        tmp_path, "a/base", [photo("train", 0)], train={"systems": [{"name": "z"}]},
+        compare={"systems": systems, "variants": [{"name": "V", "system": "z"}]},
+    )  # fmt: skip
+    plan = compare._plan(work.config, work, None, None, False)
+    assert [(name, kind) for name, kind, _ in plan] == [
+        ("z", "generated"), ("B", "scored"), ("A", "prior"), ("V", "variant"),
+    ]  # fmt: skip
+    compare._check(work.config, ["A", "V"])
+    work.config.evaluate.images = "grafts"
+    with pytest.raises(InputError, match=r"rows of compare\.systems see photos"):
+        compare._check(work.config, [])
+
+
 def test_what_is_measured_goes_into_the_cards_of_a_trained_model(tmp_path: Path) -> None:
     work = work_in(tmp_path, "a/base", [photo("train", number) for number in range(3)])
     model, answers = work.run.model("AddressVLM"), [{"id": "test0"}, {"id": "test0"}, {"id": "test1"}]
@@ -140,6 +183,9 @@ def test_rows_must_be_told_apart(config: Config) -> None:
 def test_a_variant_is_a_run_of_its_own() -> None:
     changed = compare.changed(Config(), VariantConfig(name="delta 0.3", set={"tiles.delta": 0.3, "train.cities": {"a": 1}}))
     assert (changed.name, changed.tiles.delta, changed.train.cities) == ("demo-delta-0-3", 0.3, {"a": 1.0})
+    base = Config(seed=5)
+    compare.changed(base, VariantConfig(name="x", set={"tiles.delta": 0.25, "seed": 7}))
+    assert (base.tiles.delta, base.seed, base.name) == (Config().tiles.delta, 5, "demo")  # as it was
     other = compare.changed(
         Config(seed=3), VariantConfig(name="GeoReasoner", config="demo-georeasoner", set={"tiles.names": False})
     )

@@ -19,9 +19,10 @@ from addressvlm import InputError, tables
 from addressvlm.addresses import Address, Gazetteer
 from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.located import Locating, listed
+from addressvlm.config import validate
 from addressvlm.inference import Localizer
 from addressvlm.run import mark_done
-from addressvlm.shards import MARKS
+from addressvlm.shards import MARKS, plan_files
 from ray_jobs import localize
 from tests.families import picture
 from tests.tiny import tiny_llava
@@ -135,6 +136,73 @@ def test_parquet_with_images(model, photos, tmp_path):
     assert [row["reason"] for row in rejects] == ["id twice: a came before", "photo empty: z has zero bytes"]
     assert rejects[0]["row"] == 4
     assert len(rows[0]["candidates"]) == 2
+
+
+def test_an_id_counts_once_whichever_shard_it_comes_in(tmp_path):
+    schema = pa.schema([("id", pa.string()), ("image", tables.IMAGE)])
+    for number, ids in enumerate(("abcab", "ade", "fca")):
+        rows = [{"id": name, "image": {"bytes": f"{number}{at}".encode(), "path": None}} for at, name in enumerate(ids)]
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / f"test-0000{number}.parquet", row_group_size=2)
+    files = sorted(tmp_path.glob("*.parquet"))
+    for size in (2, 3, 100):
+        shards, rejects = localize._once(plan_files(files, size))
+        rows = [row for shard in shards for batch in shard.batches() for row in batch]
+        assert [(row["id"], row["image"]["bytes"]) for row in rows] == [
+            ("a", b"00"), ("b", b"01"), ("c", b"02"), ("d", b"11"), ("e", b"12"), ("f", b"20"),
+        ]  # fmt: skip
+        assert sum(shard.rows for shard in shards) == 6
+        assert [(reject["row"], reject["id"]) for reject in rejects] == [(4, "a"), (5, "b"), (6, "a"), (10, "c"), (11, "a")]
+
+
+def test_a_shorter_list_leaves_nothing_of_a_longer_one(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(localize, "SHARD", 2)
+    for last in (7, 3):
+        manifest = tmp_path / "list.csv"
+        manifest.write_text("file\n" + "".join(f"{photos}/{i:02}.jpg\n" for i in range(last)))
+        shards, columns, _ = localize._shards(localize._given(str(manifest), "test"), tmp_path)
+        rows = [row for shard in shards for batch in shard.batches(columns) for row in batch]
+        assert [(row["row"], row["file"]) for row in rows] == [(i + 1, f"{photos}/{i:02}.jpg") for i in range(last)]
+        assert [shard.rows for shard in shards] == [2] * (last // 2) + [1]
+
+
+def test_what_was_located_is_kept_for_the_same_model_and_question_alone(model, photos, tmp_path, monkeypatch):
+    asked = []
+
+    def made(step, shards, folder, work, workers, actor):
+        asked.append((work.function.top_k, work.function.dtype, work.function.threads, workers, actor))
+        rows = [row for shard in shards for batch in shard.batches(work.columns) for row in batch]
+        reject = {"file": None, "row": 1, "id": rows[0]["id"], "reason": "bad"}
+        return [{"number": 0, "rows": len(rows), "written": {"located": len(rows) - 1}, "rejects": [reject]}]
+
+    monkeypatch.setattr(localize, "sharded", made)
+    monkeypatch.setattr(localize, "require", lambda *_: None)
+    here = tmp_path / "photos"
+    shutil.copytree(photos, here)
+    copied = tmp_path / "model"
+    shutil.copytree(model, copied)
+
+    def locate(top_k=5, split="test", config=None, redo=False):
+        config = config or validate({"evaluate": {"workers": 3, "cpus_per_worker": 2, "gpus_per_worker": 0.5}}, "test")
+        localize.localize(config, str(copied), str(here), split, tmp_path / "out", top_k, redo)
+        return len(asked)
+
+    assert locate() == locate() == 1
+    assert asked[0] == (5, "float32", 2, 3, {"num_cpus": 2, "num_gpus": 0.5})
+    assert pq.read_table(tmp_path / "out" / "rejects.parquet")["reason"].to_pylist() == ["bad"]
+    for changes in ({"top_k": 4}, {"split": "val"}, {"config": validate({"model": {"dtype": "bfloat16"}}, "test")}):
+        with pytest.raises(InputError, match="made with other settings"):
+            locate(**changes)
+    Calibration(3.0, 0.8, {"0.8": 0.6}).save(copied)
+    with pytest.raises(InputError, match=r"made with other settings \(calibration: "):
+        locate()
+    assert locate(redo=True) == 2
+    (here / "31.jpg").write_bytes(jpeg(31))
+    with pytest.raises(InputError, match=r"made with other settings \(content: "):
+        locate()
+    assert locate(redo=True) == 3
+    (copied / "chat_template.jinja").write_text("another")
+    with pytest.raises(InputError, match=r"made with other settings \(model: "):
+        locate()
 
 
 @pytest.mark.parametrize(
