@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,19 +21,23 @@ from serve.access import Access, RateLimit, key_digests
 from serve.records import Records
 from serve.settings import ServiceSettings
 from tests.inprocess import api
-from tests.service import check_error, photo
+from tests.service import check_error, model_folder, photo
 
 pytestmark = pytest.mark.xdist_group("serve")
 KEYS = [f"a-key-of-twenty-{number:04}" for number in range(5)]
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("ADDRESSVLM_API_KEYS", ", ".join(KEYS))
-        limits = {"rate_limit": 0.6, "allowed_origins": "https://maps.example.org"}  # one now, the next in 100 s
-        with api(tmp_path_factory.mktemp("access"), **limits) as client:
-            yield client
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(model_folder(tmp_path_factory.mktemp("access")))
+
+
+@pytest.fixture
+def client(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    """A service that nobody has asked yet: every key has its one request a hundred seconds."""
+    monkeypatch.setenv("ADDRESSVLM_API_KEYS", ", ".join(KEYS))
+    with api(tmp_path, model=model, rate_limit=0.6, allowed_origins="https://maps.example.org") as client:
+        yield client
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -77,6 +82,7 @@ def test_the_log_has_a_line_for_each_request_and_no_image(client: TestClient, ca
     assert response.headers["x-request-id"] == first["request_id"] == response.json()["request_id"] == "ours-1"
     assert (first["status"], first["path"], first["city"], first["caller"][:4]) == (200, "/v1/localize", "toytown", "key-")
     assert re.fullmatch("[0-9a-f]{32}", second["request_id"])
+    assert (first["bytes"], first["method"]) == (len(response.content), "POST")
     assert second["status"] == 429  # the second within its minute
     text = caplog.text
     assert not any(secret in text for secret in (*KEYS, "secret.jpg", "JFIF", "base64"))
@@ -90,12 +96,13 @@ def test_what_is_counted(client: TestClient) -> None:
     assert text.headers["content-type"].startswith("text/plain")
     found = {f.name: f.samples for f in text_string_to_metric_families(text.text)}
     counted = {(s.labels["route"], s.labels["status"]): s.value for s in found["addressvlm_requests"]}
-    assert counted["/v1/localize", "200"] >= 1
-    assert counted["/v1/models", "429"] >= 1
+    assert counted == {("/v1/models", "200"): 1, ("/v1/models", "429"): 1, ("/v1/localize", "200"): 1}
     assert {s.labels["city"] for s in found["addressvlm_localized"]} == {"toytown"}
     for name in ("addressvlm_request_seconds", "addressvlm_confidence", "addressvlm_batch_size", "addressvlm_decode_seconds"):
         assert any(s.name.endswith("_count") and s.value >= 1 for s in found[name])
-    assert "nowhere" not in text.text  # callers can't make up labels
+    client.request("BREW", "/nowhere")
+    text = client.get("/metrics", headers=bearer(KEYS[1]))
+    assert 'method="other",replica="front",route="other",status="401"' in text.text  # callers can't make up labels
 
 
 def test_the_rate_limit_counts_time_and_forgets_callers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,9 +116,10 @@ def test_the_rate_limit_counts_time_and_forgets_callers(monkeypatch: pytest.Monk
     assert ask(0.5) == pytest.approx(0.5)
     assert ask(1) == 0
     assert ask(1, "b") == 0
-    monkeypatch.setattr("serve.access.CALLERS", 1)
-    assert ask(1, "c") == 0
-    assert list(limit.callers) == ["b", "c"]
+    assert [ask(1000) for _ in range(11)] == [*[0] * 10, pytest.approx(1)]  # no more than that after any time
+    monkeypatch.setattr("serve.access.CALLERS", 2)
+    assert ask(1000, "c") == 0  # in place of b, who has not asked for longest
+    assert list(limit.callers) == ["a", "c"]
 
 
 def test_short_keys_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +146,8 @@ def test_keys_are_asked_for_under_a_prefix(client: TestClient) -> None:
 class Around:
     """`Access` around an application of a few lines."""
 
-    def __init__(self, app: Any, wait: Any = None, **more: Any) -> None:
-        settings = ServiceSettings(forwarded=True, rate_limit=1, **more)
+    def __init__(self, app: Any, wait: Any = None, forwarded: bool = True, **more: Any) -> None:
+        settings = ServiceSettings(forwarded=forwarded, rate_limit=1, **more)
         self.access = Access(app, settings, Records(), wait=wait)
 
     def client(self, address: str = "10.0.0.9") -> TestClient:
@@ -165,6 +173,25 @@ async def fine(scope: Any, receive: Any, send: Any) -> None:
 def test_callers_behind_a_proxy(lines: list[str], caller: str) -> None:
     headers = [("X-Forwarded-For", line) for line in lines]
     assert Around(fine).client().get("/v1/x", headers=headers).text == caller
+
+
+def test_without_a_proxy_nobody_says_who_they_are() -> None:
+    headers = [("X-Forwarded-For", "1.2.3.4")]
+    assert Around(fine, forwarded=False).client().get("/v1/x", headers=headers).text == "10.0.0.9"
+
+
+def test_the_rate_is_that_of_the_caller_and_the_wait_is_told() -> None:
+    callers = []
+
+    async def wait(caller: str) -> float:
+        callers.append(caller)
+        return {"1.2.3.4": 0.0, "1.2.3.5": 0.2}.get(caller, 41.6)
+
+    client = Around(fine, wait).client()
+    for address, status, after in (("1.2.3.4", 200, None), ("1.2.3.5", 429, "1"), ("1.2.3.6", 429, "42")):
+        answer = client.get("/v1/x", headers={"X-Forwarded-For": address})
+        assert (answer.status_code, answer.headers.get("retry-after")) == (status, after)
+    assert callers == ["1.2.3.4", "1.2.3.5", "1.2.3.6"]
 
 
 def test_a_peer_is_known_by_its_network() -> None:
@@ -201,6 +228,30 @@ def test_a_question_too_many_is_refused_at_the_door() -> None:
             assert (await client.get("/v1/models")).status_code == 200
             over.set()
             assert (await first).status_code == 200
+            assert (await client.post("/v1/localize")).status_code == 200
+
+    asyncio.run(ask())
+
+
+def test_a_place_is_given_back_whatever_becomes_of_the_question() -> None:
+    ends: list[type[BaseException]] = [RuntimeError, InputError, ClientDisconnect, asyncio.CancelledError]
+
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        if ends:
+            raise ends.pop()
+        await fine(scope, receive, send)
+
+    async def none(*_: Any) -> Any:
+        return {}
+
+    async def ask() -> None:
+        room = {"max_queued_requests": 0, "max_replicas": 1, "max_ongoing_requests": 1, "target_ongoing_requests": 0.5}
+        around = Around(fails, **room)
+        while ends:
+            with suppress(asyncio.CancelledError):
+                await around.access({"type": "http", "method": "POST", "path": "/v1/localize", "headers": []}, none, none)
+            assert around.access.inside == 0
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(around.access), base_url="http://test") as client:
             assert (await client.post("/v1/localize")).status_code == 200
 
     asyncio.run(ask())

@@ -59,12 +59,13 @@ def test_cities_in_one_batch_do_not_mix(systems: list[Path]) -> None:
     given = settings(systems)
     engine = Engine(given, find(given))
     cities = ["toytown", "st-alder", "toytown", "st-alder"]
-    asked = [Where(city, PIXELS, 9, Prior(), None) for city in cities]
+    photos = np.random.default_rng(2).integers(0, 255, (4, 40, 60, 3), dtype=np.uint8)
+    asked = [Where(city, pixels, 9, Prior(), None) for city, pixels in zip(cities, photos, strict=True)]
     apart = [engine.localize([where])[0] for where in asked]
     engine = Engine(given, find(given))  # that remembers no photo
     together = engine.localize(asked)
     assert [t.confidence for t in together] == pytest.approx([a.confidence for a in apart], rel=1e-4)
-    assert together[0].confidence != pytest.approx(together[1].confidence, rel=1e-2)
+    assert len({round(a.confidence, 4) for a in apart}) == 4
     bad = Where("toytown", PIXELS, 9, Prior(streets=("Elm Row",)), None)
     refused, fine = engine.localize([bad, asked[0]])
     assert isinstance(refused, InputError)
@@ -99,7 +100,14 @@ def test_vllms_scores_make_the_same_ranking(systems: list[Path], monkeypatch: py
         found = asyncio.run(model.localize(Where("toytown", PIXELS, 9, prior, None)))
         assert [c.street for c in found.candidates] == [c.street for c in expected.candidates]
         assert found.confidence == pytest.approx(expected.confidence, rel=1e-4)
+    model.calibration = Calibration(2.0, 0.8, {"0.8": 0.9999})
+    for threshold, known in ((None, False), (0.0, True), (1.0, False)):
+        found = asyncio.run(model.localize(Where("toytown", PIXELS, 2, Prior(), threshold)))
+        least = 0.9999 if threshold is None else threshold
+        assert (found.known, found.threshold, len(found.candidates)) == (known, least, 2)
     monkeypatch.setattr("serve.vllm_engine.MAX_ADDRESSES", 2)
+    two = Prior(streets=("Mill Street", "Quay Lane"))
+    assert len(asyncio.run(model.localize(Where("toytown", PIXELS, 9, two, None))).candidates) == 2
     refused = asyncio.run(model.localize(Where("toytown", PIXELS, 9, Prior(), None)))
     assert (refused.status, refused.code) == (501, "not_implemented")
 

@@ -1,7 +1,9 @@
 """Photos before the model, without Ray: decoded, upright, small, and by processes that can do no harm."""
 
 import asyncio
+import resource
 import sys
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from addressvlm import InputError
-from addressvlm.uploads import LONGEST_SIDE, decode
+from addressvlm.uploads import LONGEST_SIDE, confine, decode
 from serve.decoders import COMMAND, Decoders
 from serve.errors import ApiError
 from serve.images import bytes_of
@@ -34,6 +36,37 @@ def test_photos_come_upright_and_no_larger_than_the_model_needs(kind: str) -> No
     assert decode(data, 50)[:2] == (LONGEST_SIDE // 2, LONGEST_SIDE)
     assert decode(data, 50, side=336)[:2] == (672, 1344)
     assert decode(encoded(Image.new("RGB", (640, 480)), kind), 50, side=336)[:2] == (640, 480)  # as it is
+
+
+def test_the_bounds_of_a_photo_are_themselves_allowed() -> None:
+    assert decode(encoded(Image.new("RGB", (200, 100)), "PNG"), 0.02)[:2] == (200, 100)
+    assert decode(encoded(Image.new("RGB", (16, 40)), "PNG"), 50)[:2] == (16, 40)
+    for size, words in (((201, 100), "at most 0.02"), ((15, 40), "at least 16"), ((40, 15), "at least 16")):
+        with pytest.raises(InputError, match=words):
+            decode(encoded(Image.new("RGB", size), "PNG"), 0.02)
+
+
+def test_a_turned_photo_stands_on_its_feet() -> None:
+    lying = Image.new("RGB", (60, 40), "blue")
+    lying.paste("red", (0, 0, 30, 40))  # what is left in the file is above when shown
+    width, height, rgb = decode(encoded(lying, "PNG", exif=TURNED), 50)
+    assert (width, height, rgb[:3], rgb[-3:]) == (40, 60, b"\xff\0\0", b"\0\0\xff")
+
+
+def test_each_photo_has_its_own_cpu_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much time the process used for those before."""
+    limits: dict[int, tuple[int, int]] = {}
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limit: limits.update({kind: limit}))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits.get(kind, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)))
+    used = iter([3.5, 20.0])
+    monkeypatch.setattr(time, "process_time", lambda: next(used))
+    confine(10, 1 << 20)
+    room = limits[resource.RLIMIT_AS][0]
+    assert limits[resource.RLIMIT_CPU] == (14, resource.RLIM_INFINITY)
+    assert room > 1 << 20
+    confine(10, 1 << 40)
+    assert limits[resource.RLIMIT_CPU] == (31, resource.RLIM_INFINITY)
+    assert limits[resource.RLIMIT_AS][0] == room  # given once, or it would grow with what was used
 
 
 @given(st.data())
@@ -138,8 +171,15 @@ def test_a_process_that_died_while_it_waited_is_not_asked() -> None:
         (process,) = decoders.idle
         process.kill()
         await process.wait()
-        assert (await decoders.decode(photo(), 336))[:2] == (320, 240)
+        assert (await decoders.decode(photo(), 60))[:2] == (160, 120)  # twice the side that the model looks at
         assert process not in decoders.idle
+        (other,) = decoders.idle
+        sizes = [(60, 40), (40, 60), (50, 50)]
+        photos = [encoded(Image.new("RGB", size), "PNG") for size in sizes]
+        found = await asyncio.gather(*(decoders.decode(data, 336) for data in photos))
+        assert [one[:2] for one in found] == sizes
+        assert decoders.idle == [other]  # one process, as many as it was told
         await decoders.close()
+        assert other.returncode is not None
 
     run(decode_twice())

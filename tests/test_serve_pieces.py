@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from openai import AsyncOpenAI
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
 
 import serve as service
@@ -23,7 +26,7 @@ from serve.asks import Question
 from serve.batcher import Batcher
 from serve.cities import model_folder
 from serve.completion import _without_blanks
-from serve.errors import ApiError, install
+from serve.errors import ApiError, error_response, in_words, install
 from serve.images import bytes_of
 from serve.records import Records, render
 from serve.settings import IMAGES, MODEL
@@ -87,6 +90,27 @@ def test_the_production_file_is_one_that_serve_deploys() -> None:
     assert service.ServiceSettings.model_validate(application.args).min_replicas == 2
 
 
+def test_as_many_questions_are_taken_in_as_may_wait_and_be_worked_on() -> None:
+    some = service.ServiceSettings(max_queued_requests=5, max_replicas=3, max_ongoing_requests=10)
+    assert some.at_once == 35
+    assert some.model_copy(update={"max_queued_requests": 0}).at_once == 30
+    assert some.model_copy(update={"max_queued_requests": -1}).at_once == float("inf")
+
+
+def test_the_newest_of_two_last_models_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    here, jobs = tmp_path / "here", tmp_path / "addressvlm" / "runs"
+    for number, runs in enumerate((here, jobs)):
+        (runs / "merged").mkdir(parents=True)
+        (runs / "merged" / "config.json").write_text("{}")
+        (runs / "last-model").write_text(str(runs / "merged"))
+        os.utime(runs / "last-model", (number, number))
+    asked = service.ServiceSettings(storage=str(here))
+    assert model_folder(asked) == jobs / "merged"
+    os.utime(here / "last-model", (2, 2))
+    assert model_folder(asked) == here / "merged"
+
+
 def test_lists_come_as_text_or_lists() -> None:
     for given_as in ("example.org, .example.net:8443,", ["example.org", ".example.net:8443"]):
         assert service.ServiceSettings(image_domains=given_as).image_domains == ["example.org", ".example.net:8443"]
@@ -120,6 +144,26 @@ def test_defects_show_nothing_of_the_inside() -> None:
     assert "secret" not in response.text
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InputError("x"), 400),
+        (ApiError(404, "x"), 404),
+        (TimeoutError(), 503),
+        (BackPressureError(num_queued_requests=1, max_queued_requests=1), 503),
+        (RayTaskError("f", "trace", InputError("x")), 400),
+        (RayTaskError("f", "trace", KeyError("x")), 500),
+        (KeyError("x"), 500),
+    ],
+)
+def test_what_went_wrong_decides_the_status(error: Exception, status: int) -> None:
+    told = in_words(error)
+    assert told.status == status
+    answer = error_response(told)
+    assert answer.status_code == status
+    assert ("retry-after" in answer.headers) == (status == 503)
+
+
 def test_errors_travel_between_processes() -> None:
     error = pickle.loads(pickle.dumps(ApiError(429, "Wait.", "x", "y", 7)))
     assert (error.status, error.message, error.param, error.code, error.retry_after_s) == (429, "Wait.", "x", "y", 7)
@@ -141,11 +185,19 @@ def test_an_addresss_score_is_that_of_its_tokens_up_to_the_end() -> None:
 def test_what_vllm_is_asked() -> None:
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]}
     pixels = np.zeros((20, 30, 3), np.uint8)
-    asked = _request(Question("x", [turn], [pixels], Sampling(9, 0.5, n=2, stop=["."], logprobs=0)))
-    url = asked["messages"][0]["content"][0]["image_url"]["url"]
-    assert decode(bytes_of(url), 50).rgb == pixels.tobytes()
-    assert {k: asked[k] for k in ("max_tokens", "n", "stop", "logprobs", "top_logprobs")} == {
-        "max_tokens": 9, "n": 2, "stop": ["."], "logprobs": True, "top_logprobs": 0
+    photos = [pixels, pixels + 9]
+    asked = _request(Question("x", [turn, turn], photos, Sampling(9, 0.5, 0.25, 2, ["."], logprobs=0, seed=0)))
+    for message, shown in zip(asked.pop("messages"), photos, strict=True):
+        image, text = message["content"]
+        assert decode(bytes_of(image["image_url"]["url"]), 50).rgb == shown.tobytes()
+        assert text == turn["content"][1]
+    assert asked == {
+        "max_tokens": 9, "temperature": 0.5, "top_p": 0.25, "n": 2, "stop": ["."], "seed": 0,
+        "logprobs": True, "top_logprobs": 0,
+    }  # fmt: skip
+    plain = _request(Question("x", [turn], [pixels], Sampling(9)))
+    assert {key: plain.get(key) for key in ("temperature", "stop", "seed", "logprobs", "top_logprobs")} == {
+        "temperature": 0.0, "stop": None, "seed": None, "logprobs": False, "top_logprobs": None
     }  # fmt: skip
 
 
