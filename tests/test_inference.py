@@ -99,6 +99,28 @@ def test_many_photos_are_located_like_one_by_one(localizer, monkeypatch):
     assert localizer.localize_many([]) == []
 
 
+def test_each_of_many_photos_has_its_own_prior_and_look(localizer, monkeypatch):
+    monkeypatch.setattr("addressvlm.inference.PHOTOS_AT_ONCE", 2)
+    images = [picture(seed) for seed in (31, 32, 33, 34, 35)]
+    priors = [
+        Prior(districts=("Harbour",)), None, Prior(streets=("Oak Avenue",)), Prior(weights={"Mill Street": 9}), Prior()
+    ]  # fmt: skip
+    together = localizer.localize_many(images, None, priors)
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Tell."}]}]
+    for image, prior, found in zip(images, priors, together, strict=True):
+        fresh = Localizer(localizer.folder, device="cpu", memory_mb=0, loaded=(localizer.model, localizer.processor))
+        alone = fresh.localize(image, None, prior).candidates
+        assert [(c.street, c.district) for c in alone] == [(c.street, c.district) for c in found.candidates]
+        assert [c.probability for c in alone] == pytest.approx([c.probability for c in found.candidates], rel=1e-3)
+        assert localizer.chat(asked, [image], Sampling(6)) == fresh.chat(asked, [image], Sampling(6))
+
+
+def test_a_threshold_of_0_is_not_that_of_the_calibration(localizer, monkeypatch):
+    monkeypatch.setattr(localizer, "calibration", Calibration(target=0.8, thresholds={"0.5": 0.1, "0.8": 1.0}))
+    found = [localizer.localize(picture(3), threshold=least) for least in (None, 0.0)]
+    assert [(f.known, f.threshold) for f in found] == [(False, 1.0), (True, 0.0)]
+
+
 def test_the_same_photo_is_looked_at_once(localizer):
     image = picture(21)
     passes = []

@@ -34,6 +34,8 @@ class Server(BaseHTTPRequestHandler):
             "/to-metadata": "http://169.254.169.254/latest/meta-data",
             "/to-file": "file:///etc/passwd",
             "/to-itself": "/to-itself",
+            "/to-photo-by-3": "/to-photo-by-2",
+            "/to-photo-by-2": "/to-photo",
             "/to-other": f"http://other.test:{port}/photo",
         }
         if self.path in away:
@@ -103,6 +105,9 @@ def test_an_allowed_image_is_fetched(port: int, names: dict[str, list[str]]) -> 
     assert get(f"http://images.test:{port}/photo", f"images.test:{port}") == photo()
     assert get(f"http://images.test:{port}/to-photo", f".test:{port}") == photo()
     assert get(f"http://IMAGES.test:{port}/photo", f"images.test:{port}") == photo()
+    assert get(f"http://images.test:{port}/to-photo-by-3", f"images.test:{port}") == photo()  # as often as is allowed
+    assert get(f"http://images.test:{port}/photo", f"images.test:{port}", max_mb=(len(photo()) + 0.5) / 1e6) == photo()
+    refused(f"http://images.test:{port}/photo", f"images.test:{port}", words="larger", max_mb=(len(photo()) - 0.5) / 1e6)
 
 
 def test_a_name_is_resolved_once_and_that_address_is_judged(port: int, names: dict[str, list[str]]) -> None:
