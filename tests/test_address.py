@@ -86,6 +86,48 @@ def test_a_street_that_the_map_has_not_near(town: StreetMap) -> None:
     assert (far.address.street, far.distance_m, far.margin_m, far.second_street) == ("Far Road", None, None, "High Street")
 
 
+def at_metres(town: StreetMap, row: int, x: float, y: float, **given: Any) -> Photo:
+    """A photo at metres of the map's own plane."""
+    lat, lon = town.to_degrees([x], [y])
+    return replace(photo(row, 0, 0, **given), lat=float(lat[0]), lon=float(lon[0]))
+
+
+def test_limits_belong_to_what_they_limit(town: StreetMap) -> None:
+    """A street at exactly the limit counts, a cm further it does not; so does an ambiguous one."""
+    high = float(shapely.bounds(town.lines[list(town.names).index("High Street")])[0])  # its x
+    spots = [(50, 40.0), (50, 40.01), (high - 15, 2), (high - 15.01, 2)]
+    photos = [at_metres(town, row, x, y) for row, (x, y) in enumerate(spots, 1)]
+    places, reasons = placed(photos, town)
+    assert [p.id for p in places] == ["p1", "p3", "p4"]
+    assert [r.partition(":")[0] for r in reasons] == ["no street near"]
+    assert [(p.distance_m, p.ambiguous) for p in places] == [(40.0, False), (2.0, True), (2.0, False)]
+    nearer, _ = placed(photos, town, max_distance_m=39.0, ambiguous_m=16.0)
+    assert [(p.id, p.ambiguous) for p in nearer] == [("p3", True), ("p4", True)]
+    corner = [at_metres(town, row, high + away, 250, street="Mill Street") for row, away in ((1, 199.999), (2, 200.01))]
+    assert [p.second_street for p in placed(corner, town)[0]] == ["High Street", None]
+
+
+def test_most_photos_of_a_place_decide_on_its_address(town: StreetMap) -> None:
+    names = ["Mill Street", "High Street", "Mill Street", ""]
+    group = [photo(row, 50, 4, place="here", street=name, district="East") for row, name in enumerate(names, 1)]
+    (place,), reasons = placed(group, town)
+    assert place.address.street == "Mill Street"
+    assert reasons == ["place with two addresses: most photos of 'here' have the street Mill Street"]
+    (tied,), _ = placed(group[1:3], town)
+    assert tied.address.street == "High Street"  # the first on a tie
+    told = [replace(group[0], district="West"), *group[2:]]
+    (place,), reasons = placed(told, town)
+    assert place.address.district == "East"
+    assert reasons == ["place with two addresses: most photos of 'here' have the district East"]
+
+
+def test_a_place_is_in_the_middle_of_its_photos(town: StreetMap) -> None:
+    group = [photo(1, 50, 4, place="here"), photo(2, 56, 10, place="here"), photo(3, 50, 4, place="here")]
+    (place,), _ = placed(group, town)
+    assert (place.lon, place.lat) == pytest.approx(tuple(degrees((52, 6))))
+    assert (place.x, place.y) == pytest.approx([float(v[0]) for v in town.to_metres([place.lat], [place.lon])])
+
+
 # neighbours
 
 
@@ -137,6 +179,20 @@ def test_votes_choose_between_own_and_rival(rows: list[tuple[int, int, int]], re
                 near.append(own[j])
             sides.append(near.count(other) - near.count(mine))
         assert voted[i] == (other if other >= 0 and min(sides) >= 0 and sum(sides) > 0 else mine)
+
+
+def test_no_more_than_64_neighbours_of_a_side_vote() -> None:
+    """The place in the middle; the 65th voter of a side would turn the vote."""
+    own = np.array([1, *[1] * 32, *[2] * 32, 1, *[2] * 64, 1], dtype=np.int32)
+    rival = np.full(len(own), -1, dtype=np.int32)
+    rival[65] = 2
+    voted = vote(np.zeros(len(own)), np.zeros(len(own)), own, rival, 1.0)
+    assert voted[65] == 2  # 32 against 32 before, 64 after
+    own[32] = 2
+    own[33] = 1
+    assert vote(np.zeros(len(own)), np.zeros(len(own)), own, rival, 1.0)[65] == 2
+    own[34] = 1
+    assert vote(np.zeros(len(own)), np.zeros(len(own)), own, rival, 1.0)[65] == 1
 
 
 # what doesn't fit

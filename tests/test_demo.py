@@ -2,21 +2,24 @@
 
 import csv
 import itertools
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyproj
 import pytest
 import rasterio
 
 from addressvlm import InputError
 from addressvlm.baselines.locatability import Locatability, Texts
+from addressvlm.cities.streets import StreetMap
 from addressvlm.demo import city
 from addressvlm.demo.camera import PARTS, PAVEMENT, YARD, parts, photograph
 from addressvlm.demo.city import ground_frame, origin, places, to_degrees, toy_world, views, write_city
 from addressvlm.demo.clues import lessons, make
-from addressvlm.demo.world import CROWNS, PAVINGS, district_at, generate
+from addressvlm.demo.world import CROWNS, PAVINGS, Character, World, district_at, generate
 
 
 def test_a_seed_is_a_city() -> None:
@@ -92,6 +95,78 @@ def test_parts_are_what_the_photo_shows() -> None:
             assert not (wall[:, None] == np.array([PAVEMENT, YARD])[None]).all(axis=-1).any()
             seen |= {PARTS[number] for number in np.unique(found)}
     assert seen == set(PARTS)
+
+
+def box(x: float, y: float, colour: tuple[int, int, int]) -> World:
+    """A world of one tower of 20 m a side around (x, y), and nothing else."""
+    return World(
+        0.0, (400.0, 400.0), [], [], boxes=np.array([[x - 10, y - 10, x + 10, y + 10]], np.float32),
+        heights=np.array([40.0], np.float32), facades=np.array([colour], np.float32), roofs=np.array([colour], np.float32),
+        windows=np.array([3.0], np.float32),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("heading", [0.0, 1.1, math.pi / 2, 3.0, -2.0])
+@pytest.mark.parametrize("thing", ["building", "tree"])
+def test_a_photo_shows_things_on_the_side_where_they_stand(thing: str, heading: float) -> None:
+    """The field of view is 90 degrees: 20 degrees to the right is 0.364 of half the width from the middle."""
+    for degrees in (-20, 0, 20, 100):  # to the right of the heading
+        turn = heading - math.radians(degrees)
+        x, y = 200 + 50 * math.cos(turn), 200 + 50 * math.sin(turn)
+        world = (
+            box(x, y, (200, 0, 0)) if thing == "building" else box(200, 200, (0, 0, 0))
+        )  # which stands around the camera and is not seen from within
+        if thing == "tree":
+            world.trees, world.crowns = np.array([[x, y, 2.0]], np.float32), np.array([[0, 200, 0]], np.float32)
+        columns = np.nonzero((parts(world, 200, 200, heading) == PARTS.index(thing)).any(axis=0))[0]
+        if degrees == 100:
+            assert not len(columns)
+        else:
+            assert columns.mean() == pytest.approx(79.5 + 80 * math.tan(math.radians(degrees)), abs=8)
+
+
+def test_headings_of_the_manifest_are_those_on_the_globe() -> None:
+    """Degrees clockwise from north, whatever way the city is turned; one step ahead of the camera lies there."""
+    for world in (toy_world("brinemouth"), generate(11)):
+        for heading in (0.0, 0.7, 2.0, 4.5):
+            steps = np.array([[100.0, 100.0], [100 + 50 * math.cos(heading), 100 + 50 * math.sin(heading)]])
+            here, ahead = to_degrees(world, steps)
+            azimuth, _, metres = pyproj.Geod(ellps="WGS84").inv(*here, *ahead)
+            assert metres == pytest.approx(50, abs=0.1)
+            assert (city.compass(world, heading) - azimuth + 180) % 360 - 180 == pytest.approx(0, abs=1.5)  # UTM's own north
+            assert 0 <= city.compass(world, heading) < 360
+
+
+def test_places_of_the_manifest_lie_on_the_streets_and_in_the_districts_of_the_maps(
+    toy_city: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(city, "SPACING", 160.0)  # as the fixture has it
+    world = toy_world("alderbrook")
+    streets = StreetMap.load(toy_city["streets"], toy_city["districts"])
+    with open(toy_city["manifest"], encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["file"].endswith("_0.jpg")]
+    truth = [(street, x, y, city.truth(world, street, x, y)) for street, x, y in places(world)]
+    assert len(rows) == len(truth)
+    lat, lon = (np.array([float(row[column]) for row in rows]) for column in ("lat", "lon"))
+    near = streets.around(lat, lon, 3)
+    assert all(names[0] in [name for name, _ in found] for found, (_, _, _, names) in zip(near, truth, strict=True))
+    for district, (_, x, y, (_, known)), at in zip(streets.district(lat, lon), truth, np.column_stack([lat, lon]), strict=True):
+        edges = [abs(v - e) for d in world.districts for v, e in ((x, d.box[0]), (x, d.box[2]), (y, d.box[1]), (y, d.box[3]))]
+        assert district == known or min(edges) < 3, at
+    first = [float(row["heading"]) for row in rows]
+    for heading, (street, *_) in zip(first, truth, strict=True):  # the first view looks along the street
+        along = city.compass(world, 0.0 if street.horizontal else math.pi / 2)
+        assert abs((heading - along + 180) % 360 - 180) <= math.degrees(0.2) + 0.1
+
+
+def test_what_is_seen_of_a_place_is_said_in_words() -> None:
+    street = Character("red", "blue", 2, "pine", 9.0, "gravel", 4.5)
+    district = Character("white", "green", 6, "maple", 60.0, "brick", 2.0)
+    assert street.traits(district) == [
+        "gravel road", "pine trees", "white fronts", "green roofs", "6 floors", "wide windows", "dense trees",
+    ]  # fmt: skip
+    for trait, kind in zip(street.traits(district), Character.kinds(), strict=True):
+        assert trait in kind
 
 
 def test_clues_of_the_toy_city_score_its_photos(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyproj
 import pytest
 import shapely
 from hypothesis import given, settings
@@ -88,6 +89,43 @@ def test_ends_beyond_the_one_crossing_are_told_apart_by_side() -> None:
     parts = divided([MILL, across("B Road", 300)], places(100, 500))
     assert [p.name for p in parts.parts] == ["Mill Street west of B Road", "Mill Street east of B Road"]
     assert {p.bounds for p in parts.parts} == {("B Road",)}
+
+
+def test_ends_of_a_street_to_the_north_are_told_apart_by_side() -> None:
+    north = ("Mill Street", [(0.0, 0.0), (0.0, 600.0)])
+    crossing = ("B Road", [(-100.0, 300.0), (0.0, 300.0), (100.0, 300.0)])
+    parts = divided([north, crossing], [(y, x) for x, y in places(100, 500)])
+    assert [p.name for p in parts.parts] == ["Mill Street south of B Road", "Mill Street north of B Road"]
+
+
+def test_of_several_streets_at_a_corner_the_longest_names_it() -> None:
+    lane, road = ("A Lane", [(300.0, 0.0), (300.0, 20.0)]), ("B Road", [(300.0, 0.0), (300.0, -200.0)])
+    parts = divided([MILL, lane, road], places(100, 500))
+    assert [p.name for p in parts.parts] == ["Mill Street west of B Road", "Mill Street east of B Road"]
+
+
+@pytest.mark.parametrize(("gap", "cuts"), [(49.0, 2), (51.0, 1)])
+def test_crossings_nearer_than_the_gap_make_one_cut(gap: float, cuts: int) -> None:
+    parts = divided([MILL, across("B Road", 300), across("C Road", 350)], places(100, 310, 500), gap_m=gap)
+    assert len(parts.parts) == cuts + 1
+
+
+@pytest.mark.parametrize(("least", "parts"), [(5, 3), (6, 1)])
+def test_a_part_with_just_enough_places_stays(least: int, parts: int) -> None:
+    assert len(divided(CROSSED, places(50, 300, 500), min_places=least).parts) == parts
+
+
+def test_lengths_far_north_are_metres_of_the_globe() -> None:
+    globe = pyproj.Geod(ellps="WGS84")
+    at = {x: globe.fwd(25, 60, 90, x)[:2] for x in (0, 200, 400, 600)}
+    lines = [shapely.LineString([at[x] for x in (0, 200, 400, 600)])]
+    lines += [shapely.LineString([globe.fwd(*at[x], 180, 100)[:2], at[x], globe.fwd(*at[x], 0, 100)[:2]]) for x in (200, 400)]
+    streets = StreetMap(["Mill Street", "B Road", "D Road"], lines)
+    lon, lat = np.array([globe.fwd(25, 60, 90, x + i)[:2] for x in (50, 300, 500) for i in range(5)]).T
+    parts = SubStreets(streets, PartitionConfig(), ["Mill Street"] * 15, *streets.to_metres(lat, lon))
+    assert [(round(p.start_m), round(p.end_m)) for p in parts.parts] == [(0, 200), (200, 400), (400, 600)]
+    shape = parts.shapes()["Mill Street between B Road and D Road"]
+    assert globe.geometry_length(shape) == pytest.approx(200, abs=0.5)
 
 
 def test_both_carriageways_are_one_street() -> None:

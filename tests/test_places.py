@@ -18,7 +18,7 @@ from addressvlm.cities.address import Place, assign
 from addressvlm.cities.photo import Photo
 from addressvlm.cities.split import split
 from addressvlm.cities.streets import StreetMap
-from addressvlm.config_city import CityConfig
+from addressvlm.config_city import CityConfig, SplitShares
 
 DEGREE_M = 111_195.0  # of latitude at the equator, about
 
@@ -183,6 +183,35 @@ def test_split_reaches_its_shares() -> None:
     assert abs(result.count("test") - 100) <= 10
     assert abs(result.count("val") - 200) <= 20
     assert result.count("train") > 550
+
+
+def grid(*at: tuple[float, float]) -> list[Place]:
+    return [Place(f"{i}", 0, 0, x, y, Address("Mill Street", "Town"), 1.0, None, False) for i, (x, y) in enumerate(at)]
+
+
+@pytest.mark.parametrize(("apart", "aside"), [(24.99, True), (25.0, False)])
+def test_the_guard_puts_aside_what_is_nearer_and_no_more(apart: float, aside: bool) -> None:
+    """Pairs of places far from each other: where one is held out, the other is set aside or trains on."""
+    pairs = grid(*((1000.0 * (i // 2), apart * (i % 2)) for i in range(40)))
+    city = CityConfig(guard_m=25, block_m=20, split=SplitShares(train=0.8, val=0.0, test=0.2))
+    result = split(pairs, city, 0)
+    assert result.count("test") == 8
+    partners = [{result.part[f"{2 * i}"], result.part[f"{2 * i + 1}"]} for i in range(20)]
+    assert ({"train", "test"} in partners) is not aside
+    assert (result.count("aside") > 0) is aside
+    assert set(result.reason.values()) == ({"nearer than 25 m to a test place"} if aside else set())
+    assert result.min_distance_m == pytest.approx(1000.0 if aside else 25.0, rel=1e-3)
+
+
+def test_held_out_places_come_in_blocks() -> None:
+    """Of the neighbours in a row of 10 m most share the part: the guard costs a block's edge, not each place."""
+    row = grid(*((10.0 * (i % 40), 10.0 * (i // 40)) for i in range(1600)))
+    shares = []
+    for side in (100.0, 10.0):
+        part = split(row, CityConfig(guard_m=0, block_m=side), 0).part
+        held_out = [i for i in range(1600) if i % 40 < 39 and part[f"{i}"] == "test"]
+        shares.append(sum(part[f"{i + 1}"] == "test" for i in held_out) / len(held_out))
+    assert shares[0] > 0.75 > 0.4 > shares[1]
 
 
 def test_other_seeds_give_other_splits() -> None:
