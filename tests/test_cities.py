@@ -48,6 +48,31 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
         assert image.getexif().get(0x0112, 1) == 1
 
 
+def test_a_turned_photo_is_upright_and_what_is_transparent_is_white(tmp_path: Path) -> None:
+    image, exif = Image.new("RGB", (40, 20), "white"), Image.Exif()
+    image.paste((255, 0, 0), (0, 0, 20, 10))  # red upper left: upper right after a quarter turn to the right
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    clear = Image.new("RGBA", (40, 20), (255, 0, 0, 255))
+    clear.paste((0, 0, 0, 0), (0, 0, 20, 20))
+    clear.save(tmp_path / "clear.png")
+    Image.fromarray(np.full((20, 40), 200 * 256, np.uint16)).save(tmp_path / "deep.png")
+    turned, opaque, deep = (
+        np.asarray(Image.open(io.BytesIO(check_photo(tmp_path / name, 1)))).astype(int)  # type: ignore[arg-type]
+        for name in ("turned.jpg", "clear.png", "deep.png")
+    )
+    assert [turned[y, x, 1] > 128 for y, x in ((8, 4), (8, 16), (32, 4), (32, 16))] == [True, False, True, True]
+    assert abs(opaque[10, 5] - 255).max() < 9
+    assert abs(opaque[10, 35] - (255, 0, 0)).max() < 9
+    assert abs(deep - 200).max() < 3
+
+
+@pytest.mark.parametrize(("size", "good"), [((1000, 1000), True), ((1001, 1000), False), ((16, 40), True), ((40, 15), False)])
+def test_the_limits_of_a_photo_s_size(tmp_path: Path, size: tuple[int, int], good: bool) -> None:
+    (tmp_path / "photo.png").write_bytes(encoded("PNG", size=size))
+    assert isinstance(check_photo(tmp_path / "photo.png", 1), bytes) is good
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

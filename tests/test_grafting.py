@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from addressvlm import InputError
-from addressvlm.grafting import beside, decode_photo, encode, graft, graft_photo, grafted_size
+from addressvlm.grafting import beside, decode_photo, encode, graft, graft_photo, grafted_size, pair
 
 SIDES = st.integers(1, 400)
 
@@ -98,6 +98,22 @@ def test_encoding_keeps_letters_crisp() -> None:
     tile.paste((200, 0, 0), (30, 0, 32, 64))
     again = np.asarray(Image.open(io.BytesIO(encode(tile, 92)))).astype(int)
     assert abs(again - np.asarray(tile).astype(int)).mean() < 3
+
+
+def test_jpegs_keep_the_colours_of_every_pixel_and_the_quality_asked_for() -> None:
+    image = Image.open(io.BytesIO(encode(textured((64, 64), 5), 92)))
+    assert {sampling[1:3] for sampling in image.layer} == {(1, 1)}  # type: ignore[attr-defined]
+    assert len(encode(textured((64, 64), 5), 50)) < len(encode(textured((64, 64), 5), 92))
+
+
+def test_a_pair_is_the_photo_no_larger_than_the_tile_and_the_tile() -> None:
+    tile = textured((100, 100), 1)
+    for size, expected in (((400, 200), (100, 50)), ((200, 400), (50, 100)), ((60, 30), (60, 30))):
+        photo, beneath, decoded = pair(tile, encoded(Image.new("RGB", size, (200, 0, 0)), "PNG"), 92)
+        assert Image.open(io.BytesIO(photo)).size == expected
+        assert abs(np.asarray(Image.open(io.BytesIO(photo))).astype(int) - (200, 0, 0)).max() < 9
+        assert beneath == encode(tile, 92)
+        assert decoded.size == size
 
 
 def textured(size: tuple[int, int], seed: int) -> Image.Image:

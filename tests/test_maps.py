@@ -1,5 +1,6 @@
 """python -m pytest tests/test_maps.py"""
 
+import json
 from pathlib import Path
 
 import matplotlib
@@ -162,6 +163,37 @@ def test_wide_streets_by_class(tmp_path: Path) -> None:
         tile = TileRenderer(path, None, small).tile(*town.degrees(0, 0))
         shares.append(float((np.asarray(tile.image)[:, 100] != (0xF2, 0xEF, 0xE9)).any(axis=-1).sum()))
     assert shares[1] > 2 * shares[0]
+
+
+@pytest.mark.parametrize(("side_m", "pixels"), [(200.0, 336), (100.0, 300)])
+def test_carriageways_are_as_wide_as_on_the_ground(tmp_path: Path, side_m: float, pixels: int) -> None:
+    """Between its casings, a pixel each; 9 m and more have the main streets' colour and lie above the others."""
+    lines = {"Main": [(-300.0, 0.0), (300.0, 0.0)], "Side": [(-20.0, -300.0), (-20.0, 300.0)]}
+    config = CONFIG.model_copy(update={"names": False, "side_m": side_m, "pixels": pixels})
+    shown = {"primary": 12.0, "primary_link": 12.0, "tertiary": 9.0, "residential": 7.5, "unknown": 7.5, "footway": 2.5}
+    for kind, metres in shown.items():
+        path = town.write_streets(tmp_path / "s.geojson", {"Main": lines["Main"]}, highway=kind)
+        column = np.asarray(TileRenderer(path, None, config).tile(*town.degrees(0, 0)).image)[:, pixels // 4]
+        width = (column != (0xF2, 0xEF, 0xE9)).any(axis=-1).sum()
+        assert width == pytest.approx(metres * pixels / side_m + 3, abs=1.5)
+        assert tuple(column[pixels // 2]) == ((0xFB, 0xE3, 0xA1) if metres >= 9 else (255, 255, 255))
+    features = [json.loads(town.write_streets(tmp_path / f"{k}.geojson", {n: lines[n]}, highway=k).read_text())["features"][0]
+                for n, k in (("Main", "primary"), ("Side", "residential"))]  # fmt: skip
+    (tmp_path / "both.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    crossing = np.asarray(TileRenderer(tmp_path / "both.geojson", None, config).tile(*town.degrees(-20, 0)).image)
+    assert tuple(crossing[pixels // 2, pixels // 2]) == (0xFB, 0xE3, 0xA1)
+
+
+def test_the_own_street_is_first_by_any_of_its_names(tmp_path: Path) -> None:
+    """King Street is nearer and longer; the place is on Mill Street, which the address calls otherwise."""
+    lines = {"King Street": [(-300.0, -2.0), (300.0, -2.0)], "Mill Street": [(-90.0, -40.0), (90.0, -40.0)]}
+    path = town.write_streets(tmp_path / "s.geojson", lines)
+    tree = json.loads(path.read_text())
+    tree["features"][1]["properties"]["alt_name"] = "Rue du Moulin"
+    path.write_text(json.dumps(tree))
+    renderer, here = TileRenderer(path, None, CONFIG), town.degrees(0, 0)
+    names = [renderer.tile(*here, street=street).names[0] for street in ("Mill Street", "rue du moulin", "", "Elm Road")]
+    assert names == ["Mill Street", "Mill Street", "King Street", "King Street"]
 
 
 def test_imagery_lies_north_up_under_the_names(streets: Path, imagery: Path) -> None:
