@@ -96,6 +96,9 @@ def test_a_row_of_the_comparison_needs_one():
         validate({"compare": {"systems": [row]}}, "test")
     (made,) = validate({"compare": {"systems": [{**row, "district": True, "gps_m": 100}]}}, "test").compare.systems
     assert words(made) == "the district and GPS within 100 m"
+    assert [words(known) for known in (Known(), Known(streets=1), Known(district=True, streets=2, gps_m=2500))] == [
+        "", "1 street", "the district and 2 streets and GPS within 2500 m"
+    ]  # fmt: skip
 
 
 def test_fixes_are_off_alike_in_all_directions_and_within_the_radius_in_95_of_100():

@@ -102,6 +102,7 @@ def test_tokens_are_fed_one_after_the_other_at_their_positions():
         ({"stop": ("cde",)}, ["b", ""], "stop", 4),
         ({"stop": ("f",), "max_tokens": 5}, ["b", "c", "d", "e", ""], "stop", 5),
         ({"stop": ("bc", "b")}, [""], "stop", 1),
+        ({"stop": ("cd", "bcd", "d")}, [""], "stop", 3),  # of those that end together the one that begins first
     ],
 )
 def test_where_an_answer_ends(sampling, texts, finish, tokens):
