@@ -79,9 +79,11 @@ def test_the_right_option_stands_at_any_place() -> None:
 def test_a_conversation_comes_in_any_order() -> None:
     rng = random.Random(0)
     conversations = [questions.training_rounds(HERE, gazetteer(), rng) for _ in range(600)]
-    for place in range(7):
-        kinds = Counter(c[place]["kind"] for c in conversations)
-        assert all(abs(n / 600 - 1 / 3) < 0.08 for n in kinds.values())
+    whole = Counter(next(i for i, r in enumerate(c) if r["level"] == "address") for c in conversations)
+    assert all(abs(whole[place] / 600 - 1 / 7) < 0.06 for place in range(7))
+    for later in range(1, 7):  # two questions are of one kind in 10 of 42 pairs
+        alike = sum(c[0]["kind"] == c[later]["kind"] for c in conversations)
+        assert abs(alike / 600 - 10 / 42) < 0.08
 
 
 def test_test_rounds_are_the_nine_of_the_metrics() -> None:
