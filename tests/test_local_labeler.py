@@ -80,6 +80,33 @@ def test_a_model_that_only_reads(llama: Path) -> None:
     assert any(answer for answers in written for answer in answers)
 
 
+def test_each_conversation_shows_its_own_image_and_keeps_it_when_asked_again(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labeler = make_labeler(config(llava, batch_size=2))
+    assert isinstance(labeler, LocalLabeler)
+    chat, seen = labeler._writer.chat, []  # type: ignore[attr-defined]
+    inputs = chat.inputs
+
+    def noted(prompts: list[str], images: list[list[Image.Image]]) -> object:
+        seen.extend(zip(prompts, images, strict=True))
+        return inputs(prompts, images)
+
+    monkeypatch.setattr(chat, "inputs", noted)
+    colours = {"Elm Road": (250, 0, 0), "Castle Hill": (0, 250, 0), "Green Lane": (0, 0, 250)}
+    rows = []
+    for street, colour in colours.items():
+        buffer = io.BytesIO()
+        Image.new("RGB", (32, 32), colour).save(buffer, "PNG")
+        rows.append(Request(street, buffer.getvalue(), replace(FACTS, street=street)))
+    labels = labeler.label(rows)
+    assert [street in label.text for street, label in zip(colours, labels, strict=True)] == [True] * 3
+    assert len(seen) == 6
+    for prompt, (image,) in seen:
+        (street,) = [street for street in colours if street in prompt]
+        assert image.getpixel((16, 16)) == colours[street]
+
+
 def test_batching_changes_no_answer(llama: Path) -> None:
     settings = {"send_image": False, "prompt": "grounded", "attempts": 1}
     together, _, sizes = texts(config(llama, batch_size=5, **settings))

@@ -294,6 +294,26 @@ def test_a_conversation_may_begin_with_a_stage_2_question_and_holds_no_hint() ->
     assert asked[1:] == plain
 
 
+def test_each_row_gets_its_own_label_and_what_cannot_be_decoded_is_told() -> None:
+    streets = ["Mill Street", "Elm Road", "Castle Hill"]
+    rows = [
+        {
+            "id": street, "place": f"place of {street}", "street": street, "district": "Harbour",
+            "facts": Facts(street, "Harbour").to_json(), "image": {"bytes": image(), "path": f"{street}.jpg"},
+        }
+        for street in streets
+    ]  # fmt: skip
+    broken = {**rows[0], "id": "broken", "image": {"bytes": b"<html>", "path": "broken.jpg"}}
+    made = label_batch(LabelsConfig().model_dump_json(), 0, "no gazetteer", "", [rows[0], broken, *rows[1:]])
+    found = made.tables["train"]
+    assert [(row["id"], row["place"]) for row in found] == [(street, f"place of {street}") for street in streets]
+    assert all(row["street"] in row["rounds"][-1]["answer"] for row in found)
+    assert [(row["source"], row["attempts"]) for row in found] == [("template", 1)] * 3
+    assert not any({"facts", "names"} & row.keys() for row in found)
+    assert [(reject["file"], reject["id"]) for reject in made.rejects] == [("broken.jpg", "broken")]
+    assert made.counts == {"source template": 3}
+
+
 def test_reasoning_labels_are_of_the_photo_alone() -> None:
     photo = {"id": "1", "place": "p", "street": FACTS.street, "district": FACTS.district}
     photo["image"] = {"bytes": image(), "path": None}

@@ -63,6 +63,24 @@ def test_labels_of_street_views_pass_their_own_checks(facts: Facts, seed: int) -
     assert Checker(STREETS, DISTRICTS, verified=True, mapless=True).problems(text, facts) == []
 
 
+def test_a_label_names_the_own_street_first_few_names_and_a_crossing_that_is_near_as_a_corner() -> None:
+    names = ("Elm Road", "Castle Hill", "Mill Street", "Green Lane")
+    for seed in range(20):
+        known = Facts("Mill Street", "Harbour", names, tile_colours=("green", "brown", "red"))
+        said = explain(known, random.Random(seed))
+        assert "Mill Street, Elm Road and Castle Hill" in said
+        assert "Green Lane" not in said
+        assert ("green and brown" in said, "red" in said.split()) == (True, False)
+        corner, away = (
+            explain(
+                Facts("Mill Street", "Harbour", cross_street="Elm Road", cross_distance_m=m, cross_direction="east"),
+                random.Random(seed),
+            )
+            for m in (0, 10)
+        )
+        assert ("metres" in corner, "10 metres" in away, "east" in away) == (False, True, True)
+
+
 def test_wording_varies_within_its_length() -> None:
     known = facts(random.Random(1))
     texts = [explain(known, random.Random(seed)) for seed in range(200)]
