@@ -246,3 +246,5 @@ def test_sampled_answers_repeat(models):
         return [row["answer"] for batch in asking.ask(localizer, [photo(0)], settings, seed) for row in batch]
 
     assert sample(1) == sample(1) != sample(2)
+    twin = {**photo(0), "id": "twin"}
+    assert [row["answer"] for batch in asking.ask(localizer, [twin], settings, 1) for row in batch] != sample(1)

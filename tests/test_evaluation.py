@@ -274,6 +274,16 @@ def test_value_lies_in_its_interval(results, seed):
 
 def test_same_seed_same_intervals():
     assert metrics.score(hand_made(), seed=3) == metrics.score(hand_made(), seed=3)
+    rows = [row(f"p{i}", "address", "generation", i % 3 == 0) for i in range(97)]
+    other = [r | {"correct": i % 2 == 0} for i, r in enumerate(rows)]
+    right, places = [r["correct"] for r in rows], [r["place"] for r in rows]
+    ends = set()
+    for seed in range(6):
+        whole = metrics.score(rows, 100, seed)["A_ds"]
+        assert metrics.share(right, places, 100, seed) == {key: pytest.approx(end) for key, end in whole.items()}
+        ends.add((whole["low"], metrics.paired(rows, other, resamples=100, seed=seed)["A_ds"]["low"]))
+    assert len({low for low, _ in ends}) > 1
+    assert len({low for _, low in ends}) > 1
 
 
 def test_paired_difference():
