@@ -449,3 +449,18 @@ def test_a_map_shows_where_photos_are_like_a_text(base: Path, tmp_path: Path, ca
         similarity_map.main([*given, str(tmp_path / "map.txt")])
     with pytest.raises(InputError, match="a text that says something"):
         similarity_map.similar(encoder, list(tables.rows(run.photos, "test")), [" "])
+
+
+def test_a_place_is_the_mean_of_its_photos_on_a_map_that_is_true_to_shape() -> None:
+    lonlat = np.array([[10.0, 60.0], [10.2, 60.0], [10.1, 60.1]])
+    found = similarity_map.Similar(list("abc"), ["x", "y", "x"], lonlat, np.array([[0.2, 0.4], [0.5, 0.5], [0.6, 0.8]]))
+    where, like = found.by_place()
+    assert where == pytest.approx(np.array([[10.05, 60.05], [10.2, 60.0]]))
+    assert like == pytest.approx(np.array([[0.4, 0.6], [0.5, 0.5]]))
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    similarity_map._frame(axis, np.array([[10.0, 59.9], [10.2, 60.1]]))  # 11 by 22 kilometres
+    (west, east), (south, north) = axis.get_xlim(), axis.get_ylim()
+    assert (10.0 - west, east - 10.2, 59.9 - south, north - 60.1) == pytest.approx((0.02, 0.02, 0.01, 0.01))
+    assert axis.get_aspect() == pytest.approx(2)

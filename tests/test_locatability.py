@@ -1,5 +1,6 @@
 """python -m pytest -q tests/test_locatability.py: shares of a photo times what they tell (paper 003), and thresholds."""
 
+import io
 import json
 import runpy
 import shutil
@@ -115,6 +116,41 @@ def test_shares_count_by_what_their_part_tells(models: tuple[str, str], monkeypa
     monkeypatch.setattr(scorer.clip, "largest", 1e9)
     scorer.clip.log_scale.data.fill_(5.0)
     assert scorer._score(photo, classes) == pytest.approx(0.3)
+
+
+def test_parts_below_a_hundredth_of_the_photo_weigh_nothing(models: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, classes = Locatability(*models), np.zeros((20, 20), int)
+    classes[0, :3], classes[1, :4] = 1, 2  # 0.75 % and 1 %
+    scorer._texts_TD, scorer.clues = torch.eye(2), 1
+    seen: list[int] = []
+
+    def told(parts: list[Image.Image]) -> torch.Tensor:
+        seen.extend(int((np.asarray(part)[..., 0] == 255).sum()) for part in parts)
+        return torch.tensor([[1.0, 0.0]] * len(parts))
+
+    monkeypatch.setattr(scorer.clip, "encode_images", told)
+    monkeypatch.setattr(scorer.clip, "largest", 1e9)
+    scorer.clip.log_scale.data.fill_(5.0)
+    assert scorer._score(Image.new("RGB", (20, 20), "red"), classes) == pytest.approx(397 / 400)
+    assert seen == [393, 4]
+
+
+def test_a_batch_of_photos_is_scored_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reds:
+        def scores(self, photos: list[Image.Image]) -> list[float]:
+            assert len(photos) <= job.AT_ONCE
+            return [photo.getpixel((0, 0))[0] / 255 for photo in photos]
+
+    monkeypatch.setattr(job, "kept", lambda *models: Reds())
+    photos = []
+    for number in range(19):
+        file = io.BytesIO()
+        Image.new("RGB", (4, 4), (10 * number, 0, 0)).save(file, "PNG")
+        photos.append({"id": f"p{number}", "place": f"at{number}", "image": {"bytes": file.getvalue(), "path": None}})
+    made = job.score_batch("seg", "clip", Texts(), photos).tables
+    assert made == {
+        "train": [{"id": f"p{n}", "place": f"at{n}", "locatability": pytest.approx(10 * n / 255)} for n in range(19)]
+    }
 
 
 def test_the_curve_says_what_thresholds_keep(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from addressvlm.addresses import Address
 from addressvlm.baselines.index import Index
 from addressvlm.config_compare import EncoderConfig, RagConfig, RetrievalConfig
 from addressvlm.files import remove_tree
-from ray_jobs.rivals import embed, rag, retrieval
+from ray_jobs.rivals import embed, rag, retrieval, search
 from ray_jobs.rivals.search import Searcher
 from ray_jobs.rivals.work import Work
 from tests.endpoint import Endpoint, says
@@ -64,7 +64,8 @@ def test_photos_without_coordinates(work: Work, monkeypatch: pytest.MonkeyPatch)
         retrieval.run(work, RetrievalConfig(name="GPS", kind="retrieval", encoder=encoder_of(work)))
 
 
-def test_actors_find_what_one_index_finds(ray_local: None) -> None:
+def test_actors_find_what_one_index_finds(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "QUERIES", 1)  # five batches on their way
     rng = np.random.default_rng(0)
     gallery, queries = rng.normal(size=(25, 8)).astype(np.float32), rng.normal(size=(5, 8)).astype(np.float32)
     whole, group = Index(gallery, "e"), rng.integers(0, 4, 25)
