@@ -170,7 +170,7 @@ def test_length_and_repetition_end_where_the_settings_say() -> None:
         assert [p.kind for p in checker.problems(GOOD, FACTS)] == ([] if fits else ["length"])
     six = GOOD.replace("A row", "The camera looks along the road, and a row")
     assert [p.kind for p in Checker().problems(six, FACTS)] == ["repetition"]
-    assert Checker().problems(six.replace("The camera looks along", "The photo looks along"), FACTS) == []
+    assert Checker().problems(six.replace("The camera looks along", "One camera looks along"), FACTS) == []
 
 
 def test_a_street_view_speaks_of_no_map() -> None:
