@@ -122,6 +122,9 @@ def test_a_draw_is_even_over_sources_and_spread_over_places(tmp_path: Path) -> N
     assert items == draw([run], 20, seed=3) != draw([run], 20, seed=4)
     assert {item["rows"] for item in items if item["source"] == "template"} == {30}
     assert len(draw([run], 100, seed=0)) == 62
+    one_source = run_with(tmp_path / "one", {"template": 30})
+    for seed in range(3):  # 15 places of two views: all of them once before any twice
+        assert set(Counter(item["place"] for item in draw([one_source], 15, seed)).values()) == {1}
 
 
 def test_two_runs_are_mixed(tmp_path: Path) -> None:
