@@ -35,7 +35,7 @@ def graft_photo(tile: Image.Image, photo: bytes, delta: float, quality: int) -> 
         InputError: the bytes of the photo are not a whole image.
     """
     small = decode_photo(photo, round((delta or HALF) * tile.width))
-    return encode(graft(tile, small, delta) if delta else beside(tile, small), quality), small
+    return encode(graft(tile, small, delta) if delta else side_by_side(tile, small), quality), small
 
 
 def pair(tile: Image.Image, photo: bytes, quality: int) -> tuple[bytes, bytes, Image.Image]:
@@ -86,7 +86,7 @@ def graft(tile: Image.Image, photo: Image.Image, delta: float) -> Image.Image:
     return grafted
 
 
-def beside(tile: Image.Image, photo: Image.Image) -> Image.Image:
+def side_by_side(tile: Image.Image, photo: Image.Image) -> Image.Image:
     """A new RGB image of the tile's size: left the tile, right the photo, each shrunk to half the width, black around."""
     half = round(HALF * tile.width)
     both = Image.new("RGB", tile.size)

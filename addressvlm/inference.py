@@ -16,26 +16,46 @@ import numpy as np
 import torch
 from PIL import Image
 
-from addressvlm.addresses import GAZETTEER, Gazetteer
-from addressvlm.answers.batches import answer_freely, read_batch
-from addressvlm.answers.beliefs import Beliefs, Candidate, Level, Localization
+from addressvlm.answers.address_distribution import AddressDistribution, Candidate, Level, Localization
 from addressvlm.answers.calibration import Calibration
-from addressvlm.answers.conversation import Conversation, Reply
-from addressvlm.answers.decoding import Decoded, decode
-from addressvlm.answers.generation import Completion, Piece, Sampling, TokenScore, complete, stream
-from addressvlm.answers.greedy import decode_greedily
-from addressvlm.answers.model import ChatModel, Prefix, grows, user_turn
+from addressvlm.answers.chat_model import ChatModel, PrefillCache, cache_grew, user_turn
+from addressvlm.answers.constrained_decoding import DecodedAnswer, beam_decode, greedy_decode
+from addressvlm.answers.generate import (
+    Completion,
+    Conversation,
+    ConversationAnswer,
+    Sampling,
+    TextChunk,
+    TokenScore,
+    complete_chat,
+    generate_batch,
+    prefill_batch,
+    stream_tokens,
+)
+from addressvlm.answers.prefix_cache import PhotoCache, PhotoCaches, PrefixCacheEntry, extend_prefixes, prefill_photo
 from addressvlm.answers.priors import Circle, Prior
-from addressvlm.answers.scoring import Scorer
-from addressvlm.answers.sight import Look, Seen, Sights, go_on, look_at
+from addressvlm.answers.sequence_scorer import SequenceScorer
 from addressvlm.answers.trie import Trie
 from addressvlm.errors import InputError
+from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
 from addressvlm.questions import ADDRESS_QUESTION
-from addressvlm.stores import AnyPath
+from addressvlm.storage.remote_path import AnyPath
 
 __all__ = [
-    "Beliefs", "Candidate", "Circle", "Completion", "Conversation", "Level", "Localization", "Localizer", "Piece", "Prior",
-    "Reply", "Sampling", "TokenScore", "user_turn",
+    "AddressDistribution",
+    "Candidate",
+    "Circle",
+    "Completion",
+    "Conversation",
+    "ConversationAnswer",
+    "Level",
+    "Localization",
+    "Localizer",
+    "Prior",
+    "Sampling",
+    "TextChunk",
+    "TokenScore",
+    "user_turn",
 ]  # fmt: skip
 
 PHOTOS_AT_ONCE = 8  # that go through the model together
@@ -62,13 +82,13 @@ class Localizer(ChatModel):
         loaded: tuple[Any, Any] | None = None,
     ) -> None:
         super().__init__(folder, device, dtype, trust_remote_code, loaded)
-        gazetteer = self.folder / GAZETTEER
+        gazetteer = self.folder / GAZETTEER_FILE
         self.gazetteer: Gazetteer | None = Gazetteer.load(gazetteer) if gazetteer.is_file() else None
         self.calibration = Calibration.load(self.folder)
         if self.gazetteer:
             self.calibration.applied(np.zeros(len(self.gazetteer.addresses)))  # one of another gazetteer is told now
-        self._sights = Sights(int(memory_mb * 2**20))
-        self._scorer: Scorer | None = None
+        self._sights = PhotoCaches(int(memory_mb * 2**20))
+        self._scorer: SequenceScorer | None = None
 
     def localize(
         self, image: Image.Image, top_k: int | None = 5, prior: Prior | None = None, threshold: float | None = None
@@ -103,7 +123,7 @@ class Localizer(ChatModel):
         least = self.calibration.threshold if threshold is None else threshold
         return [beliefs.localization(top_k, least) for beliefs in self.beliefs(images, priors)]
 
-    def beliefs(self, images: Sequence[Image.Image], priors: Sequence[Prior | None] | None = None) -> list[Beliefs]:
+    def beliefs(self, images: Sequence[Image.Image], priors: Sequence[Prior | None] | None = None) -> list[AddressDistribution]:
         """The calibrated probabilities of all addresses for each photo.
 
         Raises:
@@ -115,7 +135,7 @@ class Localizer(ChatModel):
             raise ValueError(f"{len(images)} images and {len(given)} priors: give one prior an image, or none at all.")
         weights = [0.0 if prior is None else prior.log_weights(gazetteer) for prior in given]
         scores = self.calibration.applied(self.address_scores(images)) if images else np.empty((0, 0))
-        return [Beliefs(gazetteer.addresses, row + extra) for row, extra in zip(scores, weights, strict=True)]
+        return [AddressDistribution(gazetteer.addresses, row + extra) for row, extra in zip(scores, weights, strict=True)]
 
     def address_scores(self, images: Sequence[Image.Image]) -> np.ndarray:
         """ln p that the answer begins as only this address of the gazetteer does, float64 (images, addresses).
@@ -146,24 +166,24 @@ class Localizer(ChatModel):
         An image object that is given several times goes through the model once, if the model's family allows it.
         """
         _same_number(images, questions)
-        answers = answer_freely(self, images, questions, max_new_tokens, temperature) if images else []
+        answers = generate_batch(self, images, questions, max_new_tokens, temperature) if images else []
         return [answer.text for answer in answers]
 
     def answer_from(
         self, images: Sequence[Image.Image], questions: Sequence[str], tries: Sequence[Trie], beams: int = 1
-    ) -> list[Decoded]:
+    ) -> list[DecodedAnswer]:
         """Like `answer`, but each answer is one of its trie; what follows by itself is not decoded."""
         _same_number(images, questions)
         if not images:
             return []
-        prefix = read_batch(self, images, questions)
+        prefix = prefill_batch(self, images, questions)
         longest = prefix.mask.shape[1] + max(len(trie) for trie in tries)
-        if beams == 1 and self.takes_masks and grows(prefix.cache, longest):
-            return decode_greedily(self, prefix, tries)
-        return decode(self, prefix, tries, beams)
+        if beams == 1 and self.takes_masks and cache_grew(prefix.cache, longest):
+            return greedy_decode(self, prefix, tries)
+        return beam_decode(self, prefix, tries, beams)
 
     def conversation(self, image: Image.Image, prior: Prior | None = None) -> Conversation:
-        """Questions about one photo that know of each other; `.ask(question)` gives a `Reply`."""
+        """Questions about one photo that know of each other; `.ask(question)` gives a `ConversationAnswer`."""
         return Conversation(self, image, prior)
 
     def chat(
@@ -174,29 +194,29 @@ class Localizer(ChatModel):
         Raises:
             InputError: the messages have another number of image parts than there are images.
         """
-        return complete(self, self._read_chat(messages, images), sampling or Sampling())
+        return complete_chat(self, self._read_chat(messages, images), sampling or Sampling())
 
     def stream(
         self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image] = (), sampling: Sampling | None = None
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TextChunk]:
         """The same piece by piece, as it is generated; stop iterating to stop the model. The prompt is read at once.
 
         Raises:
             InputError: as `chat`.
         """
-        return stream(self, self._read_chat(messages, images), sampling or Sampling())
+        return stream_tokens(self, self._read_chat(messages, images), sampling or Sampling())
 
-    def read_one(self, prompt: str, images: Sequence[Image.Image], *looks: Look | None) -> Prefix:
+    def read_one(self, prompt: str, images: Sequence[Image.Image], *looks: PrefixCacheEntry | None) -> PrefillCache:
         """One prompt through the model, from where an earlier look at its photo, or one of `looks`, left off."""
-        seen = self._sights.of(images[0]) if len(images) == 1 else Seen()
-        prefix = go_on(self, prompt, [*looks, seen.look])
+        seen = self._sights.of(images[0]) if len(images) == 1 else PhotoCache()
+        prefix = extend_prefixes(self, prompt, [*looks, seen.look])
         if prefix is None:
             inputs = self.inputs([prompt], [images])
             prefix = self.read(inputs)
-            seen.look = look_at(self, prompt, inputs["input_ids"], prefix)
+            seen.look = prefill_photo(self, prompt, inputs["input_ids"], prefix)
         return prefix
 
-    def _read_chat(self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> Prefix:
+    def _read_chat(self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> PrefillCache:
         turns = [{"role": m["role"], "content": _parts(m["content"])} for m in messages]
         places = sum(part["type"] == "image" for turn in turns for part in turn["content"])
         if places != len(images):
@@ -211,17 +231,17 @@ class Localizer(ChatModel):
         """
         if self.gazetteer is None or not self.gazetteer.addresses:
             raise InputError(
-                f"{self.folder} holds no {GAZETTEER} with addresses: copy the dataset's into it to rank addresses."
+                f"{self.folder} holds no {GAZETTEER_FILE} with addresses: copy the dataset's into it to rank addresses."
             )
         return self.gazetteer
 
-    def _address_scorer(self) -> Scorer:
+    def _address_scorer(self) -> SequenceScorer:
         gazetteer = self.known_city()
         if self._scorer is None:
-            self._scorer = Scorer(self, self.trie([a.text() for a in gazetteer.addresses]).beginnings())
+            self._scorer = SequenceScorer(self, self.trie([a.text() for a in gazetteer.addresses]).beginnings())
         return self._scorer
 
-    def _score(self, scorer: Scorer, photos: list[tuple[Image.Image, Seen]]) -> None:
+    def _score(self, scorer: SequenceScorer, photos: list[tuple[Image.Image, PhotoCache]]) -> None:
         """Find the scores of photos, and keep a look at each where there is room for it."""
         prompt = self.prompt([user_turn(ADDRESS_QUESTION)])
         if len(photos) == 1:
@@ -233,7 +253,7 @@ class Localizer(ChatModel):
         for row, ((_, sight), scores) in enumerate(zip(photos, scorer.score(prefix), strict=True)):
             sight.scores = scores
             if self._sights.most_bytes:
-                sight.look = look_at(self, prompt, inputs["input_ids"][row : row + 1], prefix.row(row))
+                sight.look = prefill_photo(self, prompt, inputs["input_ids"][row : row + 1], prefix.row(row))
 
 
 def _same_number(images: Sequence[Image.Image], questions: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Collection
 from typing import Any, Literal
 
-from addressvlm.addresses import Address, Gazetteer
+from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 
 OPTIONS = 4  # names offered in a choice question
 
@@ -66,17 +66,17 @@ def training_rounds(
     gazetteer: Gazetteer,
     rng: random.Random,
     rounds: int = 7,
-    near_share: float = 0.5,
+    hard_negative_share: float = 0.5,
     doubtful: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """A conversation of `rounds` questions in random order, rows of `tables.ROUNDS`.
 
     The three kinds are equally frequent (1:1:1 over many photos); one generation question asks for the whole address.
     A level of which the gazetteer knows only one name has no wrong one, so judgments and choices go to the other level, and
-    turn into generation where that has none either. About `near_share` of the wrong names are among the nearest, the rest
+    turn into generation where that has none either. About `hard_negative_share` of the wrong names are among the nearest, the rest
     from anywhere; none is one of the `doubtful` streets, which may be right as well.
     """
-    wrong = _Wrong(gazetteer, near_share, rng, doubtful)
+    wrong = _Wrong(gazetteer, hard_negative_share, rng, doubtful)
     kinds = ["generation", "judgment", "choice"]
     rng.shuffle(kinds)
     levels = {kind: rng.sample(["street", "district"], 2) for kind in kinds}
@@ -101,7 +101,7 @@ def test_rounds(
     address: Address,
     gazetteer: Gazetteer,
     rng: random.Random,
-    near_share: float = 0.5,  # noqa: PT028
+    hard_negative_share: float = 0.5,  # noqa: PT028
     doubtful: Collection[str] = (),  # noqa: PT028
 ) -> list[dict[str, Any]]:
     """The questions that the metrics are made of, each to be asked on its own, rows of `tables.ROUNDS`.
@@ -110,7 +110,7 @@ def test_rounds(
     A level of which the gazetteer knows only one name has no wrong name to offer, so its last two are left out; so are
     wrong names that are `doubtful`.
     """
-    wrong = _Wrong(gazetteer, near_share, rng, doubtful)
+    wrong = _Wrong(gazetteer, hard_negative_share, rng, doubtful)
     conversation = []
     for level in ("district", "street"):
         conversation.append(_generation(level, address, rng))
@@ -128,8 +128,8 @@ test_rounds.__test__ = False  # type: ignore[attr-defined]  # the name is the do
 class _Wrong:
     """Names of the city that are not the true one."""
 
-    def __init__(self, gazetteer: Gazetteer, near_share: float, rng: random.Random, doubtful: Collection[str]) -> None:
-        self.gazetteer, self.near_share, self.rng = gazetteer, near_share, rng
+    def __init__(self, gazetteer: Gazetteer, hard_negative_share: float, rng: random.Random, doubtful: Collection[str]) -> None:
+        self.gazetteer, self.hard_negative_share, self.rng = gazetteer, hard_negative_share, rng
         self.doubtful = frozenset(doubtful)
 
     def exists(self, level: str, address: Address) -> bool:
@@ -139,7 +139,7 @@ class _Wrong:
     def draw(self, level: str, address: Address, n: int) -> list[str]:
         """Up to n of them."""
         kind: Literal["street", "district"] = "district" if level == "district" else "street"
-        return self.gazetteer.near(_true(level, address), n, self.rng, kind, self.near_share, self._spared(level))
+        return self.gazetteer.near(_true(level, address), n, self.rng, kind, self.hard_negative_share, self._spared(level))
 
     def _spared(self, level: str) -> frozenset[str]:
         return self.doubtful if level == "street" else frozenset()

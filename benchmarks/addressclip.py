@@ -30,14 +30,13 @@ from torch.utils.data import DataLoader
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.utils import logging
 
-from addressvlm.addresses import Address
 from addressvlm.baselines import addressclip
-from addressvlm.baselines.captions import Captions
-from addressvlm.baselines.dual_encoder import begin
-from addressvlm.baselines.lessons import Lessons
+from addressvlm.baselines.addressclip_data import Captions, ClipData
+from addressvlm.baselines.dual_encoder import build_dual_encoder
 from addressvlm.config import Config
-from addressvlm.config_compare import AddressClipConfig
-from addressvlm.training.step import autocast
+from addressvlm.config.compare import AddressClipConfig
+from addressvlm.gazetteer.gazetteer import Address
+from addressvlm.training.loss import autocast
 
 WARM = 1  # steps that are not timed
 RATE, WARMUP, CLIP_NORM, PHOTO = 1e-4, 0.05, 1.0, (480, 360)
@@ -121,7 +120,7 @@ class Bench:
 
     def ours(self, seed: int) -> tuple[Clock, float, int]:
         """Clock, last loss and number of parameters."""
-        encoder = begin(str(self.folder), "", "float32", seed)
+        encoder = build_dual_encoder(str(self.folder), "", "float32", seed)
         rival = AddressClipConfig.model_validate(
             {
                 "name": "bench", "kind": "addressclip", "captions": "none", "weights": {"caption": 0, "geography": 0},
@@ -129,14 +128,17 @@ class Bench:
                 "warmup": WARMUP,
             }
         )  # fmt: skip
-        lessons = Lessons(self.photos, self.batch, seed, Captions("none"), encoder)
-        stage, context = addressclip.stage_of(Config(), rival, lessons), autocast(torch.device("cpu"), torch.float32, "float32")
-        towers = addressclip.Towers(encoder, rival, lessons)
-        learner = addressclip.Learner(towers, lessons.batch(0, most=2), CLIP_NORM, context)
+        lessons = ClipData(self.photos, self.batch, seed, Captions("none"), encoder)
+        stage, context = (
+            addressclip.clip_stage(Config(), rival, lessons),
+            autocast(torch.device("cpu"), torch.float32, "float32"),
+        )
+        towers = addressclip.DualEncoderTowers(encoder, rival, lessons)
+        learner = addressclip.ClipLearner(towers, lessons.batch(0, most=2), CLIP_NORM, context)
         clock, loss = Clock(), math.nan
         for number, batch in lessons.batches(0, self.steps, 0, 1):
             clock.tick()
-            loss = addressclip.step(learner, stage, number, batch, (0, 1), context).loss
+            loss = addressclip.clip_step(learner, stage, number, batch, (0, 1), context).loss
         clock.tick()
         return clock, loss, sum(p.numel() for p in learner.learning.values())
 

@@ -21,8 +21,8 @@ import pyproj
 import shapely
 from numpy.typing import NDArray
 
-from addressvlm.cities.annotation import annotate
-from addressvlm.cities.streets import StreetMap
+from addressvlm.dataset.geocoding import annotate_coordinates
+from addressvlm.dataset.streets import StreetMap
 
 ROWS = 1_960_000
 PLACES = 233_820  # of SF-IAL-Large
@@ -141,7 +141,7 @@ def main() -> None:
         return streets.nearest_two(lat, lon, LIMIT_M)[:2]
 
     def columns(lat: NDArray, lon: NDArray) -> Columns:
-        found = annotate(lat, lon, streets, LIMIT_M)
+        found = annotate_coordinates(lat, lon, streets, LIMIT_M)
         return found.street, found.distance_m
 
     views = -(-ROWS // PLACES)

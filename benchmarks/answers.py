@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from addressvlm import tables
-from addressvlm.addresses import Address, Gazetteer
-from addressvlm.answers.scoring import Scorer
-from addressvlm.evaluation.asking import picture
+from addressvlm.answers.sequence_scorer import SequenceScorer
 from addressvlm.evaluation.parsing import Judge
+from addressvlm.evaluation.run_questions import photo_image
+from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.inference import Localizer, user_turn
 from addressvlm.questions import ADDRESS_QUESTION, templates
+from addressvlm.storage import tables
 
 MAX_TOKENS = 24  # of a free answer, as evaluate asks for
 
@@ -61,7 +61,7 @@ def passes(localizer: Localizer, photos: list[dict[str, Any]], batch: int = 16) 
     free_passes, forced_passes, right = [], [], []
     for start in range(0, len(photos), batch):
         some = photos[start : start + batch]
-        images, questions = [picture(p) for p in some], [ADDRESS_QUESTION] * len(some)
+        images, questions = [photo_image(p) for p in some], [ADDRESS_QUESTION] * len(some)
         free = localizer.answer(images, questions, MAX_TOKENS)
         constrained = localizer.answer_from(images, questions, [trie] * len(some))
         for photo, said, decoded in zip(some, free, constrained, strict=True):
@@ -84,9 +84,9 @@ def passes(localizer: Localizer, photos: list[dict[str, Any]], batch: int = 16) 
 def scoring(localizer: Localizer, photo: dict[str, Any], rounds: int) -> None:
     """The trie at once against one answer beside the other, from the same prompt; and what the prompt itself costs."""
     trie = localizer.trie([a.text() for a in localizer.known_city().addresses])
-    inputs = localizer.inputs([localizer.prompt([user_turn(ADDRESS_QUESTION)])], [[picture(photo)]])
+    inputs = localizer.inputs([localizer.prompt([user_turn(ADDRESS_QUESTION)])], [[photo_image(photo)]])
     prefix = localizer.read(inputs)
-    at_once, beside = Scorer(localizer, trie), Scorer(localizer, trie, beside=True)
+    at_once, beside = SequenceScorer(localizer, trie), SequenceScorer(localizer, trie, beside=True)
     apart = float((at_once.score(prefix) - beside.score(prefix)).abs().max())
     times, slow, fast = ratio(lambda: beside.score(prefix), lambda: at_once.score(prefix), rounds)
     print(f"all {len(trie.ends)} addresses scored ({len(trie)} nodes): beside {1000 * slow:.0f} ms, as a tree "
@@ -109,7 +109,7 @@ def questions(localizer: Localizer, photos: list[dict[str, Any]], rounds: int) -
     for name, ask in (("free, in one batch", _batch), ("a conversation, by probabilities", _conversation)):
         times = []
         for number in range(rounds):
-            first, second = (picture(photos[(2 * number + i) % len(photos)]) for i in range(2))
+            first, second = (photo_image(photos[(2 * number + i) % len(photos)]) for i in range(2))
             fresh = _fresh(localizer)
             one = _cpu(lambda ask=ask, first=first, fresh=fresh: ask(fresh, first, about[:1]))
             times.append(_cpu(lambda ask=ask, second=second, fresh=fresh: ask(fresh, second, about)) / one)
@@ -147,7 +147,7 @@ def main() -> None:
     localizer = Localizer(args.model, dtype=args.dtype, memory_mb=256)
     if args.gazetteer:
         localizer.gazetteer = Gazetteer.load(args.gazetteer)
-    photos = list(islice(tables.rows(args.data, "test"), args.photos))
+    photos = list(islice(tables.iter_rows(args.data, "test"), args.photos))
     passes(localizer, photos)
     scoring(localizer, photos[0], args.rounds)
     questions(localizer, photos, args.rounds)

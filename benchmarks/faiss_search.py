@@ -21,8 +21,11 @@ import faiss  # noqa: E402
 import numpy as np  # noqa: E402
 import ray  # noqa: E402
 
-from addressvlm.baselines.index import Found, Index  # noqa: E402
-from ray_jobs.rivals.search import Searcher  # noqa: E402
+from addressvlm.baselines.retrieval import (
+    Neighbours,
+    VectorIndex,  # noqa: E402
+)
+from ray_jobs.baselines.retrieval import Searcher  # noqa: E402
 
 
 def vectors(count: int, dimension: int, seed: int) -> np.ndarray:
@@ -32,9 +35,9 @@ def vectors(count: int, dimension: int, seed: int) -> np.ndarray:
     return made
 
 
-def part(count: int, dimension: int, seed: int) -> Index:
+def part(count: int, dimension: int, seed: int) -> VectorIndex:
     """A part of the gallery."""
-    return Index(vectors(count, dimension, seed), "random")
+    return VectorIndex(vectors(count, dimension, seed), "random")
 
 
 def bare(args: argparse.Namespace) -> faiss.IndexFlatIP:
@@ -67,7 +70,7 @@ def main() -> None:
     index, queries = bare(args), vectors(args.queries, args.dimension, 10_000)
     loads = [partial(part, args.part, args.dimension, seed) for seed in range(args.photos // args.part)]
     with Searcher(loads, args.part) as searcher:
-        alone, by_ray = Found(*index.search(queries, args.k)), searcher.search(queries, args.k)
+        alone, by_ray = Neighbours(*index.search(queries, args.k)), searcher.search(queries, args.k)
         same = float(np.mean(alone.position == by_ray.position))
         ways = {
             "FAISS, nearest": lambda: index.search(queries, args.k),

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from addressvlm.models import load
-from addressvlm.models.base import TOY_BASE
+from addressvlm.models import load_model
+from addressvlm.models.loading import TOY_BASE
 
 SIDE, PATCH = 336, 14  # pixels
 
@@ -39,7 +39,7 @@ def shape(image_token: int, shrink: int = 1) -> LlavaConfig:
 
 def write(folder: Path, shrink: int) -> int:
     """Write the folder; returns the number of parameters."""
-    image_token = load(str(TOY_BASE))[0].config.image_token_id
+    image_token = load_model(str(TOY_BASE))[0].config.image_token_id
     shutil.copytree(TOY_BASE, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.md", "config.json"))
     processor = json.loads((folder / "processor_config.json").read_text())
     processor["patch_size"] = PATCH

@@ -32,17 +32,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from addressvlm import tables
-from addressvlm.cities.streets import StreetMap
 from addressvlm.config import Config, validate
+from addressvlm.dataset.streets import StreetMap
 from addressvlm.demo.camera import photograph
 from addressvlm.demo.city import places, to_degrees, views, write_maps
 from addressvlm.demo.world import generate
 from addressvlm.grafting import encode
-from addressvlm.maps.grafts import graft_batch
-from addressvlm.maps.roads import write_roads
-from addressvlm.run import Run
-from addressvlm.shards import plan
+from addressvlm.storage import tables
+from addressvlm.storage.run_dir import Run
+from addressvlm.storage.shards import plan_shards
+from addressvlm.tiles.graft_rows import graft_batch
+from addressvlm.tiles.roads import write_roads
 
 CITY_SEED = 1
 CORES = 2
@@ -79,7 +79,7 @@ def write_photos(folder: Path, count: int, side: int) -> Config:
     }
     config = validate(tree, "the benchmark's settings")
     run = Run(config)
-    tables.write(run.photos, "train", rows(), tables.PHOTOS)
+    tables.write_table(run.photos, "train", rows(), tables.PHOTOS)
     write_roads(run.roads, StreetMap.load(paths["streets"], with_roads=True).roads, np.zeros(0), np.zeros(0))
     return config
 
@@ -112,7 +112,7 @@ def run_bare(config: Config, part: int, out: Path) -> None:
 
     run = Run(config)
     with pq.ParquetWriter(out / f"train-{part:05d}.parquet", tables.GRAFTS) as writer:
-        for shard in plan(run.photos, "train", SHARD)[part::CORES]:
+        for shard in plan_shards(run.photos, "train", SHARD)[part::CORES]:
             for batch in shard.batches(COLUMNS):
                 rows = graft_batch(str(run.roads), config.tiles.imagery, config.tiles.model_dump_json(), batch).tables["train"]
                 writer.write_table(pa.Table.from_pylist(rows, schema=tables.GRAFTS))
@@ -202,7 +202,7 @@ def compare(count: int, side: int, rounds: int) -> None:
                 (job, job_use), (bare, bare_use) = time_job(me), time_bare(me, out)
             else:
                 (bare, bare_use), (job, job_use) = time_bare(me, out), time_job(me)
-            assert tables.count(Run(config).grafts, "train") == tables.count(out, "train") == count
+            assert tables.count_rows(Run(config).grafts, "train") == tables.count_rows(out, "train") == count
             ratios.append(bare / job["step_s"])
             for kind, size in [*job_use.peak.items(), ("bare process", bare_use.peak["driver"])]:
                 largest[kind] = max(largest[kind], size)

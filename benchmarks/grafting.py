@@ -27,7 +27,7 @@ from addressvlm.demo.camera import photograph
 from addressvlm.demo.city import places, to_degrees, write_maps
 from addressvlm.demo.world import generate
 from addressvlm.grafting import FILTER, encode, graft_photo, grafted_size
-from addressvlm.maps.tiles import TileRenderer
+from addressvlm.tiles.renderer import TileRenderer
 
 CITY_SEED = 1
 TILES = TilesConfig()  # 336 px, as in paper 001

@@ -120,8 +120,8 @@ async def serve(most: int, faults: float) -> None:
 
 def write_grafts(folder: Path, side: int, rows: int) -> int:
     """A table of grafts with JPEGs of noise and colour, all different, and the mean size of one."""
-    from addressvlm import tables
     from addressvlm.labels.facts import Facts
+    from addressvlm.storage import tables
 
     facts = Facts(
         "Mill Street", "Harbour", ("Mill Street", "King Street"), "east-west", "along", "east", "King Street", 40, "east"
@@ -140,29 +140,29 @@ def write_grafts(folder: Path, side: int, rows: int) -> int:
             image = pictures[i % 16] + i.to_bytes(4, "big")  # after the end of the picture, so that no two rows are the same
             yield {"id": str(i), "facts": facts.to_json(), "image": {"bytes": image, "path": None}}
 
-    tables.write(folder, "train", made(), tables.GRAFTS)
+    tables.write_table(folder, "train", made(), tables.GRAFTS)
     return sum(map(len, pictures)) // 16
 
 
 def label(grafts: str, rows: int, url: str, concurrency: int) -> None:
     """One round; prints seconds, processor seconds and peak memory."""
-    from addressvlm.config_labels import LabelsConfig
+    from addressvlm.config.labels import LabelsConfig
     from addressvlm.labels import Request, beginning
     from addressvlm.labels.facts import Facts
-    from addressvlm.labels.ledger import writing
-    from addressvlm.labels.openai_labeler import OpenAILabeler
-    from addressvlm.shards import plan
+    from addressvlm.labels.request_scheduler import OpenAILabeler
+    from addressvlm.labels.response_cache import open_for_writing
+    from addressvlm.storage.shards import plan_shards
 
     config = LabelsConfig(labeler="openai", model="m", base_url=url, concurrency=concurrency)
     begin = beginning(config)
 
     def requests() -> Iterator[Request]:
-        batches = (shard.batches(["id", "image", "facts"]) for shard in plan(Path(grafts), "train", 2048))
+        batches = (shard.batches(["id", "image", "facts"]) for shard in plan_shards(Path(grafts), "train", 2048))
         for row in islice(chain.from_iterable(chain.from_iterable(batches)), rows):
             yield Request(row["id"], row["image"]["bytes"], Facts.from_json(row["facts"]))
 
     assert begin(next(requests())).take(TEXT) is not None  # what the checks load once is loaded
-    with tempfile.TemporaryDirectory() as folder, writing(Path(folder) / "ledger") as ledger:
+    with tempfile.TemporaryDirectory() as folder, open_for_writing(Path(folder) / "ledger") as ledger:
         start, cpu = time.perf_counter(), time.process_time()
         tally = OpenAILabeler(config, begin, ledger).settle(requests(), rows)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu

@@ -24,15 +24,15 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from addressvlm import tables
-from addressvlm.cities import readers
-from addressvlm.cities.address import assign
-from addressvlm.cities.dataset import LISTED, SPLITS, answering, check, finish, gazetteer_of, listed
-from addressvlm.cities.readers.source import folder_photos
-from addressvlm.cities.split import split, thin_views
-from addressvlm.cities.streets import StreetMap
-from addressvlm.config_city import CityConfig
-from addressvlm.shards import plan, sources_fingerprint
+from addressvlm.config.city import CityConfig
+from addressvlm.dataset import readers
+from addressvlm.dataset.build import LISTED, SPLITS, answering, check_photos, finish_rows, gazetteer_of, photo_table
+from addressvlm.dataset.geocoding import assign_addresses
+from addressvlm.dataset.readers.base import folder_photos
+from addressvlm.dataset.split import split_places, thin_views
+from addressvlm.dataset.streets import StreetMap
+from addressvlm.storage import tables
+from addressvlm.storage.shards import plan_shards, sources_fingerprint
 from benchmarks.annotation import strewn
 from ray_jobs.prepare import CHECKED_AT_A_TIME
 
@@ -80,12 +80,12 @@ def measure(city: CityConfig, rows: int, sample: int, folder: Path) -> None:
     with step("streets read", rows):
         streets = StreetMap.load(city.streets, city.districts, with_roads=True)
     with step("addresses", rows):
-        places, photos, without = assign(photos, streets, city)
+        places, photos, without = assign_addresses(photos, streets, city)
         answers = answering(places, city)
     with step("list for the workers written", rows):
-        tables.write(folder / "listed", "photos", listed(photos, places, answers), LISTED, CHECKED_AT_A_TIME)
+        tables.write_table(folder / "listed", "photos", photo_table(photos, places, answers), LISTED, CHECKED_AT_A_TIME)
     with step("split with its guard", rows):
-        divided = split([answers[p] for p in sorted({photo.place for photo in photos})], city, seed=0)
+        divided = split_places([answers[p] for p in sorted({photo.place for photo in photos})], city, seed=0)
     with step("views thinned, gazetteer", rows):
         photos = thin_views(photos, divided.part, city.density.views, 0)
         train = [photo for photo in photos if divided.part[photo.place] == "train"]
@@ -97,20 +97,20 @@ def measure(city: CityConfig, rows: int, sample: int, folder: Path) -> None:
     counts = ", ".join(f"{part} {divided.count(part):,}" for part in ("train", "val", "test", "aside"))
     print(f"{len(photos):,} photos of {len(places):,} places: {counts}; {len(rejects) + len(without):,} rejected", flush=True)
     done, names = 0, (str(folder / "gazetteer.geojson"), sources_fingerprint(str(folder / "gazetteer.geojson")))
-    chosen = plan(folder / "listed", "photos", CHECKED_AT_A_TIME)[: -(-sample // CHECKED_AT_A_TIME)]
-    finish(parts, names, city.model_dump_json(), 0, next(chosen[0].batches()))  # loads the gazetteer
+    chosen = plan_shards(folder / "listed", "photos", CHECKED_AT_A_TIME)[: -(-sample // CHECKED_AT_A_TIME)]
+    finish_rows(parts, names, city.model_dump_json(), 0, next(chosen[0].batches()))  # loads the gazetteer
     with step(f"questions of {sample:,} rows", sample):
         for shard in chosen:
             for batch in shard.batches():
-                done += sum(len(rows) for rows in finish(parts, names, city.model_dump_json(), 0, batch).tables.values())
+                done += sum(len(rows) for rows in finish_rows(parts, names, city.model_dump_json(), 0, batch).tables.values())
 
 
-def check_photos(folder: str, count: int) -> None:
+def time_photo_checks(folder: str, count: int) -> None:
     """What a worker of prepare does to each photo."""
     files = folder_photos(folder)[:count]
     rows = [{"file": file, "row": n, "id": file, "view": None} for n, file in enumerate(files, start=1)]
     with step(f"{len(rows):,} photos checked", len(rows)):
-        made = check(folder, CityConfig(photos=folder).model_dump_json(), rows)
+        made = check_photos(folder, CityConfig(photos=folder).model_dump_json(), rows)
     print(f"{len(made.rejects):,} rejected", flush=True)
 
 
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.photos:
-        check_photos(args.photos, args.sample)
+        time_photo_checks(args.photos, args.sample)
         return
     if not args.districts:
         parser.error("give streets and districts, or --photos")

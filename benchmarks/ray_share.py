@@ -17,8 +17,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from addressvlm.config import Config, load
-from addressvlm.run import Run, storage
-from addressvlm.training.system import train_system
+from addressvlm.storage.run_dir import Run, storage_path
+from addressvlm.training.stages import train_system
 
 ROOT = Path(__file__).parents[1]
 SYSTEM = "stage 2 only"
@@ -31,7 +31,7 @@ def settings(args: argparse.Namespace, name: str) -> list[str]:
     return [
         *args.sets,
         f"name={name}",
-        f"storage={storage(config.storage)}",
+        f"storage={storage_path(config.storage)}",
         f"train.cities={{{config.name}: 1}}",
         "train.checkpoint_every=100000",
         f"train.workers={args.workers}",
@@ -44,7 +44,7 @@ def seconds(config: Config) -> float:
     run = Run(config)
     lines = (run.journal(SYSTEM) / "loss.jsonl").read_text().splitlines()
     stage = config.train.stages["localization"]
-    rows = stage.batch_size * stage.accumulate * config.train.workers
+    rows = stage.batch_size * stage.gradient_accumulation_steps * config.train.workers
     return statistics.median(rows / json.loads(line)["samples_per_s"] for line in lines[WARM:])
 
 

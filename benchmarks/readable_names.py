@@ -11,8 +11,8 @@ import csv
 from pathlib import Path
 
 from addressvlm.config import TilesConfig
-from addressvlm.maps.tiles import TileRenderer
-from tests.reading import NEAR, Reader, letters, wrong
+from addressvlm.tiles.renderer import TileRenderer
+from tests.support.ocr import NEAR, Reader, letters, wrong
 
 
 def places(table: Path, count: int) -> list[tuple[float, float]]:

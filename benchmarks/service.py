@@ -32,7 +32,7 @@ import httpx
 import numpy as np
 from servers import Bare, Ours, Server, transformers_serve, vllm
 
-from addressvlm.addresses import Gazetteer
+from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.questions import ADDRESS_QUESTION, test_rounds
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}

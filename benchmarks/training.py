@@ -29,15 +29,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from addressvlm.config import Config, load
-from addressvlm.models import load as load_model
-from addressvlm.models.lora import keep_statistics, lora_config, train_only
+from addressvlm.models import load_model as load_model
+from addressvlm.models.lora import freeze_batchnorm, lora_config, set_trainable_parts
 from addressvlm.models.parts import parts_of
-from addressvlm.training import loop
-from addressvlm.training.collate import Collator, sample_of
-from addressvlm.training.hardware import memory_gib
-from addressvlm.training.plan import GIB, outline, plan
-from addressvlm.training.rows import Schedule
-from addressvlm.training.system import equip, table_of
+from addressvlm.training import trainer as trainer_module
+from addressvlm.training.collator import Collator, sample_from_row
+from addressvlm.training.dataset import Schedule
+from addressvlm.training.device_stats import memory_gib
+from addressvlm.training.memory_estimate import GIB, estimate_stages, model_shape
+from addressvlm.training.stages import attach_adapter, training_rows
 
 WARM = 1  # steps that are not timed
 # TRL finds the answers by what is between `generation` marks; this is ChatML, for other bases write theirs.
@@ -101,9 +101,11 @@ class Bench:
     def __init__(self, config: Config, stage: str, steps: int, rows: int, frozen: bool) -> None:
         parts = ["adapter", "llm"] if frozen else ["vision", "adapter", "llm"]
         whole = config.train.stages[stage]
-        self.stage = whole.model_copy(update={"batch_size": rows, "accumulate": 1, "rounds": "conversation", "parts": parts})
+        self.stage = whole.model_copy(
+            update={"batch_size": rows, "gradient_accumulation_steps": 1, "isolate_questions": False, "parts": parts}
+        )
         self.config, self.steps, self.rows = config, steps, rows
-        self.table = table_of(config, self.stage.tables)
+        self.table = training_rows(config, self.stage.tables)
 
     def order(self, seed: int) -> list[int]:
         """The rows of all steps."""
@@ -117,17 +119,19 @@ class Bench:
     def ours(self, seed: int) -> Clock:
         base, processor = self.base(seed)
         clock = Clock()
-        model, parts, packed = equip(base, self.config.model_copy(update={"seed": seed}), DEVICE)
-        stage = loop.Stage("bench", self.stage, Schedule(self.table, self.rows, seed), self.steps, seed)
+        model, parts, packed = attach_adapter(base, self.config.model_copy(update={"seed": seed}), DEVICE)
+        stage = trainer_module.Stage("bench", self.stage, Schedule(self.table, self.rows, seed), self.steps, seed)
 
-        def after(progress: loop.Progress, strategy: Any) -> None:
+        def after(progress: trainer_module.StepMetrics, strategy: Any) -> None:
             clock.on_step_end()
             clock.losses.append(progress.loss)
             clock.mfu, clock.tokens = progress.mfu, progress.tokens_per_s / progress.samples_per_s
 
         precision = self.config.train.precision
         peak = self.config.train.peak_tflops
-        loop.run(model, parts, Collator(processor, packed=packed), stage, "ddp", precision, after=after, peak_tflops=peak)
+        trainer_module.run_stage(
+            model, parts, Collator(processor, packed=packed), stage, "ddp", precision, after=after, peak_tflops=peak
+        )
         return clock
 
     def trainer(self, seed: int) -> Clock:
@@ -135,7 +139,7 @@ class Bench:
         collate = Collator(processor)
 
         def batch(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-            made = collate([sample_of(self.table[row["row"]]) for row in rows])
+            made = collate([sample_from_row(self.table[row["row"]]) for row in rows])
             return {key: value for key, value in made.items() if key != "asked"}
 
         rows: Any = [{"row": row} for row in self.order(seed)]
@@ -148,7 +152,7 @@ class Bench:
         model, processor = self._tuned(seed)
         processor.chat_template = GENERATION
         processor.tokenizer.backend = "tokenizers"  # loaded with backend="pil", it takes that for its own
-        samples = [sample_of(self.table[row]) for row in self.order(seed)]
+        samples = [sample_from_row(self.table[row]) for row in self.order(seed)]
         rows = Dataset.from_dict({"row": list(range(len(samples)))})
 
         def shown(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
@@ -167,7 +171,7 @@ class Bench:
         """The base with PEFT's own layers; its attention is the one that is quicker here."""
         base, processor = self.base(seed)
         model = get_peft_model(base, lora_config(base, parts_of(base), self.config.model))
-        train_only(model, parts_of(base), self.stage.parts)
+        set_trainable_parts(model, parts_of(base), self.stage.parts)
         model.config.use_cache = False
         return model, processor
 
@@ -176,8 +180,8 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             settings = arguments(
                 folder, max_steps=self.steps, per_device_train_batch_size=self.rows, learning_rate=self.stage.learning_rate,
-                lr_scheduler_type="cosine", warmup_steps=max(1, round(self.steps * self.stage.warmup)) - 1, adam_beta2=0.999,
-                weight_decay=self.stage.weight_decay, max_grad_norm=self.stage.clip, logging_steps=1, save_strategy="no",
+                lr_scheduler_type="cosine", warmup_steps=max(1, round(self.steps * self.stage.warmup_ratio)) - 1, adam_beta2=0.999,
+                weight_decay=self.stage.weight_decay, max_grad_norm=self.stage.max_grad_norm, logging_steps=1, save_strategy="no",
                 report_to=[], bf16=self.config.train.precision != "float32", use_cpu=not torch.cuda.is_available(), seed=seed,
                 remove_unused_columns=False, disable_tqdm=True, train_sampling_strategy="sequential", **(extra or {}),
             )  # fmt: skip
@@ -190,7 +194,7 @@ class Quiet(TrainerCallback):
     """BatchNorm keeps its statistics, as in this repository."""
 
     def on_step_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
-        keep_statistics(model)
+        freeze_batchnorm(model)
 
 
 def compare(bench: Bench, seeds: int, sides: list[str]) -> None:
@@ -218,21 +222,25 @@ def compare(bench: Bench, seeds: int, sides: list[str]) -> None:
 def growth(config: Config, bench: Bench) -> None:
     """A table of seconds a step: rounds of a conversation, images of a batch."""
     base, processor = bench.base(0)
-    model, parts, packed = equip(base, config, DEVICE)
+    model, parts, packed = attach_adapter(base, config, DEVICE)
     print("| rounds | images a batch | tokens | seconds a step | seconds a 1,000 tokens |\n|---:|---:|---:|---:|---:|")
     for rounds, images in ((1, 2), (3, 2), (7, 2), (14, 2), (7, 1), (7, 4)):
         clock, tokens = Clock(), []
         table = Longer(bench.table, rounds)
         stage = replace(
-            loop.Stage("bench", bench.stage, Schedule(table, images, 0), 3, 0),
+            trainer_module.Stage("bench", bench.stage, Schedule(table, images, 0), 3, 0),
             config=bench.stage.model_copy(update={"batch_size": images}),
         )
 
-        def after(progress: loop.Progress, strategy: Any, clock: Clock = clock, tokens: list[float] = tokens) -> None:
+        def after(
+            progress: trainer_module.StepMetrics, strategy: Any, clock: Clock = clock, tokens: list[float] = tokens
+        ) -> None:
             clock.on_step_end()
             tokens.append(progress.tokens_per_s / progress.samples_per_s)
 
-        loop.run(model, parts, Collator(processor, packed=packed), stage, "ddp", config.train.precision, after=after)
+        trainer_module.run_stage(
+            model, parts, Collator(processor, packed=packed), stage, "ddp", config.train.precision, after=after
+        )
         step, length = statistics.median(clock.seconds[WARM:]), statistics.mean(tokens) * images
         print(f"| {rounds} | {images} | {length:.0f} | {step:.2f} | {1000 * step / length:.2f} |", flush=True)
 
@@ -259,16 +267,16 @@ def memory(config: Config, bench: Bench, stage: str) -> None:
     before = _held() if DEVICE.type == "cpu" else 0.0
     seen: list[float] = []
     base, processor = bench.base(0)
-    model, parts, packed = equip(base, config, DEVICE)
-    made = loop.Stage("bench", bench.stage, Schedule(bench.table, bench.rows, 0), 2, 0)
-    loop.run(
+    model, parts, packed = attach_adapter(base, config, DEVICE)
+    made = trainer_module.Stage("bench", bench.stage, Schedule(bench.table, bench.rows, 0), 2, 0)
+    trainer_module.run_stage(
         model, parts, Collator(processor, packed=packed), made, "ddp", config.train.precision,
         after=lambda progress, strategy: seen.append(progress.memory_gib),
     )  # fmt: skip
     took = max(seen) - before
     config.train.stages = {stage: bench.stage.model_copy(update={"max_steps": 1})}
     system = config.train.systems[0].model_copy(update={"stages": [stage]})
-    planned = plan(config, system, outline(config), cpu=DEVICE.type == "cpu")[0].memory / GIB
+    planned = estimate_stages(config, system, model_shape(config), cpu=DEVICE.type == "cpu")[0].memory / GIB
     print(f"planned {planned:.2f} GiB, took {took:.2f} GiB: {100 * (planned / took - 1):+.0f} %")
 
 

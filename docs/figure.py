@@ -16,13 +16,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pyproj import Transformer
 
-from addressvlm import InputError, tables
+from addressvlm import InputError
 from addressvlm.config import TilesConfig, load
 from addressvlm.demo.camera import photograph
 from addressvlm.demo.city import TOY_CITIES, UTM, origin
 from addressvlm.demo.world import generate
 from addressvlm.grafting import graft
-from addressvlm.maps.tiles import TileRenderer
+from addressvlm.storage import tables
+from addressvlm.tiles.renderer import TileRenderer
 
 WIDTH, EDGE, GAP = 1500, 50, 70  # pixels, as all below
 SIDE, SMALL = 420, 368  # of the pictures of the first and of the second row
@@ -42,7 +43,7 @@ def row_of(folder: Path, photo: str) -> dict[str, Any]:
     Raises:
         InputError: there is none.
     """
-    for row in tables.rows(folder, "train"):
+    for row in tables.iter_rows(folder, "train"):
         if row["id"] == photo:
             return row
     raise InputError(f"{folder} has no photo {photo}: give the --id of a training photo.")

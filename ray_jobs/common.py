@@ -4,9 +4,11 @@ import argparse
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 import ray
 
@@ -97,3 +99,24 @@ def job(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on.", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+class Heartbeat:
+    """Prints what `say` returns every `every_s` seconds until the block ends; nothing if it returns nothing."""
+
+    def __init__(self, say: Callable[[], str], every_s: float = 30.0) -> None:
+        self._say, self._every_s = say, every_s
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._over.wait(self._every_s):
+            if said := self._say():
+                print(said, flush=True)

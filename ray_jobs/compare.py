@@ -18,51 +18,52 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from addressvlm import InputError, tables
-from addressvlm.addresses import Address
+from addressvlm import InputError
 from addressvlm.config import Config, load, validate
-from addressvlm.config_compare import AddressClipConfig, Rival, VariantConfig
-from addressvlm.evaluation import asking, comparison, comparison_files, metrics, report, row_cards
-from addressvlm.evaluation.asking import judged
+from addressvlm.config.compare import AddressClipConfig, AnyBaseline, VariantConfig
+from addressvlm.evaluation import comparison, metrics, report, run_questions, system_cards
+from addressvlm.evaluation.likelihood import answers_from_scores as answers_by_scores
 from addressvlm.evaluation.parsing import Judge
-from addressvlm.evaluation.scores import answers_of as answers_by_scores
-from addressvlm.models.card import set_metrics
-from addressvlm.run import Run, slug, writing
-from addressvlm.training.system import cities_of
-from ray_jobs import answering, prepare, scoring
-from ray_jobs.answering import Task
+from addressvlm.evaluation.run_questions import judge_answers
+from addressvlm.gazetteer.gazetteer import Address
+from addressvlm.models.cards import set_metrics
+from addressvlm.storage import tables
+from addressvlm.storage.run_dir import Run, slug, writing
+from addressvlm.training.stages import training_runs
+from ray_jobs import evaluation, prepare
+from ray_jobs.baselines import combined, trained
+from ray_jobs.baselines.context import TEST, ComparisonContext, Row, SystemOutcome
+from ray_jobs.baselines.trained import TrainedSystem
 from ray_jobs.common import arguments, configure, connect, job, require
-from ray_jobs.rivals import fusion, own, prior, scored
-from ray_jobs.rivals.own import Own
-from ray_jobs.rivals.work import TEST, Outcome, Row, Work
+from ray_jobs.evaluation import EvaluationTask
 
 
 @dataclass
-class Compared:
+class SystemResult:
     """A row: what it made of the photos, or why it could not."""
 
     name: str
     kind: str
-    outcome: Outcome = field(default_factory=Outcome)
+    outcome: SystemOutcome = field(default_factory=SystemOutcome)
     answers: list[Row] = field(default_factory=list)
     failed: str = ""
 
 
-def runner(kind: str) -> Callable[..., Outcome]:
+def runner(kind: str) -> Callable[..., SystemOutcome]:
     """What makes a row of a kind of `compare.systems`; its libraries are loaded only where it is wanted."""
     if kind == "retrieval":
-        from ray_jobs.rivals import retrieval
+        from ray_jobs.baselines import retrieval
 
         return retrieval.run
     if kind == "rag":
-        from ray_jobs.rivals import rag
+        from ray_jobs.baselines import rag
 
         return rag.run
     if kind == "addressclip":
-        from ray_jobs.rivals import addressclip
+        from ray_jobs.baselines import addressclip
 
         return addressclip.run
-    return {"scored": scored.run, "fusion": fusion.run, "prior": prior.run}[kind]
+    return {"likelihood": trained.run_likelihood, "fusion": combined.run_fusion, "prior": combined.run_prior}[kind]
 
 
 def run_step(config: Config, redo: bool = False, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -75,13 +76,15 @@ def run_step(config: Config, redo: bool = False, only: Sequence[str] = ()) -> di
     need, run = config.evaluate, Run(config)
     require("CPU", need.workers * need.cpus_per_worker, "compare", "evaluate.workers or evaluate.cpus_per_worker")
     prepare.run_step(config)
-    task = Task({}, run.photos, TEST, run.folder, report.Sources(run.photos, run.alignment, run.training, run.rejects))
-    judge, gazetteer = answering.judge_of(task, {})
-    ids = {TEST: answering.chosen_ids(config, task)}
-    if held := scoring.calibrated_on(config, run.photos):
-        ids[scoring.VALIDATION] = held[scoring.VALIDATION]
-    work = Work(config, run, ids, gazetteer, run.folder / "costs")
-    rows: list[Compared] = []
+    task = EvaluationTask(
+        {}, run.photos, TEST, run.folder, report.ReportSources(run.photos, run.alignment, run.training, run.rejects)
+    )
+    judge, gazetteer = evaluation.make_judge(task, {})
+    ids = {TEST: evaluation.choose_photos(config, task)}
+    if held := evaluation.calibration_photos(config, run.photos):
+        ids[evaluation.VALIDATION] = held[evaluation.VALIDATION]
+    work = ComparisonContext(config, run, ids, gazetteer, run.folder / "costs")
+    rows: list[SystemResult] = []
     for name, kind, make in _plan(config, work, task, judge, redo):
         if only and name not in only:
             continue
@@ -104,11 +107,13 @@ def _check(config: Config, only: Sequence[str]) -> None:
         raise InputError(f"--row {unknown[0]}: rows are {', '.join(names)}.")
 
 
-def _plan(config: Config, work: Work, task: Task, judge: Judge, redo: bool) -> list[tuple[str, str, Callable[[], Compared]]]:
+def _plan(
+    config: Config, work: ComparisonContext, task: EvaluationTask, judge: Judge, redo: bool
+) -> list[tuple[str, str, Callable[[], SystemResult]]]:
     """Name, kind and maker of each row, in the order of the table."""
-    plan: list[tuple[str, str, Callable[[], Compared]]] = []
+    plan: list[tuple[str, str, Callable[[], SystemResult]]] = []
     for system in config.train.systems:
-        of = Own(system.name, config, system)
+        of = TrainedSystem(system.name, config, system)
         plan.append((system.name, "generated", partial(_own, work, of, task, judge, redo)))
     for rival in config.compare.systems:
         plan.append((rival.name, rival.kind, partial(_rival, work, rival, task, judge, redo)))
@@ -117,7 +122,7 @@ def _plan(config: Config, work: Work, task: Task, judge: Judge, redo: bool) -> l
     return plan
 
 
-def _attempt(name: str, kind: str, make: Callable[[], Compared]) -> Compared:
+def _attempt(name: str, kind: str, make: Callable[[], SystemResult]) -> SystemResult:
     """The row, or why there is none; only what a person asks for stops the others."""
     try:
         return make()
@@ -127,14 +132,14 @@ def _attempt(name: str, kind: str, make: Callable[[], Compared]) -> Compared:
         traceback.print_exc()
         failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     print(f"compare: {name} failed: {failed}", file=sys.stderr, flush=True)
-    return Compared(name, kind, failed=failed)
+    return SystemResult(name, kind, failed=failed)
 
 
-def _own(work: Work, of: Own, task: Task, judge: Judge, redo: bool) -> Compared:
-    return Compared(of.name, "generated", *own.run(work, of, task, judge, redo))
+def _own(work: ComparisonContext, of: TrainedSystem, task: EvaluationTask, judge: Judge, redo: bool) -> SystemResult:
+    return SystemResult(of.name, "generated", *trained.run_trained(work, of, task, judge, redo))
 
 
-def _variant(work: Work, variant: VariantConfig, task: Task, judge: Judge, redo: bool) -> Compared:
+def _variant(work: ComparisonContext, variant: VariantConfig, task: EvaluationTask, judge: Judge, redo: bool) -> SystemResult:
     """The same system of a run of its own with other settings, asked about the same photos."""
     config = changed(work.config, variant)
     system = next((s for s in config.train.systems if s.name == variant.system), None)
@@ -143,25 +148,27 @@ def _variant(work: Work, variant: VariantConfig, task: Task, judge: Judge, redo:
         raise InputError(f"compare.variants: '{variant.name}' is of {variant.system}: systems of train.systems are {known}.")
     if system.stages:
         keep_apart(work, variant.name, config)
-    return Compared(variant.name, "variant", *own.run(work, Own(variant.name, config, system), task, judge, redo))
+    return SystemResult(
+        variant.name, "variant", *trained.run_trained(work, TrainedSystem(variant.name, config, system), task, judge, redo)
+    )
 
 
-def keep_apart(work: Work, name: str, config: Config) -> None:
+def keep_apart(work: ComparisonContext, name: str, config: Config) -> None:
     """Make sure that a variant learns from no photo near those that all rows are asked about.
 
     Raises:
         InputError: its settings draw another split, or the other city is this one.
     """
-    guard, columns = config.city.guard_m, ["id", "lat", "lon"]
-    asked = tables.read(work.run.photos, TEST, columns).to_pylist()
-    for run, _ in cities_of(config):
+    guard, columns = config.city.split_buffer_m, ["id", "lat", "lon"]
+    asked = tables.read_table(work.run.photos, TEST, columns).to_pylist()
+    for run, _ in training_runs(config):
         if run.folder.name == config.name:
             prepare.run_step(config)
-        near = comparison.nearest_m(asked, tables.read(run.photos, "train", columns).to_pylist())
+        near = comparison.nearest_training_m(asked, tables.read_table(run.photos, "train", columns).to_pylist())
         if near and (least := min(near.values())) < guard - 1e-3:
             raise InputError(
                 f"'{name}' would learn from photos of {run.folder.name} that are {least:.0f} m from test photos, less than the "
-                f"guard of {guard:g} m: leave seed and city.split, guard_m and block_m as they are (train.seed draws other "
+                f"guard of {guard:g} m: leave seed and city.split, split_buffer_m and split_block_m as they are (train.seed draws other "
                 "weights)."
             )
 
@@ -186,52 +193,52 @@ def changed(config: Config, variant: VariantConfig) -> Config:
     return validate(tree, f"compare.variants, '{variant.name}'")
 
 
-def _rival(work: Work, rival: Rival, task: Task, judge: Judge, redo: bool) -> Compared:
+def _rival(work: ComparisonContext, rival: AnyBaseline, task: EvaluationTask, judge: Judge, redo: bool) -> SystemResult:
     outcome = runner(rival.kind)(work, rival, redo)
     found = outcome.answers
     if outcome.scores:
-        columns = [column for column in asking.COLUMNS if column != "image"]
-        photos = {row["id"]: row for row in tables.rows(task.data, TEST, columns)}
+        columns = [column for column in run_questions.COLUMNS if column != "image"]
+        photos = {row["id"]: row for row in tables.iter_rows(task.data, TEST, columns)}
         found = list(answers_by_scores(outcome.scores[TEST], photos, work.gazetteer))
         with writing(task.out / "scores" / slug(rival.name), {"row": rival.model_dump()}) as folder:
             for split, rows in outcome.scores.items():
-                tables.write(folder, split, rows, tables.SCORES)
-    answers = judged(found, judge)
+                tables.write_table(folder, split, rows, tables.SCORES)
+    answers = judge_answers(found, judge)
     with writing(task.out / "answers" / slug(rival.name), {"row": rival.model_dump()}) as folder:
-        tables.write(folder, TEST, answers, tables.ANSWERS)
-    return Compared(rival.name, rival.kind, outcome, answers)
+        tables.write_table(folder, TEST, answers, tables.ANSWERS)
+    return SystemResult(rival.name, rival.kind, outcome, answers)
 
 
-def _write(config: Config, work: Work, task: Task, rows: Sequence[Compared]) -> dict[str, Any]:
+def _write(config: Config, work: ComparisonContext, task: EvaluationTask, rows: Sequence[SystemResult]) -> dict[str, Any]:
     """All files of the comparison; prints the table."""
     made = [row for row in rows if not row.failed and row.answers]
     names = [row.name for row in made]
-    main = config.compare.main if config.compare.main in names else (report.main_of(names) if names else "")
+    main = config.compare.main if config.compare.main in names else (report.main_system(names) if names else "")
     columns = ["id", "lat", "lon", "street", "district"]
-    learnt = tables.read(work.run.photos, "train", columns).to_pylist()
-    distances = comparison.nearest_m(tables.read(work.run.photos, TEST, columns).to_pylist(), learnt)
+    learnt = tables.read_table(work.run.photos, "train", columns).to_pylist()
+    distances = comparison.nearest_training_m(tables.read_table(work.run.photos, TEST, columns).to_pylist(), learnt)
     known = {Address(row["street"], row["district"]) for row in learnt}
     of_main = next((row.answers for row in made if row.name == main), [])
     told = [_told(config, work, row, of_main, known, distances) for row in rows]
     tree = {
         "city": work.gazetteer.city or config.city.name, "split": TEST, "main": main, "photos": len(work.ids[TEST]),
-        "validation_photos": len(work.ids.get(scoring.VALIDATION, [])), "systems": told,
+        "validation_photos": len(work.ids.get(evaluation.VALIDATION, [])), "systems": told,
     }  # fmt: skip
     answers = {row.name: row.answers for row in made}
     scored = {**tree, "systems": [row for row in told if row["name"] in answers]}
     out = task.out / "comparison"
     with writing(out, {"rows": [row.name for row in rows]}) as folder:
-        comparison_files.write(folder, tree)
+        comparison.write_comparison(folder, tree)
         if made:
             named = (config.seed, config.evaluate.bootstrap)
-            report.write(folder / "report.html", scored, answers, work.gazetteer, task.sources, *named, comparison=tree)
-    print(f"\n{comparison_files.plain(tree)}\n\n{out}", flush=True)
+            report.write_report(folder / "report.html", scored, answers, work.gazetteer, task.sources, *named, comparison=tree)
+    print(f"\n{comparison.comparison_text(tree)}\n\n{out}", flush=True)
     for row, of_row in zip(rows, told, strict=True):
         leave_card(config, work, row, of_row)
     return tree
 
 
-def leave_card(config: Config, work: Work, row: Compared, told: dict[str, Any]) -> None:
+def leave_card(config: Config, work: ComparisonContext, row: SystemResult, told: dict[str, Any]) -> None:
     """Write what was measured into the cards of the row's model, or if it has none, a card below <run>/cards."""
     if "metrics" not in told:
         return
@@ -242,11 +249,16 @@ def leave_card(config: Config, work: Work, row: Compared, told: dict[str, Any]) 
         set_metrics(row.outcome.model, told["metrics"], photos)
     elif rival and not isinstance(rival, AddressClipConfig):
         with writing(work.run.folder / "cards" / slug(row.name), {"row": rival.model_dump()}) as folder:
-            (folder / "README.md").write_text(row_cards.card(config, rival, told, photos), encoding="utf-8")
+            (folder / "README.md").write_text(system_cards.system_card(config, rival, told, photos), encoding="utf-8")
 
 
 def _told(
-    config: Config, work: Work, row: Compared, of_main: Sequence[Row], learnt: set[Address], distances: dict[str, float]
+    config: Config,
+    work: ComparisonContext,
+    row: SystemResult,
+    of_main: Sequence[Row],
+    learnt: set[Address],
+    distances: dict[str, float],
 ) -> dict[str, Any]:
     """What the table and the report say of a row."""
     drawn, city, of = (config.evaluate.bootstrap, config.seed), work.gazetteer, row.outcome
@@ -255,12 +267,12 @@ def _told(
         return told
     return {
         **told,
-        "metrics": metrics.score(row.answers, *drawn),
-        "top": comparison.top(of.scores.get(TEST, []), city, *drawn),
+        "metrics": metrics.compute_metrics(row.answers, *drawn),
+        "top": comparison.top_k_accuracy(of.scores.get(TEST, []), city, *drawn),
         "by_training": comparison.by_training(row.answers, learnt, *drawn),
         "by_distance": comparison.by_distance(row.answers, distances, *drawn),
-        "against": comparison.against(of_main, row.answers, *drawn) if row.answers is not of_main else None,
-        "trust": comparison.trust(of.scores.get(scoring.VALIDATION, []), of.scores.get(TEST, []), city),
+        "against": comparison.paired_difference(of_main, row.answers, *drawn) if row.answers is not of_main else None,
+        "trust": comparison.confidence_accuracy(of.scores.get(evaluation.VALIDATION, []), of.scores.get(TEST, []), city),
         "neighbours": comparison.neighbours(row.answers, city),
         "within": _within(work, of, drawn),
         "cost": {**work.noted(row.name), "parameters": of.parameters, "stored_bytes": of.stored_bytes},
@@ -269,13 +281,13 @@ def _told(
     }
 
 
-def _within(work: Work, outcome: Outcome, drawn: tuple[int, int]) -> dict[str, Any]:
+def _within(work: ComparisonContext, outcome: SystemOutcome, drawn: tuple[int, int]) -> dict[str, Any]:
     if not outcome.coordinates:
         return {}
-    from addressvlm.baselines.geography import within
+    from addressvlm.baselines.retrieval import share_within
 
-    photos = tables.read(work.run.photos, TEST, ["id", "place", "lat", "lon"]).to_pylist()
-    return within([photo for photo in photos if photo["id"] in set(work.ids[TEST])], outcome.coordinates, *drawn)
+    photos = tables.read_table(work.run.photos, TEST, ["id", "place", "lat", "lon"]).to_pylist()
+    return share_within([photo for photo in photos if photo["id"] in set(work.ids[TEST])], outcome.coordinates, *drawn)
 
 
 def main() -> None:

@@ -18,18 +18,19 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from addressvlm import InputError, tables
-from addressvlm.addresses import GAZETTEER, Gazetteer
+from addressvlm import InputError
 from addressvlm.config import Config
-from addressvlm.evaluation import metrics, report, table
+from addressvlm.evaluation import metrics, report, text_table
 from addressvlm.evaluation.parsing import Judge
-from addressvlm.models.base import locate
-from addressvlm.models.card import set_metrics
-from addressvlm.run import Run
-from addressvlm.stores import path_of
-from ray_jobs import answering, given, scoring
-from ray_jobs.answering import Task, files_digest, model_digest
+from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
+from addressvlm.models.cards import set_metrics
+from addressvlm.models.loading import resolve_model
+from addressvlm.storage import tables
+from addressvlm.storage.remote_path import path_of
+from addressvlm.storage.run_dir import Run
+from ray_jobs import evaluation, resolve_args
 from ray_jobs.common import arguments, configure, connect, job, require
+from ray_jobs.evaluation import EvaluationTask, files_digest, model_digest
 
 
 def run_step(config: Config, redo: bool, priors: bool = False, only: Sequence[str] | None = None) -> None:
@@ -39,87 +40,90 @@ def run_step(config: Config, redo: bool, priors: bool = False, only: Sequence[st
         InputError: a system is not trained yet, the data is missing, or the cluster is too small.
     """
     run = Run(config)
-    sources = report.Sources(run.photos, run.alignment, run.training, run.rejects)
-    systems, images = given.systems_of(config, run, only), given.images(config, run, "test", redo)
-    out = given.out(run, None) if images else run.folder
-    evaluate(config, Task(systems, run.photos, "test", out, sources, not images, priors, images), redo)
+    sources = report.ReportSources(run.photos, run.alignment, run.training, run.rejects)
+    systems, images = resolve_args.systems_of(config, run, only), resolve_args.shown_images(config, run, "test", redo)
+    out = resolve_args.output_folder(run, None) if images else run.folder
+    evaluate(config, EvaluationTask(systems, run.photos, "test", out, sources, not images, priors, images), redo)
 
 
-def evaluate(config: Config, task: Task, redo: bool) -> None:
+def evaluate(config: Config, task: EvaluationTask, redo: bool) -> None:
     """Answer, judge, write metrics.json and report.html, print the table.
 
     Raises:
         InputError: as `run_step`, or a model folder does not exist.
     """
-    folders = {name: locate(model) for name, model in task.systems.items()}
-    tables.files(task.data, task.split)
+    folders = {name: resolve_model(model) for name, model in task.systems.items()}
+    tables.table_files(task.data, task.split)
     need = config.evaluate
     require("CPU", need.workers * need.cpus_per_worker, "evaluate", "evaluate.workers or evaluate.cpus_per_worker")
-    ids = answering.chosen_ids(config, task)
-    judge, gazetteer = answering.judge_of(task, folders)
-    main = report.main_of(list(folders))
+    ids = evaluation.choose_photos(config, task)
+    judge, gazetteer = evaluation.make_judge(task, folders)
+    main = report.main_system(list(folders))
     scores = {name: _scores(config, task, name, folder, ids, main, gazetteer, redo) for name, folder in folders.items()}
     for name, folder in folders.items():
-        answering.answer(config, task, name, folder, ids, judge, gazetteer, scores[name], redo)
-    answers = {name: answering.read(task, name) for name in folders}
+        evaluation.answer_questions(config, task, name, folder, ids, judge, gazetteer, scores[name], redo)
+    answers = {name: evaluation.read_answers(task, name) for name in folders}
     scored = {
         "city": gazetteer.city or config.city.name,
         "split": task.split,
         "systems": [
-            {"name": name, "metrics": metrics.score(rows, need.bootstrap, config.seed)} for name, rows in answers.items()
+            {"name": name, "metrics": metrics.compute_metrics(rows, need.bootstrap, config.seed)}
+            for name, rows in answers.items()
         ],
     }
     compared = None
     if task.split in scores[main]:
         rows = scores[main][task.split]
-        answered = {need.answers: answers[main]} if need.answers != "scored" else {}
+        answered = {need.answers: answers[main]} if need.answers != "likelihood" else {}
         if task.priors and need.answers != "constrained":
             answered["constrained"] = _constrained(config, task, main, folders[main], ids, judge, gazetteer, redo)
-        compared = scoring.compare(config, task.out, main, folders[main], rows, answered, gazetteer)
+        compared = evaluation.compare_decoding_modes(config, task.out, main, folders[main], rows, answered, gazetteer)
     try:
         (task.out / "metrics.json").write_text(json.dumps(scored, indent=1, ensure_ascii=False), encoding="utf-8")
-        report.write(task.out / "report.html", scored, answers, gazetteer, task.sources, config.seed, need.bootstrap, compared)
+        report.write_report(
+            task.out / "report.html", scored, answers, gazetteer, task.sources, config.seed, need.bootstrap, compared
+        )
     except OSError as error:
         raise InputError(f"{task.out} can't be written ({error.strerror}): free room or give another --out.") from error
     if task.own:
         photos = f"{len(ids):,} photos of the split {task.split}"
         for system in scored["systems"]:
             set_metrics(path_of(folders[system["name"]]).parent, system["metrics"], photos)
-    print(f"\n{table.plain(scored['systems'])}\n", flush=True)
+    print(f"\n{text_table.metrics_table(scored['systems'])}\n", flush=True)
     if compared:
-        print(f"{table.modes(compared)}\n", flush=True)
+        print(f"{text_table.decoding_table(compared)}\n", flush=True)
     print(f"{task.out / 'metrics.json'}\n{task.out / 'report.html'}", flush=True)
 
 
 def _scores(
-    config: Config, task: Task, name: str, model: str, ids: list[str], main: str, city: Gazetteer, redo: bool
+    config: Config, task: EvaluationTask, name: str, model: str, ids: list[str], main: str, city: Gazetteer, redo: bool
 ) -> dict[str, list[dict[str, Any]]]:
     """Split -> one system's scores, as far as they are needed: to calibrate it, to answer by them, to compare modes."""
-    own = (path_of(model) / GAZETTEER).is_file()
-    held = scoring.calibrated_on(config, task.data) if task.own and own else {}
+    own = (path_of(model) / GAZETTEER_FILE).is_file()
+    held = evaluation.calibration_photos(config, task.data) if task.own and own else {}
     wanted = dict(held)
-    if config.evaluate.answers == "scored" or (name == main and own and (held or task.priors)):
+    if config.evaluate.answers == "likelihood" or (name == main and own and (held or task.priors)):
         wanted[task.split] = ids
     if not wanted:
         return {}
-    made_from = {split: files_digest(tables.files(task.shown, split)) for split in wanted}
+    made_from = {split: files_digest(tables.table_files(task.shown, split)) for split in wanted}
     made_from |= {"model": model_digest(model), "dtype": config.model.dtype, "seed": config.seed}
-    found = scoring.score(config, task.out, name, model, task.shown, wanted, made_from, city, redo)
+    found = evaluation.score_addresses(config, task.out, name, model, task.shown, wanted, made_from, city, redo)
     if held:
-        scoring.calibrate(config, name, model, found, city)
+        evaluation.fit_and_save_calibration(config, name, model, found, city)
     return found
 
 
 def _constrained(
-    config: Config, task: Task, name: str, model: str, ids: list[str], judge: Judge, city: Gazetteer, redo: bool
+    config: Config, task: EvaluationTask, name: str, model: str, ids: list[str], judge: Judge, city: Gazetteer, redo: bool
 ) -> list[dict[str, Any]]:
     """What the same system generates in the mode `constrained`, from a folder beside its answers."""
     name = f"{name} constrained"
     need = config.evaluate.model_copy(update={"answers": "constrained"})
-    answering.answer(
+    evaluation.answer_questions(
         config.model_copy(update={"evaluate": need}), task, name, model, ids, judge, city, {}, redo, ["generation"]
     )
-    return answering.read(task, name)
+    return evaluation.read_answers(task, name)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -146,13 +150,17 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(
             "--data and evaluate.images=grafts don't go together, the run has no map of other photos: leave one out."
         )
-    systems = given.named(args.model) or given.systems_of(config, run)
+    systems = resolve_args.named_models(args.model) or resolve_args.systems_of(config, run)
     for model in systems.values():
-        locate(model)
-    out = (args.out or given.out(run, args.data)).absolute()
-    data = given.dataset(config, args.data, args.photos, systems, out, args.redo) if args.data else run.photos
-    images = given.images(config, run, args.split, args.redo)
-    evaluate(config, Task(systems, data, args.split, out, report.Sources(photos=data), False, args.priors, images), args.redo)
+        resolve_model(model)
+    out = (args.out or resolve_args.output_folder(run, args.data)).absolute()
+    data = resolve_args.dataset(config, args.data, args.photos, systems, out, args.redo) if args.data else run.photos
+    images = resolve_args.shown_images(config, run, args.split, args.redo)
+    evaluate(
+        config,
+        EvaluationTask(systems, data, args.split, out, report.ReportSources(photos=data), False, args.priors, images),
+        args.redo,
+    )
 
 
 if __name__ == "__main__":

@@ -11,16 +11,17 @@ from typing import Any
 
 import pyarrow as pa
 
-from addressvlm import InputError, tables
-from addressvlm.cities.source import resolve
+from addressvlm import InputError
 from addressvlm.config import Config
-from addressvlm.files import write_parquet
-from addressvlm.maps.grafts import Grafter, graft_batch, graft_photos_batch
-from addressvlm.run import Run, is_done, resuming
-from addressvlm.shards import Work, forget, plan, sources_fingerprint
-from addressvlm.stores import AnyPath
+from addressvlm.dataset.build import resolve_city_files
+from addressvlm.storage import tables
+from addressvlm.storage.files import write_parquet
+from addressvlm.storage.remote_path import AnyPath
+from addressvlm.storage.run_dir import Run, is_done, resuming
+from addressvlm.storage.shards import ShardWork, forget_shards, plan_shards, sources_fingerprint
+from addressvlm.tiles.graft_rows import Grafter, graft_batch, graft_photos_batch
 from ray_jobs import common, prepare
-from ray_jobs.stream import sharded
+from ray_jobs.ray_data import run_shards
 
 SHARD = 256  # photos; a second or two of work
 FETCHING_ONLY = {"cache", "per_second", "user_agent", "attribution"}  # settings that no graft depends on
@@ -43,7 +44,7 @@ def run_step(config: Config, redo: bool) -> None:
         print("graft: already done", flush=True)
         return
     files, tiles = _sources(config, run)
-    work = Work(partial(graft_batch, *files, tiles), tables.GRAFTS, COLUMNS, sources_fingerprint(*files))
+    work = ShardWork(partial(graft_batch, *files, tiles), tables.GRAFTS, COLUMNS, sources_fingerprint(*files))
     with resuming(run.grafts, settings(config), redo) as folder:
         told = _make(run, "train", folder, work, "graft")
     print(f"graft: {told[0]:,} grafted images in {run.grafts}, {told[1]:,} rejected", flush=True)
@@ -62,12 +63,12 @@ def photos_on_tiles(config: Config, of: Run, split: str, redo: bool = False) -> 
     if config.tiles.layout == "two":
         raise InputError("evaluate.images is grafts and tiles.layout is two, but one image is asked about: set it to graft.")
     target = Run(config).grafted / split
-    photos = sources_fingerprint(*map(str, tables.files(of.photos, split)))
+    photos = sources_fingerprint(*map(str, tables.table_files(of.photos, split)))
     made_from = {"photos": photos, "tiles": settings(config)["tiles"]}
     if is_done(target, made_from, redo):
         return target
     files, tiles = _sources(of.config.model_copy(update={"tiles": config.tiles}), of)
-    work = Work(partial(graft_photos_batch, *files, tiles, split), tables.PHOTOS, None, sources_fingerprint(*files))
+    work = ShardWork(partial(graft_photos_batch, *files, tiles, split), tables.PHOTOS, None, sources_fingerprint(*files))
     with resuming(target, made_from, redo) as folder:
         told = _make(of, split, folder, work, f"graft-{Run(config).folder.name}-{split}")
     print(f"graft: {told[0]:,} photos of the split {split} on their tiles in {target}, {told[1]:,} rejected", flush=True)
@@ -76,7 +77,7 @@ def photos_on_tiles(config: Config, of: Run, split: str, redo: bool = False) -> 
 
 def _sources(config: Config, run: Run) -> tuple[tuple[str | None, str | None], str]:
     """The files of streets and imagery, and the settings of tiles as JSON; a missing file is told before Ray is asked."""
-    sources = resolve(config, run)
+    sources = resolve_city_files(config, run)
     if sources.city.streets and not run.roads.is_file():
         raise InputError(f"there is no {run.roads} to draw tiles from: run prepare again, with --redo.")
     files = (str(run.roads) if sources.city.streets else None, sources.tiles.imagery)
@@ -84,17 +85,17 @@ def _sources(config: Config, run: Run) -> tuple[tuple[str | None, str | None], s
     return files, sources.tiles.model_dump_json()
 
 
-def _make(run: Run, split: str, folder: AnyPath, work: Work, step: str) -> tuple[int, int]:
+def _make(run: Run, split: str, folder: AnyPath, work: ShardWork, step: str) -> tuple[int, int]:
     """Graft a split of a run's photos; how many were written and rejected."""
-    shards = plan(run.photos, split, SHARD)
+    shards = plan_shards(run.photos, split, SHARD)
     total = sum(shard.rows for shard in shards)
-    made = sharded("graft", shards, folder, work)
+    made = run_shards("graft", shards, folder, work)
     written = sum(summary["written"].get(split, 0) for summary in made)
     rejects = [reject for summary in made for reject in summary["rejects"]]
     file = run.rejects / f"{step}.parquet"
     write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), file)
     if not written or len(rejects) > run.config.city.max_reject_share * total:
-        forget(folder, [summary for summary in made if summary["rejects"]])
+        forget_shards(folder, [summary for summary in made if summary["rejects"]])
         first = rejects[0]["reason"].rstrip(".") if rejects else f"there are no {split} photos"
         more = ", or raise city.max_reject_share" if written else ""
         raise InputError(

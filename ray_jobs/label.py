@@ -20,24 +20,23 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from addressvlm import tables
-from addressvlm.addresses import Gazetteer
 from addressvlm.config import Config
-from addressvlm.files import on_disk, write_parquet
+from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.labels import Request, beginning
-from addressvlm.labels.costs import Plan
-from addressvlm.labels.ledger import Ledger, writing
-from addressvlm.labels.openai_labeler import OpenAILabeler
+from addressvlm.labels.cached_labels import survey_cache
+from addressvlm.labels.costs import CostEstimate, label_report, report_summary
+from addressvlm.labels.label_rows import city_of, label_batch, readable_rows
 from addressvlm.labels.prompt import prompt_of
-from addressvlm.labels.replay import survey
-from addressvlm.labels.rows import city_of, label_batch, readable
-from addressvlm.labels.tally import report_of, summary
+from addressvlm.labels.request_scheduler import OpenAILabeler
+from addressvlm.labels.response_cache import ResponseCache, open_for_writing
 from addressvlm.labels.vllm_server import serving
-from addressvlm.run import Run, is_done, resuming
-from addressvlm.shards import Shard, Work, plan, sources_fingerprint
+from addressvlm.storage import tables
+from addressvlm.storage.files import on_disk, write_parquet
+from addressvlm.storage.run_dir import Run, is_done, resuming
+from addressvlm.storage.shards import Shard, ShardWork, plan_shards, sources_fingerprint
 from ray_jobs import common, graft, prepare
-from ray_jobs.heartbeat import Heartbeat
-from ray_jobs.stream import person_error, sharded
+from ray_jobs.common import Heartbeat
+from ray_jobs.ray_data import run_shards, to_input_error
 
 SHARD = 2048  # rows for a labeler that takes no time
 SLOW_SHARD = 64  # rows of a model that an interruption may lose
@@ -70,23 +69,23 @@ def run_step(config: Config, redo: bool, dry_run: bool = False) -> None:
         print("label: already done", flush=True)
         return
     asks = config.labels.labeler in ASKED
-    shards = plan(source, "train", SHARD if config.labels.labeler != "local" else SLOW_SHARD)
+    shards = plan_shards(source, "train", SHARD if config.labels.labeler != "local" else SLOW_SHARD)
     if dry_run:
-        print(_plan(config, shards, Ledger(run.ledger), redo).text() if asks else _free(shards), flush=True)
+        print(_plan(config, shards, ResponseCache(run.ledger), redo).text() if asks else _free(shards), flush=True)
         return
     tally = _ask(config, shards, redo) if asks else {}
     columns = list((tables.GRAFTS if shows == "graft" else tables.PHOTOS).names)
     function = partial(label_batch, config.labels.model_dump_json(), config.seed, str(run.gazetteer), str(run.ledger) * asks)
-    work = Work(function, tables.ALIGNMENT, columns, sources_fingerprint(str(run.gazetteer)))
+    work = ShardWork(function, tables.ALIGNMENT, columns, sources_fingerprint(str(run.gazetteer)))
     with resuming(target, settings(config), redo) as folder:
-        made = sharded("label", shards, folder, work, *_workers(config))
+        made = run_shards("label", shards, folder, work, *_workers(config))
         counts = sum((Counter(summary["counts"]) for summary in made), Counter())
-        report = report_of(config.labels, counts, tally, Ledger(run.ledger) if asks else None)
+        report = label_report(config.labels, counts, tally, ResponseCache(run.ledger) if asks else None)
         (folder / "labels.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
         rejects = [reject for summary in made for reject in summary["rejects"]]
         name = "label" if shows == "graft" else "label-reasoning"
         write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), run.rejects / f"{name}.parquet")
-    print(f"label: {target}: {summary(report)}; {len(rejects):,} rejected", flush=True)
+    print(f"label: {target}: {report_summary(report)}; {len(rejects):,} rejected", flush=True)
 
 
 def _absolute(config: Config) -> Config:
@@ -109,7 +108,7 @@ def _ask(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
     """
     if config.labels.labeler == "openai":
         return _fill(config, shards, redo)
-    left = _plan(config, shards, Ledger(Run(config).ledger), redo)
+    left = _plan(config, shards, ResponseCache(Run(config).ledger), redo)
     if not left.left:
         print(left.text(), flush=True)
         return {}
@@ -120,7 +119,7 @@ def _ask(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
     try:
         return ray.get(task.remote(config, shards, redo))
     except ray.exceptions.RayError as error:
-        raise person_error(error) or error from None
+        raise to_input_error(error) or error from None
 
 
 def _serve_and_fill(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
@@ -131,7 +130,7 @@ def _serve_and_fill(config: Config, shards: list[Shard], redo: bool) -> dict[str
 
 def _fill(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
     run = Run(config)
-    with writing(run.ledger) as ledger:
+    with open_for_writing(run.ledger) as ledger:
         begin = beginning(config.labels, config.seed, _gazetteer(run))
         labeler = OpenAILabeler(config.labels, begin, ledger, partial(print, flush=True), redo)
         left = _plan(config, shards, ledger, redo)
@@ -139,11 +138,11 @@ def _fill(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
         return labeler.settle(_requests(config, shards), left.left).to_dict() if left.left else {}
 
 
-def _plan(config: Config, shards: list[Shard], ledger: Ledger, redo: bool) -> Plan:
+def _plan(config: Config, shards: list[Shard], ledger: ResponseCache, redo: bool) -> CostEstimate:
     """What is left to ask; `redo` asks once more about rows that the endpoint failed for."""
     begin = beginning(config.labels, config.seed, _gazetteer(Run(config)))
     with Heartbeat(lambda: "label: looking for what is answered already"):
-        return survey(config.labels, begin, _requests(config, shards), ledger, redo)
+        return survey_cache(config.labels, begin, _requests(config, shards), ledger, redo)
 
 
 def _requests(config: Config, shards: list[Shard]) -> Iterator[Request]:
@@ -152,7 +151,7 @@ def _requests(config: Config, shards: list[Shard]) -> Iterator[Request]:
     columns = ["id", "image", "tile", "facts"] if prompt.shows == "graft" else ["id", "image", "street", "district"]
     for rows in chain.from_iterable(shard.batches(columns) for shard in shards):
         for row in rows:  # one after another, so that memory holds no more than is asked about
-            for _, request in readable([row], prompt, city)[0]:
+            for _, request in readable_rows([row], prompt, city)[0]:
                 yield request
 
 

@@ -17,23 +17,23 @@ from typing import Any
 
 import pyarrow as pa
 
-from addressvlm import InputError, tables
-from addressvlm.addresses import GAZETTEER
-from addressvlm.answers.calibration import CALIBRATION
-from addressvlm.answers.located import LOCATED, PHOTOS, SPLIT, Locating, listed
-from addressvlm.cities import storage
-from addressvlm.cities.readers.source import folder_photos
-from addressvlm.cities.readers.table import open_table
+from addressvlm import InputError
+from addressvlm.answers.batch_localize import LOCALIZED_SCHEMA, PHOTO_LIST_SCHEMA, SPLIT, BatchLocalizer, photo_table
+from addressvlm.answers.calibration import CALIBRATION_FILE
 from addressvlm.config import Config
+from addressvlm.dataset.readers.base import folder_photos
+from addressvlm.dataset.readers.table import open_table
 from addressvlm.evaluation.report import MAIN
-from addressvlm.files import digest, parquet, write_parquet
-from addressvlm.models.base import locate
-from addressvlm.run import DONE, WORK, Run, is_done, resuming, unfinished
-from addressvlm.shards import Shard, Work, files_fingerprint, plan, plan_files, sources_fingerprint
-from addressvlm.stores import AnyPath, path_of
-from ray_jobs.answering import model_digest
+from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE
+from addressvlm.models.loading import resolve_model
+from addressvlm.storage import remote_path, tables
+from addressvlm.storage.files import digest, parquet, write_parquet
+from addressvlm.storage.remote_path import AnyPath, path_of
+from addressvlm.storage.run_dir import DONE_FILE, WORK, Run, is_done, resuming, unfinished
+from addressvlm.storage.shards import Shard, ShardWork, files_fingerprint, plan_file_shards, plan_shards, sources_fingerprint
 from ray_jobs.common import arguments, configure, connect, job, require
-from ray_jobs.stream import sharded
+from ray_jobs.evaluation import model_digest
+from ray_jobs.ray_data import run_shards
 
 SHARD = 512  # photos; what an interruption costs at most, for each worker
 IMAGES = {"id", "image"}  # columns of Parquet that holds the photos themselves
@@ -46,16 +46,16 @@ def localize(config: Config, model: str, photos: str, split: str, out: AnyPath, 
         InputError: there is no such model or it has no gazetteer, there are no photos, `out` holds something else, or the
             cluster is too small.
     """
-    model = locate(model)
-    if not (path_of(model) / GAZETTEER).is_file():
-        raise InputError(f"{model} holds no {GAZETTEER}: give a model that was trained on a city.")
+    model = resolve_model(model)
+    if not (path_of(model) / GAZETTEER_FILE).is_file():
+        raise InputError(f"{model} holds no {GAZETTEER_FILE}: give a model that was trained on a city.")
     need = config.evaluate
     require("CPU", need.workers * need.cpus_per_worker, "localize", "evaluate.workers or evaluate.cpus_per_worker")
-    base = photos if storage.kind(photos) == "folder" else storage.parent(photos)
-    base = base if storage.is_remote(base) else str(storage.local_path(base).absolute())
+    base = photos if remote_path.kind(photos) == "folder" else remote_path.parent(photos)
+    base = base if remote_path.is_remote(base) else str(remote_path.local_path(base).absolute())
     given = _given(photos, split)
     settings = {
-        "model": model_digest(model), "calibration": sources_fingerprint(str(path_of(model) / CALIBRATION)), "photos": photos,
+        "model": model_digest(model), "calibration": sources_fingerprint(str(path_of(model) / CALIBRATION_FILE)), "photos": photos,
         "split": split, "top_k": top_k, "dtype": config.model.dtype, "content": _content(given, base),
     }  # fmt: skip
     _refuse_other(out, settings)
@@ -64,13 +64,13 @@ def localize(config: Config, model: str, photos: str, split: str, out: AnyPath, 
         return
     with resuming(out, settings, redo) as folder:
         shards, columns, rejects = _shards(given, folder)
-        function = Locating(
+        function = BatchLocalizer(
             model, config.model.dtype, config.model.trust_remote_code, base, config.city.max_megapixels, top_k,
             max(1, int(need.cpus_per_worker)),
         )  # fmt: skip
         actor = {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}
-        work = Work(function, LOCATED, columns)
-        summaries = sharded("localize: photos", shards, folder, work, need.workers, actor)
+        work = ShardWork(function, LOCALIZED_SCHEMA, columns)
+        summaries = run_shards("localize: photos", shards, folder, work, need.workers, actor)
         rejects += [reject for summary in summaries for reject in summary["rejects"]]
         write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), folder / "rejects.parquet")
         written = sum(summary["written"].get(SPLIT, 0) for summary in summaries)
@@ -83,7 +83,7 @@ def _refuse_other(out: AnyPath, settings: dict[str, Any]) -> None:
     Raises:
         InputError: it is one.
     """
-    mark = out / DONE
+    mark = out / DONE_FILE
     ours = mark.is_file() and json.loads(mark.read_text()).keys() == settings.keys()
     if not (ours or unfinished(out)) and out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out} holds something else: give an empty or a new --out.")
@@ -106,13 +106,13 @@ def _given(photos: str, split: str) -> _Given:
     """
     if _holds_images(photos, split):
         path = path_of(photos)
-        return _Given([path] if path.is_file() else list(tables.files(path, split)), [], [])
-    if storage.kind(photos) == "folder":
-        rows, rejects = listed([(file, file) for file in folder_photos(photos)])
+        return _Given([path] if path.is_file() else list(tables.table_files(path, split)), [], [])
+    if remote_path.kind(photos) == "folder":
+        rows, rejects = photo_table([(file, file) for file in folder_photos(photos)])
     else:
         table = open_table(photos)
         table.require(["file"])
-        rows, rejects = listed([(_text(row.get("id")), _text(row.get("file"))) for row in table.rows])
+        rows, rejects = photo_table([(_text(row.get("id")), _text(row.get("file"))) for row in table.rows])
     if not rows:
         raise InputError(f"{photos} names no photo: give a folder of photos, or a table with a column file.")
     return _Given([], rows, rejects)
@@ -120,20 +120,20 @@ def _given(photos: str, split: str) -> _Given:
 
 def _content(given: _Given, base: str) -> str:
     """Changes when the list does, or a local photo; what is no local file is known by its name."""
-    files = [str(path) for path in given.files] or [storage.join(base, row["file"]) for row in given.rows]
+    files = [str(path) for path in given.files] or [remote_path.join(base, row["file"]) for row in given.rows]
     return digest([given.rows, given.rejects, files_fingerprint(files)])
 
 
 def _shards(given: _Given, folder: AnyPath) -> tuple[list[Shard], list[str], list[dict[str, Any]]]:
     """The photos in shards, the columns to read of them, and the rejects among their rows."""
     if given.files:
-        shards, rejects = _once(plan_files(given.files, SHARD))
+        shards, rejects = _once(plan_file_shards(given.files, SHARD))
         return shards, sorted(IMAGES), rejects
     wanted = folder / WORK / "listed"
     for old in wanted.glob("*.parquet"):
         old.unlink()
-    tables.write(wanted, "photos", given.rows, PHOTOS, SHARD)
-    return plan(wanted, "photos", SHARD), PHOTOS.names, given.rejects
+    tables.write_table(wanted, "photos", given.rows, PHOTO_LIST_SCHEMA, SHARD)
+    return plan_shards(wanted, "photos", SHARD), PHOTO_LIST_SCHEMA.names, given.rejects
 
 
 def _once(shards: list[Shard]) -> tuple[list[Shard], list[dict[str, Any]]]:

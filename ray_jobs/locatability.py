@@ -16,18 +16,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from addressvlm import InputError, tables
+from addressvlm import InputError
 from addressvlm.baselines import locatability
-from addressvlm.baselines.locatability import OURS, THRESHOLD, Texts, kept
+from addressvlm.baselines.locatability import DEFAULT_TEXTS, THRESHOLD, LocatabilityTexts, cached_locatability
 from addressvlm.config import Config
-from addressvlm.evaluation.asking import picture
-from addressvlm.files import write_parquet
-from addressvlm.models.base import locate
-from addressvlm.run import Run, is_done, resuming
-from addressvlm.shards import Made, Rows, Work, plan
+from addressvlm.evaluation.run_questions import photo_image
+from addressvlm.models.loading import resolve_model
+from addressvlm.storage import tables
+from addressvlm.storage.files import write_parquet
+from addressvlm.storage.run_dir import Run, is_done, resuming
+from addressvlm.storage.shards import Rows, ShardResult, ShardWork, plan_shards
 from ray_jobs import common, prepare
 from ray_jobs.common import absolute
-from ray_jobs.stream import sharded
+from ray_jobs.ray_data import run_shards
 
 SHARD = 64  # photos
 AT_ONCE = 8  # photos cut into classes together
@@ -35,7 +36,12 @@ SCHEMA = pa.schema([("id", pa.string()), ("place", pa.string()), ("locatability"
 
 
 def run_step(
-    config: Config, segmentation: str, clip: str, texts: Texts = OURS, threshold: float = THRESHOLD, redo: bool = False
+    config: Config,
+    segmentation: str,
+    clip: str,
+    texts: LocatabilityTexts = DEFAULT_TEXTS,
+    threshold: float = THRESHOLD,
+    redo: bool = False,
 ) -> int:
     """Score the training photos of a run; how many are below the threshold.
 
@@ -46,20 +52,20 @@ def run_step(
     if not 0 <= threshold <= 1:
         raise InputError(f"--threshold {threshold:g}: locatability is between 0 and 1.")
     for model in models:
-        locate(model)
+        resolve_model(model)
     out = run.locatability
     settings = {**prepare.settings(config), "locatability": {"models": models, **asdict(texts)}}
     if not is_done(out, settings, redo):
         need = config.evaluate
         actor = {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}
-        work = Work(partial(score_batch, *models, texts), SCHEMA, ["id", "place", "image"])
+        work = ShardWork(partial(score_batch, *models, texts), SCHEMA, ["id", "place", "image"])
         with resuming(out, settings, redo) as folder:
-            sharded("locatability", plan(run.photos, "train", SHARD), folder, work, need.workers, actor)
-            found = locatability.curve(tables.read(folder, "train", ["locatability"])["locatability"].to_pylist())
+            run_shards("locatability", plan_shards(run.photos, "train", SHARD), folder, work, need.workers, actor)
+            found = locatability.curve(tables.read_table(folder, "train", ["locatability"])["locatability"].to_pylist())
             (folder / "curve.json").write_text(json.dumps(asdict(found), indent=1), encoding="utf-8")
             with (folder / "curve.svg").open("wb") as file:
-                locatability.draw(found, file, threshold)
-    return _set_aside(run, list(tables.rows(out, "train")), threshold)
+                locatability.draw_curve(found, file, threshold)
+    return _set_aside(run, list(tables.iter_rows(out, "train")), threshold)
 
 
 def _set_aside(run: Run, rows: list[dict[str, Any]], threshold: float) -> int:
@@ -71,15 +77,15 @@ def _set_aside(run: Run, rows: list[dict[str, Any]], threshold: float) -> int:
     return len(low)
 
 
-def score_batch(segmentation: str, clip: str, texts: Texts, photos: Rows) -> Made:
+def score_batch(segmentation: str, clip: str, texts: LocatabilityTexts, photos: Rows) -> ShardResult:
     """Rows of PHOTOS -> rows of SCHEMA, by models that the process keeps between calls."""
-    scorer = kept(segmentation, clip, texts)
+    scorer = cached_locatability(segmentation, clip, texts)
     scores = [
         score
         for start in range(0, len(photos), AT_ONCE)
-        for score in scorer.scores([picture(photo) for photo in photos[start : start + AT_ONCE]])
+        for score in scorer.scores([photo_image(photo) for photo in photos[start : start + AT_ONCE]])
     ]
-    return Made({"train": [
+    return ShardResult({"train": [
         {"id": photo["id"], "place": photo["place"], "locatability": score} for photo, score in zip(photos, scores, strict=True)
     ]})  # fmt: skip
 
@@ -92,7 +98,7 @@ def main() -> None:
     parser.add_argument("--clues", type=Path, metavar="FILE", help="YAML with lists of texts, clues and others (default: ours)")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help=f"(default: {THRESHOLD})")
     args = parser.parse_args()
-    config, texts = common.configure(args), Texts.read(args.clues) if args.clues else OURS
+    config, texts = common.configure(args), LocatabilityTexts.read(args.clues) if args.clues else DEFAULT_TEXTS
     common.connect()
     run_step(config, args.segmentation, args.clip, texts, args.threshold, args.redo)
 

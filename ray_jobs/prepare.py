@@ -2,7 +2,7 @@
 """Photos and their table -> a city dataset: checked photos with addresses, split by place, with conversations.
 
     python ray_jobs/prepare.py --config demo
-    python ray_jobs/prepare.py --config my_city.yaml --set city.guard_m=30
+    python ray_jobs/prepare.py --config my_city.yaml --set city.split_buffer_m=30
 
 Writes below <storage>/<name>: photos/{train,val,test}-*.parquet, photos/gazetteer.geojson, photos/roads.fgb (what tiles
 are drawn from), the dataset card (photos/card.json, README.md, card.html), rejects/prepare.parquet (rows that can't be used,
@@ -20,27 +20,37 @@ import numpy as np
 import pyarrow as pa
 from shapely.geometry.base import BaseGeometry
 
-from addressvlm import InputError, tables
-from addressvlm.addresses import Gazetteer
-from addressvlm.cities import readers
-from addressvlm.cities.address import Place, assign, with_sub_streets
-from addressvlm.cities.card import count_questions, make_card, write_card
-from addressvlm.cities.dataset import CHECKED, LISTED, SPLITS, answering, check, files_of, finish, gazetteer_of, listed
-from addressvlm.cities.photo import Photo
-from addressvlm.cities.source import resolve
-from addressvlm.cities.split import Split, split, thin_views
-from addressvlm.cities.streets import StreetMap
+from addressvlm import InputError
 from addressvlm.config import Config
-from addressvlm.config_city import CityConfig
-from addressvlm.files import on_disk, remove_tree, write_parquet
-from addressvlm.maps.roads import write_roads
-from addressvlm.maps.sources import open_imagery
-from addressvlm.run import WORK, Run, is_done, resuming, storage
-from addressvlm.shards import Summary, Work, forget, plan, sources_fingerprint
-from addressvlm.stores import AnyPath
-from ray_jobs.common import arguments, configure, connect, job
-from ray_jobs.heartbeat import Heartbeat
-from ray_jobs.stream import sharded
+from addressvlm.config.city import CityConfig
+from addressvlm.dataset import readers
+from addressvlm.dataset.build import (
+    CHECKED,
+    LISTED,
+    SPLITS,
+    answering,
+    check_photos,
+    files_of,
+    finish_rows,
+    gazetteer_of,
+    photo_table,
+    resolve_city_files,
+)
+from addressvlm.dataset.card import count_questions, make_card, write_card
+from addressvlm.dataset.geocoding import Place, assign_addresses, with_sub_streets
+from addressvlm.dataset.photos import Photo
+from addressvlm.dataset.split import PlaceSplit, split_places, thin_views
+from addressvlm.dataset.streets import StreetMap
+from addressvlm.gazetteer.gazetteer import Gazetteer
+from addressvlm.storage import tables
+from addressvlm.storage.files import on_disk, remove_tree, write_parquet
+from addressvlm.storage.remote_path import AnyPath
+from addressvlm.storage.run_dir import WORK, Run, is_done, resuming, storage_path
+from addressvlm.storage.shards import ShardWork, Summary, forget_shards, plan_shards, sources_fingerprint
+from addressvlm.tiles.imagery import open_imagery
+from addressvlm.tiles.roads import write_roads
+from ray_jobs.common import Heartbeat, arguments, configure, connect, job
+from ray_jobs.ray_data import run_shards
 
 CHECKED_AT_A_TIME = 256  # photos
 SHARD = 2048  # photos of all splits
@@ -87,16 +97,18 @@ def run_step(config: Config, redo: bool = False) -> None:
         print("prepare: already done", flush=True)
         return
     with Heartbeat(lambda: "prepare: drawing, working", 10.0):
-        filled = resolve(config, run)
+        filled = resolve_city_files(config, run)
     imagery = filled.tiles.imagery and open_imagery(filled.tiles.imagery, "EPSG:3857", filled.tiles).attribution
     with resuming(run.photos, settings(config), redo) as folder:
         found = _find(filled, folder, run.rejects / "prepare.parquet")
-        divided = split([found.answers[p] for p in sorted({photo.place for photo in found.good})], filled.city, config.seed)
+        divided = split_places(
+            [found.answers[p] for p in sorted({photo.place for photo in found.good})], filled.city, config.seed
+        )
         for part in ("train", "test"):
             if not divided.count(part):
                 raise InputError(
-                    f"{len(divided.part)} places are too few for a {part} split in blocks of {filled.city.block_m:g} m: add "
-                    "photos of more places, or lower city.block_m and city.guard_m."
+                    f"{len(divided.part)} places are too few for a {part} split in blocks of {filled.city.split_block_m:g} m: add "
+                    "photos of more places, or lower city.split_block_m and city.split_buffer_m."
                 )
         photos = thin_views(found.good, divided.part, filled.city.density.views, config.seed)
         train = [photo for photo in photos if divided.part[photo.place] == "train"]
@@ -118,10 +130,10 @@ def prepare_test(config: Config, folder: AnyPath, gazetteer: Gazetteer | None = 
     Raises:
         InputError: an input file can't be used, or too many rows are bad.
     """
-    filled = resolve(config, Run(config))
+    filled = resolve_city_files(config, Run(config))
     with resuming(folder, settings(config)) as inside:
         found = _find(filled, inside, folder.with_name(f"{folder.name}-rejects.parquet"))
-        divided = Split({photo.place: "test" for photo in found.good}, {}, None)
+        divided = PlaceSplit({photo.place: "test" for photo in found.good}, {}, None)
         gazetteer = gazetteer or gazetteer_of(filled.city, found.streets, found.answers, found.good, found.sub_streets)
         _write_tables(config, inside, found, found.good, divided, gazetteer)
         card = _write_card(filled, inside, found, found.good, divided, gazetteer)
@@ -130,14 +142,14 @@ def prepare_test(config: Config, folder: AnyPath, gazetteer: Gazetteer | None = 
 
 def _find(config: Config, folder: AnyPath, rejects_file: AnyPath) -> Found:
     """Read the photos' table or folder, give addresses, check the photos; bad rows go to the rejects table."""
-    city, source = config.city, readers.where(config.city)
+    city, source = config.city, readers.source_path(config.city)
     with Heartbeat(lambda: "prepare: finding addresses, working"):
         rows, rejects = readers.read(city)
         total = len(rows) + len(rejects)
         streets = _street_map(city, rows)
         print(f"prepare: {total:,} rows in {source}, {len(streets.street_names):,} named streets", flush=True)
-        cache = on_disk(storage(config.storage)) / "geocoder.sqlite"
-        places, photos, without_address = assign(rows, streets, city, config.seed, cache)
+        cache = on_disk(storage_path(config.storage)) / "geocoder.sqlite"
+        places, photos, without_address = assign_addresses(rows, streets, city, config.seed, cache)
         sub_streets = {}
         if city.answer == "sub_street" and city.partition is not None:
             sub_streets = with_sub_streets(places, photos, streets, city.partition)[1].shapes()
@@ -148,7 +160,7 @@ def _find(config: Config, folder: AnyPath, rejects_file: AnyPath) -> Found:
     write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), rejects_file)
     found = Found(streets, places, answers, sub_streets, photos, {reject["id"] for reject in unusable}, rejects)
     if len(rejects) > city.max_reject_share * total or not found.good:
-        forget(folder / CHECKED_FOLDER, [summary for summary in made if summary["rejects"]])
+        forget_shards(folder / CHECKED_FOLDER, [summary for summary in made if summary["rejects"]])
         kinds = Counter(str(reject["reason"]).partition(":")[0] for reject in rejects)
         top = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(3))
         first = f"row {rejects[0]['row']}, {rejects[0]['reason']}"
@@ -181,15 +193,17 @@ def _check_photos(
     if not photos:
         return []
     base = readers.base(city)
-    work = Work(partial(check, base, city.model_dump_json()), CHECKED, made_from_rows=partial(files_of, base))
+    work = ShardWork(partial(check_photos, base, city.model_dump_json()), CHECKED, made_from_rows=partial(files_of, base))
     wanted = folder / WORK / "listed"
     remove_tree(wanted)
-    tables.write(wanted, "photos", listed(photos, places, answers), LISTED, CHECKED_AT_A_TIME)
-    return sharded("prepare: photos checked", plan(wanted, "photos", CHECKED_AT_A_TIME), folder / CHECKED_FOLDER, work)
+    tables.write_table(wanted, "photos", photo_table(photos, places, answers), LISTED, CHECKED_AT_A_TIME)
+    return run_shards(
+        "prepare: photos checked", plan_shards(wanted, "photos", CHECKED_AT_A_TIME), folder / CHECKED_FOLDER, work
+    )
 
 
 def _write_tables(
-    config: Config, folder: AnyPath, found: Found, photos: list[Photo], divided: Split, gazetteer: Gazetteer
+    config: Config, folder: AnyPath, found: Found, photos: list[Photo], divided: PlaceSplit, gazetteer: Gazetteer
 ) -> None:
     """Save the gazetteer and write the tables of all splits, conversations included, on the cluster."""
     file = folder / "gazetteer.geojson"
@@ -198,12 +212,12 @@ def _write_tables(
     position = {part: number for number, part in enumerate(SPLITS)}
     parts = np.array([position.get(part_of.get(photo.id, "none"), -1) for photo in found.photos], dtype=np.int8)
     names = sources_fingerprint(str(file))
-    function = partial(finish, parts, (str(file), names), config.city.model_dump_json(), config.seed)
-    work = Work(function, tables.PHOTOS, made_from=names + sha256(parts).hexdigest())
-    sharded("prepare: photos written", plan(folder / CHECKED_FOLDER, "photos", SHARD), folder, work)
+    function = partial(finish_rows, parts, (str(file), names), config.city.model_dump_json(), config.seed)
+    work = ShardWork(function, tables.PHOTOS, made_from=names + sha256(parts).hexdigest())
+    run_shards("prepare: photos written", plan_shards(folder / CHECKED_FOLDER, "photos", SHARD), folder, work)
 
 
-def _write_aside(path: AnyPath, places: dict[str, Place], divided: Split) -> None:
+def _write_aside(path: AnyPath, places: dict[str, Place], divided: PlaceSplit) -> None:
     """The places that are in no split and why."""
     items = [
         {"place": p, "lat": places[p].lat, "lon": places[p].lon, "street": places[p].address.street,
@@ -218,7 +232,7 @@ def _write_card(
     folder: AnyPath,
     found: Found,
     photos: list[Photo],
-    divided: Split,
+    divided: PlaceSplit,
     gazetteer: Gazetteer,
     attribution: Sequence[str] = (),
 ) -> dict[str, Any]:

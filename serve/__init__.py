@@ -22,13 +22,13 @@ def config(args: ServiceSettings) -> Application:
     Raises:
         InputError: a setting is wrong, or there is no such model.
     """
-    from serve.access import RateLimit, key_digests
     from serve.app import HttpApi
-    from serve.cities import find
+    from serve.cities import find_cities
     from serve.errors import QUIET
     from serve.images import ImagesDeployment
+    from serve.middleware import RateLimit, key_digests
 
-    cities = find(args)
+    cities = find_cities(args)
     delays = {"upscale_delay_s": args.upscale_delay_s, "downscale_delay_s": args.downscale_delay_s}
     model = _engine(args).options(
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},

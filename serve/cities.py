@@ -1,15 +1,21 @@
 """Which models are served: one merged model, or the adapters of several cities on one base."""
 
+import gzip
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from addressvlm.addresses import GAZETTEER, Gazetteer
-from addressvlm.run import LAST_MODEL, storage
-from addressvlm.stores import AnyPath, StorePath, path_of
+import shapely
+from shapely.geometry.base import BaseGeometry
+
+from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
+from addressvlm.storage.remote_path import AnyPath, StorePath, path_of
+from addressvlm.storage.run_dir import LAST_MODEL, storage_path
 from serve.errors import ApiError
 from serve.settings import ServiceSettings, SettingsError
 
@@ -36,11 +42,11 @@ class City:
 
     def gazetteer(self) -> Gazetteer | None:
         """The streets that its answers can name."""
-        path = self.folder / GAZETTEER
+        path = self.folder / GAZETTEER_FILE
         return Gazetteer.load(path) if path.is_file() else None
 
 
-def find(settings: ServiceSettings) -> list[City]:
+def find_cities(settings: ServiceSettings) -> list[City]:
     """What `model`, `cities` or else the last training means.
 
     Raises:
@@ -58,7 +64,7 @@ def find(settings: ServiceSettings) -> list[City]:
     return cities
 
 
-def pick(cities: Sequence[City], wanted: str | None) -> City:
+def pick_city(cities: Sequence[City], wanted: str | None) -> City:
     """The city that a request means, by id or name; the only one need not be named.
 
     Raises:
@@ -125,7 +131,7 @@ def model_name(folder: AnyPath) -> str:
 
 
 def _city(folder: AnyPath, adapter: AnyPath | None) -> City:
-    gazetteer = folder / GAZETTEER
+    gazetteer = folder / GAZETTEER_FILE
     name = str(json.loads(gazetteer.read_text(encoding="utf-8")).get("city") or "") if gazetteer.is_file() else ""
     model = model_name(adapter or folder)
     return City(re.sub(r"\W+", "-", name.lower()).strip("-") or model, name, model, folder, adapter)
@@ -147,14 +153,14 @@ def _systems(place: AnyPath) -> Iterator[AnyPath]:
 def _gazetteer_folder(system: AnyPath) -> AnyPath:
     places = [system / "merged", system / "adapter", system.parents[1] / "photos"]
     for place in places:
-        if (place / GAZETTEER).is_file():
+        if (place / GAZETTEER_FILE).is_file():
             return place
-    raise SettingsError(f"no {GAZETTEER} for {system} in {' or '.join(map(str, places))}: run its training again.")
+    raise SettingsError(f"no {GAZETTEER_FILE} for {system} in {' or '.join(map(str, places))}: run its training again.")
 
 
 def _last_model(runs: str) -> AnyPath:
     """Where the newest `last-model` file points, among the runs here and those of submitted jobs."""
-    places = dict.fromkeys([storage(runs), Path.home() / "addressvlm" / "runs"])
+    places = dict.fromkeys([storage_path(runs), Path.home() / "addressvlm" / "runs"])
     pointers = [place / LAST_MODEL for place in places if (place / LAST_MODEL).is_file()]
     if not pointers:
         raise SettingsError(
@@ -178,3 +184,59 @@ def _model_in(folder: AnyPath) -> AnyPath:
     if (folder / "adapter_config.json").is_file():
         raise SettingsError(f"{folder} is an adapter without its base: give the folder `merged` beside it, or cities=.")
     raise SettingsError(f"{folder} is not a model (it has no config.json): give a folder that transformers loads.")
+
+
+class CityGeometry:
+    """The gazetteer of a city, read when it is first needed."""
+
+    def __init__(self, city: City) -> None:
+        self.city = city
+
+    @cached_property
+    def geojson(self) -> bytes:
+        """The city's map as it is sent.
+
+        Raises:
+            ApiError: 404 the model has no gazetteer.
+        """
+        file = self.city.folder / GAZETTEER_FILE
+        if not file.is_file():
+            raise ApiError(404, "This model has no map: its folder holds no gazetteer.geojson.", code="no_map")
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        return json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode()
+
+    @cached_property
+    def zipped(self) -> bytes:
+        """The map compressed, once for all requests."""
+        return gzip.compress(self.geojson, mtime=0)
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What `/v1/cities` tells of it."""
+        gazetteer = self.city.gazetteer()
+        return {
+            "id": self.city.id,
+            "name": self.city.name,
+            "model": self.city.model,
+            "streets": len(gazetteer.streets) if gazetteer else 0,
+            "districts": len(gazetteer.districts) if gazetteer else 0,
+            "addresses": len(gazetteer.addresses) if gazetteer else 0,
+        }
+
+    @cached_property
+    def streets(self) -> dict[str, dict[str, Any]]:
+        """Street -> its GeoJSON geometry, and a point on it."""
+        gazetteer = self.city.gazetteer()
+        return {name: _placed(shape) for name, shape in gazetteer.geometry.items()} if gazetteer else {}
+
+    def candidate(self, street: str, district: str, probability: float) -> dict[str, Any]:
+        """A candidate as it is sent."""
+        nowhere = {"lat": None, "lon": None, "geometry": None}
+        return {"street": street, "district": district, "probability": probability, **self.streets.get(street, nowhere)}
+
+
+def _placed(shape: BaseGeometry) -> dict[str, Any]:
+    longest = max(shapely.get_parts(shape).tolist(), key=lambda part: part.length)
+    line = longest.geom_type in ("LineString", "LinearRing")
+    point = longest.interpolate(0.5, normalized=True) if line else shape.representative_point()
+    return {"lat": point.y, "lon": point.x, "geometry": shapely.geometry.mapping(shape)}

@@ -11,15 +11,15 @@ from peft import PeftModel
 from PIL import Image
 
 from addressvlm import InputError
-from addressvlm.answers import kinds
-from addressvlm.answers.batches import answer_freely
-from addressvlm.answers.texts import Completion, Piece, Sampling
-from addressvlm.files import fetched_model
+from addressvlm.answers import question_parser
+from addressvlm.answers.generate import generate_batch
+from addressvlm.answers.types import Completion, Sampling, TextChunk
+from addressvlm.image_decode_worker import LONGEST_SIDE
 from addressvlm.inference import Localization, Localizer
-from addressvlm.models.base import load
-from addressvlm.uploads import LONGEST_SIDE
-from serve.asks import Question, Where
+from addressvlm.models.loading import load_model
+from addressvlm.storage.files import local_model_copy
 from serve.cities import City, base_of
+from serve.schemas import ChatQuery, LocalizeQuery
 from serve.settings import ServiceSettings
 
 PIXEL_COUNT = 4096  # a processor's "size" above this is a number of pixels, not of one side
@@ -43,7 +43,7 @@ class Engine:
             one = self.localizers[cities[0].id] = Localizer(cities[0].folder, memory_mb=settings.photo_memory_mb, **options)
             self.processor, self.config = one.processor, one.model.config
         else:
-            self.base, self.processor = load(base_of(cities, settings.base), **options)
+            self.base, self.processor = load_model(base_of(cities, settings.base), **options)
             self.config = self.base.config
         self.side = side_of(self.processor.image_processor)
         self.context = getattr(self.config.get_text_config(), "max_position_embeddings", None) or 2**20
@@ -57,7 +57,11 @@ class Engine:
         """
         if city in self.localizers:
             return
-        name, adapter, folder = self.names[city], str(fetched_model(self.cities[city].adapter or "")), self.cities[city].folder
+        name, adapter, folder = (
+            self.names[city],
+            str(local_model_copy(self.cities[city].adapter or "")),
+            self.cities[city].folder,
+        )
         try:
             if isinstance(self.base, PeftModel):
                 self.base.load_adapter(adapter, adapter_name=name, torch_device=str(self.base.device))
@@ -77,7 +81,7 @@ class Engine:
         else:
             self.base = self.base.unload()  # PEFT keeps no model without adapters
 
-    def localize(self, asked: Sequence[Where]) -> list[Localization | Exception]:
+    def localize(self, asked: Sequence[LocalizeQuery]) -> list[Localization | Exception]:
         """One result or exception a photo; those of one city go through the model together."""
         found: list[Any] = [None] * len(asked)
         for city, rows in _groups(asked, lambda where: where.city).items():
@@ -88,7 +92,7 @@ class Engine:
                 found[at] = result if isinstance(result, Exception) else result[0 if alone else number]
         return found
 
-    def answer(self, asked: Sequence[Question]) -> list[list[Completion] | Exception]:
+    def answer(self, asked: Sequence[ChatQuery]) -> list[list[Completion] | Exception]:
         """One result or exception a question: alike ones about one photo each go together, the rest one by one."""
         found: list[Any] = [None] * len(asked)
         for key, rows in _groups(asked, lambda question: _attempt(self._batch_of, question)).items():
@@ -102,7 +106,7 @@ class Engine:
                 found[at] = together if isinstance(together, Exception) else together[number]
         return found
 
-    def stream(self, question: Question) -> Iterator[Piece]:
+    def stream(self, question: ChatQuery) -> Iterator[TextChunk]:
         """The answer piece by piece. Other work may go on between two pieces, so each finds its adapter anew.
 
         Raises:
@@ -110,7 +114,7 @@ class Engine:
         """
         if self._about_address(question):
             known = self._known([question])[0][0]
-            yield Piece(0, known.text, known.finish, (), known.prompt_tokens, known.tokens)
+            yield TextChunk(0, known.text, known.finish, (), known.prompt_tokens, known.tokens)
             return
         sampling = self._room(question)
         pieces = self._use(question.city).stream(question.messages, _images(question), sampling)
@@ -131,7 +135,7 @@ class Engine:
                 self.remove(next(other for other in self.localizers if other != city))
         return self.localizers[city]
 
-    def _localize(self, city: str, asked: Sequence[Where]) -> list[Localization]:
+    def _localize(self, city: str, asked: Sequence[LocalizeQuery]) -> list[Localization]:
         localizer = self._use(city)
         beliefs = localizer.beliefs([Image.fromarray(where.pixels) for where in asked], [where.prior for where in asked])
         own = localizer.calibration.threshold
@@ -140,7 +144,7 @@ class Engine:
             for belief, where in zip(beliefs, asked, strict=True)
         ]
 
-    def _batch_of(self, question: Question) -> tuple[Any, ...] | None:
+    def _batch_of(self, question: ChatQuery) -> tuple[Any, ...] | None:
         """What questions that are answered together have in common; None for those that go alone.
 
         Raises:
@@ -155,28 +159,28 @@ class Engine:
             return None
         return "plain", question.city, self._room(question).max_tokens, s.temperature
 
-    def _plain(self, asked: Sequence[Question]) -> list[list[Completion]]:
+    def _plain(self, asked: Sequence[ChatQuery]) -> list[list[Completion]]:
         """Answers to questions of one city that have as much room."""
         room, localizer = self._room(asked[0]), self._use(asked[0].city)
         images = [_images(question)[0] for question in asked]
         texts = [question.messages[0]["content"][1]["text"] for question in asked]
-        return [[answer] for answer in answer_freely(localizer, images, texts, room.max_tokens, room.temperature)]
+        return [[answer] for answer in generate_batch(localizer, images, texts, room.max_tokens, room.temperature)]
 
-    def _chat(self, question: Question) -> list[Completion]:
+    def _chat(self, question: ChatQuery) -> list[Completion]:
         sampling = self._room(question)
         return self._use(question.city).chat(question.messages, _images(question), sampling)
 
-    def _about_address(self, question: Question) -> kinds.Asked | None:
+    def _about_address(self, question: ChatQuery) -> question_parser.ParsedQuestion | None:
         """The question as one about the address, if the probabilities of the city's addresses are to answer it."""
         gazetteer, sampling = self._use(question.city).gazetteer, question.sampling
         greedy = sampling.temperature == 0 and sampling.n == 1 and sampling.logprobs is None and not sampling.stop
         if not (self.settings.exact_answers and greedy and gazetteer and gazetteer.addresses and len(question.images) == 1):
             return None
-        return kinds.read(
+        return question_parser.parse_question(
             " ".join(part["text"] for part in question.messages[-1]["content"] if part["type"] == "text"), gazetteer
         )
 
-    def _known(self, asked: Sequence[Question]) -> list[list[Completion]]:
+    def _known(self, asked: Sequence[ChatQuery]) -> list[list[Completion]]:
         """Answers to questions of one city about the address, by its probabilities."""
         localizer = self._use(asked[0].city)
         answers = []
@@ -187,14 +191,14 @@ class Engine:
             answers.append([Completion(text, "stop", (), self._length(question), tokens)])
         return answers
 
-    def _room(self, question: Question) -> Sampling:
+    def _room(self, question: ChatQuery) -> Sampling:
         """The question's sampling with no more tokens than the context has room for."""
         used, s = self._length(question), question.sampling
         if used >= self.context:
             raise InputError(f"The conversation has {used} tokens and the model reads {self.context}: send a shorter one.")
         return replace(s, max_tokens=min(s.max_tokens, self.context - used))
 
-    def _length(self, question: Question) -> int:
+    def _length(self, question: ChatQuery) -> int:
         """Tokens of the prompt, images included, counted without looking at them."""
         localizer = self._use(question.city)
         text = localizer.prompt(question.messages)
@@ -217,7 +221,7 @@ def side_of(processor: Any) -> int:
     return min(max(sides, default=LONGEST_SIDE), LONGEST_SIDE)
 
 
-def _images(question: Question) -> list[Image.Image]:
+def _images(question: ChatQuery) -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in question.images]
 
 

@@ -48,7 +48,7 @@ def error_response(error: ApiError, headers: dict[str, str] | None = None) -> JS
     return JSONResponse(error.body(), error.status, headers)
 
 
-def in_words(error: Exception) -> ApiError:
+def user_message(error: Exception) -> ApiError:
     """Any exception as what a caller may know of it."""
     if isinstance(error, RayTaskError):  # raised in another replica's process
         error = error.cause
@@ -81,7 +81,7 @@ def install(app: FastAPI) -> None:
     """Make `app` answer every error in this shape."""
 
     async def handle(_: Request, error: Exception) -> JSONResponse:
-        return error_response(in_words(error), getattr(error, "headers", None))
+        return error_response(user_message(error), getattr(error, "headers", None))
 
     for kind in (ApiError, InputError, RayTaskError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)

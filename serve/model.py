@@ -2,8 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -11,14 +13,67 @@ from prometheus_client.core import Metric
 from ray import serve
 
 from addressvlm import InputError
-from addressvlm.answers.beliefs import Localization
-from addressvlm.answers.texts import Completion, Piece
-from serve.asks import Question, Where
-from serve.batcher import Batcher
+from addressvlm.answers.address_distribution import Localization
+from addressvlm.answers.types import Completion, TextChunk
 from serve.cities import City
 from serve.errors import QUIET, refusals_told
-from serve.records import Records
+from serve.metrics import ServiceMetrics
+from serve.schemas import ChatQuery, LocalizeQuery
 from serve.settings import ServiceSettings
+
+
+class Batcher:
+    """Gives what waits to `work`, one batch at a time.
+
+    Args:
+        work: answers to all items of a batch, in order; an exception among them is raised for its item alone.
+        size: the most items of a batch.
+        wait_s: how long a batch that is not full waits for more.
+    """
+
+    def __init__(self, work: Callable[[list[Any]], Awaitable[Sequence[Any]]], size: int, wait_s: float) -> None:
+        self.work, self.size, self.wait_s = work, size, wait_s
+        self.waiting: deque[tuple[Any, asyncio.Future[Any]]] = deque()
+        self.full = asyncio.Event()
+        self.running: asyncio.Task[None] | None = None
+
+    async def answer(self, item: Any) -> Any:
+        """The answer to one item."""
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.append((item, future))
+        if len(self.waiting) >= self.size:
+            self.full.set()
+        if self.running is None:
+            self.running = asyncio.create_task(self._run())
+        return await future
+
+    async def _run(self) -> None:
+        try:
+            while self.waiting:
+                if len(self.waiting) < self.size and self.wait_s:
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self.full.wait(), self.wait_s)
+                await self._answer([self.waiting.popleft() for _ in range(min(self.size, len(self.waiting)))])
+                if len(self.waiting) < self.size:
+                    self.full.clear()
+        finally:
+            self.running = None
+
+    async def _answer(self, batch: list[tuple[Any, asyncio.Future[Any]]]) -> None:
+        asked = [(item, future) for item, future in batch if not future.done()]  # callers may have left
+        if not asked:
+            return
+        try:
+            answers = await self.work([item for item, _ in asked])
+        except Exception as error:
+            answers = [error] * len(asked)
+        for (_, future), answer in zip(asked, answers, strict=True):
+            if future.done():
+                continue
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
 
 
 class Model:
@@ -29,7 +84,7 @@ class Model:
 
         self.engine = Engine(settings, cities)
         self.thread = ThreadPoolExecutor(1)
-        self.records = Records()
+        self.records = ServiceMetrics()
         size, wait_s = settings.batch_size, settings.batch_wait_s
         self.photos = Batcher(partial(self._together, "localize", self.engine.localize), size, wait_s)
         self.chats = Batcher(partial(self._together, "chat", self.engine.answer), size, wait_s)
@@ -39,18 +94,18 @@ class Model:
         return {"side": self.engine.side}
 
     @refusals_told
-    async def localize(self, where: Where) -> Localization:
+    async def localize(self, where: LocalizeQuery) -> Localization:
         """The likeliest addresses of a photo; refused where the city has no gazetteer, or the prior rules out all of it."""
         await self.ready(where.city)
         return await self.photos.answer(where)
 
     @refusals_told
-    async def answer(self, question: Question) -> list[Completion]:
+    async def answer(self, question: ChatQuery) -> list[Completion]:
         """The answers to a conversation; refused where the prompt is longer than the model's context."""
         await self.ready(question.city)
         return await self.chats.answer(question)
 
-    async def stream(self, question: Question) -> AsyncIterator[Piece | InputError]:
+    async def stream(self, question: ChatQuery) -> AsyncIterator[TextChunk | InputError]:
         """The same piece by piece; between two pieces the thread is free for others."""
         await self.ready(question.city)
         pieces = self.engine.stream(question)

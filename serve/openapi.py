@@ -9,8 +9,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
-from serve.body import LocalizeFields, LocalizeRequest
 from serve.chat import ALIAS, ChatRequest
+from serve.schemas import LocalizeFields, LocalizeRequest
 
 
 class _Answer(BaseModel):
@@ -158,7 +158,7 @@ def example_photo() -> str:
 
 
 @cache
-def document(keys: bool) -> dict[str, Any]:
+def openapi_document(keys: bool) -> dict[str, Any]:
     """The document; `keys` says whether the service asks for them."""
     asked: dict[str, Any] = {"security": [{"key": []}]} if keys else {}
     city = {"name": "city", "in": "query", "required": False, "schema": {"type": "string"}}

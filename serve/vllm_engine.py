@@ -22,20 +22,20 @@ from ray import serve
 from transformers import AutoTokenizer
 
 from addressvlm import InputError
-from addressvlm.answers.beliefs import Beliefs, Localization
+from addressvlm.answers.address_distribution import AddressDistribution, Localization
 from addressvlm.answers.calibration import Calibration
-from addressvlm.answers.texts import Completion, Piece, TokenScore
 from addressvlm.answers.trie import Trie
-from addressvlm.config_labels import LabelsConfig
-from addressvlm.files import fetched_model
+from addressvlm.answers.types import Completion, TextChunk, TokenScore
+from addressvlm.config.labels import LabelsConfig
+from addressvlm.image_decode_worker import LONGEST_SIDE
 from addressvlm.labels.vllm_server import serving
-from addressvlm.models.export import for_vllm
 from addressvlm.questions import ADDRESS_QUESTION
-from addressvlm.uploads import LONGEST_SIDE
-from serve.asks import Question, Where
+from addressvlm.storage.files import local_model_copy
+from addressvlm.tools.export_vllm import for_vllm
 from serve.cities import City
 from serve.errors import QUIET, ApiError, refusals_told
-from serve.records import Records
+from serve.metrics import ServiceMetrics
+from serve.schemas import ChatQuery, LocalizeQuery
 from serve.settings import ServiceSettings
 
 MAX_ADDRESSES = 256  # that one photo is scored against
@@ -47,7 +47,7 @@ class VllmModel:
     """What `serve.model.Model` does, by a vLLM server of the one city's merged model."""
 
     def __init__(self, settings: ServiceSettings, cities: Sequence[City]) -> None:
-        self.folder, self.records = fetched_model(cities[0].folder), Records()
+        self.folder, self.records = local_model_copy(cities[0].folder), ServiceMetrics()
         self.gazetteer, self.calibration = cities[0].gazetteer(), Calibration.load(self.folder)
         self.ends, self.side = _ends(self.folder), _side(self.folder)
         self.telling = telling(self.folder, [address.text() for address in self.gazetteer.addresses]) if self.gazetteer else {}
@@ -73,7 +73,7 @@ class VllmModel:
         return {"side": self.side}
 
     @refusals_told
-    async def localize(self, where: Where) -> Localization:
+    async def localize(self, where: LocalizeQuery) -> Localization:
         """The likeliest addresses of a photo; refused where the city is too large, or the prior rules out all of it."""
         if self.gazetteer is None:
             raise InputError("This model has no gazetteer.")
@@ -86,12 +86,12 @@ class VllmModel:
         with self.records.time("addressvlm_model_seconds", "localize"):
             scores = np.full(len(addresses), -np.inf)
             scores[left] = await self._scores(_data_url(where.pixels), [addresses[i].text() for i in left.tolist()])
-        beliefs = Beliefs(addresses, self.calibration.applied(scores) + weights)
+        beliefs = AddressDistribution(addresses, self.calibration.applied(scores) + weights)
         least = self.calibration.threshold if where.threshold is None else where.threshold
         return beliefs.localization(where.top_k, least)
 
     @refusals_told
-    async def answer(self, question: Question) -> list[Completion]:
+    async def answer(self, question: ChatQuery) -> list[Completion]:
         """The answers to a conversation; refused where the prompt is longer than the model's context."""
         told = await self._create(**_request(question))
         return [
@@ -99,7 +99,7 @@ class VllmModel:
             for c, tokens in zip(told.choices, _shared(told.usage.completion_tokens, len(told.choices)), strict=True)
         ]
 
-    async def stream(self, question: Question) -> AsyncIterator[Piece | Exception]:
+    async def stream(self, question: ChatQuery) -> AsyncIterator[TextChunk | Exception]:
         """The same piece by piece."""
         options = {"include_usage": True, "continuous_usage_stats": True}
         try:
@@ -112,7 +112,9 @@ class VllmModel:
                 if c.delta.content or c.finish_reason:
                     used = chunk.usage
                     finish = _finish(c) if c.finish_reason else None
-                    yield Piece(c.index, c.delta.content or "", finish, _scores(c), used.prompt_tokens, used.completion_tokens)
+                    yield TextChunk(
+                        c.index, c.delta.content or "", finish, _scores(c), used.prompt_tokens, used.completion_tokens
+                    )
 
     async def check_health(self) -> None:
         """Raises where the server is gone; Serve then replaces the replica."""
@@ -178,7 +180,7 @@ def telling(folder: Path, texts: Sequence[str]) -> dict[str, int]:
     return dict(zip(texts, trie.depths[trie.ends].tolist(), strict=True))
 
 
-def _request(question: Question) -> dict[str, Any]:
+def _request(question: ChatQuery) -> dict[str, Any]:
     """The question as OpenAI's client takes it."""
     urls, s = iter([_data_url(pixels) for pixels in question.images]), question.sampling
     messages = [{"role": m["role"], "content": [_part(part, urls) for part in m["content"]]} for m in question.messages]

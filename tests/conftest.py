@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from tests.endpoint import Endpoint
+    from tests.support.openai_endpoint import Endpoint
 
 settings.register_profile("any machine", deadline=None)  # no test depends on speed
 settings.load_profile("any machine")
@@ -40,19 +40,19 @@ def toy_city(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key for the engine that asks an endpoint, and next to no waits between its tries."""
-    from addressvlm.labels import engine
-    from tests.labelling import KEY
+    from addressvlm.labels import request_scheduler
+    from tests.support.label_requests import KEY
 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(engine, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(engine, "LONGEST_WAIT_S", 0.001)
+    monkeypatch.setattr(request_scheduler, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(request_scheduler, "LONGEST_WAIT_S", 0.001)
 
 
 @pytest.fixture
 def endpoint() -> "Iterator[Endpoint]":
     """A server that gives every row the same good label."""
-    from tests.endpoint import Endpoint, says
-    from tests.labelling import GOOD
+    from tests.support.label_requests import GOOD
+    from tests.support.openai_endpoint import Endpoint, says
 
     with Endpoint(lambda n, body: says(GOOD)).running() as endpoint:
         yield endpoint

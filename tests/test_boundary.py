@@ -1,4 +1,4 @@
-"""The domain never imports Ray, nor what is built around it: python -m pytest tests/test_boundary.py"""
+"""The domain never imports Ray, nor what is built around it"""
 
 import ast
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""cluster.yaml against Ray's own schema, and the promises its comments make."""
+"""Cluster.yaml against Ray's own schema, and the promises its comments make."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rows of a city dataset, without a cluster: python -m pytest tests/test_dataset.py"""
+"""Rows of a city dataset, without a cluster"""
 
 import io
 from pathlib import Path
@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from addressvlm.addresses import Address
-from addressvlm.cities import dataset
-from addressvlm.cities.address import Place
-from addressvlm.cities.panorama import cut
-from addressvlm.cities.photo import Photo
-from addressvlm.cities.streets import StreetMap
-from addressvlm.config_city import CityConfig, PartitionConfig
+from addressvlm.config.city import CityConfig, PartitionConfig
+from addressvlm.dataset import build
+from addressvlm.dataset.geocoding import Place
+from addressvlm.dataset.photos import Photo, cut_view
+from addressvlm.dataset.streets import StreetMap
+from addressvlm.gazetteer.gazetteer import Address
 
 STREETS = ("Mill Street", "High Street", "Low Street", "King Street", "Oak Road")
 
@@ -35,12 +34,12 @@ PHOTOS = [
 
 
 def rows(answers: dict[str, Place] = PLACES) -> list[dict[str, Any]]:
-    return list(dataset.listed(PHOTOS, PLACES, answers))
+    return list(build.photo_table(PHOTOS, PLACES, answers))
 
 
 def test_listed_rows_keep_what_is_of_the_photo_and_what_of_the_place() -> None:
     city = CityConfig(answer="sub_street", partition=PartitionConfig())
-    answers = dataset.answering(PLACES, city)
+    answers = build.answering(PLACES, city)
     listed = rows(answers)
     assert [row["index"] for row in listed] == list(range(len(PHOTOS)))
     for row, photo in zip(listed, PHOTOS, strict=True):
@@ -48,8 +47,8 @@ def test_listed_rows_keep_what_is_of_the_photo_and_what_of_the_place() -> None:
         assert (row["lat"], row["lon"], row["heading"], row["view"]) == (photo.lat, photo.lon, photo.heading, photo.view)
         assert (row["street"], row["main_street"]) == (place.sub_street, place.address.street)
         assert (row["second_street"], row["cross_street"], row["ambiguous"]) == ("Oak Road", "Mill Street", place.id == "p1")
-        assert set(row) == set(dataset.LISTED.names)
-    assert dataset.answering(PLACES, CityConfig()) == PLACES
+        assert set(row) == set(build.LISTED.names)
+    assert build.answering(PLACES, CityConfig()) == PLACES
 
 
 def test_each_panorama_is_cut_where_its_row_says(tmp_path: Path) -> None:
@@ -58,27 +57,27 @@ def test_each_panorama_is_cut_where_its_row_says(tmp_path: Path) -> None:
     panorama = Image.fromarray(noise).resize((256, 128))
     for photo in PHOTOS[:4]:
         panorama.save(tmp_path / photo.file)
-    made = dataset.check(str(tmp_path), city.model_dump_json(), rows()[:5])
+    made = build.check_photos(str(tmp_path), city.model_dump_json(), rows()[:5])
     for row in made.tables["photos"]:
-        expected = np.asarray(cut(panorama, row["view"], 70, 64)).astype(int)
+        expected = np.asarray(cut_view(panorama, row["view"], 70, 64)).astype(int)
         assert abs(np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).astype(int) - expected).mean() < 4
     assert [(r["id"], r["row"]) for r in made.rejects] == [(PHOTOS[4].id, PHOTOS[4].row)]
-    alone = [dataset.check(str(tmp_path), city.model_dump_json(), [row]).tables["photos"] for row in rows()[:4]]
+    alone = [build.check_photos(str(tmp_path), city.model_dump_json(), [row]).tables["photos"] for row in rows()[:4]]
     assert made.tables["photos"] == [row for found in alone for row in found]
 
 
 def test_conversations_depend_on_the_seed_and_the_photo_alone(tmp_path: Path) -> None:
     city = CityConfig(rounds=3)
-    gazetteer = dataset.gazetteer_of(city, StreetMap([], []), PLACES, PHOTOS)
+    gazetteer = build.gazetteer_of(city, StreetMap([], []), PLACES, PHOTOS)
     gazetteer.save(tmp_path / "gazetteer.geojson")
     part = np.array([index % 4 - 1 for index in range(len(PHOTOS))], dtype=np.int8)
 
     def finished(some: list[dict[str, Any]], seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-        return dataset.finish(part, (str(tmp_path / "gazetteer.geojson"), "x"), city.model_dump_json(), seed, some).tables
+        return build.finish_rows(part, (str(tmp_path / "gazetteer.geojson"), "x"), city.model_dump_json(), seed, some).tables
 
     together = finished(rows())
     assert {split: [row["index"] % 4 - 1 for row in made] for split, made in together.items()} == {
-        split: [number] * sum(part == number) for number, split in enumerate(dataset.SPLITS)
+        split: [number] * sum(part == number) for number, split in enumerate(build.SPLITS)
     }
     assert {len(row["rounds"]) for row in together["train"]} == {3}
     for split, made in together.items():
@@ -90,6 +89,6 @@ def test_conversations_depend_on_the_seed_and_the_photo_alone(tmp_path: Path) ->
 
 
 def test_the_gazetteer_counts_photos_and_places_of_each_street() -> None:
-    gazetteer = dataset.gazetteer_of(CityConfig(name="Town"), StreetMap([], []), PLACES, PHOTOS)
+    gazetteer = build.gazetteer_of(CityConfig(name="Town"), StreetMap([], []), PLACES, PHOTOS)
     assert gazetteer._photos == {s: sum(PLACES[p.place].address.street == s for p in PHOTOS) for s in STREETS}
     assert gazetteer._places == dict.fromkeys(STREETS, 2)

@@ -1,5 +1,3 @@
-"""python -m pytest tests/test_grafting.py"""
-
 import io
 
 import numpy as np
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from addressvlm import InputError
-from addressvlm.grafting import beside, decode_photo, encode, graft, graft_photo, grafted_size, pair
+from addressvlm.grafting import decode_photo, encode, graft, graft_photo, grafted_size, pair, side_by_side
 
 SIDES = st.integers(1, 400)
 
@@ -56,7 +54,7 @@ def test_golden_picture() -> None:
 
 def test_beside_shows_both_whole_and_apart() -> None:
     tile, photo = Image.new("RGB", (40, 40), (0, 0, 255)), Image.new("RGB", (200, 100), (255, 0, 0))
-    pixels = np.asarray(beside(tile, photo))
+    pixels = np.asarray(side_by_side(tile, photo))
     golden = np.zeros((40, 40, 3), np.uint8)
     golden[10:30, :20], golden[15:25, 20:] = (0, 0, 255), (255, 0, 0)
     assert (pixels == golden).all()

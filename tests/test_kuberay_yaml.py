@@ -1,4 +1,4 @@
-"""kuberay.yaml: the fields of KubeRay's own resources, and the same cluster as cluster.yaml and serve/production.yaml."""
+"""Kuberay.yaml: the fields of KubeRay's own resources, and the same cluster as cluster.yaml and serve/production.yaml."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Conversations: python -m pytest tests/test_questions.py"""
+"""Conversations"""
 
 import random
 from collections import Counter
@@ -9,10 +9,10 @@ import pytest
 from shapely.geometry import LineString
 
 from addressvlm import questions
-from addressvlm.addresses import Address, Gazetteer
-from addressvlm.cities.dataset import SPLITS, finish
-from addressvlm.config_city import CityConfig
-from tests.test_addresses import gazetteer
+from addressvlm.config.city import CityConfig
+from addressvlm.dataset.build import SPLITS, finish_rows
+from addressvlm.gazetteer.gazetteer import Address, Gazetteer
+from tests.gazetteer.test_gazetteer import gazetteer
 
 HERE = Address("Mill Street", "Harbour")
 
@@ -108,12 +108,14 @@ def far_and_wide() -> Gazetteer:
     return Gazetteer([Address(name, "Town") for name in lines], lines)
 
 
-@pytest.mark.parametrize(("near_share", "low", "high"), [(0.0, 0.03, 0.2), (0.5, 0.45, 0.65), (1.0, 1.0, 1.0)])
-def test_the_mix_of_near_and_any_wrong_names_is_a_setting(near_share: float, low: float, high: float) -> None:
+@pytest.mark.parametrize(("hard_negative_share", "low", "high"), [(0.0, 0.03, 0.2), (0.5, 0.45, 0.65), (1.0, 1.0, 1.0)])
+def test_the_mix_of_near_and_any_wrong_names_is_a_setting(hard_negative_share: float, low: float, high: float) -> None:
     here, city, wrong = Address("Street 0", "Town"), far_and_wide(), []
     for seed in range(300):
         rng = random.Random(seed)
-        asked = questions.training_rounds(here, city, rng, 7, near_share) + questions.test_rounds(here, city, rng, near_share)
+        asked = questions.training_rounds(here, city, rng, 7, hard_negative_share) + questions.test_rounds(
+            here, city, rng, hard_negative_share
+        )
         wrong += [name for r in asked if r["kind"] == "choice" for name in r["options"] if name != here.street]
     near = sum(int(name.removeprefix("Street ")) <= 6 for name in wrong)  # near are the nearest six for three wrong names
     assert low <= near / len(wrong) <= high
@@ -145,10 +147,10 @@ def test_a_dataset_does_not_call_the_ambiguous_street_wrong(tmp_path: Path) -> N
     ]
     expected = {15.0: {"a": {"Street 6"}, "b": set()}, 110.0: {"a": {"Street 6", "Street 8"}, "b": {"Street 8"}}}
     for ambiguous_m, spared in expected.items():
-        city = CityConfig(near_negatives=1.0, ambiguous_m=ambiguous_m).model_dump_json()
+        city = CityConfig(hard_negative_share=1.0, ambiguous_m=ambiguous_m).model_dump_json()
         gazetteer = (str(tmp_path / "gazetteer.geojson"), "1")
         for part in (0, 2):
-            made = finish(np.array([part], dtype=np.int8), gazetteer, city, 0, rows)
+            made = finish_rows(np.array([part], dtype=np.int8), gazetteer, city, 0, rows)
             wrong: dict[str, set[str]] = {"a": set(), "b": set()}
             for row in made.tables[SPLITS[part]]:
                 wrong[row["id"][0]] |= {name for r in row["rounds"] for name in r["options"]} - {"Street 7", "Town"}

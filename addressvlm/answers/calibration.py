@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from addressvlm.errors import InputError
-from addressvlm.stores import AnyPath
+from addressvlm.storage.remote_path import AnyPath
 
-CALIBRATION = "calibration.json"
+CALIBRATION_FILE = "calibration.json"
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 RANGE = (0.05, 50.0)  # of temperatures
 BINS = 10
@@ -29,7 +29,7 @@ COVERAGES = 10  # shares of the photos at which a threshold is tried
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredPhotos:
     """Photos whose address is known, as a model scored them.
 
     Attributes:
@@ -89,14 +89,14 @@ class Calibration:
             return scores / self.temperature
         if len(self.own_prior) != scores.shape[-1]:
             raise InputError(
-                f"{CALIBRATION} is of {len(self.own_prior):,} addresses and the gazetteer beside it has {scores.shape[-1]:,}: "
+                f"{CALIBRATION_FILE} is of {len(self.own_prior):,} addresses and the gazetteer beside it has {scores.shape[-1]:,}: "
                 "delete it, or make it again with evaluate."
             )
         return (scores - np.asarray(self.own_prior)) / self.temperature
 
     def save(self, folder: AnyPath) -> None:
         """Write `calibration.json` into a model's folder."""
-        (folder / CALIBRATION).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        (folder / CALIBRATION_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: AnyPath) -> "Calibration":
@@ -105,7 +105,7 @@ class Calibration:
         Raises:
             InputError: the file is no calibration.
         """
-        file = folder / CALIBRATION
+        file = folder / CALIBRATION_FILE
         if not file.is_file():
             return cls()
         try:
@@ -124,7 +124,7 @@ class Calibration:
         return made
 
 
-def fit(scored: Scored, target: float, training: np.ndarray | None = None) -> Calibration:
+def fit_calibration(scored: ScoredPhotos, target: float, training: np.ndarray | None = None) -> Calibration:
     """The calibration of a model from its scores of validation photos; the temperature from those it could get right.
 
     Args:
@@ -230,10 +230,10 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def _temperature(scores: np.ndarray, truth: np.ndarray) -> float:
-    return _minimum(lambda t: nll(scores / t, truth))
+    return _golden_section(lambda t: nll(scores / t, truth))
 
 
-def _minimum(loss: Any) -> float:
+def _golden_section(loss: Any) -> float:
     """Where a loss of the temperature is least, by golden section on its logarithm; it falls, then rises."""
     golden = (math.sqrt(5) - 1) / 2
     low, high = map(math.log, RANGE)

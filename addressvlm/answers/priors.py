@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import shapely
 
-from addressvlm.addresses import Gazetteer
 from addressvlm.errors import InputError
-from addressvlm.names import normal
-from addressvlm.nearby import METRES_PER_DEGREE
+from addressvlm.gazetteer.gazetteer import Gazetteer
+from addressvlm.gazetteer.name_matcher import normalize_name
+from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE
 
 NAMED = 3  # names proposed for one that is not there
 
@@ -96,8 +96,8 @@ def _known(name: str, level: str, gazetteer: Gazetteer) -> str:
 
 def _nearest(name: str, names: Iterable[str]) -> str:
     """The names most like one, in words."""
-    forms = {normal(known): known for known in names}
-    near = [forms[form] for form in difflib.get_close_matches(normal(name), forms, n=NAMED, cutoff=0.5)]
+    forms = {normalize_name(known): known for known in names}
+    near = [forms[form] for form in difflib.get_close_matches(normalize_name(name), forms, n=NAMED, cutoff=0.5)]
     return f"the nearest is {' or '.join(near)}" if near else f"such as {', '.join(list(forms.values())[:NAMED])}"
 
 

@@ -7,10 +7,11 @@ also `projections.safetensors`.
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from PIL import Image
@@ -19,14 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoProcessor
 
-from addressvlm.baselines.open_clip import open_clip_with_texts
-from addressvlm.baselines.weights import format_of
+from addressvlm.baselines.checkpoint_formats import checkpoint_format
+from addressvlm.baselines.open_clip import load_open_clip_dual
 from addressvlm.errors import InputError
-from addressvlm.models.base import dtype_of, load, local
+from addressvlm.gazetteer.gazetteer import Address
+from addressvlm.models.loading import dtype_of, load_model, local
 from addressvlm.models.parts import part_of, parts_of
-from addressvlm.stores import AnyPath
+from addressvlm.storage.remote_path import AnyPath
 
-ABOUT, PROJECTIONS = "dual_encoder.json", "projections.safetensors"
+DUAL_ENCODER_FILE, PROJECTIONS = "dual_encoder.json", "projections.safetensors"
 DIMENSION = 256  # of the common space of projections that begin at random
 FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # 1 / temperature, CLIP's own
 LONGEST_TEXT = 512  # tokens; longer captions are cut
@@ -125,7 +127,7 @@ class DualEncoder(nn.Module, ABC):
         """Write the folder; `open_encoder` reads it."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        (folder / ABOUT).write_text(json.dumps({"kind": self.kind, "largest_scale": self.largest}))
+        (folder / DUAL_ENCODER_FILE).write_text(json.dumps({"kind": self.kind, "largest_scale": self.largest}))
 
     def _begin(self, largest: float | None = None) -> None:
         self.largest = largest or max(LARGEST_SCALE, float(self.log_scale.detach().exp().max()))
@@ -163,7 +165,7 @@ class ClipLike(DualEncoder):
         return [module for name, module in self.model.named_children() if name.startswith("text")]
 
 
-class Halves(DualEncoder):
+class PairedEncoders(DualEncoder):
     """The vision encoder with its adapter, and the language model, of a vision-language model.
 
     A photo is the mean of its image tokens as the language model gets them, a text the mean of the last hidden states of its
@@ -228,7 +230,7 @@ class Halves(DualEncoder):
         self.load_state_dict(own, strict=False)
 
 
-def begin(base: str | None, vlm: str, dtype: str, seed: int, trust_remote_code: bool = False) -> DualEncoder:
+def build_dual_encoder(base: str | None, vlm: str, dtype: str, seed: int, trust_remote_code: bool = False) -> DualEncoder:
     """A dual encoder that is to be trained, in eval mode, on the CPU.
 
     Args:
@@ -238,9 +240,9 @@ def begin(base: str | None, vlm: str, dtype: str, seed: int, trust_remote_code: 
         InputError: the model isn't there, has no safetensors, or is no dual encoder.
     """
     if base is None:
-        model, processor = load(vlm, dtype, trust_remote_code)
+        model, processor = load_model(vlm, dtype, trust_remote_code)
         torch.manual_seed(seed)
-        return Halves(model, processor).eval()
+        return PairedEncoders(model, processor).eval()
     return ClipLike(*clip_like(base, dtype, trust_remote_code)).eval()
 
 
@@ -251,8 +253,8 @@ def clip_like(name: str, dtype: str = "float32", trust_remote_code: bool = False
         InputError: the model isn't there, has no safetensors, or has no such features.
     """
     where = local(name)
-    if format_of(where) == "open_clip":
-        return open_clip_with_texts(where, dtype)  # as a model of transformers
+    if checkpoint_format(where) == "open_clip":
+        return load_open_clip_dual(where, dtype)  # as a model of transformers
     try:
         processor = AutoProcessor.from_pretrained(where, backend="pil", trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(
@@ -276,10 +278,10 @@ def open_encoder(folder: AnyPath, dtype: str = "float32", device: str | torch.de
     """
     here = Path(local(str(folder)))
     try:
-        about = json.loads((here / ABOUT).read_text())
+        about = json.loads((here / DUAL_ENCODER_FILE).read_text())
         if about["kind"] == ClipLike.kind:
             return ClipLike(*clip_like(str(here), dtype), about["largest_scale"]).eval().to(device)
-        made = Halves(*load(str(here), dtype), about["largest_scale"])
+        made = PairedEncoders(*load_model(str(here), dtype), about["largest_scale"])
         made.restore(load_file(here / PROJECTIONS))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{folder} holds no dual encoder ({' '.join(str(error).split())[:120]}): train it again.") from error
@@ -297,3 +299,36 @@ def _vectors(features: Any) -> Any:
 
 def _to(tensors: Tensors, device: torch.device) -> Tensors:
     return {name: value.to(device) for name, value in tensors.items()}
+
+
+class AddressIndex:
+    """The addresses that an answer can be, each different text encoded once.
+
+    Attributes:
+        texts: the different texts, in the order of the list.
+        index: number of each address's text, int64 (addresses,).
+    """
+
+    def __init__(self, encoder: DualEncoder, addresses: Iterable[Address]) -> None:
+        """Addresses whose texts are the same, such as one that is listed twice, get the same score.
+
+        Raises:
+            InputError: there is no address.
+        """
+        written = [address.text() for address in addresses]
+        if not written:
+            raise InputError("there is no address to compare photos with: give a gazetteer that has some.")
+        self.texts = list(dict.fromkeys(written))
+        at = {text: number for number, text in enumerate(self.texts)}
+        self.index = np.array([at[text] for text in written])
+        self.encoder = encoder
+        self._vectors_TD = encoder.encode_texts(self.texts)
+
+    @torch.inference_mode()
+    def scores(self, images: Sequence[Any]) -> np.ndarray:
+        """Similarity / temperature of photos (PIL images) and addresses, float64 (photos, addresses).
+
+        It is ln of the probability that the photo is of the address up to a constant, as the contrastive loss defines it.
+        """
+        found = self.encoder.scale.float() * self.encoder.encode_images(images) @ self._vectors_TD.T
+        return found.double().cpu().numpy()[:, self.index]

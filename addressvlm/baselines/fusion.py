@@ -15,7 +15,7 @@ STEPS = 200
 RIDGE = 1e-3  # on the weights, per photo: decides where systems agree on every photo
 
 
-def fit(scores: Mapping[str, np.ndarray], truth: np.ndarray) -> dict[str, float]:
+def fit_fusion(scores: Mapping[str, np.ndarray], truth: np.ndarray) -> dict[str, float]:
     """The weight of each system.
 
     Args:
@@ -46,8 +46,8 @@ def fit(scores: Mapping[str, np.ndarray], truth: np.ndarray) -> dict[str, float]
     return dict(zip(scores, weights, strict=True))
 
 
-def fuse(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """ln p up to a constant of every address, float64 (photos, addresses); `scores` as for `fit`."""
+def fuse_scores(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """ln p up to a constant of every address, float64 (photos, addresses); `scores` as for `fit_fusion`."""
     return np.einsum("k,kpa->pa", [weights[name] for name in scores], np.stack(_stacked(scores)))
 
 

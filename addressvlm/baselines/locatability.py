@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTAT
 
 from addressvlm.baselines.dual_encoder import ClipLike, clip_like
 from addressvlm.errors import InputError
-from addressvlm.models.base import dtype_of, local
+from addressvlm.models.loading import dtype_of, local
 
 THRESHOLD = 0.4  # paper 003
 THRESHOLDS = tuple(number / 20 for number in range(20))  # of the sensitivity curve: 0 to 0.95
@@ -39,7 +39,7 @@ GREY = 127
 
 
 @dataclass(frozen=True)
-class Texts:
+class LocatabilityTexts:
     """Texts for the CLIP-like model. The paper's are not published; the defaults are ours.
 
     Attributes:
@@ -65,7 +65,7 @@ class Texts:
     )
 
     @staticmethod
-    def read(path: Path) -> "Texts":
+    def read(path: Path) -> "LocatabilityTexts":
         """From a YAML file with the lists `clues` and `others`.
 
         Raises:
@@ -77,10 +77,10 @@ class Texts:
             raise InputError(f"{path} can't be read ({' '.join(str(error).split())[:120]}): give a YAML file.") from error
         if not (isinstance(found, dict) and found.keys() == {"clues", "others"} and all(map(_is_texts, found.values()))):
             raise InputError(f"{path} does not hold what it should: give two lists of texts, `clues` and `others`.")
-        return Texts(tuple(found["clues"]), tuple(found["others"]))
+        return LocatabilityTexts(tuple(found["clues"]), tuple(found["others"]))
 
 
-OURS = Texts()
+DEFAULT_TEXTS = LocatabilityTexts()
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,12 @@ class Locatability:
     """Segmentation and CLIP-like model, loaded."""
 
     def __init__(
-        self, segmentation: str, clip: str, texts: Texts = OURS, dtype: str = "float32", device: str | torch.device = "cpu"
+        self,
+        segmentation: str,
+        clip: str,
+        texts: LocatabilityTexts = DEFAULT_TEXTS,
+        dtype: str = "float32",
+        device: str | torch.device = "cpu",
     ) -> None:
         """`segmentation` and `clip` are folders or hub names; safetensors only.
 
@@ -134,7 +139,7 @@ class Locatability:
         present, counts = np.unique(classes, return_counts=True)
         shares = counts / classes.size
         chosen = shares >= LEAST_SHARE
-        parts = [part_alone(photo, classes == c) for c in present[chosen]]
+        parts = [masked_part(photo, classes == c) for c in present[chosen]]
         if not parts:
             return 0.0
         logits = self.clip.scale.float() * self.clip.encode_images(parts) @ self._texts_TD.T
@@ -143,12 +148,12 @@ class Locatability:
 
 
 @cache
-def kept(segmentation: str, clip: str, texts: Texts) -> Locatability:
+def cached_locatability(segmentation: str, clip: str, texts: LocatabilityTexts) -> Locatability:
     """The models on the process's GPU where it has one, loaded once."""
     return Locatability(segmentation, clip, texts, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def part_alone(photo: Image.Image, part: np.ndarray) -> Image.Image:
+def masked_part(photo: Image.Image, part: np.ndarray) -> Image.Image:
     """The photo with all but the part, bool (H, W), greyed out: what the CLIP-like model sees of a class."""
     return Image.fromarray(np.where(part[..., None], np.asarray(photo), GREY).astype(np.uint8))
 
@@ -167,7 +172,7 @@ def curve(scores: Sequence[float], thresholds: Sequence[float] = THRESHOLDS) -> 
     return Curve(tuple(thresholds), [len(some) / len(found) for some in kept], means)
 
 
-def draw(found: Curve, path: Any, chosen: float = THRESHOLD) -> None:
+def draw_curve(found: Curve, path: Any, chosen: float = THRESHOLD) -> None:
     """Write the curve as SVG into a path or an open file."""
     import matplotlib
 

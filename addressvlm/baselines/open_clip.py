@@ -4,10 +4,11 @@ Those with open_clip's own vision transformer become a CLIPModel, those with tim
 vectors that open_clip gives. Other architectures are refused.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from tokenizers import Regex, normalizers
@@ -23,10 +24,104 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from addressvlm.baselines import open_clip_names as names
-from addressvlm.baselines.weights import OPEN_CLIP_CONFIG, Weights, built, path_in, settings_of, weights_of
+from addressvlm.baselines.checkpoint_formats import (
+    OPEN_CLIP_CONFIG,
+    CheckpointWeights,
+    build_and_load,
+    path_in,
+    settings_of,
+    weights_of,
+)
 from addressvlm.errors import InputError
-from addressvlm.models.base import dtype_of
+from addressvlm.models.loading import dtype_of
+
+# Buffers of old files, and the bias of SigLIP's loss, which CLIPModel has no place for and which changes no order
+IGNORED_NAMES = ("attn_mask", "text.attn_mask", "input_resolution", "context_length", "vocab_size", "logit_bias")
+LAYER_NAMES = (
+    ("encoder.layers.", "transformer.resblocks."),
+    ("layer_norm1", "ln_1"),
+    ("layer_norm2", "ln_2"),
+    ("self_attn.qkv.", "attn.in_proj_"),
+    ("self_attn.out_proj", "attn.out_proj"),
+    ("mlp.fc1", "mlp.c_fc"),
+    ("mlp.fc2", "mlp.c_proj"),
+)
+PLAIN_IMAGE_NAMES = (
+    ("vision_model.", "visual."),
+    ("embeddings.class_embedding", "class_embedding"),
+    ("embeddings.patch_embedding", "conv1"),
+    ("embeddings.position_embedding.weight", "positional_embedding"),
+    ("pre_layrnorm", "ln_pre"),
+    ("post_layernorm", "ln_post"),
+    ("visual_projection.weight", "visual.proj"),
+    *LAYER_NAMES,
+)
+TIMM_IMAGE_NAMES = (
+    ("vision_model.", "visual.trunk."),
+    ("embeddings.patch_embedding", "patch_embed.proj"),
+    ("embeddings.position_embedding.weight", "pos_embed"),
+    ("encoder.layers.", "blocks."),
+    ("layer_norm", "norm"),
+    ("self_attn.qkv", "attn.qkv"),
+    ("self_attn.out_proj", "attn.proj"),
+    ("post_layernorm", "norm"),
+    ("head.probe", "attn_pool.latent"),
+    ("head.attention.out_proj", "attn_pool.proj"),
+    ("head.layernorm", "attn_pool.norm"),
+    ("head.mlp", "attn_pool.mlp"),
+)
+TEXT_NAMES = (
+    ("text_model.", ""),
+    ("embeddings.token_embedding", "token_embedding"),
+    ("embeddings.position_embedding.weight", "positional_embedding"),
+    ("final_layer_norm", "ln_final"),
+    *LAYER_NAMES,
+)
+CLIP_TEXT_NAMES, SIGLIP_TEXT_NAMES = (
+    (*TEXT_NAMES, ("text_projection.weight", "text_projection")),
+    (*TEXT_NAMES, ("head", "text_projection")),
+)
+
+
+def rename_clip(weights: CheckpointWeights) -> Callable[[str], torch.Tensor]:
+    """The source of CLIPModel's weights; its projections lie on their other side there."""
+    before = _before_text(weights)
+
+    def source(name: str) -> torch.Tensor:
+        if name == "logit_scale":
+            return weights[name].reshape(())
+        found = (
+            weights.renamed(name, CLIP_TEXT_NAMES, before)
+            if name.startswith("text")
+            else weights.renamed(name, PLAIN_IMAGE_NAMES)
+        )
+        return found.T if name in ("visual_projection.weight", "text_projection.weight") else found
+
+    return source
+
+
+def rename_siglip(weights: CheckpointWeights) -> Callable[[str], torch.Tensor]:
+    """The source of SiglipModel's weights."""
+    before = _before_text(weights)
+
+    def source(name: str) -> torch.Tensor:
+        if name in ("logit_scale", "logit_bias"):
+            return weights[name].reshape(1)
+        if name.startswith("text"):
+            return weights.renamed(name, SIGLIP_TEXT_NAMES, before)
+        if ".in_proj_" in name:
+            kind = name.rpartition("_")[2]
+            return torch.cat([weights[f"visual.trunk.attn_pool.{part}.{kind}"] for part in ("q", "kv")])
+        found = weights.renamed(name, TIMM_IMAGE_NAMES)
+        return found[0] if "position_embedding" in name else found
+
+    return source
+
+
+def _before_text(weights: CheckpointWeights) -> str:
+    """Text encoders are a part of their own in some models and spread out in others."""
+    return "text." if "text.token_embedding.weight" in weights else ""
+
 
 WEIGHTS, TOKENIZER = "open_clip_model.safetensors", "tokenizer.json"
 EPSILON = 1e-5  # of torch's LayerNorm
@@ -35,10 +130,10 @@ TANH = ("vit_base_patch32", "vit_large_patch16_siglip_512", "vit_so400m_patch16"
 
 # What is read, with open_clip's defaults; what has to have one of some values; what changes no vector. The rest has to be off.
 VISION = {"layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224}
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0}
+TEXT_SETTINGS = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0}
 TIMM = ("image_size", "timm_model_name", "timm_model_kwargs")
 TIMM_READ = {"num_heads", "embed_dim", "depth", "mlp_ratio", "img_size", "patch_size"}  # from settings or shapes
-PLAIN_IMAGE = {"pool_type": (None, "tok"), "block_type": (None, "default"), "timm_model_name": (None, "")}
+PLAIN_IMAGE_SETTINGS = {"pool_type": (None, "tok"), "block_type": (None, "default"), "timm_model_name": (None, "")}
 SIGLIP_IMAGE = {"timm_pool": ("map",), "timm_proj": ("none",)}
 PLAIN_TEXT = {
     "pool_type": (None, "argmax"),
@@ -46,7 +141,7 @@ PLAIN_TEXT = {
     "text_arch": (None, "clip"),
     "block_type": (None, "default"),
 }
-SIGLIP_TEXT = PLAIN_TEXT | {"pool_type": ("last",), "no_causal_mask": (True,), "proj_bias": (True,)}
+SIGLIP_TEXT_SETTINGS = PLAIN_TEXT | {"pool_type": ("last",), "no_causal_mask": (True,), "proj_bias": (True,)}
 HARMLESS = {
     "output_tokens", "patch_dropout", "pos_embed_type", "final_ln_after_pool", "attn_pooler_queries", "attn_pooler_heads",
     "act_kwargs", "norm_kwargs", "timm_model_pretrained", "timm_drop", "timm_drop_path", "hf_model_pretrained", "hf_proj_type",
@@ -55,7 +150,7 @@ HARMLESS = {
 
 
 @dataclass(frozen=True)
-class About:
+class OpenClipSettings:
     """What `open_clip_config.json` says.
 
     Attributes:
@@ -72,7 +167,7 @@ class About:
     photos: dict[str, Any]
 
     @classmethod
-    def read(cls, where: str) -> "About":
+    def read(cls, where: str) -> "OpenClipSettings":
         """Raises:
         InputError: it isn't there, or lacks a section.
         """
@@ -109,7 +204,7 @@ class About:
                 self.refuse(f"{part}_cfg.{key}", value)
 
 
-def open_clip(where: str, dtype: str) -> tuple[Any, Any]:
+def load_open_clip(where: str, dtype: str) -> tuple[Any, Any]:
     """A dual encoder in eval mode on the CPU and its image processor.
 
     Args:
@@ -119,37 +214,37 @@ def open_clip(where: str, dtype: str) -> tuple[Any, Any]:
     Raises:
         InputError: the files aren't all there or don't fit each other, or it is of an architecture that transformers hasn't.
     """
-    about = About.read(where)
+    about = OpenClipSettings.read(where)
     if about.timm:
         _check_siglip(about)
     else:
-        about.allow("vision", PLAIN_IMAGE, VISION)
-        about.allow("text", PLAIN_TEXT, TEXT)
+        about.allow("vision", PLAIN_IMAGE_SETTINGS, VISION)
+        about.allow("text", PLAIN_TEXT, TEXT_SETTINGS)
     processor, weights = _image_processor(about), weights_of(where, WEIGHTS)
     try:
         config = _siglip(about, weights) if about.timm else _clip(about)
     except (KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
         said = " ".join(str(error).split())[:200]
         raise InputError(f"{OPEN_CLIP_CONFIG} of '{where}' makes no model ({said}): get it again.") from error
-    kind, source = (SiglipModel, names.siglip(weights)) if about.timm else (CLIPModel, names.clip(weights))
-    model = built(kind, config, dtype_of(dtype), weights, source)
-    weights.finish(names.IGNORED)
+    kind, source = (SiglipModel, rename_siglip(weights)) if about.timm else (CLIPModel, rename_clip(weights))
+    model = build_and_load(kind, config, dtype_of(dtype), weights, source)
+    weights.finish(IGNORED_NAMES)
     return model, processor
 
 
-def open_clip_with_texts(where: str, dtype: str) -> tuple[Any, Any]:
+def load_open_clip_dual(where: str, dtype: str) -> tuple[Any, Any]:
     """The same with the processor of its photos and texts.
 
     Raises:
-        InputError: as `open_clip`, or it has no tokenizer.json or cleans texts in another way than is known.
+        InputError: as `load_open_clip`, or it has no tokenizer.json or cleans texts in another way than is known.
     """
-    about = About.read(where)
+    about = OpenClipSettings.read(where)
     tokenizer = _tokenizer(about)
-    model, photos = open_clip(where, dtype)
+    model, photos = load_open_clip(where, dtype)
     return model, (SiglipProcessor if about.timm else CLIPProcessor)(photos, tokenizer)
 
 
-def _clip(about: About) -> CLIPConfig:
+def _clip(about: OpenClipSettings) -> CLIPConfig:
     vision, width = VISION | about.vision, about.model["embed_dim"]
     if not isinstance(vision["layers"], int):
         about.refuse("vision_cfg.layers", vision["layers"])  # a ResNet
@@ -159,17 +254,17 @@ def _clip(about: About) -> CLIPConfig:
     return CLIPConfig(vision_config=image, text_config=text, projection_dim=width)
 
 
-def _check_siglip(about: About) -> None:
+def _check_siglip(about: OpenClipSettings) -> None:
     family, given = "_".join(about.timm.split("_")[:2]), about.vision.get("timm_model_kwargs") or {}
     if family not in HEADS or "_siglip_" not in about.timm or "_gap_" in about.timm:
         about.refuse("vision_cfg.timm_model_name", about.timm)
     if not given.keys() <= TIMM_READ:
         about.refuse("vision_cfg.timm_model_kwargs", given)
     about.allow("vision", SIGLIP_IMAGE, TIMM)
-    about.allow("text", SIGLIP_TEXT, TEXT)
+    about.allow("text", SIGLIP_TEXT_SETTINGS, TEXT_SETTINGS)
 
 
-def _siglip(about: About, weights: Weights) -> SiglipConfig:
+def _siglip(about: OpenClipSettings, weights: CheckpointWeights) -> SiglipConfig:
     """Settings of a SigLIP; those that only timm's code says are read from the weights' shapes."""
     patches = weights["visual.trunk.patch_embed.proj.weight"]
     given = about.vision.get("timm_model_kwargs") or {}
@@ -186,13 +281,13 @@ def _siglip(about: About, weights: Weights) -> SiglipConfig:
     return SiglipConfig(vision_config=image, text_config=text)
 
 
-def _text(about: About) -> dict[str, Any]:
-    given = TEXT | about.text
+def _text(about: OpenClipSettings) -> dict[str, Any]:
+    given = TEXT_SETTINGS | about.text
     sizes = {"vocab_size": given["vocab_size"], "max_position_embeddings": given["context_length"]}
     return _layers(about, given, given["heads"]) | sizes | {"pad_token_id": None, "bos_token_id": None}
 
 
-def _layers(about: About, given: dict[str, Any], heads: int) -> dict[str, Any]:
+def _layers(about: OpenClipSettings, given: dict[str, Any], heads: int) -> dict[str, Any]:
     """Settings of a transformer of open_clip's own."""
     quick, wish, norm = bool(about.model.get("quick_gelu")), given.get("act_kwargs") or {}, given.get("norm_kwargs") or {}
     if wish not in ({}, {"approximate": "tanh"}) or (quick and wish):
@@ -209,7 +304,7 @@ def _layers(about: About, given: dict[str, Any], heads: int) -> dict[str, Any]:
     }
 
 
-def _side(about: About) -> int:
+def _side(about: OpenClipSettings) -> int:
     size = about.vision.get("image_size", VISION["image_size"])
     sides = {*size} if isinstance(size, list) else {size}
     if len(sides) != 1:
@@ -217,7 +312,7 @@ def _side(about: About) -> int:
     return sides.pop()
 
 
-def _image_processor(about: About) -> CLIPImageProcessorPil:
+def _image_processor(about: OpenClipSettings) -> CLIPImageProcessorPil:
     side, photos, mode = _side(about), about.photos, about.photos.get("resize_mode") or "shortest"
     if mode not in ("shortest", "squash"):
         about.refuse("preprocess_cfg.resize_mode", mode)
@@ -230,7 +325,7 @@ def _image_processor(about: About) -> CLIPImageProcessorPil:
     )  # fmt: skip
 
 
-def _tokenizer(about: About) -> PreTrainedTokenizerFast:
+def _tokenizer(about: OpenClipSettings) -> PreTrainedTokenizerFast:
     """Its tokenizer, which cleans texts as open_clip does before it."""
     if path_in(about.where, TOKENIZER) is None:
         said = about.text.get("hf_tokenizer_name") or "openai/clip-vit-base-patch32"

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from addressvlm.baselines.weights import CONFIG, WEIGHTS, Weights, built, settings_of, weights_of
+from addressvlm.baselines.checkpoint_formats import CONFIG, WEIGHTS, CheckpointWeights, build_and_load, settings_of, weights_of
 from addressvlm.errors import InputError
-from addressvlm.models.base import dtype_of
+from addressvlm.models.loading import dtype_of
 
 SIDE = 322  # pixels; both models' evaluations squeeze photos to a square of this side
 HEAD = 64  # width of an attention head in every DINOv2
@@ -42,7 +42,7 @@ AGGREGATION = (
 )
 
 
-def transport(scores: torch.Tensor, dustbin: torch.Tensor, rounds: int = ROUNDS) -> torch.Tensor:
+def sinkhorn(scores: torch.Tensor, dustbin: torch.Tensor, rounds: int = ROUNDS) -> torch.Tensor:
     """How much of each patch goes to each cluster: entropic optimal transport by Sinkhorn's algorithm (SALAD, Sec. 3.2).
 
     Each of N patches has mass 1, each of K clusters takes 1 and the dustbin the other N - K; after any number of rounds, what
@@ -88,7 +88,7 @@ class Aggregation(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (B, 1 + N, W), first that of the whole photo -> unit vectors (B, scene + cluster * clusters)."""
         whole, patches = tokens[:, 0], tokens[:, 1:]
-        shares = transport(self.score(patches), self.dust_bin)
+        shares = sinkhorn(self.score(patches), self.dust_bin)
         clusters = F.normalize(self.local(patches).transpose(1, 2) @ shares, dim=1)
         return F.normalize(torch.cat([F.normalize(self.scene(whole), dim=-1), clusters.flatten(1)], dim=-1), dim=-1)
 
@@ -114,12 +114,14 @@ class PlaceRecognition(nn.Module):
         embeddings, side = self.backbone.embeddings, self.backbone.config.patch_size
         patches = embeddings.patch_embeddings(pixel_values)
         tokens = torch.cat([embeddings.cls_token.expand(len(patches), -1, -1), patches], dim=1)
-        tokens = tokens + positions(embeddings.position_embeddings, *(size // side for size in pixel_values.shape[2:]))
+        tokens = tokens + interpolate_positions(
+            embeddings.position_embeddings, *(size // side for size in pixel_values.shape[2:])
+        )
         vectors = self.aggregation(self.backbone.layernorm(self.backbone.encoder(tokens).last_hidden_state))
         return vectors if self.linear is None else self.linear(vectors)
 
 
-def positions(learnt: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def interpolate_positions(learnt: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """DINOv2's embeddings of a square's positions, stretched to another grid as DINOv2 does it.
 
     transformers stretches a little differently, which is why its own embedding layer isn't used.
@@ -139,7 +141,7 @@ def positions(learnt: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return torch.cat([learnt[:, :1], grid.flatten(2).transpose(1, 2).to(learnt.dtype)], dim=1)
 
 
-def place_recognition(where: str, dtype: str) -> tuple[PlaceRecognition, Any]:
+def load_place_recognition(where: str, dtype: str) -> tuple[PlaceRecognition, Any]:
     """A model in eval mode on the CPU and its image processor.
 
     Args:
@@ -164,7 +166,7 @@ def place_recognition(where: str, dtype: str) -> tuple[PlaceRecognition, Any]:
     return PlaceRecognition(backbone, aggregation, linear).to(dtype_of(dtype)).eval(), processor
 
 
-def _backbone(weights: Weights, before: str, dtype: str) -> Any:
+def _backbone(weights: CheckpointWeights, before: str, dtype: str) -> Any:
     patch, learnt = weights[f"{before}patch_embed.proj.weight"], weights[f"{before}pos_embed"]
     width, side = patch.shape[0], patch.shape[-1]
     if width % HEAD:
@@ -174,10 +176,10 @@ def _backbone(weights: Weights, before: str, dtype: str) -> Any:
         mlp_ratio=weights[f"{before}blocks.0.mlp.fc1.weight"].shape[0] // width, patch_size=side,
         image_size=side * math.isqrt(learnt.shape[1] - 1), use_mask_token=False,
     )  # fmt: skip
-    return built(Dinov2Model, config, dtype_of(dtype), weights, lambda name: weights.renamed(name, BACKBONE, before))
+    return build_and_load(Dinov2Model, config, dtype_of(dtype), weights, lambda name: weights.renamed(name, BACKBONE, before))
 
 
-def _aggregation(weights: Weights, before: str, width: int) -> Aggregation:
+def _aggregation(weights: CheckpointWeights, before: str, width: int) -> Aggregation:
     hidden = weights[f"{before}score.0.weight"].shape[0]
     parts = (weights[f"{before}{part}.weight"].shape[0] for part in ("score.3", "cluster_features.3", "token_features.2"))
     made = Aggregation(width, hidden, *parts)
@@ -190,7 +192,7 @@ def _aggregation(weights: Weights, before: str, width: int) -> Aggregation:
     return made
 
 
-def _linear(weights: Weights, width: int) -> nn.Linear:
+def _linear(weights: CheckpointWeights, width: int) -> nn.Linear:
     made = nn.Linear(width, weights["aggregator.linear.weight"].shape[0])
     shapes = {name: tensor.shape for name, tensor in made.state_dict().items()}
     made.load_state_dict(weights.fit(shapes, lambda name: weights.renamed(name, (), "aggregator.linear.")))

@@ -97,7 +97,7 @@ def views(street: Street, rng: random.Random) -> list[float]:
     return [base + k * 2 * math.pi / VIEWS + rng.uniform(-0.2, 0.2) for k in range(VIEWS)]
 
 
-def compass(world: World, heading: float) -> float:
+def compass_heading(world: World, heading: float) -> float:
     """Plan frame heading (radians) -> degrees clockwise from north."""
     return (90 - math.degrees(heading + world.angle)) % 360
 
@@ -110,7 +110,7 @@ def _write_photos(world: World, rng: random.Random, folder: Path, manifest: Path
         for view, heading in enumerate(views(street, rng)):
             file = f"{number:04d}_{view}.jpg"
             photograph(world, x, y, heading, rng.uniform(0.8, 1.12)).save(folder / file, quality=88)
-            rows.append((file, f"{number:04d}", f"{lat:.7f}", f"{lon:.7f}", f"{compass(world, heading):.1f}"))
+            rows.append((file, f"{number:04d}", f"{lat:.7f}", f"{lon:.7f}", f"{compass_heading(world, heading):.1f}"))
     temporary = manifest.with_suffix(".tmp")
     with temporary.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)

@@ -38,7 +38,7 @@ LEVEL = 0.95
 TAIL = (1 - LEVEL) / 2
 
 
-def score(answers: Iterable[Mapping[str, Any]], resamples: int = 1000, seed: int = 0) -> dict[str, Interval]:
+def compute_metrics(answers: Iterable[Mapping[str, Any]], resamples: int = 1000, seed: int = 0) -> dict[str, Interval]:
     """All metrics of one system, from rows of `tables.ANSWERS`.
 
     Returns:
@@ -53,7 +53,7 @@ def score(answers: Iterable[Mapping[str, Any]], resamples: int = 1000, seed: int
     return {name: _interval(values[name], spread[name], n[name], places=len(right)) for name in METRICS}
 
 
-def paired(
+def paired_difference_ci(
     answers_a: Iterable[Mapping[str, Any]],
     answers_b: Iterable[Mapping[str, Any]],
     metrics: Iterable[str] = ("A", "A_ds"),
@@ -77,7 +77,7 @@ def paired(
     return {name: _interval(after[name] - before[name], high[name] - low[name], n[name]) for name in metrics}
 
 
-def share(right: Sequence[float] | np.ndarray, places: Sequence[str], resamples: int = 1000, seed: int = 0) -> Interval:
+def share_ci(right: Sequence[float] | np.ndarray, places: Sequence[str], resamples: int = 1000, seed: int = 0) -> Interval:
     """Mean of what is given for each photo (1 for a right answer), with its interval from resampling places."""
     numbers = {place: i for i, place in enumerate(dict.fromkeys(places))}
     at = np.array([numbers[place] for place in places], dtype=int)

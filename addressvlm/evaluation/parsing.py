@@ -9,26 +9,26 @@ The rule, by kind of question:
 - **choice**: right if exactly one of the options is named and it is the expected one; an answer that names none may give
   the option's letter (`B`, `(b)`, `Option B.`, `The answer is B`), counted in the order of the options.
 
-Names are compared in the normal form of `addressvlm.names.normal`: case, punctuation and abbreviations such as *St* for
+Names are compared in the normal form of `addressvlm.gazetteer.name_matcher.normalize_name`: case, punctuation and abbreviations such as *St* for
 *Street* make no difference. A variant of a name (another language, an old or short form in the gazetteer) counts as the name.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from addressvlm.names import normal
+from addressvlm.gazetteer.name_matcher import normalize_name
 
 _YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 _LETTER = re.compile(r"(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:? ?)?\(?([a-z])\)?[.:]?", re.IGNORECASE)
 _CLAUSE = re.compile(r"[,;:!?\n]")  # no name goes over these; a full stop may be part of one (St. Andrew's)
 
 
-class Names:
+class NameFinder:
     """A set of names to find in free text, longest first, each under its variants too."""
 
     def __init__(self, names: Iterable[str], variants: Mapping[str, Iterable[str]] | None = None) -> None:
-        others = {normal(other): normal(name) for name, all_of in (variants or {}).items() for other in all_of}
-        forms = others | {normal(name): normal(name) for name in names}
+        others = {normalize_name(other): normalize_name(name) for name, all_of in (variants or {}).items() for other in all_of}
+        forms = others | {normalize_name(name): normalize_name(name) for name in names}
         self._known = {tuple(form.split()): name for form, name in forms.items() if form}
         self._longest = max(map(len, self._known), default=0)
 
@@ -36,7 +36,7 @@ class Names:
         """Normal forms of the names that occur as whole words or by a variant, none inside a longer one."""
         found = set()
         for clause in _CLAUSE.split(text):
-            words = normal(clause).split()
+            words = normalize_name(clause).split()
             at = 0
             while at < len(words):
                 length = self._match(words, at)
@@ -60,10 +60,10 @@ class Judge:
     ) -> None:
         """`variants`: name of a street or district -> other names it goes by, which count as the name."""
         streets, districts = list(streets), list(districts)
-        self._all = Names([*streets, *districts], variants)
+        self._all = NameFinder([*streets, *districts], variants)
         self._of_level = {
-            "street": {normal(name) for name in streets},
-            "district": {normal(name) for name in districts},
+            "street": {normalize_name(name) for name in streets},
+            "district": {normalize_name(name) for name in districts},
         }
         self._known = self._of_level["street"] | self._of_level["district"]
 
@@ -81,27 +81,29 @@ class Judge:
             street: of an address, the street's name where it has a comma in it.
         """
         if kind == "judgment":
-            return verdict(answer) == verdict(expected)
+            return yes_no(answer) == yes_no(expected)
         if kind == "choice":
-            return self._chosen(answer, options or []) == normal(expected)
-        if normal(answer) == normal(expected):
+            return self._chosen(answer, options or []) == normalize_name(expected)
+        if normalize_name(answer) == normalize_name(expected):
             return True
         return self._generated(level, expected, answer, street)
 
     def _generated(self, level: str, expected: str, answer: str, street: str) -> bool:
         found = self._all.find(answer)
         if level != "address":
-            return found & self._of_level[level] == {normal(expected)}
+            return found & self._of_level[level] == {normalize_name(expected)}
         street = street or expected.rpartition(",")[0]
         district = expected[len(street) :].lstrip(", ")
-        return found & self._of_level["street"] == {normal(street)} and found & self._of_level["district"] == {normal(district)}
+        return found & self._of_level["street"] == {normalize_name(street)} and found & self._of_level["district"] == {
+            normalize_name(district)
+        }
 
     def _chosen(self, answer: str, options: Sequence[str]) -> str | None:
         """Normal form of the option that the answer picks, None if it picks none or several."""
-        offered = [normal(option) for option in options]
-        if normal(answer) in offered:
-            return normal(answer)
-        names = self._all if self._known.issuperset(offered) else Names([*self._known, *options])
+        offered = [normalize_name(option) for option in options]
+        if normalize_name(answer) in offered:
+            return normalize_name(answer)
+        names = self._all if self._known.issuperset(offered) else NameFinder([*self._known, *options])
         named = names.find(answer) & set(offered)
         if named:
             return named.pop() if len(named) == 1 else None
@@ -110,7 +112,7 @@ class Judge:
         return offered[index] if index < len(offered) else None
 
 
-def verdict(answer: str) -> str | None:
+def yes_no(answer: str) -> str | None:
     """`yes` or `no`, whichever word comes first; None if neither does."""
     found = _YES_NO.search(answer)
     return found[1].lower() if found else None

@@ -1,43 +1,176 @@
 """report.html: one self-contained page with the table, the map of right and wrong, the examples, the curves, the data.
 
-`write` takes the metrics and the answers; every folder of the run that is there adds a section, none is required.
+`write_report` takes the metrics and the answers; every folder of the run that is there adds a section, none is required.
 """
 
+import base64
+import io
 import json
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from PIL import Image
 
-from addressvlm import tables
-from addressvlm.addresses import Gazetteer
-from addressvlm.evaluation.comparison_section import section
-from addressvlm.evaluation.data_section import card as card_of
-from addressvlm.evaluation.data_section import rejects as rejects_of
-from addressvlm.evaluation.data_section import words
-from addressvlm.evaluation.figures import CityMap, interval_bar, loss_curves
-from addressvlm.evaluation.metrics import DESCRIPTIONS, MEANS, METRICS, paired
-from addressvlm.evaluation.pictures import data_url, pictures
-from addressvlm.evaluation.reliability import reliability_diagram
+from addressvlm.evaluation.comparison import ACCURACIES, HEAD, cells, split_verdicts, whole_addresses
+from addressvlm.evaluation.metrics import DESCRIPTIONS, MEANS, METRICS, paired_difference_ci
+from addressvlm.evaluation.plots import CityMap, distance_curves, interval_bar, loss_curves, reliability_diagram
+from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.grafting import shown
-from addressvlm.labels.tally import summary
-from addressvlm.run import slug
+from addressvlm.labels.costs import report_summary
+from addressvlm.storage import tables
+from addressvlm.storage.remote_path import AnyPath, files_in
+from addressvlm.storage.run_dir import slug
+from addressvlm.storage.tables import read_table_file
+
+ONLY_IN_CARD = ("rejected", "sources", "questions_by_kind", "places_per")  # details of card.json that the page leaves there
+
+Row = dict[str, Any]
+
+
+def card_section(photos: AnyPath | None) -> Row:
+    """The dataset card: counts of each split as a table, and the other plain facts in order."""
+    file = photos / "card.json" if photos else None
+    card = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
+    splits = card.pop("splits", {})
+    columns = list(dict.fromkeys(key for counts in splits.values() for key in counts))
+    facts = list(_flat({key: value for key, value in card.items() if key not in ONLY_IN_CARD}))
+    leak = {key: card.get(key) for key in ("min_train_to_held_out_m", "split_buffer_m")}
+    return {"splits": splits, "columns": columns, "facts": facts, "attribution": card.get("attribution", []), **leak}
+
+
+def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values of numbers and short texts, nested ones under `outer, inner`."""
+    for key, value in tree.items():
+        name = f"{before}{words(key)}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}, ")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+        elif isinstance(value, str) and 0 < len(value) <= 80:
+            yield name, value
+
+
+def words(key: str) -> str:
+    """`split_buffer_m` as `guard (m)`."""
+    words = key.replace("_", " ")
+    return f"{words[:-2]} (m)" if words.endswith(" m") else words
+
+
+def rejects_section(folder: AnyPath | None) -> list[tuple[str, str, int]]:
+    """(step, reason, rows), the most frequent first; what follows a colon in a reason tells rows apart and is left out."""
+    counted: Counter[tuple[str, str]] = Counter()
+    for file in files_in(folder, "*.parquet") if folder else []:
+        reasons = read_table_file(file, ["reason"])["reason"].to_pylist()
+        counted.update((file.stem, reason.partition(":")[0]) for reason in reasons)
+    return [(step, reason, n) for (step, reason), n in counted.most_common(20)]
+
+
+THUMBNAIL = 360  # pixels, longer side
+
+
+def thumbnails(folder: Path, split: str, ids: set[str]) -> dict[str, str]:
+    """Data URLs of some photos of a split."""
+    if not ids or not tables.count_rows(folder, split):
+        return {}
+    return {
+        row["id"]: data_url(row["image"]["bytes"])
+        for row in tables.iter_rows(folder, split, ["id", "image"])
+        if row["id"] in ids
+    }
+
+
+def data_url(encoded: bytes) -> str:
+    """Encoded image -> a data URL, a JPEG of at most THUMBNAIL pixels; small files go in as they are."""
+    opened = Image.open(io.BytesIO(encoded))
+    kind = f"image/{(opened.format or 'jpeg').lower()}"
+    if max(opened.size) > THUMBNAIL or len(encoded) > 60_000:
+        opened.draft("RGB", (THUMBNAIL, THUMBNAIL))
+        image = opened.convert("RGB")
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=82)
+        encoded, kind = buffer.getvalue(), "image/jpeg"
+    return f"data:{kind};base64,{base64.b64encode(encoded).decode()}"
+
+
+SHOWN = 3  # photos of each kind of disagreement
+
+
+def comparison_section(
+    tree: Mapping[str, Any], systems: Sequence[Row], answers: Mapping[str, Sequence[Row]], photos: Path | None, seed: int
+) -> Row:
+    """What comparison.html is rendered with.
+
+    Args:
+        tree: what comparison.json holds.
+        systems: the rows that have answers, with their hue.
+        photos: folder of the photos table, for pictures.
+        seed: decides which photos are shown.
+    """
+    hues = {system["name"]: system["hue"] for system in systems}
+    rows = [
+        {**row, "hue": hues.get(row["name"], 0), "cells": cells(row, tree["main"])[ACCURACIES if "metrics" in row else 0 :]}
+        for row in tree["systems"]
+    ]
+    done = [row for row in rows if "metrics" in row]
+    return {
+        "main": tree["main"],
+        "head": HEAD[ACCURACIES:],
+        "rows": rows,
+        "curves": distance_curves([row for row in done if row["by_distance"]]),
+        "bands": next((row["by_distance"] for row in done if row["by_distance"]), []),
+        "trusted": [{**row, "diagram": reliability_diagram(row["trust"]["bins"])} for row in done if row["trust"]],
+        "neighbours": [row for row in done if row["neighbours"]],
+        "apart": [row for row in done if "unseen" in row["by_training"]],
+        "disagreements": _disagreements(tree, done, answers, photos, seed),
+    }
+
+
+def _disagreements(
+    tree: Mapping[str, Any], rows: Sequence[Row], answers: Mapping[str, Sequence[Row]], photos: Path | None, seed: int
+) -> list[Row]:
+    """Photos that only the main system, and only the best other one, got right."""
+    main = tree["main"]
+    others = [row for row in rows if row["name"] != main and row["metrics"]["A_ds"]["value"] is not None]
+    if not photos or main not in answers or not others:
+        return []
+    best = max(others, key=lambda row: row["metrics"]["A_ds"]["value"])["name"]
+    ours, theirs = split_verdicts(answers[main], answers[best])
+    chosen = [*((photo, main) for photo in _some(ours, seed)), *((photo, best) for photo in _some(theirs, seed))]
+    shown = thumbnails(photos, tree["split"], {photo for photo, _ in chosen})
+    said = {name: {row["id"]: row for row in whole_addresses(answers[name])} for name in (main, best)}
+    return [
+        {
+            "picture": shown[photo],
+            "expected": said[main][photo]["expected"],
+            "right": right,
+            "said": [(name, said[name][photo]) for name in (main, best)],
+        }
+        for photo, right in chosen
+        if photo in shown
+    ]
+
+
+def _some(photos: Sequence[str], seed: int) -> list[str]:
+    """Up to SHOWN of them, spread over the list."""
+    step = max(len(photos) // SHOWN, 1)
+    return list(photos)[seed % step :: step][:SHOWN]
+
 
 MAIN = "AddressVLM"  # the system that the others are compared with; the last one if there is none of this name
 EXAMPLES = 8
 GRAFTS = 4
 HUES = 12
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True)
-class Sources:
+class ReportSources:
     """Folders of a run that the report shows something of; None or empty ones are left out."""
 
     photos: Path | None = None
@@ -46,12 +179,12 @@ class Sources:
     rejects: Path | None = None
 
 
-def write(
+def write_report(
     path: Path,
     metrics: Mapping[str, Any],
     answers: Mapping[str, Sequence[Row]],
     gazetteer: Gazetteer | None = None,
-    sources: Sources | None = None,
+    sources: ReportSources | None = None,
     seed: int = 0,
     resamples: int = 1000,
     modes: Mapping[str, Any] | None = None,
@@ -69,12 +202,12 @@ def write(
         modes: what modes.json holds.
         comparison: what comparison.json holds.
     """
-    sources = sources or Sources()
+    sources = sources or ReportSources()
     systems = [{**system, "hue": i % HUES} for i, system in enumerate(metrics["systems"])]
-    named = main_of([system["name"] for system in systems])
+    named = main_system([system["name"] for system in systems])
     main = next(system for system in systems if system["name"] == named)
     rows = answers[main["name"]]
-    card = card_of(sources.photos)
+    card = card_section(sources.photos)
     differences = _differences(systems, main, answers, resamples, seed)
     page = _template().render(
         city=metrics["city"] or "a city",
@@ -96,17 +229,17 @@ def write(
         labels=_labels(sources.alignment),
         curves=_curves(systems, sources.training),
         card=card,
-        rejects=rejects_of(sources.rejects),
+        rejects=rejects_section(sources.rejects),
         attribution=list(dict.fromkeys([*(gazetteer.attribution if gazetteer else []), *card["attribution"]])),
         interval_bar=interval_bar,
         modes=modes,
-        comparison=section(comparison, systems, answers, sources.photos, seed) if comparison else None,
+        comparison=comparison_section(comparison, systems, answers, sources.photos, seed) if comparison else None,
         reliability_diagram=reliability_diagram,
     )
     path.write_text(page, encoding="utf-8")
 
 
-def main_of(names: Sequence[str]) -> str:
+def main_system(names: Sequence[str]) -> str:
     """The system that a report is about."""
     return MAIN if MAIN in names else names[-1]
 
@@ -137,7 +270,7 @@ def _metric_name(name: str) -> Any:
 def _differences(systems: list[Row], main: Row, answers: Mapping[str, Sequence[Row]], resamples: int, seed: int) -> list[Row]:
     others = [system for system in systems if system is not main]
     return [
-        {**other, "gain": paired(answers[main["name"]], answers[other["name"]], resamples=resamples, seed=seed)}
+        {**other, "gain": paired_difference_ci(answers[main["name"]], answers[other["name"]], resamples=resamples, seed=seed)}
         for other in others
     ]
 
@@ -190,7 +323,7 @@ def _examples(
     wrong = [row for row in one_a_place if not row["correct"]]
     n_right = min(len(right), max(EXAMPLES // 2, EXAMPLES - len(wrong)))
     chosen = [*right[:n_right], *wrong[: EXAMPLES - n_right]]
-    shown = pictures(photos, split, {row["id"] for row in chosen})
+    shown = thumbnails(photos, split, {row["id"] for row in chosen})
     said = {s["name"]: {row["id"]: row for row in _address_rows(answers[s["name"]])} for s in systems}
     return [
         {
@@ -213,16 +346,16 @@ def _confusions(rows: Sequence[Row], top: int = 8) -> list[Row]:
 def _labels(alignment: Path | None) -> str:
     """Who wrote the labels and what that took, in a few words."""
     file = alignment / "labels.json" if alignment else None
-    return summary(json.loads(file.read_text(encoding="utf-8"))) if file and file.is_file() else ""
+    return report_summary(json.loads(file.read_text(encoding="utf-8"))) if file and file.is_file() else ""
 
 
 def _grafts(alignment: Path | None, seed: int) -> list[Row]:
     """Some grafted images with the label that stage 1 learns from."""
-    if not alignment or not tables.count(alignment, "train"):
+    if not alignment or not tables.count_rows(alignment, "train"):
         return []
-    ids = tables.read(alignment, "train", ["id"])["id"].to_pylist()
+    ids = tables.read_table(alignment, "train", ["id"])["id"].to_pylist()
     chosen = set(random.Random(seed).sample(ids, min(GRAFTS, len(ids))))
-    found = [row for row in tables.rows(alignment, "train") if row["id"] in chosen]
+    found = [row for row in tables.iter_rows(alignment, "train") if row["id"] in chosen]
     return [{**row, "picture": data_url(shown(row)), "round": row["rounds"][-1]} for row in found]
 
 

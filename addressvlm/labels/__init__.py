@@ -3,24 +3,24 @@
 from collections.abc import Callable
 from functools import partial
 
-from addressvlm.addresses import Gazetteer
-from addressvlm.config_labels import LabelsConfig
-from addressvlm.labels.attempts import Attempts
-from addressvlm.labels.checks import checker_of
+from addressvlm.config.labels import LabelsConfig
+from addressvlm.gazetteer.gazetteer import Gazetteer
+from addressvlm.labels.labelers import Label, Labeler, Request, TemplateLabeler
 from addressvlm.labels.prompt import prompt_of
-from addressvlm.labels.writer import Label, Labeler, Request, TemplateLabeler
+from addressvlm.labels.retry import RetryState
+from addressvlm.labels.validator import make_validator
 
 __all__ = ["Label", "Labeler", "Request", "beginning", "make_labeler"]
 
 
-def beginning(config: LabelsConfig, seed: int = 0, gazetteer: Gazetteer | None = None) -> Callable[[Request], Attempts]:
+def beginning(config: LabelsConfig, seed: int = 0, gazetteer: Gazetteer | None = None) -> Callable[[Request], RetryState]:
     """What begins the way of a row to its label; without a gazetteer the checks know fewer names.
 
     Raises:
         InputError: the prompt can't be used.
     """
     prompt = prompt_of(config)
-    return partial(Attempts, prompt=prompt, checker=checker_of(config, prompt, gazetteer), config=config, seed=seed)
+    return partial(RetryState, prompt=prompt, checker=make_validator(config, prompt, gazetteer), config=config, seed=seed)
 
 
 def make_labeler(config: LabelsConfig, seed: int = 0, gazetteer: Gazetteer | None = None) -> Labeler:
@@ -30,7 +30,7 @@ def make_labeler(config: LabelsConfig, seed: int = 0, gazetteer: Gazetteer | Non
         InputError: it can't be used as configured.
     """
     if config.labeler == "openai":
-        from addressvlm.labels.openai_labeler import OpenAILabeler
+        from addressvlm.labels.request_scheduler import OpenAILabeler
 
         return OpenAILabeler(config, beginning(config, seed, gazetteer))
     if config.labeler == "local":

@@ -7,12 +7,18 @@ answers are in.
 
 import io
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from PIL import Image
 
-from addressvlm.config_labels import LabelsConfig
-from addressvlm.labels.attempts import Attempts
+from addressvlm.config.labels import LabelsConfig
+from addressvlm.labels.labelers import writer
+from addressvlm.labels.prompt import prompt_of
+from addressvlm.labels.response_cache import CachedAnswer, ResponseCache
+from addressvlm.labels.retry import RetryState
 
 LETTERS_PER_TOKEN = 4
 FRAMING = 16  # tokens around the messages of a chat
@@ -44,7 +50,7 @@ def image_tokens(config: LabelsConfig, width: int, height: int) -> int:
     return math.ceil(config.image_base + config.image_each * tiles)
 
 
-def tokens_sent(row: Attempts) -> int:
+def tokens_sent(row: RetryState) -> int:
     """Estimate of the tokens of a row's first ask."""
     with Image.open(io.BytesIO(row.request.image)) as image:
         size = image.size
@@ -53,7 +59,7 @@ def tokens_sent(row: Attempts) -> int:
 
 
 @dataclass
-class Plan:
+class CostEstimate:
     """What is left to ask about a run.
 
     Attributes:
@@ -103,7 +109,7 @@ class Plan:
         if self.left:
             lines.append(
                 f"  tokens: about {self.tokens_in:,} in ({self.tokens_in / self.left:,.0f} a row), at most "
-                f"{self.tokens_out:,} out, for one ask a row; up to {config.attempts} asks where answers fail their checks"
+                f"{self.tokens_out:,} out, for one ask a row; up to {config.max_attempts} asks where answers fail their checks"
             )
         lines.append(f"  money: {self.money()}; spent so far {self.spent_tokens:,} tokens, {self.spent_usd:.4g} US dollars")
         if self.left:
@@ -124,3 +130,99 @@ class Plan:
 
 def _limit(per_minute: float | None, what: str) -> str:
     return f"{per_minute:,g} {what} a minute" if per_minute else f"no limit of {what}"
+
+
+KINDS = ("source ", "problem ")
+
+
+@dataclass
+class LabelStats:
+    """Counts of one job.
+
+    Attributes:
+        rows: that were asked about and have their label, of `total`.
+        asked: requests sent, tries again among them.
+        refused, empty: answers without a text.
+        failed: rows that the endpoint never answered for.
+        unreadable: rows whose image can't be decoded.
+        again: tries again by reason: an HTTP status, time-out, connection, no JSON.
+        seconds: since the first row was read.
+    """
+
+    total: int = 0
+    rows: int = 0
+    asked: int = 0
+    answered: int = 0
+    refused: int = 0
+    empty: int = 0
+    failed: int = 0
+    unreadable: int = 0
+    again: Counter[str] = field(default_factory=Counter)
+    tokens_in: int = 0
+    tokens_out: int = 0
+    usd: float = 0.0
+    seconds: float = 0.0
+
+    def count(self, answer: CachedAnswer) -> None:
+        """Add one answer."""
+        self.answered += 1
+        self.refused += answer.refusal is not None
+        self.empty += answer.refusal is None and not answer.text
+        self.tokens_in += answer.tokens_in
+        self.tokens_out += answer.tokens_out
+        self.usd += answer.usd
+
+    def line(self) -> str:
+        """Progress in a line: rows, tokens, money, time left."""
+        parts = [f"{self.rows:,}/{self.total:,} rows asked about", f"{self.tokens_in + self.tokens_out:,} tokens"]
+        if self.usd:
+            parts.append(f"{self.usd:,.4g} US dollars")
+        if self.again:
+            parts.append(f"{self.again.total():,} tries again")
+        if 0 < self.rows < self.total:
+            parts.append(f"{self.seconds / self.rows * (self.total - self.rows):,.0f} s left")
+        return f"label: {', '.join(parts)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts by name, for labels.json."""
+        return {**asdict(self), "again": dict(sorted(self.again.items()))}
+
+
+def label_report(
+    config: LabelsConfig, counts: Counter[str], tally: Mapping[str, Any], ledger: ResponseCache | None
+) -> dict[str, Any]:
+    """What labels.json holds: who wrote how many labels, why texts were not taken, what was asked and what it cost.
+
+    Args:
+        counts: `source <who>` and `problem <kind>`, as from `label_batch`.
+        tally: of the job that asked last, empty if none did.
+    """
+    prompt = prompt_of(config)
+    by = {kind: {key.removeprefix(kind): n for key, n in counts.most_common() if key.startswith(kind)} for kind in KINDS}
+    return {
+        "prompt": prompt.name,
+        "version": prompt.version,
+        "writer": "template" if config.labeler == "template" else writer(config),
+        "rows": sum(by["source "].values()),
+        "sources": by["source "],
+        "problems": by["problem "],  # over all asks; a text may have several
+        "last_job": dict(tally),
+        "run": {"tokens": ledger.tokens, "usd": round(ledger.usd, 6)} if ledger else {},
+    }
+
+
+def report_summary(report: Mapping[str, Any]) -> str:
+    """What a report of `label_report` holds, in a few words."""
+    said = [f"{report['rows']:,} labels: {_list(report['sources'])}"]
+    if report["problems"]:
+        said.append(f"texts not taken for: {_list(report['problems'])}")
+    if job := report["last_job"]:
+        again = f" (tried again: {_list(job['again'])})" if job["again"] else ""
+        said.append(f"{job['asked']:,} requests{again}, {job['refused']:,} refused, {job['empty']:,} empty answers")
+    if run := report["run"]:
+        said.append(f"the run has cost {run['tokens']:,} tokens, {run['usd']:.4g} US dollars")
+    return "; ".join(said)
+
+
+def _list(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n:,} {what}" for what, n in counts.items())

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from addressvlm.answers.model import ChatModel
-from addressvlm.config_labels import LabelsConfig
+from addressvlm.answers.chat_model import ChatModel
+from addressvlm.config.labels import LabelsConfig
 from addressvlm.errors import InputError
-from addressvlm.labels.attempts import Attempts
-from addressvlm.labels.writer import Label, Request
-from addressvlm.models.base import dtype_of, local
+from addressvlm.labels.labelers import Label, Request
+from addressvlm.labels.retry import RetryState
+from addressvlm.models.loading import dtype_of, local
 
 Messages = list[dict[str, Any]]
 
@@ -25,7 +25,7 @@ Messages = list[dict[str, Any]]
 class LocalLabeler:
     """Drives rows through their attempts, `labels.batch_size` at a time; those to be asked again join the next batches."""
 
-    def __init__(self, begin: Callable[[Request], Attempts], config: LabelsConfig) -> None:
+    def __init__(self, begin: Callable[[Request], RetryState], config: LabelsConfig) -> None:
         """Load the model.
 
         Args:
@@ -82,10 +82,10 @@ def load_writer(config: LabelsConfig) -> Writer:
             f"labels.model {config.model} reads only text: set labels.send_image to false and labels.prompt to grounded, "
             "or give a vision-language model."
         )
-    return ReadingWriter(config, where) if reads_only else SeeingWriter(config)
+    return TextWriter(config, where) if reads_only else VisionWriter(config)
 
 
-class SeeingWriter:
+class VisionWriter:
     """An image-text-to-text model of any family whose processor has a chat template."""
 
     def __init__(self, config: LabelsConfig) -> None:
@@ -102,7 +102,7 @@ class SeeingWriter:
         )
 
 
-class ReadingWriter:
+class TextWriter:
     """A causal language model, which reads the facts alone."""
 
     def __init__(self, config: LabelsConfig, where: str) -> None:

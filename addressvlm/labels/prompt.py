@@ -15,10 +15,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from addressvlm.config_labels import LabelsConfig
+from addressvlm.config.labels import LabelsConfig
 from addressvlm.errors import InputError
 from addressvlm.labels.facts import Facts
-from addressvlm.labels.words import listed
+from addressvlm.labels.templates import join_words
 
 FOLDER = Path(__file__).with_name("prompts")
 SLOTS = {"street", "district", "city", "question", "facts"}
@@ -61,7 +61,11 @@ class Prompt:
     def ask(self, facts: Facts, question: str) -> str:
         """The user's message about one image, the hint in it."""
         return self.user.format(
-            street=facts.street, district=facts.district, city=facts.city or "not named", question=question, facts=notes(facts)
+            street=facts.street,
+            district=facts.district,
+            city=facts.city or "not named",
+            question=question,
+            facts=fact_notes(facts),
         )
 
     def opening(self) -> list[dict[str, Any]]:
@@ -167,11 +171,11 @@ def _slots(text: str, path: Path) -> set[str]:
         raise InputError(f"prompt {path}: {error}; a brace that is no slot is written twice.") from None
 
 
-def notes(facts: Facts) -> str:
+def fact_notes(facts: Facts) -> str:
     """Facts as plain sentences, one a line, in the order in which a label says them; what is not known is left out."""
     lines = []
     if facts.photo_colours:
-        lines.append(f"The main colours of the photo are {listed(facts.photo_colours)}.")
+        lines.append(f"The main colours of the photo are {join_words(facts.photo_colours)}.")
     if facts.facing:
         view = {"along": ", along the street", "across": ", across the street", "oblique": ", at an angle to the street"}
         lines.append(f"The camera faces {facts.facing}{view.get(facts.view or '', '')}.")
@@ -180,11 +184,11 @@ def notes(facts: Facts) -> str:
     if facts.greenery:
         lines.append(f"There is {facts.greenery} greenery.")
     if facts.names:
-        lines.append(f"The map bears the name{'s' if len(facts.names) > 1 else ''} {listed(facts.names)}.")
+        lines.append(f"The map bears the name{'s' if len(facts.names) > 1 else ''} {join_words(facts.names)}.")
     if facts.direction:
         lines.append(f"{facts.on_map} runs {facts.direction} at the centre of the map.")
     if facts.tile_colours:
-        lines.append(f"From above, the place is mainly {listed(facts.tile_colours)}.")
+        lines.append(f"From above, the place is mainly {join_words(facts.tile_colours)}.")
     if facts.cross_street:
         far = facts.cross_distance_m
         where = f"{far} metres to the {facts.cross_direction}" if far else "right at the camera"

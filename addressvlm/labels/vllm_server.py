@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from addressvlm.config_labels import LabelsConfig
+from addressvlm.config.labels import LabelsConfig
 from addressvlm.errors import InputError
 
 POLL_S = 0.5
@@ -41,7 +41,7 @@ def serving(config: LabelsConfig, log: Path | None = None) -> Iterator[str]:
         with tempfile.NamedTemporaryFile(prefix="vllm-", suffix=".log", delete=False) as file:
             log = Path(file.name)
     port = _free_port()
-    leash = [sys.executable, str(Path(__file__).with_name("leash.py"))]
+    leash = [sys.executable, str(Path(__file__).with_name("process_guard.py"))]
     command = [*leash, *_command(config, python, port)]
     with (
         log.open("ab") as out,

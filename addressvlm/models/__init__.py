@@ -1,5 +1,5 @@
 """Base models: load them, name their three parts, attach LoRA, save and merge."""
 
-from addressvlm.models.base import load
+from addressvlm.models.loading import load_model
 
-__all__ = ["load"]
+__all__ = ["load_model"]

@@ -1,7 +1,7 @@
 """Attention of several conversations in one row, block by block, without padding and without a mask of the whole row.
 
 The positions tell the blocks. Where they start again from 0 a conversation begins; where they jump back to p > 0 begins a
-round that sees the conversation's first p tokens and itself (`rounds: apart`). Tokens of different blocks are never multiplied.
+round that sees the conversation's first p tokens and itself (`isolate_questions: true`). Tokens of different blocks are never multiplied.
 """
 
 import itertools
@@ -36,7 +36,7 @@ def blocks_of(positions: torch.Tensor) -> list[Block]:
     return blocks
 
 
-def attend(
+def block_attention(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -138,13 +138,13 @@ def _future(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tens
 
 
 def _mask(**kwargs: Any) -> torch.Tensor | None:
-    """The mask for a call of `attend`: none for rows that their positions describe."""
+    """The mask for a call of `block_attention`: none for rows that their positions describe."""
     whole = kwargs.get("attention_mask") is None and kwargs["q_length"] == kwargs["kv_length"]
     return None if whole else eager_mask(**kwargs)
 
 
 def register() -> str:
     """Make it known to transformers; returns its name."""
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, block_attention)
     AttentionMaskInterface.register(NAME, _mask)
     return NAME

@@ -6,18 +6,87 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from addressvlm.config_training import ModelConfig, Part, PartConfig
+from addressvlm.config.train import ModelConfig, Part, PartConfig
 from addressvlm.errors import InputError
-from addressvlm.models import lora_linear
-from addressvlm.models.base import load
+from addressvlm.models.loading import load_model
 from addressvlm.models.parts import linear_leaves, part_of, parts_of
 
 
-def attach(model: nn.Module, config: ModelConfig) -> tuple[PeftModel, dict[Part, str]]:
+class FusedLoraLinear(lora.Linear):
+    """PEFT's LoRA of a matrix; what it can't do in one step is done by PEFT's own layer."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x (…, in) -> (…, out)."""
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        kind = x.device.type
+        cast = kind != "meta" and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
+        plain = name in self.lora_A and name not in self.lora_variant and not (args or kwargs or self.merged)
+        if not plain or self.disable_adapters or self._sharded() or (not cast and x.dtype != self.weight.dtype):
+            return super().forward(x, *args, **kwargs)
+        dropped = self.lora_dropout[name](x) if self.training else x
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        return _Product.apply(
+            x, None if dropped is x else dropped, self.weight, self.base_layer.bias, down, up, self.scaling[name], dtype
+        )
+
+    def _sharded(self) -> bool:
+        """Whether DeepSpeed gathers weights where their own modules are called, so that these must be called."""
+        return hasattr(self.weight, "ds_id")
+
+
+class _Product(torch.autograd.Function):
+    """W x + b + s B A z, where z is x or what dropout left of it; W and b are frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        dropped: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        thin = flat if dropped is None else dropped.reshape(-1, x.shape[-1]).to(dtype)
+        weight, down, scaled = weight.to(dtype), down.to(dtype), (up * scale).to(dtype)
+        inner = thin @ down.T
+        out = F.linear(flat, weight, None if bias is None else bias.to(dtype)).addmm_(inner, scaled.T)
+        ctx.save_for_backward(thin, inner, weight, down, scaled)
+        ctx.scale, ctx.kinds = scale, (x.shape, x.dtype, up.dtype)
+        return out.reshape(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        thin, inner, weight, down, scaled = ctx.saved_tensors
+        shape, kind, kept = ctx.kinds
+        of_out = gradient.reshape(-1, gradient.shape[-1]).to(thin.dtype)
+        of_inner = of_out @ scaled
+        of_x = of_dropped = of_down = of_up = None
+        if ctx.needs_input_grad[0]:
+            of_x = of_out @ weight
+            if not ctx.needs_input_grad[1]:
+                of_x.addmm_(of_inner, down)
+            of_x = of_x.reshape(shape).to(kind)
+        if ctx.needs_input_grad[1]:
+            of_dropped = (of_inner @ down).reshape(shape).to(kind)
+        if ctx.needs_input_grad[4]:
+            of_down = (of_inner.T @ thin).to(kept)
+        if ctx.needs_input_grad[5]:
+            of_up = (of_out.T @ inner).to(kept) * ctx.scale
+        return of_x, of_dropped, None, None, of_down, of_up, None, None
+
+
+def attach_lora(model: nn.Module, config: ModelConfig) -> tuple[PeftModel, dict[Part, str]]:
     """One PEFT adapter over all three parts, and where the parts are.
 
     Raises:
@@ -25,7 +94,7 @@ def attach(model: nn.Module, config: ModelConfig) -> tuple[PeftModel, dict[Part,
     """
     parts = parts_of(model)
     lora = lora_config(model, parts, config)
-    lora._register_custom_module({nn.Linear: lora_linear.Linear})
+    lora._register_custom_module({nn.Linear: FusedLoraLinear})
     tuned = get_peft_model(model, lora)
     _set_dropout(tuned, parts, {part: setting.dropout for part, setting in _settings(config).items()})
     for _, weights in adapter_weights(tuned):
@@ -77,21 +146,21 @@ def _set_dropout(model: PeftModel, parts: dict[Part, str], dropouts: dict[Part, 
             module.lora_dropout["default"] = nn.Dropout(dropout) if dropout else nn.Identity()
 
 
-def train_only(model: PeftModel, parts: dict[Part, str], chosen: list[Part]) -> None:
+def set_trainable_parts(model: PeftModel, parts: dict[Part, str], chosen: list[Part]) -> None:
     """Let the adapter's weights of the chosen parts learn and freeze all others."""
     model.requires_grad_(False)
     for name, weights in adapter_weights(model):
         weights.requires_grad = part_of(name, parts) in chosen
 
 
-def keep_statistics(model: nn.Module) -> None:
+def freeze_batchnorm(model: nn.Module) -> None:
     """Put normalization layers with running statistics in eval mode; call after `model.train()`."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_params(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that learn, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -126,9 +195,9 @@ def load_adapter_state(model: PeftModel, state: dict[str, torch.Tensor]) -> None
                 parameter.copy_(state[name])
 
 
-def export(adapter: Path, config: ModelConfig, merged: Path) -> None:
+def export_merged(adapter: Path, config: ModelConfig, merged: Path) -> None:
     """Merge a saved adapter into its base model and write an ordinary Hugging Face folder."""
-    base, processor = load(config.base, config.dtype, config.trust_remote_code)
+    base, processor = load_model(config.base, config.dtype, config.trust_remote_code)
     whole: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     whole.save_pretrained(merged)
     processor.save_pretrained(merged)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from addressvlm.config_training import Part
+from addressvlm.config.train import Part
 from addressvlm.errors import InputError
 
 # Where model families keep each part; a new family is a new name here.

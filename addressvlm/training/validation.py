@@ -6,17 +6,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from addressvlm import tables
-from addressvlm.addresses import Gazetteer
 from addressvlm.config import Config
-from addressvlm.evaluation.asking import COLUMNS, ask, judged
-from addressvlm.evaluation.metrics import score
+from addressvlm.evaluation.metrics import compute_metrics
 from addressvlm.evaluation.parsing import Judge
+from addressvlm.evaluation.run_questions import COLUMNS, judge_answers, run_questions
+from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.inference import Localizer
-from addressvlm.models.base import locate
-from addressvlm.models.lora import keep_statistics
-from addressvlm.run import Run
-from addressvlm.training.step import autocast
+from addressvlm.models.loading import resolve_model
+from addressvlm.models.lora import freeze_batchnorm
+from addressvlm.storage import tables
+from addressvlm.storage.run_dir import Run
+from addressvlm.training.loss import autocast
 
 FEWEST_RESAMPLES = 1  # intervals are left to evaluation
 
@@ -35,9 +35,9 @@ class Validation:
             alike: every worker asks about all photos, for a model whose weights are cut is run by all workers together.
         """
         run = Run(config)
-        ids = sorted(tables.read(run.photos, "val", ["id"])["id"].to_pylist())
+        ids = sorted(tables.read_table(run.photos, "val", ["id"])["id"].to_pylist())
         drawn = set(random.Random(config.seed).sample(ids, min(config.train.validate_photos, len(ids))))
-        self.photos = [row for row in tables.rows(run.photos, "val", COLUMNS) if row["id"] in drawn]
+        self.photos = [row for row in tables.iter_rows(run.photos, "val", COLUMNS) if row["id"] in drawn]
         gazetteer = Gazetteer.load(run.gazetteer)
         self.judge = Judge(gazetteer.streets, gazetteer.districts, gazetteer.variants)
         self.config, self.processor, self.alike = config, processor, alike
@@ -51,15 +51,17 @@ class Validation:
         side = self.processor.tokenizer.padding_side
         model.eval()
         try:
-            localizer = Localizer(locate(self.config.model.base), device, loaded=(model.get_base_model(), self.processor))
+            localizer = Localizer(
+                resolve_model(self.config.model.base), device, loaded=(model.get_base_model(), self.processor)
+            )
             with torch.inference_mode(), autocast(torch.device(device), localizer.model.dtype, self.config.train.precision):
-                rows = [row for batch in ask(localizer, self.photos[rank::world], asked, 0) for row in batch]
+                rows = [row for batch in run_questions(localizer, self.photos[rank::world], asked, 0) for row in batch]
         finally:
             self.processor.tokenizer.padding_side = side
             model.train()
-            keep_statistics(model)
-        answers = _gathered(judged(rows, self.judge), world)
-        found = score(answers, FEWEST_RESAMPLES)
+            freeze_batchnorm(model)
+        answers = _gathered(judge_answers(rows, self.judge), world)
+        found = compute_metrics(answers, FEWEST_RESAMPLES)
         return {name: float(cell["value"]) for name, cell in found.items() if cell["value"] is not None}
 
 

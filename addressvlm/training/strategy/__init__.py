@@ -11,10 +11,13 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 
-from addressvlm.config_training import StageConfig
+from addressvlm.config.train import StageConfig
 
-Moments = dict[str, dict[str, torch.Tensor]]  # parameter -> `exp_avg`, `exp_avg_sq` and `step` of AdamW
-CUT = ("fsdp2", "zero3")  # those that cut the weights too: their models are loaded on the CPU and moved piece by piece
+OptimizerState = dict[str, dict[str, torch.Tensor]]  # parameter -> `exp_avg`, `exp_avg_sq` and `step` of AdamW
+SHARDS_WEIGHTS = (
+    "fsdp2",
+    "zero3",
+)  # those that cut the weights too: their models are loaded on the CPU and moved piece by piece
 
 
 class Strategy(Protocol):
@@ -37,33 +40,33 @@ class Strategy(Protocol):
     def weights(self) -> dict[str, torch.Tensor]:
         """All weights of the adapter by name, whole, on the CPU."""
 
-    def moments(self) -> Moments:
+    def moments(self) -> OptimizerState:
         """The optimizer's state by parameter, whole, on the CPU."""
 
-    def restore(self, moments: Moments) -> None:
+    def restore(self, moments: OptimizerState) -> None:
         """Put back what `moments` gave, of any strategy and number of workers."""
 
 
-def shared() -> bool:
+def is_distributed() -> bool:
     """Whether there are other workers."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def make(
+def make_strategy(
     name: str, model: PeftModel, stage: StageConfig, look: Callable[[], int], device: torch.device, fast: bool = False
 ) -> Strategy:
     """The strategy of a `train.strategy` setting; a single worker has nothing to spread, whatever the setting.
 
     Args:
-        model: on the CPU if the strategy is one of `CUT`, else on the device.
+        model: on the CPU if the strategy is one of `SHARDS_WEIGHTS`, else on the device.
         look: the stage's first look, which freezes weights; called when the model can be run.
         fast: whether products are made in bfloat16.
     """
-    if name == "fsdp2" and shared():
+    if name == "fsdp2" and is_distributed():
         from addressvlm.training.strategy.fsdp import Fsdp
 
         return Fsdp(model, stage, look, device)
-    if name in ("zero2", "zero3") and shared():
+    if name in ("zero2", "zero3") and is_distributed():
         from addressvlm.training.strategy.zero import Zero
 
         return Zero(model, stage, look, 2 if name == "zero2" else 3, device, fast)

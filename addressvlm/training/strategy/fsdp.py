@@ -11,10 +11,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from addressvlm.config_training import StageConfig
-from addressvlm.models.lora import adapter_weights, trainable
-from addressvlm.training.step import adamw, clipped_step
-from addressvlm.training.strategy import Moments
+from addressvlm.config.train import StageConfig
+from addressvlm.models.lora import adapter_weights, trainable_params
+from addressvlm.training.loss import clipped_step, make_adamw
+from addressvlm.training.strategy import OptimizerState
 
 
 class Fsdp:
@@ -27,10 +27,10 @@ class Fsdp:
             fully_shard(module, mesh=mesh)
         fully_shard(base, mesh=mesh)
         self.model = self.module = model
-        self.clip = stage.clip
+        self.clip = stage.max_grad_norm
         self.flops = look()
-        self.optimizer = adamw(model, stage)
-        self.learning = trainable(model)
+        self.optimizer = make_adamw(model, stage)
+        self.learning = trainable_params(model)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()
@@ -45,10 +45,10 @@ class Fsdp:
                 module.reshard()  # a forward pass without a backward one leaves some whole
         return _all_whole(dict(adapter_weights(self.model)))
 
-    def moments(self) -> Moments:
+    def moments(self) -> OptimizerState:
         return {name: _all_whole(self.optimizer.state[parameter]) for name, parameter in self.learning.items()}
 
-    def restore(self, moments: Moments) -> None:
+    def restore(self, moments: OptimizerState) -> None:
         for name, parameter in self.learning.items():
             assert isinstance(parameter, DTensor)
             state = {

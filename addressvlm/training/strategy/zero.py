@@ -16,10 +16,10 @@ from deepspeed.utils import (
 )
 from peft import PeftModel
 
-from addressvlm.config_training import StageConfig
-from addressvlm.models.lora import adapter_state, adapter_weights, trainable
-from addressvlm.training.step import adamw, set_rate
-from addressvlm.training.strategy import Moments
+from addressvlm.config.train import StageConfig
+from addressvlm.models.lora import adapter_state, adapter_weights, trainable_params
+from addressvlm.training.loss import make_adamw, set_learning_rate
+from addressvlm.training.strategy import OptimizerState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -32,11 +32,11 @@ class Zero:
     ) -> None:
         self.model, self.level, self.device = model, level, device
         self.flops = look()
-        self.frozen = {name: weights for name, weights in adapter_state(model).items() if name not in trainable(model)}
+        self.frozen = {name: weights for name, weights in adapter_state(model).items() if name not in trainable_params(model)}
         config = {
             "train_micro_batch_size_per_gpu": stage.batch_size,
-            "gradient_accumulation_steps": stage.accumulate,
-            "gradient_clipping": stage.clip,
+            "gradient_accumulation_steps": stage.gradient_accumulation_steps,
+            "gradient_clipping": stage.max_grad_norm,
             "zero_optimization": {"stage": level, "memory_efficient_linear": False},  # its own products know no autocast
             "zero_allow_untested_optimizer": True,
             # On GPUs DeepSpeed switches autocast off unless it is named here; gradients stay in float32.
@@ -47,36 +47,36 @@ class Zero:
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
             for buffer in model.buffers():
                 buffer.data = buffer.data.to(device)
-        self.module, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, stage), config=config)
+        self.module, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=make_adamw(model, stage), config=config)
         self._set_steps(torch.tensor(0.0))  # ZeRO-3 has made one to create the moments
-        self.accumulate = stage.accumulate
+        self.accumulate = stage.gradient_accumulation_steps
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.module.set_gradient_accumulation_boundary(last)
         self.module.backward(loss * self.accumulate)  # DeepSpeed divides by it, the loop has done so already
 
     def step(self, learning_rate: float) -> float:
-        set_rate(self.optimizer, learning_rate)
+        set_learning_rate(self.optimizer, learning_rate)
         self.module.step()
         return float(self.module.get_global_grad_norm() or 0.0)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        learnt = {name: safe_get_full_fp32_param(weights) for name, weights in trainable(self.model).items()}
+        learnt = {name: safe_get_full_fp32_param(weights) for name, weights in trainable_params(self.model).items()}
         return {
             name: self.frozen[name] if name in self.frozen else learnt[name].detach().cpu().contiguous()
             for name, _ in adapter_weights(self.model)
         }
 
-    def moments(self) -> Moments:
+    def moments(self) -> OptimizerState:
         step = next(iter(self._inner().state.values()))["step"].cpu()
         return {
             name: {**{key: safe_get_full_optimizer_state(weights, key).cpu() for key in MOMENTS}, "step": step}
-            for name, weights in trainable(self.model).items()
+            for name, weights in trainable_params(self.model).items()
         }
 
-    def restore(self, moments: Moments) -> None:
+    def restore(self, moments: OptimizerState) -> None:
         self._create_moments()
-        for name, weights in trainable(self.model).items():
+        for name, weights in trainable_params(self.model).items():
             for key in MOMENTS:
                 whole = moments[name][key].to(self.device)
                 if self.level == 2:

@@ -1,0 +1,171 @@
+"""One typed tree of settings: defaults < YAML file or preset < environment < command line.
+
+    python ray_jobs/train.py --config demo --set train.workers=1
+    ADDRESSVLM_TRAIN__WORKERS=1 python ray_jobs/train.py --config my_city.yaml
+
+A preset is a commented YAML file in `addressvlm/presets/`; every key is described once, here or in
+`config_city.py`, `config_labels.py`, `config_training.py`, `config_answers.py` and `config_compare.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from addressvlm.config.city import CityConfig, Section
+from addressvlm.config.compare import CompareConfig
+from addressvlm.config.evaluate import EvaluateConfig
+from addressvlm.config.labels import LabelsConfig
+from addressvlm.config.train import ModelConfig, TrainConfig
+from addressvlm.errors import InputError
+
+PRESETS = Path(__file__).parents[1] / "presets"
+ENVIRONMENT_PREFIX = "ADDRESSVLM_"
+WHOLE = (("train", "stages"), ("train", "cities"))  # sections that one file replaces in another, like lists
+
+
+class TilesConfig(Section):
+    """The tile of a place, and the photo grafted onto it (paper 001, Sec. 3.2)."""
+
+    # GeoTIFF/COG, .mbtiles, .pmtiles or an XYZ address like https://host/{z}/{x}/{y}.png; without one: the rendered street map;
+    # `none`: that map in a toy city too, which has imagery
+    imagery: str | None = None
+    zoom: int | None = Field(None, ge=0, le=23)  # of XYZ imagery; default: the first as fine as the tile's pixels
+    cache: str | None = None  # folder of fetched XYZ tiles; default: <storage>/tile-cache
+    per_second: float = Field(4.0, gt=0)  # requests to an XYZ server, all workers together
+    user_agent: str = "addressvlm (set tiles.user_agent to your contact)"  # tile servers ask for a contact
+    attribution: str | None = None  # of the imagery; written into the dataset's card
+    side_m: float = Field(200.0, gt=0, le=4000)  # side of the ground square shown, in metres
+    pixels: int = Field(336, ge=32, le=2048)  # side of the tile and of the grafted image, in pixels
+    names: bool = True  # street names written along the streets (off: paper 001 Table 2, "w/o road")
+    font_px: float = Field(13.0, gt=0)  # height of the street names, in tile pixels
+    font: str | None = None  # TTF or OTF file for names in scripts that DejaVu Sans Bold lacks (Japanese, Thai, Devanagari …)
+    # graft: the photo in the tile's corner; for comparison, beside: both in one image, each at half its width, and two: the
+    # photo and the tile as two images of a conversation
+    layout: Literal["graft", "beside", "two"] = "graft"
+    delta: float = Field(0.5, gt=0, lt=1)  # longer side of the pasted photo / side of the tile; above 0.5 it hides the place
+    jpeg_quality: int = Field(92, ge=30, le=100)
+
+    @property
+    def covered(self) -> float:
+        """Share of the tile's side that the photo covers, in its upper right corner."""
+        return self.delta if self.layout == "graft" else 0.0
+
+
+class Config(Section):
+    """The whole tree."""
+
+    name: str = "demo"  # the run: everything it writes is in <storage>/<name>
+    storage: str = "runs"  # a folder, or the address of one in a store: s3://bucket/runs, gs://… (docs/storage.md)
+    seed: int = 0
+    city: CityConfig = CityConfig()
+    tiles: TilesConfig = TilesConfig()
+    labels: LabelsConfig = LabelsConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    compare: CompareConfig = CompareConfig()
+
+    @property
+    def training_seed(self) -> int:
+        """What decides random weights, the order of rows and dropout."""
+        return self.seed if self.train.seed is None else self.train.seed
+
+
+def load(source: str | Path = "demo", sets: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
+    """Read a preset's name or a YAML file, then the environment, then `key=value` strings of the command line.
+
+    A file may begin with `extends: <preset or file>`: it is then laid over that one, key by key; lists, `train.stages`
+    and `train.cities` are replaced as a whole.
+
+    Raises:
+        InputError: the file is missing or not YAML, a key is unknown, or a value has the wrong type.
+    """
+    path, tree = _read(source)
+    for name, value in sorted(environment.items()):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+            if keys[0] in Config.model_fields:
+                _put(tree, keys, value)
+    for assignment in sets:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise InputError(f"--set {assignment}: write it as key=value, for instance train.workers=1.")
+        _put(tree, key.strip().split("."), value)
+    return validate(tree, str(path))
+
+
+def _read(source: str | Path, below: tuple[Path, ...] = ()) -> tuple[Path, dict[str, Any]]:
+    """The file of a preset's name or path, and its tree laid over the one it extends."""
+    path = PRESETS / f"{source}.yaml" if not str(source).endswith((".yaml", ".yml")) else Path(source)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise InputError(f"no configuration '{source}': give a .yaml file that exists, or one of the presets {known}.")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} must hold `key: value` lines, not {type(tree).__name__}.")
+    if (extended := tree.pop("extends", None)) is None:
+        return path, tree
+    if path in below:
+        raise InputError(f"{path} extends itself: take `extends` out of one of the files.")
+    near = path.parent / str(extended)
+    _, whole = _read(near if near.is_file() else extended, (*below, path))
+    return path, _laid_over(whole, tree)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any], at: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Both trees as one, key by key; what `WHOLE` names is taken from one of them."""
+    tree = dict(below)
+    for key, value in above.items():
+        place = (*at, key)
+        deeper = isinstance(value, dict) and isinstance(below.get(key), dict) and place not in WHOLE
+        tree[key] = _laid_over(below[key], value, place) if deeper else value
+    return tree
+
+
+def validate(tree: dict[str, Any], where: str) -> Config:
+    """Check a tree of plain values; `where` names its source in errors.
+
+    Raises:
+        InputError: a key is unknown or a value has the wrong type; all problems are in the one sentence.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_problem(e) for e in error.errors())
+        raise InputError(f"{where}: {problems}.") from None
+
+
+def _put(tree: dict[str, Any], keys: list[str], text: str) -> None:
+    """Set a nested key from text, read as a YAML value (so `null`, `3` and `[a, b]` mean what they look like)."""
+    for key in keys[:-1]:
+        child = tree.get(key)
+        tree[key] = child if isinstance(child, dict) else {}
+        tree = tree[key]
+    try:
+        tree[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"{'.'.join(keys)}={text}: the value is not YAML.") from None
+
+
+def _problem(error: Any) -> str:
+    """One pydantic error in words, with the nearest known key for an unknown one."""
+    location = ".".join(str(part) for part in error["loc"]) or "the tree"
+    if error["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in error["loc"][:-1]:
+            section = section.model_fields[part].annotation if part in getattr(section, "model_fields", {}) else None
+        known = sorted(getattr(section, "model_fields", {}))
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        return f"unknown key '{location}'" + (f", did you mean '{near[0]}'?" if near else f", known are {', '.join(known)}")
+    message = error["msg"].removeprefix("Value error, ")
+    return f"'{location}' is {error['input']!r}: {message}" if error["type"] != "value_error" else f"'{location}': {message}"

@@ -1,0 +1,106 @@
+"""The section `city` of the configuration tree: where photos, streets and addresses come from (see addressvlm/config.py)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A section of the tree: unknown keys are errors, values don't change type silently."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class SplitShares(Section):
+    """Shares of places (paper 001, Sec. 3.3: 7:2:1)."""
+
+    train: float = Field(0.7, gt=0, lt=1)
+    val: float = Field(0.2, ge=0, lt=1)
+    test: float = Field(0.1, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> SplitShares:
+        if abs(self.train + self.val + self.test - 1) > 1e-6:
+            raise ValueError(f"train + val + test must be 1, they are {self.train + self.val + self.test:g}")
+        return self
+
+
+class PanoramaConfig(Section):
+    """How a panorama (equirectangular, 2:1) is cut into perspective views."""
+
+    headings: list[float] = Field([0.0, 90.0, 180.0, 270.0], min_length=1)  # degrees clockwise from the panorama's own heading
+    fov_deg: float = Field(90.0, gt=10, lt=150)  # horizontal field of view of a view
+    pixels: int = Field(640, ge=64, le=4096)  # side of the square view
+
+
+class GeocoderConfig(Section):
+    """A reverse geocoder that is asked about a sample of places; the rest take the answer of the nearest sampled one."""
+
+    service: Literal["nominatim", "google"] = "nominatim"
+    url: str | None = None  # default: the service's public address; your own Nominatim here
+    share: float = Field(0.1, gt=0, le=1)  # of the places that are asked about, drawn by seed
+    per_second: float = Field(1.0, gt=0)  # Nominatim's public server allows one request a second
+    timeout_s: float = Field(20.0, gt=0)
+    retries: int = Field(4, ge=0)
+    max_requests: int | None = Field(None, ge=1)  # stop asking after so many (a paid service); cached answers are free
+    user_agent: str = "addressvlm (set city.geocoder.user_agent to your contact)"
+    cache: str | None = None  # SQLite file of answers, shared by all runs; default: <storage>/geocoder.sqlite
+
+
+class PartitionConfig(Section):
+    """Semantic address partition (paper 002, Sec. 4.1 and A.2): streets cut into sub-streets at intersections."""
+
+    gap_m: float = Field(50.0, ge=0)  # an intersection nearer than this to the one before it is dropped
+    min_places: int = Field(5, ge=1)  # sub-streets with fewer places are merged with a neighbour
+
+
+class DensityConfig(Section):
+    """How much of the training data is kept (paper 001, Fig. 5); test places are never thinned."""
+
+    places: float = Field(1.0, gt=0, le=1)  # share of training places
+    views: float = Field(1.0, gt=0, le=1)  # share of the views of each training place, at least one
+
+
+class CityConfig(Section):
+    """Where a city comes from and how its photos get addresses."""
+
+    name: str = "city"  # shown in the report and by the service
+    toy: str | None = None  # name of an embedded toy city to generate first; the four paths below are then its files
+    reader: Literal["auto", "manifest", "exif", "pitts", "sfxl", "ial", "mapillary", "kartaview"] = "auto"
+    manifest: str | None = None  # table, annotation file or export that `reader` reads; a path or a URI (s3://, gs://)
+    photos: str | None = None  # folder or URI that photo files are relative to; default: the manifest's own folder
+    panorama: PanoramaConfig | None = None  # set it where photos are panoramas: each is cut into these views
+    streets: str | None = None  # named lines: GeoJSON, shapefile, .osm.pbf, .osm or Overpass JSON
+    districts: str | None = None  # the same kinds of file; may be the same OSM extract
+    district_source: Literal["auto", "polygons", "admin", "place"] = "auto"  # what a district is in an OSM file
+    admin_level: int | None = Field(None, ge=2, le=12)  # OSM admin boundaries of this level; default: the finest that covers
+    unit: Literal["auto", "streets", "blocks"] = "auto"  # what an address names; auto: blocks where OSM's streets have no names
+    language: str | None = None  # show `name:<language>` where OSM has it instead of `name`
+    max_distance_m: float = Field(40.0, gt=0)  # a photo further than this from any named street is rejected
+    neighbour_vote_radius_m: float = Field(
+        0.0, ge=0
+    )  # neighbours within this vote on a place's street (paper 002, A.2); 0: no vote
+    ambiguous_m: float = Field(15.0, ge=0)  # a second named street within this marks the address as ambiguous
+    geocoder: GeocoderConfig | None = None  # an external one instead of the street map
+    partition: PartitionConfig | None = None  # also name the sub-street of each place
+    answer: Literal["street", "sub_street"] = "street"  # what questions mean by street; sub_street needs city.partition
+    split_buffer_m: float = Field(25.0, ge=0)  # no training place is nearer than this to a test or validation place
+    split_block_m: float = Field(100.0, gt=0)  # places are split in blocks of this side, so that the guard costs little
+    split: SplitShares = SplitShares()
+    density: DensityConfig = DensityConfig()
+    rounds: int = Field(7, ge=1)  # questions about each training photo (paper 001: 7)
+    hard_negative_share: float = Field(
+        0.5, ge=0, le=1
+    )  # share of wrong names taken from the nearest ones, the rest from anywhere
+    max_megapixels: float = Field(100.0, gt=0)  # larger photos are rejected unread
+    max_reject_share: float = Field(0.1, ge=0, le=1)  # the run stops when more rows than this are bad
+    attribution: list[str] = []  # licences and sources of what goes in; travels with the dataset
+    license: str = "other"  # of the dataset, for its card: an identifier of the Hugging Face hub (cc-by-4.0, odbl, …)
+
+    @model_validator(mode="after")
+    def _partition_is_there(self) -> CityConfig:
+        if self.answer == "sub_street" and self.partition is None:
+            raise ValueError("answer is sub_street, so set city.partition (an empty {} takes its defaults)")
+        return self

@@ -1,0 +1,145 @@
+"""The section `compare` of the configuration tree: the systems that a comparison puts beside the run's own models, and
+the variants of an ablation (see addressvlm/config.py)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from addressvlm.config.city import Section
+
+
+class BaselineConfig(Section):
+    """A row of the table that is not trained by `train.stages`."""
+
+    name: str
+
+
+class LikelihoodConfig(BaselineConfig):
+    """A system of `train.systems` that answers by its probabilities of all addresses instead of its own words."""
+
+    kind: Literal["likelihood"]
+    of: str = "AddressVLM"
+
+
+class EncoderConfig(Section):
+    """What turns a photo into a vector."""
+
+    # Folder or hub name of a CLIP, SigLIP, DINOv2 or other image encoder of transformers, of a CLIP or SigLIP of open_clip, of
+    # MegaLoc or DINOv2 SALAD, or of a vision-language model, whose vision encoder it then is; default: model.base
+    base: str | None = None
+    batch_size: int = Field(32, ge=1)  # photos at a time
+
+
+class RetrievalConfig(BaselineConfig):
+    """Image -> GPS -> address (paper 002, Sec. 6.5): the nearest training photo's coordinates, reverse geocoded."""
+
+    kind: Literal["retrieval"]
+    encoder: EncoderConfig = EncoderConfig()
+    neighbours: int = Field(1, ge=1)  # above 1, each votes with its similarity
+
+
+class RagConfig(BaselineConfig):
+    """A language model that sees the photo and what similar and dissimilar photos were taken at (paper 004)."""
+
+    kind: Literal["rag"]
+    encoder: EncoderConfig = EncoderConfig()
+    model: str | None = None  # folder, hub name or a system of `train.systems`; default: model.base, never tuned
+    endpoint: str | None = None  # of an OpenAI-compatible server, whose model `model` then names; the key is in OPENAI_API_KEY
+    ask: Literal["coordinates", "addresses"] = "coordinates"  # what the prompt lists and the answer shall be
+    similar: int = Field(16, ge=0)
+    dissimilar: int = Field(16, ge=0)
+    strategy: Literal["farthest", "random", "centroid"] = "farthest"  # what dissimilar means
+    form: Literal["json", "sentences"] = "json"
+    order: Literal["similar first", "dissimilar first"] = "similar first"
+    degrees: Literal["decimal", "dms"] = "decimal"
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(0.1, ge=0)
+
+
+class LossWeights(Section):
+    """Of AddressCLIP's three losses (paper 002, Sec. 6.1)."""
+
+    address: float = Field(1.0, ge=0)
+    caption: float = Field(0.2, ge=0)
+    geography: float = Field(0.8, ge=0)
+
+
+class AddressClipConfig(BaselineConfig):
+    """A dual encoder whose nearest address text is the answer (paper 002)."""
+
+    kind: Literal["addressclip"]
+    # Folder or hub name of a CLIP- or SigLIP-like model of transformers or open_clip; default: the vision encoder and the
+    # language model of model.base with projections of their own
+    base: str | None = None
+    captions: Literal["template", "alignment", "none"] = "template"  # alignment: the explanations that stage 1 learns from
+    weights: LossWeights = LossWeights()
+    train_image: bool = True
+    train_text: bool = True
+    epochs: float = Field(10.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(32, ge=2)  # photos per worker and step; all workers' photos are each other's negatives
+    learning_rate: float = Field(2.4e-5, gt=0)  # paper 002, Sec. 6.1
+    projection_learning_rate: float = Field(1e-3, gt=0)  # of projections that begin at random
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)  # share of the steps
+
+
+class FusionConfig(BaselineConfig):
+    """Probabilities of several systems as one: a weighted sum of their logarithms, weights fitted on the split `val`."""
+
+    kind: Literal["fusion"]
+    of: list[str] = Field(min_length=2)  # rows that have scores: of `train.systems`, or retrieval and addressclip
+
+
+class KnownConfig(Section):
+    """What is known of a photo before it is looked at; restrictions hold together. How it is drawn from the photo's true
+    address: `evaluation.drawn_priors`."""
+
+    district: bool = False  # the true one
+    streets: int | None = Field(None, ge=1)  # W: so many, the true one among them
+    gps_m: float | None = Field(None, gt=0, allow_inf_nan=False)  # metres; a position is off by less in 95 of 100 photos
+
+
+class PriorConfig(BaselineConfig, KnownConfig):
+    """Another row that knows something of each photo beforehand (paper 002, D.1, Table 12)."""
+
+    kind: Literal["prior"]
+    of: str  # a row that has scores: of `train.systems`, or one that stands before it
+
+    @model_validator(mode="after")
+    def _something_is_known(self) -> PriorConfig:
+        if not (self.district or self.streets or self.gps_m):
+            raise ValueError(f"'{self.name}' knows nothing beforehand: set district, streets or gps_m")
+        return self
+
+
+AnyBaseline = Annotated[
+    LikelihoodConfig | RetrievalConfig | RagConfig | AddressClipConfig | FusionConfig | PriorConfig, Field(discriminator="kind")
+]
+
+
+class VariantConfig(Section):
+    """A row of an ablation: the run with some settings changed, as a run of its own."""
+
+    name: str
+    config: str | None = None  # a preset or YAML file whose sections labels, model and train are taken instead of the run's own
+    set: dict[str, Any] = {}  # key -> value, as --set
+    system: str = "AddressVLM"  # of `train.systems`, the one that is trained
+
+
+class CompareConfig(Section):
+    """Rows of the table beside those of `train.systems`."""
+
+    systems: list[AnyBaseline] = []
+    variants: list[VariantConfig] = []
+    main: str = "AddressVLM"  # the row that all others are tested against
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> CompareConfig:
+        twice = [n for n, count in Counter(row.name for row in [*self.systems, *self.variants]).items() if count > 1]
+        if twice:
+            raise ValueError(f"two rows are called '{twice[0]}': give each a name of its own")
+        return self

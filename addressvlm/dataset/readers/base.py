@@ -1,0 +1,145 @@
+"""Where a city's photos are said to be, what it looks like from outside, and what a reader is."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import Protocol
+
+from addressvlm.config.city import CityConfig
+from addressvlm.dataset.readers.table import Row, clean_text, open_table
+from addressvlm.errors import InputError
+from addressvlm.storage import remote_path
+
+SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .gif .tif .tiff .jp2 .avif .heic .heif".split())
+PEEKED_ROWS = 20
+
+
+@dataclass(frozen=True)
+class SourceSample:
+    """What a source shows before it is read: enough to tell its kind."""
+
+    is_folder: bool
+    files: list[str]  # all of a folder; of a table the first few cells of the column `file`
+    columns: frozenset[str]  # of a table under our names; empty for a folder
+
+    @property
+    def photos(self) -> list[str]:
+        """The first photos among the files."""
+        return list(islice((f for f in self.files if not self.is_folder or is_photo(f)), PEEKED_ROWS))
+
+
+class Reader(Protocol):
+    """One kind of source. A new one is a module with such a class, entered in `readers.READERS` and `CityConfig.reader`."""
+
+    def recognizes(self, sample: SourceSample) -> bool:
+        """Whether the source is of this kind."""
+
+    def rows(self, city: CityConfig) -> Iterator[Row]:
+        """The rows as `rows.to_photos` takes them, one per photo and in an order that never changes.
+
+        Raises:
+            InputError: the source as a whole can't be used; a single bad row is given with its `PROBLEM` instead.
+        """
+
+
+def source_path(city: CityConfig) -> str:
+    """The table or folder that the photos are read from.
+
+    Raises:
+        InputError: neither is set.
+    """
+    found = city.manifest or city.photos
+    if not found:
+        raise InputError(
+            "city.manifest is not set: set it to the CSV, JSONL or Parquet table of your photos, set city.photos to a folder "
+            "of photos with GPS in them, or set city.toy."
+        )
+    return found
+
+
+def base(city: CityConfig) -> str:
+    """The folder that photo files are relative to: a URI, or a path that holds on every machine that shares the disk."""
+    folder = city.photos
+    if not folder:
+        source = source_path(city)
+        folder = source if source_kind(source) == "folder" else remote_path.parent(source)
+    return folder if remote_path.is_remote(folder) else str(remote_path.local_path(folder).absolute())
+
+
+def peek_source(city: CityConfig) -> SourceSample:
+    """Look at the source.
+
+    Raises:
+        InputError: there is nothing there, or it is no folder and no table.
+    """
+    source = source_path(city)
+    found = source_kind(source)
+    if found is None and not remote_path.suffix(source):
+        raise InputError(f"nothing is at {source}: set city.manifest to a table or city.photos to a folder that exists.")
+    if found == "folder":
+        return SourceSample(True, remote_path.walk_files(source), frozenset())
+    table = open_table(source)
+    files = [clean_text(row.get("file")) for row in islice(table.rows, PEEKED_ROWS)]
+    return SourceSample(False, [f for f in files if f], frozenset(table.columns))
+
+
+def source_kind(source: str) -> str | None:
+    """`storage.kind` with an unreachable store as one sentence."""
+    try:
+        return remote_path.kind(source)
+    except OSError as error:
+        raise InputError(
+            f"{source} can't be reached ({remote_path.error_text(error)}): check the address and its keys."
+        ) from None
+
+
+def folder_photos(folder: str) -> list[str]:
+    """The photos below a folder, sorted.
+
+    Raises:
+        InputError: there is no such folder or no photo in it.
+    """
+    if source_kind(folder) != "folder":
+        raise InputError(f"no folder at {folder}: set city.photos to the folder of your photos.")
+    found = [file for file in remote_path.walk_files(folder) if is_photo(file)]
+    if not found:
+        raise InputError(f"the folder {folder} has no photos ({', '.join(sorted(SUFFIXES))}): set city.photos to another one.")
+    return found
+
+
+def photos_by_stem(city: CityConfig) -> dict[str, str]:
+    """File name without its ending -> path, for exports that name photos by id; empty if there is no folder."""
+    folder = base(city)
+    return (
+        {stem(file): file for file in remote_path.walk_files(folder) if is_photo(file)}
+        if source_kind(folder) == "folder"
+        else {}
+    )
+
+
+def stem(file: str) -> str:
+    """The file's name without folders and ending."""
+    return PurePosixPath(file).stem
+
+
+def is_photo(file: str) -> bool:
+    """Whether the name ends as names of photos do."""
+    return remote_path.suffix(file) in SUFFIXES
+
+
+REQUIRED = ("file", "lat", "lon")
+
+
+class Manifest:
+    """CSV, TSV, JSONL, Parquet or JSON, here or in a store."""
+
+    def recognizes(self, sample: SourceSample) -> bool:
+        """Any table that no other reader knows."""
+        return not sample.is_folder
+
+    def rows(self, city: CityConfig) -> Iterator[Row]:
+        """The rows as they stand."""
+        table = open_table(source_path(city))
+        table.require(REQUIRED)
+        yield from table.rows

@@ -1,0 +1,118 @@
+"""A folder of photos with their position in EXIF, as phones and cameras write it; pixels are not decoded."""
+
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from PIL import ExifTags, Image
+
+from addressvlm.config.city import CityConfig
+from addressvlm.dataset.readers.base import SourceSample, folder_photos, source_path
+from addressvlm.dataset.readers.table import Row
+from addressvlm.storage import remote_path
+
+GPS = ExifTags.GPS
+HEMISPHERES = {"N": 1, "S": -1, "E": 1, "W": -1}
+AT_A_TIME, THREADS = 1024, 16  # reading waits for the disk or the store
+FILM_DIAGONAL_MM = 43.27  # a 35 mm equivalent focal length compares diagonals
+PANORAMA = re.compile(rb"GPano:ProjectionType\W+equirectangular\b")
+PANORAMA_HEADING = re.compile(rb"GPano:PoseHeadingDegrees[^-+\d]{1,3}(\d+\.?\d*)")
+
+
+class Exif:
+    """One row per photo, in the order of their paths; a place is where photos share a position to about a metre."""
+
+    def recognizes(self, sample: SourceSample) -> bool:
+        """Any folder."""
+        return sample.is_folder
+
+    def rows(self, city: CityConfig) -> Iterator[Row]:
+        """Position, direction and field of view; directions from magnetic north are taken as they are, and said."""
+        folder = source_path(city)
+        files = folder_photos(folder)
+        magnetic = 0
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, len(files), AT_A_TIME):
+                chunk = files[start : start + AT_A_TIME]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # Pillow's about damaged EXIF, which becomes a reject
+                    found = list(pool.map(read_gps, [remote_path.join(folder, file) for file in chunk]))
+                for file, cells in zip(chunk, found, strict=True):
+                    magnetic += cells.pop("magnetic", False)
+                    yield {"file": file} | cells
+        if magnetic:
+            print(f"prepare: {magnetic:,} directions are from magnetic north and taken as they are", flush=True)
+
+
+def read_gps(file: str) -> Row:
+    """Cells lat, lon, heading, fov_deg, panorama, magnetic of one photo (path or URI), or its `PROBLEM`."""
+    try:
+        with remote_path.open_binary(file) as stream, Image.open(stream) as image:
+            exif, size, xmp = image.getexif(), image.size, image.info.get("xmp", b"")
+            gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
+            camera = exif.get_ifd(ExifTags.IFD.Exif)
+    except OSError as error:  # also what Pillow raises for a file that is no picture
+        known = isinstance(error, Image.UnidentifiedImageError)
+        return {
+            "PROBLEM": f"not a photo: {file} is not a picture"
+            if known
+            else f"photo unreadable: {remote_path.error_text(error)}"
+        }
+    except Exception as error:  # decoders raise anything on arbitrary bytes
+        return {"PROBLEM": f"EXIF damaged: {file} ({error})"}
+    try:
+        cells: Row = {
+            "lat": _degrees(gps, GPS.GPSLatitude, GPS.GPSLatitudeRef, "NS"),
+            "lon": _degrees(gps, GPS.GPSLongitude, GPS.GPSLongitudeRef, "EW"),
+        }
+    except ValueError as error:
+        return {"PROBLEM": str(error)}
+    heading = _number(gps.get(GPS.GPSImgDirection))
+    if heading is not None:
+        cells |= {"heading": heading, "magnetic": _letter(gps.get(GPS.GPSImgDirectionRef)) == "M"}
+    if isinstance(xmp, bytes) and PANORAMA.search(xmp):
+        pose = PANORAMA_HEADING.search(xmp)
+        return cells | {"panorama": True} | ({"heading": float(pose[1]), "magnetic": False} if pose else {})
+    focal_mm = _number(camera.get(ExifTags.Base.FocalLengthIn35mmFilm))
+    if focal_mm:
+        cells["fov_deg"] = _field_of_view(focal_mm, size, exif.get(ExifTags.Base.Orientation, 1))
+    return cells
+
+
+def _degrees(gps: dict[int, Any], tag: int, reference: int, letters: str) -> float:
+    """Degrees, minutes, seconds and a letter as signed degrees; ValueError says what is missing or wrong."""
+    name = GPS(tag).name.removeprefix("GPS").lower()
+    if tag not in gps:
+        raise ValueError(f"no GPS: EXIF holds no {name}")
+    parts = gps[tag] if isinstance(gps[tag], tuple) else (gps[tag],)
+    values = [_number(part) for part in parts]
+    if not 1 <= len(values) <= 3 or any(value is None or value < 0 for value in values):
+        raise ValueError(f"GPS damaged: the {name} in EXIF is {parts}")
+    letter = _letter(gps.get(reference))
+    if letter not in letters or not letter:
+        raise ValueError(f"GPS damaged: EXIF does not say whether the {name} is {' or '.join(letters)}")
+    return HEMISPHERES[letter] * sum(value / 60**i for i, value in enumerate(values) if value is not None)
+
+
+def _number(value: Any) -> float | None:
+    """A rational as a finite number, None if it is none (cameras write 0/0 for unknown)."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+    return result if math.isfinite(result) else None
+
+
+def _letter(value: Any) -> str:
+    text = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value or "")
+    return text.strip("\0 ").upper()[:1]
+
+
+def _field_of_view(focal_mm: float, size: tuple[int, int], orientation: int) -> float:
+    """Horizontal degrees of the picture held upright."""
+    width, height = size if orientation < 5 else size[::-1]
+    half_width_mm = FILM_DIAGONAL_MM / 2 * width / math.hypot(width, height)
+    return math.degrees(2 * math.atan(half_width_mm / focal_mm))

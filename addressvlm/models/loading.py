@@ -1,0 +1,132 @@
+"""Load a vision-language model and its processor, any family that `AutoModelForImageTextToText` knows."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from addressvlm.errors import InputError
+from addressvlm.models import block_attention
+from addressvlm.models.parts import parts_of
+from addressvlm.storage.files import local_model_copy
+from addressvlm.storage.remote_path import StorePath, is_remote, path_of
+
+PLAIN_ATTENTION = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3")  # all earlier tokens, nothing else
+MANY = 8  # convolutions of a vision encoder that is made of them; a transformer has one
+TOY_BASE = Path(__file__).parents[1] / "demo" / "base"
+
+
+def resolve_model(name: str) -> str:
+    """Where `model.base` is: the embedded model's folder for `toy`, else folder, URI or hub name.
+
+    Raises:
+        InputError: it looks like a folder and there is none, or the folder holds no model.
+    """
+    if name == "toy":
+        return str(TOY_BASE)
+    folder = path_of(name)
+    if isinstance(folder, StorePath) or folder.is_dir():
+        if not any((folder / about).is_file() for about in ("config.json", "open_clip_config.json")):
+            raise InputError(f"{folder} holds no model (no config.json): give the folder that save_pretrained wrote.")
+        return str(folder)
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise InputError(f"no model folder {name}: give an existing folder, a hub name like owner/model, or `toy`.")
+    return name
+
+
+def local(name: str) -> str:
+    """What to hand to transformers: as `resolve_model`, but of a folder in a store this machine's copy.
+
+    Raises:
+        InputError: as `resolve_model`, or the store can't be used.
+    """
+    where = resolve_model(name)
+    return str(local_model_copy(where)) if is_remote(where) else where
+
+
+def load_model(
+    name: str, dtype: str = "float32", trust_remote_code: bool = False, attention: str | None = None
+) -> tuple[Any, Any]:
+    """Model in eval mode on the CPU and its processor; safetensors only.
+
+    Args:
+        dtype: of the weights, see `dtype_of`.
+        attention: an attention implementation of transformers; by default its own choice where there is a GPU, else
+            `eager`, whose step on a CPU takes a quarter less in bfloat16 than that of `sdpa` (float32: a twentieth).
+
+    Raises:
+        InputError: the model or its processor isn't there, isn't a vision-language model, or has no chat template.
+    """
+    where = local(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    attention = attention or (None if torch.cuda.is_available() else "eager")
+    try:
+        # The Pillow image processors: the default ones need torchvision, which has no CPU build.
+        processor = AutoProcessor.from_pretrained(where, backend="pil", **options)
+        model = AutoModelForImageTextToText.from_pretrained(
+            where, dtype=dtype_of(dtype), use_safetensors=True, attn_implementation=attention, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise InputError(f"model '{name}' can't be loaded: {' '.join(str(error).split())[:300]}.") from error
+    if not getattr(processor, "chat_template", None):
+        raise InputError(f"model '{name}' has no chat template: add chat_template.jinja to its folder.")
+    return model.eval(), processor
+
+
+def dtype_of(wish: str) -> torch.dtype:
+    """The dtype called float32 or bfloat16; of auto, bfloat16 where the device at hand multiplies it faster than float32."""
+    if wish == "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wish]
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products in bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def to_device(model: Any, device: str | torch.device) -> Any:
+    """The model on a device, laid out for it: on a CPU, channels come last in an encoder that is made of convolutions."""
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+    if torch.device(device).type == "cpu" and convolutions > MANY:
+        model.to(memory_format=torch.channels_last)  # a fifth off a ResNet's time
+    return model.to(device)
+
+
+def has_1d_positions(model: Any) -> bool:
+    """Whether a token's position is its number in the row, and not its row and column in the image too (as in Qwen-VL)."""
+    return not any(hasattr(module, "get_rope_index") for module in model.modules())
+
+
+def context_length(model: Any) -> int | None:
+    """The most tokens of a conversation that the model has positions for, None if it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def enable_packing(model: Any, wish: str, device: torch.device, name: str) -> bool:
+    """Whether conversations are to share a row; if so, the language model's attention goes block by block from here on.
+
+    Args:
+        wish: `train.packing`. `auto` packs on CPUs: there, padding costs as much as tokens and blocks cost nothing. On GPUs
+            rows of this data are about equally long, and one batched product is worth more than the padding.
+
+    Raises:
+        InputError: it is `on` and the model has another attention than blocks know.
+    """
+    text = model.config.get_text_config()
+    able = has_1d_positions(model) and text.model_type in PLAIN_ATTENTION and not getattr(text, "sliding_window", None)
+    if wish == "on" and not able:
+        raise InputError(
+            f"train.packing is on, which the attention of {name} ({text.model_type}) does not allow: set it to auto."
+        )
+    if wish == "off" or not able or (wish == "auto" and device.type != "cpu"):
+        return False
+    path = parts_of(model)["llm"]
+    model.get_submodule(path).set_attn_implementation(block_attention.register())
+    return True

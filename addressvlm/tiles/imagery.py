@@ -1,0 +1,77 @@
+"""Which imagery is meant: a GeoTIFF or COG, an MBTiles or PMTiles archive, or the address of an XYZ server."""
+
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from addressvlm.config import TilesConfig
+from addressvlm.errors import InputError
+from addressvlm.storage.files import local_copy
+from addressvlm.tiles import raster
+from addressvlm.tiles.raster import Bounds, GeoTiff, MbTiles, Mosaic, PmTiles
+from addressvlm.tiles.xyz import XyzServer
+
+STORES = ("s3", "gs", "gcs")
+ARCHIVES: dict[str, type[MbTiles] | type[PmTiles]] = {".mbtiles": MbTiles, ".pmtiles": PmTiles}
+
+
+class Imagery(Protocol):
+    """The city from above."""
+
+    attribution: str
+
+    def read(self, bounds: Bounds, pixels: int) -> Image.Image:
+        """The square `bounds` (west, south, east, north in local metres) as an RGB image of pixels x pixels.
+
+        Raises:
+            InputError: too little of it is covered, or it can't be had.
+        """
+        ...
+
+
+def open_imagery(text: str | Path, crs: str, config: TilesConfig) -> Imagery:
+    """Imagery seen in the coordinates `crs`; `text` is a path or an address.
+
+    Raises:
+        InputError: it is missing, is not what its name says, is an address that is neither http nor https, or is that of a
+            server and tiles.cache is not set.
+    """
+    name = _local(str(text))
+    if "{" in name:
+        if config.cache is None:
+            raise InputError("the tiles of an XYZ server have no folder to be kept in: set tiles.cache.")
+        server = XyzServer(name, Path(config.cache).expanduser(), config.user_agent, config.per_second, config.attribution)
+        return Mosaic(server, crs, config.zoom)
+    if "://" in name and urlsplit(name).scheme not in ("http", "https"):
+        raise InputError(
+            f"tiles.imagery is {name}: give a file, an http(s) address of a COG, or https://host/{{z}}/{{x}}/{{y}}.png."
+        )
+    archive = ARCHIVES.get(Path(name).suffix.lower())
+    if archive:
+        return Mosaic(archive(name, config.attribution), crs, config.zoom)
+    return GeoTiff(name, crs, config.attribution)
+
+
+def _local(name: str) -> str:
+    """A file in a store as this machine's copy of it; all else as it is."""
+    if name.partition("://")[0] not in STORES or "{" in name:
+        return name
+    try:
+        return str(local_copy(name))
+    except FileNotFoundError:
+        raise InputError(f"tiles.imagery is {name}, and there is no such file: set it to one that exists.") from None
+
+
+def imagery_centre(text: str | Path) -> tuple[float, float]:
+    """Latitude and longitude of the middle of the imagery.
+
+    Raises:
+        InputError: it can't be opened, or has no middle.
+    """
+    name = _local(str(text))
+    if "{" in name:
+        raise InputError("an XYZ server has no middle of its own: set city.streets as well.")
+    archive = ARCHIVES.get(Path(name).suffix.lower())
+    return archive(name).centre() if archive else raster.geotiff_centre(name)

@@ -1,0 +1,365 @@
+"""Windows of a georeferenced image of the city (satellite, aerial or scanned map), read one at a time."""
+
+import io
+import math
+import sqlite3
+import warnings
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyproj
+import rasterio
+from PIL import Image, UnidentifiedImageError
+from pmtiles.reader import MmapSource, Reader
+from pmtiles.tile import MagicNumberNotFound, SpecVersionUnsupported, TileType
+from rasterio.enums import ColorInterp, Resampling
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.warp import transform_bounds
+from rasterio.windows import Window
+
+from addressvlm.errors import InputError
+
+MIN_COVERED = 0.5  # share of a tile that the imagery must cover
+EDGE = 2  # source pixels read beyond the tile, for interpolation
+
+Bounds = tuple[float, float, float, float]  # west, south, east, north in local metres
+
+
+def corners_of(bounds: Bounds) -> tuple[np.ndarray, np.ndarray]:
+    """x and y (3,) of the upper left, upper right and lower left corner.
+
+    Over the side of a tile every projection is straight to far less than a pixel, so three corners place it.
+    """
+    west, south, east, north = bounds
+    return np.array([west, east, west]), np.array([north, north, south])
+
+
+def cut_window(
+    values: Image.Image,
+    covered: Image.Image,
+    corners: np.ndarray,
+    pixels: int,
+    source: str,
+    resampling: Image.Resampling = Image.Resampling.BILINEAR,
+) -> Image.Image:
+    """The square of pixels x pixels whose three corners (3, 2) lie at these columns and rows of `values`.
+
+    Args:
+        values: RGB source pixels, about as fine as the square's.
+        covered: L, 255 where `values` are known.
+        source: its name, for the error.
+
+    Raises:
+        InputError: less than half of the square is known.
+    """
+    (a, d), (b, e) = (corners[1] - corners[0]) / pixels, (corners[2] - corners[0]) / pixels
+    size, affine, place = (pixels, pixels), Image.Transform.AFFINE, (a, b, corners[0, 0], d, e, corners[0, 1])
+    share = np.asarray(covered.transform(size, affine, place)).mean() / 255
+    if share < MIN_COVERED:
+        raise InputError(f"{source} covers only {share:.0%} of the tile.")
+    return values.transform(size, affine, place, resampling)
+
+
+# For a COG behind http(s): bounded waits, and no listing of the folder it lies in.
+GDAL_OPTIONS = {"GDAL_HTTP_TIMEOUT": 20, "GDAL_HTTP_MAX_RETRY": 3, "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
+
+
+class GeoTiff:
+    """A GeoTIFF or COG (or anything else GDAL reads) seen in the coordinates `crs`; holds no pixels between calls."""
+
+    def __init__(self, path: str | Path, crs: str, attribution: str | None = None) -> None:
+        """Open the file.
+
+        Raises:
+            InputError: the file is missing, has no georeference, or is not 8-bit grey, RGB or palette.
+        """
+        self._source = _open(path)
+        self.path, self.crs = path, crs
+        self.attribution = attribution or self._source.tags().get("TIFFTAG_COPYRIGHT", "")
+        kind = self._source.dtypes[0]
+        if kind != "uint8":
+            raise InputError(f"{path} has {kind} samples: convert it to 8 bits (gdal_translate -ot Byte -scale).")
+        self._to_source = pyproj.Transformer.from_crs(crs, self._source.crs, always_xy=True).transform
+        self._palette = self._read_palette()
+
+    def _read_palette(self) -> np.ndarray | None:
+        """Table (256, 3) of a palette image."""
+        if self._source.colorinterp[0] != ColorInterp.palette:
+            return None
+        table = np.zeros((256, 3), np.uint8)
+        for value, colour in self._source.colormap(1).items():
+            table[value] = colour[:3]
+        return table
+
+    def read(self, bounds: Bounds, pixels: int) -> Image.Image:
+        """The square `bounds` (west, south, east, north in `crs`) as an RGB image of pixels x pixels.
+
+        Raises:
+            InputError: the imagery covers less than half of it, or its file is damaged there.
+        """
+        x, y = self._to_source(*corners_of(bounds))
+        t = ~self._source.transform
+        corners = np.column_stack((t.a * x + t.b * y + t.c, t.d * x + t.e * y + t.f))
+        if not np.isfinite(corners).all():
+            raise InputError(f"{self.path} covers only 0% of the tile.")
+        fourth = corners[1] + corners[2] - corners[0]
+        square = np.vstack((corners, fourth))
+        first = np.floor(square.min(axis=0) - EDGE).clip(0).astype(int)
+        last = np.ceil(square.max(axis=0) + EDGE).clip(max=(self._source.width, self._source.height)).astype(int)
+        if (last <= first).any():
+            raise InputError(f"{self.path} covers only 0% of the tile.")
+        shrink = max(1.0, float(np.hypot(*(corners[1] - corners[0]))) / pixels)
+        values, covered = self._window(first, last, shrink)
+        scale = np.array([values.width, values.height]) / (last - first)
+        smooth = Image.Resampling.NEAREST if self._palette is not None else Image.Resampling.BILINEAR
+        return cut_window(values, covered, (corners - first) * scale, pixels, str(self.path), smooth)
+
+    def _window(self, first: np.ndarray, last: np.ndarray, shrink: float) -> tuple[Image.Image, Image.Image]:
+        """Source pixels from `first` to `last` (column, row), `shrink` times smaller: RGB, and where there are any (L)."""
+        window = Window.from_slices((first[1], last[1]), (first[0], last[0]))
+        width, height = np.maximum(1, np.ceil((last - first) / shrink)).astype(int)
+        bands = [1, 2, 3] if self._source.count >= 3 else [1]
+        smooth = Resampling.nearest if self._palette is not None else Resampling.average
+        try:
+            with rasterio.Env(**GDAL_OPTIONS):
+                values = self._source.read(bands, window=window, out_shape=(len(bands), height, width), resampling=smooth)
+                mask = self._source.dataset_mask(window=window, out_shape=(height, width))
+        except RasterioError as error:
+            raise InputError(f"{self.path} can't be read ({' '.join(str(error).split())}): is the file complete?") from None
+        if self._palette is not None:
+            return Image.fromarray(self._palette[values[0]]), Image.fromarray(mask)
+        return Image.fromarray(np.stack([*values] if len(bands) == 3 else [*values] * 3, axis=-1)), Image.fromarray(mask)
+
+
+def geotiff_centre(path: str | Path) -> tuple[float, float]:
+    """Latitude and longitude of the middle of a GeoTIFF.
+
+    Raises:
+        InputError: it can't be opened or has no georeference.
+    """
+    with _open(path) as source:
+        west, south, east, north = transform_bounds(source.crs, "EPSG:4326", *source.bounds)
+    return (south + north) / 2, (west + east) / 2
+
+
+def _open(path: str | Path) -> rasterio.DatasetReader:
+    try:
+        with warnings.catch_warnings(), rasterio.Env(**GDAL_OPTIONS):
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            source = rasterio.open(path)
+    except RasterioError as error:
+        raise InputError(f"{path} can't be opened ({' '.join(str(error).split())}): set tiles.imagery to a GeoTIFF.") from None
+    if source.crs is None:
+        raise InputError(f"{path} has no coordinate system: give a GeoTIFF with one (gdal_translate -a_srs EPSG:…).")
+    return source
+
+
+WORLD_M = 2 * math.pi * 6378137.0  # side of the square world of EPSG:3857
+TILE_SIDE = 256  # pixels that a zoom level stands for; servers may send finer ones
+MAX_SIDE = 1024  # pixels; larger "tiles" are refused before they are decoded
+MAX_BYTES = 8 << 20
+MAX_TILES = 64  # that one square may need
+KEPT = 64  # decoded tiles; neighbouring places share them
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+class TileSource(Protocol):
+    """Where web mercator tiles come from."""
+
+    name: str  # for errors
+    attribution: str
+    zooms: tuple[int, int]  # the coarsest and the finest that there are
+
+    def tile(self, z: int, x: int, y: int) -> Image.Image | None:
+        """RGBA tile, row y counted from the north; None where there is none.
+
+        Raises:
+            InputError: it can't be had, or is not an image.
+        """
+        ...
+
+
+class Mosaic:
+    """Imagery in the coordinates `crs` put together from tiles."""
+
+    def __init__(self, source: TileSource, crs: str, zoom: int | None = None) -> None:
+        """`zoom` is the level to read; by default the first that is as fine as what is asked for."""
+        self.attribution = source.attribution
+        self._source, self._fixed = source, zoom
+        self._to_mercator = pyproj.Transformer.from_crs(crs, "EPSG:3857", always_xy=True).transform
+        self._tile = lru_cache(KEPT)(source.tile)
+
+    def read(self, bounds: Bounds, pixels: int) -> Image.Image:
+        """The square `bounds` (west, south, east, north in `crs`) as an RGB image of pixels x pixels.
+
+        Raises:
+            InputError: the tiles cover less than half of it, one can't be had, or too many would be needed.
+        """
+        metres = np.column_stack(self._to_mercator(*corners_of(bounds)))
+        if not np.isfinite(metres).all() or abs(metres[:, 1]).max() > WORLD_M / 2:
+            raise InputError(f"{self._source.name} covers only 0% of the tile.")
+        zoom = self._zoom(float(np.hypot(*(metres[1] - metres[0]))) / pixels)
+        corners = (metres / WORLD_M * (1, -1) + 0.5) * 2**zoom  # in tiles, from the north-west
+        square = np.vstack((corners, corners[1] + corners[2] - corners[0]))
+        first = np.floor(square.min(axis=0) - EDGE / TILE_SIDE).astype(int)
+        last = np.floor(square.max(axis=0) + EDGE / TILE_SIDE).astype(int) + 1
+        count = int(np.prod(last - first))
+        if count > MAX_TILES:
+            raise InputError(
+                f"a tile of the city needs {count} tiles of {self._source.name} at zoom {zoom}: set tiles.zoom lower."
+            )
+        mosaic = self._mosaic(zoom, first, last)
+        corners = (corners - first) * (mosaic.width / (last - first)[0])
+        shrink = np.hypot(*(corners[1] - corners[0])) / pixels
+        if shrink > 1:
+            smaller = np.ceil(np.array(mosaic.size) / shrink).astype(int)
+            corners = corners * smaller / mosaic.size
+            mosaic = mosaic.resize((smaller[0], smaller[1]), Image.Resampling.BOX)
+        return cut_window(mosaic.convert("RGB"), mosaic.getchannel("A"), corners, pixels, f"{self._source.name} at zoom {zoom}")
+
+    def _zoom(self, metres_per_pixel: float) -> int:
+        coarsest, finest = self._source.zooms
+        wanted = math.ceil(math.log2(WORLD_M / TILE_SIDE / metres_per_pixel) - 1e-6)
+        return self._fixed if self._fixed is not None else min(max(wanted, coarsest), finest)
+
+    def _mosaic(self, zoom: int, first: np.ndarray, last: np.ndarray) -> Image.Image:
+        """Tiles from `first` to before `last` (column, row) side by side (RGBA); transparent where there are none."""
+        n = 2**zoom
+        tiles = {
+            (x - first[0], y - first[1]): self._tile(zoom, int(x) % n, int(y))
+            for y in range(first[1], last[1])
+            for x in range(first[0], last[0])
+            if 0 <= y < n
+        }
+        side = max((tile.width for tile in tiles.values() if tile), default=TILE_SIDE)
+        columns, rows = last - first
+        mosaic = Image.new("RGBA", (int(columns) * side, int(rows) * side))
+        for (column, row), tile in tiles.items():
+            if tile:
+                whole = tile if tile.size == (side, side) else tile.resize((side, side), Image.Resampling.BILINEAR)
+                mosaic.paste(whole, (int(column) * side, int(row) * side))
+        return mosaic
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """RGBA pixels of an encoded tile.
+
+    Raises:
+        InputError: it is not a PNG, JPEG or WebP image, or is larger than a tile can be.
+    """
+    if len(data) > MAX_BYTES:
+        raise InputError(f"{name} is larger than {MAX_BYTES >> 20} MB: that is no map tile.")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if max(image.size) > MAX_SIDE:
+                raise InputError(f"{name} has {image.width} x {image.height} pixels: map tiles have at most {MAX_SIDE}.")
+            return image.convert("RGBA")
+    except UnidentifiedImageError:
+        raise InputError(f"{name} is not a PNG, JPEG or WebP image.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{name} is a damaged image ({' '.join(str(error).split())}).") from None
+
+
+VECTOR = "holds vector tiles: give a raster archive (PNG, JPEG or WebP), or the streets alone for a drawn map."
+DAMAGED = (EOFError, OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, zlib.error)
+
+
+class MbTiles:
+    """Tiles of an .mbtiles file."""
+
+    def __init__(self, path: str | Path, attribution: str | None = None) -> None:
+        """Open the file.
+
+        Raises:
+            InputError: it is missing, is no MBTiles file, is empty, or holds vector tiles.
+        """
+        self.name = str(path)
+        if not Path(path).is_file():
+            raise InputError(f"{path} does not exist: set tiles.imagery to an MBTiles file.")
+        try:
+            self._base = sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
+            self._metadata = dict(self._base.execute("SELECT name, value FROM metadata"))
+            zooms = self._base.execute("SELECT MIN(zoom_level), MAX(zoom_level) FROM tiles").fetchone()
+        except sqlite3.Error as error:
+            raise InputError(f"{path} is not an MBTiles file ({error}): export the imagery again.") from None
+        if self._metadata.get("format", "") in ("pbf", "mvt", "application/x-protobuf"):
+            raise InputError(f"{path} {VECTOR}")
+        if zooms[0] is None:
+            raise InputError(f"{path} has no tiles: export the imagery again.")
+        self.zooms = (int(zooms[0]), int(zooms[1]))
+        self.attribution = attribution or str(self._metadata.get("attribution") or "")
+
+    def tile(self, z: int, x: int, y: int) -> Image.Image | None:
+        """RGBA tile; None where the archive has none.
+
+        Raises:
+            InputError: the file is damaged there.
+        """
+        place = (z, x, 2**z - 1 - y)
+        query = "SELECT CAST(tile_data AS BLOB) FROM tiles WHERE zoom_level = ? AND tile_column = ? AND tile_row = ?"
+        try:
+            row = self._base.execute(query, place).fetchone()
+        except sqlite3.Error as error:
+            raise InputError(f"{self.name} can't be read ({error}): is the file complete?") from None
+        return decode(row[0], f"{self.name} tile {z}/{x}/{y}") if row and row[0] else None
+
+    def centre(self) -> tuple[float, float]:
+        """Latitude and longitude of the middle, by the archive's own metadata.
+
+        Raises:
+            InputError: it does not say.
+        """
+        try:
+            west, south, east, north = map(float, str(self._metadata["bounds"]).split(","))
+        except (KeyError, ValueError):
+            raise InputError(f"{self.name} does not say its bounds: set city.streets as well.") from None
+        return (south + north) / 2, (west + east) / 2
+
+
+class PmTiles:
+    """Tiles of a .pmtiles file."""
+
+    def __init__(self, path: str | Path, attribution: str | None = None) -> None:
+        """Open the file.
+
+        Raises:
+            InputError: it is missing, is no PMTiles file of version 3, or holds vector tiles.
+        """
+        self.name = str(path)
+        try:
+            with Path(path).open("rb") as file:
+                self._reader = Reader(MmapSource(file))
+            self._header: dict[str, Any] = dict(self._reader.header())
+            metadata = self._reader.metadata()
+        except FileNotFoundError:
+            raise InputError(f"{path} does not exist: set tiles.imagery to a PMTiles file.") from None
+        except SpecVersionUnsupported:
+            raise InputError(f"{path} is not of PMTiles version 3: convert it (pmtiles convert).") from None
+        except (*DAMAGED, MagicNumberNotFound) as error:
+            raise InputError(
+                f"{path} is not a whole PMTiles file ({type(error).__name__}): export the imagery again."
+            ) from None
+        if self._header["tile_type"] in (TileType.MVT, TileType.MLT):
+            raise InputError(f"{path} {VECTOR}")
+        self.zooms = (int(self._header["min_zoom"]), int(self._header["max_zoom"]))
+        self.attribution = attribution or str(metadata.get("attribution") or "" if isinstance(metadata, dict) else "")
+
+    def tile(self, z: int, x: int, y: int) -> Image.Image | None:
+        """RGBA tile; None where the archive has none.
+
+        Raises:
+            InputError: the file is damaged there.
+        """
+        try:
+            data = self._reader.get(z, x, y)
+        except DAMAGED as error:
+            raise InputError(f"{self.name} can't be read ({type(error).__name__}): is the file complete?") from None
+        return decode(data, f"{self.name} tile {z}/{x}/{y}") if data else None
+
+    def centre(self) -> tuple[float, float]:
+        """Latitude and longitude of the middle, by the archive's header."""
+        south, north, west, east = (self._header[key] / 1e7 for key in ("min_lat_e7", "max_lat_e7", "min_lon_e7", "max_lon_e7"))
+        return (south + north) / 2, (west + east) / 2

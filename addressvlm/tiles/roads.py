@@ -1,0 +1,140 @@
+"""The lines of a street file in local metres, found by where they are: what tiles are drawn from."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyogrio
+import pyproj
+import shapely
+from numpy.typing import NDArray
+from shapely.geometry.base import BaseGeometry
+
+from addressvlm.dataset import geo_files
+from addressvlm.dataset.geo_files import GeoFeature, is_road
+from addressvlm.errors import InputError
+from addressvlm.gazetteer.name_matcher import NameIndex, spellings
+from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE
+from addressvlm.storage.files import atomic_write
+from addressvlm.storage.remote_path import AnyPath
+
+# Width of the carriageway in metres by the `highway` value of OpenStreetMap; other values are residential streets.
+WIDTHS_M = {
+    "motorway": 16.0,
+    "trunk": 14.0,
+    "primary": 12.0,
+    "secondary": 10.5,
+    "tertiary": 9.0,
+    "unclassified": 7.5,
+    "residential": 7.5,
+    "living_street": 6.0,
+    "service": 4.5,
+    "pedestrian": 5.5,
+    "footway": 2.5,
+    "cycleway": 2.5,
+    "path": 2.0,
+    "steps": 2.0,
+}
+OTHER_WIDTH_M = 7.5
+COLUMNS = ["name", "highway", "alt_name"]
+NEAR_M = 2100.0  # a road further from every photo is on no tile, since tiles.side_m is 4 km at most
+
+
+@dataclass(frozen=True)
+class Road:
+    """One line of the file: its name ("" if it has none), its width in metres, its geometry in local metres."""
+
+    name: str
+    width_m: float
+    line: BaseGeometry
+
+
+class Roads:
+    """The lines of a street file in metres around their centre, x east and y north."""
+
+    def __init__(
+        self, path: str | AnyPath | None, centre: tuple[float, float] = (0.0, 0.0), language: str | None = None
+    ) -> None:
+        """Read the whole file; without one there are no roads and the plane lies around `centre` (lat, lon).
+
+        Any kind of file that `addressvlm.dataset.geo_files` reads; names in the language if the file has them in it.
+
+        Raises:
+            InputError: the file is missing or damaged, or has no lines.
+        """
+        found = _read(path) if path else []
+        lines = [f.shape if f.dimension == 1 else shapely.boundary(f.shape) for f in found]  # of a paved area its edge
+        west, south, east, north = shapely.total_bounds(lines or [shapely.Point(centre[::-1])])
+        lat, lon = (south + north) / 2, (west + east) / 2
+        self.crs = f"+proj=tmerc +lat_0={lat:.6f} +lon_0={lon:.6f} +k=1 +datum=WGS84 +units=m +no_defs"
+        self._project = pyproj.Transformer.from_crs("EPSG:4326", self.crs, always_xy=True).transform
+        metres = shapely.transform(np.array(lines, dtype=object), lambda xy: np.column_stack(self._project(xy[:, 0], xy[:, 1])))
+        self._others: dict[str, list[str]] = defaultdict(list)
+        self.roads: list[Road] = []
+        for feature, line in zip(found, metres, strict=True):
+            name, others = spellings(feature.tags, language)
+            width = WIDTHS_M.get(feature.tags.get("highway", "").removesuffix("_link"), OTHER_WIDTH_M)
+            self.roads.append(Road(name, width, line))
+            self._others[name] += others
+        self._tree = shapely.STRtree(metres)
+
+    def to_metres(self, lat: float, lon: float) -> tuple[float, float]:
+        """Degrees to local metres (x east, y north)."""
+        x, y = self._project(lon, lat)
+        return float(x), float(y)
+
+    def within(self, x: float, y: float, half_m: float) -> list[Road]:
+        """Roads that touch the square around (x, y), in the order of the file."""
+        square = shapely.box(x - half_m, y - half_m, x + half_m, y + half_m)
+        return [self.roads[i] for i in sorted(self._tree.query(square, predicate="intersects"))]
+
+    def same(self, street: str) -> str | None:
+        """The name on the map that this is a spelling or another name of; None if there is none."""
+        return self._index.same(street)
+
+    @cached_property
+    def _index(self) -> NameIndex:
+        return NameIndex(sorted(name for name in self._others if name), self._others)
+
+
+def write_roads(path: AnyPath, roads: Sequence[GeoFeature], lat: NDArray[np.float64], lon: NDArray[np.float64]) -> None:
+    """Write those of the roads that a tile of a photo at (N,) lat, lon can show, all if there is none, as a FlatGeobuf file.
+
+    `Roads` opens it at once, however large the file is that they come from.
+    """
+    near = _near(np.array([road.shape for road in roads], dtype=object), lat, lon)
+    kept = [roads[i] for i in near] or roads
+    columns = [np.array([road.tags.get(key, "") for road in kept], dtype=object) for key in COLUMNS]
+    with atomic_write(path) as temporary:
+        file = temporary.with_suffix(".fgb")  # GDAL would make a folder of another name
+        _write(file, kept, columns)
+        file.replace(temporary)
+
+
+def _write(file: Path, kept: Sequence[GeoFeature], columns: list[NDArray[np.object_]]) -> None:
+    pyogrio.raw.write(
+        file, shapely.to_wkb([road.shape for road in kept]), columns, COLUMNS,
+        layer="roads", driver="FlatGeobuf", geometry_type="Unknown", crs="EPSG:4326", SPATIAL_INDEX="NO",
+    )  # fmt: skip
+
+
+def _near(shapes: NDArray[np.object_], lat: NDArray[np.float64], lon: NDArray[np.float64]) -> list[int]:
+    """Those that come near to a point: into its square of a grid, or one of the squares around it."""
+    if not len(lat):
+        return []
+    side = NEAR_M / METRES_PER_DEGREE * np.array([1 / max(np.cos(np.radians(np.abs(lat).max())), 0.01), 1])
+    squares = np.unique(np.floor(np.column_stack([lon, lat]) / side), axis=0)
+    boxes = shapely.box(*((squares - 1) * side).T, *((squares + 2) * side).T)
+    return np.unique(shapely.STRtree(shapes).query(boxes, predicate="intersects")[1]).tolist()
+
+
+def _read(path: str | AnyPath) -> list[GeoFeature]:
+    """What there is to walk or drive on, and all lines of a table."""
+    found = geo_files.read_geo_file(path, "city.streets", is_road).features
+    roads = [f for f in found if f.dimension == 1 or (f.dimension == 2 and is_road(f.tags))]
+    if not roads:
+        raise InputError(f"{path} has no lines: give the file of the city's streets.")
+    return roads

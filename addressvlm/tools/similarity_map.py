@@ -1,0 +1,160 @@
+"""Where photos look like a text, drawn on the map (paper 002, Sec. 6.4 and Fig. 6): a street, a district, or any words.
+
+    python -m addressvlm.tools.similarity_map runs/demo/models/addressclip runs/demo "Mill Street" "Harbour"
+
+A point is a place, the brighter the more similar its photos are to the text. The street or district that the text names is
+outlined in red.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+
+from addressvlm.baselines.dual_encoder import DualEncoder, open_encoder
+from addressvlm.errors import InputError
+from addressvlm.evaluation.run_questions import photo_image
+from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
+from addressvlm.storage import tables
+from addressvlm.storage.remote_path import AnyPath, path_of
+
+COLUMNS = ["id", "place", "lat", "lon", "image"]
+AT_ONCE = 32  # photos encoded together
+NAMED = "#d62728"  # colour of what the text names
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PhotoSimilarity:
+    """Photos, in the order of the table, and how similar they are to each text.
+
+    Attributes:
+        places: of each photo.
+        lonlat: degrees, float64 (photos, 2).
+        similarity: cosines, float32 (photos, texts).
+    """
+
+    ids: list[str]
+    places: list[str]
+    lonlat: np.ndarray
+    similarity: np.ndarray
+
+    def by_place(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (places, 2) and mean similarities (places, texts)."""
+        members: dict[str, list[int]] = defaultdict(list)
+        for number, place in enumerate(self.places):
+            members[place].append(number)
+        rows = list(members.values())
+        return np.stack([self.lonlat[r].mean(0) for r in rows]), np.stack([self.similarity[r].mean(0) for r in rows])
+
+
+def photo_similarity(encoder: DualEncoder, photos: Sequence[Row], texts: Sequence[str]) -> PhotoSimilarity:
+    """Compare photos, rows of `tables.PHOTOS` with COLUMNS, with texts.
+
+    Raises:
+        InputError: there is no photo with coordinates, or no text.
+    """
+    known = [photo for photo in photos if photo["lat"] is not None and photo["lon"] is not None]
+    if not known or not all(text.strip() for text in texts):
+        raise InputError("a map needs photos with coordinates and a text that says something.")
+    vectors = encoder.encode_texts(texts)
+    found = []
+    for start in range(0, len(known), AT_ONCE):
+        images = [photo_image(photo) for photo in known[start : start + AT_ONCE]]
+        found.append((encoder.encode_images(images) @ vectors.T).cpu().numpy())
+    lonlat = np.array([[photo["lon"], photo["lat"]] for photo in known])
+    return PhotoSimilarity([photo["id"] for photo in known], [photo["place"] for photo in known], lonlat, np.concatenate(found))
+
+
+def named_shapes(text: str, gazetteer: Gazetteer) -> list[Any]:
+    """Shapes of the street, and of the district if there is no street, that a text names."""
+    street, district = gazetteer.find_street(text), gazetteer.find_district(text)
+    if street in gazetteer.geometry:
+        return [gazetteer.geometry[street]]
+    return [gazetteer.district_geometry[district]] if district in gazetteer.district_geometry else []
+
+
+def draw_similarity_map(texts: Sequence[str], found: PhotoSimilarity, gazetteer: Gazetteer, path: Path) -> None:
+    """Write one map a text side by side, as SVG, PNG or PDF by the file's ending."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "similarity"  # the same picture again is the same file
+    from matplotlib import pyplot as plt
+
+    lonlat, similarity = found.by_place()
+    figure, axes = plt.subplots(1, len(texts), squeeze=False, layout="constrained")
+    for number, (axis, text) in enumerate(zip(axes[0], texts, strict=True)):
+        values = similarity[:, number]
+        order = np.argsort(values)
+        axis.set_facecolor("#1d1f27")
+        for shape in gazetteer.geometry.values():
+            _outline(axis, shape, "#4a4e5c", 1.0)
+        for shape in named_shapes(text, gazetteer):
+            _outline(axis, shape, NAMED, 2.4)
+        shown = axis.scatter(*lonlat[order].T, c=values[order], cmap="viridis", s=26, zorder=3, edgecolors="none")
+        axis.set_title(text, fontsize=11)
+        _frame(axis, lonlat)
+        figure.colorbar(shown, ax=axis, shrink=0.7, label="similarity")
+    (left, right), (bottom, top) = axes[0, 0].get_xlim(), axes[0, 0].get_ylim()
+    figure.set_size_inches(5 * len(texts), 0.9 + 4 * min((top - bottom) / (right - left) * axes[0, 0].get_aspect(), 2))
+    if gazetteer.attribution:
+        figure.supxlabel("; ".join(gazetteer.attribution), fontsize=7)
+    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+
+
+def _outline(axis: Any, shape: Any, colour: str, width: float) -> None:
+    lines = shapely.get_parts(shapely.boundary(shape) if shape.geom_type.endswith("Polygon") else shape)
+    for line in lines:
+        points = shapely.get_coordinates(line)
+        axis.plot(points[:, 0], points[:, 1], color=colour, linewidth=width, solid_capstyle="round", zorder=1 + width / 10)
+
+
+def _frame(axis: Any, lonlat: np.ndarray) -> None:
+    """What the map shows: the places and a twentieth around them."""
+    (west, south), (east, north) = lonlat.min(axis=0), lonlat.max(axis=0)
+    squeeze = float(np.cos(np.radians((south + north) / 2)))
+    pad = max((east - west) * squeeze, north - south, 1e-4) / 20
+    axis.set_xlim(west - pad / squeeze, east + pad / squeeze)
+    axis.set_ylim(south - pad, north + pad)
+    axis.set_aspect(1 / squeeze)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a trained dual encoder")
+    parser.add_argument("run", help="folder of a run, or of its photos")
+    parser.add_argument("text", nargs="+")
+    parser.add_argument("--split", default="test", help="of the photos (default: test)")
+    parser.add_argument("--out", type=Path, default=Path("similarity.svg"))
+    args = parser.parse_args(argv)
+    if args.out.suffix not in (".svg", ".png", ".pdf"):
+        raise InputError(f"--out {args.out}: end it in .svg, .png or .pdf.")
+    data: AnyPath = path_of(args.run)
+    data = data / "photos" if (data / "photos").is_dir() else data
+    gazetteer, encoder = Gazetteer.load(data / GAZETTEER_FILE), open_encoder(path_of(args.model))
+    found = photo_similarity(encoder, list(tables.iter_rows(data, args.split, COLUMNS)), args.text)
+    draw_similarity_map(args.text, found, gazetteer, args.out)
+    for number, text in enumerate(args.text):
+        best = np.argsort(-found.similarity[:, number])[:5]
+        told = ", ".join(f"{found.ids[i]} {found.similarity[i, number]:.2f}" for i in best)
+        print(f"{text}: most similar photos {told}")
+    print(args.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,83 @@
+"""What is counted for `/metrics`: each replica counts what it does, and the front puts all of them together."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import Metric
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+SHARES = tuple(n / 10 for n in range(1, 11))
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+COUNTERS = {
+    "addressvlm_requests": ("Requests answered.", ("method", "route", "status")),
+    "addressvlm_localized": ("Photos localized; known is false where the answer was don't know.", ("city", "known")),
+    "addressvlm_tokens": ("Tokens read and written in chats.", ("kind",)),
+    "addressvlm_retries": ("Requests given to another replica because theirs died.", ()),
+}
+HISTOGRAMS = {
+    "addressvlm_request_seconds": ("From request to the last byte of its answer.", ("route",), SECONDS),
+    "addressvlm_confidence": ("Confidence of localized photos.", ("city",), SHARES),
+    "addressvlm_decode_seconds": ("Decoding of one image, waiting for its turn included.", (), SECONDS),
+    "addressvlm_batch_size": ("Requests that went through the model together.", ("kind",), SIZES),
+    "addressvlm_model_seconds": ("Time of one batch in the model.", ("kind",), SECONDS),
+}
+
+
+class ServiceMetrics:
+    """The counters of one replica."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.counters = {
+            name: Counter(name, words, labels, registry=self.registry) for name, (words, labels) in COUNTERS.items()
+        }
+        self.histograms = {
+            name: Histogram(name, words, labels, buckets=buckets, registry=self.registry)
+            for name, (words, labels, buckets) in HISTOGRAMS.items()
+        }
+
+    def count(self, name: str, *labels: str, by: float = 1) -> None:
+        """Add to a counter."""
+        counter = self.counters[name]
+        (counter.labels(*labels) if labels else counter).inc(by)
+
+    def observe(self, name: str, value: float, *labels: str) -> None:
+        """Add to a histogram."""
+        histogram = self.histograms[name]
+        (histogram.labels(*labels) if labels else histogram).observe(value)
+
+    @contextmanager
+    def time(self, name: str, *labels: str) -> Iterator[None]:
+        """Add the seconds that the block takes."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.observe(name, time.perf_counter() - begun, *labels)
+
+    def collect(self) -> list[Metric]:
+        """The counts as they are now, without metrics that nothing was counted in."""
+        return [metric for metric in self.registry.collect() if any(s.value for s in metric.samples if "created" not in s.name)]
+
+
+def render_metrics(replicas: Mapping[str, Sequence[Metric]]) -> bytes:
+    """Prometheus text over the counts of all replicas, each with its name as the label `replica`."""
+    families: dict[str, Metric] = {}
+    for replica, metrics in replicas.items():
+        for metric in metrics:
+            family = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+            for sample in metric.samples:
+                if not sample.name.endswith("_created"):
+                    family.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+
+    class All:
+        def collect(self) -> Iterable[Any]:
+            return families.values()
+
+    registry = CollectorRegistry()
+    registry.register(All())
+    return generate_latest(registry)

@@ -1,0 +1,160 @@
+"""Chat token by token, and conversations that read their photo once."""
+
+import math
+
+import pytest
+import torch
+
+from addressvlm.answers.prefix_cache import PhotoCaches
+from addressvlm.gazetteer.gazetteer import Address, Gazetteer
+from addressvlm.inference import Prior, Sampling
+from tests.support.families import localizer_of, picture
+
+CITY = Gazetteer([Address("Mill Street", "Harbour"), Address("Oak Avenue", "Old Town")])
+MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What do you see?"}]}]
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen"])
+def localizer(request, tmp_path_factory):
+    made = localizer_of(request.param, tmp_path_factory.mktemp("model"), CITY)
+    with torch.no_grad():
+        made.model.get_output_embeddings().weight.div_(60)  # so that draws differ
+    return made
+
+
+def pieces(localizer, **sampling):
+    return list(localizer.stream(MESSAGES, [picture(1)], Sampling(**sampling)))
+
+
+def test_pieces_are_the_whole_answer(localizer):
+    whole = localizer.chat(MESSAGES, [picture(1)], Sampling(max_tokens=12))[0]
+    found = pieces(localizer, max_tokens=12)
+    assert "".join(p.text for p in found).strip() == whole.text
+    assert [p.finish for p in found[:-1]] == [None] * (len(found) - 1)
+    assert found[-1].finish == whole.finish == ("length" if whole.tokens == 12 else "stop")
+    assert found[-1].tokens == whole.tokens
+    inputs = localizer.inputs([localizer.prompt(MESSAGES)], [[picture(1)]])
+    assert whole.prompt_tokens == int(inputs["attention_mask"].sum())
+
+
+def test_no_piece_ends_inside_a_character(localizer):
+    for seed in range(5):
+        found = pieces(localizer, max_tokens=40, temperature=3.0, seed=seed)
+        assert all(not p.text.endswith("\ufffd") for p in found[:-1])
+
+
+def test_a_stop_ends_the_answer_before_it(localizer):
+    free = localizer.chat(MESSAGES, [picture(1)], Sampling(max_tokens=30, temperature=2.0, seed=3))[0].text
+    stop = free[len(free) // 2 : len(free) // 2 + 3]
+    found = pieces(localizer, max_tokens=30, temperature=2.0, seed=3, stop=(stop,))
+    text = "".join(p.text for p in found)
+    assert text.strip() == free[: free.index(stop)].strip()
+    assert found[-1].finish == "stop"
+    assert stop not in text
+
+
+def test_n_answers_are_drawn_apart(localizer):
+    sampling = Sampling(max_tokens=12, temperature=1.0, n=3, seed=1)
+    first = localizer.chat(MESSAGES, [picture(1)], sampling)
+    assert len(first) == 3
+    assert first == localizer.chat(MESSAGES, [picture(1)], sampling)
+    assert len({c.text for c in first}) > 1
+    assert first != localizer.chat(MESSAGES, [picture(1)], Sampling(max_tokens=12, temperature=1.0, n=3, seed=2))
+    greedy = localizer.chat(MESSAGES, [picture(1)], Sampling(max_tokens=12, n=2))
+    assert greedy[0].text == greedy[1].text
+
+
+def test_a_small_top_p_is_greedy(localizer):
+    greedy = localizer.chat(MESSAGES, [picture(1)], Sampling(max_tokens=8))[0]
+    assert localizer.chat(MESSAGES, [picture(1)], Sampling(max_tokens=8, temperature=2.0, top_p=1e-6))[0].text == greedy.text
+
+
+def test_log_probabilities(localizer):
+    found = localizer.chat(MESSAGES, [picture(1)], Sampling(max_tokens=6, logprobs=3))[0]
+    assert len(found.scores) == found.tokens
+    for score in found.scores:
+        assert len(score.top) == 3
+        assert score.log_p == pytest.approx(score.top[0][1])  # greedy takes the likeliest
+        assert sum(math.exp(p) for _, p in score.top) <= 1 + 1e-6
+    assert localizer.chat(MESSAGES, [picture(1)], Sampling(max_tokens=6))[0].scores == ()
+
+
+def test_stopping_to_listen_stops_the_model(localizer):
+    passes = []
+    hook = localizer.model.register_forward_hook(lambda module, given, out: passes.append(1))
+    stream = localizer.stream(MESSAGES, [picture(1)], Sampling(max_tokens=50, temperature=2.0, seed=1))
+    next(stream)
+    stream.close()
+    before = len(passes)
+    hook.remove()
+    assert before < 10
+
+
+def test_scores_that_are_kept_count_as_memory():
+    sights = PhotoCaches(3 * 10_000)
+    for seed in range(4):
+        sights.of(picture(seed)).scores = torch.zeros(1000, dtype=torch.float64)
+    assert sights.of(picture(3)).scores is not None
+    assert len(sights._seen) == 2
+
+
+def vision_passes(localizer, work):
+    """How often the vision encoder runs during some work."""
+    tower = getattr(localizer.model.model, "vision_tower", None) or localizer.model.model.visual
+    passes = []
+    hook = tower.register_forward_hook(lambda module, given, out: passes.append(1))
+    work()
+    hook.remove()
+    return len(passes)
+
+
+def test_many_questions_look_once(localizer):
+    photo = picture(50)
+    questions = ["What do you see?", "And else?", "Which street is this?", "Is it on Oak Avenue?", "Why?"]
+
+    def ask():
+        conversation = localizer.conversation(photo)
+        for question in questions:
+            conversation.ask(question, max_tokens=4)
+        localizer.localize(photo.copy())
+        localizer.chat(MESSAGES, [photo.copy()], Sampling(max_tokens=2))
+
+    assert vision_passes(localizer, ask) == 1
+
+
+def test_a_conversation_goes_on_from_what_was_said(localizer):
+    conversation = localizer.conversation(picture(1))
+    first = conversation.ask("What do you see?", max_tokens=6)
+    second = conversation.ask("And else?", max_tokens=6)
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "And else?"},
+    ]
+    inputs = localizer.inputs([localizer.prompt([m | {"content": _parts(m["content"])} for m in messages])], [[picture(1)]])
+    ids = localizer.model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=sorted(localizer.ends))
+    assert second.text == localizer.text(ids[0, inputs["input_ids"].shape[1] :]).strip()
+    assert first.probability is second.probability is None
+
+
+def _parts(content):
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def test_questions_about_the_address_agree_with_its_probabilities(localizer):
+    best = localizer.localize(picture(1)).candidates[0]
+    conversation = localizer.conversation(picture(1))
+    assert conversation.ask("Which street is this?").text == best.street
+    yes = conversation.ask(f"Is it on {best.street}?")
+    assert (yes.text, yes.probability) == ("Yes", pytest.approx(best.probability))
+    other = next(street for street in CITY.streets if street != best.street)
+    assert conversation.ask(f"Was it taken on {other}?").text == "No"
+    assert conversation.ask(f"Options: {other}; {best.street}.", remember=False).text == best.street
+    elsewhere = localizer.conversation(picture(1), Prior(streets=(other,)))
+    assert elsewhere.ask("Which street is this?").text == other
+
+
+def test_what_is_not_to_be_remembered_changes_nothing(localizer):
+    plain, other = localizer.conversation(picture(1)), localizer.conversation(picture(1))
+    other.ask("Something else?", max_tokens=3, remember=False)
+    assert plain.ask("What do you see?", max_tokens=6) == other.ask("What do you see?", max_tokens=6)

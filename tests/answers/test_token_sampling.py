@@ -1,0 +1,207 @@
+"""Free generation from a model that is a table of logits, so that all can be said by hand."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from addressvlm.answers import generate
+from addressvlm.answers.chat_model import PrefillCache
+from addressvlm.answers.prefix_cache import PhotoCaches
+from addressvlm.answers.types import Sampling
+from tests.support.families import picture
+
+LETTERS = ".abcdef"  # the first one ends an answer
+END = 0
+
+
+@dataclass
+class Forward:
+    """What `ChatModel.model` is: to be called, with a generation config."""
+
+    forward: Callable
+    generation_config: SimpleNamespace
+
+    def __call__(self, **given):
+        return self.forward(**given)
+
+
+class Cache:
+    """Holds nothing."""
+
+    layers = ()
+
+    def batch_select_indices(self, rows):
+        pass
+
+
+class Table:
+    """A model whose next token depends on the last one alone, by logits (letters, letters)."""
+
+    def __init__(self, logits, repetition_penalty=None):
+        self.logits, self.fed, self.ends = logits, [], {END}
+        self.tokenizer = SimpleNamespace(decode=self.text)
+        self.model = Forward(self.forward, SimpleNamespace(repetition_penalty=repetition_penalty))
+
+    def text(self, ids):
+        return "".join(LETTERS[i] for i in ids)
+
+    def forward(self, input_ids, attention_mask, position_ids, **given):
+        self.fed.append((input_ids.tolist(), attention_mask.shape[1], position_ids.tolist()))
+        return SimpleNamespace(logits=self.logits[input_ids])
+
+    def read(self, last="a"):
+        """A prompt of four tokens, the first of them padding, that ends with this letter."""
+        mask = torch.tensor([[0, 1, 1, 1]])
+        return PrefillCache(Cache(), mask, self.logits[[LETTERS.index(last)]], torch.tensor([3]))
+
+
+def chain(text):
+    """A model that says this text, whatever the temperature; no letter comes twice."""
+    logits = torch.full((len(LETTERS), len(LETTERS)), -1000.0)
+    for now, following in zip(text, [*text[1:], "."], strict=True):
+        logits[LETTERS.index(now), LETTERS.index(following)] = 0.0
+    return Table(logits)
+
+
+def drawing():
+    """A model that draws each letter, and the end now and then."""
+    return Table(torch.randn((len(LETTERS), len(LETTERS)), generator=torch.Generator().manual_seed(3)))
+
+
+def pieces(model, **sampling):
+    return list(generate.stream_tokens(model, model.read(), Sampling(**sampling)))
+
+
+def test_tokens_are_fed_one_after_the_other_at_their_positions():
+    model = chain("abc")
+    found = pieces(model, n=2)
+    assert [(p.index, p.text, p.finish, p.prompt_tokens, p.tokens) for p in found] == [
+        (0, "b", None, 3, 1), (1, "b", None, 3, 1), (0, "c", None, 3, 2), (1, "c", None, 3, 2),
+        (0, "", "stop", 3, 3), (1, "", "stop", 3, 3),
+    ]  # fmt: skip
+    b, c = (LETTERS.index(letter) for letter in "bc")
+    assert model.fed == [([[b], [b]], 5, [[3], [3]]), ([[c], [c]], 6, [[4], [4]])]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "texts", "finish", "tokens"),
+    [
+        ({}, ["b", "c", "d", "e", "f", ""], "stop", 6),
+        ({"max_tokens": 6}, ["b", "c", "d", "e", "f", ""], "stop", 6),
+        ({"max_tokens": 5}, ["b", "c", "d", "e", "f"], "length", 5),
+        ({"stop": ("e", "cd")}, ["b", ""], "stop", 3),  # the stop that comes first, not the first one given
+        ({"stop": ("cd", "e")}, ["b", ""], "stop", 3),
+        ({"stop": ("cx",)}, ["b", "cd", "e", "f", ""], "stop", 6),  # held back until it can be no stop
+        ({"stop": ("ffx", "fx")}, ["b", "c", "d", "e", "f"], "stop", 6),  # held back to the end
+        ({"stop": ("cx",), "max_tokens": 2}, ["b", "c"], "length", 2),
+        ({"stop": ("cde",)}, ["b", ""], "stop", 4),
+        ({"stop": ("f",), "max_tokens": 5}, ["b", "c", "d", "e", ""], "stop", 5),
+        ({"stop": ("bc", "b")}, [""], "stop", 1),
+        ({"stop": ("cd", "bcd", "d")}, [""], "stop", 3),  # of those that end together the one that begins first
+    ],
+)
+def test_where_an_answer_ends(sampling, texts, finish, tokens):
+    found = pieces(chain("abcdef"), **sampling)
+    assert [p.text for p in found] == texts
+    assert [p.finish for p in found] == [*[None] * (len(texts) - 1), finish]
+    assert found[-1].tokens == tokens
+    (whole,) = generate.complete_chat(chain("abcdef"), chain("abcdef").read(), Sampling(**sampling))
+    assert (whole.text, whole.finish, whole.tokens, whole.prompt_tokens) == ("".join(texts), finish, tokens, 3)
+
+
+def test_a_penalty_of_what_was_said_counts_once_a_letter():
+    logits = torch.full((len(LETTERS), len(LETTERS)), -9.0)
+    logits[:, [LETTERS.index(letter) for letter in "abc"]] = torch.tensor([2.0, 1.5, 1.2])
+    for penalty, said in ((None, "aaaaa"), (1.0, "aaaaa"), (2.0, "abcaa")):
+        model = Table(logits, penalty)
+        assert "".join(p.text for p in pieces(model, max_tokens=5)) == said
+
+
+def test_each_answer_has_its_own_tokens_ends_and_log_probabilities():
+    """Those of the model, whatever the temperature."""
+    model, log_p = drawing(), torch.log_softmax(drawing().logits, dim=1)
+    found = pieces(model, n=5, temperature=1.7, seed=4, max_tokens=9, logprobs=2)
+    lengths = set()
+    for index in range(5):
+        of = [p for p in found if p.index == index]
+        assert [p.finish is None for p in of] == [True] * (len(of) - 1) + [False]
+        assert "".join(s.text for p in of for s in p.scores).rstrip(".") == "".join(p.text for p in of)
+        last = "a"
+        for score in (score for p in of for score in p.scores):
+            row = log_p[LETTERS.index(last)]
+            assert score.log_p == pytest.approx(float(row[LETTERS.index(score.text)]), abs=1e-5)
+            best = row.argsort(descending=True)[:2].tolist()
+            assert [text for text, _ in score.top] == [LETTERS[i] for i in best]
+            assert [p for _, p in score.top] == pytest.approx([float(row[i]) for i in best], abs=1e-5)
+            last = score.text
+        lengths.add(of[-1].tokens)
+        assert of[-1].finish == ("length" if last != "." else "stop")
+    assert len(lengths) > 1  # one that has ended lets the others go on
+    assert [s.top for p in pieces(chain("ab"), logprobs=0) for s in p.scores] == [(), ()]
+    assert [p.scores for p in pieces(chain("ab"))] == [(), ()]
+
+
+def test_a_seed_draws_the_same_again_and_leaves_torchs_own_state_alone():
+    def said(**sampling):
+        return [c.text for c in generate.complete_chat(drawing(), drawing().read(), Sampling(8, 1.5, n=4, **sampling))]
+
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first = said(seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert said(seed=1) == first != said(seed=2)
+    assert said(seed=0) != said(seed=1)
+    torch.manual_seed(7)
+    once = said()
+    assert once != said()
+    torch.manual_seed(7)
+    assert said() == once
+    assert len(set(first)) > 1
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "expected"),
+    [
+        (1.0, 1.0, [0.5, 0.3, 0.2]),
+        (0.5, 1.0, [0.25 / 0.38, 0.09 / 0.38, 0.04 / 0.38]),
+        (2.0, 1.0, [math.sqrt(p) / sum(map(math.sqrt, (0.5, 0.3, 0.2))) for p in (0.5, 0.3, 0.2)]),
+        (1.0, 0.81, [0.5, 0.3, 0.2]),
+        (1.0, 0.79, [0.5 / 0.8, 0.3 / 0.8, 0.0]),
+        (1.0, 0.51, [0.5 / 0.8, 0.3 / 0.8, 0.0]),
+        (1.0, 0.49, [1.0, 0.0, 0.0]),
+        (0.5, 0.6, [1.0, 0.0, 0.0]),  # the temperature goes first: 0.66 of the first
+        (0.0, 1.0, [1.0, 0.0, 0.0]),
+    ],
+)
+def test_how_often_a_token_is_drawn(temperature, top_p, expected):
+    logits = torch.log(torch.tensor([0.2, 0.5, 0.3])).expand(20_000, -1)
+    drawn = generate._choose(logits, Sampling(temperature=temperature, top_p=top_p), torch.Generator().manual_seed(0))
+    shares = (torch.bincount(drawn, minlength=3) / 20_000)[[1, 2, 0]]
+    assert shares.tolist() == pytest.approx(expected, abs=0.015)
+    assert [share > 0 for share in shares.tolist()] == [share > 0 for share in expected]
+
+
+def test_photos_that_were_asked_about_last_are_kept():
+    sights = PhotoCaches(3 * 10_000)
+    for seed in (0, 1):
+        sights.of(picture(seed)).scores = torch.zeros(1000, dtype=torch.float64)
+    assert sights.of(picture(0)).scores is not None  # so that 1 is the one that was not asked about for longest
+    sights.of(picture(2)).scores = torch.zeros(1000, dtype=torch.float64)
+    sights.of(picture(2))
+    assert sights.of(picture(0)).scores is not None
+    assert sights.of(picture(1)).scores is None
+
+
+def test_photos_of_the_same_bytes_and_another_shape_are_others():
+    sights, wide = PhotoCaches(1_000_000), picture(1, (20, 10))
+    sights.of(wide).scores = torch.zeros(3)
+    assert sights.of(wide.copy()).scores is not None
+    assert sights.of(Image.frombytes("RGB", (10, 20), wide.tobytes())).scores is None
+    nothing = PhotoCaches(0)
+    nothing.of(wide).scores = torch.zeros(3)
+    assert nothing.of(wide).scores is None

@@ -1,0 +1,226 @@
+"""Streets, addresses of places, split"""
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from addressvlm import InputError
+from addressvlm.config.city import CityConfig, SplitShares
+from addressvlm.dataset.geocoding import Place, assign_addresses
+from addressvlm.dataset.photos import Photo
+from addressvlm.dataset.split import split_places
+from addressvlm.dataset.streets import StreetMap
+from addressvlm.gazetteer.gazetteer import Address
+
+DEGREE_M = 111_195.0  # of latitude at the equator, about
+
+
+def geojson(path: Path, kind: str, shapes: dict[str | None, Any]) -> Path:
+    """Write shapes given as coordinates in metres east and north of 0, 0."""
+
+    def degrees(c: Any) -> Any:
+        return [degrees(x) for x in c] if isinstance(c[0], (list, tuple)) else [v / DEGREE_M for v in c]
+
+    features = [
+        {"type": "Feature", "properties": {"name": n} if n else {}, "geometry": {"type": kind, "coordinates": degrees(c)}}
+        for n, c in shapes.items()
+    ]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return path
+
+
+@pytest.fixture
+def town(tmp_path: Path) -> CityConfig:
+    """Mill Street runs east at y = 0, High Street north at x = 100, a nameless lane at y = 20; two districts."""
+    streets = {"Mill Street": [[-300, 0], [300, 0]], "High Street": [[100, -300], [100, 300]], None: [[-300, 20], [300, 20]]}
+    west, east = ([[[a, -400], [b, -400], [b, 400], [a, 400], [a, -400]]] for a, b in ((-400, 0), (0, 400)))
+    return CityConfig(
+        manifest=str(tmp_path / "manifest.csv"),
+        streets=str(geojson(tmp_path / "streets.geojson", "LineString", streets)),
+        districts=str(geojson(tmp_path / "districts.geojson", "Polygon", {"West": west, "East": east})),
+    )
+
+
+def photo(row: int, x: float, y: float, **given: Any) -> Photo:
+    given = {"place": f"p{row}"} | given
+    return Photo(row=row, id=f"{row}", file=f"{row}.jpg", lat=y / DEGREE_M, lon=x / DEGREE_M, **given)
+
+
+# streets
+
+
+def test_nearest_streets_in_metres(town: CityConfig) -> None:
+    streets = StreetMap.load(town.streets, town.districts)
+    x, y = np.array([0.0, 95.0, 250.0, 0.0]), np.array([8.0, -30.0, 3.0, 250.0])
+    street, metres, second, second_metres = streets.nearest(y / DEGREE_M, x / DEGREE_M, 120)
+    assert street.tolist() == ["Mill Street", "High Street", "Mill Street", "High Street"]
+    assert metres == pytest.approx([8, 5, 3, 100], rel=0.01)
+    assert second.tolist() == ["High Street", "Mill Street", None, None]
+    assert second_metres == pytest.approx([100, 30, math.inf, math.inf], rel=0.01)
+
+
+def test_districts_edges_and_gaps(town: CityConfig) -> None:
+    streets = StreetMap.load(town.streets, town.districts)
+    x = np.array([-5.0, 5.0, 430.0, 600.0])
+    assert streets.district(np.zeros(4), x / DEGREE_M) == ["West", "East", "East", None]
+
+
+def test_metres_and_degrees_and_back(town: CityConfig) -> None:
+    streets = StreetMap.load(town.streets, town.districts)
+    x, y = streets.to_metres([0.001], [0.002])
+    lat, lon = streets.to_degrees(x, y)
+    assert (lat[0], lon[0]) == pytest.approx((0.001, 0.002))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"streets\.geojson can't be read .*set city\.streets"),
+        ("{", "is not GeoJSON"),
+        ('{"type": "Topology"}', "is not GeoJSON"),
+        ('{"features": []}', "has no named street"),
+        (
+            '{"features": [{"properties": {"name": "A"}, "geometry": {"type": "LineString", "coordinates": [[0, 0]]}}]}',
+            "not GeoJSON",
+        ),
+        (
+            '{"features": [{"properties": {"name": "A"}, "geometry":'
+            ' {"type": "LineString", "coordinates": [[0, 0], [500000, 9]]}}]}',
+            "in degrees",
+        ),
+    ],
+)
+def test_streets_that_are_none(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "streets.geojson"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        StreetMap.load(path)
+
+
+# addresses of places
+
+
+def test_addresses_from_the_map(town: CityConfig) -> None:
+    photos = [photo(1, 0.5, 8), photo(2, 95, -30), photo(3, 108, 9), photo(4, -200, 90), photo(5, 460, 0)]
+    places, addressed, rejects = assign_addresses(photos, StreetMap.load(town.streets, town.districts), town)
+    assert [p.row for p in addressed] == [1, 2, 3]
+    assert [places[p].address.text() for p in places] == ["Mill Street, East", "High Street, East", "High Street, East"]
+    assert [places[p].cross_street for p in places] == ["High Street", "Mill Street", "Mill Street"]
+    assert [places[p].ambiguous for p in places] == [False, False, True]
+    assert [(r["row"], r["reason"]) for r in rejects] == [
+        (4, "no street near: Mill Street is 90 m away, the limit is 40 m"),
+        (5, "no street near: Mill Street is 160 m away, the limit is 40 m"),
+    ]
+
+
+def test_photos_of_a_place_share_its_address_and_strays_are_told(town: CityConfig) -> None:
+    group = [photo(1, -10, 5), photo(2, -10, 7), photo(3, -10, 9), photo(4, 200, 9)]
+    group = [replace(p, place="here") for p in group]
+    places, addressed, rejects = assign_addresses(group, StreetMap.load(town.streets, town.districts), town)
+    assert [p.row for p in addressed] == [1, 2, 3]
+    assert places["here"].distance_m == pytest.approx(7, abs=0.1)
+    assert [r["reason"] for r in rejects] == ["place torn apart: 210 m from the other photos of place 'here'"]
+
+
+def test_columns_of_the_manifest_are_taken_as_they_are(town: CityConfig) -> None:
+    photos = [photo(1, 0.5, 8, street="Far Road", district="Elsewhere"), photo(2, 0.5, 8, district="Elsewhere")]
+    places, _, _ = assign_addresses(photos, StreetMap.load(town.streets, town.districts), town)
+    assert [p.address.text() for p in places.values()] == ["Far Road, Elsewhere", "Mill Street, Elsewhere"]
+    assert places["p1"].distance_m is None
+    without_files = CityConfig(manifest="m.csv")
+    places, _, rejects = assign_addresses(photos[:1], StreetMap.load(None), without_files)
+    assert (places["p1"].address, rejects) == (Address("Far Road", "Elsewhere"), [])
+    with pytest.raises(InputError, match=r"row 2 of m\.csv gives no street and city\.streets is not set"):
+        assign_addresses(photos, StreetMap.load(None), without_files)
+
+
+# split
+
+
+def scattered(seed: int, number: int, addresses: int) -> list[Place]:
+    rng = random.Random(seed)
+    names = [Address(f"Street {i // 2}", f"District {i % 2}") for i in range(addresses)]
+    return [
+        Place(f"{i}", 0, 0, rng.uniform(0, 800), rng.uniform(0, 800), rng.choice(names), 1.0, None, False)
+        for i in range(number)
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6), st.integers(1, 150), st.integers(1, 20), st.sampled_from([0.0, 10.0, 25.0, 60.0]), st.integers(0, 5)
+)
+def test_split_keeps_its_promises(scatter: int, number: int, addresses: int, guard: float, seed: int) -> None:
+    places = scattered(scatter, number, addresses)
+    city = CityConfig(split_buffer_m=guard)
+    result = split_places(places, city, seed)
+    shuffled = list(places)
+    random.Random(1).shuffle(shuffled)
+    assert split_places(shuffled, city, seed) == result
+    assert set(result.part) == {p.id for p in places}
+    assert {p for p, part in result.part.items() if part == "aside"} == set(result.reason)
+    train = [p for p in places if result.part[p.id] == "train"]
+    held_out = [p for p in places if result.part[p.id] in ("val", "test")]
+    assert {p.address for p in held_out} <= {p.address for p in train}
+    gaps = [math.dist((a.x, a.y), (b.x, b.y)) for a in train for b in held_out]
+    assert min(gaps, default=math.inf) >= guard
+    assert result.min_distance_m == (pytest.approx(min(gaps)) if gaps else None)
+    val, test = ([p for p in held_out if result.part[p.id] == part] for part in ("val", "test"))
+    assert all(math.dist((a.x, a.y), (b.x, b.y)) >= guard for a in val for b in test)
+
+
+def test_split_reaches_its_shares() -> None:
+    result = split_places(scattered(0, 1000, 5), CityConfig(split_buffer_m=10), 0)
+    assert abs(result.count("test") - 100) <= 10
+    assert abs(result.count("val") - 200) <= 20
+    assert result.count("train") > 550
+
+
+def grid(*at: tuple[float, float]) -> list[Place]:
+    return [Place(f"{i}", 0, 0, x, y, Address("Mill Street", "Town"), 1.0, None, False) for i, (x, y) in enumerate(at)]
+
+
+@pytest.mark.parametrize(("apart", "aside"), [(24.99, True), (25.0, False)])
+def test_the_guard_puts_aside_what_is_nearer_and_no_more(apart: float, aside: bool) -> None:
+    """Pairs of places far from each other: where one is held out, the other is set aside or trains on."""
+    pairs = grid(*((1000.0 * (i // 2), apart * (i % 2)) for i in range(40)))
+    city = CityConfig(split_buffer_m=25, split_block_m=20, split=SplitShares(train=0.8, val=0.0, test=0.2))
+    result = split_places(pairs, city, 0)
+    assert result.count("test") == 8
+    partners = [{result.part[f"{2 * i}"], result.part[f"{2 * i + 1}"]} for i in range(20)]
+    assert ({"train", "test"} in partners) is not aside
+    assert (result.count("aside") > 0) is aside
+    assert set(result.reason.values()) == ({"nearer than 25 m to a test place"} if aside else set())
+    assert result.min_distance_m == pytest.approx(1000.0 if aside else 25.0, rel=1e-3)
+
+
+def test_held_out_places_come_in_blocks() -> None:
+    """Of the neighbours in a row of 10 m most share the part: the guard costs a block's edge, not each place."""
+    row = grid(*((10.0 * (i % 40), 10.0 * (i // 40)) for i in range(1600)))
+    shares = []
+    for side in (100.0, 10.0):
+        part = split_places(row, CityConfig(split_buffer_m=0, split_block_m=side), 0).part
+        held_out = [i for i in range(1600) if i % 40 < 39 and part[f"{i}"] == "test"]
+        shares.append(sum(part[f"{i + 1}"] == "test" for i in held_out) / len(held_out))
+    assert shares[0] > 0.75 > 0.4 > shares[1]
+
+
+def test_other_seeds_give_other_splits() -> None:
+    places = scattered(0, 200, 5)
+    assert split_places(places, CityConfig(), 0).part != split_places(places, CityConfig(), 1).part
+
+
+def test_short_streets_are_split_in_smaller_blocks() -> None:
+    places = [Place(f"{s}-{i}", 0, 0, s * 1000, i * 12.0, Address(f"Street {s}", "Town"), 1.0, None, False)
+              for s in range(6) for i in range(8)]  # fmt: skip
+    result = split_places(places, CityConfig(split_buffer_m=10), 0)
+    assert result.count("test") >= 3

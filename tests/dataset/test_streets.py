@@ -1,0 +1,197 @@
+"""Nearest streets and districts of many points at once"""
+
+import math
+
+import numpy as np
+import pyproj
+import pytest
+import shapely
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from addressvlm.dataset.streets import StreetMap
+from addressvlm.gazetteer import spatial_index
+from addressvlm.gazetteer.spatial_index import NearIndex
+
+coordinate = st.integers(-150, 150)
+point = st.tuples(coordinate, coordinate)
+line = st.lists(point, min_size=2, max_size=4, unique=True).map(shapely.LineString)
+area = st.tuples(point, st.integers(1, 80), st.integers(1, 80)).map(
+    lambda a: shapely.box(a[0][0], a[0][1], a[0][0] + a[1], a[0][1] + a[2]).difference(shapely.Point(a[0]).buffer(9))
+)
+shapes = st.lists(st.tuples(st.integers(0, 4), st.one_of(line, line, area, point.map(shapely.Point))), max_size=10)
+
+
+def by_hand(known: list[tuple[int, shapely.Geometry]], x: float, y: float, limit_m: float) -> list[tuple[int, float]]:
+    """Code and distance to the cm of all that is within the limit, the nearest first."""
+    found: dict[int, float] = {}
+    for code, shape in known:
+        found[code] = min(found.get(code, math.inf), shape.distance(shapely.Point(x, y)))
+    return sorted(((code, round(d, 2)) for code, d in found.items() if d <= limit_m), key=lambda f: (f[1], f[0]))
+
+
+@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate])  # no shrinking: shapes shrink for minutes
+@given(
+    shapes,
+    st.lists(st.tuples(st.floats(-250, 250), st.floats(-250, 250)), max_size=12),
+    st.sampled_from([0.5, 40.0, 90.0, 400.0]),
+)
+def test_nearest_of_every_point_is_what_shapely_measures(
+    known: list[tuple[int, shapely.Geometry]], points: list[tuple[float, float]], limit_m: float
+) -> None:
+    known = [(code, shape) for code, shape in known if not shape.is_empty]
+    index = NearIndex(np.array([s for _, s in known], dtype=object), np.array([c for c, _ in known], dtype=np.int64))
+    x, y = (np.array([p[i] for p in points], dtype=float) for i in (0, 1))
+    first, metres, second, second_metres = index.two(x, y, limit_m)
+    expected = [by_hand(known, *p, limit_m) for p in points]
+    pairs = [(all_of + [(-1, math.inf)] * 2)[:2] for all_of in expected]
+    assert metres == pytest.approx([pair[0][1] for pair in pairs], abs=0.0101)
+    assert second_metres == pytest.approx([pair[1][1] for pair in pairs], abs=0.0101)
+    for i, pair in enumerate(pairs):
+        if pair[1][1] - pair[0][1] > 0.02 and (len(expected[i]) < 3 or expected[i][2][1] - pair[1][1] > 0.02):
+            assert (first[i], second[i]) == (pair[0][0], pair[1][0])
+    of_point, code, away = index.all(x, y, limit_m)
+    for i, all_of in enumerate(expected):
+        assert sorted(code[of_point == i]) == sorted(c for c, _ in all_of)
+        assert away[of_point == i] == pytest.approx([d for _, d in all_of], abs=0.0101)
+    for i in range(len(points)):
+        mine = [*zip(code[of_point == i], away[of_point == i], strict=True), (-1, math.inf), (-1, math.inf)]
+        assert mine[:2] == [(first[i], metres[i]), (second[i], second_metres[i])]
+
+
+def test_parts_of_the_work_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    starts = rng.uniform(-2000, 2000, (300, 1, 2))
+    lines = shapely.linestrings(np.concatenate([starts, starts + rng.normal(0, 80, (300, 1, 2))], axis=1))
+    index = NearIndex(lines, rng.integers(0, 90, 300))
+    x, y = rng.uniform(-2500, 2500, (2, 3000))
+    whole = index.two(x, y, 150)
+    monkeypatch.setattr(spatial_index, "CELLS_AT_A_TIME", 7)
+    monkeypatch.setattr(spatial_index, "PAIRS_AT_A_TIME", 13)
+    assert all((a == b).all() for a, b in zip(whole, index.two(x, y, 150), strict=True))
+    alone = [np.concatenate(c) for c in zip(*(index.two(x[i : i + 1], y[i : i + 1], 150) for i in range(60)), strict=True)]
+    assert all((a[:60] == b).all() for a, b in zip(whole, alone, strict=True))
+
+
+def test_points_that_are_nowhere_have_no_street() -> None:
+    streets = StreetMap(["Mill Street"], [shapely.LineString([(0, 0), (0.01, 0)])])
+    code, metres, _, _ = streets.nearest_two([0.0, 95.0, math.nan], [0.005, 10.0, 0.0], 40)
+    assert code.tolist() == [0, -1, -1]
+    assert metres[1:].tolist() == [math.inf] * 2
+    assert streets.around([math.nan, 0.0], [0.0, 0.005], 40) == [[], [("Mill Street", 0.0)]]
+    assert code.dtype == np.int32
+
+
+def test_a_map_of_nothing_answers() -> None:
+    streets = StreetMap([], [], centre=(50, 8))
+    assert [column.tolist() for column in streets.nearest_two([50, 51], [8, 8], 40)] == [
+        [-1, -1],
+        [math.inf] * 2,
+        [-1, -1],
+        [math.inf] * 2,
+    ]
+    assert streets.nearest([50.0], [8.0], 40)[0].tolist() == [None]
+    assert streets.district([50.0], [8.0]) == [None]
+    assert (streets.bounds, streets.around([50.0], [8.0], 40)) == (None, [[]])
+
+
+def test_overlapping_districts_the_smallest_and_gaps_the_nearest() -> None:
+    degree = 111_195.0
+    boxes = {"City": (-1000, -1000, 1000, 1000), "Old Town": (-100, -100, 100, 100), "Island": (1100, 0, 1200, 100)}
+    polygons = [(n, shapely.box(*(v / degree for v in b))) for n, b in boxes.items()]
+    streets = StreetMap([], [], polygons)
+    x = np.array([0.0, 100.01, 130.0, 1030.0, 1075.0, 1050.1, 1260.0])
+    expected = ["Old Town", "City", "City", "City", "Island", "Island", None]
+    assert streets.district(np.full(len(x), 10) / degree, x / degree) == expected
+    assert streets.bounds == pytest.approx((-1000 / degree, -1000 / degree, 1200 / degree, 1000 / degree))
+    assert streets.district_names == ["City", "Island", "Old Town"]
+    assert streets.district_codes([0.0], [0.0]).tolist() == [2]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 900), st.integers(0, 900), st.integers(1, 500), st.integers(1, 500)), max_size=8),
+    st.lists(st.tuples(st.floats(-100, 1500), st.floats(-100, 1500)), min_size=1, max_size=40),
+    st.sampled_from([1, 30, 1 << 22]),
+    st.sampled_from([0, 60, -70]),
+)
+def test_districts_of_every_point_are_what_shapely_says(
+    boxes: list[tuple[int, ...]], points: list[tuple[float, float]], cells: int, lat: int
+) -> None:
+    """Whether the grid is fine or, as over a whole country, coarse; and far from the equator."""
+    plane = f"+proj=tmerc +lat_0={lat} +lon_0=25 +x_0=-700 +y_0=-700 +datum=WGS84"
+    to_degrees = pyproj.Transformer.from_crs(plane, 4326, always_xy=True).transform
+    shapes = [shapely.box(x, y, x + width, y + height) for x, y, width, height in boxes]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("addressvlm.dataset.districts.MOST_CELLS", cells)
+        names = [f"{i:02}" for i in range(len(boxes))]
+        streets = StreetMap(
+            [],
+            [],
+            [
+                (n, shapely.transform(s, lambda c: np.column_stack(to_degrees(c[:, 0], c[:, 1]))))
+                for n, s in zip(names, shapes, strict=True)
+            ],
+        )
+    lon, at_lat = to_degrees(*np.array(points).T)
+    codes = streets.district_codes(at_lat, lon)
+    for (x, y), code in zip(points, codes.tolist(), strict=True):
+        metres = [shapely.distance(shapely.Point(x, y), shape) for shape in shapes]
+        edges = [shapely.distance(shapely.Point(x, y), shape.boundary) for shape in shapes]
+        if any(edge < 0.5 or abs(edge - 50) < 0.5 for edge in edges):
+            continue  # there the plane and the globe may differ
+        order = sorted(range(len(shapes)), key=lambda i: (round(metres[i], 1), shapes[i].area, i))
+        best = order[0] if order and metres[order[0]] <= 50 else -1
+        assert code == best or (metres[code] == pytest.approx(metres[best], abs=0.5) and metres[best] > 0)
+
+
+NORTH, EAST = 60.0, 25.0
+GLOBE = pyproj.Geod(ellps="WGS84")
+
+
+def away(azimuth: float, metres: float, lat: float = NORTH, lon: float = EAST) -> tuple[float, float]:
+    """Longitude and latitude of the point so far from (60 N, 25 E), on the ellipsoid."""
+    return GLOBE.fwd(lon, lat, azimuth, metres)[:2]
+
+
+def test_distances_far_north_are_those_on_the_globe() -> None:
+    """A degree of longitude is half as long there as one of latitude."""
+    shapes = {
+        "East Way": shapely.LineString([away(90, 60), away(90.0, 60, *away(0, 200)[::-1])]),
+        "Point": shapely.Point(away(180, 45)),
+        "Far Square": shapely.Polygon([away(a, 150) for a in (250, 260, 270, 280)]),
+    }
+    streets = StreetMap(list(shapes), list(shapes.values()))
+    found = streets.around([NORTH], [EAST], 300)[0]
+    assert [name for name, _ in found] == ["Point", "East Way", "Far Square"]
+    assert [metres for _, metres in found] == pytest.approx([45, 60, 150 * math.cos(math.radians(15))], abs=0.1)
+    x, y = streets.to_metres([away(40, 500)[1]], [away(40, 500)[0]])
+    x0, y0 = streets.to_metres([NORTH], [EAST])
+    assert math.hypot(x[0] - x0[0], y[0] - y0[0]) == pytest.approx(500, abs=0.1)
+    assert math.degrees(math.atan2(x[0] - x0[0], y[0] - y0[0])) == pytest.approx(40, abs=0.1)
+    lat, lon = streets.to_degrees(x, y)
+    assert (lon[0], lat[0]) == pytest.approx(away(40, 500), abs=1e-7)
+
+
+@pytest.mark.parametrize("azimuth", [0, 90, 180, 270])
+def test_a_point_beside_a_district_far_north_belongs_to_it_within_50_m(azimuth: int) -> None:
+    """Another district on each side puts the point into the grid of what is known."""
+    tower = shapely.Polygon([away(a, 100) for a in range(0, 360, 5)])
+    around = [
+        (f"{a}", shapely.Polygon([away(a + b, 700 + c) for b, c in ((-1, 0), (1, 0), (0, 30))])) for a in range(0, 360, 45)
+    ]
+    streets = StreetMap([], [], [("Tower", tower), *around])
+    lon, lat = np.array([away(azimuth, 100 + metres) for metres in (*range(30, 50, 1), 51, 60, 90)]).T
+    assert streets.district(lat, lon) == ["Tower"] * 20 + [None] * 3
+
+
+def test_points_that_are_nowhere_have_no_district() -> None:
+    streets = StreetMap([], [], [("Old Town", shapely.box(0, 0, 0.01, 0.01))])
+    assert streets.district([math.nan, 95.0, 0.005], [0.005, 10.0, 0.005]) == [None, None, "Old Town"]
+
+
+def test_a_square_is_a_street_with_an_area() -> None:
+    square = shapely.box(-0.001, -0.001, 0.0, 0.0)
+    streets = StreetMap(["Plaza", "Mill Street"], [square, shapely.LineString([(0, 0), (0.01, 0)])])
+    assert streets.around([-0.0005], [-0.0005], 80)[0] == [("Plaza", 0.0), ("Mill Street", pytest.approx(78.4, abs=0.5))]
+    assert streets.street_shapes(["Plaza", "None"])["Plaza"].equals(square)

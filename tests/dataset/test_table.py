@@ -1,0 +1,267 @@
+"""Tables of photos, here and in stores"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from addressvlm import InputError
+from addressvlm.config.city import CityConfig
+from addressvlm.dataset import readers
+from addressvlm.dataset.photos import Photo, check_photo, looks_swapped
+from addressvlm.dataset.readers.table import to_photos
+from addressvlm.storage import remote_path
+from tests.support.object_store import store
+
+
+def read(manifest: Path | str, **settings: Any) -> tuple[list[Photo], list[dict[str, Any]]]:
+    return readers.read(CityConfig(manifest=str(manifest), **settings))
+
+
+def test_a_manifest_reads_the_same_from_every_format(tmp_path: Path) -> None:
+    rows = [
+        {"photo": "a.jpg", "place": 7, "lat": 52.5, "lon": -0.25, "heading_deg": 450, "street": None, "fov_deg": 60},
+        {"photo": "b.jpg", "place": None, "lat": 52.123456, "lon": 1.0, "heading_deg": None, "street": " Mill Street "},
+    ]
+    (tmp_path / "m.csv").write_text(
+        "photo;place;lat;lon;heading_deg;street;fov_deg\na.jpg;7;52.5;-0.25;450;;60\nb.jpg;;52.123456;1;; Mill Street ;\n",
+        "utf-8-sig",
+    )
+    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "m.json").write_text(json.dumps({"photos": rows}))
+    pq.write_table(pa.Table.from_pylist([row | {"image": {"bytes": b"x"}} for row in rows]), tmp_path / "m.parquet")
+    expected = [
+        Photo(1, "a.jpg", "a.jpg", "7", 52.5, -0.25, 90.0, fov_deg=60.0),
+        Photo(2, "b.jpg", "b.jpg", "52.12346,1.00000", 52.123456, 1.0, None, "Mill Street"),
+    ]
+    for name in ("m.csv", "m.jsonl", "m.json", "m.parquet"):
+        assert read(tmp_path / name) == (expected, [])
+
+
+def test_a_manifest_tells_bad_rows_apart(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text(
+        "file,lat,lon,id,fov_deg,panorama\na.jpg,52,0,one,,\nb.jpg,99,100,two,,\nc.jpg,52,181,three,,\nd.jpg,nan,0,four,,\n"
+        "e.jpg,,0,five,,\nf.jpg,52,0,one,,\n,52,0,seven,,\nh.jpg,north,0,eight,,\ni.jpg,52\nj.jpg,52,0,ten,,\n"
+        "k.jpg,114.17,22.3,eleven,,\nl.jpg,0,0.0,twelve,,\nm.jpg,52,0,m,500,\nn.jpg,52,0,n,,yes\no.jpg,52,0,o,,round\n"
+    )
+    good, rejects = read(path)
+    assert [p.row for p in good] == [1, 10]
+    assert {r["row"]: r["reason"] for r in rejects} == {
+        2: "latitude out of range: 99 is not in -90..90",
+        3: "longitude out of range: 181 is not in -180..180",
+        4: "not a number: lat is 'nan'",
+        5: "empty cell: lat",
+        6: "duplicate id: 'one' is already the id of row 1",
+        7: "empty cell: file",
+        8: "not a number: lat is 'north'",
+        9: "empty cell: lon",
+        11: "latitude out of range: 114.17 is not in -90..90; latitude and longitude look swapped",
+        12: "position is 0, 0: the camera had no fix",
+        13: "field of view out of range: 500 is not in 0..360",
+        14: "panorama: set city.panorama to cut it into views",
+        15: "not yes or no: panorama is 'round'",
+    }
+    assert rejects[0] == {"file": "b.jpg", "row": 2, "id": "two", "reason": rejects[0]["reason"]}
+
+
+def test_columns_that_mean_the_same_don_t_overwrite_each_other(tmp_path: Path) -> None:
+    rows = [{"Photo": "a.jpg", "image": "b.jpg", "Lat": 1.0, "latitude": 5.0, "lng": 2.0, "problem": "none"}]
+    (tmp_path / "m.csv").write_text("Photo,image,Lat,latitude,lng,problem\na.jpg,b.jpg,1,5,2,none\n")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet")
+    for name in ("m.csv", "m.parquet"):
+        assert [(p.file, p.lat, p.lon) for p in read(tmp_path / name)[0]] == [("a.jpg", 1.0, 2.0)]
+
+
+def test_a_manifest_rejects_lines_and_values_of_other_types(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('[]\n{"file": "a.jpg", "lat": 1, "lon": 2}\n{"file": \n{"file": "c.jpg", "lat": [1], "lon": true}\n')
+    good, rejects = read(path)
+    assert [p.id for p in good] == ["a.jpg"]
+    assert [(r["row"], r["reason"]) for r in rejects] == [
+        (1, "not a JSON object: the line"),
+        (3, "not a JSON object: the line"),
+        (4, "not a number: lat is '[1]'"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("m.csv", b"file,lat\na.jpg,1\n", r"m\.csv lacks the column lon \(it has file, lat\)"),
+        ("m.jsonl", b'{"lat": 1, "lon": 2}', "lacks the column file"),
+        ("m.txt", b"a.jpg\n", "lacks the column lat and lon"),
+        ("m.csv", b"file,lat,lon\n", "has no rows"),
+        ("m.csv", b"", "has no rows"),
+        ("m.json", b"[]", "has no rows"),
+        ("m.json", b"{", "is not JSON"),
+        ("m.json", b"[" * 100_000, "nested too deeply"),
+        ("m.csv", "file,lat,lon\nß.jpg,1,2".encode("latin-1"), "not UTF-8"),
+        ("m.csv", b"file,lat,lon\n" + b"a" * 200_000, "field larger than"),
+        ("m.parquet", b"PAR1 and nothing", "can't be read"),
+        ("m.xlsx", b"PK", r"save it as one"),
+        ("m.csv", None, "no manifest at"),
+    ],
+)
+def test_a_manifest_that_is_none(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / name)
+
+
+def test_hundreds_of_thousands_of_duplicates_are_all_listed(tmp_path: Path) -> None:
+    path, count = tmp_path / "m.csv", 200_000
+    path.write_text("file,lat,lon\n" + "a.jpg,52,1\n" * count)
+    before = time.process_time()
+    good, rejects = read(path)
+    assert time.process_time() - before < 10  # about 1 s; each against each would take hours
+    assert (len(good), len(rejects)) == (1, count - 1)
+    assert rejects[-1]["row"] == count
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "file": st.text(max_size=3) | st.none() | st.integers(),
+                "id": st.text(max_size=2),
+                "lat": st.floats() | st.text(max_size=3) | st.none() | st.lists(st.integers(), max_size=1),
+                "lon": st.floats(-200, 200) | st.booleans(),
+                "heading": st.floats() | st.none(),
+                "panorama": st.booleans() | st.none() | st.just("no"),
+            },
+        ),
+        max_size=8,
+    ),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_row_is_a_photo_or_a_reject(rows: list[dict[str, Any]], cut: bool) -> None:
+    city = CityConfig.model_validate({"panorama": {"headings": [0, 90, 360]} if cut else None})
+    good, rejects = to_photos(rows, city.panorama)
+    assert sorted({p.row for p in good} | {r["row"] for r in rejects}) == list(range(1, len(rows) + 1))
+    assert len({p.id for p in good}) == len(good)
+    for photo in good:
+        assert photo.file
+        assert -90 <= photo.lat <= 90
+        assert -180 <= photo.lon <= 180
+        assert photo.heading is None or 0 <= photo.heading < 360
+    assert all(":" in r["reason"] for r in rejects)
+
+
+@pytest.mark.parametrize("headings", [None, {"headings": [0, 90]}])
+def test_a_heading_just_below_north_is_north(headings: dict[str, Any] | None) -> None:
+    city = CityConfig.model_validate({"panorama": headings})
+    row = {"file": "a.jpg", "lat": 1.0, "lon": 2.0, "heading": -1e-20}
+    good, _ = to_photos([row], city.panorama)
+    assert good[0].heading == 0
+
+
+# swapped latitude and longitude
+
+BOUNDS = (16.0, 48.0, 17.0, 49.0)  # west, south, east, north
+
+
+@given(st.lists(st.tuples(st.floats(48.01, 48.99), st.floats(16.01, 16.99)), min_size=1, max_size=20))
+@settings(max_examples=40, deadline=None)
+def test_a_swapped_city_is_seen(points: list[tuple[float, float]]) -> None:
+    right = [Photo(1, "a", "a", "a", lat, lon) for lat, lon in points]
+    swapped = [Photo(1, "a", "a", "a", lon, lat) for lat, lon in points]
+    assert looks_swapped(swapped, BOUNDS)
+    assert not looks_swapped(right, BOUNDS)
+    assert not looks_swapped(right + swapped, BOUNDS)
+
+
+def test_a_city_elsewhere_is_not_called_swapped() -> None:
+    assert not looks_swapped([], BOUNDS)
+    assert not looks_swapped([Photo(1, "a", "a", "a", 10.0, 20.0)], BOUNDS)
+    assert not looks_swapped([Photo(1, "a", "a", "a", 5.0, 5.0)], (0, 0, 9, 9))  # a city on the diagonal
+
+
+# stores
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> Path:
+    folder = tmp_path / "bucket"
+    (folder / "city" / "photos").mkdir(parents=True)
+    (folder / "city" / "m.csv").write_text("file,lat,lon\na b.jpg,1,2\nmissing.jpg,1,2\n")
+    (folder / "city" / "photos" / "a b.jpg").write_bytes(b"no picture")
+    (folder / "city" / "photos" / ".hidden.jpg").write_bytes(b"")
+    return folder
+
+
+def from_store(scheme: str) -> None:
+    city = CityConfig(manifest=f"{scheme}://bucket/city/m.csv", photos=f"{scheme}://bucket/city/photos/")
+    photos, rejects = readers.read(city)
+    assert [p.file for p in photos] == ["a b.jpg", "missing.jpg"]
+    assert rejects == []
+    assert remote_path.walk_files(str(city.photos)) == ["a b.jpg"]
+    assert remote_path.kind(str(city.photos)) == "folder"
+    assert readers.base(city.model_copy(update={"photos": None})) == f"{scheme}://bucket/city"
+    answers = [check_photo(remote_path.join(readers.base(city), p.file), 1) for p in photos]
+    assert [str(a).partition(":")[0] for a in answers] == ["not a photo", "photo missing"]
+    with pytest.raises(InputError, match=rf"no manifest at {scheme}://bucket/none\.csv"):
+        readers.read(CityConfig(manifest=f"{scheme}://bucket/none.csv"))
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_manifest_and_photos_in_a_store(bucket: Path, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote_path._filesystem.cache_clear()
+    with store(bucket) as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        from_store(scheme)
+    remote_path._filesystem.cache_clear()
+
+
+def test_what_fsspec_knows_is_read_too(bucket: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(bucket / "city"), "/bucket/city", recursive=True)
+    try:
+        from_store("memory")
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
+def test_a_file_uri_is_a_local_path(bucket: Path) -> None:
+    folder = (bucket / "city").as_uri()
+    city = CityConfig(manifest=f"{folder}/m.csv")
+    assert len(readers.read(city)[0]) == 2
+    assert readers.base(city) == str(bucket / "city")
+    assert remote_path.join(f"{folder}/photos", "a b.jpg") == str(bucket / "city" / "photos" / "a b.jpg")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("abfs://box/m.csv", r"abfs://box needs a Python package that is missing: pip install adlfs"),
+        ("nowhere://box/m.csv", r"nowhere://box can't be read: write a local path, or an s3:// or gs:// address"),
+    ],
+)
+def test_an_address_that_cannot_be_read_is_said(tmp_path: Path, address: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read(address)
+    (tmp_path / "m.csv").write_text("file,lat,lon\na.jpg,1,2\n")
+    with pytest.raises(InputError, match=message):  # before any photo is asked for
+        read(tmp_path / "m.csv", photos=address)
+
+
+def test_a_store_that_is_away_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    remote_path._filesystem.cache_clear()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(InputError, match=r"s3://bucket/m\.csv can't be reached \(.{1,170}\): check the address and its keys"):
+        read("s3://bucket/m.csv")
+    remote_path._filesystem.cache_clear()

@@ -1,0 +1,252 @@
+"""Ways of answering compared, from scores alone; the scored answers of all questions."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+import shapely
+from PIL import Image
+
+from addressvlm import InputError
+from addressvlm.answers.calibration import Calibration, ece
+from addressvlm.config import Config
+from addressvlm.evaluation import decoding_comparison, likelihood, text_table
+from addressvlm.evaluation.metrics import share_ci
+from addressvlm.evaluation.plots import reliability_diagram
+from addressvlm.gazetteer.gazetteer import Address, Gazetteer
+from addressvlm.questions import test_rounds as rounds_to_test
+from addressvlm.storage import tables
+from ray_jobs import evaluation
+
+ADDRESSES = [Address(f"Street {letter}", f"District {i % 3}") for i, letter in enumerate("ABCDEFGHIJKL")]
+LINES = {a.street: shapely.LineString([(i / 500, 0), (i / 500, 0.001)]) for i, a in enumerate(ADDRESSES)}
+CITY = Gazetteer(ADDRESSES, LINES, city="Toytown")
+SETTINGS = decoding_comparison.BootstrapSettings(resamples=100)
+
+
+def rows(photos=120, skill=1.5, seed=0):
+    """Scores of a model that is right now and then; four photos a place."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(photos):
+        truth = i // 4 % len(ADDRESSES)
+        found = rng.normal(0, 1, len(ADDRESSES))
+        found[truth] += skill
+        address = CITY.addresses[truth]
+        made.append(
+            {"id": str(i), "place": str(i // 4), "lat": 0.0005, "lon": truth / 500, "street": address.street,
+             "district": address.district, "scores": found.tolist()}
+        )  # fmt: skip
+    return made
+
+
+def compare(answered=None, **kwargs):
+    return decoding_comparison.compare_decoding(
+        rows(**kwargs), CITY, Calibration(1.0, 0.8, {"0.8": 0.5}), answered or {}, SETTINGS
+    )
+
+
+def accuracy(compared, name):
+    return next(row["metrics"]["A_ds"]["value"] for row in compared["table"] if row["name"] == name)
+
+
+def test_a_model_that_is_divided_by_its_prior_is_shown_with_it_too():
+    skewed = Calibration(1.0, 0.8, {"0.8": 0.5}, own_prior=(50.0, *[0.0] * (len(CITY.addresses) - 1)))
+    compared = decoding_comparison.compare_decoding(rows(), CITY, skewed, {}, SETTINGS)
+    assert [row["name"] for row in compared["table"]][:2] == ["likelihood, own prior left in", "likelihood"]
+    assert accuracy(compared, "likelihood, own prior left in") == accuracy(compare(), "likelihood")
+    assert accuracy(compared, "likelihood") < accuracy(compare(), "likelihood")
+    assert compared["trust"]["own_prior"]
+
+
+def test_what_is_known_beforehand_helps():
+    compared = compare()
+    names = [row["name"] for row in compared["table"]]
+    assert names == [
+        "likelihood", "+ the district", "+ 10 streets", "+ 5 streets", "+ 2 streets",
+        "+ GPS within 200 m", "+ GPS within 100 m", "+ GPS within 50 m",
+    ]  # fmt: skip
+    streets = [accuracy(compared, name) for name in ("likelihood", "+ 10 streets", "+ 5 streets", "+ 2 streets")]
+    assert streets == sorted(streets)
+    assert accuracy(compared, "+ the district") > accuracy(compared, "likelihood")
+    assert accuracy(compared, "+ GPS within 50 m") > 0.9  # streets are 222 m apart; one fix in twenty is further off
+    assert compared == compare()
+
+
+def test_nothing_but_the_scores_decides():
+    given = rows(photos=12)
+    compared = decoding_comparison.compare_decoding(given, CITY, Calibration(), {}, SETTINGS)
+    right = [int(np.argmax(row["scores"])) == CITY.addresses.index(Address(row["street"], row["district"])) for row in given]
+    assert accuracy(compared, "likelihood") == pytest.approx(np.mean(right))
+
+
+def test_trust():
+    trust = compare()["trust"]
+    confidence, right = likelihood.scored_photos(rows(), CITY).confidences(1.0)
+    half = np.argsort(-confidence, kind="stable")[:60]
+    assert trust["half"]["value"] == pytest.approx(right[half].mean())
+    assert trust["coverage"]["value"] == pytest.approx((confidence > 0.5).mean())
+    assert trust["precision"]["value"] == pytest.approx(right[confidence > 0.5].mean())
+    assert trust["ece"]["low"] <= trust["ece"]["value"] <= trust["ece"]["high"]
+    assert sum(b["photos"] for b in trust["bins"]) == 120
+    drawing = reliability_diagram(trust["bins"])
+    assert drawing.count("<circle") == len(trust["bins"])
+    assert "likelihood" in text_table.decoding_table({"system": "AddressVLM", **compare()})
+
+
+def test_trust_is_of_calibrated_scores_and_counts_places():
+    calibrated = Calibration(2.5, 0.8, {"0.8": 0.3})
+    given = rows()
+    trust = decoding_comparison.compare_decoding(given, CITY, calibrated, {}, SETTINGS)["trust"]
+    of = likelihood.scored_photos(given, CITY)
+    confidence, right = of.confidences(2.5)
+    assert trust["ece"]["value"] == pytest.approx(ece(confidence, right))
+    assert trust["ece_uncalibrated"] == pytest.approx(ece(*of.confidences(1.0)))
+    assert trust["ece_uncalibrated"] != pytest.approx(trust["ece"]["value"], rel=0.1)
+    assert trust["coverage"]["value"] == pytest.approx((confidence > 0.3).mean())
+    assert (trust["temperature"], trust["threshold"], trust["target"]) == (2.5, 0.3, 0.8)
+    at_one = sorted(confidence)[60]
+    exactly = decoding_comparison.compare_decoding(given, CITY, Calibration(2.5, 0.8, {"0.8": at_one}), {}, SETTINGS)["trust"]
+    assert exactly["coverage"]["value"] == pytest.approx(59 / 120)  # above it, not at it
+    one_a_place = [row for i, row in enumerate(given) if i % 4 == 0]
+    views = [row | {"id": f"{row['id']}/{view}"} for row in one_a_place for view in range(4)]
+    once, often = (
+        decoding_comparison.compare_decoding(of, CITY, calibrated, {}, SETTINGS)["trust"]["ece"] for of in (one_a_place, views)
+    )
+    assert [often[end] for end in ("value", "low", "high")] == pytest.approx([once[end] for end in ("value", "low", "high")])
+
+
+def test_streets_and_districts_that_are_right_by_themselves():
+    city = Gazetteer([Address(street, district) for street in ("Elm Row", "Mill Street") for district in ("A", "B")])
+    best = [("Elm Row", "A"), ("Elm Row", "B"), ("Mill Street", "A"), ("Elm Row", "B"), ("Mill Street", "B")]
+    given = [
+        {"id": str(i), "place": str(i), "lat": 0.0, "lon": 0.0, "street": "Elm Row", "district": "A",
+         "scores": [float((a.street, a.district) == at) for a in city.addresses]}
+        for i, at in enumerate(best)
+    ]  # fmt: skip
+    answers = [
+        {"level": level, "kind": kind, "correct": kind == "generation" and i < right, "place": str(i)}
+        for level, right in (("address", 1), ("street", 2), ("district", 3))
+        for kind in ("generation", "choice") for i in range(4)
+    ]  # fmt: skip
+    compared = decoding_comparison.compare_decoding(given, city, Calibration(), {"free": answers}, SETTINGS)["table"]
+    values = {line["name"]: {name: cell["value"] for name, cell in line["metrics"].items()} for line in compared}
+    assert values["free"] == {"A_ds": 0.25, "A_s": 0.5, "A_d": 0.75}
+    assert values["likelihood"] == {"A_ds": 0.2, "A_s": 0.6, "A_d": 0.4}
+
+
+def test_nobody_is_sure():
+    trust = decoding_comparison.compare_decoding(rows(), CITY, Calibration(1.0, 0.8, {"0.8": 1.0}), {}, SETTINGS)["trust"]
+    assert trust["coverage"]["value"] == 0
+    assert trust["precision"]["value"] is None
+    assert "–" in text_table.decoding_table({"system": "a", **compare(), "trust": trust})
+
+
+def test_generated_answers_beside():
+    answers = [
+        {"level": level, "kind": "generation", "correct": i % 2 == 0, "place": str(i)}
+        for level in ("address", "street", "district") for i in range(10)
+    ]  # fmt: skip
+    compared = compare({"free": answers})
+    assert compared["table"][0]["name"] == "free"
+    assert accuracy(compared, "free") == 0.5
+
+
+def test_a_photo_of_a_street_that_the_model_does_not_know():
+    given = [row | {"street": "Nowhere"} for row in rows(photos=8)]
+    compared = decoding_comparison.compare_decoding(given, CITY, Calibration(), {}, SETTINGS)
+    assert {row["metrics"]["A_ds"]["value"] for row in compared["table"]} == {0.0}
+
+
+def test_a_photo_without_coordinates_has_no_fix():
+    given = [row | {"lat": None, "lon": None} for row in rows(photos=8)]
+    compared = decoding_comparison.compare_decoding(given, CITY, Calibration(), {}, SETTINGS)
+    assert accuracy(compared, "+ GPS within 50 m") == accuracy(compared, "likelihood")
+
+
+def test_all_questions_are_answered_from_the_scores():
+    given = rows(photos=8)
+    rng = random.Random(0)
+    photos = {row["id"]: row | {"rounds": rounds_to_test(Address(row["street"], row["district"]), CITY, rng)} for row in given}
+    answers = list(likelihood.answers_from_scores(given, photos, CITY))
+    assert len(answers) == 8 * 9
+    for row in given:
+        best = CITY.addresses[int(np.argmax(row["scores"]))]
+        of = [answer for answer in answers if answer["id"] == row["id"]]
+        names = {"street": best.street, "district": best.district, "address": best.text()}
+        assert all(a["answer"] == names[a["level"]] for a in of if a["kind"] == "generation")
+        for a in of:
+            if a["kind"] == "judgment":
+                assert a["answer"] == ("Yes" if a["options"][0] == names[a["level"]] else "No")
+            if a["kind"] == "choice":
+                assert a["answer"] == names[a["level"]] or names[a["level"]] not in a["options"]
+
+
+def test_each_photo_has_its_own_scores():
+    """Photos of a colour each, a few at a time; a model that sees the colour."""
+
+    def encoded(red):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), (red, 0, 0)).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    def scores_of(images):
+        sizes.append(len(images))
+        return np.array([[image.getpixel((0, 0))[0], -1.0] for image in images])
+
+    sizes = []
+    photos = [{**row, "image": encoded(40 * i), "rounds": []} for i, row in enumerate(rows(photos=5))]
+    made = [row for batch in likelihood.score_photos(scores_of, photos, 2) for row in batch]
+    assert sizes == [2, 2, 1]
+    assert made == [{**row, "scores": [40.0 * i, -1.0]} for i, row in enumerate(rows(photos=5))]
+
+
+def test_what_the_terminal_says_of_a_models_confidence():
+    cells = {
+        name: {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 9}
+        for name, value in (("ece", 0.125), ("half", 0.75), ("coverage", 0.5), ("precision", 0.8))
+    }
+    trust = {**cells, "ece_uncalibrated": 0.25, "target": 0.9}
+    lines = text_table.decoding_table({"system": "Ours", "photos": 1234, "table": [], "trust": trust}).splitlines()
+    assert lines[0] == "Ours, ways of answering, 1,234 photos"
+    assert lines[-3:] == [
+        "calibration error 12.5 (2–22) (uncalibrated 25.0)",
+        "right among the surer half 75.0 (65–85)",
+        "for 90% right answers: knows 50.0 (40–60) of the photos, right 80.0 (70–90)",
+    ]
+
+
+def test_shares_of_places():
+    found = share_ci([1, 1, 0, 0], ["a", "a", "b", "b"], resamples=200)
+    assert found["value"] == 0.5
+    assert (found["low"], found["high"], found["n"]) == (0, 1, 4)
+    assert share_ci([], [])["value"] is None
+
+
+def test_scores_of_one_split_are_kept_when_another_is_wanted(tmp_path, monkeypatch):
+    of, asked, data = {row["id"]: row for row in rows(6)}, [], tmp_path / "data"
+
+    def answer(config, name, model, files, ids, city, scorer):
+        asked.append(list(ids))
+        return [of[photo] for photo in ids]
+
+    def score(*splits, **made_from):
+        wanted = {split: {"val": ["0", "1"], "test": ["2", "3", "4"]}[split] for split in splits}
+        made_from = {**{split: f"digest of {split}" for split in splits}, "model": "m", **made_from}
+        return evaluation.score_addresses(Config(), tmp_path, "System", "no-model", data, wanted, made_from, CITY, False)
+
+    monkeypatch.setattr(evaluation, "distributed_scores", answer)
+    for split in ("val", "test"):
+        tables.write_table(data, split, of.values(), tables.SCORES)
+    assert [row["id"] for row in score("val")["val"]] == ["0", "1"]
+    both = score("val", "test")
+    assert [row["id"] for row in both["test"]] == ["2", "3", "4"]
+    assert both["val"] == score("val")["val"]
+    assert asked == [["0", "1"], ["2", "3", "4"]]
+    assert evaluation.score_addresses(Config(), tmp_path, "Other", "m", data, {"val": ["0"]}, {"of": 1}, CITY, False)["val"]
+    assert evaluation.score_addresses(Config(), tmp_path, "Other", "m", data, {"val": ["0"]}, {"of": 1}, CITY, False)["val"]
+    assert len(asked) == 3
+    for other in ({"model": "another"}, {"val": "another digest"}):
+        with pytest.raises(InputError, match="made with other settings"):
+            score("val", "test", **other)

@@ -1,0 +1,296 @@
+"""The page in a real Chromium, over the real service"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from typing import Any
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.support.pages import contrast, file, give, located, sent
+from tests.support.running_service import STREETS, photo, running_service, two_cities
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH (install the package `chromium`)"),
+    pytest.mark.xdist_group("ray"),
+]
+PATIENCE = 120_000  # ms; bounds a hang, nothing waits this long
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+REMEMBER_FORMS = """
+    const ask = window.fetch;
+    window.fetch = (path, options) => {
+        if (options?.body instanceof FormData) window.sent = options.body;
+        return ask(path, options);
+    };
+"""  # the browser tells no test what is in a form with a file
+Open = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def url(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    root = tmp_path_factory.mktemp("page")
+    with running_service(root, cities=[str(system) for system in two_cities(root)]) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser: Browser, url: str) -> Iterator[Open]:
+    """Opens the page; whatever is done with it, it must not fail inside and must not ask other servers."""
+    expect.set_options(timeout=PATIENCE)
+    contexts, defects, elsewhere = [], [], []
+
+    def visit(query: str = "", **device: Any) -> Page:
+        contexts.append(context := browser.new_context(reduced_motion="reduce", **device))
+        context.set_default_timeout(PATIENCE)
+        context.add_init_script(REMEMBER_FORMS)
+        page = context.new_page()
+        page.on("pageerror", lambda error: defects.append(str(error)))
+        page.on("console", lambda line: defects.append(line.text) if "Content Security Policy" in line.text else None)
+        page.on("request", lambda r: None if r.url.startswith((url, "blob:", "data:")) else elsewhere.append(r.url))
+        page.goto(url + query)
+        expect(page.locator("#map .district")).not_to_have_count(0)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert defects == []
+    assert elsewhere == []
+
+
+@pytest.fixture
+def page(opened: Open) -> Page:
+    return opened("/?threshold=0", viewport={"width": 1280, "height": 900})
+
+
+def test_photo_to_address_and_map(page: Page) -> None:
+    expect(page.locator("#result")).to_be_hidden()
+    expect(page.locator("#attribution")).to_have_text("Made up")
+    found = located(page, lambda: give(page, photo()))
+    assert sent(page, "city") == "toytown"
+    assert sent(page, "prior") is None
+    expect(page.locator("#street")).to_have_text(found["address"]["street"])
+    expect(page.locator("#candidates li")).to_have_count(len(found["candidates"]))
+    names = page.locator("#candidates .name").all_inner_texts()
+    assert names == [f"{c['street']} {c['district']}" for c in found["candidates"]]
+    expect(page.locator("#verdict")).to_contain_text(f"{100 * found['confidence']:.0f} %")
+    assert page.locator("#status").inner_text().endswith(f"{found['address']['street']}, {found['address']['district']}.")
+    expect(page.locator(".candidates path")).to_have_count(len(STREETS))
+    assert sorted(page.locator("#map .badge").all_inner_texts()) == [str(n + 1) for n in range(len(STREETS))]
+    heats = page.locator(".candidates path").evaluate_all("paths => paths.map((p) => getComputedStyle(p).stroke)")
+    assert len(set(heats)) > 1
+
+
+def test_below_the_threshold_it_says_so(opened: Open) -> None:
+    page = opened("/?threshold=1&top_k=2")
+    found = located(page, lambda: give(page, photo()))
+    assert (sent(page, "threshold"), found["known"], found["address"]) == ("1", False, None)
+    expect(page.locator("#plate")).to_have_text("I don't knowthese are the likeliest")
+    expect(page.locator("#verdict")).to_contain_text("Not sure enough")
+    expect(page.locator("body")).to_contain_text("It is never sure enough to name an address.")
+    expect(page.locator("#candidates li")).to_have_count(2)
+    assert page.locator("#status").inner_text().startswith("I don't know. The likeliest is")
+
+
+def test_paste_and_drop(page: Page) -> None:
+    data = file(page, photo(2))
+    dropped = located(page, lambda: page.dispatch_event("#drop", "drop", {"dataTransfer": data}))
+    expect(page.locator("#plate")).to_be_visible()
+    paste = "d => document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: d}))"
+    pasted = located(page, lambda: page.evaluate(paste, data))
+    assert [c["street"] for c in pasted["candidates"]] == [c["street"] for c in dropped["candidates"]]
+
+
+def test_photos_travel_small_upright_and_without_exif(page: Page) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "where I live"  # shot with the camera turned
+    out = BytesIO()
+    Image.new("RGB", (4000, 1000), "grey").save(out, "JPEG", exif=exif)
+    located(page, lambda: give(page, out.getvalue()))
+    uploaded = bytes(page.evaluate("async () => [...new Uint8Array(await window.sent.get('file').arrayBuffer())]"))
+    assert b"where I live" not in uploaded
+    with Image.open(BytesIO(uploaded)) as image:
+        assert (image.size, dict(image.getexif())) == ((400, 1600), {})
+
+
+def test_keyboard_alone_is_enough(page: Page) -> None:
+    order = []
+    for _ in range(7):
+        page.keyboard.press("Tab")
+        order.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+        ring = page.evaluate("""() => {
+            const it = document.activeElement;
+            return getComputedStyle(it.matches("label.button input") ? it.parentElement : it).outlineStyle;
+        }""")
+        assert ring == "solid", order
+    assert order == ["city", "choose", "map", "closer", "further", "all", "SUMMARY"]
+    give(page, photo())
+    expect(page.locator("#plate")).to_be_visible()
+    page.locator("#candidates button").first.focus()
+    expect(page.locator(".candidates path.lit")).to_have_count(1)
+
+    def seen() -> list[float]:
+        return [float(v) for v in page.locator("#map svg").get_attribute("viewBox").split()]
+
+    page.locator("#map").focus()
+    page.keyboard.press("0")
+    x, _, wide, _ = seen()
+    page.keyboard.press("+")
+    assert seen()[2] < wide
+    page.keyboard.press("ArrowRight")
+    assert seen()[0] > x
+    page.locator("#where summary").focus()
+    page.keyboard.press("Enter")
+    page.locator("#map").focus()
+    located(page, lambda: page.keyboard.press("Enter"))
+    x, y, wide, high = seen()
+    circle = json.loads(sent(page, "prior"))["circle"]
+    assert circle["radius_m"] == 200
+    expect(page.locator(".circle circle")).to_have_count(2)
+    assert float(page.locator(".circle circle").first.get_attribute("cx")) == pytest.approx(x + wide / 2, abs=1)
+    assert float(page.locator(".circle circle").first.get_attribute("cy")) == pytest.approx(y + high / 2, abs=1)
+
+
+def test_what_the_user_knows_is_a_prior(page: Page) -> None:
+    give(page, photo())
+    expect(page.locator("#candidates li")).to_have_count(len(STREETS))
+    page.locator("#where summary").click()
+    page.locator("#map").focus()
+    page.keyboard.press("0")
+    box = page.locator("#map").bounding_box()
+    view = [float(v) for v in page.locator("#map svg").get_attribute("viewBox").split()]
+    spot = page.evaluate("""() => {
+        const street = [...document.querySelectorAll(".streets path")].find((p) => p.textContent === "Mill Street");
+        const at = street.getPointAtLength(street.getTotalLength() * 0.1);
+        return [at.x, at.y];
+    }""")
+    at = {"x": (spot[0] - view[0]) / view[2] * box["width"], "y": (spot[1] - view[1]) / view[3] * box["height"]}
+    found = located(page, lambda: page.locator("#map").click(position=at))
+    circle = json.loads(sent(page, "prior"))["circle"]
+    assert circle["lat"] == pytest.approx(52.0, abs=2e-4)
+    assert circle["lon"] == pytest.approx(0.002, abs=2e-4)
+    assert "Mill Street" in [c["street"] for c in found["candidates"]]
+    assert "Oak Avenue" not in [c["street"] for c in found["candidates"]]
+    expect(page.locator("#only")).to_have_text("only in the circle of 200 m")
+
+    found = located(page, lambda: page.locator("#in").select_option("Harbour"))
+    assert json.loads(sent(page, "prior"))["districts"] == ["Harbour"]
+    assert {c["district"] for c in found["candidates"]} == {"Harbour"}
+    nowhere = {"x": box["width"] - 3, "y": box["height"] - 3}
+    located(page, lambda: page.locator("#map").click(position=nowhere))
+    expect(page.locator("#status.bad")).to_be_visible()
+    expect(page.locator("#result")).to_be_hidden()
+    found = located(page, lambda: page.locator("#clear").click())
+    assert sent(page, "prior") is None
+    assert len(found["candidates"]) == len(STREETS)
+    expect(page.locator("#status.bad")).to_have_count(0)
+
+
+def test_another_city_is_looked_at_with_its_own_streets(opened: Open) -> None:
+    page = opened("/?threshold=0")
+    assert page.locator("#city option").all_inner_texts() == ["Toytown", "St. Alder"]
+    assert located(page, lambda: give(page, photo()))["city"] == "Toytown"
+    expect(page.locator("#ask")).to_be_visible()
+    found = located(page, lambda: page.locator("#city").select_option("St. Alder"))
+    assert found["city"] == "St. Alder"
+    expect(page.locator("#model")).to_have_text(found["model"])
+    expect(page.locator("#intro")).to_contain_text("St. Alder")
+    expect(page.locator(".streets path")).to_have_count(2)
+    assert set(page.locator("#candidates .name").all_inner_texts()) == {"Elm Row Harbour", "Oak Avenue Harbour"}
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.get_by_role("button", name="Which street is this? Name it.").click()
+    assert asked.value.post_data_json["model"] == found["model"]
+    expect(page.locator("#talk .it")).to_contain_text(found["address"]["street"])
+    linked = opened(f"/?city={page.locator('#city').input_value()}")
+    expect(linked.locator("#intro")).to_contain_text("St. Alder")
+
+
+def test_follow_up_questions_carry_the_conversation(page: Page) -> None:
+    give(page, photo())
+    with page.expect_request("**/v1/chat/completions"):
+        page.get_by_role("button", name="Which street is this? Name it.").click()
+    expect(page.locator("#send")).to_be_enabled()
+    first = page.locator("#talk .it").inner_text()
+    page.locator("#question").fill("What colour is the sky?")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.keyboard.press("Enter")
+    expect(page.locator("#send")).to_be_enabled()
+    body = asked.value.post_data_json
+    assert body["stream"] is True
+    assert [m["role"] for m in body["messages"]] == ["user", "assistant", "user"]
+    assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    assert body["messages"][1]["content"].strip() == first.strip()
+    expect(page.locator("#talk .me")).to_have_text(["Which street is this? Name it.", "What colour is the sky?"])
+    expect(page.locator("#talk .bad")).to_have_count(0)
+    assert page.locator("#talk").get_attribute("aria-busy") == "false"
+
+
+def test_what_goes_wrong_is_said_and_can_be_mended(page: Page) -> None:
+    refused = located(page, lambda: give(page, b"<html>not a photo</html>"))
+    expect(page.locator("#status.bad")).to_have_text(refused["error"]["message"])
+    expect(page.locator("#again")).to_be_hidden()
+    page.context.set_offline(True)
+    give(page, photo(1))
+    expect(page.locator("#status.bad")).to_contain_text("can't be reached")
+    expect(page.locator("#result")).to_be_hidden()
+    page.context.set_offline(False)
+    located(page, page.locator("#again").click)
+    expect(page.locator("#plate")).to_be_visible()
+    expect(page.locator("#status.bad")).to_have_count(0)
+    page.context.set_offline(True)
+    page.get_by_role("button", name="Which street is this? Name it.").click()
+    expect(page.locator("#talk .bad")).to_contain_text("can't be reached")
+    expect(page.locator("#send")).to_be_enabled()
+
+
+def test_on_a_phone(opened: Open) -> None:
+    page = opened("/?threshold=0", **PHONE)
+    expect(page.locator("#camera")).to_be_visible()
+    assert page.locator("#shoot").get_attribute("capture") == "environment"
+    page.set_input_files("#shoot", {"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": photo()})
+    expect(page.locator("#plate")).to_be_in_viewport()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    for target in page.locator("button:visible, .button:visible, summary:visible").all():
+        box = target.bounding_box()
+        assert min(box["width"], box["height"]) >= 24, target
+    page.locator("#where summary").tap()
+    page.locator("#map").scroll_into_view_if_needed()
+    located(page, lambda: page.locator("#map").tap(position={"x": 80, "y": 150}))
+    assert "circle" in json.loads(sent(page, "prior"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_readable_by_day_and_by_night(opened: Open, scheme: str) -> None:
+    page = opened("/?threshold=0", color_scheme=scheme)
+    give(page, photo())
+    expect(page.locator("#plate")).to_be_visible()
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(244, 242, 236)"
+    assert light == (scheme == "light")
+    for text in (
+        "h1",
+        "#intro",
+        "#street",
+        "#verdict",
+        "#meaning",
+        "#candidates small",
+        "#candidates .share",
+        "#send",
+        "footer",
+    ):
+        assert contrast(page.locator(text).first) >= 4.5, text
+    assert (
+        page.locator("#picture").evaluate("p => (document.body.classList.add('busy'), getComputedStyle(p).animationName)")
+        == "none"
+    )

@@ -1,0 +1,183 @@
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from addressvlm import InputError
+from addressvlm.labels.response_cache import (
+    LONGEST_LINE,
+    LONGEST_TEXT,
+    ROOM,
+    CachedAnswer,
+    RequestKey,
+    ResponseCache,
+    WritableResponseCache,
+    open_for_writing,
+)
+
+ASKED = RequestKey("row", "v1", "openai:m", "a" * 32, "b" * 32, 1)
+TEXTS = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+def asked(row: int, number: int = 1) -> RequestKey:
+    return replace(ASKED, id=f"row {row}", number=number)
+
+
+def segment(folder: Path) -> Path:
+    (path,) = folder.glob("*.jsonl")
+    return path
+
+
+def test_answers_are_found_by_what_was_asked(tmp_path: Path) -> None:
+    first, second = CachedAnswer("Mill Street", tokens_in=700, tokens_out=50, usd=0.25, seconds=2.0), CachedAnswer(refusal="no")
+    with open_for_writing(tmp_path) as ledger:
+        ledger.add(ASKED, first)
+        ledger.add(replace(ASKED, number=2), second)
+        assert ledger.get(ASKED) == first
+    kept = ResponseCache(tmp_path)
+    assert (kept.get(ASKED), kept.get(replace(ASKED, number=2))) == (first, second)
+    changes = ({"id": "other"}, {"image": "c"}, {"digest": "c"}, {"number": 3})
+    assert [kept.get(replace(ASKED, **change)) for change in changes] == [None] * 4
+    assert (kept.tokens, kept.usd, kept.torn, kept.answers) == (750, 0.25, 0, {("v1", "openai:m"): 2})
+    assert b"\0" not in segment(tmp_path).read_bytes()  # room that was not needed is given back
+    with open_for_writing(tmp_path) as more:
+        more.add(asked(9), first)
+    assert len(list(tmp_path.glob("*.jsonl"))) == 2
+    assert (ResponseCache(tmp_path).get(ASKED), ResponseCache(tmp_path).get(asked(9))) == (first, first)
+
+
+@settings(deadline=None, max_examples=60)
+@given(texts=st.lists(TEXTS, min_size=1, max_size=5), share=st.floats(0, 1), zeros=st.integers(0, 50))
+def test_a_segment_that_is_cut_off_loses_the_cut_line_and_no_other(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str | None], share: float, zeros: int
+) -> None:
+    folder = tmp_path_factory.mktemp("ledger")
+    ledger = WritableResponseCache(folder)
+    for row, text in enumerate(texts):
+        ledger.add(asked(row), CachedAnswer(text))
+    ledger.close()
+    whole = segment(folder).read_bytes()
+    size = round(share * len(whole))
+    segment(folder).write_bytes(whole[:size] + bytes(zeros))  # zeros: the room that a kill leaves
+    found = ResponseCache(folder)
+    ends = [end + 1 for end, letter in enumerate(whole) if letter == ord("\n")]
+    complete = sum(end - 1 <= size for end in ends)
+    assert [found.get(asked(row)) for row in range(len(texts))] == [
+        CachedAnswer(text) if row < complete else None for row, text in enumerate(texts)
+    ]
+    assert found.torn <= 1
+
+
+def test_what_a_dying_process_leaves_is_read(tmp_path: Path) -> None:
+    ledger = WritableResponseCache(tmp_path)
+    ledger.make_room(1)
+    ledger.add(ASKED, CachedAnswer("kept"))
+    assert segment(tmp_path).stat().st_size == ROOM  # neither closed nor synchronised
+    assert ResponseCache(tmp_path).get(ASKED) == CachedAnswer("kept")
+    assert ResponseCache(tmp_path).torn == 0
+    ledger.close()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_answer_beats_a_failure_in_any_order(tmp_path: Path, order: int) -> None:
+    for answer in [CachedAnswer(failure="500"), CachedAnswer("Mill Street")][::order]:
+        with open_for_writing(tmp_path) as ledger:
+            ledger.add(ASKED, answer)
+    for name, path in zip("ab", sorted(tmp_path.glob("*.jsonl"), key=lambda p: "Mill" in p.read_text())[::order], strict=True):
+        path.rename(tmp_path / f"{name}.jsonl")
+    assert ResponseCache(tmp_path).get(ASKED) == CachedAnswer("Mill Street")
+
+
+def test_a_job_that_asked_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with open_for_writing(tmp_path) as ledger:
+        ledger.make_room(1)
+    assert list(tmp_path.glob("*.jsonl")) == []
+
+
+def test_what_is_spent_is_known_again_whatever_came_back(tmp_path: Path) -> None:
+    came = [
+        CachedAnswer("x", None, None, 10, 1, 0.5, 2.0),
+        CachedAnswer(None, "no", None, 20, 2, 0.25, 4.0),
+        CachedAnswer(failure="500"),
+    ]
+    with open_for_writing(tmp_path) as ledger:
+        for number, answer in enumerate(came, 1):
+            ledger.add(replace(ASKED, number=number), answer)
+        first = (ledger.tokens, ledger.usd, ledger.seconds, ledger.answers)
+    found = ResponseCache(tmp_path)
+    assert first == (found.tokens, found.usd, found.seconds, found.answers) == (33, 0.75, 6.0, {("v1", "openai:m"): 2})
+    assert [found.get(replace(ASKED, number=number)) for number in (1, 2, 3)] == came
+
+
+def test_answers_are_made_to_survive_the_machine_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_for_writing(tmp_path) as ledger:
+        synced: list[int] = []
+        monkeypatch.setattr("os.fsync", synced.append)
+        ledger.sync()
+        for number in (1, 2):
+            ledger.add(replace(ASKED, number=number), CachedAnswer("x"))
+            ledger.sync()
+            ledger.sync()
+        assert synced == [ledger._file] * 2
+
+
+def test_foreign_lines_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"asked": {}}\n[1]\nno JSON\n' + json.dumps({"asked": "x"}) + "\n")
+    assert ResponseCache(tmp_path).torn == 4
+
+
+def test_long_texts_are_cut(tmp_path: Path) -> None:
+    with open_for_writing(tmp_path) as ledger:
+        ledger.add(ASKED, CachedAnswer("\x01" * (2 * LONGEST_TEXT)))
+        kept = ledger.get(ASKED)
+    assert kept is not None
+    assert kept.text == "\x01" * LONGEST_TEXT
+    assert segment(tmp_path).stat().st_size < LONGEST_LINE  # even in the longest way to write it
+
+
+def test_one_job_at_a_time(tmp_path: Path) -> None:
+    told = pytest.raises(InputError, match=r"another job asks .* \(process \d+ on ")
+    with open_for_writing(tmp_path / "ledger"), told, open_for_writing(tmp_path / "ledger"):
+        pass
+    with open_for_writing(tmp_path / "ledger") as ledger:
+        ledger.add(ASKED, CachedAnswer("x"))
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes, which is refused as a full disk is."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_before_anything_is_asked_and_room_stays_for_what_is_in_flight(tmp_path: Path) -> None:
+    with disk_of(ROOM), open_for_writing(tmp_path) as ledger:
+        ledger.make_room(ROOM // LONGEST_LINE)
+        with pytest.raises(InputError, match=r"disk of .* is full.*every answer so far is kept"):
+            ledger.make_room(ROOM // LONGEST_LINE + 1)
+        for row in range(ROOM // LONGEST_LINE):
+            ledger.add(asked(row), CachedAnswer("\x01" * LONGEST_TEXT))
+    found = ResponseCache(tmp_path)
+    assert all(found.get(asked(row)) for row in range(ROOM // LONGEST_LINE))
+    assert found.torn <= 1
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "ledger").write_text("a file")
+    with pytest.raises(InputError, match="can't be written"), open_for_writing(tmp_path / "ledger"):
+        pass
+
+
+def test_an_error_of_the_job_is_not_one_of_the_ledger(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), open_for_writing(tmp_path / "ledger"):
+        (tmp_path / "elsewhere").read_text()

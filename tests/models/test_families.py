@@ -1,0 +1,106 @@
+"""Training on families other than LLaVA: a step runs, the loss falls, and what is saved, merged and loaded answers alike.
+
+python -m pytest -q tests/models/test_families.py
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+from addressvlm.config.train import ModelConfig, PartConfig, StageConfig
+from addressvlm.models.loading import enable_packing, has_1d_positions
+from addressvlm.models.lora import attach_lora, set_trainable_parts, trainable_params
+from addressvlm.models.parts import part_named, part_of
+from addressvlm.training import trainer
+from addressvlm.training.collator import Collator, Sample, sample_from_row
+from addressvlm.training.dataset import Schedule
+from addressvlm.training.loss import answer_loss
+from tests.support.families import picture
+from tests.support.tiny_families import FAMILIES
+from tests.support.training_tables import ListTable, table_rows
+
+SETTINGS = ModelConfig(vision=PartConfig(rank=2, alpha=4), llm=PartConfig(rank=4, alpha=8), lora_dropout=0.0)
+
+
+def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(**{k: v for k, v in batch.items() if k not in ("labels", "asked")}).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_learns_and_is_saved_merged_and_loaded_exactly(family: str, tmp_path: Path) -> None:
+    base, processor = FAMILIES[family]()
+    base.get_output_embeddings().weight.data.mul_(20)  # LoRA leaves the head as it is, so it must be able to say something
+    base.save_pretrained(tmp_path / "base")
+    packed = enable_packing(base, "auto", torch.device("cpu"), family)
+    assert packed == (family == "smolvlm")
+    model, parts = attach_lora(base, SETTINGS)
+    collate = Collator(processor, packed=packed)
+    stage = StageConfig(data="photos", batch_size=3, learning_rate=0.02)
+    losses: list[float] = []
+    table = ListTable(table_rows(6))
+    trainer.run_stage(
+        model, parts, collate, trainer.Stage("s", stage, Schedule(table, 3, 0), 6, 0), "ddp",
+        after=lambda progress, strategy: losses.append(progress.loss),
+    )  # fmt: skip
+    assert losses[-1] < 0.9 * losses[0]
+    model.eval()
+    batch = Collator(processor)([sample_from_row(table[0])])
+    tuned = logits(model, batch)
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    loaded = PeftModel.from_pretrained(again, str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(logits(loaded, batch), tuned, rtol=1e-5, atol=1e-5)
+    loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    torch.testing.assert_close(logits(merged, batch), tuned, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(merged, batch).argmax(-1), tuned.argmax(-1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_part_of_a_family_can_learn_alone(family: str) -> None:
+    base, processor = FAMILIES[family]()
+    model, parts = attach_lora(base, SETTINGS)
+    batch = Collator(processor)([sample_from_row(row) for row in table_rows(2)])
+    for part in parts:
+        set_trainable_parts(model, parts, [part])
+        answer_loss(model, batch)[0].backward()
+        learnt = [name for name, weights in trainable_params(model).items() if weights.grad is not None]
+        assert {part_of(name.replace(".modules_to_save.default", ""), parts) for name in learnt} == {part}
+        assert {part_named(name) for name in learnt} == {part}
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_a_family_have_the_loss_of_each_alone(family: str) -> None:
+    model, processor = FAMILIES[family]()
+    rows = [sample_from_row(row) for row in table_rows(3)]
+    collate = Collator(processor)
+    together, count = answer_loss(model, collate(rows))
+    alone = [answer_loss(model, collate([row])) for row in rows]
+    assert count == sum(n for _, n in alone)
+    torch.testing.assert_close(together, sum(loss for loss, _ in alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_photos_of_other_proportions_share_a_batch(packed: bool) -> None:
+    model, processor = FAMILIES["smolvlm"]()
+    processor.image_processor.do_image_splitting, processor.image_processor.size = True, {"longest_edge": 64}
+    rounds = [("Which street is this?", "Mill Street")]
+    rows = [Sample(picture(seed, size), rounds) for seed, size in enumerate([(64, 64), (64, 32), (24, 64)])]
+    alone = [answer_loss(model, Collator(processor)([row])) for row in rows]
+    if packed:
+        assert enable_packing(model, "on", torch.device("cpu"), "smolvlm")
+    together, count = answer_loss(model, Collator(processor, packed=packed)(rows))
+    assert count == sum(n for _, n in alone)
+    torch.testing.assert_close(together, sum(loss for loss, _ in alone), rtol=1e-5, atol=1e-5)
+
+
+def test_positions_by_row_and_column_are_told_apart() -> None:
+    assert {name: has_1d_positions(make()[0]) for name, make in FAMILIES.items()} == {
+        "qwen2.5-vl": False, "qwen3-vl": False, "smolvlm": True,
+    }  # fmt: skip

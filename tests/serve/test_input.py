@@ -1,0 +1,278 @@
+"""Whatever comes in, the service says what is wrong with it and stays up. The routes without Ray, over a real tiny model."""
+
+import base64
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from tests.support.images import BAD, GOOD
+from tests.support.in_process_service import api
+from tests.support.running_service import check_error, photo
+
+pytestmark = pytest.mark.xdist_group("serve")
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    with api(tmp_path_factory.mktemp("input"), max_body_mb=2, max_megapixels=4) as client:
+        yield client
+        assert client.post("/v1/localize", files={"file": photo()}).status_code == 200  # still there
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
+def asks(text: str, *images: str) -> list[dict[str, Any]]:
+    parts = [{"type": "image_url", "image_url": {"url": image}} for image in images]
+    return [{"role": "user", "content": [{"type": "text", "text": text}, *parts]}]
+
+
+PHOTO = data_url(photo())
+CHAT = {"model": "addressvlm", "messages": asks("Where?", PHOTO), "max_tokens": 4}
+
+
+# ---- images
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_images(client: TestClient, case: str) -> None:
+    data, words = BAD[case]
+    check_error(client.post("/v1/localize", files={"file": ("photo.jpg", data)}), 400, words)
+    check_error(client.post("/v1/localize", json={"image": data_url(data)}), 400, words)
+    check_error(client.post("/v1/chat/completions", json=CHAT | {"messages": asks("Where?", data_url(data))}), 400, words)
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_unusual_images(client: TestClient, case: str) -> None:
+    assert client.post("/v1/localize", files={"file": GOOD[case][0]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        ("%%%not base64%%%", "not valid base64"),
+        ("abc", "not valid base64"),
+        ("data:image/png,abc", "not base64"),
+        ("data:image/png;base64,", "0 bytes"),
+        ("http://169.254.169.254/latest", "not fetched"),
+        ("http://127.0.0.1:8000/", "not fetched"),
+        (" HTTPS://example.org/a.jpg", "not fetched"),
+        ("file:///etc/passwd", "not fetched"),
+        ("gopher://example.org", "not fetched"),
+        ("\x00" * 100, "not valid base64"),
+    ],
+)
+def test_images_that_are_none(client: TestClient, image: str, words: str) -> None:
+    check_error(client.post("/v1/localize", json={"image": image}), 400, words)
+    check_error(client.post("/v1/chat/completions", json=CHAT | {"messages": asks("Where?", image)}), 400, words)
+
+
+# ---- /v1/localize
+
+WRONG_JSON: list[tuple[Any, str]] = [
+    ({"image": 3}, "image"),
+    ({}, "image"),
+    ({"picture": "abc", "image": PHOTO}, "picture: there is no such field"),
+    (["image"], "JSON object"),
+    ("image", "JSON object"),
+    (0, "JSON object"),
+    ({"image": PHOTO, "top_k": 0}, "top_k"),
+    ({"image": PHOTO, "top_k": -3}, "top_k"),
+    ({"image": PHOTO, "top_k": 51}, "top_k"),
+    ({"image": PHOTO, "top_k": 10**30}, "top_k"),
+    ({"image": PHOTO, "top_k": True}, "top_k"),
+    ({"image": PHOTO, "top_k": 2.5}, "top_k"),
+    ({"image": PHOTO, "threshold": 1.5}, "threshold"),
+    ({"image": PHOTO, "threshold": "high"}, "threshold"),
+    ({"image": PHOTO, "city": 3}, "city"),
+    ({"image": PHOTO, "city": ["toytown"]}, "city"),
+    ({"image": PHOTO, "prior": "Harbour"}, "prior"),
+    ({"image": PHOTO, "prior": {"district": ["Harbour"]}}, "no such field"),
+    ({"image": PHOTO, "prior": {"districts": "Harbour"}}, "prior.districts"),
+    ({"image": PHOTO, "prior": {"districts": [""]}}, "prior.districts"),
+    ({"image": PHOTO, "prior": {"streets": [1]}}, "prior.streets"),
+    ({"image": PHOTO, "prior": {"streets": ["Mill Street"] * 1001}}, "prior.streets"),
+    ({"image": PHOTO, "prior": {"streets": ["Nowhere Road"]}}, "no street 'Nowhere Road'"),
+    ({"image": PHOTO, "prior": {"weights": {"Mill Street": -1}}}, "prior.weights"),
+    ({"image": PHOTO, "prior": {"circle": {"lat": 52}}}, "prior.circle"),
+    ({"image": PHOTO, "prior": {"circle": {"lat": 91, "lon": 0, "radius_m": 5}}}, "prior.circle.lat"),
+    ({"image": PHOTO, "prior": {"circle": {"lat": 5, "lon": 0, "radius_m": 0}}}, "radius_m"),
+    ({"image": PHOTO, "prior": {"circle": {"lat": 5, "lon": 0, "radius_m": 10}}}, "left by the prior"),
+]
+
+
+@pytest.mark.parametrize(("body", "words"), WRONG_JSON)
+def test_wrong_json(client: TestClient, body: Any, words: str) -> None:
+    check_error(client.post("/v1/localize", json=body), 400, words)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[" * 99999, b"\xff\xfe\xff", b'{"image": NaN}', b'{"image": "a", "city": "\\ud800"}', b"1" * 5000],
+)
+def test_what_is_no_json(client: TestClient, body: bytes) -> None:
+    for route in ("/v1/localize", "/v1/chat/completions"):
+        check_error(client.post(route, content=body, headers={"content-type": "application/json"}), 400, "")
+
+
+def test_a_prior_is_used(client: TestClient) -> None:
+    asked = {"prior": json.dumps({"streets": ["Quay Lane"]}), "threshold": "0.5", "top_k": "3"}
+    found = client.post("/v1/localize", files={"file": photo()}, data=asked).json()
+    assert [(c["street"], c["probability"]) for c in found["candidates"]] == [("Quay Lane", 1.0)]
+    assert (found["known"], found["threshold"]) == (True, 0.5)
+    assert found["candidates"][0]["geometry"]["type"] == "LineString"
+    assert found["candidates"][0]["lon"] == pytest.approx(0.01)
+
+
+def test_below_the_threshold_no_address_is_named(client: TestClient) -> None:
+    found = client.post("/v1/localize", json={"image": PHOTO, "threshold": 1}).json()
+    assert (found["known"], found["address"]) == (False, None)
+    assert len(found["candidates"]) == 4
+    assert found["confidence"] == found["candidates"][0]["probability"]
+
+
+def test_forms_and_types(client: TestClient) -> None:
+    file = {"file": photo()}
+    check_error(client.post("/v1/localize", files={"image": b"x"}), 400, "field 'file'")
+    check_error(client.post("/v1/localize", data={"file": "x"}), 415, "multipart/form-data")
+    check_error(client.post("/v1/localize", files=file, data={"top_k": "many"}), 400, "top_k")
+    check_error(client.post("/v1/localize", files=file, data={"top_k": "-1"}), 400, "top_k")
+    check_error(client.post("/v1/localize", files=file, data={"prior": "{"}), 400, "'prior' is not valid JSON")
+    check_error(client.post("/v1/localize", files=file, data={"city": "Atlantis"}), 404, "'toytown'")
+    check_error(client.post("/v1/localize", files=file, data={"x": "y"}), 400, "no such field")
+    check_error(client.post("/v1/localize", content=b"x", headers={"content-type": "multipart/form-data"}), 400, "boundary")
+    check_error(
+        client.post("/v1/localize", content=photo(), headers={"content-type": "image/jpeg"}), 415, "multipart/form-data"
+    )
+    check_error(
+        client.post("/v1/chat/completions", content=b"x", headers={"content-type": "text/plain"}), 415, "application/json"
+    )
+    check_error(client.get("/v1/localize"), 405, "Method Not Allowed")
+    check_error(client.get("/v2/localize"), 404, "Not Found")
+    check_error(client.get("/v1/map", params={"city": "Atlantis"}), 404, "'toytown'")
+
+
+def test_large_bodies(client: TestClient) -> None:
+    check_error(client.post("/v1/localize", files={"file": b"\0" * 3_000_000}), 413, "larger than 2 MB")
+    parts = (b"\0" * 100_000 for _ in range(30))  # without a length announced
+    headers = {"content-type": "application/json"}
+    check_error(client.post("/v1/localize", content=parts, headers=headers), 413, "larger than 2 MB")
+
+
+def test_the_map_travels_compressed_to_those_who_read_that(client: TestClient) -> None:
+    plain, zipped = (client.get("/v1/map", headers={"Accept-Encoding": kind}) for kind in ("identity", "gzip"))
+    assert plain.json() == zipped.json()
+    assert "content-encoding" not in plain.headers
+    assert (zipped.headers["content-encoding"], zipped.headers["vary"]) == ("gzip", "Accept-Encoding")
+
+
+# ---- /v1/chat/completions
+
+WRONG_CHATS: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages"),
+    ({"messages": "hello"}, "messages"),
+    ({"messages": None}, "messages"),
+    ({"messages": [{"role": "user", "content": "x"}] * 10_000}, "messages"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+    ({"messages": [{"content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages.0.content.0.type"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": PHOTO}]}]},
+        "messages.0.content.0.image_url",
+    ),
+    ({"messages": [{"role": "system", "content": asks("", PHOTO)[0]["content"]}, *asks("x")]}, "messages.0.content"),
+    ({"messages": asks("Where?", *[PHOTO] * 9)}, "messages"),
+    ({"messages": asks("word " * 30_000)}, "messages"),
+    ({"temperature": 3}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"n": 9}, "n"),
+    ({"n": 0}, "n"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"stop": ["a"] * 5}, "stop"),
+    ({"stop": "a" * 201}, "stop"),
+    ({"stop": ["a", "b" * 201]}, "stop"),
+    ({"presence_penalty": 1.0}, "presence_penalty"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"stream": "yes"}, "stream"),
+]
+
+
+@pytest.mark.parametrize(("change", "param"), WRONG_CHATS)
+def test_wrong_chats(client: TestClient, change: dict[str, Any], param: str) -> None:
+    response = client.post("/v1/chat/completions", json=CHAT | change)
+    check_error(response, 400, "")
+    assert response.json()["error"]["param"].split(".")[0] == param.split(".")[0]
+
+
+def test_another_model(client: TestClient) -> None:
+    for name in ("gpt-4o", "", "x" * 100_000, "\x00"):
+        response = client.post("/v1/chat/completions", json=CHAT | {"model": name})
+        check_error(response, 404, "'toytown/addressvlm'")
+        assert response.json()["error"]["code"] == "model_not_found"
+        assert len(response.text) < 500
+
+
+def test_longer_than_the_context(client: TestClient) -> None:
+    body = CHAT | {"messages": asks("word " * 19_000)}
+    check_error(client.post("/v1/chat/completions", json=body), 400, "tokens and the model reads")
+    check_error(client.post("/v1/chat/completions", json=body | {"stream": True}), 400, "tokens and the model reads")
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def test_what_a_stream_says_is_the_whole_answer(client: TestClient) -> None:
+    body = CHAT | {"messages": asks("Tell me a story.", PHOTO), "max_tokens": 12, "logprobs": True, "top_logprobs": 2}
+    whole = client.post("/v1/chat/completions", json=body).json()
+    told = events(client.post("/v1/chat/completions", json=body | {"stream": True, "stream_options": {"include_usage": True}}))
+    choices = [event["choices"][0] for event in told[:-1]]
+    assert "".join(c["delta"].get("content", "") for c in choices) == whole["choices"][0]["message"]["content"]
+    assert choices[-1]["finish_reason"] == whole["choices"][0]["finish_reason"] == "length"
+    assert told[-1]["usage"] == whole["usage"]
+    assert len(choices) > 4  # piece by piece
+    streamed = [token for c in choices if c["logprobs"] for token in c["logprobs"]["content"]]
+    scores = whole["choices"][0]["logprobs"]["content"]
+    assert [token["token"] for token in streamed] == [token["token"] for token in scores]
+    assert len(scores) == 12
+    assert all(token["top_logprobs"][0]["logprob"] == pytest.approx(token["logprob"]) for token in scores)  # greedy
+
+
+def test_several_answers_and_seeds(client: TestClient) -> None:
+    body = CHAT | {"messages": asks("Tell me a story.", PHOTO), "temperature": 1.5, "n": 3, "seed": 5}
+    first, second = (client.post("/v1/chat/completions", json=body).json() for _ in range(2))
+    texts = [choice["message"]["content"] for choice in first["choices"]]
+    assert texts == [choice["message"]["content"] for choice in second["choices"]]
+    assert len(set(texts)) > 1
+    told = events(client.post("/v1/chat/completions", json=body | {"stream": True}))
+    assert {event["choices"][0]["index"] for event in told} == {0, 1, 2}
+
+
+def test_chats_about_the_address_agree_with_the_ranking(client: TestClient) -> None:
+    best = client.post("/v1/localize", json={"image": PHOTO}).json()["candidates"][0]["street"]
+
+    def said(text: str) -> str:
+        body = CHAT | {"messages": asks(text, PHOTO), "max_tokens": 20}
+        told = events(client.post("/v1/chat/completions", json=body | {"stream": True}))
+        whole = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+        assert "".join(event["choices"][0]["delta"].get("content", "") for event in told) == whole
+        return whole
+
+    assert said("Which street is this?") == best
+    assert said(f"Is this {best}?") == "Yes"
+    assert said(f"Is this {'Mill Street' if best != 'Mill Street' else 'Oak Avenue'}?") == "No"

@@ -1,0 +1,284 @@
+"""Who may ask, how often, and what is noted about it; the routes without Ray, over a real tiny model."""
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from addressvlm import InputError
+from serve.metrics import ServiceMetrics
+from serve.middleware import AccessMiddleware, RateLimit, key_digests
+from serve.settings import ServiceSettings
+from tests.support.in_process_service import api
+from tests.support.running_service import check_error, model_folder, photo
+
+pytestmark = pytest.mark.xdist_group("serve")
+KEYS = [f"a-key-of-twenty-{number:04}" for number in range(5)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(model_folder(tmp_path_factory.mktemp("access")))
+
+
+@pytest.fixture
+def client(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    """A service that nobody has asked yet: every key has its one request a hundred seconds."""
+    monkeypatch.setenv("ADDRESSVLM_API_KEYS", ", ".join(KEYS))
+    with api(tmp_path, model=model, rate_limit=0.6, allowed_origins="https://maps.example.org") as client:
+        yield client
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_only_keys_open_the_service(client: TestClient) -> None:
+    for headers in ({}, bearer("wrong"), bearer(""), {"Authorization": f"Basic {KEYS[0]}"}, {"Authorization": b"Bearer \xff"}):
+        for method, route in (("GET", "/v1/models"), ("POST", "/v1/localize"), ("GET", "/metrics"), ("GET", "/v1/nothing")):
+            response = client.request(method, route, headers=headers)
+            check_error(response, 401, "asks for a key")
+            assert response.headers["www-authenticate"] == "Bearer"
+    for route in ("/", "/healthz", "/openapi.json", "/page.js"):
+        assert client.get(route).status_code == 200
+    assert client.get("/openapi.json").json()["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+
+
+def test_each_key_has_its_own_rate(client: TestClient) -> None:
+    assert client.get("/v1/models", headers=bearer(KEYS[0])).status_code == 200
+    response = client.get("/v1/models", headers=bearer(KEYS[0]))
+    check_error(response, 429, "0.6 requests a minute")
+    assert int(response.headers["retry-after"]) > 1
+    assert client.get("/v1/models", headers=bearer(KEYS[1])).status_code == 200
+    assert client.get("/metrics", headers=bearer(KEYS[0])).status_code == 200
+
+
+def test_other_origins_are_told_apart(client: TestClient) -> None:
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    allowed = client.options("/v1/localize", headers={"Origin": "https://maps.example.org", **asks})
+    assert allowed.headers["access-control-allow-origin"] == "https://maps.example.org"
+    assert client.options("/v1/localize", headers={"Origin": "https://evil.example", **asks}).status_code == 400
+    refused = client.get("/healthz", headers={"Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in refused.headers
+
+
+def test_the_log_has_a_line_for_each_request_and_no_image(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "addressvlm.access"):
+        headers = {**bearer(KEYS[2]), "X-Request-Id": "ours-1"}
+        response = client.post("/v1/localize?key=1", files={"file": ("secret.jpg", photo())}, headers=headers)
+        client.get("/nowhere", headers={**bearer(KEYS[2]), "X-Request-Id": "new\tline"})
+    first, second = (json.loads(record.message) for record in caplog.records)
+    assert response.headers["x-request-id"] == first["request_id"] == response.json()["request_id"] == "ours-1"
+    assert (first["status"], first["path"], first["city"], first["caller"][:4]) == (200, "/v1/localize", "toytown", "key-")
+    assert re.fullmatch("[0-9a-f]{32}", second["request_id"])
+    assert (first["bytes"], first["method"]) == (len(response.content), "POST")
+    assert second["status"] == 429  # the second within its minute
+    text = caplog.text
+    assert not any(secret in text for secret in (*KEYS, "secret.jpg", "JFIF", "base64"))
+
+
+def test_what_is_counted(client: TestClient) -> None:
+    for _ in range(2):
+        client.get("/v1/models", headers=bearer(KEYS[3]))
+    client.post("/v1/localize", files={"file": ("photo.jpg", photo())}, headers=bearer(KEYS[4]))
+    text = client.get("/metrics", headers=bearer(KEYS[1]))
+    assert text.headers["content-type"].startswith("text/plain")
+    found = {f.name: f.samples for f in text_string_to_metric_families(text.text)}
+    counted = {(s.labels["route"], s.labels["status"]): s.value for s in found["addressvlm_requests"]}
+    assert counted == {("/v1/models", "200"): 1, ("/v1/models", "429"): 1, ("/v1/localize", "200"): 1}
+    assert {s.labels["city"] for s in found["addressvlm_localized"]} == {"toytown"}
+    for name in ("addressvlm_request_seconds", "addressvlm_confidence", "addressvlm_batch_size", "addressvlm_decode_seconds"):
+        assert any(s.name.endswith("_count") and s.value >= 1 for s in found[name])
+    client.request("BREW", "/nowhere")
+    text = client.get("/metrics", headers=bearer(KEYS[1]))
+    assert 'method="other",replica="front",route="other",status="401"' in text.text  # callers can't make up labels
+
+
+def test_the_rate_limit_counts_time_and_forgets_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = RateLimit(60)
+
+    def ask(now: float, caller: str = "a") -> float:
+        return asyncio.run(limit.wait(caller, now))
+
+    assert [ask(0) for _ in range(10)] == [0] * 10  # ten seconds' worth at once
+    assert ask(0) == pytest.approx(1)
+    assert ask(0.5) == pytest.approx(0.5)
+    assert ask(1) == 0
+    assert ask(1, "b") == 0
+    assert [ask(1000) for _ in range(11)] == [*[0] * 10, pytest.approx(1)]  # no more than that after any time
+    monkeypatch.setattr("serve.middleware.CALLERS", 2)
+    assert ask(1000, "c") == 0  # in place of b, who has not asked for longest
+    assert list(limit.callers) == ["a", "c"]
+
+
+def test_short_keys_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADDRESSVLM_API_KEYS", "short")
+    with pytest.raises(InputError, match="openssl rand"):
+        key_digests()
+    for nothing in ("", " ,"):
+        monkeypatch.setenv("ADDRESSVLM_API_KEYS", nothing)
+        with pytest.raises(InputError, match="holds no key"):
+            key_digests()
+    monkeypatch.delenv("ADDRESSVLM_API_KEYS")
+    assert key_digests() == []
+
+
+def test_keys_are_asked_for_under_a_prefix(client: TestClient) -> None:
+    under = TestClient(client.app, root_path="/geo")
+    for path in ("/geo/v1/models", "/geo/metrics", "/geo/v1/models/", "/v1/models", "/geo/nothing"):
+        check_error(under.get(path), 401, "asks for a key")
+    assert under.get("/geo/healthz").status_code == under.get("/geo/page.js").status_code == 200
+    text = under.get("/geo/metrics", headers=bearer(KEYS[1])).text
+    assert 'route="/v1/models",status="401"' in text
+
+
+class Around:
+    """`AccessMiddleware` around an application of a few lines."""
+
+    def __init__(self, app: Any, wait: Any = None, forwarded: bool = True, **more: Any) -> None:
+        settings = ServiceSettings(forwarded=forwarded, rate_limit=1, **more)
+        self.access = AccessMiddleware(app, settings, ServiceMetrics(), wait=wait)
+
+    def client(self, address: str = "10.0.0.9") -> TestClient:
+        return TestClient(self.access, client=(address, 1))
+
+
+async def fine(scope: Any, receive: Any, send: Any) -> None:
+    await Response(scope["state"]["caller"])(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("lines", "caller"),
+    [
+        ([], "10.0.0.9"),
+        (["1.2.3.4"], "1.2.3.4"),
+        (["9.9.9.9, 1.2.3.4"], "1.2.3.4"),
+        (["9.9.9.9", "8.8.8.8, 1.2.3.4"], "1.2.3.4"),
+        (["1.2.3.4, made up"], "10.0.0.9"),
+        (["2001:db8:1:2:3::4"], "2001:db8:1:2::/64"),
+        (["::ffff:1.2.3.4"], "1.2.3.4"),
+    ],
+)
+def test_callers_behind_a_proxy(lines: list[str], caller: str) -> None:
+    headers = [("X-Forwarded-For", line) for line in lines]
+    assert Around(fine).client().get("/v1/x", headers=headers).text == caller
+
+
+def test_without_a_proxy_nobody_says_who_they_are() -> None:
+    headers = [("X-Forwarded-For", "1.2.3.4")]
+    assert Around(fine, forwarded=False).client().get("/v1/x", headers=headers).text == "10.0.0.9"
+
+
+def test_the_rate_is_that_of_the_caller_and_the_wait_is_told() -> None:
+    callers = []
+
+    async def wait(caller: str) -> float:
+        callers.append(caller)
+        return {"1.2.3.4": 0.0, "1.2.3.5": 0.2}.get(caller, 41.6)
+
+    client = Around(fine, wait).client()
+    for address, status, after in (("1.2.3.4", 200, None), ("1.2.3.5", 429, "1"), ("1.2.3.6", 429, "42")):
+        answer = client.get("/v1/x", headers={"X-Forwarded-For": address})
+        assert (answer.status_code, answer.headers.get("retry-after")) == (status, after)
+    assert callers == ["1.2.3.4", "1.2.3.5", "1.2.3.6"]
+
+
+def test_a_peer_is_known_by_its_network() -> None:
+    assert Around(fine).client("2001:db8::1").get("/v1/x").text == "2001:db8::/64"
+
+
+def test_a_rate_limit_that_does_not_answer_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.middleware.LIMIT_S", 0.01)
+
+    async def never(caller: str) -> float:
+        return await asyncio.get_running_loop().create_future()
+
+    assert Around(fine, never).client().get("/v1/x").status_code == 200
+
+
+def test_a_question_too_many_is_refused_at_the_door() -> None:
+    inside, over = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        if scope["method"] == "POST":
+            inside.set()
+            await over.wait()
+        await fine(scope, receive, send)
+
+    async def ask() -> None:
+        around = Around(slow, max_queued_requests=0, max_replicas=1, max_ongoing_requests=1, target_ongoing_requests=0.5)
+        transport = httpx.ASGITransport(around.access)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            first = asyncio.create_task(client.post("/v1/localize"))
+            await inside.wait()
+            refused = await client.post("/v1/localize")
+            check_error(refused, 503, "busy")
+            assert refused.headers["retry-after"] == "1"
+            assert (await client.get("/v1/models")).status_code == 200
+            over.set()
+            assert (await first).status_code == 200
+            assert (await client.post("/v1/localize")).status_code == 200
+
+    asyncio.run(ask())
+
+
+def test_a_place_is_given_back_whatever_becomes_of_the_question() -> None:
+    ends: list[type[BaseException]] = [RuntimeError, InputError, ClientDisconnect, asyncio.CancelledError]
+
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        if ends:
+            raise ends.pop()
+        await fine(scope, receive, send)
+
+    async def none(*_: Any) -> Any:
+        return {}
+
+    async def ask() -> None:
+        room = {"max_queued_requests": 0, "max_replicas": 1, "max_ongoing_requests": 1, "target_ongoing_requests": 0.5}
+        around = Around(fails, **room)
+        while ends:
+            with suppress(asyncio.CancelledError):
+                await around.access({"type": "http", "method": "POST", "path": "/v1/localize", "headers": []}, none, none)
+            assert around.access.inside == 0
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(around.access), base_url="http://test") as client:
+            assert (await client.post("/v1/localize")).status_code == 200
+
+    asyncio.run(ask())
+
+
+def test_failures_are_not_taken_for_callers_that_left(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(*_: Any) -> None:
+        raise RuntimeError("secret")
+
+    async def breaks_off(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("secret")
+
+    async def left(*_: Any) -> None:
+        raise ClientDisconnect
+
+    async def none(*_: Any) -> Any:
+        return {}
+
+    async def ask(app: Any) -> None:
+        with suppress(RuntimeError):
+            scope = {"type": "http", "method": "GET", "path": "/v1/x", "headers": []}
+            await Around(app).access(scope, none, none)
+
+    with caplog.at_level(logging.INFO, "addressvlm.access"):
+        for app in (broken, breaks_off, left):
+            asyncio.run(ask(app))
+    told = [json.loads(r.message)["status"] for r in caplog.records if r.name == "addressvlm.access"]
+    assert told == [500, 500, 499]
+    check_error(Around(broken).client().get("/v1/x"), 500, "operator's log")

@@ -1,0 +1,52 @@
+"""What the service does against what its OpenAPI document says, by schemathesis. Routes without Ray, over HTTP.
+
+More examples, and all of schemathesis' own cases:
+    SCHEMATHESIS_EXAMPLES=1000 python -m pytest tests/serve/test_openapi.py
+"""
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+import uvicorn
+from hypothesis import HealthCheck, settings
+from schemathesis.config import SchemathesisConfig
+
+from serve.openapi import openapi_document
+from tests.support.in_process_service import application
+
+pytestmark = pytest.mark.xdist_group("serve")
+EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "5"))
+FITTING = ["2xx", "400", "404", "413"]  # what fits the schema may still be no photo, or no model that is served
+CONFIG: dict[str, Any] = {
+    "checks": {"positive_data_acceptance": {"expected-statuses": FITTING}},
+    "phases": {"coverage": {"enabled": EXAMPLES > 100}},
+}
+schema = schemathesis.openapi.from_dict(openapi_document(keys=False), config=SchemathesisConfig.from_dict(CONFIG))
+tried: Counter[int] = Counter()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    app = application(tmp_path_factory.mktemp("schema"), max_body_mb=2, max_megapixels=4, max_tokens=4)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        thread.join(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    print(f"schemathesis: {tried.total()} requests, by status {dict(sorted(tried.items()))}")
+
+
+@schema.parametrize()
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_the_service_does_as_documented(case: schemathesis.Case, url: str) -> None:
+    response = case.call(base_url=url, timeout=60)
+    tried[response.status_code] += 1
+    case.validate_response(response)

@@ -1,0 +1,333 @@
+"""What a request says reaches the model, and what the model says reaches the caller: the routes over a double of the model."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shapely
+from fastapi import Request
+from fastapi.testclient import TestClient
+
+from addressvlm.answers.address_distribution import Candidate, Localization
+from addressvlm.answers.priors import Circle, Prior
+from addressvlm.answers.types import Completion, Sampling, TextChunk, TokenScore
+from addressvlm.gazetteer.gazetteer import Address, Gazetteer
+from serve.chat import ChatRequest, Reply, conversation, read_request
+from serve.cities import City, CityGeometry
+from serve.errors import ApiError
+from serve.metrics import ServiceMetrics
+from serve.routes import Routes
+from serve.schemas import ChatQuery, CircleFields, LocalizeQuery, PriorFields, read_body
+from serve.settings import ServiceSettings
+from tests.support.running_service import STREETS, check_error, save_gazetteer
+
+pytestmark = pytest.mark.xdist_group("serve")
+
+
+class Double:
+    """Notes what it is asked and gives what it is told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.found = Localization(
+            [Candidate("Oak Avenue", "Harbour", 0.625), Candidate("Quay Lane", "Harbour", 0.25)], True, 0.625, 0.5
+        )
+
+    async def read(self, source: bytes | str) -> np.ndarray:
+        """Of the source, its length: a picture that can be told from others."""
+        return np.full((1, 1, 3), len(source), np.uint8)
+
+    async def localize(self, where: LocalizeQuery) -> Localization:
+        self.asked.append(where)
+        return self.found
+
+    async def answer(self, question: ChatQuery) -> list[Completion]:
+        self.asked.append(question)
+        return [Completion("One.", "stop", (), 40, 3), Completion("Two", "length", (), 40, 5)]
+
+    async def stream(self, question: ChatQuery) -> AsyncIterator[TextChunk]:
+        self.asked.append(question)
+
+        async def pieces() -> AsyncIterator[TextChunk]:
+            yield TextChunk(0, "One.", "stop", (), 40, 3)
+
+        return pieces()
+
+
+@pytest.fixture
+def double() -> Double:
+    return Double()
+
+
+@pytest.fixture
+def client(tmp_path: Path, double: Double) -> TestClient:
+    cities = []
+    for city, streets in {"Toytown": STREETS, "Alder": {"Elm Row": STREETS["Mill Street"]}}.items():
+        (tmp_path / city).mkdir()
+        save_gazetteer(tmp_path / city, city, streets)
+        cities.append(City(city.lower(), city, f"run/{city.lower()}", tmp_path / city))
+    records = ServiceMetrics()
+
+    async def up() -> int:
+        return 0
+
+    async def counts() -> Any:
+        return {"front": records.collect()}
+
+    return TestClient(Routes(ServiceSettings(max_tokens=100), cities, double, records, up, counts).app())
+
+
+# ---- addresses
+
+
+def test_all_that_is_asked_of_a_photo_reaches_the_model(client: TestClient, double: Double) -> None:
+    prior = {
+        "districts": ["Harbour"],
+        "streets": ["Oak Avenue"],
+        "circle": {"lat": 52.5, "lon": 0.25, "radius_m": 300, "soft": True},
+        "weights": {"Quay Lane": 2.5},
+    }
+    meant = Prior(("Harbour",), ("Oak Avenue",), Circle(52.5, 0.25, 300, soft=True), {"Quay Lane": 2.5})
+    asked = {"city": "alder", "top_k": 50, "threshold": 0, "prior": prior}
+    assert client.post("/v1/localize", json={"image": "abcd", **asked}).status_code == 200
+    form = {key: value if key == "city" else json.dumps(value) for key, value in asked.items()}
+    assert client.post("/v1/localize", files={"file": b"abcd"}, data=form).status_code == 200
+    for where in double.asked:
+        assert (where.city, where.pixels[0, 0, 0], where.top_k, where.threshold) == ("alder", 4, 50, 0)
+        assert where.threshold is not None
+        assert where.prior == meant
+    assert client.post("/v1/localize", json={"image": "abcd", "city": "toytown"}).status_code == 200
+    where = double.asked[-1]
+    assert (where.city, where.top_k, where.threshold, where.prior) == ("toytown", 5, None, Prior())
+
+
+def test_all_that_the_model_finds_reaches_the_caller(client: TestClient, double: Double) -> None:
+    body = {"image": "abcd", "city": "toytown"}
+    told = client.post("/v1/localize", json=body).json()
+    assert (told["known"], told["confidence"], told["threshold"]) == (True, 0.625, 0.5)
+    assert told["address"] == {"street": "Oak Avenue", "district": "Harbour"}
+    assert [(c["street"], c["probability"]) for c in told["candidates"]] == [("Oak Avenue", 0.625), ("Quay Lane", 0.25)]
+    assert [(c["lat"], c["lon"]) for c in told["candidates"]] == [pytest.approx((52.01, 0.01))] * 2
+    assert (told["city"], told["model"]) == ("Toytown", "run/toytown")
+    double.found = Localization(double.found.candidates, False, 0.625, 0.7)
+    told = client.post("/v1/localize", json=body).json()
+    assert (told["known"], told["address"], len(told["candidates"])) == (False, None, 2)
+    text = client.get("/metrics").text
+    for known in ("true", "false"):
+        assert f'addressvlm_localized_total{{city="toytown",known="{known}",replica="front"}} 1.0' in text
+
+
+def test_lists_of_cities_and_models(client: TestClient) -> None:
+    assert client.get("/v1/cities").json()["data"] == [
+        {"id": "toytown", "name": "Toytown", "model": "run/toytown", "streets": 4, "districts": 1, "addresses": 4},
+        {"id": "alder", "name": "Alder", "model": "run/alder", "streets": 1, "districts": 1, "addresses": 1},
+    ]
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["run/toytown", "run/alder"]
+    for city, streets in (("toytown", set(STREETS)), ("alder", {"Elm Row"})):
+        shapes = client.get("/v1/map", params={"city": city}).json()["features"]
+        assert streets <= {shape["properties"]["name"] for shape in shapes}
+
+
+def test_without_a_model_replica_the_service_is_not_healthy(client: TestClient) -> None:
+    check_error(client.get("/healthz"), 503, "No model replica")
+
+
+def test_a_street_is_placed_on_its_longest_part(tmp_path: Path) -> None:
+    parts = shapely.MultiLineString([[(0, 52), (0, 52.001)], [(1, 52), (1, 52.02)], [(2, 52), (2, 52.01)]])
+    ring = shapely.box(3, 52, 3.2, 52.1)
+    city = Gazetteer([Address(s, "A") for s in ("One", "Two", "Three")], {"One": parts, "Two": ring}, {}, city="X")
+    city.save(tmp_path / "gazetteer.geojson")
+    places = CityGeometry(City("x", "X", "x", tmp_path))
+    one, two, three = (places.candidate(street, "A", 0.5) for street in ("One", "Two", "Three"))
+    assert (one["lat"], one["lon"], one["geometry"]["type"]) == (pytest.approx(52.01), 1, "MultiLineString")
+    assert (two["lat"], two["lon"]) == pytest.approx((52.05, 3.1))
+    assert three == {"street": "Three", "district": "A", "probability": 0.5, "lat": None, "lon": None, "geometry": None}
+
+
+def test_each_part_of_a_prior_is_its_own() -> None:
+    assert PriorFields().prior() == Prior()
+    assert PriorFields(districts=["a"]).prior() == Prior(districts=("a",))
+    assert PriorFields(weights={"a": 0}).prior() == Prior(weights={"a": 0})
+    circle = CircleFields(lat=1, lon=2, radius_m=3)
+    assert PriorFields(circle=circle).prior() == Prior(circle=Circle(1, 2, 3, soft=False))
+
+
+# ---- bodies
+
+
+def sent(chunks: list[bytes], **headers: str) -> Request:
+    """A request whose body comes in these chunks, and then never ends."""
+    left = list(chunks)
+
+    async def receive() -> dict[str, Any]:
+        if not left:
+            return await asyncio.get_running_loop().create_future()
+        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left) or chunks[-1] == b""}
+
+    named = [(key.replace("_", "-").encode(), value.encode()) for key, value in headers.items()]
+    return Request({"type": "http", "method": "POST", "headers": named}, receive)
+
+
+def test_a_body_may_be_as_large_as_is_allowed_and_no_larger() -> None:
+    assert asyncio.run(read_body(sent([b"a" * 600, b"b" * 400], content_length="1000"), 0.001)) == b"a" * 600 + b"b" * 400
+    for chunks, headers in (([b"a" * 600, b"b" * 401], {}), ([b"a", b""], {"content_length": "1001"})):
+        with pytest.raises(ApiError) as caught:
+            asyncio.run(read_body(sent(chunks, **headers), 0.001))
+        assert (caught.value.status, caught.value.code) == (413, "too_large")
+
+
+def test_a_body_that_does_not_come_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.schemas.BODY_S", 0.01)
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(read_body(sent([b"a", b""]), 1))
+    assert caught.value.status == 408
+
+
+# ---- chats
+
+
+def user(*parts: str) -> dict[str, Any]:
+    """A turn; what begins with `data:` is an image."""
+    content = [
+        {"type": "image_url", "image_url": {"url": part}} if part.startswith("data:") else {"type": "text", "text": part}
+        for part in parts
+    ]
+    return {"role": "user", "content": content}
+
+
+def test_a_conversation_keeps_its_order() -> None:
+    turns = [
+        {"role": "developer", "content": "Be short."},
+        user("first", "data:1", "second", "data:22"),
+        {"role": "assistant", "content": None},
+        user("data:333", "third"),
+    ]
+    messages, urls = conversation(read_request({"model": "x", "messages": turns}))
+    assert urls == ["data:1", "data:22", "data:333"]
+    image, text = {"type": "image"}, lambda said: {"type": "text", "text": said}
+    assert messages == [
+        {"role": "system", "content": [text("Be short.")]},
+        {"role": "user", "content": [image, image, text("first"), text("second")]},
+        {"role": "assistant", "content": []},
+        {"role": "user", "content": [image, text("third")]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("turns", "fine"),
+    [
+        ([user("a" * 50_000), user("b" * 50_000)], True),
+        ([user("a" * 50_000), user("b" * 50_001)], False),
+        ([user(*["data:"] * 5), user(*["data:"] * 3)], True),
+        ([user(*["data:"] * 5), user(*["data:"] * 4)], False),
+    ],
+)
+def test_the_most_of_a_conversation_counts_all_its_turns(turns: list[dict[str, Any]], fine: bool) -> None:
+    def read() -> Any:
+        return conversation(read_request({"model": "x", "messages": turns}))
+
+    if fine:
+        assert read()
+        return
+    with pytest.raises(ApiError, match="at most"):
+        read()
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ({}, Sampling(100)),
+        ({"max_tokens": 7}, Sampling(7)),
+        ({"max_tokens": 7, "max_completion_tokens": 9}, Sampling(9)),
+        ({"max_completion_tokens": 101}, Sampling(100)),
+        ({"temperature": 0.5, "top_p": 0.25, "n": 3, "seed": 0}, Sampling(100, 0.5, 0.25, 3, seed=0)),
+        ({"stop": "ab"}, Sampling(100, stop=["ab"])),
+        ({"stop": ["a", "", "b"]}, Sampling(100, stop=["a", "b"])),
+        ({"logprobs": True}, Sampling(100, logprobs=0)),
+        ({"logprobs": True, "top_logprobs": 4}, Sampling(100, logprobs=4)),
+        ({"logprobs": False}, Sampling(100)),
+    ],
+)
+def test_how_the_model_is_to_draw(asked: dict[str, Any], meant: Sampling) -> None:
+    found = ChatRequest.model_validate({"model": "x", "messages": [user("a")], **asked}).sampling(100)
+    assert replace(found, stop=tuple(found.stop)) == replace(meant, stop=tuple(meant.stop))
+
+
+def test_all_that_is_asked_in_a_chat_reaches_the_model(client: TestClient, double: Double) -> None:
+    body = {"model": "run/alder", "messages": [user("Where?", "data:1", "data:22")], "max_tokens": 7, "temperature": 0.5}
+    told = client.post("/v1/chat/completions", json=body).json()
+    streamed = client.post("/v1/chat/completions", json=body | {"stream": True}).text
+    for question in double.asked:
+        assert (question.city, question.sampling.max_tokens, question.sampling.temperature) == ("alder", 7, 0.5)
+        assert [image[0, 0, 0] for image in question.images] == [6, 7]
+    assert [(c["index"], c["message"]["content"], c["finish_reason"]) for c in told["choices"]] == [
+        (0, "One.", "stop"),
+        (1, "Two", "length"),
+    ]
+    assert told["usage"] == {"prompt_tokens": 40, "completion_tokens": 8, "total_tokens": 48}
+    assert told["model"] == "run/alder"
+    assert "usage" not in streamed
+    text = client.get("/metrics").text
+    assert 'addressvlm_tokens_total{kind="prompt",replica="front"} 80.0' in text
+    assert 'addressvlm_tokens_total{kind="completion",replica="front"} 11.0' in text
+    check_error(client.post("/v1/chat/completions", json=body | {"model": "addressvlm"}), 404, "'run/toytown', 'run/alder'")
+
+
+def events(reply: Reply, *pieces: TextChunk | Exception, usage: bool = True) -> list[Any]:
+    async def come() -> AsyncIterator[TextChunk]:
+        for piece in pieces:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+    async def listen() -> list[str]:
+        return [event async for event in reply.events(come(), usage)]
+
+    lines = [event.removeprefix("data: ").strip() for event in asyncio.run(listen())]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def test_two_answers_that_come_by_turns() -> None:
+    reply = Reply("x", logprobs=True)
+    score = TokenScore("é", float("-inf"), (("a", -0.5),))
+    *chunks, usage, done = events(
+        reply,
+        TextChunk(0, " A ", None, (), 9, 1),
+        TextChunk(1, "  ", None, (), 9, 1),
+        TextChunk(0, "b ", None, (score,), 9, 2),
+        TextChunk(1, " C", "stop", (), 9, 3),
+        TextChunk(0, "", "length", (), 9, 4),
+    )
+    told = [(c["choices"][0]["index"], c["choices"][0]["delta"], c["choices"][0]["finish_reason"]) for c in chunks]
+    assert told == [
+        (0, {"role": "assistant", "content": ""}, None),
+        (0, {"content": "A"}, None),
+        (1, {"role": "assistant", "content": ""}, None),
+        (0, {"content": " b"}, None),
+        (1, {"content": "C"}, None),
+        (1, {}, "stop"),
+        (0, {}, "length"),
+    ]
+    assert chunks[3]["choices"][0]["logprobs"]["content"] == [
+        {
+            "token": "é",
+            "logprob": -9999.0,
+            "bytes": [195, 169],
+            "top_logprobs": [{"token": "a", "logprob": -0.5, "bytes": [97]}],
+        }
+    ]
+    assert (usage["choices"], usage["usage"]["prompt_tokens"], usage["usage"]["completion_tokens"]) == ([], 9, 7)
+    assert done == "[DONE]"
+    assert reply.used == (9, 7)
+    assert len({chunk["id"] for chunk in (*chunks, usage)}) == 1
+
+
+def test_a_stream_that_breaks_off_says_so_and_is_not_done() -> None:
+    *_, last = events(Reply("x", logprobs=False), TextChunk(0, "A", None, (), 9, 1), RuntimeError("secret"))
+    assert last["error"]["type"] == "server_error"
+    assert "secret" not in str(last)

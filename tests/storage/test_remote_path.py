@@ -1,0 +1,194 @@
+"""Runs in a store, over HTTP"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from addressvlm import InputError
+from addressvlm.config import validate
+from addressvlm.gazetteer.gazetteer import Gazetteer
+from addressvlm.labels.response_cache import CachedAnswer, RequestKey, ResponseCache, open_for_writing
+from addressvlm.models.loading import resolve_model
+from addressvlm.storage import remote_path, tables
+from addressvlm.storage.files import CACHE, atomic_replace_dir, local_model_copy
+from addressvlm.storage.remote_path import StorePath, path_of
+from addressvlm.storage.run_dir import BEGUN, DONE_FILE, Run, is_done, resuming, unfinished
+from addressvlm.storage.shards import Rows, ShardResult, ShardWork, make_shard, plan_shards, publish_shards
+from addressvlm.training.dataset import TableRows as TrainingRows
+from addressvlm.training.metrics_logger import MetricsLogger
+from addressvlm.training.trainer import StepMetrics
+from serve.cities import City, model_folder
+from serve.settings import ServiceSettings
+from tests.support.object_store import store
+
+SCHEMA = pa.schema([("n", pa.int64())])
+ASKED = RequestKey("row", "prompt", "model", "image", "digest", 1)
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder that is `s3://bucket` in this process."""
+    folder = tmp_path_factory.mktemp("bucket")
+    with store(folder) as url, pytest.MonkeyPatch.context() as patch:
+        settings = {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "hidden"}
+        for name, value in {**settings, "AWS_REGION": "us-east-1", CACHE: str(tmp_path_factory.mktemp("cache"))}.items():
+            patch.setenv(name, value)
+        remote_path._filesystem.cache_clear()
+        yield folder
+        remote_path._filesystem.cache_clear()
+
+
+def progress_of(step: int) -> StepMetrics:
+    return StepMetrics("stage", step, 4, 1.0 / step, 0.1, 1.0, 1.0, 10, 10.0, None, 0.1)
+
+
+def found(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def odd(rows: Rows) -> ShardResult:
+    return ShardResult({"odd": [row for row in rows if row["n"] % 2]}, counts={"seen": len(rows)})
+
+
+def step(out: StorePath, made: int | None = None, redo: bool = False, settings: Any = None) -> list[dict[str, Any]]:
+    """A step of three shards that is killed after `made` of them."""
+    shards = plan_shards(out.parent / "in", "all", 64)
+    with resuming(out, settings or {"seed": 1}, redo) as folder:
+        publish_shards(folder, len(shards))
+        summaries = []
+        for shard in shards:
+            if shard.number == made:
+                raise ZeroDivisionError
+            summaries.append(make_shard(shard, folder, ShardWork(odd, SCHEMA)))
+        publish_shards(folder, len(shards), summaries)
+    return summaries
+
+
+def test_a_step_goes_on_shard_by_shard_and_nothing_half_counts(bucket: Path) -> None:
+    run = path_of("s3://bucket/steps")
+    assert isinstance(run, StorePath)
+    out, here = run / "out", bucket / "steps" / "out"
+    assert tables.write_table(run / "in", "all", ({"n": n} for n in range(192)), SCHEMA) == 192
+    with suppress(ZeroDivisionError):
+        step(out, made=2)
+    assert unfinished(out)
+    assert not is_done(out, {"seed": 1})
+    with pytest.raises(InputError, match=r"no table s3://bucket/steps/out/odd-\*.parquet: run the step"):
+        tables.read_table(out, "odd")
+    before = (here / "odd-00000.parquet").stat().st_mtime_ns
+    (here / "odd-00009.parquet").write_bytes(b"of another plan")
+    (here / "even-00000.parquet").write_bytes(b"of a worker that was stopped")
+    assert [made["counts"] for made in step(out)] == [{"seen": 64}] * 3
+    assert (here / "odd-00000.parquet").stat().st_mtime_ns == before  # not made again
+    assert found(here) == [DONE_FILE, "odd-00000.parquet", "odd-00001.parquet", "odd-00002.parquet"]
+    assert is_done(out, {"seed": 1})
+    assert tables.count_rows(out, "odd") == 96
+    assert [row["n"] for row in tables.iter_rows(out, "odd")] == list(range(1, 192, 2))
+    assert TrainingRows(out, "odd", ("n",))[95] == {"n": 191}
+    with pytest.raises(InputError, match=r"s3://bucket/steps/out was made with other settings \(seed: 1 -> 2\)"):
+        is_done(out, {"seed": 2})
+    with suppress(ZeroDivisionError):
+        step(out, made=0, redo=True, settings={"seed": 2})
+    assert found(here) == [BEGUN]  # what was made before is gone, and the mark says that nothing is there
+    assert unfinished(out)
+
+
+def test_an_answer_is_kept_on_this_machine_at_once_and_in_the_store_when_synced(bucket: Path) -> None:
+    folder, here = path_of("s3://bucket/run/ledger"), bucket / "run" / "ledger"
+    child = os.fork()
+    if not child:  # a job that gets kill -9 with one answer sent and one not
+        try:
+            with open_for_writing(folder) as ledger:
+                ledger.add(ASKED, CachedAnswer("one", usd=1.0))
+                ledger.sync()
+                ledger.add(replace(ASKED, number=2), CachedAnswer("two", usd=1.0))
+                os._exit(9)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    left = ResponseCache(folder)
+    assert (left.get(ASKED), left.get(replace(ASKED, number=2))) == (CachedAnswer("one", usd=1.0), None)
+    with open_for_writing(folder) as ledger:
+        assert ledger.get(replace(ASKED, number=2)) == CachedAnswer("two", usd=1.0)
+        assert ledger.usd == 2.0  # what is there twice for a moment counts once
+        for number in range(3, 6):
+            ledger.add(replace(ASKED, number=number), CachedAnswer(str(number)))
+            ledger.sync()
+        assert (here / "holder.json").is_file()
+    assert len(list(here.glob("*.jsonl"))) == 3  # the killed job's, what it had not sent, and one of the second job
+    again = ResponseCache(folder)
+    assert [again.get(replace(ASKED, number=n)) for n in (2, 5)] == [CachedAnswer("two", usd=1.0), CachedAnswer("5")]
+    assert again.usd == 2.0
+    assert not (here / "holder.json").exists()
+    (here / "holder.json").write_text(json.dumps({"host": "another", "process": 7, "at": "2999-01-01T00:00:00+00:00"}))
+    with (
+        pytest.raises(InputError, match=r"another job asks for the labels of s3://bucket/run .process 7 on another"),
+        open_for_writing(folder),
+    ):
+        pass
+
+
+def test_a_model_is_fetched_once_and_anew_when_it_changed(bucket: Path) -> None:
+    run = Run(validate({"name": "town", "storage": "s3://bucket/models"}, "test"))
+    with atomic_replace_dir(run.model("AddressVLM")) as folder:
+        (folder / "merged").mkdir()
+        for name in ("config.json", "model.safetensors", "evil.py", "pytorch_model.bin"):
+            (folder / "merged" / name).write_text("{}")
+        Gazetteer([]).save(folder / "merged" / "gazetteer.geojson")
+    merged = run.model("AddressVLM") / "merged"
+    assert resolve_model(str(merged)) == str(merged)
+    (run.folder.parent / "last-model").write_text(f"{merged}\n")
+    assert model_folder(ServiceSettings(storage="s3://bucket/models")) == merged
+    assert model_folder(ServiceSettings(model=str(run.model("AddressVLM")))) == merged
+    assert City("town", "", "m", merged).gazetteer() is not None
+    first = local_model_copy(merged)
+    assert sorted(p.name for p in first.iterdir()) == ["config.json", "gazetteer.geojson", "model.safetensors"]
+    assert local_model_copy(merged) == first
+    (bucket / "models/town/models/addressvlm/merged/model.safetensors").write_text("other weights")
+    second = local_model_copy(merged)
+    assert (second / "model.safetensors").read_text() == "other weights"
+    assert (first / "model.safetensors").read_text() == "{}"
+    assert (first / "config.json").samefile(second / "config.json")
+    with pytest.raises(InputError, match=r"s3://bucket/none holds no model .no config.json"):
+        resolve_model("s3://bucket/none")
+
+
+def test_a_journal_goes_on_where_it_was_sent(bucket: Path) -> None:
+    folder = path_of("s3://bucket/journal")
+    journal = MetricsLogger(folder, "s", 0, 4)
+    for number in (1, 2):
+        journal.note(progress_of(number))
+    journal.keep()
+    journal.note(progress_of(3))  # lost with the job
+    lines = (bucket / "journal" / "loss.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    resumed = MetricsLogger(folder, "s", 1, 4)
+    resumed.note(progress_of(2))
+    resumed.keep()
+    assert (bucket / "journal" / "loss.jsonl").read_text().splitlines()[0] == lines[0]
+    assert len((bucket / "journal" / "loss.jsonl").read_text().splitlines()) == 2
+    assert any(p.startswith("tensorboard/") for p in found(bucket / "journal"))
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("s3://absent/runs", "there is no such bucket: make it, or mend `storage`"),
+        ("s3://secret/runs", "the store refuses: give credentials in the environment"),
+        ("s4://bucket/runs", "write a local path, or an s3:// or gs:// address"),
+        ("adl://bucket/runs", "needs a Python package that is missing: pip install adlfs"),
+        ("s3://key:hidden@bucket/runs", "holds credentials: leave them out"),
+    ],
+)
+def test_what_a_store_refuses_is_one_sentence(bucket: Path, where: str, said: str) -> None:
+    with pytest.raises(InputError, match=said) as refused, resuming(path_of(where) / "step", {}):
+        pass
+    assert "hidden" not in str(refused.value)
+    assert str(refused.value).count("\n") == 0

@@ -1,0 +1,222 @@
+"""Shards without Ray, and a step that dies at every moment of its writing"""
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from addressvlm import InputError
+from addressvlm.storage import tables
+from addressvlm.storage.run_dir import WORK, is_done, resuming
+from addressvlm.storage.shards import (
+    MARKS,
+    Rows,
+    ShardResult,
+    ShardWork,
+    files_fingerprint,
+    forget_shards,
+    make_shard,
+    plan_shards,
+    publish_shards,
+)
+
+SCHEMA = pa.schema([("n", pa.int64()), ("text", pa.string())])
+SETTINGS = {"seed": 1}
+
+
+def table(folder: Path, rows: int, rows_per_file: int = 100) -> Path:
+    tables.write_table(folder, "all", ({"n": n, "text": "x" * (n % 7)} for n in range(rows)), SCHEMA, rows_per_file)
+    return folder
+
+
+def even_and_odd(rows: Rows) -> ShardResult:
+    """Two splits; every tenth row is rejected."""
+    good = [row for row in rows if row["n"] % 10]
+    rejects = [{"file": "f", "row": row["n"], "id": str(row["n"]), "reason": "ten"} for row in rows if not row["n"] % 10]
+    splits = {"even": [r for r in good if not r["n"] % 2], "odd": [r for r in good if r["n"] % 2]}
+    return ShardResult(splits, rejects, {"seen": len(rows)})
+
+
+def step(inputs: Path, out: Path, work: ShardWork, redo: bool = False) -> list[dict[str, Any]]:
+    """What a job does, without Ray."""
+    shards = plan_shards(inputs, "all", 150)
+    with resuming(out, SETTINGS, redo) as folder:
+        publish_shards(folder, len(shards))
+        made = [make_shard(shard, folder, work) for shard in shards]
+        publish_shards(folder, len(shards), made)
+        return made
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@settings(deadline=None, max_examples=25)
+@given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4), wanted=st.integers(1, 500), in_file=st.integers(1, 200))
+def test_a_plan_has_every_row_once_and_in_order(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], wanted: int, in_file: int
+) -> None:
+    folder = tmp_path_factory.mktemp("plan")
+    for number, size in enumerate(sizes):
+        tables.write_table(folder, f"all-{number}", ({"n": n, "text": ""} for n in range(size)), SCHEMA, in_file)
+    shards = plan_shards(folder, "all", wanted)
+    found = [[row["n"] for batch in shard.batches() for row in batch] for shard in shards]
+    assert [n for shard in found for n in shard] == [row["n"] for row in tables.iter_rows(folder, "all")]
+    assert [len(ns) for ns in found] == [shard.rows for shard in shards]
+    assert [shard.number for shard in shards] == list(range(len(shards)))
+    assert all(shard.rows <= max(wanted, tables.ROWS_PER_GROUP) for shard in shards)
+
+
+def test_a_shard_is_made_once_and_again_when_something_changed(tmp_path: Path) -> None:
+    folder, photo, calls = tmp_path / "out", tmp_path / "photo", []
+    photo.write_text("one")
+
+    def function(rows: Rows) -> ShardResult:
+        calls.append(len(rows))
+        return even_and_odd(rows)
+
+    def made(count: int = 100, **about: Any) -> dict[str, Any]:
+        (shard,) = plan_shards(table(tmp_path / f"in{count}", count), "all", 1000)
+        return make_shard(shard, folder, ShardWork(function, SCHEMA, **about))
+
+    publish_shards(folder, 1)
+    first = made()
+    assert (calls, first["rows"], first["written"], first["counts"]) == ([64, 36], 100, {"even": 40, "odd": 50}, {"seen": 100})
+    assert [row["row"] for row in first["rejects"]] == list(range(0, 100, 10))
+    assert made() == first
+    assert len(calls) == 2
+    looks = lambda rows: files_fingerprint(str(photo) for _ in rows)  # noqa: E731
+    for number, change in enumerate(
+        [
+            lambda: made(made_from="other settings"),
+            lambda: made(99),
+            lambda: forget_shards(folder, [first]) or made(99),
+            lambda: (folder / "odd-00000.parquet").unlink() or made(99),
+            lambda: (folder / MARKS / "00000.json").write_text("{") and made(99),
+            lambda: made(99, made_from_rows=looks),
+            lambda: photo.write_text("another") and made(99, made_from_rows=looks),
+        ],
+        start=2,
+    ):
+        change()
+        assert len(calls) == 2 * number
+    assert tables.count_rows(folder, "even") + tables.count_rows(folder, "odd") == 89
+
+
+def test_an_error_leaves_no_file_and_a_shorter_plan_no_remains(tmp_path: Path) -> None:
+    inputs, folder = table(tmp_path / "in", 300), tmp_path / "out"
+
+    def refuse(rows: Rows) -> ShardResult:
+        if rows[0]["n"] >= 64:
+            raise InputError("the second batch is bad.")
+        return even_and_odd(rows)
+
+    publish_shards(folder, 2)
+    shards = plan_shards(inputs, "all", 150)
+    with pytest.raises(InputError, match="second batch"):
+        make_shard(shards[0], folder, ShardWork(refuse, SCHEMA))
+    assert [p for p in folder.rglob("*") if p.is_file()] == []
+    for shard in shards:
+        make_shard(shard, folder, ShardWork(even_and_odd, SCHEMA))
+    (folder / "odd-00001.0123.tmp").write_text("half")
+    publish_shards(folder, 1)
+    assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == ["00000.json", "even-00000.parquet", "odd-00000.parquet"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shard,) = plan_shards(table(tmp_path / "in", 10), "all", 100)
+    publish_shards(tmp_path / "out", 1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pyarrow.parquet.ParquetWriter.write_table", full)
+    with pytest.raises(InputError, match=r"the disk of .* is full: .* run again to go on"):
+        make_shard(shard, tmp_path / "out", ShardWork(even_and_odd, SCHEMA))
+
+
+def test_other_settings_or_redo_begin_anew(tmp_path: Path) -> None:
+    def attempt(settings: dict[str, Any], redo: bool = False) -> list[str]:
+        """What an attempt that fails finds there."""
+        found: list[str] = []
+        with suppress(ZeroDivisionError), resuming(tmp_path / "step", settings, redo) as folder:
+            found += sorted(p.name for p in folder.iterdir() if p.name != WORK)
+            (folder / f"file{len(found)}").write_text("")
+            raise ZeroDivisionError
+        return found
+
+    assert attempt({"a": 1}) == []
+    assert attempt({"a": 1}) == ["file0"]
+    assert attempt({"a": 2}) == []
+    assert attempt({"a": 2}, redo=True) == []
+    assert attempt({"a": 2}, redo=True) == ["file0"]
+    assert attempt({"a": 2}) == ["file0", "file1"]
+
+
+def _attempt(inputs: Path, out: Path, die_at: int, redo: bool) -> None:
+    """The step in a process that is gone, like one that gets kill -9, at its `die_at`-th change of the folder."""
+    changes = 0
+
+    def dying(change: Any) -> Any:
+        def counted(*args: Any, **options: Any) -> Any:
+            nonlocal changes
+            changes += 1
+            if changes == die_at:
+                os._exit(9)
+            return change(*args, **options)
+
+        return counted
+
+    for name in ("rename", "replace", "unlink", "mkdir", "write_text"):
+        setattr(Path, name, dying(getattr(Path, name)))
+    shutil.rmtree = partial(_slow_rmtree, dying(lambda: None))
+    step(inputs, out, ShardWork(even_and_odd, SCHEMA), redo)
+    os._exit(0)
+
+
+def _slow_rmtree(moment: Any, folder: Path, ignore_errors: bool = False) -> None:
+    """Remove file by file in the order that hurts: what is named last first."""
+    for path in sorted(Path(folder).rglob("*"), reverse=True):
+        moment()
+        (path.rmdir if path.is_dir() else partial(os.unlink, path))()
+    if Path(folder).exists():
+        Path(folder).rmdir()
+
+
+@pytest.mark.parametrize("redo", [False, True])
+def test_whenever_it_dies_the_next_attempt_completes_it(tmp_path: Path, redo: bool) -> None:
+    inputs = table(tmp_path / "in", 230)
+    step(inputs, tmp_path / "undisturbed", ShardWork(even_and_odd, SCHEMA))
+    wanted = contents(tmp_path / "undisturbed")
+    assert not any(WORK in name for name in wanted)
+
+    def attempt(out: Path, die_at: int) -> int:
+        if child := os.fork():
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        try:
+            _attempt(inputs, out, die_at, redo)
+        finally:
+            os._exit(1)
+
+    die_at, died = 0, True
+    while died:
+        die_at += 1
+        out = tmp_path / str(die_at)
+        if redo:
+            shutil.copytree(tmp_path / "undisturbed", out)
+            (out / "even-00000.parquet").write_text("made by an older version")
+        died = attempt(out, die_at) == 9
+        if redo or not is_done(out, SETTINGS):
+            step(inputs, out, ShardWork(even_and_odd, SCHEMA), redo)
+        assert is_done(out, SETTINGS)
+        assert contents(out) == wanted
+    assert die_at > 20
+    assert json.loads(wanted["_done.json"]) == SETTINGS

@@ -1,0 +1,59 @@
+"""A tiny image encoder, and a run whose photos are coloured by their address, for tests of the systems compared."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
+
+from addressvlm.config import validate
+from addressvlm.gazetteer.gazetteer import Address, Gazetteer
+from addressvlm.questions import test_rounds as rounds_to_test
+from addressvlm.storage import tables
+from addressvlm.storage.run_dir import Run
+from ray_jobs.baselines.context import ComparisonContext
+from tests.support.training_tables import STREETS, picture
+
+DINO = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8, "mlp_ratio": 2}
+ADDRESSES = [Address(street, "Harbour") for street in STREETS]
+GAZETTEER = Gazetteer(ADDRESSES)
+
+
+def tiny_dino(folder: Path, seed: int = 0) -> Path:
+    """Write a random DINOv2 and its image processor into `folder` and return it."""
+    torch.manual_seed(seed)
+    Dinov2Model(Dinov2Config(**DINO)).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False).save_pretrained(folder)
+    return folder
+
+
+def where(address: int, place: int) -> tuple[float, float]:
+    """Addresses are a kilometre apart, places on one eleven metres."""
+    return 52.2 + address / 100 + place / 10_000, 0.12
+
+
+def photo(split: str, number: int, known: bool = True) -> dict[str, Any]:
+    """A row of `tables.PHOTOS` whose colour is its street."""
+    import random
+
+    at = number % len(ADDRESSES)
+    lat, lon = where(at, number) if known else (None, None)
+    return {
+        "id": f"{split}{number}", "place": f"{split}{number}", "lat": lat, "lon": lon,
+        "image": picture(STREETS[ADDRESSES[at].street]), "street": ADDRESSES[at].street, "district": "Harbour",
+        "rounds": rounds_to_test(ADDRESSES[at], GAZETTEER, random.Random(number)),
+    }  # fmt: skip
+
+
+def work_in(folder: Path, base: Path | str, learnt: list[dict[str, Any]], **settings: Any) -> ComparisonContext:
+    """A prepared run of coloured photos: six to ask about, and those to learn from."""
+    config = validate(
+        {"name": "r", "storage": str(folder), "model": {"base": str(base)}, "city": {"manifest": "none.csv"}, **settings},
+        "test",
+    )
+    run = Run(config)
+    test = [photo("test", number) for number in range(6)]
+    for split, rows in (("train", learnt), ("test", test)):
+        tables.write_table(run.photos, split, rows, tables.PHOTOS)
+    GAZETTEER.save(run.gazetteer)
+    return ComparisonContext(config, run, {"test": [row["id"] for row in test]}, GAZETTEER, run.folder / "costs")

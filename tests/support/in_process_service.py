@@ -1,0 +1,64 @@
+"""The service's routes over a tiny model in this process, without Ray: for tests that ask many things."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+import serve as service
+from serve.app import Backend
+from serve.cities import find_cities
+from serve.images import Images
+from serve.metrics import ServiceMetrics
+from serve.middleware import RateLimit, key_digests
+from serve.model import Model
+from serve.routes import Routes
+from tests.support.running_service import model_folder
+
+
+class Handle:
+    """The part of a `DeploymentHandle` that is used, over an object of this process."""
+
+    def __init__(self, served: Any) -> None:
+        self.served = served
+
+    def options(self, **_: Any) -> "Handle":
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.served, name)
+        return type("Method", (), {"remote": staticmethod(method)})
+
+
+def application(root: Path, **settings: Any) -> FastAPI:
+    """The routes of a service with these settings."""
+    given = service.ServiceSettings(**({"model": str(model_folder(root))} | settings))
+    cities, records = find_cities(given), ServiceMetrics()
+    model, images = Model(given, cities), Images(given)
+    backend = Backend(Handle(model), Handle(images), records, len(cities) > 1, given.request_s)
+
+    async def up() -> int:
+        return 1
+
+    async def counts() -> Any:
+        return {"front": records.collect(), "model": model.records.collect(), "images": images.records.collect()}
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await images.decoders.close()
+
+    wait = RateLimit(given.rate_limit).wait if given.rate_limit else None
+    app = Routes(given, cities, backend, records, up, counts).app(digests=key_digests(), wait=wait)
+    app.router.lifespan_context = lifespan
+    return app
+
+
+@contextmanager
+def api(root: Path, **settings: Any) -> Iterator[TestClient]:
+    """A client of the routes."""
+    with TestClient(application(root, **settings), raise_server_exceptions=False) as client:
+        yield client

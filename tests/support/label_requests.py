@@ -1,0 +1,49 @@
+"""Rows, settings and rounds of the engine that asks an endpoint, for tests."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from addressvlm.config.labels import LabelsConfig
+from addressvlm.labels import Request, beginning
+from addressvlm.labels.cached_labels import survey_cache
+from addressvlm.labels.costs import CostEstimate, LabelStats
+from addressvlm.labels.facts import Facts
+from addressvlm.labels.labelers import Label
+from addressvlm.labels.request_scheduler import OpenAILabeler
+from addressvlm.labels.response_cache import ResponseCache, open_for_writing
+from tests.support.openai_endpoint import Endpoint
+
+KEY = "sk-test-0123456789abcdef"
+FACTS = Facts("Mill Street", "Harbour", ("Mill Street", "King Street"), "east-west", "along", "east", "King Street", 40, "east")
+GOOD = (
+    "A row of red brick houses stands on the left and the camera looks along the road. On the map King Street meets the "
+    "street a little to the east. This is Mill Street in Harbour."
+)
+BAD = GOOD.replace("Mill Street", "some street")
+
+
+def requests(count: int, first: int = 0) -> list[Request]:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    return [Request(f"row{i}", buffer.getvalue() + bytes([i]), FACTS) for i in range(first, first + count)]
+
+
+def config_of(endpoint: Endpoint, **settings: Any) -> LabelsConfig:
+    return LabelsConfig(**{"labeler": "openai", "model": "m", "base_url": endpoint.url, "concurrency": 4, **settings})
+
+
+def settle(
+    config: LabelsConfig, folder: Path, rows: list[Request], again: bool = False, seed: int = 0
+) -> tuple[dict[int, Label], LabelStats]:
+    found: dict[int, Label] = {}
+    with open_for_writing(folder) as ledger:
+        labeler = OpenAILabeler(config, beginning(config, seed), ledger, again=again)
+        tally = labeler.settle(rows, len(rows), found.__setitem__)
+    return found, tally
+
+
+def left(config: LabelsConfig, folder: Path, rows: list[Request]) -> CostEstimate:
+    return survey_cache(config, beginning(config), rows, ResponseCache(folder))

@@ -1,0 +1,224 @@
+"""Good labels and labels with one thing wrong, to measure the checks with."""
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from addressvlm.labels.facts import COMPASS, DIRECTIONS, Facts
+from addressvlm.labels.templates import COLOURS, explain
+
+STREETS = [
+    "Mill Street", "Old Mill Street", "King Street", "St. Mary's Passage", "Hint Street", "North Terrace", "5th Avenue",
+    "Rue de l'Évêché", "Broadway", "Green Lane", "Castle Hill", "Elm Road", "Sidney Street", "Corn Exchange Street",
+]  # fmt: skip
+DISTRICTS = ["Harbour", "Old Town", "Market", "Castle", "Saint Germain"]
+
+# How other hands put the same facts.
+PARAPHRASES = [
+    "The photo, taken facing {facing}, is dominated by {photo} tones. The map labels {street}, which runs {direction} "
+    "through the middle, and {cross} crosses it about {metres} m to the {way}. This places the camera on {street} in "
+    "{district}.",
+    "Looking {facing}, the camera sees {photo} buildings. According to the map, {street} runs {direction} here; {cross} "
+    "meets it roughly {metres} meters {way} of this point. Therefore the address is {street}, {district}.",
+    "In the street-level picture, {photo} façades stand out and the view is {view_said} the road, towards the {facing}. On "
+    "the map {street} and {cross} are labelled, and their junction is {metres} metres to the {way}. It must be {street} in "
+    "{district}.",
+    "{street} is written across the centre of the map and has a {direction} orientation. To the {way}, some {metres} metres"
+    " away, it is met by {cross}. The photo shows {photo} walls. We are on {street}, in the {district} district.",
+    "With its {photo} fronts, the scene fits a town street seen towards the {facing}. The map shows the names {street} and "
+    "{cross}; the latter joins {metres} m further {way}. The place is {street}, {district}.",
+    "The small picture has mainly {photo} surfaces, and its camera points {facing}. Around it, the street runs {direction}."
+    " {cross} intersects with it {metres} metres to the {way}, so the photo belongs to {street} in {district}.",
+    "A {photo} row of houses lines the road as one looks {facing}. The street names {street} and {cross} can be read on the"
+    " map, and the two meet {metres} metres {way} from here, which leads to {street} in {district}.",
+    "The camera stands on a street that runs {direction}, with {cross} meeting it {metres} metres to the {way}. Most of "
+    "what it sees, facing {facing}, is {photo}. That combination identifies {street} in {district}.",
+    "From the photo: {photo} walls and a gaze directed {facing}. From the map: a street running {direction}, marked "
+    "{street}, with a junction with {cross} {metres} metres to the {way}. Conclusion: {street}, {district}.",
+    "Because the street on the map runs {direction} and bears the name {street}, and because {cross} crosses {metres} "
+    "metres to its {way}, the {photo} buildings in the photo, seen while facing {facing}, must stand on {street} in "
+    "{district}.",
+    "A camera pointed {facing} captured these {photo} houses. On the map, one finds {cross} {metres} metres to the {way}, "
+    "where it meets the {direction} line of {street}. This is {street} in {district}.",
+    "What one sees is mostly {photo}: fronts on both sides of a road, in a picture that looks {facing}. The road at the "
+    "centre of the map runs {direction} and is labelled {street}; its next junction, {metres} m to the {way}, is with "
+    "{cross}. So the answer is {street}, {district}.",
+    "Heading {facing}, the photographer captured a scene of {photo} surfaces. The surrounding map reads {street}, a road "
+    "stretching {direction}, and {cross}, which meets {street} about {metres} meters to the {way}. The location is {street}"
+    " in {district}.",
+    "The street-view image faces {facing} and shows {photo} buildings. The map indicates that {street} runs {direction} "
+    "through the center. {cross} is the nearest crossing street, {metres} meters to the {way}. Based on this, the photo was"
+    " taken on {street} in {district}.",
+    "Mostly {photo} facades are visible in the photo as the camera faces {facing}. {street} runs {direction} at the center "
+    "of the map, and {cross} meets {street} {metres} m to the {way}. The names {street} and {cross} are written on the map."
+    " This is {street} in {district}.",
+    "I first noticed the {photo} fronts in the photo, which looks to the {facing}. The label {street} follows a street "
+    "drawn {direction} in the middle. {metres} metres {way} of the camera there is a junction with {cross}. That settles "
+    "it: {street} in {district}.",
+    "This photo shows a street with {photo} buildings, looking {facing}. The map displays {street} running {direction}, "
+    "with {cross} intersecting it {metres} meters to the {way}. The street name and the crossing confirm that this is "
+    "{street} in {district}.",
+    "The image depicts a {photo} street scene with the camera facing {facing}. On the map, {street} is clearly marked and "
+    "runs {direction}. At a distance of {metres} metres towards the {way}, {cross} meets {street}. Thus, this is {street} "
+    "in {district}.",
+]  # fmt: skip
+
+
+def facts(rng: random.Random) -> Facts:
+    """Facts of some place, complete."""
+    street, cross, *others = rng.sample(STREETS, 5)
+    return Facts(
+        street=street,
+        district=rng.choice(DISTRICTS),
+        names=(street, cross, *others[: rng.randint(0, 2)]),
+        direction=rng.choice(DIRECTIONS),
+        view=rng.choice(["along", "across", "oblique"]),
+        facing=rng.choice(COMPASS),
+        cross_street=cross,
+        cross_distance_m=rng.choice(range(20, 100, 10)),
+        cross_direction=rng.choice(COMPASS),
+        photo_colours=tuple(rng.sample(sorted(COLOURS), rng.randint(1, 2))),
+        tile_colours=tuple(rng.sample(sorted(COLOURS), rng.randint(0, 2))),
+    )
+
+
+def paraphrase(known: Facts, rng: random.Random) -> str:
+    """The facts in the words of one of PARAPHRASES."""
+    return rng.choice(PARAPHRASES).format(
+        street=known.street, district=known.district, direction=known.direction, facing=known.facing, cross=known.cross_street,
+        metres=known.cross_distance_m, way=known.cross_direction, photo=" and ".join(known.photo_colours),
+        view_said={"along": "along", "across": "across", "oblique": "diagonally over"}[known.view or ""],
+    )  # fmt: skip
+
+
+def good(seed: int, count: int) -> Iterator[tuple[str, Facts]]:
+    """Labels to pass, half of them the template's."""
+    rng = random.Random(seed)
+    for i in range(count):
+        known = facts(rng)
+        if i % 10 == 0:
+            known = replace(known, cross_distance_m=0)
+        yield (explain if i % 2 or not known.cross_distance_m else paraphrase)(known, rng), known
+
+
+def corrupted(seed: int, count: int) -> Iterator[tuple[str, str, Facts]]:
+    """Kinds of corruption, and labels with it: to refuse."""
+    rng = random.Random(seed)
+    kinds = list(CORRUPTIONS)
+    for i in range(count):
+        kind, known = kinds[i % len(kinds)], facts(rng)
+        text = (paraphrase if rng.random() < 0.5 else explain)(known, rng)
+        wrong = CORRUPTIONS[kind](text, known, rng)
+        if wrong != text:
+            yield kind, wrong, known
+
+
+def _swap(text: str, pattern: str, new: Callable[[str], str], rng: random.Random) -> str:
+    """The text with one match of the pattern replaced."""
+    found = list(re.finditer(pattern, text))
+    if not found:
+        return text
+    match = rng.choice(found)
+    return text[: match.start()] + new(match.group()) + text[match.end() :]
+
+
+_POINTS = "|".join(sorted(COMPASS, key=len, reverse=True))
+_AXES = "|".join(DIRECTIONS)
+
+
+def _other(options: list[str], *known: str | None) -> list[str]:
+    return [option for option in options if option not in known]
+
+
+def _compass(text: str, known: Facts, rng: random.Random) -> str:
+    return _swap(text, rf"(?<!-)\b({_POINTS})\b(?!-)", lambda old: rng.choice(_other(COMPASS, old)), rng)
+
+
+def _axis(text: str, known: Facts, rng: random.Random) -> str:
+    return _swap(text, _AXES, lambda old: rng.choice(_other(DIRECTIONS, old)), rng)
+
+
+def _distance(text: str, known: Facts, rng: random.Random) -> str:
+    true = known.cross_distance_m or 0
+    return _swap(
+        text,
+        rf"\b{true}\b",
+        lambda old: str(rng.choice([d for d in range(10, 200, 10) if abs(d - true) > 0.3 * true + 10])),
+        rng,
+    )
+
+
+def _crossing(text: str, known: Facts, rng: random.Random) -> str:
+    """Another street is said to meet it, in the last place that names the true one."""
+    at = text.rfind(known.cross_street or "")
+    other = rng.choice(_other(STREETS, known.street, known.cross_street))
+    return text[:at] + other + text[at + len(known.cross_street or "") :]
+
+
+def _street(text: str, known: Facts, rng: random.Random) -> str:
+    """The conclusion is on another street."""
+    at = text.rfind(known.street)
+    return text[:at] + rng.choice(_other(STREETS, known.street)) + text[at + len(known.street) :]
+
+
+def _district(text: str, known: Facts, rng: random.Random) -> str:
+    at = text.rfind(known.district)
+    return text[:at] + rng.choice(_other(DISTRICTS, known.district)) + text[at + len(known.district) :]
+
+
+def _colour(text: str, known: Facts, rng: random.Random) -> str:
+    said = (*known.photo_colours, *known.tile_colours)
+    return _swap(text, rf"\b({'|'.join(said)})\b", lambda old: rng.choice(_other(sorted(COLOURS), *said)), rng)
+
+
+def _view(text: str, known: Facts, rng: random.Random) -> str:
+    turned = {"along": ["along", "down"], "across": ["across", "over"]}
+    for said, words in turned.items():
+        for word in words:
+            if known.view == said and re.search(rf"\b{word} the (street|road)", text):
+                other = "across" if said == "along" else "along"
+                return re.sub(rf"\b{word} the (street|road)", rf"{other} the \1", text)
+    return text
+
+
+def _hint(text: str, known: Facts, rng: random.Random) -> str:
+    talk = ["As the hint says, this fits.", "This matches the given address.", "As the provided information states, it fits.",
+            "The facts say so.", "The address was given.", "You told me the location.", "According to the notes, it fits.",
+            "It agrees with the correct answer.", "Based on the supplied data, this is right."]  # fmt: skip
+    return f"{rng.choice(talk)} {text}" if rng.random() < 0.5 else f"{text} {rng.choice(talk)}"
+
+
+def _invented(text: str, known: Facts, rng: random.Random) -> str:
+    extra = ["The map also bears the name Wobble Road.", "Pumpernickel Avenue is written on the map as well.",
+             f"Next to it {rng.choice(_other(STREETS, known.street, *known.names))} can be read."]  # fmt: skip
+    return f"{rng.choice(extra)} {text}"
+
+
+def _again(text: str, known: Facts, rng: random.Random) -> str:
+    return f"{text} {text}"
+
+
+def _foreign(text: str, known: Facts, rng: random.Random) -> str:
+    said = "Auf dem Bild sieht man vor allem Häuser, und die Kamera schaut die Straße entlang. Daher ist das"
+    return f"{said} {known.street} in {known.district}."
+
+
+def _short(text: str, known: Facts, rng: random.Random) -> str:
+    return f"A road with houses: {known.street}, {known.district}."
+
+
+def _listed(text: str, known: Facts, rng: random.Random) -> str:
+    return "\n".join(f"- {part.strip()}" for part in text.split(". "))
+
+
+def _empty_words(text: str, known: Facts, rng: random.Random) -> str:
+    said = "It is plain to everybody who knows the city well that this can only be one address, and it is"
+    return f"{said} {known.street} in {known.district}."
+
+
+CORRUPTIONS: dict[str, Callable[[str, Facts, random.Random], str]] = {
+    "compass": _compass, "axis": _axis, "distance": _distance, "crossing": _crossing, "street": _street, "district": _district,
+    "colour": _colour, "view": _view, "hint": _hint, "invented": _invented, "repetition": _again, "language": _foreign,
+    "length": _short, "form": _listed, "visible": _empty_words,
+}  # fmt: skip
