@@ -18,7 +18,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from addressvlm.config.city import CityConfig, Section
+from addressvlm.config.base import Section
+from addressvlm.config.city import CityConfig
 from addressvlm.config.compare import CompareConfig
 from addressvlm.config.evaluate import EvaluateConfig
 from addressvlm.config.labels import LabelsConfig

@@ -1,16 +1,12 @@
-"""The section `city` of the configuration tree: where photos, streets and addresses come from (see addressvlm/config.py)."""
+"""The section `city` of the configuration tree: where photos, streets and addresses come from."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """A section of the tree: unknown keys are errors, values don't change type silently."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+from addressvlm.config.base import Section
 
 
 class SplitShares(Section):
@@ -36,15 +32,15 @@ class PanoramaConfig(Section):
 
 
 class GeocoderConfig(Section):
-    """A reverse geocoder that is asked about a sample of places; the rest take the answer of the nearest sampled one."""
+    """A reverse geocoder, queried for a sample of places; the rest take the answer of the nearest sampled one."""
 
     service: Literal["nominatim", "google"] = "nominatim"
     url: str | None = None  # default: the service's public address; your own Nominatim here
-    share: float = Field(0.1, gt=0, le=1)  # of the places that are asked about, drawn by seed
+    share: float = Field(0.1, gt=0, le=1)  # of the places that are requested, drawn by seed
     per_second: float = Field(1.0, gt=0)  # Nominatim's public server allows one request a second
     timeout_s: float = Field(20.0, gt=0)
     retries: int = Field(4, ge=0)
-    max_requests: int | None = Field(None, ge=1)  # stop asking after so many (a paid service); cached answers are free
+    max_requests: int | None = Field(None, ge=1)  # at most so many requests a run (a paid service); cached answers are free
     user_agent: str = "addressvlm (set city.geocoder.user_agent to your contact)"
     cache: str | None = None  # SQLite file of answers, shared by all runs; default: <storage>/geocoder.sqlite
 
@@ -79,28 +75,26 @@ class CityConfig(Section):
     unit: Literal["auto", "streets", "blocks"] = "auto"  # what an address names; auto: blocks where OSM's streets have no names
     language: str | None = None  # show `name:<language>` where OSM has it instead of `name`
     max_distance_m: float = Field(40.0, gt=0)  # a photo further than this from any named street is rejected
-    neighbour_vote_radius_m: float = Field(
-        0.0, ge=0
-    )  # neighbours within this vote on a place's street (paper 002, A.2); 0: no vote
+    # neighbours within this vote on a place's street (paper 002, A.2); 0: no vote
+    neighbour_vote_radius_m: float = Field(0.0, ge=0)
     ambiguous_m: float = Field(15.0, ge=0)  # a second named street within this marks the address as ambiguous
     geocoder: GeocoderConfig | None = None  # an external one instead of the street map
     partition: PartitionConfig | None = None  # also name the sub-street of each place
     answer: Literal["street", "sub_street"] = "street"  # what questions mean by street; sub_street needs city.partition
     split_buffer_m: float = Field(25.0, ge=0)  # no training place is nearer than this to a test or validation place
-    split_block_m: float = Field(100.0, gt=0)  # places are split in blocks of this side, so that the guard costs little
+    split_block_m: float = Field(100.0, gt=0)  # places are split in blocks of this side, so that the buffer costs little
     split: SplitShares = SplitShares()
     density: DensityConfig = DensityConfig()
     rounds: int = Field(7, ge=1)  # questions about each training photo (paper 001: 7)
-    hard_negative_share: float = Field(
-        0.5, ge=0, le=1
-    )  # share of wrong names taken from the nearest ones, the rest from anywhere
+    # share of wrong names taken from the nearest ones, the rest from anywhere
+    hard_negative_share: float = Field(0.5, ge=0, le=1)
     max_megapixels: float = Field(100.0, gt=0)  # larger photos are rejected unread
     max_reject_share: float = Field(0.1, ge=0, le=1)  # the run stops when more rows than this are bad
     attribution: list[str] = []  # licences and sources of what goes in; travels with the dataset
     license: str = "other"  # of the dataset, for its card: an identifier of the Hugging Face hub (cc-by-4.0, odbl, …)
 
     @model_validator(mode="after")
-    def _partition_is_there(self) -> CityConfig:
+    def _require_partition(self) -> CityConfig:
         if self.answer == "sub_street" and self.partition is None:
             raise ValueError("answer is sub_street, so set city.partition (an empty {} takes its defaults)")
         return self

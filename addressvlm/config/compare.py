@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from addressvlm.config.city import Section
+from addressvlm.config.base import Section
 
 
 class BaselineConfig(Section):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from addressvlm.config.city import Section
+from addressvlm.config.base import Section
 
 
 class EvaluateConfig(Section):

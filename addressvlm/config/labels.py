@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from addressvlm.config.city import Section
+from addressvlm.config.base import Section
 
 
 class LabelsConfig(Section):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from addressvlm.config.city import Section
+from addressvlm.config.base import Section
 
 Part = Literal["vision", "adapter", "llm"]
 Data = Literal["alignment", "photos", "reasoning"]
