@@ -35,10 +35,10 @@ def graft_photo(tile: Image.Image, photo: bytes, delta: float, quality: int) -> 
         InputError: the bytes of the photo are not a whole image.
     """
     small = decode_photo(photo, round((delta or HALF) * tile.width))
-    return encode(graft(tile, small, delta) if delta else side_by_side(tile, small), quality), small
+    return encode_jpeg(graft(tile, small, delta) if delta else side_by_side(tile, small), quality), small
 
 
-def pair(tile: Image.Image, photo: bytes, quality: int) -> tuple[bytes, bytes, Image.Image]:
+def encode_pair(tile: Image.Image, photo: bytes, quality: int) -> tuple[bytes, bytes, Image.Image]:
     """JPEG bytes of an encoded photo by itself, no larger than the tile, and of the tile; and the photo, decoded.
 
     Raises:
@@ -47,10 +47,10 @@ def pair(tile: Image.Image, photo: bytes, quality: int) -> tuple[bytes, bytes, I
     decoded = decode_photo(photo, tile.width)
     small = decoded.copy()
     small.thumbnail(tile.size, FILTER, reducing_gap=3.0)
-    return encode(small, quality), encode(tile, quality), decoded
+    return encode_jpeg(small, quality), encode_jpeg(tile, quality), decoded
 
 
-def shown(row: dict[str, Any]) -> bytes:
+def display_image(row: dict[str, Any]) -> bytes:
     """The one picture that people and labelers see of a row of GRAFTS or ALIGNMENT.
 
     It is the row's image; of one that has its tile as an image of its own, left the tile and right the photo, both as large as
@@ -68,7 +68,7 @@ def shown(row: dict[str, Any]) -> bytes:
     for image in images:
         both.paste(image, (left, (both.height - image.height) // 2))
         left += image.width
-    return encode(both, QUALITY)
+    return encode_jpeg(both, QUALITY)
 
 
 def graft(tile: Image.Image, photo: Image.Image, delta: float) -> Image.Image:
@@ -79,7 +79,7 @@ def graft(tile: Image.Image, photo: Image.Image, delta: float) -> Image.Image:
         photo: image of any size.
         delta: longer side of the pasted photo / side of the tile, in (0, 1); the paper takes up to 0.7.
     """
-    size = grafted_size(photo.size, tile.width, delta)
+    size = pasted_size(photo.size, tile.width, delta)
     grafted = tile.convert("RGB")
     colours = photo if photo.mode == "RGB" else photo.convert("RGB")
     grafted.paste(colours.resize(size, FILTER, reducing_gap=3.0), (tile.width - size[0], 0))
@@ -91,13 +91,13 @@ def side_by_side(tile: Image.Image, photo: Image.Image) -> Image.Image:
     half = round(HALF * tile.width)
     both = Image.new("RGB", tile.size)
     for left, image in ((0, tile), (half, photo)):
-        size = grafted_size(image.size, tile.width, HALF)
+        size = pasted_size(image.size, tile.width, HALF)
         small = image.convert("RGB").resize(size, FILTER, reducing_gap=3.0)
         both.paste(small, (left + (half - size[0]) // 2, (tile.height - size[1]) // 2))
     return both
 
 
-def grafted_size(photo: tuple[int, int], side: int, delta: float) -> tuple[int, int]:
+def pasted_size(photo: tuple[int, int], side: int, delta: float) -> tuple[int, int]:
     """Width and height of the pasted photo: longer side delta * side, aspect kept, at least one pixel.
 
     Raises:
@@ -111,7 +111,7 @@ def grafted_size(photo: tuple[int, int], side: int, delta: float) -> tuple[int, 
     return width, height
 
 
-def encode(image: Image.Image, quality: int) -> bytes:
+def encode_jpeg(image: Image.Image, quality: int) -> bytes:
     """JPEG bytes of an RGB image."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling=0)  # full colour resolution: street names stay crisp

@@ -35,9 +35,9 @@ from PIL import Image
 from addressvlm.config import Config, validate
 from addressvlm.dataset.streets import StreetMap
 from addressvlm.demo.camera import photograph
-from addressvlm.demo.city import places, to_degrees, views, write_maps
+from addressvlm.demo.city import street_places, to_degrees, view_headings, write_maps
 from addressvlm.demo.world import generate
-from addressvlm.grafting import encode
+from addressvlm.grafting import encode_jpeg
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
 from addressvlm.storage.shards import plan_shards
@@ -57,10 +57,13 @@ def write_photos(folder: Path, count: int, side: int) -> Config:
     world, rng = generate(CITY_SEED), random.Random(CITY_SEED)
     paths = {key: folder / key for key in ("streets", "districts", "imagery")}
     write_maps(world, paths)
-    spots = list(places(world))
+    spots = list(street_places(world))
     drawn = []
     for street, x, y in rng.sample(spots, DISTINCT // VIEWS):
-        drawn += [_like_a_camera(photograph(world, x, y, heading, 1.0, side // 4), side, rng) for heading in views(street, rng)]
+        drawn += [
+            _like_a_camera(photograph(world, x, y, heading, 1.0, side // 4), side, rng)
+            for heading in view_headings(street, rng)
+        ]
 
     def rows() -> Iterator[dict[str, Any]]:
         for n in range(count):
@@ -88,7 +91,7 @@ def _like_a_camera(picture: Image.Image, side: int, rng: random.Random) -> bytes
     """JPEG bytes of the picture at this size, with grain: files are about as large as a camera's."""
     pixels = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float32)
     grain = np.random.default_rng(rng.randrange(1 << 32)).normal(0, 6, pixels.shape)
-    return encode(Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8)), 88)
+    return encode_jpeg(Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8)), 88)
 
 
 def run_job(config: Config) -> None:

@@ -24,9 +24,9 @@ from PIL import Image
 
 from addressvlm.config import TilesConfig
 from addressvlm.demo.camera import photograph
-from addressvlm.demo.city import places, to_degrees, write_maps
+from addressvlm.demo.city import street_places, to_degrees, write_maps
 from addressvlm.demo.world import generate
-from addressvlm.grafting import FILTER, encode, graft_photo, grafted_size
+from addressvlm.grafting import FILTER, encode_jpeg, graft_photo, pasted_size
 from addressvlm.tiles.renderer import TileRenderer
 
 CITY_SEED = 1
@@ -54,14 +54,14 @@ def spots(count: int, side: int, files: list[Path], folder: Path) -> tuple[list[
     renderer = TileRenderer(paths["streets"], paths["imagery"], TILES)
     large = TileRenderer(paths["streets"], paths["imagery"], TILES.model_copy(update={"pixels": TILE_FILE_SIDE}))
     found = []
-    for street, x, y in rng.sample(list(places(world)), count):
+    for street, x, y in rng.sample(list(street_places(world)), count):
         lon, lat = map(float, to_degrees(world, np.array([[x, y]]))[0])
         tile = io.BytesIO()
         large.tile(lat, lon, street.name).image.save(tile, "PNG")
         if files:
             photos = [file.read_bytes() for file in rng.choices(files, k=VIEWS)]
         else:
-            photos = [encode(photograph(world, x, y, 360 * view / VIEWS, 1.0, side), 88) for view in range(VIEWS)]
+            photos = [encode_jpeg(photograph(world, x, y, 360 * view / VIEWS, 1.0, side), 88) for view in range(VIEWS)]
         found.append(Spot(lat, lon, street.name, tile.getvalue(), photos))
     return found, renderer
 
@@ -69,7 +69,7 @@ def spots(count: int, side: int, files: list[Path], folder: Path) -> tuple[list[
 def plain(tile: Image.Image, photo: bytes) -> bytes:
     """Open, resize, paste, encode."""
     opened = Image.open(io.BytesIO(photo)).convert("RGB")
-    small = opened.resize(grafted_size(opened.size, tile.width, TILES.delta), Image.Resampling.LANCZOS)
+    small = opened.resize(pasted_size(opened.size, tile.width, TILES.delta), Image.Resampling.LANCZOS)
     tile.paste(small, (tile.width - small.width, 0))
     out = io.BytesIO()
     tile.save(out, "JPEG", quality=TILES.jpeg_quality, subsampling=0)

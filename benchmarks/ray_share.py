@@ -17,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from addressvlm.config import Config, load
-from addressvlm.storage.run_dir import Run, storage_path
+from addressvlm.storage.run_dir import Run, storage_dir
 from addressvlm.training.stages import train_system
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ def settings(args: argparse.Namespace, name: str) -> list[str]:
     return [
         *args.sets,
         f"name={name}",
-        f"storage={storage_path(config.storage)}",
+        f"storage={storage_dir(config.storage)}",
         f"train.cities={{{config.name}: 1}}",
         "train.checkpoint_every=100000",
         f"train.workers={args.workers}",
@@ -42,7 +42,7 @@ def settings(args: argparse.Namespace, name: str) -> list[str]:
 def seconds(config: Config) -> float:
     """Median time of a step."""
     run = Run(config)
-    lines = (run.journal(SYSTEM) / "loss.jsonl").read_text().splitlines()
+    lines = (run.training_dir(SYSTEM) / "loss.jsonl").read_text().splitlines()
     stage = config.train.stages["localization"]
     rows = stage.batch_size * stage.gradient_accumulation_steps * config.train.workers
     return statistics.median(rows / json.loads(line)["samples_per_s"] for line in lines[WARM:])

@@ -16,7 +16,7 @@ from addressvlm import InputError
 from addressvlm.config import Config, load
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
+def job_parser(description: str) -> argparse.ArgumentParser:
     """The flags that all jobs have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="demo", help="a preset's name or a YAML file (default: demo)")
@@ -25,12 +25,12 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def configure(args: argparse.Namespace) -> Config:
+def load_config(args: argparse.Namespace) -> Config:
     """The configuration that the flags ask for."""
     return load(args.config, args.sets)
 
 
-def absolute(local: str) -> str:
+def absolute_path(local: str) -> str:
     """A local file or folder by a name that means the same in a worker, whose working directory is another; else the text."""
     path = Path(local).expanduser()
     return str(path.absolute()) if path.exists() else local
@@ -66,7 +66,7 @@ def _ray_is_around() -> bool:
     return bool(os.environ.get("RAY_ADDRESS")) or Path("/tmp/ray/ray_current_cluster").exists()
 
 
-def require(resource: str, needed: float, what: str, key: str) -> None:
+def require_resources(resource: str, needed: float, what: str, key: str) -> None:
     """Refuse a plan that Ray would wait for in vain; `resource` is CPU or GPU.
 
     Raises:
@@ -89,7 +89,7 @@ def progress(step: str, done: int, total: int) -> None:
         print(f"{step}: {done:,}/{total:,}", flush=True)
 
 
-def job(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Run a job's main; what a person can mend ends as one sentence and exit status 1."""
     try:
         main()

@@ -28,13 +28,13 @@ from addressvlm.evaluation.run_questions import judge_answers
 from addressvlm.gazetteer.gazetteer import Address
 from addressvlm.models.cards import set_metrics
 from addressvlm.storage import tables
-from addressvlm.storage.run_dir import Run, slug, writing
+from addressvlm.storage.run_dir import Run, fresh_dir, slug
 from addressvlm.training.stages import training_runs
 from ray_jobs import evaluation, prepare
 from ray_jobs.baselines import combined, trained
 from ray_jobs.baselines.context import TEST, ComparisonContext, Row, SystemOutcome
 from ray_jobs.baselines.trained import TrainedSystem
-from ray_jobs.common import arguments, configure, connect, job, require
+from ray_jobs.common import connect, job_parser, load_config, require_resources, run_main
 from ray_jobs.evaluation import EvaluationTask
 
 
@@ -74,7 +74,7 @@ def run_step(config: Config, redo: bool = False, only: Sequence[str] = ()) -> di
     """
     _check(config, only)
     need, run = config.evaluate, Run(config)
-    require("CPU", need.workers * need.cpus_per_worker, "compare", "evaluate.workers or evaluate.cpus_per_worker")
+    require_resources("CPU", need.workers * need.cpus_per_worker, "compare", "evaluate.workers or evaluate.cpus_per_worker")
     prepare.run_step(config)
     task = EvaluationTask(
         {}, run.photos, TEST, run.folder, report.ReportSources(run.photos, run.alignment, run.training, run.rejects)
@@ -200,11 +200,11 @@ def _rival(work: ComparisonContext, rival: AnyBaseline, task: EvaluationTask, ju
         columns = [column for column in run_questions.COLUMNS if column != "image"]
         photos = {row["id"]: row for row in tables.iter_rows(task.data, TEST, columns)}
         found = list(answers_by_scores(outcome.scores[TEST], photos, work.gazetteer))
-        with writing(task.out / "scores" / slug(rival.name), {"row": rival.model_dump()}) as folder:
+        with fresh_dir(task.out / "scores" / slug(rival.name), {"row": rival.model_dump()}) as folder:
             for split, rows in outcome.scores.items():
                 tables.write_table(folder, split, rows, tables.SCORES)
     answers = judge_answers(found, judge)
-    with writing(task.out / "answers" / slug(rival.name), {"row": rival.model_dump()}) as folder:
+    with fresh_dir(task.out / "answers" / slug(rival.name), {"row": rival.model_dump()}) as folder:
         tables.write_table(folder, TEST, answers, tables.ANSWERS)
     return SystemResult(rival.name, rival.kind, outcome, answers)
 
@@ -227,7 +227,7 @@ def _write(config: Config, work: ComparisonContext, task: EvaluationTask, rows: 
     answers = {row.name: row.answers for row in made}
     scored = {**tree, "systems": [row for row in told if row["name"] in answers]}
     out = task.out / "comparison"
-    with writing(out, {"rows": [row.name for row in rows]}) as folder:
+    with fresh_dir(out, {"rows": [row.name for row in rows]}) as folder:
         comparison.write_comparison(folder, tree)
         if made:
             named = (config.seed, config.evaluate.bootstrap)
@@ -248,7 +248,7 @@ def leave_card(config: Config, work: ComparisonContext, row: SystemResult, told:
     if row.outcome.model:
         set_metrics(row.outcome.model, told["metrics"], photos)
     elif rival and not isinstance(rival, AddressClipConfig):
-        with writing(work.run.folder / "cards" / slug(row.name), {"row": rival.model_dump()}) as folder:
+        with fresh_dir(work.run.folder / "cards" / slug(row.name), {"row": rival.model_dump()}) as folder:
             (folder / "README.md").write_text(system_cards.system_card(config, rival, told, photos), encoding="utf-8")
 
 
@@ -292,13 +292,13 @@ def _within(work: ComparisonContext, outcome: SystemOutcome, drawn: tuple[int, i
 
 def main() -> None:
     """Command line."""
-    parser = arguments(__doc__ or "")
+    parser = job_parser(__doc__ or "")
     parser.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row (may be repeated)")
     args = parser.parse_args()
-    config = configure(args)
+    config = load_config(args)
     connect()
     run_step(config, args.redo, args.row)
 
 
 if __name__ == "__main__":
-    job(main)
+    run_main(main)

@@ -29,7 +29,7 @@ from addressvlm.storage import tables
 from addressvlm.storage.remote_path import path_of
 from addressvlm.storage.run_dir import Run
 from ray_jobs import evaluation, resolve_args
-from ray_jobs.common import arguments, configure, connect, job, require
+from ray_jobs.common import connect, job_parser, load_config, require_resources, run_main
 from ray_jobs.evaluation import EvaluationTask, files_digest, model_digest
 
 
@@ -55,7 +55,7 @@ def evaluate(config: Config, task: EvaluationTask, redo: bool) -> None:
     folders = {name: resolve_model(model) for name, model in task.systems.items()}
     tables.table_files(task.data, task.split)
     need = config.evaluate
-    require("CPU", need.workers * need.cpus_per_worker, "evaluate", "evaluate.workers or evaluate.cpus_per_worker")
+    require_resources("CPU", need.workers * need.cpus_per_worker, "evaluate", "evaluate.workers or evaluate.cpus_per_worker")
     ids = evaluation.choose_photos(config, task)
     judge, gazetteer = evaluation.make_judge(task, folders)
     main = report.main_system(list(folders))
@@ -127,7 +127,7 @@ def _constrained(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = arguments(__doc__ or "")
+    parser = job_parser(__doc__ or "")
     parser.add_argument("--model", action="append", default=[], metavar="[NAME=]FOLDER", help="score this model; repeatable")
     parser.add_argument("--data", metavar="PATH", help="a run, a folder with test-*.parquet, or a manifest (default: the run)")
     parser.add_argument("--photos", metavar="FOLDER", help="what `file` in the manifest is relative to (default: its folder)")
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     args = _parser().parse_args(argv)
-    config = configure(args)
+    config = load_config(args)
     connect()
     if not (args.model or args.data or args.out or args.split != "test"):
         run_step(config, args.redo, args.priors)
@@ -164,4 +164,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    job(main)
+    run_main(main)

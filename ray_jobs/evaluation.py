@@ -25,9 +25,9 @@ from addressvlm.evaluation.parsing import Judge
 from addressvlm.evaluation.run_questions import judge_answers
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
 from addressvlm.storage import tables
-from addressvlm.storage.files import digest, local_model_copy, parquet
-from addressvlm.storage.remote_path import AnyPath, StorePath, path_of
-from addressvlm.storage.run_dir import DONE_FILE, is_done, slug, writing
+from addressvlm.storage.files import digest, local_model_copy, open_parquet
+from addressvlm.storage.remote_path import AnyPath, RemotePath, path_of
+from addressvlm.storage.run_dir import DONE_FILE, fresh_dir, is_done, slug
 from addressvlm.storage.shards import sources_fingerprint
 from ray_jobs.common import Heartbeat, progress
 from ray_jobs.ray_data import to_input_error
@@ -172,7 +172,7 @@ def _load(model: str, city: Gazetteer, config: Config) -> Any:
 
 
 def _row_group(columns: list[str], file: str, group: int) -> pa.Table:
-    with parquet(path_of(file)) as opened:
+    with open_parquet(path_of(file)) as opened:
         return opened.read_row_group(group, columns=columns)
 
 
@@ -182,7 +182,7 @@ def work_units(files: Sequence[AnyPath], ids: set[str], photos: int) -> Iterator
     Workers read the photos themselves: no read task competes with them for CPUs, and no image goes through Ray.
     """
     for file in files:
-        with parquet(file) as opened:
+        with open_parquet(file) as opened:
             for group in range(opened.num_row_groups):
                 found = [i for i in opened.read_row_group(group, columns=["id"])["id"].to_pylist() if i in ids]
                 for start in range(0, len(found), photos):
@@ -239,7 +239,7 @@ def score_addresses(
         found = {row["id"]: row for row in distributed_scores(config, name, model, files, ids, city, scorer)}
         rows = {split: list(tables.iter_rows(folder, split)) for split in held}
         rows |= {split: [found[photo] for photo in wanted[split]] for split in missing}
-        with writing(folder, settings) as partial:
+        with fresh_dir(folder, settings) as partial:
             for split, of_split in rows.items():
                 tables.write_table(partial, split, of_split, tables.SCORES)
     return {split: list(tables.iter_rows(folder, split)) for split in wanted}
@@ -340,7 +340,7 @@ def answer_questions(
         print(f"evaluate: {name}: already answered", flush=True)
         return False
     files = tables.table_files(task.shown, task.split)
-    with writing(folder, settings) as partial:
+    with fresh_dir(folder, settings) as partial:
         if by_scores:
             columns = [column for column in run_questions.COLUMNS if column != "image"]
             photos = {row["id"]: row for row in tables.iter_rows(task.data, task.split, columns)}
@@ -402,7 +402,7 @@ def model_digest(model: str) -> str:
 
 def files_digest(files: Sequence[AnyPath]) -> str:
     """What tells the content of some files apart."""
-    if any(isinstance(file, StorePath) for file in files):  # not fetched for this: the ends of Parquet files tell them apart
+    if any(isinstance(file, RemotePath) for file in files):  # not fetched for this: the ends of Parquet files tell them apart
         return sources_fingerprint(*map(str, sorted(files)))[:16]
     total = hashlib.sha256()
     for file in sorted(files):

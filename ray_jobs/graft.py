@@ -17,8 +17,8 @@ from addressvlm.dataset.build import resolve_city_files
 from addressvlm.storage import tables
 from addressvlm.storage.files import write_parquet
 from addressvlm.storage.remote_path import AnyPath
-from addressvlm.storage.run_dir import Run, is_done, resuming
-from addressvlm.storage.shards import ShardWork, forget_shards, plan_shards, sources_fingerprint
+from addressvlm.storage.run_dir import Run, is_done, resumable_dir
+from addressvlm.storage.shards import ShardWork, invalidate_shards, plan_shards, sources_fingerprint
 from addressvlm.tiles.graft_rows import Grafter, graft_batch, graft_photos_batch
 from ray_jobs import common, prepare
 from ray_jobs.ray_data import run_shards
@@ -45,7 +45,7 @@ def run_step(config: Config, redo: bool) -> None:
         return
     files, tiles = _sources(config, run)
     work = ShardWork(partial(graft_batch, *files, tiles), tables.GRAFTS, COLUMNS, sources_fingerprint(*files))
-    with resuming(run.grafts, settings(config), redo) as folder:
+    with resumable_dir(run.grafts, settings(config), redo) as folder:
         told = _make(run, "train", folder, work, "graft")
     print(f"graft: {told[0]:,} grafted images in {run.grafts}, {told[1]:,} rejected", flush=True)
 
@@ -62,14 +62,14 @@ def photos_on_tiles(config: Config, of: Run, split: str, redo: bool = False) -> 
     """
     if config.tiles.layout == "two":
         raise InputError("evaluate.images is grafts and tiles.layout is two, but one image is asked about: set it to graft.")
-    target = Run(config).grafted / split
+    target = Run(config).grafted_photos / split
     photos = sources_fingerprint(*map(str, tables.table_files(of.photos, split)))
     made_from = {"photos": photos, "tiles": settings(config)["tiles"]}
     if is_done(target, made_from, redo):
         return target
     files, tiles = _sources(of.config.model_copy(update={"tiles": config.tiles}), of)
     work = ShardWork(partial(graft_photos_batch, *files, tiles, split), tables.PHOTOS, None, sources_fingerprint(*files))
-    with resuming(target, made_from, redo) as folder:
+    with resumable_dir(target, made_from, redo) as folder:
         told = _make(of, split, folder, work, f"graft-{Run(config).folder.name}-{split}")
     print(f"graft: {told[0]:,} photos of the split {split} on their tiles in {target}, {told[1]:,} rejected", flush=True)
     return target
@@ -95,7 +95,7 @@ def _make(run: Run, split: str, folder: AnyPath, work: ShardWork, step: str) -> 
     file = run.rejects / f"{step}.parquet"
     write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), file)
     if not written or len(rejects) > run.config.city.max_reject_share * total:
-        forget_shards(folder, [summary for summary in made if summary["rejects"]])
+        invalidate_shards(folder, [summary for summary in made if summary["rejects"]])
         first = rejects[0]["reason"].rstrip(".") if rejects else f"there are no {split} photos"
         more = ", or raise city.max_reject_share" if written else ""
         raise InputError(
@@ -106,11 +106,11 @@ def _make(run: Run, split: str, folder: AnyPath, work: ShardWork, step: str) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.arguments(__doc__).parse_args(argv)
-    config = common.configure(args)
+    args = common.job_parser(__doc__).parse_args(argv)
+    config = common.load_config(args)
     common.connect()
     run_step(config, args.redo)
 
 
 if __name__ == "__main__":
-    common.job(main)
+    common.run_main(main)

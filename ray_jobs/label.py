@@ -7,7 +7,7 @@
     python ray_jobs/label.py --config my_city.yaml --set labels.prompt=reasoning
 
 Reads <run>/grafts, writes <run>/alignment; with a prompt that shows photos alone reads <run>/photos, writes <run>/reasoning.
-A model behind an endpoint is asked first, all answers go into <run>/ledger; the table is made from what is there.
+A model behind an endpoint is asked first, all answers go into <run>/response_cache; the table is made from what is there.
 """
 
 import json
@@ -31,8 +31,8 @@ from addressvlm.labels.request_scheduler import OpenAILabeler
 from addressvlm.labels.response_cache import ResponseCache, open_for_writing
 from addressvlm.labels.vllm_server import serving
 from addressvlm.storage import tables
-from addressvlm.storage.files import on_disk, write_parquet
-from addressvlm.storage.run_dir import Run, is_done, resuming
+from addressvlm.storage.files import local_folder_for, write_parquet
+from addressvlm.storage.run_dir import Run, is_done, resumable_dir
 from addressvlm.storage.shards import Shard, ShardWork, plan_shards, sources_fingerprint
 from ray_jobs import common, graft, prepare
 from ray_jobs.common import Heartbeat
@@ -71,16 +71,18 @@ def run_step(config: Config, redo: bool, dry_run: bool = False) -> None:
     asks = config.labels.labeler in ASKED
     shards = plan_shards(source, "train", SHARD if config.labels.labeler != "local" else SLOW_SHARD)
     if dry_run:
-        print(_plan(config, shards, ResponseCache(run.ledger), redo).text() if asks else _free(shards), flush=True)
+        print(_plan(config, shards, ResponseCache(run.response_cache), redo).text() if asks else _free(shards), flush=True)
         return
     tally = _ask(config, shards, redo) if asks else {}
     columns = list((tables.GRAFTS if shows == "graft" else tables.PHOTOS).names)
-    function = partial(label_batch, config.labels.model_dump_json(), config.seed, str(run.gazetteer), str(run.ledger) * asks)
+    function = partial(
+        label_batch, config.labels.model_dump_json(), config.seed, str(run.gazetteer), str(run.response_cache) * asks
+    )
     work = ShardWork(function, tables.ALIGNMENT, columns, sources_fingerprint(str(run.gazetteer)))
-    with resuming(target, settings(config), redo) as folder:
+    with resumable_dir(target, settings(config), redo) as folder:
         made = run_shards("label", shards, folder, work, *_workers(config))
         counts = sum((Counter(summary["counts"]) for summary in made), Counter())
-        report = label_report(config.labels, counts, tally, ResponseCache(run.ledger) if asks else None)
+        report = label_report(config.labels, counts, tally, ResponseCache(run.response_cache) if asks else None)
         (folder / "labels.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
         rejects = [reject for summary in made for reject in summary["rejects"]]
         name = "label" if shows == "graft" else "label-reasoning"
@@ -93,11 +95,11 @@ def _absolute(config: Config) -> Config:
     config = config.model_copy(deep=True)
     labels = config.labels
     if labels.labeler in ("local", "vllm"):
-        labels.model = common.absolute(labels.model)
+        labels.model = common.absolute_path(labels.model)
     if labels.prompt.endswith(".md"):
-        labels.prompt = common.absolute(labels.prompt)
+        labels.prompt = common.absolute_path(labels.prompt)
     if labels.vllm_python:
-        labels.vllm_python = common.absolute(labels.vllm_python)
+        labels.vllm_python = common.absolute_path(labels.vllm_python)
     return config
 
 
@@ -108,13 +110,13 @@ def _ask(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
     """
     if config.labels.labeler == "openai":
         return _fill(config, shards, redo)
-    left = _plan(config, shards, ResponseCache(Run(config).ledger), redo)
+    left = _plan(config, shards, ResponseCache(Run(config).response_cache), redo)
     if not left.left:
         print(left.text(), flush=True)
         return {}
     need = config.labels
-    common.require("GPU", need.gpus_per_worker, "the vLLM server", "labels.gpus_per_worker")
-    common.require("CPU", need.cpus_per_worker, "the vLLM server", "labels.cpus_per_worker")
+    common.require_resources("GPU", need.gpus_per_worker, "the vLLM server", "labels.gpus_per_worker")
+    common.require_resources("CPU", need.cpus_per_worker, "the vLLM server", "labels.cpus_per_worker")
     task = ray.remote(num_cpus=need.cpus_per_worker, num_gpus=need.gpus_per_worker, max_retries=0, max_calls=1)(_serve_and_fill)
     try:
         return ray.get(task.remote(config, shards, redo))
@@ -123,14 +125,14 @@ def _ask(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
 
 
 def _serve_and_fill(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
-    with serving(config.labels, on_disk(Run(config).folder) / "vllm.log") as url:
+    with serving(config.labels, local_folder_for(Run(config).folder) / "vllm.log") as url:
         labels = config.labels.model_copy(update={"base_url": url})
         return _fill(config.model_copy(update={"labels": labels}), shards, redo)
 
 
 def _fill(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
     run = Run(config)
-    with open_for_writing(run.ledger) as ledger:
+    with open_for_writing(run.response_cache) as ledger:
         begin = beginning(config.labels, config.seed, _gazetteer(run))
         labeler = OpenAILabeler(config.labels, begin, ledger, partial(print, flush=True), redo)
         left = _plan(config, shards, ledger, redo)
@@ -164,8 +166,12 @@ def _workers(config: Config) -> tuple[int | None, dict[str, float] | None]:
     need = config.labels
     if need.labeler != "local":
         return None, None
-    common.require("GPU", need.workers * need.gpus_per_worker, "labelling", "labels.workers or labels.gpus_per_worker")
-    common.require("CPU", need.workers * need.cpus_per_worker, "labelling", "labels.workers or labels.cpus_per_worker")
+    common.require_resources(
+        "GPU", need.workers * need.gpus_per_worker, "labelling", "labels.workers or labels.gpus_per_worker"
+    )
+    common.require_resources(
+        "CPU", need.workers * need.cpus_per_worker, "labelling", "labels.workers or labels.cpus_per_worker"
+    )
     return need.workers, {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}
 
 
@@ -174,14 +180,14 @@ def _free(shards: list[Shard]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.arguments(__doc__)
+    parser = common.job_parser(__doc__)
     parser.add_argument("--dry-run", action="store_true", help="print rows, tokens, money and time, and ask nothing")
     args = parser.parse_args(argv)
-    config = common.configure(args)
+    config = common.load_config(args)
     if not args.dry_run:
         common.connect()
     run_step(config, args.redo, args.dry_run)
 
 
 if __name__ == "__main__":
-    common.job(main)
+    common.run_main(main)

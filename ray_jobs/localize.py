@@ -27,11 +27,11 @@ from addressvlm.evaluation.report import MAIN
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE
 from addressvlm.models.loading import resolve_model
 from addressvlm.storage import remote_path, tables
-from addressvlm.storage.files import digest, parquet, write_parquet
+from addressvlm.storage.files import digest, open_parquet, write_parquet
 from addressvlm.storage.remote_path import AnyPath, path_of
-from addressvlm.storage.run_dir import DONE_FILE, WORK, Run, is_done, resuming, unfinished
+from addressvlm.storage.run_dir import DONE_FILE, WORK_DIR, Run, is_done, is_unfinished, resumable_dir
 from addressvlm.storage.shards import Shard, ShardWork, files_fingerprint, plan_file_shards, plan_shards, sources_fingerprint
-from ray_jobs.common import arguments, configure, connect, job, require
+from ray_jobs.common import connect, job_parser, load_config, require_resources, run_main
 from ray_jobs.evaluation import model_digest
 from ray_jobs.ray_data import run_shards
 
@@ -50,9 +50,9 @@ def localize(config: Config, model: str, photos: str, split: str, out: AnyPath, 
     if not (path_of(model) / GAZETTEER_FILE).is_file():
         raise InputError(f"{model} holds no {GAZETTEER_FILE}: give a model that was trained on a city.")
     need = config.evaluate
-    require("CPU", need.workers * need.cpus_per_worker, "localize", "evaluate.workers or evaluate.cpus_per_worker")
-    base = photos if remote_path.kind(photos) == "folder" else remote_path.parent(photos)
-    base = base if remote_path.is_remote(base) else str(remote_path.local_path(base).absolute())
+    require_resources("CPU", need.workers * need.cpus_per_worker, "localize", "evaluate.workers or evaluate.cpus_per_worker")
+    source = path_of(photos)
+    base = str((source if source.is_dir() else source.parent).absolute())
     given = _given(photos, split)
     settings = {
         "model": model_digest(model), "calibration": sources_fingerprint(str(path_of(model) / CALIBRATION_FILE)), "photos": photos,
@@ -62,7 +62,7 @@ def localize(config: Config, model: str, photos: str, split: str, out: AnyPath, 
     if is_done(out, settings, redo):
         print("localize: already done", flush=True)
         return
-    with resuming(out, settings, redo) as folder:
+    with resumable_dir(out, settings, redo) as folder:
         shards, columns, rejects = _shards(given, folder)
         function = BatchLocalizer(
             model, config.model.dtype, config.model.trust_remote_code, base, config.city.max_megapixels, top_k,
@@ -85,7 +85,7 @@ def _refuse_other(out: AnyPath, settings: dict[str, Any]) -> None:
     """
     mark = out / DONE_FILE
     ours = mark.is_file() and json.loads(mark.read_text()).keys() == settings.keys()
-    if not (ours or unfinished(out)) and out.is_dir() and any(out.iterdir()):
+    if not (ours or is_unfinished(out)) and out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out} holds something else: give an empty or a new --out.")
 
 
@@ -107,7 +107,7 @@ def _given(photos: str, split: str) -> _Given:
     if _holds_images(photos, split):
         path = path_of(photos)
         return _Given([path] if path.is_file() else list(tables.table_files(path, split)), [], [])
-    if remote_path.kind(photos) == "folder":
+    if path_of(photos).is_dir():
         rows, rejects = photo_table([(file, file) for file in folder_photos(photos)])
     else:
         table = open_table(photos)
@@ -129,7 +129,7 @@ def _shards(given: _Given, folder: AnyPath) -> tuple[list[Shard], list[str], lis
     if given.files:
         shards, rejects = _once(plan_file_shards(given.files, SHARD))
         return shards, sorted(IMAGES), rejects
-    wanted = folder / WORK / "listed"
+    wanted = folder / WORK_DIR / "listed"
     for old in wanted.glob("*.parquet"):
         old.unlink()
     tables.write_table(wanted, "photos", given.rows, PHOTO_LIST_SCHEMA, SHARD)
@@ -162,7 +162,7 @@ def _holds_images(photos: str, split: str) -> bool:
     if not files or files[0].suffix != ".parquet" or not files[0].is_file():
         return False
     try:
-        with parquet(files[0]) as opened:
+        with open_parquet(files[0]) as opened:
             return set(opened.schema_arrow.names) >= IMAGES
     except pa.ArrowException as error:
         raise InputError(f"{files[0]} is not Parquet ({str(error).splitlines()[0]}): write it again.") from None
@@ -173,7 +173,7 @@ def _text(value: Any) -> str | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = arguments(__doc__ or "")
+    parser = job_parser(__doc__ or "")
     parser.add_argument("--model", metavar="FOLDER", help="a trained model's folder (default: AddressVLM of the run)")
     parser.add_argument("--photos", metavar="PATH", required=True, help="a folder, a manifest, or Parquet with images")
     parser.add_argument("--split", default="test", help="of a folder of Parquet with images (default: test)")
@@ -185,13 +185,13 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     args = _parser().parse_args(argv)
-    config = configure(args)
+    config = load_config(args)
     if args.top_k < 1:
         raise InputError(f"--top-k is {args.top_k}: give 1 or more.")
     connect()
-    model = args.model or str(Run(config).model(MAIN) / "merged")
+    model = args.model or str(Run(config).model_dir(MAIN) / "merged")
     localize(config, model, args.photos, args.split, args.out.absolute(), args.top_k, args.redo)
 
 
 if __name__ == "__main__":
-    job(main)
+    run_main(main)

@@ -24,10 +24,10 @@ from addressvlm.evaluation.run_questions import photo_image
 from addressvlm.models.loading import resolve_model
 from addressvlm.storage import tables
 from addressvlm.storage.files import write_parquet
-from addressvlm.storage.run_dir import Run, is_done, resuming
+from addressvlm.storage.run_dir import Run, is_done, resumable_dir
 from addressvlm.storage.shards import Rows, ShardResult, ShardWork, plan_shards
 from ray_jobs import common, prepare
-from ray_jobs.common import absolute
+from ray_jobs.common import absolute_path
 from ray_jobs.ray_data import run_shards
 
 SHARD = 64  # photos
@@ -48,7 +48,7 @@ def run_step(
     Raises:
         InputError: there are no photos, or one of the models is not there.
     """
-    run, models = Run(config), [absolute(segmentation), absolute(clip)]
+    run, models = Run(config), [absolute_path(segmentation), absolute_path(clip)]
     if not 0 <= threshold <= 1:
         raise InputError(f"--threshold {threshold:g}: locatability is between 0 and 1.")
     for model in models:
@@ -59,7 +59,7 @@ def run_step(
         need = config.evaluate
         actor = {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}
         work = ShardWork(partial(score_batch, *models, texts), SCHEMA, ["id", "place", "image"])
-        with resuming(out, settings, redo) as folder:
+        with resumable_dir(out, settings, redo) as folder:
             run_shards("locatability", plan_shards(run.photos, "train", SHARD), folder, work, need.workers, actor)
             found = locatability.curve(tables.read_table(folder, "train", ["locatability"])["locatability"].to_pylist())
             (folder / "curve.json").write_text(json.dumps(asdict(found), indent=1), encoding="utf-8")
@@ -92,16 +92,16 @@ def score_batch(segmentation: str, clip: str, texts: LocatabilityTexts, photos: 
 
 def main() -> None:
     """Command line."""
-    parser = common.arguments(__doc__ or "")
+    parser = common.job_parser(__doc__ or "")
     parser.add_argument("--segmentation", required=True, metavar="MODEL", help="folder or hub name: SegFormer, Mask2Former …")
     parser.add_argument("--clip", required=True, metavar="MODEL", help="folder or hub name of a CLIP-like model")
     parser.add_argument("--clues", type=Path, metavar="FILE", help="YAML with lists of texts, clues and others (default: ours)")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help=f"(default: {THRESHOLD})")
     args = parser.parse_args()
-    config, texts = common.configure(args), LocatabilityTexts.read(args.clues) if args.clues else DEFAULT_TEXTS
+    config, texts = common.load_config(args), LocatabilityTexts.read(args.clues) if args.clues else DEFAULT_TEXTS
     common.connect()
     run_step(config, args.segmentation, args.clip, texts, args.threshold, args.redo)
 
 
 if __name__ == "__main__":
-    common.job(main)
+    common.run_main(main)

@@ -43,18 +43,18 @@ from addressvlm.dataset.split import PlaceSplit, split_places, thin_views
 from addressvlm.dataset.streets import StreetMap
 from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.storage import tables
-from addressvlm.storage.files import on_disk, remove_tree, write_parquet
+from addressvlm.storage.files import local_folder_for, remove_tree, write_parquet
 from addressvlm.storage.remote_path import AnyPath
-from addressvlm.storage.run_dir import WORK, Run, is_done, resuming, storage_path
-from addressvlm.storage.shards import ShardWork, Summary, forget_shards, plan_shards, sources_fingerprint
+from addressvlm.storage.run_dir import WORK_DIR, Run, is_done, resumable_dir, storage_dir
+from addressvlm.storage.shards import ShardWork, Summary, invalidate_shards, plan_shards, sources_fingerprint
 from addressvlm.tiles.imagery import open_imagery
 from addressvlm.tiles.roads import write_roads
-from ray_jobs.common import Heartbeat, arguments, configure, connect, job
+from ray_jobs.common import Heartbeat, connect, job_parser, load_config, run_main
 from ray_jobs.ray_data import run_shards
 
 CHECKED_AT_A_TIME = 256  # photos
 SHARD = 2048  # photos of all splits
-CHECKED_FOLDER = f"{WORK}/checked"
+CHECKED_FOLDER = f"{WORK_DIR}/checked"
 ASIDE = pa.schema(
     [("place", pa.string()), ("lat", pa.float64()), ("lon", pa.float64()), ("street", pa.string()),
      ("district", pa.string()), ("reason", pa.string())]
@@ -99,7 +99,7 @@ def run_step(config: Config, redo: bool = False) -> None:
     with Heartbeat(lambda: "prepare: drawing, working", 10.0):
         filled = resolve_city_files(config, run)
     imagery = filled.tiles.imagery and open_imagery(filled.tiles.imagery, "EPSG:3857", filled.tiles).attribution
-    with resuming(run.photos, settings(config), redo) as folder:
+    with resumable_dir(run.photos, settings(config), redo) as folder:
         found = _find(filled, folder, run.rejects / "prepare.parquet")
         divided = split_places(
             [found.answers[p] for p in sorted({photo.place for photo in found.good})], filled.city, config.seed
@@ -131,7 +131,7 @@ def prepare_test(config: Config, folder: AnyPath, gazetteer: Gazetteer | None = 
         InputError: an input file can't be used, or too many rows are bad.
     """
     filled = resolve_city_files(config, Run(config))
-    with resuming(folder, settings(config)) as inside:
+    with resumable_dir(folder, settings(config)) as inside:
         found = _find(filled, inside, folder.with_name(f"{folder.name}-rejects.parquet"))
         divided = PlaceSplit({photo.place: "test" for photo in found.good}, {}, None)
         gazetteer = gazetteer or gazetteer_of(filled.city, found.streets, found.answers, found.good, found.sub_streets)
@@ -148,7 +148,7 @@ def _find(config: Config, folder: AnyPath, rejects_file: AnyPath) -> Found:
         total = len(rows) + len(rejects)
         streets = _street_map(city, rows)
         print(f"prepare: {total:,} rows in {source}, {len(streets.street_names):,} named streets", flush=True)
-        cache = on_disk(storage_path(config.storage)) / "geocoder.sqlite"
+        cache = local_folder_for(storage_dir(config.storage)) / "geocoder.sqlite"
         places, photos, without_address = assign_addresses(rows, streets, city, config.seed, cache)
         sub_streets = {}
         if city.answer == "sub_street" and city.partition is not None:
@@ -160,7 +160,7 @@ def _find(config: Config, folder: AnyPath, rejects_file: AnyPath) -> Found:
     write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), rejects_file)
     found = Found(streets, places, answers, sub_streets, photos, {reject["id"] for reject in unusable}, rejects)
     if len(rejects) > city.max_reject_share * total or not found.good:
-        forget_shards(folder / CHECKED_FOLDER, [summary for summary in made if summary["rejects"]])
+        invalidate_shards(folder / CHECKED_FOLDER, [summary for summary in made if summary["rejects"]])
         kinds = Counter(str(reject["reason"]).partition(":")[0] for reject in rejects)
         top = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(3))
         first = f"row {rejects[0]['row']}, {rejects[0]['reason']}"
@@ -194,7 +194,7 @@ def _check_photos(
         return []
     base = readers.base(city)
     work = ShardWork(partial(check_photos, base, city.model_dump_json()), CHECKED, made_from_rows=partial(files_of, base))
-    wanted = folder / WORK / "listed"
+    wanted = folder / WORK_DIR / "listed"
     remove_tree(wanted)
     tables.write_table(wanted, "photos", photo_table(photos, places, answers), LISTED, CHECKED_AT_A_TIME)
     return run_shards(
@@ -259,11 +259,11 @@ def _print_card(card: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    args = arguments(__doc__ or "").parse_args(argv)
-    config = configure(args)
+    args = job_parser(__doc__ or "").parse_args(argv)
+    config = load_config(args)
     connect()
     run_step(config, args.redo)
 
 
 if __name__ == "__main__":
-    job(main)
+    run_main(main)

@@ -13,7 +13,7 @@ import ray.data
 
 from addressvlm import InputError
 from addressvlm.storage.remote_path import AnyPath
-from addressvlm.storage.shards import MARKS, Shard, ShardWork, Summary, make_shard, publish_shards
+from addressvlm.storage.shards import MARKS_DIR, Shard, ShardWork, Summary, process_shard, remove_stale_files
 from ray_jobs.common import Heartbeat, progress
 
 STOP = "stop"  # key of the sentence with which a task stops the job; an exception would lose its type on the way
@@ -38,7 +38,7 @@ def run_shards(
     Raises:
         InputError: one that the work raised.
     """
-    publish_shards(folder, len(shards))
+    remove_stale_files(folder, len(shards))
     total = sum(shard.rows for shard in shards)
     progress(step, 0, total)
     if not shards:
@@ -56,7 +56,7 @@ def run_shards(
     else:
         dataset = items.flat_map(_Maker(*given).make, concurrency=tasks)
     done, summaries = 0, []
-    with Heartbeat(lambda: f"{step}: {sum(1 for _ in (folder / MARKS).iterdir()):,} of {len(shards):,} shards, working"):
+    with Heartbeat(lambda: f"{step}: {sum(1 for _ in (folder / MARKS_DIR).iterdir()):,} of {len(shards):,} shards, working"):
         for row in dataset.iter_rows():
             summary = json.loads(row["summary"])
             if STOP in summary:
@@ -64,7 +64,7 @@ def run_shards(
             done += summary["rows"]
             progress(step, done, total)
             summaries.append(summary)
-    publish_shards(folder, len(shards), summaries)  # workers of a killed job may have written on for a moment
+    remove_stale_files(folder, len(shards), summaries)  # workers of a killed job may have written on for a moment
     return sorted(summaries, key=lambda summary: summary["number"])
 
 
@@ -83,7 +83,7 @@ class _Maker:
         made: list[Summary] = []
         try:
             for shard in self.shards[row["first"] : row["last"]]:
-                made.append(make_shard(shard, self.folder, self.work))
+                made.append(process_shard(shard, self.folder, self.work))
         except InputError as error:
             made.append({STOP: str(error)})
         return [{"summary": json.dumps(summary)} for summary in made]

@@ -29,9 +29,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from addressvlm import InputError
 from addressvlm.config import Config
 from addressvlm.storage.remote_path import AnyPath, filesystem
-from addressvlm.storage.run_dir import Run, slug, storage_path
+from addressvlm.storage.run_dir import Run, slug, storage_dir
 from addressvlm.training.checkpoint import TrainingCheckpoint
-from ray_jobs.common import Heartbeat, absolute, require
+from ray_jobs.common import Heartbeat, absolute_path, require_resources
 
 
 @ray.remote(num_cpus=0)
@@ -110,8 +110,8 @@ def require_workers(config: Config, name: str, fewest: int | None = None) -> Non
     train = config.train
     least = fewest or train.workers
     what, keys = f"training '{name}' with {least} workers", "train.min_workers" if fewest else "train.workers"
-    require("CPU", least * train.cpus_per_worker, what, f"{keys} or train.cpus_per_worker")
-    require("GPU", least * train.gpus_per_worker, what, f"{keys} or train.gpus_per_worker")
+    require_resources("CPU", least * train.cpus_per_worker, what, f"{keys} or train.cpus_per_worker")
+    require_resources("GPU", least * train.gpus_per_worker, what, f"{keys} or train.gpus_per_worker")
 
 
 def run_training(
@@ -146,7 +146,7 @@ def run_training(
     )
     print(f"train: {name}: starting {train.workers} worker{'s' if train.workers > 1 else ''}", flush=True)
     try:
-        with Heartbeat(functools.partial(_waiting, name, run.journal(name) / "loss.jsonl"), QUIET_S):
+        with Heartbeat(functools.partial(_waiting, name, run.training_dir(name) / "loss.jsonl"), QUIET_S):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise noticed_error(notice) or to_user_error(error, config, name) or error from error
@@ -180,8 +180,8 @@ def _kept_in(folder: AnyPath) -> dict[str, Any]:
 def _absolute(config: Config) -> Config:
     """With paths that mean the same in a worker, whose working directory is another."""
     config = config.model_copy(deep=True)
-    config.storage = str(storage_path(config.storage))
-    config.model.base = absolute(config.model.base)
+    config.storage = str(storage_dir(config.storage))
+    config.model.base = absolute_path(config.model.base)
     return config
 
 

@@ -8,7 +8,7 @@ from addressvlm.config.train import SystemConfig
 from addressvlm.dataset.build import resolve_city_files
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
 from addressvlm.storage.remote_path import AnyPath, path_of
-from addressvlm.storage.run_dir import DONE_FILE, Run, is_done, named_model, slug
+from addressvlm.storage.run_dir import DONE_FILE, Run, is_done, parse_model_flag, slug
 from ray_jobs import graft, prepare
 
 
@@ -30,7 +30,7 @@ def model_of(config: Config, run: Run, system: SystemConfig) -> str:
     """
     if not system.stages:
         return config.model.base
-    merged = run.model(system.name) / "merged"
+    merged = run.model_dir(system.name) / "merged"
     if not (merged / "config.json").is_file():
         raise InputError(f"'{system.name}' is not trained yet (no {merged}): run ray_jobs/train.py first.")
     return str(merged)
@@ -44,7 +44,7 @@ def named_models(given: list[str]) -> dict[str, str]:
     """
     systems: dict[str, str] = {}
     for flag in given:
-        name, folder = named_model(flag)
+        name, folder = parse_model_flag(flag)
         if slug(name) in map(slug, systems):
             raise InputError(f"two models are called '{name}': give each a name, --model name=folder.")
         systems[name] = folder

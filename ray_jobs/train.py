@@ -21,14 +21,14 @@ from addressvlm.config import Config
 from addressvlm.config.train import Data, StageConfig, SystemConfig
 from addressvlm.models.loading import resolve_model
 from addressvlm.storage import tables
-from addressvlm.storage.run_dir import LAST_MODEL, Run, begin_or_resume, is_done, mark_done
+from addressvlm.storage.run_dir import LAST_MODEL_FILE, Run, begin_or_resume, is_done, mark_done
 from addressvlm.training.device_stats import peak_flops, total_memory_gib
 from addressvlm.training.loss import autocast
 from addressvlm.training.memory_estimate import GIB, ModelShape, StageEstimate, estimate_stages, model_shape
 from addressvlm.training.skipped_rows import locatability_scored_by
 from addressvlm.training.stages import train_system, training_runs
 from ray_jobs import graft, label, prepare
-from ray_jobs.common import arguments, configure, connect, job
+from ray_jobs.common import connect, job_parser, load_config, run_main
 
 FORMULA = (
     "memory a worker = 1.05 x (weights as stored + adapter in float32 + 4 bytes of gradient and 8 of AdamW for each trained "
@@ -199,7 +199,7 @@ def run_step(config: Config, redo: bool = False, only: list[str] | None = None) 
     run = Run(config)
     resolve_model(config.model.base)
     wanted = chosen(config, only)
-    missing = [s for s in wanted if not is_done(run.model(s.name), settings(config, s), redo)]
+    missing = [s for s in wanted if not is_done(run.model_dir(s.name), settings(config, s), redo)]
     if missing:
         _make_data(config, redo, {kind for system in missing for kind in tables_of(config, system)})
     for system in wanted:
@@ -209,17 +209,17 @@ def run_step(config: Config, redo: bool = False, only: list[str] | None = None) 
             print(f"train: {system.name}: already done", flush=True)
     if wanted:
         last = next((s for s in wanted if s.name == "AddressVLM"), wanted[-1])
-        (run.folder.parent / LAST_MODEL).write_text(f"{run.model(last.name) / 'merged'}\n")
+        (run.folder.parent / LAST_MODEL_FILE).write_text(f"{run.model_dir(last.name) / 'merged'}\n")
 
 
 def _train(config: Config, system: SystemConfig, redo: bool) -> None:
     """Train a system, or go on where it stopped."""
     run, made_from = Run(config), settings(config, system)
     require_workers(config, system.name, config.train.min_workers)
-    begin_or_resume(run.journal(system.name), made_from, redo)
+    begin_or_resume(run.training_dir(system.name), made_from, redo)
     run_training(config, system.name, train_worker, {"system": system.name}, config.train.min_workers)
-    mark_done(run.model(system.name), made_from)
-    print(f"train: {system.name}: saved in {run.model(system.name)}", flush=True)
+    mark_done(run.model_dir(system.name), made_from)
+    print(f"train: {system.name}: saved in {run.model_dir(system.name)}", flush=True)
 
 
 def train_worker(given: dict[str, Any]) -> None:
@@ -233,7 +233,7 @@ def train_worker(given: dict[str, Any]) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = arguments(__doc__ or "")
+    parser = job_parser(__doc__ or "")
     parser.add_argument("--system", action="append", metavar="NAME", help="train only this system (may be repeated)")
     parser.add_argument("--evaluate", action="store_true", help="then answer the test questions and write table and report")
     parser.add_argument(
@@ -241,7 +241,7 @@ def main() -> None:
     )
     parser.add_argument("--photos", type=int, metavar="N", help="with --dry-run: how many there will be, if none are prepared")
     args = parser.parse_args()
-    config = configure(args)
+    config = load_config(args)
     if args.dry_run:
         print_estimate(config, chosen(config, args.system), args.photos)
         return
@@ -254,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    job(main)
+    run_main(main)

@@ -14,8 +14,8 @@ import shapely
 from shapely.geometry.base import BaseGeometry
 
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
-from addressvlm.storage.remote_path import AnyPath, StorePath, path_of
-from addressvlm.storage.run_dir import LAST_MODEL, storage_path
+from addressvlm.storage.remote_path import AnyPath, RemotePath, path_of
+from addressvlm.storage.run_dir import LAST_MODEL_FILE, storage_dir
 from serve.errors import ApiError
 from serve.settings import ServiceSettings, SettingsError
 
@@ -120,7 +120,7 @@ def model_folder(settings: ServiceSettings) -> AnyPath:
 
 def _absolute(given: str) -> AnyPath:
     place = path_of(given)
-    return place if isinstance(place, StorePath) else Path(os.path.abspath(place))
+    return place if isinstance(place, RemotePath) else Path(os.path.abspath(place))
 
 
 def model_name(folder: AnyPath) -> str:
@@ -160,8 +160,8 @@ def _gazetteer_folder(system: AnyPath) -> AnyPath:
 
 def _last_model(runs: str) -> AnyPath:
     """Where the newest `last-model` file points, among the runs here and those of submitted jobs."""
-    places = dict.fromkeys([storage_path(runs), Path.home() / "addressvlm" / "runs"])
-    pointers = [place / LAST_MODEL for place in places if (place / LAST_MODEL).is_file()]
+    places = dict.fromkeys([storage_dir(runs), Path.home() / "addressvlm" / "runs"])
+    pointers = [place / LAST_MODEL_FILE for place in places if (place / LAST_MODEL_FILE).is_file()]
     if not pointers:
         raise SettingsError(
             f"no trained model in {' or '.join(map(str, places))}: run `ray job submit ray_jobs/train.py` first, "

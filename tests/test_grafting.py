@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from addressvlm import InputError
-from addressvlm.grafting import decode_photo, encode, graft, graft_photo, grafted_size, pair, side_by_side
+from addressvlm.grafting import decode_photo, encode_jpeg, encode_pair, graft, graft_photo, pasted_size, side_by_side
 
 SIDES = st.integers(1, 400)
 
@@ -17,7 +17,7 @@ SIDES = st.integers(1, 400)
 def test_only_the_upper_right_corner_changes(width: int, height: int, side: int, delta: float) -> None:
     tile, photo = Image.new("RGB", (side, side), (10, 20, 30)), Image.new("RGB", (width, height), (200, 100, 0))
     grafted = np.asarray(graft(tile, photo, delta))
-    w, h = grafted_size((width, height), side, delta)
+    w, h = pasted_size((width, height), side, delta)
     assert max(w, h) == round(delta * side)
     inside = np.zeros((side, side), bool)
     inside[:h, side - w :] = True
@@ -28,7 +28,7 @@ def test_only_the_upper_right_corner_changes(width: int, height: int, side: int,
 
 @given(width=SIDES, height=SIDES)
 def test_aspect_is_kept(width: int, height: int) -> None:
-    w, h = grafted_size((width, height), 336, 0.5)
+    w, h = pasted_size((width, height), 336, 0.5)
     scale = 168 / max(width, height)
     assert abs(w - width * scale) <= 0.5 or w == 1
     assert abs(h - height * scale) <= 0.5 or h == 1
@@ -94,23 +94,23 @@ def test_bad_bytes(data: bytes) -> None:
 def test_encoding_keeps_letters_crisp() -> None:
     tile = Image.new("RGB", (64, 64), (255, 255, 255))
     tile.paste((200, 0, 0), (30, 0, 32, 64))
-    again = np.asarray(Image.open(io.BytesIO(encode(tile, 92)))).astype(int)
+    again = np.asarray(Image.open(io.BytesIO(encode_jpeg(tile, 92)))).astype(int)
     assert abs(again - np.asarray(tile).astype(int)).mean() < 3
 
 
 def test_jpegs_keep_the_colours_of_every_pixel_and_the_quality_asked_for() -> None:
-    image = Image.open(io.BytesIO(encode(textured((64, 64), 5), 92)))
+    image = Image.open(io.BytesIO(encode_jpeg(textured((64, 64), 5), 92)))
     assert {sampling[1:3] for sampling in image.layer} == {(1, 1)}  # type: ignore[attr-defined]
-    assert len(encode(textured((64, 64), 5), 50)) < len(encode(textured((64, 64), 5), 92))
+    assert len(encode_jpeg(textured((64, 64), 5), 50)) < len(encode_jpeg(textured((64, 64), 5), 92))
 
 
 def test_a_pair_is_the_photo_no_larger_than_the_tile_and_the_tile() -> None:
     tile = textured((100, 100), 1)
     for size, expected in (((400, 200), (100, 50)), ((200, 400), (50, 100)), ((60, 30), (60, 30))):
-        photo, beneath, decoded = pair(tile, encoded(Image.new("RGB", size, (200, 0, 0)), "PNG"), 92)
+        photo, beneath, decoded = encode_pair(tile, encoded(Image.new("RGB", size, (200, 0, 0)), "PNG"), 92)
         assert Image.open(io.BytesIO(photo)).size == expected
         assert abs(np.asarray(Image.open(io.BytesIO(photo))).astype(int) - (200, 0, 0)).max() < 9
-        assert beneath == encode(tile, 92)
+        assert beneath == encode_jpeg(tile, 92)
         assert decoded.size == size
 
 
@@ -140,7 +140,7 @@ def test_pixels_stay_near_those_of_the_plain_loop(size: tuple[int, int]) -> None
 
     expected = tile.copy()
     opened = Image.open(io.BytesIO(photo)).convert("RGB")
-    small = opened.resize(grafted_size(opened.size, 336, 0.5), Image.Resampling.LANCZOS)
+    small = opened.resize(pasted_size(opened.size, 336, 0.5), Image.Resampling.LANCZOS)
     expected.paste(small, (336 - small.width, 0))
     plain = encoded(expected, "JPEG", quality=92, subsampling=0)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from addressvlm.answers.address_distribution import AddressDistribution, Level
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
-from addressvlm.gazetteer.name_matcher import bare_name, normalize_name
+from addressvlm.gazetteer.name_matcher import normalize_name, unaccented_name
 from addressvlm.questions import SUFFIXES, TEMPLATES
 
 _YES_NO = re.compile(r"(?:^|[.?!,]\s*)(?:is|was|are|were|could|did|does)\b|\byes or no\b", re.IGNORECASE)
@@ -14,9 +14,9 @@ _OPTIONS = re.compile(
     r"(?:options|choose (?:one )?(?:from|of)|select [^\[]*from)\s*:?\s*\[?(?P<names>[^\[\]]+?)\]?[.\s]*$", re.I
 )
 _OR = re.compile(r"\b(?:(?:please )?(?:ans|answer|reply|say) )?(?:(?:only|just) )?(?:with )?(?:a )?yes or no\b")
-_PHOTO = set(bare_name("this that it here photo photograph picture image view scene place we i").split())
+_PHOTO = set(unaccented_name("this that it here photo photograph picture image view scene place we i").split())
 _LOCATING = _PHOTO | set(
-    bare_name(
+    unaccented_name(
         "is was are were could be did does show shown see seen stand lie lies taken made shot located a an of on in at"
         " the street road address district neighbourhood neighborhood called"
     ).split()
@@ -25,7 +25,7 @@ _OPENINGS: dict[str, Level] = {}
 for _level in ("district", "street", "address"):
     for _opening in TEMPLATES[_level]:
         _OPENINGS[normalize_name(_opening)] = _OPENINGS[normalize_name(f"{_opening} {SUFFIXES['generation']}")] = _level
-_LONGEST_FIRST = sorted({bare_name(opening) for opening in _OPENINGS}, key=len, reverse=True)
+_LONGEST_FIRST = sorted({unaccented_name(opening) for opening in _OPENINGS}, key=len, reverse=True)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _judgment(question: str, gazetteer: Gazetteer) -> ParsedQuestion | None:
     district = gazetteer.find_district(" ".join(words) if street else question)
     if district:
         words = _remove_names(words, district, gazetteer)
-    if not _asks_only_location(bare_name(" ".join(words))):
+    if not _asks_only_location(unaccented_name(" ".join(words))):
         return None
     if street and district:
         return ParsedQuestion("judgment", "address", (Address(street, district).text(),))
@@ -91,8 +91,8 @@ def _judgment(question: str, gazetteer: Gazetteer) -> ParsedQuestion | None:
 
 def _remove_names(words: list[str], name: str, gazetteer: Gazetteer) -> list[str]:
     """The words of a normal text without a name, under any of its spellings."""
-    spellings = {tuple(bare_name(spelling).split()) for spelling in (name, *gazetteer.variants.get(name, ()))}
-    plain = bare_name(" ".join(words)).split()
+    spellings = {tuple(unaccented_name(spelling).split()) for spelling in (name, *gazetteer.variants.get(name, ()))}
+    plain = unaccented_name(" ".join(words)).split()
     for spelling in sorted(spellings - {()}, key=len, reverse=True):
         for start in range(len(plain) - len(spelling) + 1):
             stop = start + len(spelling)

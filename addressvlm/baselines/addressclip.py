@@ -340,7 +340,7 @@ def train_addressclip(
         encoder.load_state_dict(found.adapter, strict=False)
         learner.restore(found.moments)
     rejects = SkippedRows(run.rejects / f"train-{slug(rival.name)}.parquet", resumed=start > 0)
-    account = (run.journal(rival.name), rival.name, start, stage.steps, config.train.loggers, config.name)
+    account = (run.training_dir(rival.name), rival.name, start, stage.steps, config.train.loggers, config.name)
     journal = MetricsLogger(*account) if rank == 0 else None
     if journal and captions.missing:
         print(f"train: {rival.name}: {captions.missing:,} photos without an explanation: their address alone", flush=True)
@@ -397,7 +397,7 @@ def clip_step(
 def save_dual_encoder(config: Config, rival: AddressClipConfig, encoder: DualEncoder, learnt: dict[str, int]) -> None:
     """Write the model's folder: the encoder, the city's gazetteer, the card, and how much was `learnt` from what."""
     run = Run(config)
-    with atomic_replace_dir(run.model(rival.name)) as partial:
+    with atomic_replace_dir(run.model_dir(rival.name)) as partial:
         encoder.save(partial)
         Gazetteer.load(run.gazetteer).save(partial / GAZETTEER_FILE)
         (partial / TRAINED_FILE).write_text(json.dumps(learnt))

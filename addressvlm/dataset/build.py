@@ -23,9 +23,9 @@ from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.questions import test_rounds, training_rounds
 from addressvlm.storage import remote_path, tables
-from addressvlm.storage.files import on_disk, upload
-from addressvlm.storage.remote_path import StorePath, path_of
-from addressvlm.storage.run_dir import Run, storage_path
+from addressvlm.storage.files import local_folder_for, upload
+from addressvlm.storage.remote_path import RemotePath, path_of
+from addressvlm.storage.run_dir import Run, storage_dir
 from addressvlm.storage.shards import Rows, ShardResult, files_fingerprint
 
 SPLITS = ("train", "val", "test")
@@ -178,7 +178,7 @@ def resolve_city_files(config: Config, run: Run) -> Config:
     Raises:
         InputError: neither manifest nor photos are set, there is no such toy city, or the folder can't be written.
     """
-    cache = config.tiles.cache or str(on_disk(storage_path(config.storage)) / "tile-cache")
+    cache = config.tiles.cache or str(local_folder_for(storage_dir(config.storage)) / "tile-cache")
     config = config.model_copy(update={"tiles": config.tiles.model_copy(update={"cache": cache})})
     if not config.city.toy:
         readers.source_path(config.city)
@@ -201,11 +201,11 @@ def _with_imagery(config: Config, imagery: str | None) -> Config:
     return config.model_copy(update={"tiles": tiles})
 
 
-def _in_store(name: str, folder: StorePath) -> dict[str, str]:
+def _in_store(name: str, folder: RemotePath) -> dict[str, str]:
     """The paths of a toy city in a store; it is drawn on this machine, and its manifest is sent last."""
     from addressvlm.demo.city import write_city
 
-    drawn = on_disk(folder)
+    drawn = local_folder_for(folder)
     paths = {key: Path(path) for key, path in write_city(name, drawn).items()}
     if not (folder / paths["manifest"].name).is_file():
         for file in sorted((f for f in drawn.rglob("*") if f.is_file()), key=lambda file: file == paths["manifest"]):

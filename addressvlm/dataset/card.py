@@ -28,8 +28,8 @@ from addressvlm.dataset.photos import Photo
 from addressvlm.dataset.split import PlaceSplit
 from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.storage import tables
-from addressvlm.storage.files import parquet
-from addressvlm.storage.remote_path import AnyPath, files_in
+from addressvlm.storage.files import open_parquet
+from addressvlm.storage.remote_path import AnyPath, list_files
 
 PARTS = ("train", "val", "test", "aside")
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}  # our names -> those of the Hugging Face hub
@@ -102,8 +102,8 @@ def make_card(
 def count_questions(folder: AnyPath, split: str) -> dict[str, dict[str, int]]:
     """Level -> kind -> number of questions in a split of `tables.PHOTOS`; reads no images."""
     counted: Counter[tuple[str, str]] = Counter()
-    for file in files_in(folder, f"{split}-*.parquet"):
-        with parquet(file) as opened:
+    for file in list_files(folder, f"{split}-*.parquet"):
+        with open_parquet(file) as opened:
             for batch in opened.iter_batches(columns=["rounds.list.element.level", "rounds.list.element.kind"]):
                 asked = batch["rounds"].flatten()
                 levels, kinds = (pc.struct_field(asked, field).to_pylist() for field in ("level", "kind"))

@@ -131,7 +131,7 @@ def check_photo(
     is the square JPEG of `pixels` a side that looks `view` degrees clockwise of its middle and is `fov_deg` wide.
     """
     try:
-        data = remote_path.read_bytes(str(path))
+        data = remote_path.path_of(path).read_bytes()
     except FileNotFoundError:
         return f"photo missing: no file {path}"
     except OSError as error:

@@ -27,8 +27,8 @@ from addressvlm.dataset.geo_files import (
     is_street,
 )
 from addressvlm.errors import InputError
-from addressvlm.gazetteer.name_matcher import composed_name, normalize_name, spellings
-from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE, NearIndex
+from addressvlm.gazetteer.name_matcher import is_distinctive, normalize_name, osm_names
+from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE, NearestStreets
 
 Unit = Literal["auto", "streets", "blocks"]
 
@@ -69,7 +69,7 @@ def street_names(extract: GeoExtract, path: str, language: str | None = None, un
     Raises:
         InputError: nothing of it has a name.
     """
-    features = [f for f in extract.features if spellings(f.tags, language)[0]]
+    features = [f for f in extract.features if osm_names(f.tags, language)[0]]
     of_osm = extract.osm or any("highway" in f.tags or "place" in f.tags for f in features)
     if unit == "blocks" or (unit == "auto" and of_osm and _few_names(extract)):
         chosen = _blocks(features, extract)
@@ -86,7 +86,7 @@ def roads_of(extract: GeoExtract, streets: StreetNames, language: str | None = N
     found = []
     for feature in extract.features:
         if is_road(feature.tags) if extract.osm or feature.dimension == 2 else feature.dimension == 1:
-            written, others = spellings(feature.tags, language)
+            written, others = osm_names(feature.tags, language)
             name = streets.shown.get(written, written)
             variants = "; ".join(streets.variants.get(name, others))
             tags = {"name": name, "highway": feature.tags.get("highway", ""), "alt_name": variants}
@@ -100,7 +100,7 @@ def variants_of(
     """Shown name -> all other names that objects of this name have; `shown` as in `StreetNames`."""
     others: dict[str, dict[str, None]] = defaultdict(dict)
     for feature in features:
-        written, more = spellings(feature.tags, language)
+        written, more = osm_names(feature.tags, language)
         others[(shown or {}).get(written, written)] |= dict.fromkeys([written, *more])
     found = {name: [other for other in more if other != name] for name, more in others.items() if name}
     return {name: more for name, more in found.items() if more}
@@ -153,7 +153,7 @@ def _named(features: Sequence[GeoFeature], path: str, language: str | None) -> S
             f"{path} has no named street: it needs lines (or areas, or points) with the property `name`, or OpenStreetMap's "
             f"streets, squares or blocks with one."
         )
-    written = [spellings(f.tags, language)[0] for f in features]
+    written = [osm_names(f.tags, language)[0] for f in features]
     local = [f.tags.get("name", "").strip() or shown for f, shown in zip(features, written, strict=True)]
     names = _translated(written, local, _one_spelling(local, [f.shape for f in features]))
     one = _one_spelling(names, [f.shape for f in features])
@@ -187,7 +187,7 @@ def _one_spelling(names: Sequence[str], shapes: Sequence[BaseGeometry]) -> dict[
     for name in sorted(counts, key=lambda n: (-counts[n], -len(n), n)):
         forms[normalize_name(name)].append(name)
     shown = {name: name for name in counts}
-    several = [alike for alike in forms.values() if len(alike) > 1 and composed_name(alike[0])]
+    several = [alike for alike in forms.values() if len(alike) > 1 and is_distinctive(alike[0])]
     if not several:
         return shown
     squeeze = np.cos(np.radians(np.mean(shapely.total_bounds(shapes)[1::2])))
@@ -243,7 +243,7 @@ class StreetMap:
         metres, is_line = self._project(shapes), shapely.get_dimensions(self._degrees) == 1
         self.street_names = sorted(set(names))
         code = {name: i for i, name in enumerate(self.street_names)}
-        self._index = NearIndex(metres, np.array([code[name] for name in names], dtype=np.int64))
+        self._index = NearestStreets(metres, np.array([code[name] for name in names], dtype=np.int64))
         self.names, self.lines = self._names[is_line], metres[is_line]
         self.district_names = [name for name, _ in districts]
         self.district_polygons = self._project([polygon for _, polygon in districts])
@@ -381,7 +381,7 @@ def _lines_of(extract: GeoExtract) -> GeoExtract:
 
 def _named_shapes(extract: GeoExtract, language: str | None) -> GeoExtract:
     """The objects that have a name."""
-    found = [f for f in extract.features if spellings(f.tags, language)[0]]
+    found = [f for f in extract.features if osm_names(f.tags, language)[0]]
     return GeoExtract.of(found, extract.bounds, extract.osm, extract.incomplete)
 
 
@@ -390,7 +390,7 @@ def _merged(layer: Sequence[GeoFeature], language: str | None) -> list[tuple[str
     parts: dict[str, list[BaseGeometry]] = defaultdict(list)
     for area in layer:
         shape = area.shape if area.shape.is_valid else shapely.make_valid(area.shape)
-        parts[spellings(area.tags, language)[0]].append(shape)
+        parts[osm_names(area.tags, language)[0]].append(shape)
     return [(name, shapely.union_all(shapes)) for name, shapes in parts.items()]
 
 

@@ -13,7 +13,7 @@ FIELD = np.pi / 2  # horizontal field of view
 SKY_TOP, SKY_LOW = np.array([112.0, 156, 214]), np.array([206.0, 220, 236])
 YARD = np.array([128.0, 148, 96])
 PAVEMENT = np.array([176.0, 172, 166])
-PARTS = ("sky", "yard", "pavement", "road", "building", "tree")
+CLASSES = ("sky", "yard", "pavement", "road", "building", "tree")
 
 
 def photograph(world: World, x: float, y: float, heading: float, light: float, pixels: int = 160) -> Image.Image:
@@ -33,17 +33,17 @@ def photograph(world: World, x: float, y: float, heading: float, light: float, p
     return Image.fromarray(np.clip(picture * light, 0, 255).astype(np.uint8))
 
 
-def parts(world: World, x: float, y: float, heading: float, pixels: int = 160) -> np.ndarray:
-    """What each pixel of that photo shows, as an index into `PARTS`: uint8 (pixels, pixels)."""
+def segment(world: World, x: float, y: float, heading: float, pixels: int = 160) -> np.ndarray:
+    """What each pixel of that photo shows, as an index into `CLASSES`: uint8 (pixels, pixels)."""
     look = _look(world, x, y, heading, pixels)
     ground = ground_colour(world, look.px, look.py)
     is_yard, is_pavement = ((ground == colour).all(axis=-1) for colour in (YARD, PAVEMENT))
-    below = np.select([is_yard, is_pavement], [PARTS.index("yard"), PARTS.index("pavement")], PARTS.index("road"))
-    found = np.where(look.rows > 0, below, PARTS.index("sky"))
-    found = np.where(look.is_wall, PARTS.index("building"), found)
+    below = np.select([is_yard, is_pavement], [CLASSES.index("yard"), CLASSES.index("pavement")], CLASSES.index("road"))
+    found = np.where(look.rows > 0, below, CLASSES.index("sky"))
+    found = np.where(look.is_wall, CLASSES.index("building"), found)
     painted = np.zeros((pixels, pixels, 3))
     _draw_trees(world, x, y, heading, look.focal, look.depth, painted)
-    return np.where(painted.any(axis=-1), PARTS.index("tree"), found).astype(np.uint8)
+    return np.where(painted.any(axis=-1), CLASSES.index("tree"), found).astype(np.uint8)
 
 
 @dataclass(frozen=True)

@@ -84,14 +84,14 @@ def to_degrees(world: World, points: np.ndarray) -> np.ndarray:
     return np.stack(ground_frame().transform(ground[:, 0], ground[:, 1]), 1)
 
 
-def places(world: World) -> Iterator[tuple[Street, float, float]]:
+def street_places(world: World) -> Iterator[tuple[Street, float, float]]:
     """Points to photograph along every street, off the crossings' middle; plan frame."""
     for street in world.streets:
         for along in np.arange(street.start + 10, street.end - 8, SPACING):
             yield street, *street.point(float(along))
 
 
-def views(street: Street, rng: random.Random) -> list[float]:
+def view_headings(street: Street, rng: random.Random) -> list[float]:
     """Headings along and across the street with some slack, radians counter-clockwise from the plan frame's x axis."""
     base = 0.0 if street.horizontal else math.pi / 2
     return [base + k * 2 * math.pi / VIEWS + rng.uniform(-0.2, 0.2) for k in range(VIEWS)]
@@ -104,10 +104,10 @@ def compass_heading(world: World, heading: float) -> float:
 
 def _write_photos(world: World, rng: random.Random, folder: Path, manifest: Path) -> None:
     rows = []
-    for number, (street, x, y) in enumerate(places(world)):
+    for number, (street, x, y) in enumerate(street_places(world)):
         x, y = x + rng.uniform(-1.5, 1.5), y + rng.uniform(-1.5, 1.5)
         lon, lat = to_degrees(world, np.array([[x, y]]))[0]
-        for view, heading in enumerate(views(street, rng)):
+        for view, heading in enumerate(view_headings(street, rng)):
             file = f"{number:04d}_{view}.jpg"
             photograph(world, x, y, heading, rng.uniform(0.8, 1.12)).save(folder / file, quality=88)
             rows.append((file, f"{number:04d}", f"{lat:.7f}", f"{lon:.7f}", f"{compass_heading(world, heading):.1f}"))
@@ -181,7 +181,7 @@ def satellite(world: World) -> tuple[np.ndarray, float, float]:
     return np.asarray(image), east0 - half, north0 + half
 
 
-def truth(world: World, street: Street, x: float, y: float) -> tuple[str, str]:
+def address_at(world: World, street: Street, x: float, y: float) -> tuple[str, str]:
     """Street and district of a place of the plan frame, for the base model's own lessons."""
     return street.name, district_at(world, x, y).name
 

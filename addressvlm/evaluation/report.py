@@ -21,10 +21,10 @@ from addressvlm.evaluation.comparison import ACCURACIES, HEAD, cells, split_verd
 from addressvlm.evaluation.metrics import DESCRIPTIONS, MEANS, METRICS, paired_difference_ci
 from addressvlm.evaluation.plots import CityMap, distance_curves, interval_bar, loss_curves, reliability_diagram
 from addressvlm.gazetteer.gazetteer import Gazetteer
-from addressvlm.grafting import shown
+from addressvlm.grafting import display_image
 from addressvlm.labels.costs import report_summary
 from addressvlm.storage import tables
-from addressvlm.storage.remote_path import AnyPath, files_in
+from addressvlm.storage.remote_path import AnyPath, list_files
 from addressvlm.storage.run_dir import slug
 from addressvlm.storage.tables import read_table_file
 
@@ -65,7 +65,7 @@ def words(key: str) -> str:
 def rejects_section(folder: AnyPath | None) -> list[tuple[str, str, int]]:
     """(step, reason, rows), the most frequent first; what follows a colon in a reason tells rows apart and is left out."""
     counted: Counter[tuple[str, str]] = Counter()
-    for file in files_in(folder, "*.parquet") if folder else []:
+    for file in list_files(folder, "*.parquet") if folder else []:
         reasons = read_table_file(file, ["reason"])["reason"].to_pylist()
         counted.update((file.stem, reason.partition(":")[0]) for reason in reasons)
     return [(step, reason, n) for (step, reason), n in counted.most_common(20)]
@@ -356,7 +356,7 @@ def _grafts(alignment: Path | None, seed: int) -> list[Row]:
     ids = tables.read_table(alignment, "train", ["id"])["id"].to_pylist()
     chosen = set(random.Random(seed).sample(ids, min(GRAFTS, len(ids))))
     found = [row for row in tables.iter_rows(alignment, "train") if row["id"] in chosen]
-    return [{**row, "picture": data_url(shown(row)), "round": row["rounds"][-1]} for row in found]
+    return [{**row, "picture": data_url(display_image(row)), "round": row["rounds"][-1]} for row in found]
 
 
 def _curves(systems: list[Row], training: Path | None) -> list[Row]:

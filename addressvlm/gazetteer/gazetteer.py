@@ -15,7 +15,7 @@ from shapely.geometry.base import BaseGeometry
 
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.name_matcher import NameIndex
-from addressvlm.gazetteer.spatial_index import NearNames
+from addressvlm.gazetteer.spatial_index import NearestNames
 from addressvlm.storage.remote_path import AnyPath
 
 GAZETTEER_FILE = "gazetteer.geojson"  # in the folder of a dataset or a model
@@ -68,8 +68,8 @@ class Gazetteer:
         self._places = Counter(places or {})
         self._known = {"street": frozenset(self.streets), "district": frozenset(self.districts)}
         self._near = {
-            "street": NearNames(self.streets, self.geometry),
-            "district": NearNames(self.districts, self.district_geometry),
+            "street": NearestNames(self.streets, self.geometry),
+            "district": NearestNames(self.districts, self.district_geometry),
         }
         known = {*self.streets, *self.districts}
         self.variants = {name: list(others) for name, others in (variants or {}).items() if others and name in known}

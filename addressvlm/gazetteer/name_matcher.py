@@ -77,18 +77,18 @@ def normalize_name(name: str) -> str:
 
 
 @lru_cache(maxsize=65536)
-def bare_name(name: str) -> str:
+def unaccented_name(name: str) -> str:
     """The normal form without the accents of Latin letters, as people write who lack the key; as many words."""
     words = (_without_accents(word).translate(_BARE) for word in normalize_name(name).split())
     return " ".join(_FORM.get(word, word) for word in words)
 
 
-def composed_name(name: str) -> bool:
+def is_distinctive(name: str) -> bool:
     """Whether something of the name is left without the words that every street has, as in `E Street` it is not."""
     return any(word not in _SHORT for word in normalize_name(name).split())
 
 
-def spellings(tags: Mapping[str, str], language: str | None = None) -> tuple[str, list[str]]:
+def osm_names(tags: Mapping[str, str], language: str | None = None) -> tuple[str, list[str]]:
     """The name that is shown and the other names of an OpenStreetMap object: ("", []) if it has none.
 
     Shown is `name:<language>` where a language is asked for and given, else `name`. The others are the names in other
@@ -116,15 +116,15 @@ class NameIndex:
         names = list(names)
         self._names: dict[tuple[str, ...], dict[str, list[str]]] = {}  # words -> name -> spellings that have this form
         self._add({name: [name] for name in names}, normalize_name, shared=True)
-        self._add({name: [name] for name in names}, bare_name, shared=False)
+        self._add({name: [name] for name in names}, unaccented_name, shared=False)
         others = {name: [v for v in (variants or {}).get(name, ()) if _telling(normalize_name(v))] for name in names}
         self._add(others, normalize_name, shared=True)
-        self._add(others, bare_name, shared=False)
+        self._add(others, unaccented_name, shared=False)
         self._longest = max(map(len, self._names), default=0)
 
     def find(self, text: str) -> str | None:
         """The one name in the text, None if there is none or if there are several."""
-        words, bare_words = normalize_name(text).split(), bare_name(text).split()
+        words, bare_words = normalize_name(text).split(), unaccented_name(text).split()
         found: dict[tuple[int, int], tuple[str, ...]] = {}
         for length in range(min(self._longest, len(words)), 0, -1):
             for start in range(len(words) - length + 1):
@@ -138,7 +138,7 @@ class NameIndex:
 
     def same(self, name: str) -> str | None:
         """The one of the names that this is a spelling of, as a whole; None if there is none."""
-        for form in (normalize_name, bare_name):
+        for form in (normalize_name, unaccented_name):
             key = tuple(form(name).split())
             if key in self._names:
                 return self._meant(key, name)
@@ -198,16 +198,16 @@ class NameMention(NamedTuple):
     end: int
 
 
-class NameMatcher:
+class MentionFinder:
     """Finds known names in free text, longest first, so that `Old Mill Street` is not also `Mill Street`."""
 
     def __init__(
-        self, names: Iterable[str], more: "NameMatcher | None" = None, variants: Mapping[str, Iterable[str]] | None = None
+        self, names: Iterable[str], more: "MentionFinder | None" = None, variants: Mapping[str, Iterable[str]] | None = None
     ) -> None:
         """`variants`: name -> other names it goes by, which count as the name."""
         names = list(names)
         self._forms: dict[tuple[str, ...], str] = {}
-        for form in (normalize_name, bare_name):
+        for form in (normalize_name, unaccented_name):
             self._add((form(name), name) for name in names)
         self._add((normalize_name(other), name) for name, others in (variants or {}).items() for other in others)
         self._more = more  # looked up as well instead of copied: a city has thousands, and each row adds a few
@@ -270,6 +270,6 @@ def _words(text: str) -> list[_Word]:
     return words
 
 
-def sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """The sentences of a text in any script."""
     return [sentence for sentence in _SENTENCE_END.split(text) if sentence.strip()]

@@ -12,7 +12,7 @@ METRES_PER_DEGREE = 111_320.0
 FIRST_REACH_M = 250.0
 
 
-class NearNames:
+class NearestNames:
     """Names in order; those without a shape are further away than all others."""
 
     def __init__(self, names: Sequence[str], shapes: Mapping[str, BaseGeometry]) -> None:
@@ -72,7 +72,7 @@ ROUND = 2  # decimals, cm: both streets of a corner are then equally near
 ROUND_M = 0.01
 
 
-class NearIndex:
+class NearestStreets:
     """Shapes in metres with a code each (a street may have many shapes); inside an area the distance is 0."""
 
     def __init__(self, shapes: NDArray[np.object_], codes: Ints) -> None:

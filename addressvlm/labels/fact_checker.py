@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
-from addressvlm.gazetteer.name_matcher import NameMatcher, normalize_name, sentences
+from addressvlm.gazetteer.name_matcher import MentionFinder, normalize_name, split_sentences
 from addressvlm.labels.facts import COMPASS, Facts
 from addressvlm.labels.templates import AXES, COLOUR_OF, METRES, amounts
 
@@ -64,10 +64,10 @@ _SKY_WORD = {"wide": "wide", "open": "wide", "broad": "wide", "narrow": "narrow"
 class FactChecker:
     """The claims of one label. `streets` and `districts` are those of the city with the label's own."""
 
-    def __init__(self, text: str, facts: Facts, streets: NameMatcher, districts: NameMatcher, tolerance: float) -> None:
+    def __init__(self, text: str, facts: Facts, streets: MentionFinder, districts: MentionFinder, tolerance: float) -> None:
         self.facts, self.tolerance = facts, tolerance
         self._readable = {normalize_name(name) for name in facts.names}
-        self._sentences = [self._tokens(sentence, streets, districts) for sentence in sentences(text)]
+        self._sentences = [self._tokens(sentence, streets, districts) for sentence in split_sentences(text)]
 
     def problems(self) -> list[Claim]:
         """What is said and is not among the facts."""
@@ -79,7 +79,7 @@ class FactChecker:
             found += self._sky(text)
         return list(dict.fromkeys(found))
 
-    def _tokens(self, sentence: str, streets: NameMatcher, districts: NameMatcher) -> tuple[str, list[str]]:
+    def _tokens(self, sentence: str, streets: MentionFinder, districts: MentionFinder) -> tuple[str, list[str]]:
         """The sentence with marks for names and directions, in lower case, and its words."""
         spans = [(m.start, m.end, self._mark(m.name)) for m in streets.find(sentence)]
         for m in districts.find(sentence):
@@ -91,7 +91,7 @@ class FactChecker:
                         "§district" if normalize_name(m.name) == normalize_name(self.facts.district) else "§elsewhere",
                     )
                 )
-        city = NameMatcher([self.facts.city]).find(sentence) if self.facts.city else []
+        city = MentionFinder([self.facts.city]).find(sentence) if self.facts.city else []
         spans += [(m.start, m.end, "§city") for m in city if not any(s < m.end and m.start < e for s, e, _ in spans)]
         for start, end, mark in sorted(spans, reverse=True):
             sentence = f"{sentence[:start]} {mark} {sentence[end:]}"

@@ -9,7 +9,7 @@ from typing import Any
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
-from addressvlm.grafting import decode_photo, shown
+from addressvlm.grafting import decode_photo, display_image
 from addressvlm.labels import Label, Labeler, Request, beginning, make_labeler
 from addressvlm.labels.cached_labels import CachedLabeler
 from addressvlm.labels.facts import Facts, photo_facts
@@ -75,7 +75,7 @@ def label_request(row: dict[str, Any], prompt: Prompt, city: str = "") -> Reques
     Raises:
         InputError: the image of a photo, or one of two images, can't be decoded.
     """
-    data = shown(row)
+    data = display_image(row)
     if prompt.shows == "graft":
         return Request(row["id"], data, Facts.from_json(row["facts"]))
     return Request(row["id"], data, photo_facts(row["street"], row["district"], decode_photo(data, FACTS_PIXELS), city))

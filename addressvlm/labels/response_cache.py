@@ -24,8 +24,8 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from addressvlm.errors import InputError
-from addressvlm.storage.files import download, on_disk
-from addressvlm.storage.remote_path import AnyPath, StorePath
+from addressvlm.storage.files import download, local_folder_for
+from addressvlm.storage.remote_path import AnyPath, RemotePath
 from addressvlm.storage.run_dir import storage_error
 
 MOST_PARTS = 64  # objects that are then put into one
@@ -35,18 +35,18 @@ SIGNED_EVERY_S, FORGOTTEN_S = 15.0, 60.0  # a job that has not signed for so lon
 class RemoteResponseCache:
     """What this machine has of a ledger: copies of its objects, and segments that are not sent yet."""
 
-    def __init__(self, folder: StorePath) -> None:
+    def __init__(self, folder: RemotePath) -> None:
         self.folder = folder
-        self.local = on_disk(folder)
+        self.local = local_folder_for(folder)
         self.spool = self.local / "unsent"
         self.spool.mkdir(parents=True, exist_ok=True)
-        self._parts: list[StorePath] = []
+        self._parts: list[RemotePath] = []
         self._joined = 0  # up to here the segment is in few objects
         self._signed = 0.0
 
     def fetch(self) -> list[Path]:
         """Copies of all objects that are not part of another one, in order."""
-        segments: dict[str, list[tuple[int, int, StorePath]]] = defaultdict(list)
+        segments: dict[str, list[tuple[int, int, RemotePath]]] = defaultdict(list)
         for file in self.folder.glob("*.jsonl"):
             name, _, span = file.stem.rpartition(".")
             start, end = (int(byte) for byte in span.split("-"))
@@ -88,7 +88,7 @@ class RemoteResponseCache:
                 part.unlink(missing_ok=True)
         self._joined, self._parts = end, []
 
-    def _name(self, segment: Path, start: int, end: int) -> StorePath:
+    def _name(self, segment: Path, start: int, end: int) -> RemotePath:
         return self.folder / f"{segment.stem}.{start:012d}-{end:012d}.jsonl"
 
     def sign(self) -> None:
@@ -179,7 +179,7 @@ class ResponseCache:
             InputError: it can't be read.
         """
         self.folder = folder
-        self.mirror = RemoteResponseCache(folder) if isinstance(folder, StorePath) else None
+        self.mirror = RemoteResponseCache(folder) if isinstance(folder, RemotePath) else None
         self.tokens, self.usd, self.torn, self.seconds = 0, 0.0, 0, 0.0
         self.answers: Counter[tuple[str, str]] = Counter()
         self._at: dict[bytes, tuple[Path, int, int]] = {}  # segment, first byte, bytes
@@ -336,7 +336,7 @@ def open_for_writing(folder: AnyPath) -> Iterator[WritableResponseCache]:
     Raises:
         InputError: another job has it, or the folder can't be written.
     """
-    here = on_disk(folder)
+    here = local_folder_for(folder)
     holder = here / "holder.json"
     lock = FileLock(here / "lock")
     try:
@@ -350,7 +350,7 @@ def open_for_writing(folder: AnyPath) -> Iterator[WritableResponseCache]:
         raise storage_error(error, folder) from error
     try:
         _sign(holder)
-        if isinstance(folder, StorePath):
+        if isinstance(folder, RemotePath):
             left = RemoteResponseCache(folder)
             left.sign()
             left.send_left()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.gazetteer.gazetteer import Gazetteer
-from addressvlm.gazetteer.name_matcher import NameMatcher, NameMention, normalize_name, sentences
+from addressvlm.gazetteer.name_matcher import MentionFinder, NameMention, normalize_name, split_sentences
 from addressvlm.labels.fact_checker import FactChecker
 from addressvlm.labels.facts import Facts
 from addressvlm.labels.prompt import Prompt
@@ -66,19 +66,19 @@ class LabelValidator:
         config: LabelsConfig | None = None,
     ) -> None:
         self._variants = variants or {}
-        self._streets = NameMatcher(streets, variants=self._of(streets))
-        self._districts = NameMatcher(districts, variants=self._of(districts))
+        self._streets = MentionFinder(streets, variants=self._of(streets))
+        self._districts = MentionFinder(districts, variants=self._of(districts))
         self._verified, self._mapless, config = verified, mapless, config or LabelsConfig()
         self._words, self._language, self._tolerance = config.words, config.language, config.distance_tolerance
 
     def problems(self, text: str, facts: Facts) -> list[Problem]:
         """What is wrong with a label, in words its writer can act on; empty if it is good."""
         near = [name for name in (facts.main_street, facts.cross_street, *facts.names) if name]
-        streets = NameMatcher([facts.street, *near], more=self._streets, variants=self._of([facts.street]))
-        districts = NameMatcher([facts.district], more=self._districts, variants=self._of([facts.district]))
+        streets = MentionFinder([facts.street, *near], more=self._streets, variants=self._of([facts.street]))
+        districts = MentionFinder([facts.district], more=self._districts, variants=self._of([facts.district]))
         found = [*self._form(text), *_address(text, facts, streets, districts)]
         if self._language == "en":
-            plain = _without(text, NameMatcher([facts.street, facts.district, facts.city, *near], more=self._streets))
+            plain = _without(text, MentionFinder([facts.street, facts.district, facts.city, *near], more=self._streets))
             found += self._wording(plain, text, facts)
             if self._verified:
                 claims = FactChecker(text, facts, streets, districts, self._tolerance).problems()
@@ -111,7 +111,7 @@ class LabelValidator:
             found.append(Problem("told", f"it speaks of having been told (“{tell.group(0)}”)"))
         if self._mapless and (tell := _MAP.search(plain)):
             found.append(Problem("map", f"it speaks of a map (“{tell.group(0)}”), and there is only the photo"))
-        if not cites_something(plain) and not NameMatcher(facts.names).find(" ".join(sentences(text)[:-1])):
+        if not cites_something(plain) and not MentionFinder(facts.names).find(" ".join(split_sentences(text)[:-1])):
             found.append(Problem("visible", "it cites nothing that can be seen"))
         return found
 
@@ -131,7 +131,7 @@ def make_validator(config: LabelsConfig, prompt: Prompt, gazetteer: Gazetteer | 
     )
 
 
-def _address(text: str, facts: Facts, streets: NameMatcher, districts: NameMatcher) -> list[Problem]:
+def _address(text: str, facts: Facts, streets: MentionFinder, districts: MentionFinder) -> list[Problem]:
     """Whether the right street and district are named, and concluded on."""
     found: list[Problem] = []
     street, district = normalize_name(facts.street), normalize_name(facts.district)
@@ -139,7 +139,7 @@ def _address(text: str, facts: Facts, streets: NameMatcher, districts: NameMatch
         found.append(Problem("street", f"it does not name the street {facts.street}"))
     if district not in districts.mentions(text):
         found.append(Problem("district", f"it does not name the district {facts.district}"))
-    spoken = sentences(text)
+    spoken = split_sentences(text)
     last = next(((s, m) for s in reversed(spoken) if (m := streets.find(s))), None)
     if last and _concluded(*last) != street:
         found.append(Problem("conclusion", f"its last sentence about a street does not conclude on {facts.street}"))
@@ -159,14 +159,14 @@ def _concluded(sentence: str, named: list[NameMention]) -> str:
     return normalize_name(named[0].name)
 
 
-def _districts_of(sentence: str, streets: NameMatcher, districts: NameMatcher) -> list[str]:
+def _districts_of(sentence: str, streets: MentionFinder, districts: MentionFinder) -> list[str]:
     """Normal forms of the districts in a sentence, less those that are part of a street's name."""
     taken = streets.find(sentence)
     free = [m for m in districts.find(sentence) if not any(t.start <= m.start and m.end <= t.end for t in taken)]
     return [normalize_name(mention.name) for mention in free]
 
 
-def _without(text: str, names: NameMatcher) -> str:
+def _without(text: str, names: MentionFinder) -> str:
     """The text without names."""
     for mention in reversed(names.find(text)):
         text = text[: mention.start] + text[mention.end :]

@@ -11,7 +11,7 @@ from addressvlm.errors import InputError
 from addressvlm.models import block_attention
 from addressvlm.models.parts import parts_of
 from addressvlm.storage.files import local_model_copy
-from addressvlm.storage.remote_path import StorePath, is_remote, path_of
+from addressvlm.storage.remote_path import RemotePath, is_remote, path_of
 
 PLAIN_ATTENTION = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3")  # all earlier tokens, nothing else
 MANY = 8  # convolutions of a vision encoder that is made of them; a transformer has one
@@ -27,7 +27,7 @@ def resolve_model(name: str) -> str:
     if name == "toy":
         return str(TOY_BASE)
     folder = path_of(name)
-    if isinstance(folder, StorePath) or folder.is_dir():
+    if isinstance(folder, RemotePath) or folder.is_dir():
         if not any((folder / about).is_file() for about in ("config.json", "open_clip_config.json")):
             raise InputError(f"{folder} holds no model (no config.json): give the folder that save_pretrained wrote.")
         return str(folder)

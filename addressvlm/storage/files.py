@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from addressvlm.errors import InputError
-from addressvlm.storage.remote_path import AnyPath, Stat, StorePath, path_of
+from addressvlm.storage.remote_path import AnyPath, RemotePath, Stat, path_of
 
 TEMPORARY_SUFFIX = ".tmp"
-CACHE = "ADDRESSVLM_CACHE"  # environment variable: the folder of copies, default ~/.cache/addressvlm
-OF_A_MODEL = {".safetensors", ".json", ".jinja", ".txt", ".model", ".geojson", ".md"}  # nothing that could run
+CACHE_VARIABLE = "ADDRESSVLM_CACHE"  # environment variable: the folder of copies, default ~/.cache/addressvlm
+MODEL_SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model", ".geojson", ".md"}  # nothing that could run
 # Without one of them a folder is no model, so they are sent last and removed first
-LAST = ("config.json", "adapter_config.json", "open_clip_config.json")
+MODEL_CONFIG_FILES = ("config.json", "adapter_config.json", "open_clip_config.json")
 
 
 class AtomicFile:
@@ -59,7 +59,7 @@ def atomic_write(target: AnyPath) -> Iterator[Path]:
         file.discard()
 
 
-def upload(file: Path, target: StorePath) -> None:
+def upload(file: Path, target: RemotePath) -> None:
     """Send a local file."""
     if file.stat().st_size:
         with pa.memory_map(str(file)) as content:
@@ -68,11 +68,11 @@ def upload(file: Path, target: StorePath) -> None:
         target.write_bytes(b"")
 
 
-def parquet(file: AnyPath) -> pq.ParquetFile:
+def open_parquet(file: AnyPath) -> pq.ParquetFile:
     """A Parquet file to read; of a store's only the parts that are wanted come."""
     if isinstance(file, Path):
         return pq.ParquetFile(file)
-    with file.opened() as (store, path):
+    with file.filesystem() as (store, path):
         return pq.ParquetFile(path, filesystem=store, pre_buffer=True)
 
 
@@ -92,10 +92,10 @@ def remove_tree(folder: AnyPath) -> None:
 
 def cache_folder() -> Path:
     """This machine's folder for what is kept of stores."""
-    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "addressvlm").expanduser()
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "addressvlm").expanduser()
 
 
-def on_disk(folder: AnyPath) -> Path:
+def local_folder_for(folder: AnyPath) -> Path:
     """The folder itself, or one of this machine that belongs to a store's folder: for what only works on a disk."""
     return folder if isinstance(folder, Path) else cache_folder() / "beside" / digest(str(folder))
 
@@ -122,8 +122,8 @@ def local_model_copy(where: str | AnyPath) -> Path:
     folder = path_of(where)
     if isinstance(folder, Path):
         return folder
-    about = [(file, stat) for file, stat in folder.walk_files() if file.suffix in OF_A_MODEL and file.parent == folder]
-    if not any(file.name in LAST for file, _ in about):
+    about = [(file, stat) for file, stat in folder.walk_files() if file.suffix in MODEL_SUFFIXES and file.parent == folder]
+    if not any(file.name in MODEL_CONFIG_FILES for file, _ in about):
         raise InputError(f"{folder} holds no model (no config.json): give the folder that save_pretrained wrote.")
     local = cache_folder() / "models" / digest([[str(file), *stat] for file, stat in about]) / folder.name
     local.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def local_model_copy(where: str | AnyPath) -> Path:
     return local
 
 
-def _copy(file: StorePath, stat: Stat) -> Path:
+def _copy(file: RemotePath, stat: Stat) -> Path:
     local = cache_folder() / "files" / digest([str(file), *stat]) / file.name
     if not local.is_file():
         local.parent.mkdir(parents=True, exist_ok=True)
@@ -148,9 +148,9 @@ def _copy(file: StorePath, stat: Stat) -> Path:
     return local
 
 
-def download(file: StorePath, local: Path) -> None:
+def download(file: RemotePath, local: Path) -> None:
     """Bring a store's object; its folder must be there."""
-    with atomic_write(local) as path, file.opened(), file.open() as source, path.open("wb") as out:
+    with atomic_write(local) as path, file.filesystem(), file.open() as source, path.open("wb") as out:
         shutil.copyfileobj(source, out, 1 << 24)
 
 
@@ -170,10 +170,10 @@ def atomic_replace_dir(folder: AnyPath) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as made:
         yield Path(made)
-        for old, _ in sorted(folder.walk_files(), key=lambda found: found[0].name not in LAST):
+        for old, _ in sorted(folder.walk_files(), key=lambda found: found[0].name not in MODEL_CONFIG_FILES):
             old.unlink(missing_ok=True)
         new = [file for file in sorted(Path(made).rglob("*")) if file.is_file()]
-        for file in sorted(new, key=lambda file: file.name in LAST):
+        for file in sorted(new, key=lambda file: file.name in MODEL_CONFIG_FILES):
             upload(file, folder / file.relative_to(made).as_posix())
 
 

@@ -19,12 +19,12 @@ from typing import Any
 from addressvlm.config import Config
 from addressvlm.errors import InputError
 from addressvlm.storage.files import atomic_write, remove_tree
-from addressvlm.storage.remote_path import AnyPath, StorePath, is_remote, path_of
+from addressvlm.storage.remote_path import AnyPath, RemotePath, is_remote, path_of
 
 DONE_FILE = "_done.json"
-WORK = "_work"  # in a partial folder: what the finished step does not need
-BEGUN = f"{WORK}/begun.json"  # what is being made there
-LAST_MODEL = "last-model"
+WORK_DIR = "_work"  # in a partial folder: what the finished step does not need
+BEGUN_FILE = f"{WORK_DIR}/begun.json"  # what is being made there
+LAST_MODEL_FILE = "last-model"
 
 
 def slug(name: str) -> str:
@@ -32,7 +32,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def named_model(flag: str) -> tuple[str, str]:
+def parse_model_flag(flag: str) -> tuple[str, str]:
     """Name and folder of a flag `name=folder` or `folder`; without a name the folder's own (`x/merged` is called x)."""
     name, equals, folder = flag.partition("=")
     path = path_of(flag)
@@ -41,14 +41,14 @@ def named_model(flag: str) -> tuple[str, str]:
     return (path.parent.name if path.name == "merged" else path.name), flag
 
 
-def storage_path(configured: str) -> AnyPath:
+def storage_dir(configured: str) -> AnyPath:
     """The folder of all runs: a URI, or an absolute path.
 
     A relative one is taken from the working directory; inside the copy that `ray job submit --working-dir` unpacks
     (which Ray deletes later) it is taken from `~/addressvlm` instead.
     """
     path = path_of(configured)
-    if isinstance(path, StorePath):
+    if isinstance(path, RemotePath):
         return path
     if not path.is_absolute() and "working_dir_files" in Path.cwd().parts:
         path = Path.home() / "addressvlm" / path
@@ -60,15 +60,17 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.folder = storage_path(config.storage) / config.name
+        self.folder = storage_dir(config.storage) / config.name
         self.input = self.folder / "input"  # a generated toy city
         self.photos = self.folder / "photos"  # also gazetteer.geojson, roads.fgb, card.json
         self.gazetteer = self.photos / "gazetteer.geojson"
         self.roads = self.photos / "roads.fgb"  # what tiles are drawn from, if the city has a map
         self.rejects = self.folder / "rejects"  # one Parquet file a step
         self.grafts = self.folder / "grafts"
-        self.grafted = self.folder / "grafted"  # photos of other splits on their tiles, to ask about, one folder a split
-        self.ledger = self.folder / "ledger"  # what was asked for labels and answered
+        self.grafted_photos = (
+            self.folder / "grafted_photos"
+        )  # photos of other splits on their tiles, to ask about, one folder a split
+        self.response_cache = self.folder / "response_cache"  # what was asked for labels and answered
         self.alignment = self.folder / "alignment"
         self.reasoning = self.folder / "reasoning"
         self.locatability = self.folder / "locatability"  # how much each training photo tells of where it is
@@ -78,11 +80,11 @@ class Run:
         self.metrics = self.folder / "metrics.json"
         self.report = self.folder / "report.html"
 
-    def model(self, system: str) -> AnyPath:
+    def model_dir(self, system: str) -> AnyPath:
         """The folder of a trained system (holds `adapter` and `merged`)."""
         return self.models / slug(system)
 
-    def journal(self, system: str) -> AnyPath:
+    def training_dir(self, system: str) -> AnyPath:
         """The folder of a system's checkpoints and loss curve."""
         return self.training / slug(system)
 
@@ -99,7 +101,7 @@ def is_done(folder: AnyPath, settings: dict[str, Any], redo: bool = False) -> bo
     before = json.loads(mark.read_text())
     now = json.loads(json.dumps(settings))
     if before == now:
-        remove_tree(folder / WORK)
+        remove_tree(folder / WORK_DIR)
         return True
     changed = sorted(_differences(before, now))
     shown = ", ".join(changed[:3]) + (", …" if len(changed) > 3 else "")
@@ -119,9 +121,9 @@ def mark_done(folder: AnyPath, settings: dict[str, Any]) -> None:
     _write_whole(folder / DONE_FILE, json.dumps(settings, indent=1))
 
 
-def unfinished(folder: AnyPath) -> bool:
+def is_unfinished(folder: AnyPath) -> bool:
     """Whether a step writes, or wrote and was killed, into this folder of a store."""
-    return isinstance(folder, StorePath) and (folder / BEGUN).is_file() and not (folder / DONE_FILE).is_file()
+    return isinstance(folder, RemotePath) and (folder / BEGUN_FILE).is_file() and not (folder / DONE_FILE).is_file()
 
 
 def begin_or_resume(folder: AnyPath, settings: dict[str, Any], redo: bool = False) -> None:
@@ -141,7 +143,7 @@ def begin_or_resume(folder: AnyPath, settings: dict[str, Any], redo: bool = Fals
 
 
 @contextmanager
-def writing(folder: AnyPath, settings: dict[str, Any]) -> Iterator[AnyPath]:
+def fresh_dir(folder: AnyPath, settings: dict[str, Any]) -> Iterator[AnyPath]:
     """Give a clean temporary folder; put it in place, marked done, when the block ends without an error.
 
     Raises:
@@ -157,8 +159,8 @@ def writing(folder: AnyPath, settings: dict[str, Any]) -> Iterator[AnyPath]:
 
 
 @contextmanager
-def resuming(folder: AnyPath, settings: dict[str, Any], redo: bool = False) -> Iterator[AnyPath]:
-    """Like `writing`, but the temporary folder keeps what an earlier attempt with the same settings left in it.
+def resumable_dir(folder: AnyPath, settings: dict[str, Any], redo: bool = False) -> Iterator[AnyPath]:
+    """Like `fresh_dir`, but the temporary folder keeps what an earlier attempt with the same settings left in it.
 
     With `redo` only an attempt that was to redo the step as well is gone on with.
 
@@ -170,7 +172,7 @@ def resuming(folder: AnyPath, settings: dict[str, Any], redo: bool = False) -> I
     try:
         if not _goes_on(partial, now):
             _begin(partial)
-            _write_whole(partial / BEGUN, json.dumps(now))
+            _write_whole(partial / BEGUN_FILE, json.dumps(now))
         yield partial
         _publish(partial, folder, settings)
     except OSError as error:
@@ -178,26 +180,26 @@ def resuming(folder: AnyPath, settings: dict[str, Any], redo: bool = False) -> I
 
 
 def _partial(folder: AnyPath) -> AnyPath:
-    return folder if isinstance(folder, StorePath) else folder.with_name(folder.name + ".partial")
+    return folder if isinstance(folder, RemotePath) else folder.with_name(folder.name + ".partial")
 
 
 def _begin(partial: AnyPath) -> None:
     """Clear the folder in which something is to be made."""
     if isinstance(partial, Path):
-        _remove(partial, BEGUN)
-        (partial / WORK).mkdir(parents=True)
+        _remove(partial, BEGUN_FILE)
+        (partial / WORK_DIR).mkdir(parents=True)
         return
-    _write_whole(partial / BEGUN, "{}")
+    _write_whole(partial / BEGUN_FILE, "{}")
     (partial / DONE_FILE).unlink(missing_ok=True)
     for old, _ in partial.walk_files():
-        if old != partial / BEGUN:
+        if old != partial / BEGUN_FILE:
             old.unlink(missing_ok=True)
 
 
 def _goes_on(partial: AnyPath, now: dict[str, Any]) -> bool:
     """Whether what was begun there is what is wanted now."""
     try:
-        before = json.loads((partial / BEGUN).read_text())
+        before = json.loads((partial / BEGUN_FILE).read_text())
     except (OSError, ValueError):
         return False
     return bool(before.get("settings") == now["settings"] and (before["redo"] or not now["redo"]))
@@ -214,7 +216,7 @@ def _publish(partial: AnyPath, folder: AnyPath, settings: dict[str, Any]) -> Non
     if isinstance(partial, Path) and isinstance(folder, Path):
         _remove(folder, DONE_FILE)
         partial.rename(folder)
-    remove_tree(folder / WORK)
+    remove_tree(folder / WORK_DIR)
 
 
 def _write_whole(path: AnyPath, text: str) -> None:
@@ -226,7 +228,7 @@ def _write_whole(path: AnyPath, text: str) -> None:
 def storage_error(error: OSError, folder: AnyPath) -> Exception:
     """The sentence for an error of writing to a folder; other errors come back as they are."""
     if error.errno in (1, 2, 13, 17, 20, 30):  # EPERM, ENOENT, EACCES, EEXIST, ENOTDIR, EROFS
-        return InputError(f"{folder} can't be written ({error.strerror}): set `storage_path` to a folder you may write.")
+        return InputError(f"{folder} can't be written ({error.strerror}): set `storage_dir` to a folder you may write.")
     if error.errno in (28, 122):  # ENOSPC, EDQUOT
-        return InputError(f"the disk of {folder} is full: free room or set `storage_path` elsewhere, then run again to go on.")
+        return InputError(f"the disk of {folder} is full: free room or set `storage_dir` elsewhere, then run again to go on.")
     return error

@@ -17,14 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from addressvlm.storage import tables
-from addressvlm.storage.files import TEMPORARY_SUFFIX, AtomicFile, atomic_write, digest, parquet
+from addressvlm.storage.files import TEMPORARY_SUFFIX, AtomicFile, atomic_write, digest, open_parquet
 from addressvlm.storage.remote_path import AnyPath, path_of
-from addressvlm.storage.run_dir import WORK, storage_error
+from addressvlm.storage.run_dir import WORK_DIR, storage_error
 
 Rows = list[dict[str, Any]]
 Summary = dict[str, Any]
 
-MARKS = f"{WORK}/shards"
+MARKS_DIR = f"{WORK_DIR}/shards"
 TAIL = 65536  # bytes; the end of a Parquet file holds the sizes and extremes of all its columns
 
 
@@ -45,7 +45,7 @@ class Shard:
 
     def _rows(self, columns: list[str] | None) -> Iterator[dict[str, Any]]:
         for file, first, last in self.groups:
-            with parquet(path_of(file)) as opened:
+            with open_parquet(path_of(file)) as opened:
                 for group in range(first, last):
                     for batch in opened.iter_batches(tables.ROWS_PER_GROUP, row_groups=[group], columns=columns):
                         yield from batch.to_pylist()
@@ -104,7 +104,7 @@ def plan_file_shards(files: Iterable[AnyPath], rows: int) -> list[Shard]:
         groups, count = [], 0
 
     for file in files:
-        with parquet(file) as opened:
+        with open_parquet(file) as opened:
             about = opened.metadata
         if count + about.num_rows > rows:
             close()
@@ -121,11 +121,11 @@ def plan_file_shards(files: Iterable[AnyPath], rows: int) -> list[Shard]:
     return shards
 
 
-def publish_shards(folder: AnyPath, shards: int, made: Iterable[Summary] | None = None) -> None:
+def remove_stale_files(folder: AnyPath, shards: int, made: Iterable[Summary] | None = None) -> None:
     """Remove what is left of other plans and of writers that were stopped; when all shards are made, all but their files."""
     kept = None if made is None else {name for summary in made for name in summary["files"]}
-    (folder / MARKS).mkdir(parents=True, exist_ok=True)
-    for path in [*folder.glob("*"), *folder.glob(f"{MARKS}/*")]:
+    (folder / MARKS_DIR).mkdir(parents=True, exist_ok=True)
+    for path in [*folder.glob("*"), *folder.glob(f"{MARKS_DIR}/*")]:
         number = path.stem.rpartition("-")[2]
         stale = number.isdigit() and int(number) >= shards and path.suffix in (".parquet", ".json")
         stale |= kept is not None and number.isdigit() and path.suffix == ".parquet" and path.name not in kept
@@ -133,7 +133,7 @@ def publish_shards(folder: AnyPath, shards: int, made: Iterable[Summary] | None 
             path.unlink(missing_ok=True)
 
 
-def make_shard(shard: Shard, folder: AnyPath, work: ShardWork) -> Summary:
+def process_shard(shard: Shard, folder: AnyPath, work: ShardWork) -> Summary:
     """Make the shard's files in `folder`, unless its mark is there, and return the mark.
 
     It has the keys number, rows, written (rows by split), rejects, counts.
@@ -141,7 +141,7 @@ def make_shard(shard: Shard, folder: AnyPath, work: ShardWork) -> Summary:
     Raises:
         InputError: `work` raises it, or the folder can't be written.
     """
-    mark = folder / MARKS / f"{shard.number:05d}.json"
+    mark = folder / MARKS_DIR / f"{shard.number:05d}.json"
     point_to = work.made_from_rows(row for batch in shard.batches(work.columns) for row in batch) if work.made_from_rows else ""
     made_from = digest([shard.fingerprint(), work.made_from, point_to])
     kept = _kept(mark, folder, made_from)
@@ -162,10 +162,10 @@ def make_shard(shard: Shard, folder: AnyPath, work: ShardWork) -> Summary:
     return summary
 
 
-def forget_shards(folder: AnyPath, summaries: Iterable[Summary]) -> None:
+def invalidate_shards(folder: AnyPath, summaries: Iterable[Summary]) -> None:
     """Take away the marks of these shards, so that they are made again."""
     for summary in summaries:
-        (folder / MARKS / f"{summary['number']:05d}.json").unlink(missing_ok=True)
+        (folder / MARKS_DIR / f"{summary['number']:05d}.json").unlink(missing_ok=True)
 
 
 def sources_fingerprint(*sources: str | None) -> str:

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from addressvlm.errors import InputError
-from addressvlm.storage.files import atomic_write, parquet
-from addressvlm.storage.remote_path import AnyPath, files_in
-from addressvlm.storage.run_dir import unfinished
+from addressvlm.storage.files import atomic_write, open_parquet
+from addressvlm.storage.remote_path import AnyPath, list_files
+from addressvlm.storage.run_dir import is_unfinished
 
 ROWS_PER_GROUP = 64  # a reader that wants one row reads this many images
 
@@ -140,20 +140,20 @@ def table_files(folder: AnyPath, split: str) -> list[Any]:
     Raises:
         InputError: there is none, or the step that writes them has not finished.
     """
-    found = files_in(folder, f"{split}-*.parquet")
-    if not found or unfinished(folder):
+    found = list_files(folder, f"{split}-*.parquet")
+    if not found or is_unfinished(folder):
         raise InputError(f"no table {folder}/{split}-*.parquet: run the step that writes it, or give another folder.")
     return found
 
 
 def count_rows(folder: AnyPath, split: str) -> int:
     """Number of rows of a split; 0 if the split has no files."""
-    return sum(rows_of(file) for file in files_in(folder, f"{split}-*.parquet"))
+    return sum(count_file_rows(file) for file in list_files(folder, f"{split}-*.parquet"))
 
 
-def rows_of(file: AnyPath) -> int:
+def count_file_rows(file: AnyPath) -> int:
     """Number of rows of a Parquet file."""
-    with parquet(file) as opened:
+    with open_parquet(file) as opened:
         return int(opened.metadata.num_rows)
 
 
@@ -164,14 +164,14 @@ def read_table(folder: AnyPath, split: str, columns: list[str] | None = None) ->
 
 def read_table_file(file: AnyPath, columns: list[str] | None = None) -> pa.Table:
     """A Parquet file as one table."""
-    with parquet(file) as opened:
+    with open_parquet(file) as opened:
         return opened.read(columns=columns)
 
 
 def iter_rows(folder: AnyPath, split: str, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """A split row by row, one row group in memory at a time."""
     for file in table_files(folder, split):
-        with parquet(file) as opened:
+        with open_parquet(file) as opened:
             for batch in opened.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns):
                 yield from batch.to_pylist()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from addressvlm.config import TilesConfig
 from addressvlm.errors import InputError
-from addressvlm.grafting import graft_photo, pair
+from addressvlm.grafting import encode_pair, graft_photo
 from addressvlm.labels.facts import facts_of
 from addressvlm.storage.shards import Rows, ShardResult
 from addressvlm.tiles.renderer import Tile, TileRenderer
@@ -79,7 +79,7 @@ class Grafter:
         tile = self._tile((photo["lat"], photo["lon"], photo["main_street"]))
         encoded, path, beneath = photo["image"]["bytes"], photo["image"]["path"], None
         if config.layout == "two":
-            image, beneath, small = pair(tile.image, encoded, config.jpeg_quality)
+            image, beneath, small = encode_pair(tile.image, encoded, config.jpeg_quality)
         else:
             image, small = graft_photo(tile.image, encoded, config.covered, config.jpeg_quality)
         facts = facts_of(

@@ -16,7 +16,7 @@ from shapely.geometry.base import BaseGeometry
 from addressvlm.dataset import geo_files
 from addressvlm.dataset.geo_files import GeoFeature, is_road
 from addressvlm.errors import InputError
-from addressvlm.gazetteer.name_matcher import NameIndex, spellings
+from addressvlm.gazetteer.name_matcher import NameIndex, osm_names
 from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE
 from addressvlm.storage.files import atomic_write
 from addressvlm.storage.remote_path import AnyPath
@@ -75,7 +75,7 @@ class Roads:
         self._others: dict[str, list[str]] = defaultdict(list)
         self.roads: list[Road] = []
         for feature, line in zip(found, metres, strict=True):
-            name, others = spellings(feature.tags, language)
+            name, others = osm_names(feature.tags, language)
             width = WIDTHS_M.get(feature.tags.get("highway", "").removesuffix("_link"), OTHER_WIDTH_M)
             self.roads.append(Road(name, width, line))
             self._others[name] += others

@@ -28,7 +28,7 @@ from addressvlm.gazetteer.name_matcher import normalize_name
 from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE
 from addressvlm.inference import Localizer
 from addressvlm.questions import SUFFIXES, TEMPLATES
-from addressvlm.storage.run_dir import named_model
+from addressvlm.storage.run_dir import parse_model_flag
 
 QUESTION = TEMPLATES["street"][0]
 AT_ONCE = 50  # answers generated together
@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         photo = Image.open(args.photo).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise InputError(f"{args.photo} is not a photo that can be read ({error}): give another one.") from None
-    at, named = _place(args.at), [named_model(flag) for flag in args.model]
+    at, named = _place(args.at), [parse_model_flag(flag) for flag in args.model]
     localizers = [Localizer(folder) for _, folder in named]
     city = _city(localizers, args.gazetteer)
     sampled = sample_all(localizers, photo, city, args.samples, args.temperature, args.seed)

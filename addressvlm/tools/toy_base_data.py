@@ -20,10 +20,10 @@ from PIL import Image
 
 from addressvlm.config import TilesConfig
 from addressvlm.demo.camera import photograph
-from addressvlm.demo.city import compass_heading, places, to_degrees, truth, views, write_maps
+from addressvlm.demo.city import address_at, compass_heading, street_places, to_degrees, view_headings, write_maps
 from addressvlm.demo.world import Character, World, district_at, generate
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
-from addressvlm.grafting import encode, graft
+from addressvlm.grafting import encode_jpeg, graft
 from addressvlm.labels.facts import facts_of
 from addressvlm.labels.prompt import load_prompt
 from addressvlm.labels.templates import explain
@@ -51,8 +51,8 @@ def training_rows(seed: int) -> Iterator[dict[str, Any]]:
         paths = {key: Path(folder) / key for key in ("streets", "districts", "imagery")}
         write_maps(world, paths)
         renderer = TileRenderer(paths["streets"], paths["imagery"], TILES)
-        everywhere = [(street, x, y) for street, x, y in places(world)]
-        addresses = {Address(*truth(world, *place)) for place in everywhere}
+        everywhere = [(street, x, y) for street, x, y in street_places(world)]
+        addresses = {Address(*address_at(world, *place)) for place in everywhere}
         gazetteer = Gazetteer(addresses)
         for place in rng.sample(everywhere, min(PLACES, len(everywhere))):
             yield from _place(world, renderer, gazetteer, place, rng)
@@ -67,11 +67,11 @@ def _place(
 ) -> Iterator[dict[str, Any]]:
     """Two views of a place, each described alone and grafted; a part of the images is asked about as in stage 2."""
     street, x, y = place
-    address = Address(*truth(world, street, x, y))
+    address = Address(*address_at(world, street, x, y))
     x, y = x + rng.uniform(-1.5, 1.5), y + rng.uniform(-1.5, 1.5)
     lon, lat = to_degrees(world, np.array([[x, y]]))[0]
     tile = renderer.tile(lat, lon, street.name)
-    for heading in rng.sample(views(street, rng), 2):
+    for heading in rng.sample(view_headings(street, rng), 2):
         photo = photograph(world, x, y, heading, rng.uniform(0.8, 1.12))
         facts = facts_of(
             address.street,
@@ -123,7 +123,7 @@ def _reading(tile: Tile, rng: random.Random) -> Iterator[dict[str, Any]]:
 
 def _row(image: Image.Image, rounds: list[tuple[str, str]], traits: list[str]) -> dict[str, Any]:
     turns = [{"level": "", "kind": "", "question": q, "answer": a, "options": []} for q, a in rounds]
-    return {"image": {"bytes": encode(image, 90), "path": None}, "rounds": turns, "traits": traits}
+    return {"image": {"bytes": encode_jpeg(image, 90), "path": None}, "rounds": turns, "traits": traits}
 
 
 def main() -> None:

@@ -35,8 +35,8 @@ from transformers import (
 from addressvlm.baselines.addressclip import contrastive_loss
 from addressvlm.baselines.dual_encoder import ClipLike
 from addressvlm.baselines.locatability import LEAST_SHARE, LocatabilityTexts, masked_part
-from addressvlm.demo.camera import PARTS, parts, photograph
-from addressvlm.demo.city import places, views
+from addressvlm.demo.camera import CLASSES, photograph, segment
+from addressvlm.demo.city import street_places, view_headings
 from addressvlm.demo.world import Character, Street, World, district_at, generate
 from addressvlm.tools.toy_base import train_tokenizer
 from addressvlm.training.loss import learning_rate
@@ -63,15 +63,15 @@ def locatability_examples(rng: random.Random) -> Iterator[LocatabilityExample]:
     """Photos of one city after another, without end."""
     for seed in count(FIRST_CITY):
         world = generate(seed)
-        for street, x, y in rng.choices(list(places(world)), k=PER_CITY):
+        for street, x, y in rng.choices(list(street_places(world)), k=PER_CITY):
             yield _lesson(world, street, x + rng.uniform(-1.5, 1.5), y + rng.uniform(-1.5, 1.5), rng)
 
 
 def _lesson(world: World, street: Street, x: float, y: float, rng: random.Random) -> LocatabilityExample:
-    heading = rng.choice(views(street, rng))
+    heading = rng.choice(view_headings(street, rng))
     photo = photograph(world, x, y, heading, rng.uniform(0.8, 1.12), SIDE)
     traits = street.character.traits(district_at(world, x, y).character)
-    return LocatabilityExample(photo, parts(world, x, y, heading, SIDE), traits)
+    return LocatabilityExample(photo, segment(world, x, y, heading, SIDE), traits)
 
 
 def texts() -> LocatabilityTexts:
@@ -83,10 +83,10 @@ def texts() -> LocatabilityTexts:
 
 
 def segmentation(examples: Iterator[LocatabilityExample], steps: int, batch: int) -> tuple[Any, Any]:
-    """A SegFormer of some hundred thousand parameters that tells `PARTS` apart, and its processor."""
+    """A SegFormer of some hundred thousand parameters that tells `CLASSES` apart, and its processor."""
     model = SegformerForSemanticSegmentation(
         SegformerConfig(
-            id2label=dict(enumerate(PARTS)), label2id={part: number for number, part in enumerate(PARTS)},
+            id2label=dict(enumerate(CLASSES)), label2id={part: number for number, part in enumerate(CLASSES)},
             hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 3, 4], decoder_hidden_size=64,
         )
     )  # fmt: skip
@@ -133,7 +133,7 @@ def clip(examples: Iterator[LocatabilityExample], steps: int, batch: int) -> Cli
 
 def _described(lesson: LocatabilityExample, rng: random.Random) -> Iterator[tuple[Image.Image, str]]:
     """Each part of a photo, all else greyed out, with one of the texts that fit it."""
-    for number, part in enumerate(PARTS):
+    for number, part in enumerate(CLASSES):
         if (lesson.classes == number).mean() >= LEAST_SHARE:
             text = NOTHING.get(part) or lesson.traits[rng.choice(SEEN_AS[part])]
             yield masked_part(lesson.photo, lesson.classes == number), text

@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance
 from addressvlm.config.train import AugmentConfig
 from addressvlm.errors import InputError
 from addressvlm.storage import tables
-from addressvlm.storage.files import parquet
+from addressvlm.storage.files import open_parquet
 from addressvlm.storage.remote_path import AnyPath
 from addressvlm.training.collator import Sample, SkipSampleError, sample_from_row
 
@@ -77,7 +77,7 @@ class TableRows:
     """
 
     def __init__(self, folder: AnyPath, split: str, columns: tuple[str, ...] = ("id", "image", "tile", "rounds")) -> None:
-        self.files = [parquet(path) for path in tables.table_files(folder, split)]
+        self.files = [open_parquet(path) for path in tables.table_files(folder, split)]
         self.columns = list(columns)
         self.groups = [
             (file, group, parquet.metadata.row_group(group).num_rows)

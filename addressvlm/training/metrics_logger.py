@@ -12,7 +12,7 @@ from tensorboardX import SummaryWriter
 
 from addressvlm.errors import InputError
 from addressvlm.storage.files import download, upload
-from addressvlm.storage.remote_path import AnyPath, StorePath
+from addressvlm.storage.remote_path import AnyPath, RemotePath
 from addressvlm.training.trainer import StepMetrics
 
 Track = Callable[[dict[str, float], int], None]
@@ -29,7 +29,7 @@ class MetricsLogger:
     """
 
     def __init__(self, folder: AnyPath, system: str, done: int, total: int, loggers: Sequence[str] = (), run: str = "") -> None:
-        self.remote = folder if isinstance(folder, StorePath) else None
+        self.remote = folder if isinstance(folder, RemotePath) else None
         self._scratch = tempfile.TemporaryDirectory() if self.remote else None
         folder = self._fetched() if self._scratch else Path(str(folder))
         folder.mkdir(parents=True, exist_ok=True)

@@ -114,7 +114,7 @@ def train_system(
     first, begun = (resumed.stage, resumed.step) if resumed else (0, 0)
     done, total = sum(s.steps for s in stages[:first]) + begun, sum(s.steps for s in stages)
     rejects = SkippedRows(run.rejects / f"train-{slug(name)}.parquet", resumed=done > 0)
-    journal = MetricsLogger(run.journal(name), name, done, total, train.loggers, config.name) if rank == 0 else None
+    journal = MetricsLogger(run.training_dir(name), name, done, total, train.loggers, config.name) if rank == 0 else None
     if journal and (told := _beginning(stages, world, done, total)):
         print(f"train: {name}: {told}", flush=True)
 
@@ -213,7 +213,7 @@ def save_system(config: Config, model: Any, system: str, adapter: dict[str, torc
         model: gives the adapter's form; its weights may be cut.
         adapter: the last weights.
     """
-    folder = Run(config).model(system)
+    folder = Run(config).model_dir(system)
     with atomic_replace_dir(folder) as partial:
         if best:
             other = "adapter" if config.train.checkpoint_to_merge == "best" else "best"

@@ -18,11 +18,11 @@ from addressvlm.config.compare import AddressClipConfig
 from addressvlm.evaluation import likelihood
 from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.storage import tables
-from addressvlm.storage.remote_path import files_in, path_of
+from addressvlm.storage.remote_path import list_files, path_of
 from addressvlm.storage.run_dir import begin_or_resume, is_done, mark_done, slug
 from ray_jobs import evaluation, label, prepare
 from ray_jobs.baselines.context import ComparisonContext, Row, SystemOutcome
-from ray_jobs.common import absolute
+from ray_jobs.common import absolute_path
 from ray_jobs.evaluation import PHOTOS_SCORED, ModelWorker, model_digest
 from ray_jobs.ray_train import CheckpointReporter, require_workers, run_training, run_worker
 
@@ -33,7 +33,7 @@ def run(work: ComparisonContext, rival: AddressClipConfig, redo: bool = False) -
     Raises:
         InputError: the model or the captions are missing, the cluster is too small, or nothing can be learnt.
     """
-    config, folder = work.config, work.run.model(rival.name)
+    config, folder = work.config, work.run.model_dir(rival.name)
     made_from = settings(config, rival)
     if not is_done(folder, made_from, redo):
         _train(work, rival, made_from, redo)
@@ -52,7 +52,7 @@ def run(work: ComparisonContext, rival: AddressClipConfig, redo: bool = False) -
     return SystemOutcome(
         scores=found,
         parameters=learnt["parameters"],
-        stored_bytes=sum(file.stat().st_size for file in files_in(folder, "*.safetensors")),
+        stored_bytes=sum(file.stat().st_size for file in list_files(folder, "*.safetensors")),
         licences={rival.base or config.model.base: clip_licence(config, rival) or "not said"},
         notes={"steps": learnt["steps"], "photos without a caption": learnt["without_caption"]},
         model=folder,
@@ -70,13 +70,13 @@ def _train(work: ComparisonContext, rival: AddressClipConfig, made_from: dict[st
     config, need = work.config, work.config.train
     require_workers(config, rival.name)
     caption_texts(work.run, rival.captions)
-    begin_or_resume(work.run.journal(rival.name), made_from, redo)
-    given = rival.model_copy(update={"base": rival.base and absolute(rival.base)}).model_dump()
+    begin_or_resume(work.run.training_dir(rival.name), made_from, redo)
+    given = rival.model_copy(update={"base": rival.base and absolute_path(rival.base)}).model_dump()
     photos = tables.count_rows(work.run.photos, "train")
     cpus, gpus = need.workers * need.cpus_per_worker, need.workers * need.gpus_per_worker
     with work.cost(rival.name, "training", photos, cpus, gpus):
         run_training(config, rival.name, train_worker, {"rival": given})
-    mark_done(work.run.model(rival.name), made_from)
+    mark_done(work.run.model_dir(rival.name), made_from)
 
 
 def train_worker(given: dict[str, Any]) -> None:

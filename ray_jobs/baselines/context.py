@@ -17,7 +17,7 @@ from addressvlm.models.cards import base_licence
 from addressvlm.models.loading import resolve_model
 from addressvlm.models.parts import part_named
 from addressvlm.storage.files import atomic_write, local_copy, local_model_copy
-from addressvlm.storage.remote_path import AnyPath, files_in, path_of
+from addressvlm.storage.remote_path import AnyPath, list_files, path_of
 from addressvlm.storage.run_dir import Run, slug
 from ray_jobs import resolve_args
 
@@ -103,8 +103,8 @@ def model_stats(config: Config, system: SystemConfig) -> SystemOutcome:
     folder = path_of(local_model_copy(resolve_model(resolve_args.model_of(config, run, system))))
     learning = {part for stage in system.stages for part in config.train.stages[stage].parts}
     return SystemOutcome(
-        parameters=_numbers(run.model(system.name) / "adapter", learning) if system.stages else 0,
-        stored_bytes=sum(file.stat().st_size for file in files_in(folder, "*.safetensors")),
+        parameters=_numbers(run.model_dir(system.name) / "adapter", learning) if system.stages else 0,
+        stored_bytes=sum(file.stat().st_size for file in list_files(folder, "*.safetensors")),
         licences={"base model": base_licence(config) or "not said"},
     )
 
@@ -112,7 +112,7 @@ def model_stats(config: Config, system: SystemConfig) -> SystemOutcome:
 def _numbers(folder: AnyPath, learning: set[Part]) -> int:
     """How many numbers of these parts the safetensors files of a folder hold; an adapter has all parts, trained or not."""
     total = 0
-    for file in files_in(folder, "*.safetensors"):
+    for file in list_files(folder, "*.safetensors"):
         with safe_open(str(local_copy(file)), framework="np") as opened:
             total += sum(
                 prod(opened.get_slice(name).get_shape())

@@ -25,8 +25,8 @@ from addressvlm.inference import user_turn
 from addressvlm.models.cards import base_licence
 from addressvlm.models.loading import context_length, resolve_model
 from addressvlm.storage import tables
-from addressvlm.storage.remote_path import files_in, path_of
-from addressvlm.storage.run_dir import is_done, slug, writing
+from addressvlm.storage.remote_path import list_files, path_of
+from addressvlm.storage.run_dir import fresh_dir, is_done, slug
 from ray_jobs import resolve_args
 from ray_jobs.baselines.context import TEST, ComparisonContext, Row, SystemOutcome
 from ray_jobs.baselines.retrieval import (
@@ -41,7 +41,7 @@ from ray_jobs.baselines.retrieval import (
     made_from,
     stored,
 )
-from ray_jobs.common import absolute
+from ray_jobs.common import absolute_path
 from ray_jobs.evaluation import ModelWorker, model_digest, run_workers, work_units
 
 PHOTOS = 64  # given to a worker together
@@ -89,7 +89,7 @@ def run(work: ComparisonContext, rival: RagConfig, redo: bool = False) -> System
             for query, (near, far) in zip(queries.photos, found, strict=True)
         }
         replies = _replies(work, rival, model, prompts, redo)
-        with writing(folder, settings) as partial:
+        with fresh_dir(folder, settings) as partial:
             rows = _read(work, rival, queries, gallery, found, prompts, replies)
             tables.write_table(partial, TEST, rows, READ)
         work.note(rival.name, "answering", answering([everyone], time.monotonic() - begun))
@@ -109,7 +109,7 @@ def model_of(work: ComparisonContext, rival: RagConfig) -> str:
         return rival.model
     if rival.model in systems:
         return resolve_args.model_of(work.config, work.run, systems[rival.model])
-    return absolute(rival.model or work.config.model.base)
+    return absolute_path(rival.model or work.config.model.base)
 
 
 def _found(
@@ -219,7 +219,7 @@ def _outcome(
     made = SystemOutcome(stored_bytes=index_bytes, licences=licences(work, rival.encoder))
     if not rival.endpoint:
         folder = path_of(resolve_model(model))
-        made.stored_bytes += sum(file.stat().st_size for file in files_in(folder, "*.safetensors"))
+        made.stored_bytes += sum(file.stat().st_size for file in list_files(folder, "*.safetensors"))
         its = work.config.model.model_copy(update={"base": resolve_model(model)})
         made.licences["model"] = base_licence(work.config.model_copy(update={"model": its})) or "not said"
     photos = {row["id"]: row for row in tables.iter_rows(work.run.photos, TEST, [c for c in COLUMNS if c != "image"])}

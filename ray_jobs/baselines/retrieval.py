@@ -35,12 +35,12 @@ from addressvlm.models.cards import base_licence
 from addressvlm.models.loading import resolve_model
 from addressvlm.storage import tables
 from addressvlm.storage.files import digest, write_parquet
-from addressvlm.storage.remote_path import AnyPath, files_in, path_of
-from addressvlm.storage.run_dir import is_done, named_model, resuming, slug, writing
+from addressvlm.storage.remote_path import AnyPath, list_files, path_of
+from addressvlm.storage.run_dir import fresh_dir, is_done, parse_model_flag, resumable_dir, slug
 from addressvlm.storage.shards import ShardWork as Making
 from addressvlm.storage.shards import plan_shards
 from ray_jobs.baselines.context import TEST, ComparisonContext, Row, SystemOutcome
-from ray_jobs.common import absolute, require
+from ray_jobs.common import absolute_path, require_resources
 from ray_jobs.evaluation import files_digest, model_digest
 from ray_jobs.ray_data import run_shards
 
@@ -103,7 +103,7 @@ def base_of(config: Config, encoder: EncoderConfig) -> str:
     Raises:
         InputError: it looks like a folder and there is none.
     """
-    return resolve_model(absolute(encoder.base or config.model.base))
+    return resolve_model(absolute_path(encoder.base or config.model.base))
 
 
 def embed_split(work: ComparisonContext, encoder: EncoderConfig, split: str, redo: bool = False) -> Embeddings:
@@ -117,25 +117,27 @@ def embed_split(work: ComparisonContext, encoder: EncoderConfig, split: str, red
     base = base_of(config, encoder)
     data = files_digest(tables.table_files(photos, split))
     settings = {"encoder": model_digest(base), "dtype": config.model.dtype, "data": data}
-    folder = work.run.folder / "embeddings" / slug(named_model(base)[0]) / split
+    folder = work.run.folder / "embeddings" / slug(parse_model_flag(base)[0]) / split
     if not is_done(folder, settings, redo):
         need = config.evaluate
-        require("CPU", need.workers * need.cpus_per_worker, "embedding", "evaluate.workers or evaluate.cpus_per_worker")
+        require_resources(
+            "CPU", need.workers * need.cpus_per_worker, "embedding", "evaluate.workers or evaluate.cpus_per_worker"
+        )
         each = max(tables.ROWS_PER_GROUP, min(SHARD, tables.count_rows(photos, split) // (4 * need.workers)))
         shards = plan_shards(photos, split, each)
         given = (base, config.model.dtype, config.model.trust_remote_code, need.cpus_per_worker, encoder.batch_size, split)
         making = Making(partial(embed_photos, *given), EMBEDDINGS, [*ABOUT, "image"], settings["encoder"])
         actor = {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}
-        with resuming(folder, settings, redo) as partly:
+        with resumable_dir(folder, settings, redo) as partly:
             begun = time.monotonic()
-            made = run_shards(f"embed: {named_model(base)[0]}, {split}", shards, partly, making, need.workers, actor)
+            made = run_shards(f"embed: {parse_model_flag(base)[0]}, {split}", shards, partly, making, need.workers, actor)
             took = {"seconds": time.monotonic() - begun, "photos": sum(shard["rows"] for shard in made), **held(config)}
             (partly / TOOK).write_text(json.dumps(took), encoding="utf-8")
     table = tables.read_table(folder, split)
     flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     rows = table.select(ABOUT).to_pylist()
     took = json.loads((folder / TOOK).read_text(encoding="utf-8"))
-    name = f"{named_model(base)[0]} {settings['encoder']}"
+    name = f"{parse_model_flag(base)[0]} {settings['encoder']}"
     return Embeddings(folder, name, data, rows, flat.reshape(len(rows), -1), took)
 
 
@@ -179,7 +181,7 @@ def index_files(gallery: Embeddings, redo: bool = False) -> list[AnyPath]:
     settings = {"encoder": gallery.encoder, "data": gallery.data, "photos": len(gallery.photos)}
     starts = range(0, len(gallery.photos), PART)
     if not is_done(folder, settings, redo):
-        with writing(folder, settings) as partly:
+        with fresh_dir(folder, settings) as partly:
             for number, start in enumerate(starts):
                 VectorIndex(gallery.vectors[start : start + PART], gallery.encoder).save(partly / f"{number:05d}.faiss")
     return [folder / f"{number:05d}.faiss" for number in range(len(starts))]
@@ -292,7 +294,7 @@ def run(work: ComparisonContext, rival: RetrievalConfig, redo: bool = False) -> 
         asked = {split: embed_split(work, rival.encoder, split, redo) for split in work.ids}
         begun = time.monotonic()
         address = geocoder_of(work, gallery).of_photos(work.gazetteer)
-        with Searcher(index_parts(files, gallery)) as searcher, writing(folder, settings) as partial:
+        with Searcher(index_parts(files, gallery)) as searcher, fresh_dir(folder, settings) as partial:
             for split, ids in work.ids.items():
                 rows = _rows(asked[split].of(ids), gallery, searcher, address, work.gazetteer, rival.neighbours)
                 tables.write_table(partial, split, rows, FOUND)
@@ -363,7 +365,7 @@ def geocoder_of(work: ComparisonContext, gallery: Embeddings) -> Geocoder:
 
 def stored(work: ComparisonContext, encoder: EncoderConfig, files: list[AnyPath]) -> int:
     """Bytes of the encoder's weights and of the index."""
-    weights = files_in(path_of(base_of(work.config, encoder)), "*.safetensors")
+    weights = list_files(path_of(base_of(work.config, encoder)), "*.safetensors")
     return sum(file.stat().st_size for file in [*weights, *files])
 
 

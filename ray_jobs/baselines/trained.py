@@ -119,7 +119,7 @@ def run_trained(
     if system.stages:
         work.note(own.name, "training", _training(config, system, its_run))
     notes = {"photos without a tile": without} if without else {}
-    trained = its_run.model(system.name) if system.stages and not task.images else None
+    trained = its_run.model_dir(system.name) if system.stages and not task.images else None
     calibration = Calibration.load(path_of(model)) if scores else Calibration()
     ranked = {split: calibrated_rows(rows, calibration) for split, rows in scores.items()}
     outcome = replace(model_stats(config, system), scores=ranked, notes=notes, model=trained)
@@ -128,7 +128,7 @@ def run_trained(
 
 def _training(config: Config, system: SystemConfig, run: Run) -> dict[str, Any]:
     """What the steps of a training took, added up from its journal; starting the workers is not among them."""
-    file = run.journal(system.name) / "loss.jsonl"
+    file = run.training_dir(system.name) / "loss.jsonl"
     train_config, seconds, photos = config.train, 0.0, 0
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         step = json.loads(line)

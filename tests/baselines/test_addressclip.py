@@ -53,12 +53,12 @@ def ignored(metrics: dict, snapshot: object) -> None:
 
 
 def losses(config: Config) -> list[float]:
-    lines = (Run(config).journal("AddressCLIP") / "loss.jsonl").read_text().splitlines()
+    lines = (Run(config).training_dir("AddressCLIP") / "loss.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
 def weights(config: Config) -> dict[str, torch.Tensor]:
-    folder = Run(config).model("AddressCLIP")
+    folder = Run(config).model_dir("AddressCLIP")
     return {**load_file(folder / "model.safetensors"), **load_file(folder / "projections.safetensors")}
 
 
@@ -389,7 +389,7 @@ def test_it_learns_the_colours_and_says_what_it_is(base: Path, tmp_path: Path) -
     assert found[-1] < 0.7 * found[0]
     (bad,) = tables.read_table_file(run.rejects / "train-addressclip.parquet").to_pylist()
     assert (bad["id"], bad["stage"]) == ("train5", "contrast")
-    folder = run.model("AddressCLIP")
+    folder = run.model_dir("AddressCLIP")
     city = Gazetteer.load(folder / "gazetteer.geojson")
     (scored,) = score_photos(
         AddressIndex(open_encoder(folder), city.addresses).scores, list(tables.iter_rows(run.photos, "test")), 8

@@ -114,7 +114,7 @@ def test_addressclip_learns_from_open_clip(tmp_path: Path) -> None:
     config = photo_run(tmp_path, tiny_llava(tmp_path / "llava"))
     clip = write_open_clip(tmp_path / "clip")
     addressclip.train_addressclip(config, rival(base=str(clip), max_steps=2), None, lambda metrics, snapshot: None)
-    folder = Run(config).model("AddressCLIP")
+    folder = Run(config).model_dir("AddressCLIP")
     learnt = load_file(folder / "model.safetensors")["visual_projection.weight"]
     assert (learnt - load_file(clip / "open_clip_model.safetensors")["visual.proj"].T).abs().max() > 0
     assert open_encoder(folder).encode_texts(["Mill Street"]).shape == (1, 16)

@@ -8,7 +8,7 @@ import pytest
 from addressvlm import InputError
 from addressvlm.config import PRESETS, load, validate
 from addressvlm.config.compare import AddressClipConfig
-from addressvlm.storage.run_dir import Run, begin_or_resume, is_done, slug, storage_path, writing
+from addressvlm.storage.run_dir import Run, begin_or_resume, fresh_dir, is_done, slug, storage_dir
 
 
 @pytest.mark.parametrize("preset", sorted(p.stem for p in PRESETS.glob("*.yaml")))
@@ -178,19 +178,19 @@ def test_slug() -> None:
 
 def test_storage_outlives_a_packaged_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert storage_path("runs") == tmp_path / "runs"
+    assert storage_dir("runs") == tmp_path / "runs"
     copy = tmp_path / "working_dir_files" / "pkg"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert storage_path("runs") == tmp_path / "home" / "addressvlm" / "runs"
-    assert storage_path("/shared/runs") == Path("/shared/runs")
+    assert storage_dir("runs") == tmp_path / "home" / "addressvlm" / "runs"
+    assert storage_dir("/shared/runs") == Path("/shared/runs")
 
 
 def test_a_step_is_done_only_with_the_same_settings(tmp_path: Path) -> None:
     folder = tmp_path / "step"
     assert not is_done(folder, {"a": 1})
-    with writing(folder, {"a": 1, "b": {"c": 2}}) as partial:
+    with fresh_dir(folder, {"a": 1, "b": {"c": 2}}) as partial:
         (partial / "table").write_text("x")
         assert not folder.exists()
     assert is_done(folder, {"a": 1, "b": {"c": 2}})
@@ -202,11 +202,11 @@ def test_a_step_is_done_only_with_the_same_settings(tmp_path: Path) -> None:
 
 def test_a_failed_step_leaves_the_last_good_one(tmp_path: Path) -> None:
     folder = tmp_path / "step"
-    with writing(folder, {"a": 1}) as partial:
+    with fresh_dir(folder, {"a": 1}) as partial:
         (partial / "table").write_text("good")
 
     def fail() -> None:
-        with writing(folder, {"a": 2}) as partial:
+        with fresh_dir(folder, {"a": 2}) as partial:
             (partial / "table").write_text("half")
             raise ZeroDivisionError
 
@@ -217,7 +217,7 @@ def test_a_failed_step_leaves_the_last_good_one(tmp_path: Path) -> None:
 
 def test_a_place_that_cant_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="can't be written"), writing(tmp_path / "file" / "step", {}):
+    with pytest.raises(InputError, match="can't be written"), fresh_dir(tmp_path / "file" / "step", {}):
         pass
     with pytest.raises(InputError, match="can't be written"):
         begin_or_resume(tmp_path / "file" / "training", {})
@@ -227,4 +227,4 @@ def test_run_keeps_everything_below_its_name(tmp_path: Path) -> None:
     run = Run(load("demo", [f"storage={tmp_path}", "name=x"], {}))
     paths = [value for value in vars(run).values() if isinstance(value, Path)]
     assert all(path.is_relative_to(tmp_path / "x") for path in paths)
-    assert run.model("stage 2 only").name == "stage-2-only"
+    assert run.model_dir("stage 2 only").name == "stage-2-only"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from addressvlm.dataset.streets import StreetMap
 from addressvlm.gazetteer import spatial_index
-from addressvlm.gazetteer.spatial_index import NearIndex
+from addressvlm.gazetteer.spatial_index import NearestStreets
 
 coordinate = st.integers(-150, 150)
 point = st.tuples(coordinate, coordinate)
@@ -40,7 +40,7 @@ def test_nearest_of_every_point_is_what_shapely_measures(
     known: list[tuple[int, shapely.Geometry]], points: list[tuple[float, float]], limit_m: float
 ) -> None:
     known = [(code, shape) for code, shape in known if not shape.is_empty]
-    index = NearIndex(np.array([s for _, s in known], dtype=object), np.array([c for c, _ in known], dtype=np.int64))
+    index = NearestStreets(np.array([s for _, s in known], dtype=object), np.array([c for c, _ in known], dtype=np.int64))
     x, y = (np.array([p[i] for p in points], dtype=float) for i in (0, 1))
     first, metres, second, second_metres = index.two(x, y, limit_m)
     expected = [by_hand(known, *p, limit_m) for p in points]
@@ -63,7 +63,7 @@ def test_parts_of_the_work_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     starts = rng.uniform(-2000, 2000, (300, 1, 2))
     lines = shapely.linestrings(np.concatenate([starts, starts + rng.normal(0, 80, (300, 1, 2))], axis=1))
-    index = NearIndex(lines, rng.integers(0, 90, 300))
+    index = NearestStreets(lines, rng.integers(0, 90, 300))
     x, y = rng.uniform(-2500, 2500, (2, 3000))
     whole = index.two(x, y, 150)
     monkeypatch.setattr(spatial_index, "CELLS_AT_A_TIME", 7)

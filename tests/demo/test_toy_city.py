@@ -16,8 +16,8 @@ from addressvlm import InputError
 from addressvlm.baselines.locatability import Locatability, LocatabilityTexts
 from addressvlm.dataset.streets import StreetMap
 from addressvlm.demo import city
-from addressvlm.demo.camera import PARTS, PAVEMENT, YARD, parts, photograph
-from addressvlm.demo.city import ground_frame, origin, places, to_degrees, toy_world, views, write_city
+from addressvlm.demo.camera import CLASSES, PAVEMENT, YARD, photograph, segment
+from addressvlm.demo.city import ground_frame, origin, street_places, to_degrees, toy_world, view_headings, write_city
 from addressvlm.demo.world import CROWNS, PAVINGS, Character, World, district_at, generate
 from addressvlm.tools.toy_locatability import locatability_examples, make
 
@@ -77,24 +77,24 @@ def test_parts_are_what_the_photo_shows() -> None:
     rng = random.Random(0)
     bare = replace(world, trees=world.trees[:0], crowns=world.crowns[:0])
     seen: set[str] = set()
-    for street, x, y in rng.sample(list(places(world)), 6):
-        for heading in views(street, rng):
-            found = parts(world, x, y, heading)
+    for street, x, y in rng.sample(list(street_places(world)), 6):
+        for heading in view_headings(street, rng):
+            found = segment(world, x, y, heading)
             photo, without = (np.asarray(photograph(w, x, y, heading, 1.0)).astype(int) for w in (world, bare))
             assert found.shape == photo.shape[:2]
-            tree, unchanged = found == PARTS.index("tree"), (photo == without).all(axis=-1)
+            tree, unchanged = found == CLASSES.index("tree"), (photo == without).all(axis=-1)
             assert unchanged[~tree].all()
-            assert (parts(bare, x, y, heading) == found)[~tree].all()
+            assert (segment(bare, x, y, heading) == found)[~tree].all()
             horizon = len(found) // 2
             for part, colours in (("pavement", [PAVEMENT]), ("yard", [YARD]), ("road", [*PAVINGS.values(), (238, 238, 230)])):
-                shown = photo[found == PARTS.index(part)]
+                shown = photo[found == CLASSES.index(part)]
                 assert (shown[:, None] == np.array(colours)[None]).all(axis=-1).any(axis=-1).all()
-                assert not (found[:horizon] == PARTS.index(part)).any()
-            assert not (found[horizon + 1 :] == PARTS.index("sky")).any()
-            wall = photo[found == PARTS.index("building")]
+                assert not (found[:horizon] == CLASSES.index(part)).any()
+            assert not (found[horizon + 1 :] == CLASSES.index("sky")).any()
+            wall = photo[found == CLASSES.index("building")]
             assert not (wall[:, None] == np.array([PAVEMENT, YARD])[None]).all(axis=-1).any()
-            seen |= {PARTS[number] for number in np.unique(found)}
-    assert seen == set(PARTS)
+            seen |= {CLASSES[number] for number in np.unique(found)}
+    assert seen == set(CLASSES)
 
 
 def box(x: float, y: float, colour: tuple[int, int, int]) -> World:
@@ -118,7 +118,7 @@ def test_a_photo_shows_things_on_the_side_where_they_stand(thing: str, heading: 
         )  # which stands around the camera and is not seen from within
         if thing == "tree":
             world.trees, world.crowns = np.array([[x, y, 2.0]], np.float32), np.array([[0, 200, 0]], np.float32)
-        columns = np.nonzero((parts(world, 200, 200, heading) == PARTS.index(thing)).any(axis=0))[0]
+        columns = np.nonzero((segment(world, 200, 200, heading) == CLASSES.index(thing)).any(axis=0))[0]
         if degrees == 100:
             assert not len(columns)
         else:
@@ -147,7 +147,7 @@ def test_places_of_the_manifest_lie_on_the_streets_and_in_the_districts_of_the_m
     streets = StreetMap.load(toy_city["streets"], toy_city["districts"])
     with open(toy_city["manifest"], encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["file"].endswith("_0.jpg")]
-    truth = [(street, x, y, city.truth(world, street, x, y)) for street, x, y in places(world)]
+    truth = [(street, x, y, city.address_at(world, street, x, y)) for street, x, y in street_places(world)]
     assert len(rows) == len(truth)
     lat, lon = (np.array([float(row[column]) for row in rows]) for column in ("lat", "lon"))
     near = streets.around(lat, lon, 3)

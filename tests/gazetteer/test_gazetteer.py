@@ -14,7 +14,7 @@ from shapely.geometry import LineString, box
 
 from addressvlm import InputError
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer, merge_gazetteers
-from addressvlm.gazetteer.name_matcher import NameIndex, bare_name, composed_name, normalize_name, spellings
+from addressvlm.gazetteer.name_matcher import NameIndex, is_distinctive, normalize_name, osm_names, unaccented_name
 
 
 def gazetteer() -> Gazetteer:
@@ -62,12 +62,12 @@ def test_different_names_stay_different() -> None:
 @given(st.text())
 def test_normal_form_is_stable(name: str) -> None:
     assert normalize_name(normalize_name(name)) == normalize_name(name)
-    assert len(bare_name(name).split()) == len(normalize_name(name).split())
+    assert len(unaccented_name(name).split()) == len(normalize_name(name).split())
 
 
 def test_accents_may_be_left_out_unless_that_makes_two_names_one() -> None:
-    assert bare_name("Rue de l'Église Sainte-Œuvre") == "r de leglise ste oeuvre"
-    assert bare_name("が") == normalize_name("が")  # another letter, not an accent
+    assert unaccented_name("Rue de l'Église Sainte-Œuvre") == "r de leglise ste oeuvre"
+    assert unaccented_name("が") == normalize_name("が")  # another letter, not an accent
     index = NameIndex(["Rue de l'Église", "Løkken", "Rua Côco", "Rua Cocó"])
     assert index.find("rue de l eglise") is None  # another word
     assert index.find("it is RUE DE L'EGLISE") == "Rue de l'Église"
@@ -87,7 +87,7 @@ def test_each_name_is_found_by_itself(names: list[str]) -> None:
 
 @pytest.mark.parametrize(("name", "has"), [("E Street", False), ("St. Av", False), ("E Carson St", True), ("銀座", True)])
 def test_names_of_nothing_but_common_words(name: str, has: bool) -> None:
-    assert composed_name(name) == has
+    assert is_distinctive(name) == has
 
 
 def test_spellings_of_openstreetmap() -> None:
@@ -100,12 +100,12 @@ def test_spellings_of_openstreetmap() -> None:
         "old_name": "市街路",
         "name:left": "何か",
     }
-    assert spellings(tags) == ("明治通り", ["環状5号", "環状五号線", "Meiji-dori Avenue", "明治通", "市街路"])
-    assert spellings(tags, "en")[0] == "Meiji-dori Avenue"
-    assert "明治通り" in spellings(tags, "en")[1]
-    assert spellings(tags, "fr")[0] == "明治通り"
-    assert spellings({"name:en": "No Local Name"}) == ("", [])
-    assert spellings({"name:en": "No Local Name"}, "en") == ("No Local Name", [])
+    assert osm_names(tags) == ("明治通り", ["環状5号", "環状五号線", "Meiji-dori Avenue", "明治通", "市街路"])
+    assert osm_names(tags, "en")[0] == "Meiji-dori Avenue"
+    assert "明治通り" in osm_names(tags, "en")[1]
+    assert osm_names(tags, "fr")[0] == "明治通り"
+    assert osm_names({"name:en": "No Local Name"}) == ("", [])
+    assert osm_names({"name:en": "No Local Name"}, "en") == ("No Local Name", [])
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_a_row_is_trained_and_scored_once(ray_local: None, tmp_path: Path, capsy
     assert all(np.isfinite(row["scores"]).all() and len(row["scores"]) == 3 for row in outcome.scores["test"])
     assert outcome.parameters > 0
     assert outcome.stored_bytes > 4 * outcome.parameters
-    assert outcome.model == run.model("AddressCLIP")
+    assert outcome.model == run.model_dir("AddressCLIP")
     assert outcome.notes == {"steps": 2, "photos without a caption": 0}
     assert work.noted("AddressCLIP").keys() == {"training", "answering"}
     capsys.readouterr()

@@ -147,7 +147,7 @@ def test_rows_stand_in_the_order_of_the_settings_and_see_photos(tmp_path: Path) 
 
 def test_what_is_measured_goes_into_the_cards_of_a_trained_model(tmp_path: Path) -> None:
     work = work_in(tmp_path, "a/base", [photo("train", number) for number in range(3)])
-    model, answers = work.run.model("AddressVLM"), [{"id": "test0"}, {"id": "test0"}, {"id": "test1"}]
+    model, answers = work.run.model_dir("AddressVLM"), [{"id": "test0"}, {"id": "test0"}, {"id": "test1"}]
     (model / "merged").mkdir(parents=True)
     (model / "merged" / "README.md").write_text(cards_module.no_metrics_section("evaluate"))
     row = compare.SystemResult("AddressVLM", "generated", SystemOutcome(model=model), answers)
@@ -166,8 +166,8 @@ def test_only_parts_that_learn_count_as_trained(tmp_path: Path) -> None:
     system = config.train.systems[-1]
     assert system.stages == ["alignment", "localization"]
     model, parts = attach_lora(load_model(str(tmp_path / "base"), "float32")[0], config.model)
-    tiny_llava(Run(config).model(system.name) / "merged")
-    model.save_pretrained(Run(config).model(system.name) / "adapter")
+    tiny_llava(Run(config).model_dir(system.name) / "merged")
+    model.save_pretrained(Run(config).model_dir(system.name) / "adapter")
     learning = {name: weights.numel() for name, weights in trainable_params(model).items() if part_of(name, parts) != "vision"}
     assert 0 < sum(learning.values()) < sum(weights.numel() for weights in trainable_params(model).values())
     assert model_stats(config, system).parameters == sum(learning.values())

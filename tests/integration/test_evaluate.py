@@ -66,8 +66,8 @@ def config_in(folder, models, workers=1):
     run = Run(made)
     tables.write_table(run.photos, "test", [photo(i) for i in range(10)], tables.PHOTOS)
     GAZETTEER.save(run.gazetteer)
-    run.model("AddressVLM").mkdir(parents=True)
-    (run.model("AddressVLM") / "merged").symlink_to(models / "tuned" / "merged")
+    run.model_dir("AddressVLM").mkdir(parents=True)
+    (run.model_dir("AddressVLM") / "merged").symlink_to(models / "tuned" / "merged")
     return made
 
 
@@ -178,7 +178,7 @@ def test_what_a_person_can_mend_is_one_sentence(ray_local, config, tmp_path, arg
 
 
 def test_untrained_system(ray_local, config):
-    (Run(config).model("AddressVLM") / "merged").unlink()
+    (Run(config).model_dir("AddressVLM") / "merged").unlink()
     with pytest.raises(InputError, match=r"'AddressVLM' is not trained yet.*ray_jobs/train\.py"):
         evaluate.run_step(config, redo=False)
     evaluate.run_step(config, redo=False, only=["zero-shot"])

@@ -54,8 +54,8 @@ def config(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     tables.write_table(run.photos, "test", test, tables.PHOTOS)
     CITY.save(run.gazetteer)
     mark_done(run.photos, prepare.settings(config))
-    tiny_llava(run.model("AddressVLM") / "merged", seed=1)
-    CITY.save(run.model("AddressVLM") / "merged" / "gazetteer.geojson")
+    tiny_llava(run.model_dir("AddressVLM") / "merged", seed=1)
+    CITY.save(run.model_dir("AddressVLM") / "merged" / "gazetteer.geojson")
     return config
 
 
@@ -81,12 +81,12 @@ def test_models_of_the_run_are_asked_about_grafts_beside_what_they_said_of_photo
     found = json.loads((out / "metrics.json").read_text())
     assert [(s["name"], s["metrics"]["A_ds"]["n"]) for s in found["systems"]] == [("zero-shot", 5), ("AddressVLM", 5)]
     assert json.loads((out / "answers" / "zero-shot" / "_done.json").read_text())["evaluate"]["images"] == "grafts"
-    for name in (run.answers, run.metrics, run.model("AddressVLM") / "merged" / "calibration.json"):
+    for name in (run.answers, run.metrics, run.model_dir("AddressVLM") / "merged" / "calibration.json"):
         assert not name.exists()  # what is said of photos has no part in it
     (reject,) = pq.read_table(run.rejects / "graft-town-test.parquet").to_pylist()
     assert reject["id"] == "2_1"
 
-    grafts = list(tables.iter_rows(run.grafted / "test", "test"))
+    grafts = list(tables.iter_rows(run.grafted_photos / "test", "test"))
     before = [row for row in tables.iter_rows(run.photos, "test") if row["id"] != "2_1"]
     assert [{**row, "image": None} for row in grafts] == [{**row, "image": None} for row in before]
     image = Image.open(io.BytesIO(grafts[0]["image"]["bytes"])).convert("RGB")
@@ -98,7 +98,7 @@ def test_models_of_the_run_are_asked_about_grafts_beside_what_they_said_of_photo
 
     evaluate.run_step(asked, redo=False)
     assert "zero-shot: already answered" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"grafted/test was made with other settings \(tiles\.delta"):
+    with pytest.raises(InputError, match=r"grafted_photos/test was made with other settings \(tiles\.delta"):
         evaluate.run_step(shown(config, delta=0.3), redo=False)
 
 
@@ -117,7 +117,7 @@ def test_a_variant_with_the_map_stands_beside_rows_of_photos(config: Config) -> 
             for name in ("zero-shot", "with-the-map")}  # fmt: skip
     assert said["with-the-map"].keys() == {key for key in said["zero-shot"] if key[0] != "2_1"}
     assert any(said["zero-shot"][key] != answer for key, answer in said["with-the-map"].items())
-    found = [Run(config.model_copy(update={"name": name})).grafted / "test" for name in ("town", "town-with-the-map")]
+    found = [Run(config.model_copy(update={"name": name})).grafted_photos / "test" for name in ("town", "town-with-the-map")]
     small, large = ({row["id"]: row["image"]["bytes"] for row in tables.iter_rows(folder, "test")} for folder in found)
     assert small.keys() == large.keys()
     assert small != large  # each has the tiles of its own settings

@@ -26,8 +26,8 @@ from PIL import Image
 
 from addressvlm.config import Config, validate
 from addressvlm.storage import tables
-from addressvlm.storage.run_dir import WORK, Run
-from addressvlm.storage.shards import MARKS, Rows, ShardResult, ShardWork, plan_shards
+from addressvlm.storage.run_dir import WORK_DIR, Run
+from addressvlm.storage.shards import MARKS_DIR, Rows, ShardResult, ShardWork, plan_shards
 from ray_jobs import graft, label, prepare
 from ray_jobs.ray_data import run_shards
 from tests.dataset.test_split import DEGREE_M, geojson
@@ -92,7 +92,7 @@ def partial_of(folder: Path) -> Path:
 
 
 def shards_done(folder: Path) -> int:
-    return len(list((folder / MARKS).glob("*.json")))
+    return len(list((folder / MARKS_DIR).glob("*.json")))
 
 
 def city(folder: Path, photos: int) -> Config:
@@ -130,10 +130,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def test_prepare(tmp_path: Path, stage: str, undisturbed: Config) -> None:
     config = elsewhere(undisturbed, tmp_path)
     folder = Run(config).photos
-    at_work = partial_of(folder) if stage == "writing" else partial_of(folder) / WORK / "checked"
+    at_work = partial_of(folder) if stage == "writing" else partial_of(folder) / WORK_DIR / "checked"
     with killed_when("prepare", config, lambda: shards_done(at_work) > 0, tmp_path / "job.log"):
         assert not folder.exists()
-        kept = files(partial_of(folder) / WORK / "checked")
+        kept = files(partial_of(folder) / WORK_DIR / "checked")
         prepare.run_step(config)
     same(folder, Run(undisturbed).photos)
     same(Run(config).rejects, Run(undisturbed).rejects)

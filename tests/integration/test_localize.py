@@ -23,7 +23,7 @@ from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.inference import Localizer
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import mark_done
-from addressvlm.storage.shards import MARKS, plan_file_shards
+from addressvlm.storage.shards import MARKS_DIR, plan_file_shards
 from ray_jobs import localize
 from tests.support.families import picture
 from tests.support.tiny import tiny_llava
@@ -72,7 +72,7 @@ def test_a_killed_job_goes_on(ray_local, model, photos, tmp_path, monkeypatch, c
     code = f"from ray_jobs import localize\nlocalize.SHARD = 1\nlocalize.main({arguments!r})"
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     job = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=Path(__file__).parents[2])
-    marks = Path(f"{out}.partial") / MARKS
+    marks = Path(f"{out}.partial") / MARKS_DIR
     started = threading.Event()  # never set; its wait is the pace of the polling
     while job.poll() is None and len(list(marks.glob("*.json"))) < 2:
         started.wait(0.005)
@@ -176,7 +176,7 @@ def test_what_was_located_is_kept_for_the_same_model_and_question_alone(model, p
         return [{"number": 0, "rows": len(rows), "written": {"located": len(rows) - 1}, "rejects": [reject]}]
 
     monkeypatch.setattr(localize, "run_shards", made)
-    monkeypatch.setattr(localize, "require", lambda *_: None)
+    monkeypatch.setattr(localize, "require_resources", lambda *_: None)
     here = tmp_path / "photos"
     shutil.copytree(photos, here)
     copied = tmp_path / "model"

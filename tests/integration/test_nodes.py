@@ -24,7 +24,7 @@ from addressvlm.config import Config
 from addressvlm.config.train import SystemConfig
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
-from addressvlm.storage.shards import MARKS, plan_shards
+from addressvlm.storage.shards import MARKS_DIR, plan_shards
 from addressvlm.training.checkpoint import TrainingCheckpoint
 from ray_jobs import graft
 from tests.integration.test_interrupted import city, partial_of
@@ -77,7 +77,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, nodes: Nodes) -> Iterator[tup
         config = config_of(folder, base, endpoint.url)
         run, command = Run(config), job(folder, config, "train", "--evaluate")
         with subprocess.Popen(command, cwd=REPOSITORY, env=environment(nodes), stdout=subprocess.PIPE, text=True) as process:
-            marks, losses = partial_of(run.grafts) / MARKS, run.journal(SYSTEM) / "loss.jsonl"
+            marks, losses = partial_of(run.grafts) / MARKS_DIR, run.training_dir(SYSTEM) / "loss.jsonl"
             wait_for(lambda: list(marks.glob("*.json")), process)
             kills.grafted = [mark.name for mark in marks.glob("*.json")]
             nodes.replace("ray::FlatMap")
@@ -144,12 +144,12 @@ def test_no_label_is_asked_for_twice(made: tuple[Config, Kills, Endpoint, str]) 
 def test_training_goes_on_from_the_checkpoint(made: tuple[Config, Kills, Endpoint, str]) -> None:
     config, kills, _, said = made
     run = Run(config)
-    lines = (run.journal(SYSTEM) / "loss.jsonl").read_text().splitlines()
+    lines = (run.training_dir(SYSTEM) / "loss.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(1, STEPS + 1)] * 2
     resumed = [int(step) for step in re.findall(r"going on after step (\d+) of 20", said)]  # anew while a node is missing
     assert 0 < min(resumed, default=0) <= len(kills.trained) < 2 * STEPS
     assert lines[: min(resumed)] == kills.trained[: min(resumed)]  # not trained again, their very timings are kept
-    assert (run.model(SYSTEM) / "merged" / "model.safetensors").is_file()
+    assert (run.model_dir(SYSTEM) / "merged" / "model.safetensors").is_file()
 
 
 def test_the_model_is_evaluated(made: tuple[Config, Kills, Endpoint, str]) -> None:
@@ -182,7 +182,7 @@ def test_the_service_loses_no_more_than_what_was_in_flight(
     tree |= {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}}
     (application,) = tree["applications"]
     mine = {"num_gpus": 0, "num_cpus": 0.4, "dtype": "float32", "image_cpus": 0.1, "image_processes": 1, "rate_limit": 0}
-    application["args"] |= {"model": str(Run(config).model(SYSTEM) / "merged"), **mine}
+    application["args"] |= {"model": str(Run(config).model_dir(SYSTEM) / "merged"), **mine}
     file, url = tmp_path / "service.yaml", f"http://127.0.0.1:{port}"
     file.write_text(yaml.safe_dump(tree))
     with subprocess.Popen(
@@ -223,7 +223,7 @@ def test_training_goes_on_with_fewer_workers_when_a_node_is_lost_for_good(nodes:
     config, steps = config_of(tmp_path, tiny_llava(tmp_path / "base"), "http://127.0.0.1"), 4 * STEPS
     config.train.min_workers, config.train.systems = 1, [SystemConfig(name="stage 2 only", stages=["localization"])]
     config.train.stages["localization"].max_steps = steps
-    journal = Run(config).journal("stage 2 only")
+    journal = Run(config).training_dir("stage 2 only")
     losses, command = journal / "loss.jsonl", job(tmp_path, config, "train")
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment(nodes), stdout=subprocess.PIPE, text=True) as process:
         wait_for(lambda: losses.is_file() and len(losses.read_text().splitlines()) >= STEPS, process)

@@ -18,7 +18,7 @@ from addressvlm.dataset.build import resolve_city_files
 from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.labels.facts import Facts
 from addressvlm.storage import tables
-from addressvlm.storage.run_dir import WORK, Run
+from addressvlm.storage.run_dir import WORK_DIR, Run
 from ray_jobs import graft, prepare
 from tests.dataset.test_split import DEGREE_M, geojson
 
@@ -94,7 +94,7 @@ def test_a_dataset_comes_out_that_datasets_opens(tmp_path: Path, capsys: pytest.
     assert set(opened["test"]["street"]) <= set(gazetteer.streets) == set(gazetteer.geometry)
     aside = pq.read_table(Run(config).folder / "aside.parquet").to_pylist()
     assert len(aside) == card["splits"].get("aside", {"places": 0})["places"]
-    assert not (folder / WORK).exists()
+    assert not (folder / WORK_DIR).exists()
 
     before = tables.read_table(folder, "test")
     prepare.run_step(config)

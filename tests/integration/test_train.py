@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from addressvlm import InputError
 from addressvlm.config import Config
-from addressvlm.storage.run_dir import LAST_MODEL, Run, mark_done
+from addressvlm.storage.run_dir import LAST_MODEL_FILE, Run, mark_done
 from addressvlm.training.stages import train_system
 from ray_jobs import graft, label, prepare, train
 from ray_jobs.ray_train import failures_allowed, place_timeout_s, to_user_error
@@ -62,7 +62,7 @@ def ready(folder: Path, base: Path, workers: int, **settings: object) -> Config:
 
 
 def lines(config: Config) -> list[str]:
-    path = Run(config).journal(SYSTEM) / "loss.jsonl"
+    path = Run(config).training_dir(SYSTEM) / "loss.jsonl"
     return path.read_text().splitlines() if path.is_file() else []
 
 
@@ -73,7 +73,7 @@ def curve(config: Config) -> list[float]:
 
 
 def weights(config: Config) -> dict[str, torch.Tensor]:
-    return load_file(Run(config).model(SYSTEM) / "adapter" / "adapter_model.safetensors")
+    return load_file(Run(config).model_dir(SYSTEM) / "adapter" / "adapter_model.safetensors")
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -124,7 +124,7 @@ def checkpointed(then: list[str]) -> int:
 
 def stored(config: Config, listed: bool) -> list[Path]:
     """The folders of checkpoints that are in Ray's list, or those that are being written or about to be listed."""
-    folder = Run(config).journal(SYSTEM)
+    folder = Run(config).training_dir(SYSTEM)
     manifest = folder / "checkpoint_manager_snapshot.json"
     names = manifest.read_text() if manifest.is_file() else ""
     return [path for path in folder.glob("checkpoint_*/") if (path.name in names) == listed]
@@ -152,9 +152,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory, base: Path, ray_local: None) 
 
 def test_two_workers_train_what_one_does_with_twice_the_batch(pair: Config, alone: Config) -> None:
     run = Run(pair)
-    assert (run.model(SYSTEM) / "adapter" / "adapter_config.json").is_file()
-    assert (run.model(SYSTEM) / "merged" / "model.safetensors").is_file()
-    assert (run.folder.parent / LAST_MODEL).read_text() == f"{run.model(SYSTEM)}/merged\n"
+    assert (run.model_dir(SYSTEM) / "adapter" / "adapter_config.json").is_file()
+    assert (run.model_dir(SYSTEM) / "merged" / "model.safetensors").is_file()
+    assert (run.folder.parent / LAST_MODEL_FILE).read_text() == f"{run.model_dir(SYSTEM)}/merged\n"
     losses = curve(pair)
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     assert losses == pytest.approx(curve(alone), rel=0.01)
@@ -189,7 +189,7 @@ def test_a_killed_job_goes_on_when_the_command_is_given_again(tmp_path: Path, ba
         assert job.wait() == -9
     positions = [json.loads((path / "position.json").read_text()) for path in stored(config, listed=True)]
     listed = max(STEPS * at["stage"] + at["step"] for at in positions)
-    assert not Run(config).model(SYSTEM).exists()
+    assert not Run(config).model_dir(SYSTEM).exists()
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     told = re.search(r"going on after step (\d+) of 48", again.stdout)
@@ -207,11 +207,11 @@ def test_a_diverging_loss_is_told_at_once_and_the_checkpoint_stays(tmp_path: Pat
         stage.learning_rate, stage.max_grad_norm = 1e30, 1e30
     with pytest.raises(InputError, match=r"the loss is nan .*at step \d+: lower train.stages.localization.learning_rate"):
         train.run_step(config, False, ["stage 2 only"])
-    folder = Run(config).journal("stage 2 only")
+    folder = Run(config).training_dir("stage 2 only")
     assert len(list((folder / "tensorboard").iterdir())) == 1  # one start, no second attempt
     (checkpoint,) = folder.glob("checkpoint_*/state.pt")
     assert all(w.isfinite().all() for w in torch.load(checkpoint, weights_only=True)["adapter"].values())
-    assert not Run(config).model("stage 2 only").exists()
+    assert not Run(config).model_dir("stage 2 only").exists()
 
 
 def test_a_checkpoint_that_cant_be_stored_is_one_sentence(tmp_path: Path, base: Path) -> None:

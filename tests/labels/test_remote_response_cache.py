@@ -20,21 +20,21 @@ from addressvlm.labels.response_cache import (
     ResponseCache,
     open_for_writing,
 )
-from addressvlm.storage.files import CACHE, on_disk
-from addressvlm.storage.remote_path import StorePath
+from addressvlm.storage.files import CACHE_VARIABLE, local_folder_for
+from addressvlm.storage.remote_path import RemotePath
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StorePath:
-    monkeypatch.setenv(CACHE, str(tmp_path))
-    return StorePath(f"memory://bucket/{tmp_path.name}/ledger")
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemotePath:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    return RemotePath(f"memory://bucket/{tmp_path.name}/ledger")
 
 
-def put(folder: StorePath, name: str, start: int, lines: bytes) -> None:
+def put(folder: RemotePath, name: str, start: int, lines: bytes) -> None:
     (folder / f"{name}.{start:012d}-{start + len(lines):012d}.jsonl").write_bytes(lines)
 
 
-def names(folder: StorePath) -> list[str]:
+def names(folder: RemotePath) -> list[str]:
     return sorted(path.name for path in folder.glob("*.jsonl"))
 
 
@@ -42,7 +42,7 @@ def asked(number: int) -> RequestKey:
     return RequestKey("row", "v1", "m", "image", "digest", number)
 
 
-def test_where_a_join_was_cut_off_the_larger_object_is_read_and_every_line_once(folder: StorePath) -> None:
+def test_where_a_join_was_cut_off_the_larger_object_is_read_and_every_line_once(folder: RemotePath) -> None:
     put(folder, "a", 0, b"1\n")
     put(folder, "a", 2, b"2\n")
     put(folder, "a", 0, b"1\n2\n")  # both, and the parts were not removed
@@ -52,7 +52,7 @@ def test_where_a_join_was_cut_off_the_larger_object_is_read_and_every_line_once(
     assert [path.read_text() for path in RemoteResponseCache(folder).fetch()] == ["1\n2\n", "3\n", "4\n", "5\n"]
 
 
-def test_many_small_objects_become_one_with_the_same_bytes(folder: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_small_objects_become_one_with_the_same_bytes(folder: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(response_cache, "MOST_PARTS", 3)
     with open_for_writing(folder) as ledger:
         segment = ledger._path
@@ -73,7 +73,7 @@ def test_many_small_objects_become_one_with_the_same_bytes(folder: StorePath, mo
     assert not segment.exists()
 
 
-def test_what_a_killed_job_had_not_sent_is_sent_without_its_cut_line(folder: StorePath) -> None:
+def test_what_a_killed_job_had_not_sent_is_sent_without_its_cut_line(folder: RemotePath) -> None:
     left = RemoteResponseCache(folder)
     (left.spool / "killed.jsonl").write_bytes(b'{"a": 1}\n{"b": 2}\n{"c"' + bytes(9))
     (left.spool / "empty.jsonl").write_bytes(bytes(9))
@@ -83,12 +83,12 @@ def test_what_a_killed_job_had_not_sent_is_sent_without_its_cut_line(folder: Sto
     assert list(left.spool.iterdir()) == []
 
 
-def hold(folder: StorePath, host: str, ago_s: float) -> None:
+def hold(folder: RemotePath, host: str, ago_s: float) -> None:
     at = (datetime.now(UTC) - timedelta(seconds=ago_s)).isoformat()
     (folder / "holder.json").write_text(json.dumps({"host": host, "process": 7, "at": at}))
 
 
-def test_a_job_has_the_ledger_until_it_was_not_seen_for_long(folder: StorePath) -> None:
+def test_a_job_has_the_ledger_until_it_was_not_seen_for_long(folder: RemotePath) -> None:
     hold(folder, "another", FORGOTTEN_S - 10)
     with pytest.raises(InputError, match=r"another job asks .* \(process 7 on another, seen 5\d s ago\)"):
         RemoteResponseCache(folder).sign()
@@ -101,7 +101,7 @@ def test_a_job_has_the_ledger_until_it_was_not_seen_for_long(folder: StorePath) 
     RemoteResponseCache(folder).sign()
 
 
-def test_a_job_signs_now_and_then_and_sees_that_another_took_over(folder: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_signs_now_and_then_and_sees_that_another_took_over(folder: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     own = RemoteResponseCache(folder)
@@ -122,7 +122,7 @@ def test_a_job_signs_now_and_then_and_sees_that_another_took_over(folder: StoreP
     own.release()
 
 
-def test_the_copies_of_two_ledgers_are_two(folder: StorePath) -> None:
+def test_the_copies_of_two_ledgers_are_two(folder: RemotePath) -> None:
     other = folder.parent / "other"
-    assert on_disk(folder) != on_disk(other)
-    assert on_disk(folder) == on_disk(StorePath(str(folder)))
+    assert local_folder_for(folder) != local_folder_for(other)
+    assert local_folder_for(folder) == local_folder_for(RemotePath(str(folder)))

@@ -5,7 +5,7 @@ import pytest
 
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
-from addressvlm.gazetteer.name_matcher import NameMatcher, normalize_name
+from addressvlm.gazetteer.name_matcher import MentionFinder, normalize_name
 from addressvlm.labels.facts import DIRECTIONS, Facts
 from addressvlm.labels.prompt import load_prompt
 from addressvlm.labels.validator import LabelValidator, make_validator
@@ -227,7 +227,7 @@ def test_abbreviations_do_not_end_a_sentence() -> None:
 
 
 def test_longest_name_wins() -> None:
-    names = NameMatcher(["Mill Street", "Old Mill Street"])
+    names = MentionFinder(["Mill Street", "Old Mill Street"])
     assert names.mentions("From Old Mill Street to Mill St.") == [
         normalize_name("Old Mill Street"),
         normalize_name("Mill Street"),
@@ -246,5 +246,5 @@ def test_longest_name_wins() -> None:
     ],
 )
 def test_names_in_free_text(text: str, found: list[str]) -> None:
-    names = NameMatcher(["Mill Street", "Rue de l'Évêché", "Broadway", "Market", "銀座通り"])
+    names = MentionFinder(["Mill Street", "Rue de l'Évêché", "Broadway", "Market", "銀座通り"])
     assert [mention.name for mention in names.find(text)] == found

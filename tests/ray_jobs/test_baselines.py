@@ -220,7 +220,7 @@ def test_the_time_of_a_training_is_that_of_its_steps(work: ComparisonContext) ->
         "stages": {"a": stage, "b": {"data": "photos", "batch_size": 5}},
     }
     config = validate({**work.config.model_dump(), "train": {**train, "systems": [{"name": "S", "stages": ["a", "b"]}]}}, "t")
-    journal = work.run.journal("S")
+    journal = work.run.training_dir("S")
     journal.mkdir(parents=True)
     lines = [{"stage": "a", "samples_per_s": 8.0}, {"stage": "a", "samples_per_s": 12.0}, {"stage": "b", "samples_per_s": 5.0}]
     (journal / "loss.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

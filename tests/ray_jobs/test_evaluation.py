@@ -333,7 +333,7 @@ def test_models_are_named_by_flags_or_are_systems_of_the_run(tmp_path: Path) -> 
     assert resolve_args.systems_of(config, Run(config), ["zero-shot"]) == {"zero-shot": config.model.base}
     with pytest.raises(InputError, match="'S' is not trained yet"):
         resolve_args.systems_of(config, Run(config))
-    merged = Run(config).model("S") / "merged"
+    merged = Run(config).model_dir("S") / "merged"
     merged.mkdir(parents=True)
     (merged / "config.json").write_text("{}")
     assert resolve_args.systems_of(config, Run(config)) == {"zero-shot": config.model.base, "S": str(merged)}

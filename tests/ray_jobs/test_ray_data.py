@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from addressvlm import InputError
 from addressvlm.config import Config, validate
 from addressvlm.storage import tables
-from addressvlm.storage.shards import Rows, ShardResult, ShardWork, plan_shards, publish_shards
+from addressvlm.storage.shards import Rows, ShardResult, ShardWork, plan_shards, remove_stale_files
 from ray_jobs import common, graft, label, prepare, ray_data, ray_train
 from ray_jobs.baselines import addressclip
 from ray_jobs.ray_data import STOP, to_input_error
@@ -42,7 +42,7 @@ def test_a_task_makes_its_own_shards_until_one_stops_the_job(tmp_path: Path) -> 
         return ShardResult({"out": rows})
 
     shards = plan_shards(tmp_path / "in", "train", 2)
-    publish_shards(tmp_path / "out", len(shards))
+    remove_stale_files(tmp_path / "out", len(shards))
     maker = ray_data._Maker(shards, tmp_path / "out", ShardWork(work, IDS))
     made = [json.loads(row["summary"]) for row in maker({"first": 1, "last": 3})]
     assert [(summary["number"], summary["rows"]) for summary in made] == [(1, 2), (2, 2)]
@@ -86,14 +86,14 @@ def test_more_than_the_cluster_has_or_may_get_is_refused(monkeypatch: pytest.Mon
     may: dict[str, float] = {}
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(ray._private.state.state, "get_max_resources_from_cluster_config", lambda: may or None)
-    common.require("CPU", 4, "it", "workers")
-    common.require("GPU", 0, "it", "workers")
+    common.require_resources("CPU", 4, "it", "workers")
+    common.require_resources("GPU", 0, "it", "workers")
     with pytest.raises(InputError, match=r"it asks for 4\.5 CPUs and the cluster has 4: lower workers"):
-        common.require("CPU", 4.5, "it", "workers")
+        common.require_resources("CPU", 4.5, "it", "workers")
     with pytest.raises(InputError, match="asks for 1 GPUs and the cluster has 0"):
-        common.require("GPU", 1, "it", "workers")
+        common.require_resources("GPU", 1, "it", "workers")
     may["CPU"] = 8.0
-    common.require("CPU", 8, "it", "workers")
+    common.require_resources("CPU", 8, "it", "workers")
 
 
 def test_a_job_ends_as_what_happened_says(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +102,7 @@ def test_a_job_ends_as_what_happened_says(capsys: pytest.CaptureFixture[str]) ->
             raise error
 
         with pytest.raises(SystemExit) as ended:
-            common.job(main)
+            common.run_main(main)
         return int(ended.value.code or 0)
 
     assert fails(InputError("no: do.")) == 1
@@ -110,7 +110,7 @@ def test_a_job_ends_as_what_happened_says(capsys: pytest.CaptureFixture[str]) ->
     assert fails(KeyboardInterrupt()) == 130
     with pytest.raises(KeyError):
         fails(KeyError("ours"))
-    common.job(lambda: None)
+    common.run_main(lambda: None)
 
 
 # What each step depends on

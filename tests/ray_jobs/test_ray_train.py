@@ -90,7 +90,7 @@ def test_paths_mean_the_same_in_a_worker(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_room_is_asked_for_all_workers_or_for_the_fewest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(ray_train, "require", lambda *given: asked.append(given))
+    monkeypatch.setattr(ray_train, "require_resources", lambda *given: asked.append(given))
     require_workers(config_of(tmp_path), "s")
     require_workers(config_of(tmp_path), "s", 2)
     assert [(what, needed) for what, needed, *_ in asked] == [("CPU", 6), ("GPU", 1.5), ("CPU", 4), ("GPU", 1.0)]

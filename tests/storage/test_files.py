@@ -10,7 +10,7 @@ import pytest
 from addressvlm import InputError
 from addressvlm.storage import files, tables
 from addressvlm.storage.files import (
-    CACHE,
+    CACHE_VARIABLE,
     atomic_replace_dir,
     atomic_write,
     cache_folder,
@@ -19,25 +19,25 @@ from addressvlm.storage.files import (
     local_model_copy,
     write_parquet,
 )
-from addressvlm.storage.remote_path import StorePath, is_remote, local_path, path_of
+from addressvlm.storage.remote_path import RemotePath, is_remote, path_of
 from addressvlm.storage.run_dir import (
-    BEGUN,
+    BEGUN_FILE,
     begin_or_resume,
+    fresh_dir,
     is_done,
-    named_model,
-    resuming,
+    is_unfinished,
+    parse_model_flag,
+    resumable_dir,
     storage_error,
-    unfinished,
-    writing,
 )
 from addressvlm.storage.shards import (
     Shard,
     ShardResult,
     ShardWork,
-    make_shard,
     plan_file_shards,
     plan_shards,
-    publish_shards,
+    process_shard,
+    remove_stale_files,
     sources_fingerprint,
 )
 
@@ -45,9 +45,9 @@ SCHEMA = pa.schema([("n", pa.int64()), ("text", pa.string())])
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StorePath:
-    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
-    return StorePath(f"memory://bucket/{tmp_path.name}")
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemotePath:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return RemotePath(f"memory://bucket/{tmp_path.name}")
 
 
 def numbers(count: int, first: int = 0) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def numbers(count: int, first: int = 0) -> list[dict[str, Any]]:
 # Paths
 
 
-def test_a_store_path_is_used_like_a_path(tmp_path: Path, store: StorePath) -> None:
+def test_a_store_path_is_used_like_a_path(tmp_path: Path, store: RemotePath) -> None:
     here = tmp_path / "tree"
     for name in ("a.txt", "b.json", "sub/a.txt", "sub/c.parquet", "sub/deep/a.txt", "x-00001.parquet"):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
@@ -76,9 +76,9 @@ def test_a_store_path_is_used_like_a_path(tmp_path: Path, store: StorePath) -> N
         assert (remote.exists(), remote.is_file(), remote.is_dir()) == (local.exists(), local.is_file(), local.is_dir())
         assert remote.with_suffix(".md").relative_to(store) == local.with_suffix(".md").relative_to(here)
         assert remote.parent.relative_to(store) == local.parent.relative_to(here)
-    assert StorePath("s3://bucket/a/b").parents == (StorePath("s3://bucket/a"), StorePath("s3://bucket"))
-    assert StorePath("s3://bucket/a/") == StorePath("s3://bucket/a")
-    assert StorePath("s3://bucket/a") < StorePath("s3://bucket/b")
+    assert RemotePath("s3://bucket/a/b").parents == (RemotePath("s3://bucket/a"), RemotePath("s3://bucket"))
+    assert RemotePath("s3://bucket/a/") == RemotePath("s3://bucket/a")
+    assert RemotePath("s3://bucket/a") < RemotePath("s3://bucket/b")
     with (store / "a.txt").open() as file:
         file.seek(2)
         assert file.read() == b"txt"
@@ -90,14 +90,14 @@ def test_a_store_path_is_used_like_a_path(tmp_path: Path, store: StorePath) -> N
     for gone in ((store / "a.txt").unlink, (store / "a.txt").stat, (store / "a.txt").read_bytes):
         with pytest.raises(FileNotFoundError):
             gone()
-    with pytest.raises(ValueError, match="is a whole bucket"):
-        StorePath("memory://bucket").remove_tree()
+    with pytest.raises(ValueError, match="is a bucket"):
+        RemotePath("memory://bucket").remove_tree()
 
 
 def test_where_a_name_points_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ann")
     assert path_of("~/a b") == path_of("file:///home/ann/a%20b") == Path("/home/ann/a b")
-    assert local_path("a%20b") == Path("a%20b")
+    assert path_of("a%20b") == Path("a%20b")
     assert [is_remote(where) for where in ("s3://b/a", "file:///a", "a", "c:/a")] == [True, False, False, False]
     remote = path_of("s3://bucket/a")
     assert path_of(remote) is remote
@@ -107,19 +107,19 @@ def test_a_model_has_the_name_that_it_is_given_or_that_of_its_folder(tmp_path: P
     (tmp_path / "town" / "merged").mkdir(parents=True)
     (tmp_path / "a=b").mkdir()
     merged, odd = str(tmp_path / "town" / "merged"), str(tmp_path / "a=b")
-    assert named_model(merged) == ("town", merged)
-    assert named_model(f"mine={merged}") == ("mine", merged)
-    assert named_model(odd) == ("a=b", odd)
-    assert named_model("mine=s3://bucket/x/merged") == ("mine", "s3://bucket/x/merged")
-    assert named_model("s3://bucket/x/merged") == ("x", "s3://bucket/x/merged")
-    assert named_model("owner/small") == ("small", "owner/small")
+    assert parse_model_flag(merged) == ("town", merged)
+    assert parse_model_flag(f"mine={merged}") == ("mine", merged)
+    assert parse_model_flag(odd) == ("a=b", odd)
+    assert parse_model_flag("mine=s3://bucket/x/merged") == ("mine", "s3://bucket/x/merged")
+    assert parse_model_flag("s3://bucket/x/merged") == ("x", "s3://bucket/x/merged")
+    assert parse_model_flag("owner/small") == ("small", "owner/small")
 
 
 # Files
 
 
 @pytest.mark.parametrize("where", ["disk", "store"])
-def test_a_file_is_there_whole_or_as_it_was(where: str, tmp_path: Path, store: StorePath) -> None:
+def test_a_file_is_there_whole_or_as_it_was(where: str, tmp_path: Path, store: RemotePath) -> None:
     target = (tmp_path if where == "disk" else store) / "sub" / "file.txt"
     with suppress(ZeroDivisionError), atomic_write(target) as path:
         path.write_text("half")
@@ -155,12 +155,12 @@ def test_a_folder_takes_the_place_of_another_one_only_when_it_is_complete(tmp_pa
 
 
 def test_in_a_store_what_makes_a_folder_a_model_goes_first_and_comes_last(
-    store: StorePath, monkeypatch: pytest.MonkeyPatch
+    store: RemotePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, told = store / "model", []
-    upload, unlink = files.upload, StorePath.unlink
+    upload, unlink = files.upload, RemotePath.unlink
     monkeypatch.setattr(files, "upload", lambda file, target: (told.append(("put", target.name)), upload(file, target)))
-    monkeypatch.setattr(StorePath, "unlink", lambda path, **how: (told.append(("gone", path.name)), unlink(path, **how)))
+    monkeypatch.setattr(RemotePath, "unlink", lambda path, **how: (told.append(("gone", path.name)), unlink(path, **how)))
     for _ in range(2):
         with atomic_replace_dir(folder) as new:
             for name in ("a.txt", "config.json", "z.safetensors"):
@@ -169,7 +169,7 @@ def test_in_a_store_what_makes_a_folder_a_model_goes_first_and_comes_last(
     assert told == [*one, ("gone", "config.json"), ("gone", "a.txt"), ("gone", "z.safetensors"), *one]
 
 
-def test_a_copy_is_made_once_and_of_each_place_its_own(store: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_is_made_once_and_of_each_place_its_own(store: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/x.txt", "b/x.txt"):
         (store / name).write_text(name)
     first, second = local_copy(store / "a/x.txt"), local_copy(str(store / "b/x.txt"))
@@ -184,7 +184,7 @@ def test_a_copy_is_made_once_and_of_each_place_its_own(store: StorePath, monkeyp
     assert len(digest("")) == 32
 
 
-def test_only_what_can_not_run_is_fetched_of_a_model(store: StorePath) -> None:
+def test_only_what_can_not_run_is_fetched_of_a_model(store: RemotePath) -> None:
     for name in ("config.json", "model.safetensors", "chat.jinja", "evil.py", "model.bin", "deep/x.json"):
         (store / "m" / name).write_text(name)
     assert sorted(p.name for p in local_model_copy(store / "m").iterdir()) == ["chat.jinja", "config.json", "model.safetensors"]
@@ -205,14 +205,17 @@ def test_a_file_holds_as_many_rows_as_it_shall(tmp_path: Path, rows: int, in_fil
     wanted = [in_file] * (rows // in_file) + [rows % in_file] * (rows % in_file > 0)
     found = sorted(tmp_path.iterdir())
     assert [p.name for p in found] == [f"train-{number:05d}.parquet" for number in range(len(wanted))]
-    assert [tables.rows_of(path) for path in found] == wanted
+    assert [tables.count_file_rows(path) for path in found] == wanted
     if rows:
         assert list(tables.iter_rows(tmp_path, "train")) == numbers(rows) == tables.read_table(tmp_path, "train").to_pylist()
         assert list(tables.iter_rows(tmp_path, "train", ["text"])) == [{"text": row["text"]} for row in numbers(rows)]
         groups = [
             g
             for path in found
-            for g in [tables.parquet(path).metadata.row_group(i).num_rows for i in range(tables.parquet(path).num_row_groups)]
+            for g in [
+                tables.open_parquet(path).metadata.row_group(i).num_rows
+                for i in range(tables.open_parquet(path).num_row_groups)
+            ]
         ]
         assert max(groups) <= tables.ROWS_PER_GROUP
     else:
@@ -247,8 +250,8 @@ def test_a_shard_may_leave_rows_out_and_read_some_columns(tmp_path: Path) -> Non
         return ShardResult({"out": [{"n": row["n"], "text": None} for row in rows]}, counts={"rows": len(rows), "most": 1})
 
     (tmp_path / "out").mkdir()
-    publish_shards(tmp_path / "out", 1)
-    made = make_shard(some, tmp_path / "out", ShardWork(function, SCHEMA, ["n"]))
+    remove_stale_files(tmp_path / "out", 1)
+    made = process_shard(some, tmp_path / "out", ShardWork(function, SCHEMA, ["n"]))
     assert (made["rows"], made["written"], made["counts"]) == (146, {"out": 146}, {"rows": 146, "most": 3})
     assert seen == [{"n"}] * 146
 
@@ -286,7 +289,7 @@ def test_the_fingerprint_of_sources_is_of_their_content_and_order(tmp_path: Path
 
 def test_what_differs_from_a_finished_step_is_named(tmp_path: Path) -> None:
     settings = {"a": 1, "b": {"c": [1, 2], "d": None}, "e": 5, "f": 6}
-    with writing(tmp_path / "step", settings):
+    with fresh_dir(tmp_path / "step", settings):
         pass
     assert is_done(tmp_path / "step", {"f": 6, "e": 5, "b": {"d": None, "c": (1, 2)}, "a": 1})  # as JSON has it
     for change, said in (
@@ -313,19 +316,19 @@ def test_a_training_is_gone_on_with_by_the_same_settings_alone(tmp_path: Path) -
     assert is_done(folder, {"a": 2})
 
 
-def test_a_step_in_a_store_is_unfinished_until_its_last_mark(store: StorePath) -> None:
+def test_a_step_in_a_store_is_unfinished_until_its_last_mark(store: RemotePath) -> None:
     folder = store / "step"
-    assert not unfinished(folder)
-    with resuming(folder, {"a": 1}) as partial:
-        assert unfinished(folder)
+    assert not is_unfinished(folder)
+    with resumable_dir(folder, {"a": 1}) as partial:
+        assert is_unfinished(folder)
         tables.write_table(partial, "train", numbers(3), SCHEMA)
         with pytest.raises(InputError, match="no table"):
             tables.table_files(folder, "train")
-    assert not unfinished(folder)
-    assert not (folder / BEGUN).exists()
+    assert not is_unfinished(folder)
+    assert not (folder / BEGUN_FILE).exists()
     assert tables.count_rows(folder, "train") == 3
-    with writing(folder, {"a": 2}) as partial:
-        assert unfinished(folder)
+    with fresh_dir(folder, {"a": 2}) as partial:
+        assert is_unfinished(folder)
         write_parquet(pa.Table.from_pylist(numbers(2), SCHEMA), partial / "val-00000.parquet")
     assert (tables.count_rows(folder, "train"), tables.count_rows(folder, "val")) == (0, 2)  # what was there is gone
 

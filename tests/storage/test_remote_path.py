@@ -17,10 +17,10 @@ from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.labels.response_cache import CachedAnswer, RequestKey, ResponseCache, open_for_writing
 from addressvlm.models.loading import resolve_model
 from addressvlm.storage import remote_path, tables
-from addressvlm.storage.files import CACHE, atomic_replace_dir, local_model_copy
-from addressvlm.storage.remote_path import StorePath, path_of
-from addressvlm.storage.run_dir import BEGUN, DONE_FILE, Run, is_done, resuming, unfinished
-from addressvlm.storage.shards import Rows, ShardResult, ShardWork, make_shard, plan_shards, publish_shards
+from addressvlm.storage.files import CACHE_VARIABLE, atomic_replace_dir, local_model_copy
+from addressvlm.storage.remote_path import RemotePath, path_of
+from addressvlm.storage.run_dir import BEGUN_FILE, DONE_FILE, Run, is_done, is_unfinished, resumable_dir
+from addressvlm.storage.shards import Rows, ShardResult, ShardWork, plan_shards, process_shard, remove_stale_files
 from addressvlm.training.dataset import TableRows as TrainingRows
 from addressvlm.training.metrics_logger import MetricsLogger
 from addressvlm.training.trainer import StepMetrics
@@ -38,7 +38,11 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("bucket")
     with store(folder) as url, pytest.MonkeyPatch.context() as patch:
         settings = {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "hidden"}
-        for name, value in {**settings, "AWS_REGION": "us-east-1", CACHE: str(tmp_path_factory.mktemp("cache"))}.items():
+        for name, value in {
+            **settings,
+            "AWS_REGION": "us-east-1",
+            CACHE_VARIABLE: str(tmp_path_factory.mktemp("cache")),
+        }.items():
             patch.setenv(name, value)
         remote_path._filesystem.cache_clear()
         yield folder
@@ -57,28 +61,28 @@ def odd(rows: Rows) -> ShardResult:
     return ShardResult({"odd": [row for row in rows if row["n"] % 2]}, counts={"seen": len(rows)})
 
 
-def step(out: StorePath, made: int | None = None, redo: bool = False, settings: Any = None) -> list[dict[str, Any]]:
+def step(out: RemotePath, made: int | None = None, redo: bool = False, settings: Any = None) -> list[dict[str, Any]]:
     """A step of three shards that is killed after `made` of them."""
     shards = plan_shards(out.parent / "in", "all", 64)
-    with resuming(out, settings or {"seed": 1}, redo) as folder:
-        publish_shards(folder, len(shards))
+    with resumable_dir(out, settings or {"seed": 1}, redo) as folder:
+        remove_stale_files(folder, len(shards))
         summaries = []
         for shard in shards:
             if shard.number == made:
                 raise ZeroDivisionError
-            summaries.append(make_shard(shard, folder, ShardWork(odd, SCHEMA)))
-        publish_shards(folder, len(shards), summaries)
+            summaries.append(process_shard(shard, folder, ShardWork(odd, SCHEMA)))
+        remove_stale_files(folder, len(shards), summaries)
     return summaries
 
 
 def test_a_step_goes_on_shard_by_shard_and_nothing_half_counts(bucket: Path) -> None:
     run = path_of("s3://bucket/steps")
-    assert isinstance(run, StorePath)
+    assert isinstance(run, RemotePath)
     out, here = run / "out", bucket / "steps" / "out"
     assert tables.write_table(run / "in", "all", ({"n": n} for n in range(192)), SCHEMA) == 192
     with suppress(ZeroDivisionError):
         step(out, made=2)
-    assert unfinished(out)
+    assert is_unfinished(out)
     assert not is_done(out, {"seed": 1})
     with pytest.raises(InputError, match=r"no table s3://bucket/steps/out/odd-\*.parquet: run the step"):
         tables.read_table(out, "odd")
@@ -96,8 +100,8 @@ def test_a_step_goes_on_shard_by_shard_and_nothing_half_counts(bucket: Path) -> 
         is_done(out, {"seed": 2})
     with suppress(ZeroDivisionError):
         step(out, made=0, redo=True, settings={"seed": 2})
-    assert found(here) == [BEGUN]  # what was made before is gone, and the mark says that nothing is there
-    assert unfinished(out)
+    assert found(here) == [BEGUN_FILE]  # what was made before is gone, and the mark says that nothing is there
+    assert is_unfinished(out)
 
 
 def test_an_answer_is_kept_on_this_machine_at_once_and_in_the_store_when_synced(bucket: Path) -> None:
@@ -137,16 +141,16 @@ def test_an_answer_is_kept_on_this_machine_at_once_and_in_the_store_when_synced(
 
 def test_a_model_is_fetched_once_and_anew_when_it_changed(bucket: Path) -> None:
     run = Run(validate({"name": "town", "storage": "s3://bucket/models"}, "test"))
-    with atomic_replace_dir(run.model("AddressVLM")) as folder:
+    with atomic_replace_dir(run.model_dir("AddressVLM")) as folder:
         (folder / "merged").mkdir()
         for name in ("config.json", "model.safetensors", "evil.py", "pytorch_model.bin"):
             (folder / "merged" / name).write_text("{}")
         Gazetteer([]).save(folder / "merged" / "gazetteer.geojson")
-    merged = run.model("AddressVLM") / "merged"
+    merged = run.model_dir("AddressVLM") / "merged"
     assert resolve_model(str(merged)) == str(merged)
     (run.folder.parent / "last-model").write_text(f"{merged}\n")
     assert model_folder(ServiceSettings(storage="s3://bucket/models")) == merged
-    assert model_folder(ServiceSettings(model=str(run.model("AddressVLM")))) == merged
+    assert model_folder(ServiceSettings(model=str(run.model_dir("AddressVLM")))) == merged
     assert City("town", "", "m", merged).gazetteer() is not None
     first = local_model_copy(merged)
     assert sorted(p.name for p in first.iterdir()) == ["config.json", "gazetteer.geojson", "model.safetensors"]
@@ -180,15 +184,15 @@ def test_a_journal_goes_on_where_it_was_sent(bucket: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "said"),
     [
-        ("s3://absent/runs", "there is no such bucket: make it, or mend `storage`"),
-        ("s3://secret/runs", "the store refuses: give credentials in the environment"),
-        ("s4://bucket/runs", "write a local path, or an s3:// or gs:// address"),
+        ("s3://absent/runs", "there is no such bucket: create it, or fix `storage`"),
+        ("s3://secret/runs", "access is denied: set credentials in the environment"),
+        ("s4://bucket/runs", "give a local path, or an s3:// or gs:// address"),
         ("adl://bucket/runs", "needs a Python package that is missing: pip install adlfs"),
-        ("s3://key:hidden@bucket/runs", "holds credentials: leave them out"),
+        ("s3://key:hidden@bucket/runs", "contains credentials: remove them"),
     ],
 )
 def test_what_a_store_refuses_is_one_sentence(bucket: Path, where: str, said: str) -> None:
-    with pytest.raises(InputError, match=said) as refused, resuming(path_of(where) / "step", {}):
+    with pytest.raises(InputError, match=said) as refused, resumable_dir(path_of(where) / "step", {}):
         pass
     assert "hidden" not in str(refused.value)
     assert str(refused.value).count("\n") == 0

@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 
 from addressvlm import InputError
 from addressvlm.storage import tables
-from addressvlm.storage.run_dir import WORK, is_done, resuming
+from addressvlm.storage.run_dir import WORK_DIR, is_done, resumable_dir
 from addressvlm.storage.shards import (
-    MARKS,
+    MARKS_DIR,
     Rows,
     ShardResult,
     ShardWork,
     files_fingerprint,
-    forget_shards,
-    make_shard,
+    invalidate_shards,
     plan_shards,
-    publish_shards,
+    process_shard,
+    remove_stale_files,
 )
 
 SCHEMA = pa.schema([("n", pa.int64()), ("text", pa.string())])
@@ -48,10 +48,10 @@ def even_and_odd(rows: Rows) -> ShardResult:
 def step(inputs: Path, out: Path, work: ShardWork, redo: bool = False) -> list[dict[str, Any]]:
     """What a job does, without Ray."""
     shards = plan_shards(inputs, "all", 150)
-    with resuming(out, SETTINGS, redo) as folder:
-        publish_shards(folder, len(shards))
-        made = [make_shard(shard, folder, work) for shard in shards]
-        publish_shards(folder, len(shards), made)
+    with resumable_dir(out, SETTINGS, redo) as folder:
+        remove_stale_files(folder, len(shards))
+        made = [process_shard(shard, folder, work) for shard in shards]
+        remove_stale_files(folder, len(shards), made)
         return made
 
 
@@ -85,9 +85,9 @@ def test_a_shard_is_made_once_and_again_when_something_changed(tmp_path: Path) -
 
     def made(count: int = 100, **about: Any) -> dict[str, Any]:
         (shard,) = plan_shards(table(tmp_path / f"in{count}", count), "all", 1000)
-        return make_shard(shard, folder, ShardWork(function, SCHEMA, **about))
+        return process_shard(shard, folder, ShardWork(function, SCHEMA, **about))
 
-    publish_shards(folder, 1)
+    remove_stale_files(folder, 1)
     first = made()
     assert (calls, first["rows"], first["written"], first["counts"]) == ([64, 36], 100, {"even": 40, "odd": 50}, {"seen": 100})
     assert [row["row"] for row in first["rejects"]] == list(range(0, 100, 10))
@@ -98,9 +98,9 @@ def test_a_shard_is_made_once_and_again_when_something_changed(tmp_path: Path) -
         [
             lambda: made(made_from="other settings"),
             lambda: made(99),
-            lambda: forget_shards(folder, [first]) or made(99),
+            lambda: invalidate_shards(folder, [first]) or made(99),
             lambda: (folder / "odd-00000.parquet").unlink() or made(99),
-            lambda: (folder / MARKS / "00000.json").write_text("{") and made(99),
+            lambda: (folder / MARKS_DIR / "00000.json").write_text("{") and made(99),
             lambda: made(99, made_from_rows=looks),
             lambda: photo.write_text("another") and made(99, made_from_rows=looks),
         ],
@@ -119,36 +119,36 @@ def test_an_error_leaves_no_file_and_a_shorter_plan_no_remains(tmp_path: Path) -
             raise InputError("the second batch is bad.")
         return even_and_odd(rows)
 
-    publish_shards(folder, 2)
+    remove_stale_files(folder, 2)
     shards = plan_shards(inputs, "all", 150)
     with pytest.raises(InputError, match="second batch"):
-        make_shard(shards[0], folder, ShardWork(refuse, SCHEMA))
+        process_shard(shards[0], folder, ShardWork(refuse, SCHEMA))
     assert [p for p in folder.rglob("*") if p.is_file()] == []
     for shard in shards:
-        make_shard(shard, folder, ShardWork(even_and_odd, SCHEMA))
+        process_shard(shard, folder, ShardWork(even_and_odd, SCHEMA))
     (folder / "odd-00001.0123.tmp").write_text("half")
-    publish_shards(folder, 1)
+    remove_stale_files(folder, 1)
     assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == ["00000.json", "even-00000.parquet", "odd-00000.parquet"]
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (shard,) = plan_shards(table(tmp_path / "in", 10), "all", 100)
-    publish_shards(tmp_path / "out", 1)
+    remove_stale_files(tmp_path / "out", 1)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pyarrow.parquet.ParquetWriter.write_table", full)
     with pytest.raises(InputError, match=r"the disk of .* is full: .* run again to go on"):
-        make_shard(shard, tmp_path / "out", ShardWork(even_and_odd, SCHEMA))
+        process_shard(shard, tmp_path / "out", ShardWork(even_and_odd, SCHEMA))
 
 
 def test_other_settings_or_redo_begin_anew(tmp_path: Path) -> None:
     def attempt(settings: dict[str, Any], redo: bool = False) -> list[str]:
         """What an attempt that fails finds there."""
         found: list[str] = []
-        with suppress(ZeroDivisionError), resuming(tmp_path / "step", settings, redo) as folder:
-            found += sorted(p.name for p in folder.iterdir() if p.name != WORK)
+        with suppress(ZeroDivisionError), resumable_dir(tmp_path / "step", settings, redo) as folder:
+            found += sorted(p.name for p in folder.iterdir() if p.name != WORK_DIR)
             (folder / f"file{len(found)}").write_text("")
             raise ZeroDivisionError
         return found
@@ -196,7 +196,7 @@ def test_whenever_it_dies_the_next_attempt_completes_it(tmp_path: Path, redo: bo
     inputs = table(tmp_path / "in", 230)
     step(inputs, tmp_path / "undisturbed", ShardWork(even_and_odd, SCHEMA))
     wanted = contents(tmp_path / "undisturbed")
-    assert not any(WORK in name for name in wanted)
+    assert not any(WORK_DIR in name for name in wanted)
 
     def attempt(out: Path, die_at: int) -> int:
         if child := os.fork():

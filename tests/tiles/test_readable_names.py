@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from addressvlm.config import TilesConfig
-from addressvlm.demo.city import places, to_degrees, toy_world
+from addressvlm.demo.city import street_places, to_degrees, toy_world
 from addressvlm.tiles.renderer import Tile, TileRenderer
 from tests.support import town
 from tests.support.ocr import NEAR, Reader, letters, wrong
@@ -40,7 +40,7 @@ def toy_tiles(toy_city: dict[str, str]) -> list[Tile]:
     """Three tiles of a toy city with its satellite image below."""
     world = toy_world("alderbrook")
     renderer = TileRenderer(toy_city["streets"], toy_city["imagery"], CONFIG)
-    chosen = random.Random(1).sample(list(places(world)), 3)
+    chosen = random.Random(1).sample(list(street_places(world)), 3)
     return [renderer.tile(*to_degrees(world, np.array([[x, y]]))[0][::-1], street.name) for street, x, y in chosen]
 
 

@@ -162,7 +162,7 @@ def test_two_stages_are_those_of_plain_pytorch(
 ) -> None:
     config, kept = two_stages(tmp_path, base, batch_size, gradient_accumulation_steps, packing), []
     train_system(config, "AddressVLM", None, keeping(kept, tmp_path))
-    lines = (Run(config).journal("AddressVLM") / "loss.jsonl").read_text().splitlines()
+    lines = (Run(config).training_dir("AddressVLM") / "loss.jsonl").read_text().splitlines()
     curve = [json.loads(line) for line in lines]
     assert len(curve) == 2 * STEPS
     held = [TrainingCheckpoint.read(folder) for folder in kept]

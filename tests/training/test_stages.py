@@ -46,7 +46,7 @@ def nothing(metrics: dict[str, Any], folder: Path) -> None:
 
 
 def steps(config: Config, system: str) -> list[dict[str, Any]]:
-    path = Run(config).journal(system) / "loss.jsonl"
+    path = Run(config).training_dir(system) / "loss.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -96,7 +96,7 @@ def test_cities_are_mixed_and_the_model_knows_the_addresses_of_all(tmp_path: Pat
     assert [(run.folder.name, weight) for run, weight in training_runs(both)] == [("small", 1.0), ("second", 2.0)]
     assert len(training_rows(both, ["photos"])) == 6 + 2 * 6
     train_system(both, "stage 2 only", None, nothing)
-    merged = Run(both).model("stage 2 only") / "merged"
+    merged = Run(both).model_dir("stage 2 only") / "merged"
     assert "Far Row" in Gazetteer.load(merged / "gazetteer.geojson").streets
     assert "Mill Street" in Gazetteer.load(merged / "gazetteer.geojson").streets
     both.train.cities = {"third": 1.0}
@@ -119,7 +119,7 @@ def test_parts_learn_at_their_own_rates(tmp_path: Path, base: Path) -> None:
         stage = config.train.stages["localization"]
         stage.max_steps, stage.learning_rates, stage.weight_decay = 2, rates, 0.0
         train_system(config, "stage 2 only", None, nothing)
-        folder = Run(config).model("stage 2 only")
+        folder = Run(config).model_dir("stage 2 only")
         weights = load_file(folder / "merged" / "model.safetensors")
         before = load_file(base / "model.safetensors")
         moved[len(rates)] = {
@@ -230,9 +230,9 @@ def test_validation_goes_into_the_journal_and_changes_nothing(tmp_path: Path, ba
         schema = tables.with_features(tables.pa.schema([tables.PHOTOS.field(c) for c in columns]))
         tables.write_table(Run(config).photos, "val", rows, schema)
         train_system(config, "stage 2 only", None, nothing)
-        weights.append(load_file(Run(config).model("stage 2 only") / "adapter" / "adapter_model.safetensors"))
+        weights.append(load_file(Run(config).model_dir("stage 2 only") / "adapter" / "adapter_model.safetensors"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    lines = (Run(config).journal("stage 2 only") / "validation.jsonl").read_text().splitlines()
+    lines = (Run(config).training_dir("stage 2 only") / "validation.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [4, 8, 12]
     assert 0 <= json.loads(lines[-1])["A_s_G"] <= 1
 
@@ -248,7 +248,7 @@ def test_the_adapter_that_validated_best_is_kept_and_can_be_merged(
         monkeypatch.setattr(stages, "Validation", lambda *_, turns=turns, **__: lambda model: {"A_ds": turns.pop(0)})
         kept: list[Path] = []
         train_system(config, "stage 2 only", None, keeping(kept, tmp_path / merge))
-        folder = Run(config).model("stage 2 only")
+        folder = Run(config).model_dir("stage 2 only")
         found[merge] = load_file(folder / "adapter" / "adapter_model.safetensors")
         if merge == "last":
             found["kept"] = load_file(folder / "best" / "adapter_model.safetensors")
@@ -257,7 +257,7 @@ def test_the_adapter_that_validated_best_is_kept_and_can_be_merged(
         assert (held.step, held.metric, held.value) == (6, "A_ds", 0.75)  # of equal ones the later
         turns.append(0.5)
         train_system(config, "stage 2 only", kept[-2], nothing)  # goes on after the best
-        again = load_file(Run(config).model("stage 2 only") / "adapter" / "adapter_model.safetensors")
+        again = load_file(Run(config).model_dir("stage 2 only") / "adapter" / "adapter_model.safetensors")
         assert all(torch.equal(again[name], found[merge][name]) for name in again)
     assert all(torch.equal(found["best"][name], found["kept"][name]) for name in found["best"])
     assert any(not torch.equal(found["best"][name], found["last"][name]) for name in found["best"])
@@ -396,7 +396,7 @@ def test_the_card_tells_base_data_and_licence_and_takes_metrics(tmp_path: Path, 
         Run(config).gazetteer
     )
     train_system(config, "stage 2 only", None, nothing)
-    folder = Run(config).model("stage 2 only")
+    folder = Run(config).model_dir("stage 2 only")
     for name in ("adapter", "merged"):
         text = (folder / name / "README.md").read_text()
         assert "license: mit" in text

@@ -76,8 +76,8 @@ def keep(rank: int, config: Config, name: str) -> Path:
     """Put the trained adapter and the curve where the next training does not find them; the run's folder."""
     folder = Path(config.storage).parent
     if rank == 0:
-        Run(config).model(SYSTEM).rename(folder / name)
-        (Run(config).journal(SYSTEM) / "loss.jsonl").rename(folder / name / "loss.jsonl")
+        Run(config).model_dir(SYSTEM).rename(folder / name)
+        (Run(config).training_dir(SYSTEM) / "loss.jsonl").rename(folder / name / "loss.jsonl")
     dist.barrier()
     return folder
 
@@ -119,19 +119,19 @@ def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_strategy_trains_what_one_process_does(kind: str, pair: Path, alone: Config) -> None:
-    expected, run = curve(Run(alone).journal(SYSTEM) / "loss.jsonl"), Run(alone)
+    expected, run = curve(Run(alone).training_dir(SYSTEM) / "loss.jsonl"), Run(alone)
     assert len(expected) == 2 * STEPS
     assert curve(pair / kind / "whole" / "loss.jsonl") == pytest.approx(expected, rel=2e-3)
-    assert close(adapter(pair / kind / "whole"), adapter(run.model(SYSTEM)))
+    assert close(adapter(pair / kind / "whole"), adapter(run.model_dir(SYSTEM)))
     merged = load_file(pair / kind / "whole" / "merged" / "model.safetensors")
     assert {name: weights.shape for name, weights in merged.items()} == {
-        name: weights.shape for name, weights in load_file(run.model(SYSTEM) / "merged" / "model.safetensors").items()
+        name: weights.shape for name, weights in load_file(run.model_dir(SYSTEM) / "merged" / "model.safetensors").items()
     }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_strategy_validates_as_one_process_does(kind: str, pair: Path, alone: Config) -> None:
-    name = f"training/{Run(alone).journal(SYSTEM).name}/validation.jsonl"
+    name = f"training/{Run(alone).training_dir(SYSTEM).name}/validation.jsonl"
     found = [json.loads(line) for line in (pair / kind / "runs" / "small" / name).read_text().splitlines()]
     expected = [json.loads(line) for line in (Run(alone).folder / name).read_text().splitlines()]
     assert [line["done"] for line in expected] == [STEPS, 2 * STEPS]
@@ -148,7 +148,7 @@ def test_a_strategy_goes_on_from_its_own_checkpoint_to_equal_weights(kind: str, 
 def test_one_process_goes_on_from_the_checkpoint_of_two_workers(kind: str, pair: Path, base: Path, tmp_path: Path) -> None:
     config = config_of(tmp_path, base, strategy=kind)
     train_system(config, SYSTEM, pair / kind / f"checkpoint{RESUMED}", ignored)
-    assert close(adapter(Run(config).model(SYSTEM)), adapter(pair / kind / "whole"))
+    assert close(adapter(Run(config).model_dir(SYSTEM)), adapter(pair / kind / "whole"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -191,7 +191,7 @@ def test_stages_have_seeds_changes_of_photos_and_steps_of_their_own(tmp_path: Pa
 
 
 def losses(run: Run, system: str) -> list[float]:
-    path = run.journal(system) / "loss.jsonl"
+    path = run.training_dir(system) / "loss.jsonl"
     return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
 
 
@@ -204,12 +204,12 @@ def test_training_learns_and_resumes_to_equal_weights(tmp_path: Path, base: Path
     curve = losses(run, "AddressVLM")
     assert len(curve) == 24
     assert sum(curve[-4:]) < 0.8 * sum(curve[:4])
-    whole = load_file(run.model("AddressVLM") / "adapter" / "adapter_model.safetensors")
+    whole = load_file(run.model_dir("AddressVLM") / "adapter" / "adapter_model.safetensors")
     middle = next(k for k in kept if json.loads((k / "position.json").read_text()) == {"stage": 0, "step": 10})
     for checkpoint in (middle, kept[-3]):
-        shutil.rmtree(run.model("AddressVLM"))
+        shutil.rmtree(run.model_dir("AddressVLM"))
         train_system(config, "AddressVLM", checkpoint, lambda metrics, folder: None)
-        again = load_file(run.model("AddressVLM") / "adapter" / "adapter_model.safetensors")
+        again = load_file(run.model_dir("AddressVLM") / "adapter" / "adapter_model.safetensors")
         assert all(torch.equal(whole[k], again[k]) for k in whole)
         assert losses(run, "AddressVLM") == curve
 
@@ -232,7 +232,7 @@ def test_activations_computed_twice_change_nothing(tmp_path: Path, base: Path) -
         config = trained_config(tmp_path / str(twice), base, checkpoint_activations=twice, peak_tflops=1.0)
         config.train.stages["localization"].max_steps = 4
         train_system(config, "stage 2 only", None, lambda metrics, folder: None)
-        lines = (Run(config).journal("stage 2 only") / "loss.jsonl").read_text().splitlines()
+        lines = (Run(config).training_dir("stage 2 only") / "loss.jsonl").read_text().splitlines()
         steps = [json.loads(line) for line in lines]
         curves.append([step["loss"] for step in steps])
         shares.append(steps[0]["mfu"] / steps[0]["samples_per_s"])
@@ -243,7 +243,7 @@ def test_activations_computed_twice_change_nothing(tmp_path: Path, base: Path) -
 def test_merged_folder_needs_nothing_of_ours(tmp_path: Path, base: Path) -> None:
     config = trained_config(tmp_path, base)
     train_system(config, "stage 2 only", None, lambda metrics, folder: None)
-    folder = Run(config).model("stage 2 only") / "merged"
+    folder = Run(config).model_dir("stage 2 only") / "merged"
     script = (
         "import sys; sys.modules['addressvlm'] = None\n"
         "from PIL import Image\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n"
@@ -283,7 +283,7 @@ def test_bfloat16_is_for_products_only(tmp_path: Path, base: Path) -> None:
     train_system(config, "stage 2 only", None, lambda metrics, folder: None)
     curve = losses(Run(config), "stage 2 only")
     assert sum(curve[-3:]) < 0.9 * sum(curve[:3])
-    saved = load_file(Run(config).model("stage 2 only") / "merged" / "model.safetensors")
+    saved = load_file(Run(config).model_dir("stage 2 only") / "merged" / "model.safetensors")
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
 
 

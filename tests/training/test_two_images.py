@@ -15,7 +15,7 @@ from addressvlm import InputError
 from addressvlm.config import Config
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.config.train import ModelConfig, PartConfig, StageConfig
-from addressvlm.grafting import shown
+from addressvlm.grafting import display_image
 from addressvlm.labels import beginning
 from addressvlm.labels.label_rows import label_batch, readable_rows
 from addressvlm.labels.prompt import prompt_of
@@ -76,7 +76,7 @@ def test_a_row_holds_the_photo_and_the_whole_tile(grafts: tuple[Config, list[dic
     assert abs(np.asarray(tile).astype(int) - np.asarray(drawn.image)).mean() < 2
     assert found[0]["names"] == drawn.names
 
-    both = Image.open(io.BytesIO(shown(found[0])))
+    both = Image.open(io.BytesIO(display_image(found[0])))
     assert both.size == (160 + 64, 160)
     assert abs(np.asarray(both)[60:100, 164:220].astype(int) - (200, 30, 30)).max() < 8
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from addressvlm.config.city import CityConfig
 from addressvlm.dataset.readers.table import Row, clean_text, open_table
 from addressvlm.errors import InputError
-from addressvlm.storage import remote_path
+from addressvlm.storage.remote_path import path_of, walk_files
 
 SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .gif .tif .tiff .jp2 .avif .heic .heif".split())
 PEEKED_ROWS = 20
@@ -62,9 +62,9 @@ def base(city: CityConfig) -> str:
     """The folder that photo files are relative to: a URI, or a path that holds on every machine that shares the disk."""
     folder = city.photos
     if not folder:
-        source = source_path(city)
-        folder = source if source_kind(source) == "folder" else remote_path.parent(source)
-    return folder if remote_path.is_remote(folder) else str(remote_path.local_path(folder).absolute())
+        source = path_of(source_path(city))
+        return str((source if source.is_dir() else source.parent).absolute())
+    return str(path_of(folder).absolute())
 
 
 def peek_source(city: CityConfig) -> SourceSample:
@@ -74,24 +74,14 @@ def peek_source(city: CityConfig) -> SourceSample:
         InputError: there is nothing there, or it is no folder and no table.
     """
     source = source_path(city)
-    found = source_kind(source)
-    if found is None and not remote_path.suffix(source):
+    path = path_of(source)
+    if not path.suffix and not path.exists():
         raise InputError(f"nothing is at {source}: set city.manifest to a table or city.photos to a folder that exists.")
-    if found == "folder":
-        return SourceSample(True, remote_path.walk_files(source), frozenset())
+    if path.is_dir():
+        return SourceSample(True, walk_files(source), frozenset())
     table = open_table(source)
     files = [clean_text(row.get("file")) for row in islice(table.rows, PEEKED_ROWS)]
     return SourceSample(False, [f for f in files if f], frozenset(table.columns))
-
-
-def source_kind(source: str) -> str | None:
-    """`storage.kind` with an unreachable store as one sentence."""
-    try:
-        return remote_path.kind(source)
-    except OSError as error:
-        raise InputError(
-            f"{source} can't be reached ({remote_path.error_text(error)}): check the address and its keys."
-        ) from None
 
 
 def folder_photos(folder: str) -> list[str]:
@@ -100,9 +90,9 @@ def folder_photos(folder: str) -> list[str]:
     Raises:
         InputError: there is no such folder or no photo in it.
     """
-    if source_kind(folder) != "folder":
+    if not path_of(folder).is_dir():
         raise InputError(f"no folder at {folder}: set city.photos to the folder of your photos.")
-    found = [file for file in remote_path.walk_files(folder) if is_photo(file)]
+    found = [file for file in walk_files(folder) if is_photo(file)]
     if not found:
         raise InputError(f"the folder {folder} has no photos ({', '.join(sorted(SUFFIXES))}): set city.photos to another one.")
     return found
@@ -111,11 +101,7 @@ def folder_photos(folder: str) -> list[str]:
 def photos_by_stem(city: CityConfig) -> dict[str, str]:
     """File name without its ending -> path, for exports that name photos by id; empty if there is no folder."""
     folder = base(city)
-    return (
-        {stem(file): file for file in remote_path.walk_files(folder) if is_photo(file)}
-        if source_kind(folder) == "folder"
-        else {}
-    )
+    return {stem(file): file for file in walk_files(folder) if is_photo(file)} if path_of(folder).is_dir() else {}
 
 
 def stem(file: str) -> str:
@@ -125,7 +111,7 @@ def stem(file: str) -> str:
 
 def is_photo(file: str) -> bool:
     """Whether the name ends as names of photos do."""
-    return remote_path.suffix(file) in SUFFIXES
+    return PurePosixPath(file).suffix.lower() in SUFFIXES
 
 
 REQUIRED = ("file", "lat", "lon")

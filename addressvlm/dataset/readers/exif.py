@@ -12,6 +12,7 @@ from PIL import ExifTags, Image
 from addressvlm.config.city import CityConfig
 from addressvlm.dataset.readers.base import SourceSample, folder_photos, source_path
 from addressvlm.dataset.readers.table import Row
+from addressvlm.errors import InputError
 from addressvlm.storage import remote_path
 
 GPS = ExifTags.GPS
@@ -50,10 +51,12 @@ class Exif:
 def read_gps(file: str) -> Row:
     """Cells lat, lon, heading, fov_deg, panorama, magnetic of one photo (path or URI), or its `PROBLEM`."""
     try:
-        with remote_path.open_binary(file) as stream, Image.open(stream) as image:
+        with remote_path.path_of(file).open("rb") as stream, Image.open(stream) as image:
             exif, size, xmp = image.getexif(), image.size, image.info.get("xmp", b"")
             gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
             camera = exif.get_ifd(ExifTags.IFD.Exif)
+    except InputError as error:
+        return {"PROBLEM": f"photo unreadable: {error}"}
     except OSError as error:  # also what Pillow raises for a file that is no picture
         known = isinstance(error, Image.UnidentifiedImageError)
         return {

@@ -15,9 +15,10 @@ from pathlib import PurePosixPath
 import pyproj
 
 from addressvlm.config.city import CityConfig
-from addressvlm.dataset.readers.base import SourceSample, folder_photos, source_kind, source_path
+from addressvlm.dataset.readers.base import SourceSample, folder_photos, source_path
 from addressvlm.dataset.readers.table import Row, clean_text, open_table, parse_number
 from addressvlm.errors import InputError
+from addressvlm.storage.remote_path import path_of
 
 FIELDS = ("east", "north", "zone", "band", "lat", "lon", "panorama", "tile", "heading")  # those that are used, in order
 BANDS = "CDEFGHJKLMNPQRSTUVWX"  # of latitude, 8 degrees each from 80 south
@@ -135,7 +136,7 @@ def _pitts_row(cells: Row) -> Row:
 
 def _listed(source: str) -> Iterator[Row]:
     """The files of a folder, or the rows of a table."""
-    if source_kind(source) == "folder":
+    if path_of(source).is_dir():
         yield from ({"file": file} for file in folder_photos(source))
         return
     if source.lower().endswith(".mat"):

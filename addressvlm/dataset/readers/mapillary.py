@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from addressvlm.config.city import CityConfig
-from addressvlm.dataset.readers.base import SourceSample, photos_by_stem, source_kind, source_path, stem
+from addressvlm.dataset.readers.base import SourceSample, photos_by_stem, source_path, stem
 from addressvlm.dataset.readers.table import Row, clean_text, open_table
 from addressvlm.storage import remote_path
 
@@ -32,7 +32,7 @@ class Mapillary:
     def rows(self, city: CityConfig) -> Iterator[Row]:
         """Positions and headings as reconstructed where Mapillary could, else as measured."""
         source = source_path(city)
-        if source_kind(source) == "folder":
+        if remote_path.path_of(source).is_dir():
             source = remote_path.join(source, DESCRIPTION)
         files = photos_by_stem(city)
         for cells in open_table(source).rows:

@@ -60,7 +60,7 @@ def open_table(where: str) -> Table:
     Raises:
         InputError: there is no such file or it is none of these formats; also while rows are read, when it is damaged.
     """
-    if remote_path.suffix(where) not in FORMATS:
+    if remote_path.path_of(where).suffix.lower() not in FORMATS:
         raise InputError(f"the manifest {where} is not a .csv, .tsv, .jsonl, .parquet or .json file: save it as one of them.")
     stream = _guarded(where)
     return Table(where, next(stream, []), stream)
@@ -69,8 +69,9 @@ def open_table(where: str) -> Table:
 def _guarded(where: str) -> Iterator[Any]:
     """The header as written, then the rows; whatever goes wrong becomes one sentence."""
     try:
-        with remote_path.open_binary(where) as file:
-            yield from FORMATS[remote_path.suffix(where)](file)
+        path = remote_path.path_of(where)
+        with path.open("rb") as file:
+            yield from FORMATS[path.suffix.lower()](file)
     except FileNotFoundError:
         raise InputError(f"no manifest at {where}: set city.manifest to a CSV, JSONL or Parquet file that exists.") from None
     except UnicodeDecodeError:

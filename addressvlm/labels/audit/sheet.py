@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from addressvlm.errors import InputError
-from addressvlm.grafting import shown
+from addressvlm.grafting import display_image
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import storage_error
 
@@ -115,7 +115,7 @@ def _items(
             text = f"{run}\n{row['id']}\n{said['answer']}"
             yield {
                 **{key: row[key] for key in ("id", "place", "street", "district", "source")},
-                "image": {**row["image"], "bytes": shown(row)},
+                "image": {**row["image"], "bytes": display_image(row)},
                 "item": hashlib.sha256(text.encode()).hexdigest()[:10],
                 "run": str(run),
                 "question": said["question"],
