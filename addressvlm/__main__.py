@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 from PIL import Image
 
 from addressvlm.dataset.photos import check_photo
-from addressvlm.dataset.readers.base import is_photo, source_kind
+from addressvlm.dataset.readers.base import is_photo
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE
 from addressvlm.storage import remote_path
@@ -79,7 +79,7 @@ def model_folder(model: str) -> AnyPath:
     from addressvlm.models.loading import resolve_model
 
     folder = path_of(resolve_model(model))
-    if not isinstance(folder, remote_path.StorePath) and not folder.is_dir():
+    if not isinstance(folder, remote_path.RemotePath) and not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         try:
@@ -96,7 +96,7 @@ def model_folder(model: str) -> AnyPath:
 
 def _files(photo: str) -> list[str]:
     """The photos of a folder, else the file itself."""
-    if source_kind(photo) != "folder":
+    if not path_of(photo).is_dir():
         return [photo]
     files = [remote_path.join(photo, file) for file in remote_path.walk_files(photo) if is_photo(file)]
     if not files:

@@ -102,7 +102,7 @@ class RemotePath:
         return self.uri
 
     def __repr__(self) -> str:
-        return f"StorePath({self.uri!r})"
+        return f"RemotePath({self.uri!r})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RemotePath) and self.uri == other.uri

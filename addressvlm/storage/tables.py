@@ -135,7 +135,7 @@ REJECTS = pa.schema(
 
 
 def table_files(folder: AnyPath, split: str) -> list[Any]:
-    """The files of one split, in order, `Path` or `StorePath` as the folder is.
+    """The files of one split, in order, `Path` or `RemotePath` as the folder is.
 
     Raises:
         InputError: there is none, or the step that writes them has not finished.
