@@ -1,23 +1,30 @@
-"""How long a server asks to be left alone."""
+"""HTTP GET for tile servers and geocoders: a rate limit, retries that obey Retry-After, bounds on time and size."""
 
-import http.client
-import json
+import http
+import logging
 import random
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from addressvlm.errors import InputError
+import requests
+import urllib3
+from filelock import FileLock
+
+RETRY_STATUSES = frozenset((408, 425, 429, 500, 502, 503, 504))
+MAX_BACKOFF_S = 60.0
+MAX_LEAD_S = 3600.0  # a slot further ahead than this comes from a clock that was set back
+
+logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)  # its DEBUG lines show the API keys in queries
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds that an answer asks to wait, None if it says nothing that can be read.
+    """Seconds that a response asks to wait, None if it says nothing that can be read.
 
     Args:
         headers: have `get`, whatever the case of the names; Retry-After holds seconds or a date, its other forms milliseconds.
@@ -41,124 +48,175 @@ def retry_after(headers: Any) -> float | None:
     return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
-FIRST_PAUSE_S = 1.0  # before the second try; doubles, with jitter
-LONGEST_PAUSE_S = 60.0
-LONGEST_WAIT_S = 300.0  # a server that asks for more is over its quota for now
-MOST_BYTES = 4 << 20
-FOR_NOW = (408, 425, 429, 500, 502, 503, 504)
-
-
 class UnavailableError(Exception):
-    """The server did not answer for now; `quota` if it said that it was asked too often."""
+    """A request failed for now.
 
-    def __init__(self, what: str, quota: bool = False, wait_s: float | None = None) -> None:
-        super().__init__(what)
-        self.quota, self.wait_s = quota, wait_s
+    Attributes:
+        wait_s: what the server asks to wait, if it does.
+        over_quota: it refuses because of too many requests, so the next one would fail as well.
+    """
+
+    def __init__(self, message: str, wait_s: float | None = None, over_quota: bool = False) -> None:
+        super().__init__(message)
+        self.wait_s, self.over_quota = wait_s, over_quota
 
 
-class GeocoderClient:
-    """Asks one address with changing parameters, from any number of threads."""
+class Limiter(Protocol):
+    """A rate limit on requests."""
 
-    def __init__(
-        self,
-        url: str,
-        refused: str,
-        per_second: float,
-        timeout_s: float,
-        retries: int,
-        user_agent: str,
-        check: Callable[[dict[str, Any]], None],
-    ) -> None:
-        """Nothing is sent yet.
+    def wait(self) -> None:
+        """Return when it is this caller's turn."""
 
-        Args:
-            refused: what to do when the server refuses us, as the end of a sentence.
-            check: raises InputError or UnavailableError for a reply that is JSON but no answer.
-        """
-        self.url, self.refused, self._check = url, refused, check
-        self.host = urllib.parse.urlsplit(url).hostname or url
-        self._timeout_s, self._retries = timeout_s, retries
-        self._headers = {"User-Agent": user_agent, "Accept": "application/json"}
-        self._stopped = threading.Event()
-        self._gap_s, self._next, self._lock = 1 / per_second, 0.0, threading.Lock()
-        self._jitter = random.Random()
+    def pause(self, seconds: float) -> None:
+        """Allow no turn before `seconds` from now, to any caller."""
 
-    def ask(self, parameters: Mapping[str, str]) -> dict[str, Any]:
-        """The reply to a GET, a JSON object, after as many tries as are allowed.
 
-        Raises:
-            UnavailableError: it failed for now, every time.
-            InputError: the server refuses us, is not what we think, or asks to come back much later.
-        """
-        pause = FIRST_PAUSE_S
-        for attempt in range(self._retries + 1):
-            if self._stopped.wait(self._until_my_turn()):
-                raise UnavailableError("was not asked")
-            try:
-                return self._once(parameters)
-            except UnavailableError as trouble:
-                if attempt == self._retries:
-                    raise
-                wait = pause * self._jitter.uniform(0.5, 1.5) if trouble.wait_s is None else trouble.wait_s
-            if wait > LONGEST_WAIT_S:
-                raise InputError(f"{self.host} asks to wait {wait:.0f} s before the next request: run the same command later.")
-            self._hold(wait)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
-        raise AssertionError("the last attempt returns or raises")
+class RateLimiter:
+    """At most `per_second` turns a second among the threads of this process."""
+
+    def __init__(self, per_second: float) -> None:
+        self._interval_s, self._slot = 1 / per_second, 0.0
+        self._lock, self._stopped = threading.Lock(), threading.Event()
+
+    def wait(self) -> None:
+        """Return when it is this caller's turn; UnavailableError after `stop`."""
+        with self._lock:
+            now = time.monotonic()
+            slot = max(self._slot, now)
+            self._slot = slot + self._interval_s
+        if self._stopped.wait(slot - now):
+            raise UnavailableError("cancelled")
+
+    def pause(self, seconds: float) -> None:
+        """Allow no turn before `seconds` from now, to any thread."""
+        with self._lock:
+            self._slot = max(self._slot, time.monotonic() + seconds)
 
     def stop(self) -> None:
         """Make waiting threads give up."""
         self._stopped.set()
 
-    def _until_my_turn(self) -> float:
-        """Take the next turn; seconds until then."""
-        with self._lock:
-            now = time.monotonic()
-            turn = max(self._next, now)
-            self._next = turn + self._gap_s
-            return turn - now
 
-    def _hold(self, seconds: float) -> None:
-        """No turn before `seconds` from now, for any thread."""
-        with self._lock:
-            self._next = max(self._next, time.monotonic() + seconds)
+class SharedRateLimiter:
+    """At most `per_second` turns a second among all processes that use the same file."""
 
-    def _once(self, parameters: Mapping[str, str]) -> dict[str, Any]:
-        request = urllib.request.Request(f"{self.url}?{urllib.parse.urlencode(parameters)}", headers=self._headers)
+    def __init__(self, file: Path, per_second: float) -> None:
+        self._file, self._interval_s = file, 1 / per_second
+        self._lock = FileLock(f"{file}.lock")
+
+    def wait(self) -> None:
+        """Return when it is this caller's turn."""
+        with self._lock.acquire(poll_interval=0.005):
+            now = time.time()
+            slot = max(now, self._next_slot(now))
+            self._file.write_text(repr(slot + self._interval_s))
+        if slot > now:
+            time.sleep(slot - now)
+
+    def pause(self, seconds: float) -> None:
+        """Allow no turn before `seconds` from now, to any process."""
+        with self._lock.acquire(poll_interval=0.005):
+            now = time.time()
+            self._file.write_text(repr(max(now + seconds, self._next_slot(now))))
+
+    def _next_slot(self, now: float) -> float:
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout_s) as response:
-                body, kind = response.read(MOST_BYTES), response.headers.get_content_type()
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._status(error.code, retry_after(error.headers)) from None
-        except urllib.error.URLError as error:
-            raise UnavailableError(f"can't be reached: {_reason(error.reason)}") from None
-        except (TimeoutError, OSError, http.client.HTTPException) as error:
-            raise UnavailableError(f"breaks off: {_reason(error)}") from None
-        return self._object(body, kind)
+            slot = float(self._file.read_text())
+        except (FileNotFoundError, ValueError):
+            return now
+        return slot if slot < now + MAX_LEAD_S else now
 
-    def _status(self, status: int, wait_s: float | None) -> Exception:
-        if status in FOR_NOW:
-            said = "too many requests" if status == 429 else "the server has a problem"
-            return UnavailableError(f"answers {status}, {said}", status == 429, wait_s)
-        if status in (401, 403):
-            return InputError(f"{self.host} refuses us ({status}): {self.refused}.")
-        return InputError(f"{self.host} answers {status} instead of an address: check city.geocoder.url.")
 
-    def _object(self, body: bytes, kind: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Response:
+    """A response whose status is not one of RETRY_STATUSES; `body` is cut off a little beyond the client's `max_bytes`."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def content_type(self) -> str:
+        """In small letters, without parameters; "" if the server does not say."""
+        return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+
+class HttpClient:
+    """GET requests from any number of threads."""
+
+    def __init__(
+        self, limiter: Limiter, headers: Mapping[str, str], timeout_s: float, max_bytes: int, max_wait_s: float,
+        backoff_s: float = 1.0, jitter: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Send nothing yet.
+
+        Args:
+            timeout_s: of one request, whole body included.
+            max_wait_s: a server that asks to wait longer is not asked again.
+            backoff_s: pause after a failed attempt, doubled with each more; the server's own Retry-After goes first.
+            jitter: share by which a pause is drawn longer or shorter.
+        """
+        self._limiter, self._timeout_s, self._max_bytes, self._max_wait_s = limiter, timeout_s, max_bytes, max_wait_s
+        self._backoff_s, self._jitter = backoff_s, jitter
+        self._session = requests.Session()
+        self._session.headers.update({"Accept-Encoding": "identity", **headers})
+        self._session.max_redirects = 3
+
+    def get(
+        self,
+        url: str,
+        attempts: int,
+        parameters: Mapping[str, str] | None = None,
+        check: Callable[[Response], None] = lambda response: None,
+    ) -> Response:
+        """The response to a GET; `check` may raise UnavailableError for one that is worth another attempt.
+
+        Raises:
+            UnavailableError: every attempt failed, or the server asks to wait longer than `max_wait_s`.
+        """
+        for attempt in range(attempts):
+            self._limiter.wait()
+            try:
+                response = self._request(url, parameters)
+                check(response)
+                return response
+            except UnavailableError as error:
+                failure = error
+            backoff_s = min(self._backoff_s * 2**attempt, MAX_BACKOFF_S)
+            wait_s = failure.wait_s or backoff_s * random.uniform(1 - self._jitter, 1 + self._jitter)
+            if wait_s > self._max_wait_s:
+                raise UnavailableError(f"{failure}, it asks to wait {wait_s:.0f} s", wait_s, over_quota=True)
+            self._limiter.pause(wait_s)
+        raise failure
+
+    def _request(self, url: str, parameters: Mapping[str, str] | None) -> Response:
+        deadline, body = time.monotonic() + self._timeout_s, bytearray()
         try:
-            reply = json.loads(body)
-        except ValueError:
-            reply = None
-        if not isinstance(reply, dict):
-            what = "a web page" if kind == "text/html" or body.lstrip()[:1] == b"<" else "something else"
-            raise InputError(
-                f"{self.host} answers with {what} instead of JSON: check city.geocoder.url, and that no login page is between."
-            )
-        self._check(reply)
-        return reply
+            with self._session.get(url, params=parameters, stream=True, timeout=self._timeout_s) as response:
+                while len(body) <= self._max_bytes and (chunk := response.raw.read1(1 << 16)):
+                    body += chunk
+                    if time.monotonic() > deadline:
+                        raise requests.Timeout
+        except (requests.Timeout, urllib3.exceptions.TimeoutError):
+            raise UnavailableError(f"no answer within {self._timeout_s:g} s") from None
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise UnavailableError(f"no connection, {_cause(error)}") from None
+        status = response.status_code
+        if status in RETRY_STATUSES:
+            raise UnavailableError(status_text(status), retry_after(response.headers), over_quota=status == 429)
+        return Response(status, response.headers, bytes(body))
 
 
-def _reason(error: Any) -> str:
-    """An operating system's words, without the address."""
-    return getattr(error, "strerror", None) or ("timed out" if isinstance(error, TimeoutError) else type(error).__name__)
+def status_text(status: int) -> str:
+    """The number and, where it is a standard one, its phrase: `404 Not Found`."""
+    return f"{status} {http.HTTPStatus(status).phrase}" if status in set(http.HTTPStatus) else str(status)
+
+
+def _cause(error: BaseException) -> str:
+    """The operating system's words for an error, else its type; never the URL, which may hold a key."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return type(error).__name__

@@ -6,7 +6,6 @@ for (429 and 5xx with Retry-After) hold for all. A server that keeps failing is 
 """
 
 import hashlib
-import http
 import os
 import re
 import string
@@ -15,47 +14,11 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import requests
-import urllib3
-from filelock import FileLock
 from PIL import Image
 
 from addressvlm.errors import InputError
-from addressvlm.storage.http_client import retry_after
+from addressvlm.storage.http_client import HttpClient, SharedRateLimiter, UnavailableError, status_text
 from addressvlm.tiles.raster import MAX_BYTES, decode
-
-LONGEST_S = 3600.0  # a slot further ahead than this is a clock that was set back
-
-
-class SharedRateLimiter:
-    """At most `per_second` turns a second among all that use the same file."""
-
-    def __init__(self, file: Path, per_second: float) -> None:
-        self._file, self._step = file, 1 / per_second
-        self._lock = FileLock(f"{file}.lock")
-
-    def wait(self) -> None:
-        """Return when it is this caller's turn."""
-        with self._lock.acquire(poll_interval=0.005):
-            now = time.time()
-            slot = max(now, self._read(now))
-            self._file.write_text(repr(slot + self._step))
-        if slot > now:
-            time.sleep(slot - now)
-
-    def pause(self, seconds: float) -> None:
-        """Nobody's turn comes before `seconds` from now."""
-        with self._lock.acquire(poll_interval=0.005):
-            now = time.time()
-            self._file.write_text(repr(max(now + seconds, self._read(now))))
-
-    def _read(self, now: float) -> float:
-        try:
-            slot = float(self._file.read_text())
-        except (FileNotFoundError, ValueError):
-            return now
-        return slot if slot < now + LONGEST_S else now
-
 
 TIMEOUT_S = 15.0  # of one request, whole answer included
 TRIES = 4  # of a request that fails for now
@@ -65,7 +28,6 @@ FAILURES = 3  # tiles in a row that can't be had: then the server counts as down
 DOWN_S = 30.0  # a server that is down is tried once in so many seconds
 FINEST_ZOOM = 23
 ABSENT = {204, 404, 410}  # the server has no such tile
-FOR_NOW = {408, 425, 429, 500, 502, 503, 504}
 PLACEHOLDERS = {"z", "x", "y", "-y", "q", "s"}
 HINTS = {401: "is the key in tiles.imagery right?", 403: "is the key in tiles.imagery right, and tiles.user_agent set?"}
 
@@ -91,7 +53,7 @@ class XyzServer:
         host = _check(template)
         self.name, self.attribution = f"{urlsplit(template).scheme}://{host}", attribution or f"Imagery from {host}"
         self.zooms = (0, FINEST_ZOOM)
-        self._template, self._timeout_s, self._backoff_s = template, timeout_s, backoff_s
+        self._template = template
         self._folder = cache / f"{re.sub('[^A-Za-z0-9.-]', '_', host)}-{hashlib.sha256(template.encode()).hexdigest()[:12]}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -99,10 +61,9 @@ class XyzServer:
             raise InputError(
                 f"{self._folder} can't be made ({error.strerror}): set tiles.cache to a folder with room."
             ) from None
-        self._pace = SharedRateLimiter(self._folder / "pace", per_second)
-        self._session = requests.Session()
-        self._session.headers.update({"User-Agent": user_agent, "Accept": "image/*", "Accept-Encoding": "identity"})
-        self._session.max_redirects = 3
+        limiter = SharedRateLimiter(self._folder / "pace", per_second)
+        headers = {"User-Agent": user_agent, "Accept": "image/*"}
+        self._client = HttpClient(limiter, headers, timeout_s, MAX_BYTES, LONGEST_WAIT_S, backoff_s)  # `decode` checks the size
         self._absent: set[tuple[int, int, int]] = set()
         self._failures, self._try_again = 0, 0.0
 
@@ -133,52 +94,21 @@ class XyzServer:
         down = self._failures >= FAILURES
         if down and time.monotonic() < self._try_again:
             raise InputError(f"{self.name} is down (see the rows before): run this step again when it works.")
-        url, problem = _address(self._template, z, x, y), ""
-        for attempt in range(1 if down else TRIES):
-            self._pace.wait()
-            wait_s = self._backoff_s * 2**attempt
-            try:
-                status, headers, data = self._get(url)
-            except (requests.Timeout, urllib3.exceptions.TimeoutError):
-                problem = f"no answer within {self._timeout_s:g} s"
-            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-                problem = f"no connection, {type(error).__name__}"
-            else:
-                if status not in FOR_NOW:
-                    self._failures = 0
-                    return self._judged(status, headers, data, name)
-                problem, wait_s = _phrase(status), retry_after(headers) or wait_s
-            if wait_s > LONGEST_WAIT_S:
-                problem += f", it asks to wait {wait_s:.0f} s"
-                break
-            self._pace.pause(wait_s)
-        self._failures, self._try_again = self._failures + 1, time.monotonic() + DOWN_S
-        raise InputError(f"{name} can't be had ({problem}): run this step again when the server works.")
-
-    def _judged(
-        self, status: int, headers: requests.structures.CaseInsensitiveDict[str], data: bytes, name: str
-    ) -> bytes | None:
-        if status in ABSENT:
+        try:
+            response = self._client.get(_address(self._template, z, x, y), 1 if down else TRIES)
+        except UnavailableError as error:
+            self._failures, self._try_again = self._failures + 1, time.monotonic() + DOWN_S
+            raise InputError(f"{name} can't be had ({error}): run this step again when the server works.") from None
+        self._failures = 0
+        if response.status in ABSENT:
             return None
-        if status != 200:
-            raise InputError(f"{name} is refused ({_phrase(status)}): {HINTS.get(status, 'check tiles.imagery.')}")
-        kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if response.status != 200:
+            hint = HINTS.get(response.status, "check tiles.imagery.")
+            raise InputError(f"{name} is refused ({status_text(response.status)}): {hint}")
+        kind = response.content_type
         if kind.startswith("text/") or kind.endswith(("json", "xml")):
             raise InputError(f"{name} is {kind}, not an image: check tiles.imagery.")
-        return data
-
-    def _get(self, url: str) -> tuple[int, requests.structures.CaseInsensitiveDict[str], bytes]:
-        """Status, headers and body, in bounded time and size."""
-        deadline = time.monotonic() + self._timeout_s
-        with self._session.get(url, stream=True, timeout=self._timeout_s) as response:
-            data = bytearray()
-            while chunk := response.raw.read1(1 << 16):
-                data += chunk
-                if len(data) > MAX_BYTES:
-                    break  # `decode` says so
-                if time.monotonic() > deadline:
-                    raise requests.Timeout
-            return response.status_code, response.headers, bytes(data)
+        return response.body
 
 
 def _check(template: str) -> str:
@@ -205,10 +135,6 @@ def _address(template: str, z: int, x: int, y: int) -> str:
     quadkey = "".join(str((x >> bit & 1) + 2 * (y >> bit & 1)) for bit in range(z - 1, -1, -1))
     values = {"z": z, "x": x, "y": y, "-y": 2**z - 1 - y, "q": quadkey, "s": "abc"[(x + y) % 3]}
     return re.sub(r"\{(-?\w+)\}", lambda match: str(values[match[1]]), template)
-
-
-def _phrase(status: int) -> str:
-    return f"{status} {http.HTTPStatus(status).phrase}" if status in set(http.HTTPStatus) else str(status)
 
 
 def _write(file: Path, data: bytes) -> None:

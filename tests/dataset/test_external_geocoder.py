@@ -21,7 +21,7 @@ import pytest
 from addressvlm import InputError
 from addressvlm.config.city import GeocoderConfig
 from addressvlm.dataset import external_geocoder
-from addressvlm.dataset.external_geocoder import AnswerCache
+from addressvlm.dataset.external_geocoder import ReplyCache
 from addressvlm.storage import http_client
 from tests.support.clock import Clock
 from tests.support.http_server import Answer, Asked, Server
@@ -56,11 +56,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
     monkeypatch.setattr(http_client, "time", ours)
     monkeypatch.setattr(http_client, "threading", SimpleNamespace(Event=Event, Lock=threading.Lock))
-    monkeypatch.setenv(external_geocoder.KEY, SECRET)
+    monkeypatch.setenv(external_geocoder.API_KEY_VARIABLE, SECRET)
     return ours
 
 
-ONE_THREAD = {"per_second": 1.0}  # one question after the other, in the order of the places
+ONE_THREAD = {"per_second": 1.0}  # one request after the other, in the order of the places
 
 
 def road(name: str, **address: str) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def result(street: str | None, location: str = "RANGE_INTERPOLATED", **others: s
     return {"address_components": parts, "geometry": {"location_type": location}}
 
 
-def ask(
+def query(
     where: Server | str, folder: Path, number: int = 1, seed: int = 0, step_m: float = 10.0, order: list[int] | None = None,
     language: str | None = None, **config: Any,
 ) -> tuple[list[external_geocoder.GeocoderAnswer | None], list[str]]:  # fmt: skip
@@ -83,13 +83,13 @@ def ask(
     order = order or list(range(number))
     y = np.array(order) * step_m
     ids = [f"p{i:03}" for i in order]
-    spots = (40 + y * METRE, np.full(len(y), -80.0), 0 * y, y)
-    return external_geocoder.locate_by_geocoder(ids, *spots, settings, folder / "answers.sqlite", seed, language)
+    positions = (40 + y * METRE, np.full(len(y), -80.0), 0 * y, y)
+    return external_geocoder.locate_by_geocoder(ids, *positions, settings, folder / "answers.sqlite", seed, language)
 
 
 def test_nominatim_is_asked_for_streets(tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, road("Forbes Avenue"))) as server:
-        answers, sources = ask(server, tmp_path, user_agent="me@example.org")
+        answers, sources = query(server, tmp_path, user_agent="me@example.org")
     assert answers == [external_geocoder.GeocoderAnswer("Forbes Avenue", "Oakland")]
     assert sources == ["nominatim"]
     assert [asked.headers["User-Agent"] for asked in server.asked] == ["me@example.org"]
@@ -109,7 +109,7 @@ def test_nominatim_is_asked_for_streets(tmp_path: Path) -> None:
 )
 def test_nominatim_buildings_and_nothing_are_set_aside(reply: dict[str, Any], tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, reply)) as server:
-        assert ask(server, tmp_path)[0] == [None]
+        assert query(server, tmp_path)[0] == [None]
 
 
 def test_google_results_vote_without_rooftops(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_google_results_vote_without_rooftops(tmp_path: Path) -> None:
         result(None, "APPROXIMATE", locality="Pittsburgh"),
     ]
     with serving(lambda n, q: (200, {}, {"status": "OK", "results": results})) as server:
-        answers, sources = ask(server, tmp_path, service="google")
+        answers, sources = query(server, tmp_path, service="google")
     assert answers == [external_geocoder.GeocoderAnswer("Forbes Avenue", "Oakland", "Craig Street", tie=False)]
     assert sources == ["google"]
     assert [asked.query for asked in server.asked] == [{"latlng": "40.000000,-80.000000", "key": SECRET}]
@@ -141,7 +141,7 @@ def test_google_ties_and_nothing_left(
 ) -> None:
     reply = {"status": "OK" if results else "ZERO_RESULTS", "results": results}
     with serving(lambda n, q: (200, {}, reply)) as server:
-        assert ask(server, tmp_path, service="google")[0] == [answer]
+        assert query(server, tmp_path, service="google")[0] == [answer]
 
 
 # sample, neighbours, cache
@@ -149,7 +149,7 @@ def test_google_ties_and_nothing_left(
 
 def test_a_sample_is_asked_and_the_rest_filled_from_the_nearest(tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, road(f"Street {q['lat']}"))) as server:
-        answers, sources = ask(server, tmp_path, 40, share=0.25)
+        answers, sources = query(server, tmp_path, 40, share=0.25)
         assert len(server.asked) == 10
         asked = {asked.query["lat"] for asked in server.asked}
         known = [i for i in range(40) if sources[i] == "nominatim"]
@@ -159,35 +159,35 @@ def test_a_sample_is_asked_and_the_rest_filled_from_the_nearest(tmp_path: Path) 
             assert answers[i] in [answers[k] for k in known if abs(i - k) == nearest]
             assert sources[i] == ("nominatim" if i in known else "neighbour")
         shuffled = random.Random(3).sample(range(40), 40)
-        again, sources_again = ask(server, tmp_path, 40, share=0.25, order=shuffled)
+        again, sources_again = query(server, tmp_path, 40, share=0.25, order=shuffled)
         assert [sources_again[shuffled.index(i)] for i in range(40)] == sources
         assert [again[i] for i, j in enumerate(shuffled) if j in known] == [answers[j] for j in shuffled if j in known]
         assert len(server.asked) == 10  # all from the cache
-        ask(server, tmp_path, 40, share=0.25, seed=1)
+        query(server, tmp_path, 40, share=0.25, seed=1)
         assert len(server.asked) > 10
 
 
 def test_too_far_from_an_answer_is_no_answer(tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, road("Forbes Avenue"))) as server:
-        answers, sources = ask(server, tmp_path, 2, share=0.5, step_m=external_geocoder.FILL_M + 1)
+        answers, sources = query(server, tmp_path, 2, share=0.5, step_m=external_geocoder.MAX_FILL_M + 1)
     assert answers.count(None) == 1
     assert sources[answers.index(None)] == "neighbour"
 
 
 def test_places_without_an_answer_take_the_neighbours(tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, road("Forbes Avenue") if q["lat"] == "40.000000" else {"error": "none"})) as server:
-        answers, sources = ask(server, tmp_path, 3)
+        answers, sources = query(server, tmp_path, 3)
     assert [a and a.street for a in answers] == ["Forbes Avenue"] * 3
     assert sources == ["nominatim", "neighbour", "neighbour"]
 
 
 def test_answers_stay_and_requests_are_counted(tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, road("Forbes Avenue"))) as server:
-        ask(server, tmp_path, 10, max_requests=4)
+        query(server, tmp_path, 10, max_requests=4)
         assert len(server.asked) == 4
-        ask(server, tmp_path, 10, max_requests=4)
+        query(server, tmp_path, 10, max_requests=4)
         assert len(server.asked) == 8
-        ask(server, tmp_path, 10)
+        query(server, tmp_path, 10)
         assert len({asked.query["lat"] for asked in server.asked}) == len(server.asked) == 10
     rows = sqlite3.connect(tmp_path / "answers.sqlite").execute("SELECT service, lat, reply FROM answers").fetchall()
     assert len(rows) == 10
@@ -199,15 +199,15 @@ def test_what_came_before_a_failure_is_kept(tmp_path: Path) -> None:
         return (200, {}, road("Forbes Avenue")) if n < 4 else (403, {}, {})
 
     with serving(reply) as server, pytest.raises(InputError, match="refuses us"):
-        ask(server, tmp_path, 10, per_second=1.99)  # one thread
-    cache = AnswerCache(tmp_path / "answers.sqlite", "nominatim", f"{server.url}/reverse", None)
+        query(server, tmp_path, 10, per_second=1.99)  # one thread
+    cache = ReplyCache(tmp_path / "answers.sqlite", "nominatim", f"{server.url}/reverse", None)
     assert len(cache) == 3
 
 
 def test_a_file_that_is_no_cache(tmp_path: Path) -> None:
     (tmp_path / "answers.sqlite").write_text("not a database, certainly not one of answers")
     with pytest.raises(InputError, match=r"can't be kept in .*answers\.sqlite .*city\.geocoder\.cache"):
-        ask("http://127.0.0.1:9/", tmp_path)
+        query("http://127.0.0.1:9/", tmp_path)
 
 
 def test_what_was_asked_of_whom_and_where_is_kept_apart(tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ def test_what_was_asked_of_whom_and_where_is_kept_apart(tmp_path: Path) -> None:
     known = {"service": "nominatim", "server": "https://one/reverse", "language": "de", "lat": 52.1, "lon": 13.4}
     others = {"service": "google", "server": "https://two/reverse", "language": None, "lat": 13.4, "lon": 52.1}
 
-    def cache(asked: dict[str, Any]) -> AnswerCache:
-        return AnswerCache(tmp_path / "a.sqlite", asked["service"], asked["server"], asked["language"])
+    def cache(asked: dict[str, Any]) -> ReplyCache:
+        return ReplyCache(tmp_path / "a.sqlite", asked["service"], asked["server"], asked["language"])
 
     cases = [known, *(known | {field: other} for field, other in others.items())]
     for number, asked in enumerate(cases):
@@ -236,13 +236,13 @@ def test_the_language_is_asked_for_and_each_is_kept(service: str, key: str, tmp_
 
     with serving(reply) as server:
         for language in ("de", None, "fr", "de"):
-            (answer,), _ = ask(server, tmp_path, language=language, service=service)
+            (answer,), _ = query(server, tmp_path, language=language, service=service)
             assert answer is not None
             assert answer.street == f"Street in {language}"
         assert len(server.asked) == 3
 
 
-def test_requests_keep_the_pace(clock: Clock, tmp_path: Path) -> None:
+def test_requests_keep_the_rate_limit(clock: Clock, tmp_path: Path) -> None:
     at: list[float] = []
 
     def reply(n: int, query: dict[str, str]) -> tuple[int, dict[str, str], Any]:
@@ -250,22 +250,14 @@ def test_requests_keep_the_pace(clock: Clock, tmp_path: Path) -> None:
         return 200, {}, road("Forbes Avenue")
 
     with serving(reply) as server:
-        ask(server, tmp_path, 4, per_second=0.5)
+        query(server, tmp_path, 4, per_second=0.5)
     assert [after - before for before, after in itertools.pairwise(at)] == pytest.approx([2.0] * 3)
-
-
-def test_threads_share_the_pace() -> None:
-    client = http_client.GeocoderClient("http://host/", "", 4.0, 1.0, 0, "tests", lambda reply: None)
-    turns = [client._until_my_turn() for _ in range(4)]
-    assert turns == pytest.approx([0, 0.25, 0.5, 0.75])
-    client._hold(10)
-    assert client._until_my_turn() == pytest.approx(10)
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_failures_for_now_are_asked_again(status: int, tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, road("Forbes Avenue")) if n > 2 else (status, {}, {})) as server:
-        answers, _ = ask(server, tmp_path)
+        answers, _ = query(server, tmp_path)
     assert [a and a.street for a in answers] == ["Forbes Avenue"]
     assert len(server.asked) == 3
 
@@ -284,7 +276,7 @@ def test_retry_after_is_waited_for(after: str, clock: Clock, monkeypatch: pytest
         return (200, {}, road("A")) if n > 1 else (429, {"Retry-After": after}, {})
 
     with serving(reply) as server:
-        ask(server, tmp_path, 2, **ONE_THREAD)
+        query(server, tmp_path, 2, **ONE_THREAD)
     assert [when - at[0] for when in at] == pytest.approx([0, 300, 301])
 
 
@@ -296,7 +288,7 @@ def test_pauses_double_with_jitter(clock: Clock, tmp_path: Path) -> None:
         return 500, {}, {}
 
     with serving(reply) as server:
-        ask(server, tmp_path, retries=7)
+        query(server, tmp_path, retries=7)
     pauses = [after - before for before, after in itertools.pairwise(at)]
     assert len(pauses) == 7
     for pause, middle in zip(pauses, [1, 2, 4, 8, 16, 32, 60], strict=True):
@@ -307,7 +299,7 @@ def test_pauses_double_with_jitter(clock: Clock, tmp_path: Path) -> None:
 def test_a_server_that_hangs_is_left(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        assert ask(url, tmp_path, timeout_s=0.2, retries=1)[0] == [None]
+        assert query(url, tmp_path, timeout_s=0.2, retries=1)[0] == [None]
 
 
 def test_single_failures_are_filled_and_asked_again_next_time(tmp_path: Path) -> None:
@@ -317,11 +309,11 @@ def test_single_failures_are_filled_and_asked_again_next_time(tmp_path: Path) ->
         return (500, {}, {}) if broken[0] and query["lat"] == "40.000000" else (200, {}, road("Forbes Avenue"))
 
     with serving(reply) as server:
-        answers, sources = ask(server, tmp_path, 3, retries=0)
+        answers, sources = query(server, tmp_path, 3, retries=0)
         assert sources == ["neighbour", "nominatim", "nominatim"]
         assert all(answers)
         broken[0] = False
-        assert ask(server, tmp_path, 3, retries=0)[1] == ["nominatim"] * 3
+        assert query(server, tmp_path, 3, retries=0)[1] == ["nominatim"] * 3
         assert len(server.asked) == 4
 
 
@@ -336,8 +328,16 @@ GOOGLE = {"service": "google"}
         ((403, {}, {}), {}, r"refuses us \(403\): set city\.geocoder\.user_agent"),
         ((403, {}, {}), GOOGLE, r"refuses us \(403\): check GOOGLE_MAPS_API_KEY"),
         ((404, {}, {}), {}, r"answers 404 instead of an address: check city\.geocoder\.url"),
-        ((429, {}, {}), {}, r"answers 429, too many requests: 0 answers are kept in .*answers\.sqlite, run the same command"),
-        ((429, {"Retry-After": "301"}, {}), {}, r"asks to wait 301 s .*run the same command later"),
+        (
+            (429, {}, {}),
+            {},
+            r"not available \(429 Too Many Requests\): the 0 answers so far are in .*answers\.sqlite, rerun the same command",
+        ),
+        (
+            (429, {"Retry-After": "301"}, {}),
+            {},
+            r"429 Too Many Requests, it asks to wait 301 s\): .* rerun the same command later",
+        ),
         ((200, {"Content-Type": "text/html"}, PAGE), {}, r"answers with a web page instead of JSON: check city\.geocoder\.url"),
         ((200, {}, PAGE), {}, "answers with a web page instead of JSON"),
         ((200, {}, b"[1, 2"), {}, "answers with something else instead of JSON"),
@@ -349,7 +349,7 @@ GOOGLE = {"service": "google"}
             r"refuses us \(REQUEST_DENIED\): check GOOGLE",
         ),
         ((200, {}, {"status": "OVER_DAILY_LIMIT"}), GOOGLE, "OVER_DAILY_LIMIT: check the billing and the quota"),
-        ((200, {}, {"status": "OVER_QUERY_LIMIT"}), GOOGLE, r"says OVER_QUERY_LIMIT: 0 answers are kept"),
+        ((200, {}, {"status": "OVER_QUERY_LIMIT"}), GOOGLE, r"says OVER_QUERY_LIMIT\): the 0 answers so far"),
         ((200, {}, {"hello": 1}), GOOGLE, r"says 'None' instead of an address"),
     ],
 )
@@ -359,7 +359,7 @@ def test_refusals_are_one_sentence(
 ) -> None:  # fmt: skip
     caplog.set_level(logging.DEBUG)
     with serving(lambda n, q: reply) as server, pytest.raises(InputError, match=message) as error:
-        ask(server, tmp_path, **config)
+        query(server, tmp_path, **config)
     assert SECRET not in str(error.value) + caplog.text
     assert "\n" not in str(error.value)
     assert SECRET.encode() not in (tmp_path / "answers.sqlite").read_bytes()
@@ -368,17 +368,17 @@ def test_refusals_are_one_sentence(
 def test_a_server_that_keeps_failing_ends_the_run(tmp_path: Path) -> None:
     with (
         serving(lambda n, q: (500, {}, {})) as server,
-        pytest.raises(InputError, match="answers 500, the server has a problem"),
+        pytest.raises(InputError, match=r"not available \(500 Internal Server Error\)"),
     ):
-        ask(server, tmp_path, 100, retries=0)
-    assert external_geocoder.GIVE_UP_AFTER <= len(server.asked) < 100
+        query(server, tmp_path, 100, retries=0)
+    assert external_geocoder.MAX_FAILURES <= len(server.asked) < 100
 
 
 def test_failures_between_answers_do_not_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(external_geocoder, "as_completed", list)  # in the order in which they were asked
-    many = 4 * external_geocoder.GIVE_UP_AFTER
-    with serving(lambda n, q: (500, {}, {}) if n % external_geocoder.GIVE_UP_AFTER else (200, {}, road("A"))) as server:
-        _, sources = ask(server, tmp_path, many, retries=0, **ONE_THREAD)
+    many = 4 * external_geocoder.MAX_FAILURES
+    with serving(lambda n, q: (500, {}, {}) if n % external_geocoder.MAX_FAILURES else (200, {}, road("A"))) as server:
+        _, sources = query(server, tmp_path, many, retries=0, **ONE_THREAD)
     assert sources.count("nominatim") == 4
     assert len(server.asked) == many
 
@@ -386,11 +386,11 @@ def test_failures_between_answers_do_not_end_the_run(monkeypatch: pytest.MonkeyP
 def test_nobody_there(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/"
-    with pytest.raises(InputError, match=r"127\.0\.0\.1 can't be reached: Connection refused"):
-        ask(f"{url}?key={SECRET}", tmp_path, 20, retries=0)
+    with pytest.raises(InputError, match=r"127\.0\.0\.1 is not available \(no connection, Connection refused\)"):
+        query(f"{url}?key={SECRET}", tmp_path, 20, retries=0)
 
 
 def test_google_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(external_geocoder.KEY)
+    monkeypatch.delenv(external_geocoder.API_KEY_VARIABLE)
     with pytest.raises(InputError, match="GOOGLE_MAPS_API_KEY is not set"):
-        ask("http://127.0.0.1:9/", tmp_path, service="google")
+        query("http://127.0.0.1:9/", tmp_path, service="google")

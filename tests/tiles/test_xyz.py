@@ -29,10 +29,10 @@ HTML = b"<html><body>Sign in</body></html>"
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """All waits of the client and of the pace."""
+    """All waits of the client and of its rate limit."""
     ours = Clock()
     monkeypatch.setattr(xyz, "time", ours)
-    monkeypatch.setattr(xyz, "time", ours)
+    monkeypatch.setattr(http_client, "time", ours)
     return ours
 
 
@@ -266,7 +266,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
     with Server(good).running() as running:
         url = running.url
     server = XyzServer(f"{url}/{{z}}/{{x}}/{{y}}", tmp_path, "tests", 1000)
-    with pytest.raises(InputError, match=r"can't be had \(no connection, ConnectionError\)"):
+    with pytest.raises(InputError, match=r"can't be had \(no connection, Connection refused\)"):
         server.tile(1, 0, 0)
 
 
