@@ -86,7 +86,7 @@ class Localizer(ChatModel):
         self.gazetteer: Gazetteer | None = Gazetteer.load(gazetteer) if gazetteer.is_file() else None
         self.calibration = Calibration.load(self.folder)
         if self.gazetteer:
-            self.calibration.applied(np.zeros(len(self.gazetteer.addresses)))  # one of another gazetteer is told now
+            self.calibration.apply(np.zeros(len(self.gazetteer.addresses)))  # one of another gazetteer is told now
         self._sights = PhotoCaches(int(memory_mb * 2**20))
         self._scorer: SequenceScorer | None = None
 
@@ -134,7 +134,7 @@ class Localizer(ChatModel):
         if len(given) != len(images):
             raise ValueError(f"{len(images)} images and {len(given)} priors: give one prior an image, or none at all.")
         weights = [0.0 if prior is None else prior.log_weights(gazetteer) for prior in given]
-        scores = self.calibration.applied(self.address_scores(images)) if images else np.empty((0, 0))
+        scores = self.calibration.apply(self.address_scores(images)) if images else np.empty((0, 0))
         return [AddressDistribution(gazetteer.addresses, row + extra) for row, extra in zip(scores, weights, strict=True)]
 
     def address_scores(self, images: Sequence[Image.Image]) -> np.ndarray:

@@ -86,7 +86,7 @@ class VllmModel:
         with self.records.time("addressvlm_model_seconds", "localize"):
             scores = np.full(len(addresses), -np.inf)
             scores[left] = await self._scores(_data_url(where.pixels), [addresses[i].text() for i in left.tolist()])
-        beliefs = AddressDistribution(addresses, self.calibration.applied(scores) + weights)
+        beliefs = AddressDistribution(addresses, self.calibration.apply(scores) + weights)
         least = self.calibration.threshold if where.threshold is None else where.threshold
         return beliefs.localization(where.top_k, least)
 

@@ -1,7 +1,7 @@
-"""How far a model's probabilities can be believed, learnt from photos it has not been trained on.
+"""Calibrate a model's address probabilities on photos that it was not trained on.
 
-A generative model's p(address | photo) holds how often it was told each address. Where validation photos bear it out, it is
-divided by that prior of its own, the mean of its probabilities over training photos, so that all addresses are equally
+A generative model's p(address | photo) reflects how often training named each address. Where that makes validation photos
+likelier, it is divided by this prior, the mean of its probabilities over training photos, so that all addresses are equally
 likely beforehand (logit adjustment, Menon et al. 2021; what a contrastive loss learns by itself). One temperature then makes
 probabilities match how often they are right (Guo et al. 2017), without changing their order. For each target precision a
 threshold is chosen above which, with 95 % confidence, at least that share of answers is right; below it the answer is
@@ -21,21 +21,21 @@ from addressvlm.storage.remote_path import AnyPath
 
 CALIBRATION_FILE = "calibration.json"
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-RANGE = (0.05, 50.0)  # of temperatures
+TEMPERATURES = (0.05, 50.0)  # least and greatest
 BINS = 10
 ALWAYS, NEVER = 0.0, 1.0  # thresholds: a confidence must be above them
-DOUBT = 0.05  # that a threshold keeps less than its target
+ALPHA = 0.05  # probability that answers above a threshold miss their target precision
 COVERAGES = 10  # shares of the photos at which a threshold is tried
 
 
 @dataclass(frozen=True)
 class ScoredPhotos:
-    """Photos whose address is known, as a model scored them.
+    """A model's scores of photos whose address is known.
 
     Attributes:
         scores: ln p of each address, up to a constant a photo, float64 (photos, addresses); -inf where it is ruled out.
-        truth: number of the true address, int64 (photos,); -1 where it is none of them.
-        places: whose photo each is.
+        truth: index of the true address, int64 (photos,); -1 where it is none of them.
+        places: the place of each photo.
     """
 
     scores: np.ndarray
@@ -44,10 +44,10 @@ class ScoredPhotos:
 
     @property
     def reachable(self) -> np.ndarray:
-        """Whether the true address is among those scored and not ruled out, bool (photos,)."""
-        known = self.truth >= 0
-        known[known] = np.isfinite(self.scores[known, self.truth[known]])
-        return known
+        """Whether the true address has a finite score, bool (photos,)."""
+        reachable = self.truth >= 0
+        reachable[reachable] = np.isfinite(self.scores[reachable, self.truth[reachable]])
+        return reachable
 
     def confidences(self, temperature: float) -> tuple[np.ndarray, np.ndarray]:
         """Probability of the best address and whether it is right, both (photos,)."""
@@ -58,14 +58,14 @@ class ScoredPhotos:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibration.json` in a model's folder holds; the default is a model that was never calibrated.
+    """The content of `calibration.json` in a model's folder; the default leaves probabilities as they are.
 
     Attributes:
-        temperature: scores are divided by it, less the model's own prior.
-        target: precision that answers are to have unless asked otherwise.
-        thresholds: target precision, as text, -> confidence above which an answer keeps it; 1 where none does.
+        temperature: scores, less the model's own prior, are divided by it.
+        target: precision that answers should have by default.
+        thresholds: target precision, as text, -> confidence above which answers reach it; 1 where none does.
         measured: photos, places, and errors before and after, for the reader.
-        own_prior: ln p of each address of the gazetteer whatever the photo, subtracted from scores; empty: nothing is.
+        own_prior: ln p of each address of the gazetteer over all photos, subtracted from scores; empty: nothing is.
     """
 
     temperature: float = 1.0
@@ -76,21 +76,21 @@ class Calibration:
 
     @property
     def threshold(self) -> float:
-        """The confidence above which the model is said to know."""
+        """The confidence above which an answer counts as known."""
         return self.thresholds.get(f"{self.target:g}", ALWAYS)
 
-    def applied(self, scores: np.ndarray) -> np.ndarray:
-        """Calibrated scores, of which softmax gives the probabilities; float64 (photos, addresses) or (addresses,).
+    def apply(self, scores: np.ndarray) -> np.ndarray:
+        """Calibrated scores, whose softmax are the probabilities; float64 (photos, addresses) or (addresses,).
 
         Raises:
-            InputError: the calibration is of another number of addresses.
+            InputError: the calibration has another number of addresses.
         """
         if not self.own_prior:
             return scores / self.temperature
         if len(self.own_prior) != scores.shape[-1]:
             raise InputError(
                 f"{CALIBRATION_FILE} is of {len(self.own_prior):,} addresses and the gazetteer beside it has {scores.shape[-1]:,}: "
-                "delete it, or make it again with evaluate."
+                "delete it, or run evaluate again."
             )
         return (scores - np.asarray(self.own_prior)) / self.temperature
 
@@ -103,7 +103,7 @@ class Calibration:
         """Read it; the default where there is none.
 
         Raises:
-            InputError: the file is no calibration.
+            InputError: the file is not a calibration.
         """
         file = folder / CALIBRATION_FILE
         if not file.is_file():
@@ -112,96 +112,90 @@ class Calibration:
             tree = json.loads(file.read_text(encoding="utf-8"))
             thresholds = {str(key): float(value) for key, value in tree["thresholds"].items()}
             prior = tuple(float(value) for value in tree.get("own_prior", ()))
-            made = cls(float(tree["temperature"]), float(tree["target"]), thresholds, dict(tree.get("measured", {})), prior)
-            if not (made.temperature > 0 and math.isfinite(made.temperature)):
-                raise ValueError(f"temperature {made.temperature}")
+            calibration = cls(
+                float(tree["temperature"]), float(tree["target"]), thresholds, dict(tree.get("measured", {})), prior
+            )
+            if not (calibration.temperature > 0 and math.isfinite(calibration.temperature)):
+                raise ValueError(f"temperature {calibration.temperature}")
             if not all(map(math.isfinite, prior)):
                 raise ValueError("own_prior is not finite")
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise InputError(
-                f"{file} is not a calibration ({type(error).__name__}: {error}): delete it, or make it again with evaluate."
+                f"{file} is not a calibration ({type(error).__name__}: {error}): delete it, or run evaluate again."
             ) from None
-        return made
+        return calibration
 
 
 def fit_calibration(scored: ScoredPhotos, target: float, training: np.ndarray | None = None) -> Calibration:
-    """The calibration of a model from its scores of validation photos; the temperature from those it could get right.
+    """Fit a model's calibration to its scores of validation photos; the temperature to those whose address is reachable.
 
     Args:
-        training: scores of some training photos, (photos, addresses), which the model's own prior is read off. It is divided
-            by if that makes the true addresses of validation photos likelier, each at its best temperature.
+        target: precision that answers should have.
+        training: scores of training photos, (photos, addresses), from which the model's own prior is computed. It is used if
+            it makes the true addresses of validation photos likelier, with and without it at the best temperature.
 
     Raises:
         InputError: no photo has its true address among those scored.
     """
-    known = scored.reachable
-    if not known.any():
+    reachable = scored.reachable
+    if not reachable.any():
         raise InputError("no validation photo has an address of the gazetteer: calibrate on photos of the model's own city.")
-    scores, truth = scored.scores[known], scored.truth[known]
-    temperature = _temperature(scores, truth)
-    prior: Sequence[float] = ()
-    raw, raw_right = scored.confidences(1.0)
+    scores, truth = scored.scores[reachable], scored.truth[reachable]
+    temperature = _fit_temperature(scores, truth)
+    raw_confidence, raw_right = scored.confidences(1.0)
     before = nll(scores, truth)
+    prior: Sequence[float] = ()
     if training is not None and len(training):
-        own = own_prior(training)
-        other = _temperature(scores - own, truth)
-        if nll((scores - own) / other, truth) < nll(scores / temperature, truth):
-            prior, temperature, scores = tuple(own.tolist()), other, scores - own
-            scored = replace(scored, scores=scored.scores - own)
+        mean = own_prior(training)
+        adjusted_temperature = _fit_temperature(scores - mean, truth)
+        if nll((scores - mean) / adjusted_temperature, truth) < nll(scores / temperature, truth):
+            prior, temperature, scores = tuple(mean.tolist()), adjusted_temperature, scores - mean
+            scored = replace(scored, scores=scored.scores - mean)
     confidence, right = scored.confidences(temperature)
-    targets = sorted({*TARGETS, target})
-    chosen = {f"{wanted:g}": threshold(confidence, right, scored.places, wanted) for wanted in targets}
+    thresholds = {f"{t:g}": threshold(confidence, right, scored.places, t) for t in sorted({*TARGETS, target})}
     measured = {
         "photos": len(confidence), "places": len(set(scored.places)), "right": float(right.mean()),
         "nll": {"before": before, "after": nll(scores / temperature, truth)},
-        "ece": {"before": ece(raw, raw_right), "after": ece(confidence, right)},
+        "ece": {"before": ece(raw_confidence, raw_right), "after": ece(confidence, right)},
     }  # fmt: skip
-    return Calibration(temperature, target, chosen, measured, prior)
+    return Calibration(temperature, target, thresholds, measured, prior)
 
 
 def own_prior(training: np.ndarray) -> np.ndarray:
-    """ln of the mean probability of each address over photos (photos, addresses) and one that says nothing, (addresses,)."""
+    """ln of the mean probability of each address over scored photos (photos, addresses) and a uniform one, (addresses,)."""
     addresses = training.shape[1]
     return np.log((softmax(training).sum(axis=0) + 1 / addresses) / (len(training) + 1))
 
 
 def threshold(confidence: np.ndarray, right: np.ndarray, places: Sequence[str], target: float) -> float:
-    """A confidence above which answers are right with at least `target` precision, in 95 of 100 cities; the lowest tried.
+    """The lowest confidence tried above which answers are right with at least `target` precision, in 95 of 100 cities.
 
-    Tried are those that leave a tenth, two tenths, … of the photos. The exact binomial (Clopper-Pearson) lower bound must
-    reach the target, for as many draws as the answers have places, at a tenth of the doubt, as it is tried ten times. 1
-    (never sure enough) if none does.
+    Thresholds that keep a tenth, two tenths, … of the photos are tried. The lower bound on the precision must reach the
+    target, with as many trials as the answers have places and, as there are ten tries, a tenth of `ALPHA`. 1 (never sure
+    enough) if none does.
     """
     order = np.argsort(-confidence, kind="stable")
     confidence, right = confidence[order], right[order]
-    names = [places[i] for i in order.tolist()]
+    sorted_places = [places[i] for i in order.tolist()]
     best = NEVER
     for part in range(1, COVERAGES + 1):
         lowest = confidence[math.ceil(len(confidence) * part / COVERAGES) - 1]
         n = int((confidence >= lowest).sum())
-        draws = len(set(names[:n]))
-        if lower_bound(math.floor(right[:n].mean() * draws + 1e-9), draws, DOUBT / COVERAGES) >= target:
+        trials = len(set(sorted_places[:n]))
+        if lower_bound(math.floor(right[:n].mean() * trials + 1e-9), trials, ALPHA / COVERAGES) >= target:
             best = ALWAYS if n == len(confidence) else float(lowest + confidence[n]) / 2
     return best
 
 
-def lower_bound(successes: int, trials: int, doubt: float = DOUBT) -> float:
-    """Clopper-Pearson: the smallest share under which so many successes come with at least the probability `doubt`."""
-    if successes == 0:
-        return 0.0
-    counts = np.arange(successes)  # fewer successes than these
-    factorials = np.concatenate([[0.0], np.log(np.arange(1, trials + 1)).cumsum()])
-    ways = factorials[trials] - factorials[counts] - factorials[trials - counts]
-    low, high = 0.0, successes / trials
-    for _ in range(50):
-        middle = (low + high) / 2
-        fewer = np.exp(ways + counts * math.log(middle) + (trials - counts) * math.log1p(-middle)).sum()
-        low, high = (low, middle) if 1 - fewer >= doubt else (middle, high)
-    return low
+def lower_bound(successes: int, trials: int, alpha: float = ALPHA) -> float:
+    """Clopper-Pearson: the smallest share under which so many successes have at least the probability `alpha`."""
+    from scipy.stats import beta  # takes a second to load, and most programs only need `softmax`
+
+    return float(beta.ppf(alpha, successes, trials - successes + 1)) if successes else 0.0
 
 
 def ece(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error: mean distance of confidence and accuracy over bins of equal width, weighed by photos."""
+    """Expected calibration error: mean distance of confidence and accuracy over bins of equal width, weighted by photos."""
     return sum(b["photos"] * abs(b["confidence"] - b["right"]) for b in reliability(confidence, right)) / max(len(right), 1)
 
 
@@ -229,15 +223,12 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def _temperature(scores: np.ndarray, truth: np.ndarray) -> float:
-    return _golden_section(lambda t: nll(scores / t, truth))
+def _fit_temperature(scores: np.ndarray, truth: np.ndarray) -> float:
+    """The temperature of the least `nll`, which falls, then rises with it."""
+    from scipy.optimize import minimize_scalar
 
-
-def _golden_section(loss: Any) -> float:
-    """Where a loss of the temperature is least, by golden section on its logarithm; it falls, then rises."""
-    golden = (math.sqrt(5) - 1) / 2
-    low, high = map(math.log, RANGE)
-    while high - low > 1e-4:
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        low, high = (low, right) if loss(math.exp(left)) <= loss(math.exp(right)) else (left, high)
-    return math.exp((low + high) / 2)
+    low, high = map(math.log, TEMPERATURES)
+    best = minimize_scalar(
+        lambda log_t: nll(scores / math.exp(log_t), truth), bounds=(low, high), method="bounded", options={"xatol": 1e-8}
+    )
+    return math.exp(best.x)

@@ -47,7 +47,7 @@ def calibrated_rows(rows: Iterable[Row], calibration: Calibration) -> list[Row]:
     Raises:
         InputError: it is of another number of addresses.
     """
-    return [{**row, "scores": calibration.applied(np.array(row["scores"])).tolist()} for row in rows]
+    return [{**row, "scores": calibration.apply(np.array(row["scores"])).tolist()} for row in rows]
 
 
 def answers_from_scores(rows: Iterable[Row], photos: Mapping[str, Row], gazetteer: Gazetteer) -> Iterator[Row]:

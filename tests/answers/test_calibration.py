@@ -59,7 +59,7 @@ def test_thresholds_rise_with_the_target():
 
 
 CONFIDENCE = np.linspace(0.99, 0.90, 10)
-TRIED = calibration.DOUBT / calibration.COVERAGES
+TRIED = calibration.ALPHA / calibration.COVERAGES
 
 
 def test_an_exact_threshold_by_hand():
@@ -143,15 +143,15 @@ def test_a_prior_that_photos_do_not_bear_out_is_divided_by():
     assert not plain.own_prior
     assert np.argmax(fitted.own_prior) == 0
     assert fitted.measured["nll"]["after"] < plain.measured["nll"]["after"] - 0.1
-    before, after = (np.mean(np.argmax(c.applied(test.scores), axis=1) == test.truth) for c in (plain, fitted))
+    before, after = (np.mean(np.argmax(c.apply(test.scores), axis=1) == test.truth) for c in (plain, fitted))
     assert after > before + 0.15
 
 
 def test_the_own_prior_goes_before_the_temperature():
     made = Calibration(temperature=2.0, own_prior=(1.0, 3.0))
-    assert made.applied(np.array([5.0, 9.0])).tolist() == [2.0, 3.0]
-    assert made.applied(np.array([[5.0, 9.0], [1.0, -1.0]])).tolist() == [[2.0, 3.0], [0.0, -2.0]]
-    assert Calibration(temperature=4.0).applied(np.array([8.0, -2.0])).tolist() == [2.0, -0.5]
+    assert made.apply(np.array([5.0, 9.0])).tolist() == [2.0, 3.0]
+    assert made.apply(np.array([[5.0, 9.0], [1.0, -1.0]])).tolist() == [[2.0, 3.0], [0.0, -2.0]]
+    assert Calibration(temperature=4.0).apply(np.array([8.0, -2.0])).tolist() == [2.0, -0.5]
 
 
 @pytest.mark.parametrize("common", [False, True])
@@ -160,7 +160,7 @@ def test_what_is_measured_and_chosen_is_of_the_scores_as_they_are_applied(common
     training, validation = generative(600, True, 1), generative(400, common, 2)
     validation = ScoredPhotos(validation.scores * 3, validation.truth, validation.places)
     fitted = calibration.fit_calibration(validation, 0.55, training.scores * 3)
-    applied = fitted.applied(validation.scores)
+    applied = fitted.apply(validation.scores)
     assert bool(fitted.own_prior) is not common
     assert fitted.temperature > 1.5
     if fitted.own_prior:
@@ -207,7 +207,7 @@ def test_the_own_prior_is_a_distribution(photos, addresses, seed):
 
 def test_a_prior_of_another_gazetteer_is_one_sentence():
     with pytest.raises(InputError, match=r"calibration\.json is of 2 addresses and the gazetteer beside it has 3: delete it"):
-        Calibration(own_prior=(0.0, -1.0)).applied(np.zeros((4, 3)))
+        Calibration(own_prior=(0.0, -1.0)).apply(np.zeros((4, 3)))
 
 
 def test_errors_of_bins():
