@@ -1,4 +1,4 @@
-# make help lists what there is.
+# `make help` lists the targets.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,18 +21,18 @@ install: .venv/installed  ## .venv with the pinned dependencies and this package
 	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: install  ## the main job on the embedded toy city: data, four systems, accuracy table, report
+demo: install  ## the whole pipeline on the toy city: data, training, accuracy table, report
 	$(BIN)/python ray_jobs/train.py --config demo --evaluate
 	@echo
 	@echo "next: open runs/demo/report.html"
-	@echo "      . .venv/bin/activate                       # the commands below are in it"
+	@echo "      . .venv/bin/activate                       # for the commands below"
 	@echo "      serve run serve.config                     # then open http://127.0.0.1:8000"
 	@echo "      python ray_jobs/train.py --config my_city.yaml --evaluate   # your city: README, 'Your own city'"
 
-test: install lint  ## formatting, lint, types and all tests but those of `make nodes`
+test: install lint  ## format, lint, types and all tests but those of `make nodes`
 	$(BIN)/python -m pytest -q -m "not nodes" -n 2 --dist loadgroup   # what needs Ray is one group: one Ray at a time
 
-nodes: install  ## three Ray nodes on this machine, each job and the service with a node killed: some minutes
+nodes: install  ## tests with three Ray nodes, one of which is killed: some minutes
 	$(BIN)/python -m pytest -q -m nodes
 
 lint: install  ## ruff and mypy
@@ -44,5 +44,5 @@ format: install  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:  ## remove the environment and all runs
+clean:  ## remove .venv and all runs
 	rm -rf .venv runs
