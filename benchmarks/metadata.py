@@ -28,7 +28,7 @@ from addressvlm.config.city import CityConfig
 from addressvlm.dataset import readers
 from addressvlm.dataset.build import LISTED, SPLITS, answering, check_photos, finish_rows, gazetteer_of, photo_table
 from addressvlm.dataset.geocoding import assign_addresses
-from addressvlm.dataset.readers.base import folder_photos
+from addressvlm.dataset.readers.base import list_photos
 from addressvlm.dataset.split import split_places, thin_views
 from addressvlm.dataset.streets import StreetMap
 from addressvlm.storage import tables
@@ -107,7 +107,7 @@ def measure(city: CityConfig, rows: int, sample: int, folder: Path) -> None:
 
 def time_photo_checks(folder: str, count: int) -> None:
     """What a worker of prepare does to each photo."""
-    files = folder_photos(folder)[:count]
+    files = list_photos(folder)[:count]
     rows = [{"file": file, "row": n, "id": file, "view": None} for n, file in enumerate(files, start=1)]
     with step(f"{len(rows):,} photos checked", len(rows)):
         made = check_photos(folder, CityConfig(photos=folder).model_dump_json(), rows)

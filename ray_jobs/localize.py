@@ -21,7 +21,7 @@ from addressvlm import InputError
 from addressvlm.answers.batch_localize import LOCALIZED_SCHEMA, PHOTO_LIST_SCHEMA, SPLIT, BatchLocalizer, photo_table
 from addressvlm.answers.calibration import CALIBRATION_FILE
 from addressvlm.config import Config
-from addressvlm.dataset.readers.base import folder_photos
+from addressvlm.dataset.readers.base import list_photos
 from addressvlm.dataset.readers.table import open_table
 from addressvlm.evaluation.report import MAIN
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE
@@ -108,7 +108,7 @@ def _given(photos: str, split: str) -> _Given:
         path = path_of(photos)
         return _Given([path] if path.is_file() else list(tables.table_files(path, split)), [], [])
     if path_of(photos).is_dir():
-        rows, rejects = photo_table([(file, file) for file in folder_photos(photos)])
+        rows, rejects = photo_table([(file, file) for file in list_photos(photos)])
     else:
         table = open_table(photos)
         table.require(["file"])

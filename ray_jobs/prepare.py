@@ -192,7 +192,7 @@ def _check_photos(
     """Read and check all photos on the cluster; the good ones go to a table of their own, the others are rejects."""
     if not photos:
         return []
-    base = readers.base(city)
+    base = readers.photos_folder(city)
     work = ShardWork(partial(check_photos, base, city.model_dump_json()), CHECKED, made_from_rows=partial(files_of, base))
     wanted = folder / WORK_DIR / "listed"
     remove_tree(wanted)

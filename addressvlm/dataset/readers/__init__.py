@@ -1,22 +1,20 @@
-"""Photos of a city from what people have: a table, a folder with GPS in the files, names that tell, others' exports."""
+"""Readers of the photos of a city: a table, a folder with GPS in its files or positions in its names, others' exports."""
 
 from typing import Any
 
 from addressvlm.config.city import CityConfig
 from addressvlm.dataset.photos import Photo
-from addressvlm.dataset.readers.base import Manifest, Reader, base, peek_source, source_path
+from addressvlm.dataset.readers.base import Manifest, Reader, photos_folder, sample_source, source_path
 from addressvlm.dataset.readers.exif import Exif
+from addressvlm.dataset.readers.exports import Ial, KartaView, Mapillary
 from addressvlm.dataset.readers.file_names import Pitts, SfXl
-from addressvlm.dataset.readers.ial import Ial
-from addressvlm.dataset.readers.kartaview import KartaView
-from addressvlm.dataset.readers.mapillary import Mapillary
 from addressvlm.dataset.readers.table import to_photos
 from addressvlm.errors import InputError
-from addressvlm.storage import remote_path
+from addressvlm.storage.remote_path import filesystem, is_remote
 
-__all__ = ["READERS", "Reader", "base", "read", "recognize", "source_path"]
+__all__ = ["READERS", "Reader", "photos_folder", "read", "recognize", "source_path"]
 
-READERS: dict[str, Reader] = {  # in the order in which `auto` asks them
+READERS: dict[str, Reader] = {  # `auto` takes the first that recognizes the source
     "mapillary": Mapillary(),
     "kartaview": KartaView(),
     "ial": Ial(),
@@ -33,8 +31,9 @@ def read(city: CityConfig) -> tuple[list[Photo], list[dict[str, Any]]]:
     Raises:
         InputError: there is no such source, it is not of the kind that `city.reader` says, or it has no rows.
     """
-    if remote_path.is_remote(base(city)):
-        remote_path.filesystem(base(city))  # a missing package is told here rather than by every photo
+    folder = photos_folder(city)
+    if is_remote(folder):
+        filesystem(folder)  # a missing package is one error here instead of one per photo
     reader = READERS[recognize(city) if city.reader == "auto" else city.reader]
     photos, rejects = to_photos(reader.rows(city), city.panorama)
     if not photos and not rejects:
@@ -50,5 +49,5 @@ def recognize(city: CityConfig) -> str:
     Raises:
         InputError: there is no such source, or it is no table and no folder.
     """
-    seen = peek_source(city)
-    return next(name for name, reader in READERS.items() if reader.recognizes(seen))
+    sample = sample_source(city)
+    return next(name for name, reader in READERS.items() if reader.recognizes(sample))

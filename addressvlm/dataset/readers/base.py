@@ -1,4 +1,4 @@
-"""Where a city's photos are said to be, what it looks like from outside, and what a reader is."""
+"""The source of a city's photos (a table or a folder), and the interface of its readers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,35 +12,49 @@ from addressvlm.errors import InputError
 from addressvlm.storage.remote_path import path_of, walk_files
 
 SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .gif .tif .tiff .jp2 .avif .heic .heif".split())
-PEEKED_ROWS = 20
+SAMPLE_ROWS = 20
 
 
 @dataclass(frozen=True)
 class SourceSample:
-    """What a source shows before it is read: enough to tell its kind."""
+    """What is seen of a source before it is read: enough to recognize its kind."""
 
     is_folder: bool
-    files: list[str]  # all of a folder; of a table the first few cells of the column `file`
+    files: list[str]  # all of a folder; of a table the first cells of the column `file`
     columns: frozenset[str]  # of a table under our names; empty for a folder
 
     @property
     def photos(self) -> list[str]:
         """The first photos among the files."""
-        return list(islice((f for f in self.files if not self.is_folder or is_photo(f)), PEEKED_ROWS))
+        return list(islice((f for f in self.files if not self.is_folder or is_photo(f)), SAMPLE_ROWS))
 
 
 class Reader(Protocol):
-    """One kind of source. A new one is a module with such a class, entered in `readers.READERS` and `CityConfig.reader`."""
+    """One kind of source. A new one is such a class, entered in `readers.READERS` and `CityConfig.reader`."""
 
     def recognizes(self, sample: SourceSample) -> bool:
         """Whether the source is of this kind."""
 
     def rows(self, city: CityConfig) -> Iterator[Row]:
-        """The rows as `rows.to_photos` takes them, one per photo and in an order that never changes.
+        """The rows as `table.to_photos` takes them, one per photo and always in the same order.
 
         Raises:
-            InputError: the source as a whole can't be used; a single bad row is given with its `PROBLEM` instead.
+            InputError: the source as a whole can't be used; a single bad row has a `PROBLEM` instead.
         """
+
+
+class Manifest:
+    """CSV, TSV, JSONL, Parquet or JSON, local or in a store."""
+
+    def recognizes(self, sample: SourceSample) -> bool:
+        """Any table that no other reader recognizes."""
+        return not sample.is_folder
+
+    def rows(self, city: CityConfig) -> Iterator[Row]:
+        """The rows as they stand."""
+        table = open_table(source_path(city))
+        table.require(("file", "lat", "lon"))
+        yield from table.rows
 
 
 def source_path(city: CityConfig) -> str:
@@ -49,25 +63,22 @@ def source_path(city: CityConfig) -> str:
     Raises:
         InputError: neither is set.
     """
-    found = city.manifest or city.photos
-    if not found:
+    source = city.manifest or city.photos
+    if not source:
         raise InputError(
             "city.manifest is not set: set it to the CSV, JSONL or Parquet table of your photos, set city.photos to a folder "
             "of photos with GPS in them, or set city.toy."
         )
-    return found
+    return source
 
 
-def base(city: CityConfig) -> str:
-    """The folder that photo files are relative to: a URI, or a path that holds on every machine that shares the disk."""
-    folder = city.photos
-    if not folder:
-        source = path_of(source_path(city))
-        return str((source if source.is_dir() else source.parent).absolute())
-    return str(path_of(folder).absolute())
+def photos_folder(city: CityConfig) -> str:
+    """The folder that photo files are relative to: a URI, or an absolute path, the same on all machines that share it."""
+    folder = path_of(city.photos or source_path(city))
+    return str((folder if city.photos or folder.is_dir() else folder.parent).absolute())
 
 
-def peek_source(city: CityConfig) -> SourceSample:
+def sample_source(city: CityConfig) -> SourceSample:
     """Look at the source.
 
     Raises:
@@ -80,11 +91,11 @@ def peek_source(city: CityConfig) -> SourceSample:
     if path.is_dir():
         return SourceSample(True, walk_files(source), frozenset())
     table = open_table(source)
-    files = [clean_text(row.get("file")) for row in islice(table.rows, PEEKED_ROWS)]
+    files = [clean_text(row.get("file")) for row in islice(table.rows, SAMPLE_ROWS)]
     return SourceSample(False, [f for f in files if f], frozenset(table.columns))
 
 
-def folder_photos(folder: str) -> list[str]:
+def list_photos(folder: str) -> list[str]:
     """The photos below a folder, sorted.
 
     Raises:
@@ -92,15 +103,15 @@ def folder_photos(folder: str) -> list[str]:
     """
     if not path_of(folder).is_dir():
         raise InputError(f"no folder at {folder}: set city.photos to the folder of your photos.")
-    found = [file for file in walk_files(folder) if is_photo(file)]
-    if not found:
+    photos = [file for file in walk_files(folder) if is_photo(file)]
+    if not photos:
         raise InputError(f"the folder {folder} has no photos ({', '.join(sorted(SUFFIXES))}): set city.photos to another one.")
-    return found
+    return photos
 
 
 def photos_by_stem(city: CityConfig) -> dict[str, str]:
     """File name without its ending -> path, for exports that name photos by id; empty if there is no folder."""
-    folder = base(city)
+    folder = photos_folder(city)
     return {stem(file): file for file in walk_files(folder) if is_photo(file)} if path_of(folder).is_dir() else {}
 
 
@@ -110,22 +121,5 @@ def stem(file: str) -> str:
 
 
 def is_photo(file: str) -> bool:
-    """Whether the name ends as names of photos do."""
+    """Whether the name ends like that of a photo."""
     return PurePosixPath(file).suffix.lower() in SUFFIXES
-
-
-REQUIRED = ("file", "lat", "lon")
-
-
-class Manifest:
-    """CSV, TSV, JSONL, Parquet or JSON, here or in a store."""
-
-    def recognizes(self, sample: SourceSample) -> bool:
-        """Any table that no other reader knows."""
-        return not sample.is_folder
-
-    def rows(self, city: CityConfig) -> Iterator[Row]:
-        """The rows as they stand."""
-        table = open_table(source_path(city))
-        table.require(REQUIRED)
-        yield from table.rows

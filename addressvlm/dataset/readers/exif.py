@@ -10,14 +10,14 @@ from typing import Any
 from PIL import ExifTags, Image
 
 from addressvlm.config.city import CityConfig
-from addressvlm.dataset.readers.base import SourceSample, folder_photos, source_path
+from addressvlm.dataset.readers.base import SourceSample, list_photos, source_path
 from addressvlm.dataset.readers.table import Row
 from addressvlm.errors import InputError
 from addressvlm.storage import remote_path
 
 GPS = ExifTags.GPS
 HEMISPHERES = {"N": 1, "S": -1, "E": 1, "W": -1}
-AT_A_TIME, THREADS = 1024, 16  # reading waits for the disk or the store
+CHUNK, THREADS = 1024, 16  # reading waits for the disk or the store
 FILM_DIAGONAL_MM = 43.27  # a 35 mm equivalent focal length compares diagonals
 PANORAMA = re.compile(rb"GPano:ProjectionType\W+equirectangular\b")
 PANORAMA_HEADING = re.compile(rb"GPano:PoseHeadingDegrees[^-+\d]{1,3}(\d+\.?\d*)")
@@ -31,21 +31,21 @@ class Exif:
         return sample.is_folder
 
     def rows(self, city: CityConfig) -> Iterator[Row]:
-        """Position, direction and field of view; directions from magnetic north are taken as they are, and said."""
+        """Position, direction and field of view; directions from magnetic north are used as they are, with a notice."""
         folder = source_path(city)
-        files = folder_photos(folder)
+        files = list_photos(folder)
         magnetic = 0
         with ThreadPoolExecutor(THREADS) as pool:
-            for start in range(0, len(files), AT_A_TIME):
-                chunk = files[start : start + AT_A_TIME]
+            for start in range(0, len(files), CHUNK):
+                chunk = files[start : start + CHUNK]
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # Pillow's about damaged EXIF, which becomes a reject
-                    found = list(pool.map(read_gps, [remote_path.join(folder, file) for file in chunk]))
-                for file, cells in zip(chunk, found, strict=True):
+                    rows = list(pool.map(read_gps, [remote_path.join(folder, file) for file in chunk]))
+                for file, cells in zip(chunk, rows, strict=True):
                     magnetic += cells.pop("magnetic", False)
                     yield {"file": file} | cells
         if magnetic:
-            print(f"prepare: {magnetic:,} directions are from magnetic north and taken as they are", flush=True)
+            print(f"prepare: {magnetic:,} directions are from magnetic north and used as they are", flush=True)
 
 
 def read_gps(file: str) -> Row:
@@ -58,12 +58,9 @@ def read_gps(file: str) -> Row:
     except InputError as error:
         return {"PROBLEM": f"photo unreadable: {error}"}
     except OSError as error:  # also what Pillow raises for a file that is no picture
-        known = isinstance(error, Image.UnidentifiedImageError)
-        return {
-            "PROBLEM": f"not a photo: {file} is not a picture"
-            if known
-            else f"photo unreadable: {remote_path.error_text(error)}"
-        }
+        if isinstance(error, Image.UnidentifiedImageError):
+            return {"PROBLEM": f"not a photo: {file} is not a picture"}
+        return {"PROBLEM": f"photo unreadable: {remote_path.error_text(error)}"}
     except Exception as error:  # decoders raise anything on arbitrary bytes
         return {"PROBLEM": f"EXIF damaged: {file} ({error})"}
     try:
@@ -81,12 +78,14 @@ def read_gps(file: str) -> Row:
         return cells | {"panorama": True} | ({"heading": float(pose[1]), "magnetic": False} if pose else {})
     focal_mm = _number(camera.get(ExifTags.Base.FocalLengthIn35mmFilm))
     if focal_mm:
-        cells["fov_deg"] = _field_of_view(focal_mm, size, exif.get(ExifTags.Base.Orientation, 1))
+        width, height = size if exif.get(ExifTags.Base.Orientation, 1) < 5 else size[::-1]  # of the picture held upright
+        half_width_mm = FILM_DIAGONAL_MM / 2 * width / math.hypot(width, height)
+        cells["fov_deg"] = math.degrees(2 * math.atan(half_width_mm / focal_mm))
     return cells
 
 
 def _degrees(gps: dict[int, Any], tag: int, reference: int, letters: str) -> float:
-    """Degrees, minutes, seconds and a letter as signed degrees; ValueError says what is missing or wrong."""
+    """Degrees, minutes, seconds and a letter as signed degrees; ValueError if they are missing or wrong."""
     name = GPS(tag).name.removeprefix("GPS").lower()
     if tag not in gps:
         raise ValueError(f"no GPS: EXIF holds no {name}")
@@ -112,10 +111,3 @@ def _number(value: Any) -> float | None:
 def _letter(value: Any) -> str:
     text = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value or "")
     return text.strip("\0 ").upper()[:1]
-
-
-def _field_of_view(focal_mm: float, size: tuple[int, int], orientation: int) -> float:
-    """Horizontal degrees of the picture held upright."""
-    width, height = size if orientation < 5 else size[::-1]
-    half_width_mm = FILM_DIAGONAL_MM / 2 * width / math.hypot(width, height)
-    return math.degrees(2 * math.atan(half_width_mm / focal_mm))

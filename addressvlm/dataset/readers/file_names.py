@@ -1,4 +1,4 @@
-"""Photos whose file names tell where they are: the naming of SF-XL and of VPR-datasets-downloader, and Pitts250k.
+"""Photos with their position in the file name: SF-XL and VPR-datasets-downloader, and Pitts250k.
 
 @ UTM east @ UTM north @ zone @ band @ latitude @ longitude @ panorama @ tile @ heading @ pitch @ roll @ height @
 timestamp @ note @ .jpg          (any of it may be empty but the UTM position, or else latitude and longitude)
@@ -15,14 +15,14 @@ from pathlib import PurePosixPath
 import pyproj
 
 from addressvlm.config.city import CityConfig
-from addressvlm.dataset.readers.base import SourceSample, folder_photos, source_path
+from addressvlm.dataset.readers.base import SourceSample, list_photos, source_path
 from addressvlm.dataset.readers.table import Row, clean_text, open_table, parse_number
 from addressvlm.errors import InputError
 from addressvlm.storage.remote_path import path_of
 
 FIELDS = ("east", "north", "zone", "band", "lat", "lon", "panorama", "tile", "heading")  # those that are used, in order
 BANDS = "CDEFGHJKLMNPQRSTUVWX"  # of latitude, 8 degrees each from 80 south
-APART_M = 20.0  # the two positions of a name are rounded, to 1 m at worst
+MAX_DIFFERENCE_M = 20.0  # the two positions of a name are rounded, to 1 m at worst
 METRES_PER_DEGREE = 111_195.0
 PITTS_NAME = re.compile(r"(?P<panorama>(?:.*/)?\d{6})_pitch\d+_yaw\d+\.\w+$")
 PITTS_QUERIES = "queries_real"
@@ -38,30 +38,49 @@ class SfXl:
     """A folder, a table or a list of files named with @."""
 
     def recognizes(self, sample: SourceSample) -> bool:
-        """All names that are seen begin with an @."""
+        """All names of the sample begin with an @."""
         return bool(sample.photos) and all(_name(file).startswith("@") for file in sample.photos)
 
     def rows(self, city: CityConfig) -> Iterator[Row]:
-        """What a table says comes first, the name fills in the rest."""
-        for cells in _listed(source_path(city)):
-            yield cells if "PROBLEM" in cells else parse_file_name(clean_text(cells.get("file"))) | _given(cells)
+        """A table's cells take precedence over the name."""
+        for cells in _source_rows(source_path(city)):
+            yield cells if "PROBLEM" in cells else parse_file_name(clean_text(cells.get("file"))) | _non_empty(cells)
 
 
 class Pitts:
     """A table of Pitts250k's names with UTM (zone 17) or degrees; also after renaming, where the name says it all."""
 
     def recognizes(self, sample: SourceSample) -> bool:
-        """All names are Pitts250k's, as they are or in the note of an @ name, and their position is told."""
+        """All names are Pitts250k's with a position in the table, or in the note of an @ name."""
         names = sample.photos
         renamed = all(_name(f).startswith("@") and "@pitch" in f and "_yaw" in f for f in names)
-        told = any(pair <= {UTM_ALIASES.get(c, c) for c in sample.columns} for pair in POSITIONS)
-        return bool(names) and (renamed or (told and all(PITTS_NAME.search(f) for f in names)))
+        has_position = any(pair <= {UTM_ALIASES.get(c, c) for c in sample.columns} for pair in POSITIONS)
+        return bool(names) and (renamed or (has_position and all(PITTS_NAME.search(f) for f in names)))
 
     def rows(self, city: CityConfig) -> Iterator[Row]:
-        """Views of one panorama share its place; names don't tell the heading, only its steps from an unknown one."""
-        for cells in _listed(source_path(city)):
+        """Views of one panorama share its place; the heading is unknown, since yaw is relative to the panorama."""
+        for cells in _source_rows(source_path(city)):
             cells = {UTM_ALIASES.get(column, column): value for column, value in cells.items()}
-            yield cells if "PROBLEM" in cells else _pitts_row(cells)
+            yield cells if "PROBLEM" in cells else self.parse(cells)
+
+    def parse(self, cells: Row) -> Row:
+        """One photo; a listing leaves out the folder that queries are in."""
+        file = clean_text(cells.get("file"))
+        if _name(file).startswith("@"):
+            return parse_file_name(file) | _non_empty(cells)
+        if clean_text(cells.get("role")).startswith("quer") and PITTS_QUERIES not in PurePosixPath(file).parts:
+            file = f"{PITTS_QUERIES}/{file}"
+        match = PITTS_NAME.search(file)
+        place = {"place": match["panorama"]} if match else {}
+        try:
+            east, north = parse_number(cells, "utm_east"), parse_number(cells, "utm_north")
+            if east is not None and north is not None and not clean_text(cells.get("lat")):
+                zone = parse_number(cells, "utm_zone")
+                lat, lon = utm_to_degrees(east, north, PITTS_ZONE if zone is None else int(zone))
+                return {"lat": lat, "lon": lon} | place | _non_empty(cells) | {"file": file}
+        except ValueError as error:
+            return {"file": file, "PROBLEM": str(error)}
+        return place | _non_empty(cells) | {"file": file}
 
 
 def parse_file_name(file: str) -> Row:
@@ -72,15 +91,15 @@ def parse_file_name(file: str) -> Row:
     fields = _name(file).split("@")
     if len(fields) < 4 or fields[0]:
         return {"file": file, "PROBLEM": "name without a position: it is not like @east@north@zone@band@lat@lon@...@.jpg"}
-    said: Row = dict(zip(FIELDS, fields[1:-1], strict=False))
-    cells: Row = {"file": file, "lat": said.get("lat"), "lon": said.get("lon"), "heading": said.get("heading")}
-    if said.get("panorama"):
-        cells["place"] = "".join(file.rpartition("/")[:2]) + said["panorama"]
+    parts: Row = dict(zip(FIELDS, fields[1:-1], strict=False))
+    cells: Row = {"file": file, "lat": parts.get("lat"), "lon": parts.get("lon"), "heading": parts.get("heading")}
+    if parts.get("panorama"):
+        cells["place"] = "".join(file.rpartition("/")[:2]) + parts["panorama"]
     try:
-        east, north, zone, lat, lon = (parse_number(said, c) for c in ("east", "north", "zone", "lat", "lon"))
+        east, north, zone, lat, lon = (parse_number(parts, c) for c in ("east", "north", "zone", "lat", "lon"))
         if east is not None and north is not None and zone is not None:
-            cells["lat"], cells["lon"] = utm_to_degrees(east, north, int(zone), _is_south(said.get("band", ""), lat))
-            if lat is not None and lon is not None and _metres(cells["lat"], cells["lon"], lat, lon) > APART_M:
+            cells["lat"], cells["lon"] = utm_to_degrees(east, north, int(zone), _is_south(parts.get("band", ""), lat))
+            if lat is not None and lon is not None and _distance_m(cells["lat"], cells["lon"], lat, lon) > MAX_DIFFERENCE_M:
                 return {"file": file, "PROBLEM": f"positions differ: UTM is {cells['lat']:.5f}, {cells['lon']:.5f} in degrees"}
     except ValueError as error:
         return {"file": file, "PROBLEM": str(error)}
@@ -111,33 +130,14 @@ def _is_south(band: str, lat: float | None) -> bool:
     return bool(band) and band.upper() < "N"
 
 
-def _metres(lat: float, lon: float, other_lat: float, other_lon: float) -> float:
+def _distance_m(lat: float, lon: float, other_lat: float, other_lon: float) -> float:
     return math.hypot(lat - other_lat, (lon - other_lon) * math.cos(math.radians(lat))) * METRES_PER_DEGREE
 
 
-def _pitts_row(cells: Row) -> Row:
-    file = clean_text(cells.get("file"))
-    if _name(file).startswith("@"):
-        return parse_file_name(file) | _given(cells)
-    if clean_text(cells.get("role")).startswith("quer") and PITTS_QUERIES not in PurePosixPath(file).parts:
-        file = f"{PITTS_QUERIES}/{file}"  # the listing leaves out the folder that queries are in
-    match = PITTS_NAME.search(file)
-    place = {"place": match["panorama"]} if match else {}
-    try:
-        east, north = parse_number(cells, "utm_east"), parse_number(cells, "utm_north")
-        if east is not None and north is not None and not clean_text(cells.get("lat")):
-            zone = parse_number(cells, "utm_zone")
-            lat, lon = utm_to_degrees(east, north, PITTS_ZONE if zone is None else int(zone))
-            return {"lat": lat, "lon": lon} | place | _given(cells) | {"file": file}
-    except ValueError as error:
-        return {"file": file, "PROBLEM": str(error)}
-    return place | _given(cells) | {"file": file}
-
-
-def _listed(source: str) -> Iterator[Row]:
+def _source_rows(source: str) -> Iterator[Row]:
     """The files of a folder, or the rows of a table."""
     if path_of(source).is_dir():
-        yield from ({"file": file} for file in folder_photos(source))
+        yield from ({"file": file} for file in list_photos(source))
         return
     if source.lower().endswith(".mat"):
         raise InputError(
@@ -148,7 +148,7 @@ def _listed(source: str) -> Iterator[Row]:
     yield from table.rows
 
 
-def _given(cells: Row) -> Row:
+def _non_empty(cells: Row) -> Row:
     return {column: value for column, value in cells.items() if clean_text(value)}
 
 

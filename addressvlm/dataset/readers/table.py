@@ -1,4 +1,4 @@
-"""Tables of photos as streams of rows: CSV, JSONL, Parquet, JSON, or a plain list of file names."""
+"""Tables of photos as streams of rows (CSV, JSONL, Parquet, JSON, or a list of file names), and rows as photos."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from addressvlm.dataset.photos import Photo
 from addressvlm.errors import InputError
 from addressvlm.storage import remote_path
 
-# Column in small letters -> cell; under PROBLEM, which no column can be called, the reason why the row can't be used
+# Column in small letters -> cell; under PROBLEM, which no column is called, the reason why the row can't be used
 Row = dict[str, Any]
 
 ALIASES = {
@@ -28,28 +28,28 @@ ALIASES = {
     **dict.fromkeys(("longitude", "lng"), "lon"),
     "heading_deg": "heading",
 }
-NESTS = ("data", "result", "osv", "photos", "currentpageitems", "images", "annotations")  # where JSON keeps its records
+RECORD_KEYS = ("data", "result", "osv", "photos", "currentpageitems", "images", "annotations")  # where JSON keeps its records
 
 
 @dataclass
 class Table:
-    """Rows under our column names, read as they are asked for."""
+    """A stream of rows under our column names."""
 
     where: str
-    written: list[str]  # the column names as they stand in the file, of the first record in JSON
+    header: list[str]  # the column names as they are in the file, of the first record in JSON
     rows: Iterator[Row]
 
     @property
     def columns(self) -> list[str]:
         """The same under our names."""
-        return list(_renamed(tuple(self.written)))
+        return list(_our_names(tuple(self.header)))
 
     def require(self, needed: Sequence[str], hint: str = "") -> None:
         """Raise InputError when one of the columns is not there."""
         missing = [column for column in needed if column not in self.columns]
-        if missing and any(self.written):
+        if missing and any(self.header):
             raise InputError(
-                f"the manifest {self.where} lacks the column {' and '.join(missing)} (it has {', '.join(self.written)}): "
+                f"the manifest {self.where} lacks the column {' and '.join(missing)} (it has {', '.join(self.header)}): "
                 f"add or rename it; photo or image also stand for file{hint}."
             )
 
@@ -62,12 +62,12 @@ def open_table(where: str) -> Table:
     """
     if remote_path.path_of(where).suffix.lower() not in FORMATS:
         raise InputError(f"the manifest {where} is not a .csv, .tsv, .jsonl, .parquet or .json file: save it as one of them.")
-    stream = _guarded(where)
-    return Table(where, next(stream, []), stream)
+    rows = _read(where)
+    return Table(where, next(rows, []), rows)
 
 
-def _guarded(where: str) -> Iterator[Any]:
-    """The header as written, then the rows; whatever goes wrong becomes one sentence."""
+def _read(where: str) -> Iterator[Any]:
+    """The header, then the rows; any failure as an InputError."""
     try:
         path = remote_path.path_of(where)
         with path.open("rb") as file:
@@ -90,15 +90,15 @@ def _csv(file: IO[bytes]) -> Iterator[Any]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     first = text.readline()
     lines = csv.reader(chain([first], text), delimiter=max(",;\t", key=first.count))
-    written = next(lines, [])
-    yield written
-    columns = _renamed(tuple(written))
+    header = next(lines, [])
+    yield header
+    columns = _our_names(tuple(header))
     for cells in lines:
         if cells:
             yield dict(zip(columns, cells, strict=False))
 
 
-def _names(file: IO[bytes]) -> Iterator[Any]:
+def _file_list(file: IO[bytes]) -> Iterator[Any]:
     yield ["file"]
     for line in io.TextIOWrapper(file, encoding="utf-8-sig"):
         if line.strip():
@@ -106,14 +106,13 @@ def _names(file: IO[bytes]) -> Iterator[Any]:
 
 
 def _jsonl(file: IO[bytes]) -> Iterator[Any]:
-    yield from _with_header(_parsed(line) for line in io.TextIOWrapper(file, encoding="utf-8-sig") if line.strip())
+    def parse(line: str) -> Any:
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError):
+            return None
 
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+    yield from _with_header(parse(line) for line in io.TextIOWrapper(file, encoding="utf-8-sig") if line.strip())
 
 
 def _json(file: IO[bytes]) -> Iterator[Any]:
@@ -121,36 +120,35 @@ def _json(file: IO[bytes]) -> Iterator[Any]:
 
 
 def _records(tree: Any) -> list[Any]:
-    """The list of records in a JSON document: itself, one level or two down, GeoJSON features, or name -> record."""
+    """The records in a JSON document: a list, at the top or one or two levels down, GeoJSON features, or name -> record."""
     if not isinstance(tree, dict):
         return tree if isinstance(tree, list) else [tree]
     if isinstance(tree.get("features"), list):
-        return [_flat(feature) for feature in tree["features"]]
+        return [
+            f["properties"] | {"geometry": f.get("geometry")}
+            if isinstance(f, dict) and isinstance(f.get("properties"), dict)
+            else None
+            for f in tree["features"]
+        ]
     for key, value in tree.items():
-        if key.lower() in NESTS and isinstance(value, (list, dict)):
+        if key.lower() in RECORD_KEYS and isinstance(value, (list, dict)):
             return _records(value)
     if tree and all(isinstance(value, dict) for value in tree.values()):
         return [{"file": name} | record for name, record in tree.items()]
     return [tree] if tree else []
 
 
-def _flat(feature: Any) -> Any:
-    if not isinstance(feature, dict) or not isinstance(feature.get("properties"), dict):
-        return None
-    return feature["properties"] | {"geometry": feature.get("geometry")}
-
-
 def _with_header(records: Iterator[Any]) -> Iterator[Any]:
-    """The keys of the first record that is one, then all records as rows."""
-    before: list[Any] = []
+    """The keys of the first JSON object, then all records as rows."""
+    skipped: list[Any] = []
     for record in records:
-        before.append(record)
+        skipped.append(record)
         if isinstance(record, dict):
             break
-    yield list(before[-1]) if before and isinstance(before[-1], dict) else []
-    for record in chain(before, records):
+    yield list(skipped[-1]) if skipped and isinstance(skipped[-1], dict) else []
+    for record in chain(skipped, records):
         if isinstance(record, dict):
-            yield dict(zip(_renamed(tuple(record)), record.values(), strict=True))
+            yield dict(zip(_our_names(tuple(record)), record.values(), strict=True))
         else:
             yield {"PROBLEM": "not a JSON object: the line"}
 
@@ -158,22 +156,22 @@ def _with_header(records: Iterator[Any]) -> Iterator[Any]:
 def _parquet(file: IO[bytes]) -> Iterator[Any]:
     with pq.ParquetFile(file) as parquet:
         schema = parquet.schema_arrow
-        wanted = [field.name for field in schema if not _is_heavy(field.type)]
-        yield wanted
-        for batch in parquet.iter_batches(columns=wanted):
-            yield from batch.rename_columns(list(_renamed(tuple(batch.schema.names)))).to_pylist()
+        columns = [field.name for field in schema if not _has_images(field.type)]
+        yield columns
+        for batch in parquet.iter_batches(columns=columns):
+            yield from batch.rename_columns(list(_our_names(tuple(batch.schema.names)))).to_pylist()
 
 
-def _is_heavy(kind: pa.DataType) -> bool:
-    """Pictures inside the table, which are not read."""
+def _has_images(kind: pa.DataType) -> bool:
+    """Whether the column holds images, which are not read."""
     binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
-    return any(test(kind) for test in binary) or (pa.types.is_struct(kind) and any(_is_heavy(part.type) for part in kind))
+    return any(test(kind) for test in binary) or (pa.types.is_struct(kind) and any(_has_images(part.type) for part in kind))
 
 
 @lru_cache(maxsize=1024)
-def _renamed(written: tuple[str, ...]) -> tuple[str, ...]:
-    """Column names in our words; an alias gives way where the name itself, or an alias before it, is there too."""
-    plain = [str(c).strip().lower() for c in written]
+def _our_names(header: tuple[str, ...]) -> tuple[str, ...]:
+    """Our names of the columns; an alias stays as it is where the name itself, or an alias before it, is there too."""
+    plain = [str(c).strip().lower() for c in header]
     columns: list[str] = []
     for column in plain:
         ours = ALIASES.get(column, column)
@@ -184,7 +182,7 @@ def _renamed(written: tuple[str, ...]) -> tuple[str, ...]:
 FORMATS: dict[str, Callable[[IO[bytes]], Iterator[Any]]] = {
     ".csv": _csv,
     ".tsv": _csv,
-    ".txt": _names,
+    ".txt": _file_list,
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,
@@ -194,13 +192,13 @@ FORMATS: dict[str, Callable[[IO[bytes]], Iterator[Any]]] = {
 
 
 NOWHERE_DEG = 1e-6  # cameras write 0, 0 when they have no fix
-WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def to_photos(rows: Iterable[Row], panorama: PanoramaConfig | None) -> tuple[list[Photo], list[dict[str, Any]]]:
     """The good photos, and the bad rows as rows of `tables.REJECTS`; rows are numbered from 1.
 
-    A row may hold the fields of `Photo`, `panorama` (whether the file is one, if that is known) and `PROBLEM` (why it
+    A row may have the fields of `Photo`, `panorama` (whether the file is one, if that is known) and `PROBLEM` (why it
     can't be used). With `panorama` set, a row that is or may be a panorama becomes one photo per heading.
     """
     good: list[Photo] = []
@@ -214,7 +212,7 @@ def to_photos(rows: Iterable[Row], panorama: PanoramaConfig | None) -> tuple[lis
                 raise ValueError(cells["PROBLEM"])
             if identifier in first_row:
                 raise ValueError(f"duplicate id: '{identifier}' is already the id of row {first_row[identifier]}")
-            photos = list(_views(_photo(number, identifier, file, cells), _flag(cells, "panorama"), panorama))
+            photos = list(_views(_photo(number, identifier, file, cells), _parse_bool(cells, "panorama"), panorama))
         except ValueError as error:
             rejects.append({"file": file, "row": number, "id": identifier, "reason": str(error)})
         else:
@@ -247,7 +245,7 @@ def _photo(row: int, identifier: str, file: str, cells: Row) -> Photo:
         place=clean_text(cells.get("place")) or f"{lat:.5f},{lon:.5f}",  # about 1 m
         lat=lat,
         lon=lon,
-        heading=None if heading is None else _turn(heading),
+        heading=None if heading is None else _normalize_degrees(heading),
         street=clean_text(cells.get("street")),
         district=clean_text(cells.get("district")),
         sub_street=clean_text(cells.get("sub_street")),
@@ -262,12 +260,12 @@ def _views(photo: Photo, is_panorama: bool | None, panorama: PanoramaConfig | No
     if panorama is None or is_panorama is False:
         yield photo
         return
-    for view in dict.fromkeys(_turn(heading) for heading in panorama.headings):
-        heading = None if photo.heading is None else _turn(photo.heading + view)
+    for view in dict.fromkeys(_normalize_degrees(heading) for heading in panorama.headings):
+        heading = None if photo.heading is None else _normalize_degrees(photo.heading + view)
         yield replace(photo, id=f"{photo.id}@{view:g}", heading=heading, fov_deg=panorama.fov_deg, view=view)
 
 
-def _turn(degrees: float) -> float:
+def _normalize_degrees(degrees: float) -> float:
     """The same direction in [0, 360); the remainder of a tiny negative number is 360 itself."""
     return degrees % 360 % 360
 
@@ -295,9 +293,9 @@ def parse_number(cells: Row, column: str) -> float | None:
     return result
 
 
-def _flag(cells: Row, column: str) -> bool | None:
+def _parse_bool(cells: Row, column: str) -> bool | None:
     """A cell as yes or no, None if empty; ValueError if it is something else."""
     value = clean_text(cells.get(column)).lower()
-    if value and value not in WORDS:
+    if value and value not in BOOLEANS:
         raise ValueError(f"not yes or no: {column} is {value!r}")
-    return WORDS.get(value)
+    return BOOLEANS.get(value)

@@ -207,8 +207,8 @@ def from_store(scheme: str) -> None:
     assert rejects == []
     assert remote_path.walk_files(str(city.photos)) == ["a b.jpg"]
     assert remote_path.path_of(str(city.photos)).is_dir()
-    assert readers.base(city.model_copy(update={"photos": None})) == f"{scheme}://bucket/city"
-    answers = [check_photo(remote_path.join(readers.base(city), p.file), 1) for p in photos]
+    assert readers.photos_folder(city.model_copy(update={"photos": None})) == f"{scheme}://bucket/city"
+    answers = [check_photo(remote_path.join(readers.photos_folder(city), p.file), 1) for p in photos]
     assert [str(a).partition(":")[0] for a in answers] == ["not a photo", "photo missing"]
     with pytest.raises(InputError, match=rf"no manifest at {scheme}://bucket/none\.csv"):
         readers.read(CityConfig(manifest=f"{scheme}://bucket/none.csv"))
@@ -239,7 +239,7 @@ def test_a_file_uri_is_a_local_path(bucket: Path) -> None:
     folder = (bucket / "city").as_uri()
     city = CityConfig(manifest=f"{folder}/m.csv")
     assert len(readers.read(city)[0]) == 2
-    assert readers.base(city) == str(bucket / "city")
+    assert readers.photos_folder(city) == str(bucket / "city")
     assert remote_path.join(f"{folder}/photos", "a b.jpg") == str(bucket / "city" / "photos" / "a b.jpg")
 
 

@@ -9,8 +9,8 @@ import pytest
 from addressvlm import InputError
 from addressvlm.config.city import CityConfig
 from addressvlm.dataset import readers
-from addressvlm.dataset.readers import ial
-from tests.dataset.test_file_names import SF
+from addressvlm.dataset.readers.exports import sub_street
+from tests.dataset.readers.test_file_names import SF
 from tests.support.sources import photo, read, written
 
 IAL_ROW = {"image": "000/1.jpg", "neighborhood": "Oakland", "street": "Forbes Avenue"}
@@ -42,7 +42,7 @@ def test_an_annotation_whose_position_is_in_the_name(tmp_path: Path) -> None:
     photos, rejects = read(manifest=path)
     assert (photos[0].street, photos[0].heading, round(photos[0].lat, 4)) == ("Forbes Avenue", 210.0, 37.701)
     assert [r["reason"] for r in rejects] == ["empty cell: lat", "not a JSON object: the line"]
-    assert ial.sub_street("A", []) == ""
+    assert sub_street("A", []) == ""
 
 
 def test_an_annotation_keeps_what_is_known_of_the_photo(tmp_path: Path) -> None:
@@ -149,8 +149,8 @@ def test_a_plain_table_is_a_manifest_and_a_plain_folder_is_exif(tmp_path: Path) 
     assert readers.recognize(CityConfig(manifest=table)) == "manifest"
     photo(tmp_path / "photos" / "a.jpg")
     assert readers.recognize(CityConfig(photos=str(tmp_path / "photos"))) == "exif"
-    assert readers.base(CityConfig(manifest=table)) == str(tmp_path)
-    assert readers.base(CityConfig(manifest=str(tmp_path / "photos"))) == str(tmp_path / "photos")
+    assert readers.photos_folder(CityConfig(manifest=table)) == str(tmp_path)
+    assert readers.photos_folder(CityConfig(manifest=str(tmp_path / "photos"))) == str(tmp_path / "photos")
 
 
 @pytest.mark.parametrize(
