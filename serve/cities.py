@@ -1,4 +1,4 @@
-"""Which models are served: one merged model, or the adapters of several cities on one base."""
+"""The served cities: one merged model, or adapters of several cities on one base; and the geometry of their streets."""
 
 import gzip
 import json
@@ -11,26 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import shapely
-from shapely.geometry.base import BaseGeometry
 
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
 from addressvlm.storage.remote_path import AnyPath, RemotePath, path_of
 from addressvlm.storage.run_dir import LAST_MODEL_FILE, storage_dir
 from serve.errors import ApiError
+from serve.schemas import CityAnswer
 from serve.settings import ServiceSettings, SettingsError
 
-SYSTEM = "addressvlm"  # of a run with several trained systems, the one that is served
+SERVED_SYSTEM = "addressvlm"  # of a run with several trained systems
 
 
 @dataclass(frozen=True)
 class City:
-    """A city that is served.
+    """A city of the service.
 
     Attributes:
-        id: what callers name it by.
-        name: as its gazetteer has it; empty for a model without gazetteer.
+        id: its name in requests.
+        name: from its gazetteer; empty for a model without gazetteer.
         model: the model's name in chat requests.
-        folder: a merged model, or the folder with the gazetteer that belongs to the adapter.
+        folder: a merged model, or the folder with the gazetteer of the adapter.
         adapter: a PEFT adapter on the common base; None for a merged model.
     """
 
@@ -47,15 +47,14 @@ class City:
 
 
 def find_cities(settings: ServiceSettings) -> list[City]:
-    """What `model`, `cities` or else the last training means.
+    """The cities of the settings `model` or `cities`, else of the last training.
 
     Raises:
-        InputError: there is no such model, or two of the cities have the same name.
+        InputError: there is no such model, or two cities have the same id.
     """
     if not settings.cities:
-        folder = model_folder(settings)
-        return [_city(folder, None)]
-    systems = [system for given in settings.cities for system in _systems(_absolute(given))]
+        return [_city(model_folder(settings), None)]
+    systems = [system for setting in settings.cities for system in _trained_systems(_absolute(setting))]
     cities = [_city(_gazetteer_folder(system), system / "adapter") for system in dict.fromkeys(systems)]
     for number, city in enumerate(cities):
         for other in cities[:number]:
@@ -64,31 +63,31 @@ def find_cities(settings: ServiceSettings) -> list[City]:
     return cities
 
 
-def pick_city(cities: Sequence[City], wanted: str | None) -> City:
-    """The city that a request means, by id or name; the only one need not be named.
+def pick_city(cities: Sequence[City], name: str | None) -> City:
+    """The city of a request, by id or name; if there is only one, the name may be missing.
 
     Raises:
-        ApiError: 404 there is no such city, 400 none is named and there are several.
+        ApiError: 404 there is no such city, 400 no name and several cities.
     """
     listed = ", ".join(f"'{city.id}'" for city in cities)
-    if not wanted:
+    if not name:
         if len(cities) == 1:
             return cities[0]
         raise ApiError(400, f"Say which city: one of {listed}.", param="city")
     for city in cities:
-        if wanted.casefold() in (city.id.casefold(), city.name.casefold()):
+        if name.casefold() in (city.id.casefold(), city.name.casefold()):
             return city
-    raise ApiError(404, f"No city '{wanted[:100]}' here, this service has {listed}.", param="city", code="city_not_found")
+    raise ApiError(404, f"No city '{name[:100]}' here, this service has {listed}.", param="city", code="city_not_found")
 
 
-def base_of(cities: Sequence[City], given: str | None) -> str:
-    """The base model that all adapters were trained on: a folder or a hub name.
+def base_model(cities: Sequence[City], base: str | None) -> str:
+    """The base model of all adapters, a folder or a hub name: the setting `base`, else the one they were trained on.
 
     Raises:
-        InputError: an adapter can't be read, they differ in their base, or it is not where it was.
+        InputError: an adapter can't be read, their bases differ, or the base is not at its place.
     """
-    if given:
-        return given
+    if base:
+        return base
     bases: dict[str, AnyPath] = {}
     for city in cities:
         file = (city.adapter or Path()) / "adapter_config.json"
@@ -97,9 +96,9 @@ def base_of(cities: Sequence[City], given: str | None) -> str:
         except (OSError, ValueError, KeyError) as error:
             raise SettingsError(f"{file} can't be read ({type(error).__name__}): train the city again.") from None
     if len(bases) > 1:
-        (one, here), (other, there) = list(bases.items())[:2]
+        (first, first_file), (second, second_file) = list(bases.items())[:2]
         raise SettingsError(
-            f"{here} is on the base {one} and {there} on {other}: serve them apart, or give the one with base=."
+            f"{first_file} is on the base {first} and {second_file} on {second}: serve them apart, or give the one with base=."
         )
     base = next(iter(bases))
     if os.path.isabs(base) and not os.path.isdir(base):
@@ -108,74 +107,12 @@ def base_of(cities: Sequence[City], given: str | None) -> str:
 
 
 def model_folder(settings: ServiceSettings) -> AnyPath:
-    """The folder of the one model to serve, absolute.
+    """The folder of the one model to serve, absolute: the given one or its subfolder `merged`.
 
     Raises:
-        InputError: there is none, or it holds no model.
+        InputError: there is none, or it holds no model that transformers loads.
     """
-    if settings.model is None:
-        return _model_in(_last_model(settings.storage))
-    return _model_in(_absolute(settings.model))
-
-
-def _absolute(given: str) -> AnyPath:
-    place = path_of(given)
-    return place if isinstance(place, RemotePath) else Path(os.path.abspath(place))
-
-
-def model_name(folder: AnyPath) -> str:
-    """The name that callers see: `<run>/<system>` for a model of ours, the folder's name for any other."""
-    if folder.name in ("merged", "adapter") and folder.parent.parent.name == "models":
-        return f"{folder.parents[2].name}/{folder.parent.name}"
-    return folder.name
-
-
-def _city(folder: AnyPath, adapter: AnyPath | None) -> City:
-    gazetteer = folder / GAZETTEER_FILE
-    name = str(json.loads(gazetteer.read_text(encoding="utf-8")).get("city") or "") if gazetteer.is_file() else ""
-    model = model_name(adapter or folder)
-    return City(re.sub(r"\W+", "-", name.lower()).strip("-") or model, name, model, folder, adapter)
-
-
-def _systems(place: AnyPath) -> Iterator[AnyPath]:
-    """Trained systems with an adapter: the folder itself, those of a run, or those of the runs in a folder."""
-    if (place / "adapter" / "adapter_config.json").is_file():
-        yield place
-        return
-    found = sorted(place.glob(f"models/{SYSTEM}/adapter/adapter_config.json")) or sorted(
-        place.glob(f"*/models/{SYSTEM}/adapter/adapter_config.json")
-    )
-    if not found:
-        raise SettingsError(f"{place} holds no adapter of a city (…/models/{SYSTEM}/adapter): give a run or a folder of runs.")
-    yield from (file.parents[1] for file in found)
-
-
-def _gazetteer_folder(system: AnyPath) -> AnyPath:
-    places = [system / "merged", system / "adapter", system.parents[1] / "photos"]
-    for place in places:
-        if (place / GAZETTEER_FILE).is_file():
-            return place
-    raise SettingsError(f"no {GAZETTEER_FILE} for {system} in {' or '.join(map(str, places))}: run its training again.")
-
-
-def _last_model(runs: str) -> AnyPath:
-    """Where the newest `last-model` file points, among the runs here and those of submitted jobs."""
-    places = dict.fromkeys([storage_dir(runs), Path.home() / "addressvlm" / "runs"])
-    pointers = [place / LAST_MODEL_FILE for place in places if (place / LAST_MODEL_FILE).is_file()]
-    if not pointers:
-        raise SettingsError(
-            f"no trained model in {' or '.join(map(str, places))}: run `ray job submit ray_jobs/train.py` first, "
-            "or give one with model=<folder>."
-        )
-    newest = max(pointers, key=lambda pointer: pointer.stat().st_mtime)
-    folder = path_of(newest.read_text().strip())
-    if not folder.is_dir():
-        raise SettingsError(f"{newest} points to {folder}, which is not there: train again, or give model=<folder>.")
-    return folder
-
-
-def _model_in(folder: AnyPath) -> AnyPath:
-    """The folder itself, or its `merged`, if it holds a model that transformers loads."""
+    folder = _last_model(settings.storage) if settings.model is None else _absolute(settings.model)
     if not folder.is_dir():
         raise SettingsError(f"no model folder {folder}: give model=<folder of a trained model>, for instance …/merged.")
     for candidate in (folder, folder / "merged"):
@@ -186,15 +123,68 @@ def _model_in(folder: AnyPath) -> AnyPath:
     raise SettingsError(f"{folder} is not a model (it has no config.json): give a folder that transformers loads.")
 
 
+def _absolute(setting: str) -> AnyPath:
+    path = path_of(setting)
+    return path if isinstance(path, RemotePath) else Path(os.path.abspath(path))
+
+
+def _city(folder: AnyPath, adapter: AnyPath | None) -> City:
+    gazetteer = folder / GAZETTEER_FILE
+    name = str(json.loads(gazetteer.read_text(encoding="utf-8")).get("city") or "") if gazetteer.is_file() else ""
+    model_path = adapter or folder
+    model = model_path.name  # the name that callers see; `<run>/<system>` for a model of a run
+    if model in ("merged", "adapter") and model_path.parent.parent.name == "models":
+        model = f"{model_path.parents[2].name}/{model_path.parent.name}"
+    return City(re.sub(r"\W+", "-", name.lower()).strip("-") or model, name, model, folder, adapter)
+
+
+def _trained_systems(path: AnyPath) -> Iterator[AnyPath]:
+    """Trained systems with an adapter: the folder itself, those of a run, or those of the runs in a folder."""
+    if (path / "adapter" / "adapter_config.json").is_file():
+        yield path
+        return
+    pattern = f"models/{SERVED_SYSTEM}/adapter/adapter_config.json"
+    files = sorted(path.glob(pattern)) or sorted(path.glob(f"*/{pattern}"))
+    if not files:
+        raise SettingsError(
+            f"{path} holds no adapter of a city (…/models/{SERVED_SYSTEM}/adapter): give a run or a folder of runs."
+        )
+    yield from (file.parents[1] for file in files)
+
+
+def _gazetteer_folder(system: AnyPath) -> AnyPath:
+    folders = [system / "merged", system / "adapter", system.parents[1] / "photos"]
+    for folder in folders:
+        if (folder / GAZETTEER_FILE).is_file():
+            return folder
+    raise SettingsError(f"no {GAZETTEER_FILE} for {system} in {' or '.join(map(str, folders))}: run its training again.")
+
+
+def _last_model(storage: str) -> AnyPath:
+    """The model that the newest `last-model` file points to, among the runs here and those of submitted jobs."""
+    folders = dict.fromkeys([storage_dir(storage), Path.home() / "addressvlm" / "runs"])
+    pointers = [folder / LAST_MODEL_FILE for folder in folders if (folder / LAST_MODEL_FILE).is_file()]
+    if not pointers:
+        raise SettingsError(
+            f"no trained model in {' or '.join(map(str, folders))}: run `ray job submit ray_jobs/train.py` first, "
+            "or give one with model=<folder>."
+        )
+    newest = max(pointers, key=lambda pointer: pointer.stat().st_mtime)
+    model = path_of(newest.read_text().strip())
+    if not model.is_dir():
+        raise SettingsError(f"{newest} points to {model}, which is not there: train again, or give model=<folder>.")
+    return model
+
+
 class CityGeometry:
-    """The gazetteer of a city, read when it is first needed."""
+    """The map of a city and the positions of its streets, loaded on first use."""
 
     def __init__(self, city: City) -> None:
         self.city = city
 
     @cached_property
     def geojson(self) -> bytes:
-        """The city's map as it is sent.
+        """The city's map.
 
         Raises:
             ApiError: 404 the model has no gazetteer.
@@ -206,37 +196,36 @@ class CityGeometry:
         return json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode()
 
     @cached_property
-    def zipped(self) -> bytes:
+    def geojson_gzip(self) -> bytes:
         """The map compressed, once for all requests."""
         return gzip.compress(self.geojson, mtime=0)
 
     @cached_property
-    def summary(self) -> dict[str, Any]:
-        """What `/v1/cities` tells of it."""
+    def summary(self) -> CityAnswer:
+        """The city's entry in `/v1/cities`."""
         gazetteer = self.city.gazetteer()
-        return {
-            "id": self.city.id,
-            "name": self.city.name,
-            "model": self.city.model,
-            "streets": len(gazetteer.streets) if gazetteer else 0,
-            "districts": len(gazetteer.districts) if gazetteer else 0,
-            "addresses": len(gazetteer.addresses) if gazetteer else 0,
-        }
+        return CityAnswer(
+            id=self.city.id,
+            name=self.city.name,
+            model=self.city.model,
+            streets=len(gazetteer.streets) if gazetteer else 0,
+            districts=len(gazetteer.districts) if gazetteer else 0,
+            addresses=len(gazetteer.addresses) if gazetteer else 0,
+        )
 
     @cached_property
     def streets(self) -> dict[str, dict[str, Any]]:
-        """Street -> its GeoJSON geometry, and a point on it."""
+        """Street -> {lat, lon, geometry}: a point on it in degrees, and its shape as GeoJSON geometry."""
         gazetteer = self.city.gazetteer()
-        return {name: _placed(shape) for name, shape in gazetteer.geometry.items()} if gazetteer else {}
+        streets = {}
+        for name, shape in gazetteer.geometry.items() if gazetteer else ():
+            longest = max(shapely.get_parts(shape).tolist(), key=lambda part: part.length)
+            line = longest.geom_type in ("LineString", "LinearRing")
+            point = longest.interpolate(0.5, normalized=True) if line else shape.representative_point()
+            streets[name] = {"lat": point.y, "lon": point.x, "geometry": shapely.geometry.mapping(shape)}
+        return streets
 
     def candidate(self, street: str, district: str, probability: float) -> dict[str, Any]:
-        """A candidate as it is sent."""
-        nowhere = {"lat": None, "lon": None, "geometry": None}
-        return {"street": street, "district": district, "probability": probability, **self.streets.get(street, nowhere)}
-
-
-def _placed(shape: BaseGeometry) -> dict[str, Any]:
-    longest = max(shapely.get_parts(shape).tolist(), key=lambda part: part.length)
-    line = longest.geom_type in ("LineString", "LinearRing")
-    point = longest.interpolate(0.5, normalized=True) if line else shape.representative_point()
-    return {"lat": point.y, "lon": point.x, "geometry": shapely.geometry.mapping(shape)}
+        """A `serve.schemas.CandidateAnswer` as a dict."""
+        unknown = {"lat": None, "lon": None, "geometry": None}
+        return {"street": street, "district": district, "probability": probability, **self.streets.get(street, unknown)}

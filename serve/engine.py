@@ -1,7 +1,7 @@
-"""The model in one process: all cities of a replica on one base, requests answered in batches. Runs in one thread."""
+"""The model in one process: all cities of a replica on one base model, requests answered in batches. Not thread-safe."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,22 +11,26 @@ from peft import PeftModel
 from PIL import Image
 
 from addressvlm import InputError
-from addressvlm.answers import question_parser
 from addressvlm.answers.generate import generate_batch
+from addressvlm.answers.question_parser import ParsedQuestion, parse_question
 from addressvlm.answers.types import Completion, Sampling, TextChunk
 from addressvlm.image_decode_worker import LONGEST_SIDE
 from addressvlm.inference import Localization, Localizer
 from addressvlm.models.loading import load_model
 from addressvlm.storage.files import local_model_copy
-from serve.cities import City, base_of
-from serve.schemas import ChatQuery, LocalizeQuery
+from serve.cities import City, base_model
+from serve.requests import ChatQuery, LocalizeQuery
 from serve.settings import ServiceSettings
 
-PIXEL_COUNT = 4096  # a processor's "size" above this is a number of pixels, not of one side
+MAX_SIDE = 4096  # a processor's "size" above this is a number of pixels, not of one side
 
 
 class Engine:
-    """Answers for the cities that are loaded.
+    """Answers for the loaded cities; loads and evicts adapters.
+
+    Attributes:
+        image_size: longer side of the model's input in pixels.
+        context_length: tokens.
 
     Raises:
         InputError: the model can't be loaded.
@@ -35,33 +39,31 @@ class Engine:
     def __init__(self, settings: ServiceSettings, cities: Sequence[City]) -> None:
         self.settings = settings
         self.cities = {city.id: city for city in cities}
-        self.names = {city.id: f"city{number}" for number, city in enumerate(cities)}  # PEFT takes no dots in names
+        self.adapter_names = {city.id: f"city{number}" for number, city in enumerate(cities)}  # PEFT takes no dots in names
         self.localizers: dict[str, Localizer] = {}
-        self.base: Any = None
+        self.base: Any = None  # the model below the adapters; None for a merged model
         options: dict[str, Any] = {"dtype": settings.dtype, "trust_remote_code": settings.trust_remote_code}
-        if cities[0].adapter is None:
-            one = self.localizers[cities[0].id] = Localizer(cities[0].folder, memory_mb=settings.photo_memory_mb, **options)
-            self.processor, self.config = one.processor, one.model.config
+        first = cities[0]
+        if first.adapter is None:
+            localizer = Localizer(first.folder, memory_mb=settings.photo_memory_mb, **options)
+            self.localizers[first.id], self.processor, config = localizer, localizer.processor, localizer.model.config
         else:
-            self.base, self.processor = load_model(base_of(cities, settings.base), **options)
-            self.config = self.base.config
-        self.side = side_of(self.processor.image_processor)
-        self.context = getattr(self.config.get_text_config(), "max_position_embeddings", None) or 2**20
-        self.image_tokens = self._image_tokens()
+            self.base, self.processor = load_model(base_model(cities, settings.base), **options)
+            config = self.base.config
+        self.image_size = input_size(self.processor.image_processor)
+        self.context_length = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
+        self.tokens_per_image = self._count_image_tokens()
 
-    def add(self, city: str) -> None:
-        """Load a city's adapter beside those that are there.
+    def add_city(self, city: str) -> None:
+        """Load a city's adapter beside the others.
 
         Raises:
             InputError: the adapter does not fit the base.
         """
         if city in self.localizers:
             return
-        name, adapter, folder = (
-            self.names[city],
-            str(local_model_copy(self.cities[city].adapter or "")),
-            self.cities[city].folder,
-        )
+        name, folder = self.adapter_names[city], self.cities[city].folder
+        adapter = str(local_model_copy(self.cities[city].adapter or ""))
         try:
             if isinstance(self.base, PeftModel):
                 self.base.load_adapter(adapter, adapter_name=name, torch_device=str(self.base.device))
@@ -72,171 +74,173 @@ class Engine:
         memory_mb = self.settings.photo_memory_mb / self.settings.cities_per_replica
         self.localizers[city] = Localizer(folder, memory_mb=memory_mb, loaded=(self.base.get_base_model(), self.processor))
 
-    def remove(self, city: str) -> None:
-        """Forget a city's adapter."""
+    def remove_city(self, city: str) -> None:
+        """Evict a city's adapter."""
         if self.localizers.pop(city, None) is None:
             return
         if self.localizers:
-            self.base.delete_adapter(self.names[city])
+            self.base.delete_adapter(self.adapter_names[city])
         else:
             self.base = self.base.unload()  # PEFT keeps no model without adapters
 
-    def localize(self, asked: Sequence[LocalizeQuery]) -> list[Localization | Exception]:
-        """One result or exception a photo; those of one city go through the model together."""
-        found: list[Any] = [None] * len(asked)
-        for city, rows in _groups(asked, lambda where: where.city).items():
-            together = _attempt(self._localize, city, [asked[at] for at in rows])
-            for number, at in enumerate(rows):
-                alone = isinstance(together, Exception) and len(rows) > 1  # one bad prior must not fail the others
-                result = _attempt(self._localize, city, [asked[at]]) if alone else together
-                found[at] = result if isinstance(result, Exception) else result[0 if alone else number]
-        return found
+    def localize(self, queries: Sequence[LocalizeQuery]) -> list[Localization | Exception]:
+        """One result or exception per photo; those of one city go through the model together."""
+        results: list[Any] = [None] * len(queries)
+        for city, positions in _group_by(queries, lambda query: query.city).items():
+            batch = _result_or_error(self._localize_batch, city, [queries[i] for i in positions])
+            retry = isinstance(batch, Exception) and len(positions) > 1  # one bad prior must not fail the others
+            for row, i in enumerate(positions):
+                result = _result_or_error(self._localize_batch, city, [queries[i]]) if retry else batch
+                results[i] = result if isinstance(result, Exception) else result[0 if retry else row]
+        return results
 
-    def answer(self, asked: Sequence[ChatQuery]) -> list[list[Completion] | Exception]:
-        """One result or exception a question: alike ones about one photo each go together, the rest one by one."""
-        found: list[Any] = [None] * len(asked)
-        for key, rows in _groups(asked, lambda question: _attempt(self._batch_of, question)).items():
+    def chat(self, queries: Sequence[ChatQuery]) -> list[list[Completion] | Exception]:
+        """Answers or an exception per query; similar queries about one photo each are batched, others go one by one."""
+        results: list[Any] = [None] * len(queries)
+        for key, positions in _group_by(queries, lambda query: _result_or_error(self._batch_key, query)).items():
+            group = [queries[i] for i in positions]
             if isinstance(key, Exception):
-                together: Any = key
-            elif key is None or (len(rows) == 1 and key[0] == "plain"):
-                together = [_attempt(self._chat, asked[at]) for at in rows]
+                batch: Any = key
+            elif key is None or (len(group) == 1 and key[0] == "generate"):
+                batch = [_result_or_error(self._chat_one, query) for query in group]
             else:
-                together = _attempt(self._known if key[0] == "address" else self._plain, [asked[at] for at in rows])
-            for number, at in enumerate(rows):
-                found[at] = together if isinstance(together, Exception) else together[number]
-        return found
+                batch = _result_or_error(self._answer_address if key[0] == "address" else self._generate_batch, group)
+            for row, i in enumerate(positions):
+                results[i] = batch if isinstance(batch, Exception) else batch[row]
+        return results
 
-    def stream(self, question: ChatQuery) -> Iterator[TextChunk]:
-        """The answer piece by piece. Other work may go on between two pieces, so each finds its adapter anew.
+    def stream_chat(self, query: ChatQuery) -> Iterator[TextChunk]:
+        """The answers chunk by chunk. Other cities may be used between two chunks, so each activates its adapter again.
 
         Raises:
             InputError: the conversation is longer than the model's context.
         """
-        if self._about_address(question):
-            known = self._known([question])[0][0]
-            yield TextChunk(0, known.text, known.finish, (), known.prompt_tokens, known.tokens)
+        if self._address_question(query):
+            answer = self._answer_address([query])[0][0]
+            yield TextChunk(0, answer.text, answer.finish, (), answer.prompt_tokens, answer.tokens)
             return
-        sampling = self._room(question)
-        pieces = self._use(question.city).stream(question.messages, _images(question), sampling)
+        sampling = self._fit_context(query)
+        chunks = self._activate(query.city).stream(query.messages, _images(query), sampling)
         while True:
-            self._use(question.city)
-            piece = next(pieces, None)
-            if piece is None:
+            self._activate(query.city)
+            chunk = next(chunks, None)
+            if chunk is None:
                 return
-            yield piece
+            yield chunk
 
-    def _use(self, city: str) -> Localizer:
-        """A city's localizer, its adapter at work; one that had to make room meanwhile comes back."""
+    def _activate(self, city: str) -> Localizer:
+        """A city's localizer with its adapter active; loads it if it was evicted, and evicts others for it."""
         if self.base is not None:
-            self.add(city)
-            if self.base.active_adapter != self.names[city]:
-                self.base.set_adapter(self.names[city], inference_mode=True)
+            self.add_city(city)
+            if self.base.active_adapter != self.adapter_names[city]:
+                self.base.set_adapter(self.adapter_names[city], inference_mode=True)
             while len(self.localizers) > self.settings.cities_per_replica:
-                self.remove(next(other for other in self.localizers if other != city))
+                self.remove_city(next(other for other in self.localizers if other != city))
         return self.localizers[city]
 
-    def _localize(self, city: str, asked: Sequence[LocalizeQuery]) -> list[Localization]:
-        localizer = self._use(city)
-        beliefs = localizer.beliefs([Image.fromarray(where.pixels) for where in asked], [where.prior for where in asked])
-        own = localizer.calibration.threshold
+    def _localize_batch(self, city: str, queries: Sequence[LocalizeQuery]) -> list[Localization]:
+        localizer = self._activate(city)
+        photos, priors = [Image.fromarray(query.pixels) for query in queries], [query.prior for query in queries]
+        default = localizer.calibration.threshold
         return [
-            belief.localization(where.top_k, own if where.threshold is None else where.threshold)
-            for belief, where in zip(beliefs, asked, strict=True)
+            distribution.localization(query.top_k, default if query.threshold is None else query.threshold)
+            for distribution, query in zip(localizer.beliefs(photos, priors), queries, strict=True)
         ]
 
-    def _batch_of(self, question: ChatQuery) -> tuple[Any, ...] | None:
-        """What questions that are answered together have in common; None for those that go alone.
+    def _batch_key(self, query: ChatQuery) -> tuple[Any, ...] | None:
+        """What queries of one batch have in common; None for those that go alone.
 
         Raises:
-            InputError: the question is longer than the model's context.
+            InputError: the query is longer than the model's context.
         """
-        if self._about_address(question):
-            return "address", question.city
-        s = question.sampling
+        if self._address_question(query):
+            return "address", query.city
+        s = query.sampling
         special = s.stop or s.n > 1 or s.logprobs is not None or s.top_p < 1 or s.seed is not None
-        first, kinds_of = question.messages[0], [part["type"] for m in question.messages for part in m["content"]]
-        if special or len(question.messages) > 1 or first["role"] != "user" or kinds_of != ["image", "text"]:
+        first, part_types = query.messages[0], [part["type"] for m in query.messages for part in m["content"]]
+        if special or len(query.messages) > 1 or first["role"] != "user" or part_types != ["image", "text"]:
             return None
-        return "plain", question.city, self._room(question).max_tokens, s.temperature
+        return "generate", query.city, self._fit_context(query).max_tokens, s.temperature
 
-    def _plain(self, asked: Sequence[ChatQuery]) -> list[list[Completion]]:
-        """Answers to questions of one city that have as much room."""
-        room, localizer = self._room(asked[0]), self._use(asked[0].city)
-        images = [_images(question)[0] for question in asked]
-        texts = [question.messages[0]["content"][1]["text"] for question in asked]
-        return [[answer] for answer in generate_batch(localizer, images, texts, room.max_tokens, room.temperature)]
+    def _generate_batch(self, queries: Sequence[ChatQuery]) -> list[list[Completion]]:
+        """Answers to queries with the same batch key."""
+        sampling, localizer = self._fit_context(queries[0]), self._activate(queries[0].city)
+        images = [_images(query)[0] for query in queries]
+        texts = [query.messages[0]["content"][1]["text"] for query in queries]
+        return [[answer] for answer in generate_batch(localizer, images, texts, sampling.max_tokens, sampling.temperature)]
 
-    def _chat(self, question: ChatQuery) -> list[Completion]:
-        sampling = self._room(question)
-        return self._use(question.city).chat(question.messages, _images(question), sampling)
+    def _chat_one(self, query: ChatQuery) -> list[Completion]:
+        sampling = self._fit_context(query)
+        return self._activate(query.city).chat(query.messages, _images(query), sampling)
 
-    def _about_address(self, question: ChatQuery) -> question_parser.ParsedQuestion | None:
-        """The question as one about the address, if the probabilities of the city's addresses are to answer it."""
-        gazetteer, sampling = self._use(question.city).gazetteer, question.sampling
+    def _address_question(self, query: ChatQuery) -> ParsedQuestion | None:
+        """The query as a question about the address, if the address distribution is to answer it."""
+        gazetteer, sampling = self._activate(query.city).gazetteer, query.sampling
         greedy = sampling.temperature == 0 and sampling.n == 1 and sampling.logprobs is None and not sampling.stop
-        if not (self.settings.exact_answers and greedy and gazetteer and gazetteer.addresses and len(question.images) == 1):
+        if not (self.settings.exact_answers and greedy and gazetteer and gazetteer.addresses and len(query.images) == 1):
             return None
-        return question_parser.parse_question(
-            " ".join(part["text"] for part in question.messages[-1]["content"] if part["type"] == "text"), gazetteer
-        )
+        text = " ".join(part["text"] for part in query.messages[-1]["content"] if part["type"] == "text")
+        return parse_question(text, gazetteer)
 
-    def _known(self, asked: Sequence[ChatQuery]) -> list[list[Completion]]:
-        """Answers to questions of one city about the address, by its probabilities."""
-        localizer = self._use(asked[0].city)
+    def _answer_address(self, queries: Sequence[ChatQuery]) -> list[list[Completion]]:
+        """Answers to one city's questions about the address, from the address distributions."""
+        localizer = self._activate(queries[0].city)
         answers = []
-        for question, beliefs in zip(asked, localizer.beliefs([_images(q)[0] for q in asked]), strict=True):
-            about = self._about_address(question)
-            text = about.answer(beliefs)[0] if about else ""
+        for query, distribution in zip(queries, localizer.beliefs([_images(query)[0] for query in queries]), strict=True):
+            question = self._address_question(query)
+            text = question.answer(distribution)[0] if question else ""
             tokens = len(localizer.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
-            answers.append([Completion(text, "stop", (), self._length(question), tokens)])
+            answers.append([Completion(text, "stop", (), self._prompt_length(query), tokens)])
         return answers
 
-    def _room(self, question: ChatQuery) -> Sampling:
-        """The question's sampling with no more tokens than the context has room for."""
-        used, s = self._length(question), question.sampling
-        if used >= self.context:
-            raise InputError(f"The conversation has {used} tokens and the model reads {self.context}: send a shorter one.")
-        return replace(s, max_tokens=min(s.max_tokens, self.context - used))
+    def _fit_context(self, query: ChatQuery) -> Sampling:
+        """The query's sampling with at most as many tokens as the context has left."""
+        used, sampling = self._prompt_length(query), query.sampling
+        if used >= self.context_length:
+            raise InputError(
+                f"The conversation has {used} tokens and the model reads {self.context_length}: send a shorter one."
+            )
+        return replace(sampling, max_tokens=min(sampling.max_tokens, self.context_length - used))
 
-    def _length(self, question: ChatQuery) -> int:
-        """Tokens of the prompt, images included, counted without looking at them."""
-        localizer = self._use(question.city)
-        text = localizer.prompt(question.messages)
-        return len(localizer.tokenizer(text)["input_ids"]) + len(question.images) * self.image_tokens
+    def _prompt_length(self, query: ChatQuery) -> int:
+        """Tokens of the prompt, images included, without encoding them."""
+        localizer = self._activate(query.city)
+        text = localizer.prompt(query.messages)
+        return len(localizer.tokenizer(text)["input_ids"]) + len(query.images) * self.tokens_per_image
 
-    def _image_tokens(self) -> int:
-        """How many tokens an image takes beyond its marker."""
+    def _count_image_tokens(self) -> int:
+        """Tokens of an image beyond its placeholder in the prompt."""
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
         prompt = self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        image = Image.fromarray(np.zeros((self.side, self.side, 3), np.uint8))
-        whole = self.processor(text=[prompt], images=[[image]], return_tensors="pt")["input_ids"].shape[1]
-        return int(whole - len(self.processor.tokenizer(prompt)["input_ids"]))
+        image = Image.fromarray(np.zeros((self.image_size, self.image_size, 3), np.uint8))
+        length = self.processor(text=[prompt], images=[[image]], return_tensors="pt")["input_ids"].shape[1]
+        return int(length - len(self.processor.tokenizer(prompt)["input_ids"]))
 
 
-def side_of(processor: Any) -> int:
-    """Pixels of the longer side that an image processor brings images to."""
+def input_size(processor: Any) -> int:
+    """Pixels of the longer side to which an image processor resizes."""
     sizes = [getattr(processor, name, None) for name in ("size", "crop_size")]
     values = [value for size in sizes if size for value in dict(size).values() if isinstance(value, int)]
-    sides = [value if value <= PIXEL_COUNT else int(value**0.5) for value in values]
+    sides = [value if value <= MAX_SIDE else int(value**0.5) for value in values]
     return min(max(sides, default=LONGEST_SIDE), LONGEST_SIDE)
 
 
-def _images(question: ChatQuery) -> list[Image.Image]:
-    return [Image.fromarray(pixels) for pixels in question.images]
+def _images(query: ChatQuery) -> list[Image.Image]:
+    return [Image.fromarray(pixels) for pixels in query.images]
 
 
-def _groups(items: Sequence[Any], key: Any) -> dict[Any, list[int]]:
-    """Positions of the items by what they have in common, in order."""
+def _group_by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[int]]:
+    """Positions of the items by key, in order."""
     groups: dict[Any, list[int]] = defaultdict(list)
-    for at, item in enumerate(items):
-        groups[key(item)].append(at)
+    for position, item in enumerate(items):
+        groups[key(item)].append(position)
     return groups
 
 
-def _attempt(work: Any, *args: Any) -> Any:
-    """The result, or the exception as a value: one bad request must not fail those that came together with it."""
+def _result_or_error(function: Callable[..., Any], *args: Any) -> Any:
+    """The result, or the exception as a value: one bad request must not fail the others of its batch."""
     try:
-        return work(*args)
+        return function(*args)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         return InputError("The request needs more memory than the model's device has: send fewer images or a shorter text.")

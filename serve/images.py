@@ -1,12 +1,19 @@
-"""Photos before the model: fetched where that is allowed, decoded, and shrunk to the model's size."""
+"""Photos before the model: fetched if that is allowed, decoded in a sandbox, and shrunk to the model's input size."""
 
 import asyncio
 import base64
 import binascii
 import ipaddress
+import json
+import logging
+import os
 import re
 import socket
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 import aiohttp
@@ -15,186 +22,70 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from prometheus_client.core import Metric
 from ray import serve
 
+import addressvlm
 from addressvlm import InputError
-from addressvlm.image_decode_worker import LONGEST_SIDE
-from serve.decode_pool import DecodePool
-from serve.errors import QUIET, ApiError, refusals_told
+from addressvlm.image_decode_worker import LONGEST_SIDE, DecodedImage
+from serve.errors import LOGGING_CONFIG, ApiError, overloaded, return_user_errors
 from serve.metrics import ServiceMetrics
 from serve.settings import ServiceSettings
 
-REDIRECTS = 3
-SCHEMES = {"http": 80, "https": 443}
-
-
-class ImageFetcher:
-    """Fetches images.
-
-    Args:
-        domains: hosts, `.example.org` for all below it, each with a port where it is not the scheme's.
-        private: whether they may have addresses that are not global.
-        max_mb, timeout_s: bounds of one image, redirects included.
-    """
-
-    def __init__(self, domains: Sequence[str], private: bool, max_mb: float, timeout_s: float) -> None:
-        self.domains = [domain.lower() for domain in domains]
-        self.private, self.max_mb, self.timeout_s = private, max_mb, timeout_s
-
-    async def get(self, url: str) -> bytes:
-        """The body that a URL leads to.
-
-        Raises:
-            ApiError: 400 the address is not allowed, answers anything but an image's bytes, or too many or too slowly.
-        """
-        try:
-            async with asyncio.timeout(self.timeout_s):
-                return await self._follow(url)
-        except TimeoutError:
-            raise _refusal(f"The image's server took more than {self.timeout_s:g} s: send the image itself.") from None
-        except (aiohttp.ClientError, OSError, UnicodeError, ValueError) as error:
-            if isinstance(error.__cause__ or error.__context__, _PrivateError) or isinstance(error, _PrivateError):
-                raise _refusal("The image's address is in a private network: send the image itself.") from None
-            raise _refusal(f"The image could not be fetched ({type(error).__name__}): send the image itself.") from None
-
-    async def _follow(self, url: str) -> bytes:
-        connector = aiohttp.TCPConnector(resolver=_CheckedResolver(self.private), use_dns_cache=False, force_close=True)
-        async with aiohttp.ClientSession(
-            connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False
-        ) as session:
-            for _ in range(REDIRECTS + 1):
-                self._check(url)
-                headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "addressvlm"}
-                async with session.get(url, headers=headers, allow_redirects=False) as response:
-                    if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
-                        url = urljoin(url, response.headers["Location"])
-                        continue
-                    if response.status != 200:
-                        raise _refusal(f"The image's server answered {response.status}: check the address.")
-                    return await self._body(response)
-        raise _refusal(f"The image's address redirects more than {REDIRECTS} times: give the last one.")
-
-    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
-        limit = int(self.max_mb * 1e6)
-        body = bytearray()
-        async for chunk in response.content.iter_chunked(1 << 16):
-            body += chunk
-            if len(body) > limit:
-                raise _refusal(f"The image is larger than {self.max_mb:g} MB: send a smaller one.")
-        return bytes(body)
-
-    def _check(self, url: str) -> None:
-        """Judge scheme, host and port against the domains that are allowed."""
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError:
-            raise _refusal("The image's address can't be read: write it as https://host/path.") from None
-        if parts.scheme not in SCHEMES or not parts.hostname:
-            raise _refusal("Images are fetched by http and https only: send the image itself as a data URL.")
-        if parts.username is not None or parts.password is not None:
-            raise _refusal("The image's address holds a user name or password: leave them out.")
-        if not any(_matches(domain, parts, port) for domain in self.domains):
-            raise _refusal("Images are not fetched from this host: send the image itself as a data URL.")
-
-
-class _PrivateError(OSError):
-    """A name leads into a network that is not public."""
-
-
-class _CheckedResolver(AbstractResolver):
-    """Resolves a name once; all of its addresses must be global."""
-
-    def __init__(self, private: bool) -> None:
-        self.private = private
-
-    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        addresses = list(dict.fromkeys((kind, place[0]) for kind, _, _, _, place in found))
-        if not self.private and not all(is_global(str(address)) for _, address in addresses):
-            raise _PrivateError(f"{host} is not public")
-        return [
-            ResolveResult(hostname=host, host=str(address), port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
-            for kind, address in addresses
-        ]
-
-    async def close(self) -> None:
-        """Nothing is kept."""
-
-
-def is_global(address: str) -> bool:
-    """Whether an IP address is a public host's; what IPv6 wraps (mapped, 6to4, Teredo, NAT64) is judged by what is inside."""
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    inside: list[ipaddress.IPv4Address | None] = []
-    if isinstance(ip, ipaddress.IPv6Address):
-        inside = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in ipaddress.ip_network("64:ff9b::/96"):
-            inside.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-    wrapped = [one for one in inside if one is not None]
-    return (all(one.is_global for one in wrapped) and (bool(ip.is_global) or bool(wrapped))) and not ip.is_multicast
-
-
-def _matches(domain: str, parts: SplitResult, port: int | None) -> bool:
-    name, _, allowed = domain.partition(":")
-    host = (parts.hostname or "").lower()
-    same = host.endswith(name) and host != name if name.startswith(".") else host == name
-    return same and (port or SCHEMES[parts.scheme]) == (int(allowed) if allowed else SCHEMES[parts.scheme])
-
-
-def _refusal(message: str) -> ApiError:
-    return ApiError(400, message, code="image_not_fetched")
-
-
+MAX_REDIRECTS = 3
+DEFAULT_PORTS = {"http": 80, "https": 443}
+WORKER_COMMAND = (sys.executable, "-m", "addressvlm.image_decode_worker")
+WALL_TIME_FACTOR = 6  # a photo may wait for a process, and then take, this many times its CPU seconds
 _DATA_URL = re.compile(r"data:[^,;]*(?:;[^,;]*)*?;base64,", re.IGNORECASE)
-_WEB = re.compile(r"\s*(?:[a-z][a-z0-9+.-]*://|file:)", re.IGNORECASE)
+_WEB_ADDRESS = re.compile(r"\s*(?:[a-z][a-z0-9+.-]*://|file:)", re.IGNORECASE)
+logger = logging.getLogger("ray.serve")
 
 
 class Images:
     """Encoded photo in, pixels out."""
 
     def __init__(self, settings: ServiceSettings) -> None:
-        self.settings, self.records = settings, ServiceMetrics()
-        self.decoders = DecodePool(settings.image_processes, settings.decode_s, settings.max_megapixels)
+        self.settings, self.metrics = settings, ServiceMetrics()
+        self.decode_pool = DecodePool(settings.image_processes, settings.decode_s, settings.max_megapixels)
         self.fetcher = ImageFetcher(settings.image_domains, settings.private_addresses, settings.max_body_mb, settings.fetch_s)
 
     async def read(self, source: bytes | str, side: int = LONGEST_SIDE) -> np.ndarray:
-        """Pixels of a photo given by its bytes, as base64, as a data URL or as a web address, uint8 (height, width, 3).
+        """Pixels of a photo given as bytes, base64, a data URL or a web address, uint8 (height, width, 3).
+
+        Args:
+            side: of the model's input in pixels, see `addressvlm.image_decode_worker.decode_image`.
 
         Raises:
             InputError: it is no photo that can be used.
-            ApiError: its web address is not allowed, or gave nothing.
+            ApiError: 400 its web address is not allowed or returns no image; 503 overloaded.
         """
-        data = await self._bytes(source) if isinstance(source, str) else source
-        with self.records.time("addressvlm_decode_seconds"):
-            found = await self.decoders.decode(data, side)
-        return np.frombuffer(found.rgb, np.uint8).reshape(found.height, found.width, 3)
-
-    async def _bytes(self, text: str) -> bytes:
-        if not _WEB.match(text[:64]):
-            return bytes_of(text)
-        if not self.settings.image_domains:
+        if isinstance(source, bytes):
+            data = source
+        elif not _WEB_ADDRESS.match(source[:64]):
+            data = decode_base64(source)
+        elif self.settings.image_domains:
+            data = await self.fetcher.fetch(source.strip())
+        else:
             raise InputError(
                 "Images are not fetched from web addresses: send the image itself as a data URL (data:image/jpeg;base64,…)."
             )
-        return await self.fetcher.get(text.strip())
+        with self.metrics.time("addressvlm_decode_seconds"):
+            image = await self.decode_pool.decode(data, side)
+        return np.frombuffer(image.rgb, np.uint8).reshape(image.height, image.width, 3)
 
 
-@serve.deployment(name="Images", logging_config=QUIET)
+@serve.deployment(name="Images", logging_config=LOGGING_CONFIG)
 class ImagesDeployment(Images):
-    """The same as a deployment."""
+    """`Images` as a deployment."""
 
-    read = refusals_told(Images.read)
+    read = return_user_errors(Images.read)
 
     async def collect(self) -> tuple[str, list[Metric]]:
-        """What was counted here, for `/metrics`."""
-        return str(serve.get_replica_context().replica_tag), self.records.collect()
+        """This replica's name and metrics."""
+        return str(serve.get_replica_context().replica_tag), self.metrics.collect()
 
     def __del__(self) -> None:
-        self.decoders.kill()
+        self.decode_pool.kill()
 
 
-def bytes_of(text: str) -> bytes:
+def decode_base64(text: str) -> bytes:
     """The bytes of an image given as base64 or as a data URL.
 
     Raises:
@@ -207,3 +98,213 @@ def bytes_of(text: str) -> bytes:
         return base64.b64decode(re.sub(r"\s+", "", text[header.end() if header else 0 :]), validate=True)
     except (binascii.Error, ValueError):
         raise InputError("The image is not valid base64: encode the file's bytes, with the padding.") from None
+
+
+class DecodePool:
+    """Processes that decode photos; one that uses too much time or memory is ended.
+
+    Args:
+        processes: at most this many, started on demand.
+        cpu_s: CPU seconds for one photo.
+        command: the worker, see `addressvlm.image_decode_worker`.
+    """
+
+    def __init__(self, processes: int, cpu_s: int, max_megapixels: float, command: Sequence[str] = WORKER_COMMAND) -> None:
+        self.cpu_s, self.max_megapixels, self.command = cpu_s, max_megapixels, command
+        self.slots = asyncio.Semaphore(processes)
+        self.idle: list[Process] = []
+
+    async def decode(self, data: bytes, side: int) -> DecodedImage:
+        """The pixels of an encoded photo, see `addressvlm.image_decode_worker.decode_image`.
+
+        Raises:
+            InputError: it is no photo that can be used, or decoding takes too long.
+            ApiError: 503 no process is free in time, or none can be started.
+        """
+        try:
+            async with asyncio.timeout(WALL_TIME_FACTOR * self.cpu_s):
+                await self.slots.acquire()
+        except TimeoutError:
+            raise overloaded() from None
+        try:
+            async with asyncio.timeout(WALL_TIME_FACTOR * self.cpu_s):
+                return await self._decode(data, side)
+        except (TimeoutError, asyncio.IncompleteReadError):
+            raise InputError("The image takes too long to decode: send it smaller, or as a plain JPEG.") from None
+        except OSError as error:
+            logger.error("a decoding process can't be used: %r", error)
+            raise overloaded() from None
+        finally:
+            self.slots.release()
+
+    async def _decode(self, data: bytes, side: int) -> DecodedImage:
+        self.idle = [process for process in self.idle if process.returncode is None]
+        process = self.idle.pop() if self.idle else await self._start()
+        try:
+            result = await self._send(process, data, side)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            raise
+        self.idle.append(process)
+        if isinstance(result, str):
+            raise InputError(result)
+        return result
+
+    async def _send(self, process: Process, data: bytes, side: int) -> DecodedImage | str:
+        """Have a process decode a photo; its pixels, or the error."""
+        if process.stdin is None or process.stdout is None:
+            raise OSError("the process has no pipes")
+        request = {"bytes": len(data), "max_megapixels": self.max_megapixels, "side": side, "cpu_s": self.cpu_s}
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.write(data)
+        await process.stdin.drain()
+        response = json.loads(await process.stdout.readuntil(b"\n"))
+        if "refused" in response:
+            return str(response["refused"])
+        width, height = response["width"], response["height"]
+        return DecodedImage(width, height, await process.stdout.readexactly(3 * width * height))
+
+    async def _start(self) -> Process:
+        package = str(Path(addressvlm.__file__).parents[1])
+        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        environment = {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": path}  # no keys or other secrets
+        return await asyncio.create_subprocess_exec(*self.command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment)
+
+    def kill(self) -> None:
+        """End the idle processes."""
+        for process in self.idle:
+            with suppress(ProcessLookupError):
+                process.kill()
+
+    async def close(self) -> None:
+        """End the idle processes and wait for that."""
+        self.kill()
+        while self.idle:
+            await self.idle.pop().wait()
+
+
+class ImageFetcher:
+    """Fetches images from allowed hosts.
+
+    Args:
+        domains: hosts, or `.example.org` for all below it; each with `:port` if it is not the scheme's default.
+        private: whether they may have addresses in private networks.
+        max_mb, timeout_s: limits for one image, redirects included.
+    """
+
+    def __init__(self, domains: Sequence[str], private: bool, max_mb: float, timeout_s: float) -> None:
+        self.domains = [domain.lower() for domain in domains]
+        self.private, self.max_mb, self.timeout_s = private, max_mb, timeout_s
+
+    async def fetch(self, url: str) -> bytes:
+        """The body at a URL.
+
+        Raises:
+            ApiError: 400 the URL is not allowed, or its server answers with an error, too many bytes or too slowly.
+        """
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await self._follow_redirects(url)
+        except TimeoutError:
+            raise _not_fetched(f"The image's server took more than {self.timeout_s:g} s: send the image itself.") from None
+        except (aiohttp.ClientError, OSError, UnicodeError, ValueError) as error:
+            if isinstance(error.__cause__ or error.__context__, PrivateAddressError) or isinstance(error, PrivateAddressError):
+                raise _not_fetched("The image's address is in a private network: send the image itself.") from None
+            raise _not_fetched(f"The image could not be fetched ({type(error).__name__}): send the image itself.") from None
+
+    async def _follow_redirects(self, url: str) -> bytes:
+        connector = aiohttp.TCPConnector(resolver=CheckedResolver(self.private), use_dns_cache=False, force_close=True)
+        async with aiohttp.ClientSession(
+            connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False
+        ) as session:
+            for _ in range(MAX_REDIRECTS + 1):
+                self.check_url(url)
+                headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "addressvlm"}
+                async with session.get(url, headers=headers, allow_redirects=False) as response:
+                    if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
+                        url = urljoin(url, response.headers["Location"])
+                        continue
+                    if response.status != 200:
+                        raise _not_fetched(f"The image's server answered {response.status}: check the address.")
+                    return await self._read_body(response)
+        raise _not_fetched(f"The image's address redirects more than {MAX_REDIRECTS} times: give the last one.")
+
+    async def _read_body(self, response: aiohttp.ClientResponse) -> bytes:
+        limit = int(self.max_mb * 1e6)
+        body = bytearray()
+        async for chunk in response.content.iter_chunked(1 << 16):
+            body += chunk
+            if len(body) > limit:
+                raise _not_fetched(f"The image is larger than {self.max_mb:g} MB: send a smaller one.")
+        return bytes(body)
+
+    def check_url(self, url: str) -> None:
+        """Check scheme, host and port against the allowed domains.
+
+        Raises:
+            ApiError: 400 not allowed.
+        """
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError:
+            raise _not_fetched("The image's address can't be read: write it as https://host/path.") from None
+        if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
+            raise _not_fetched("Images are fetched by http and https only: send the image itself as a data URL.")
+        if parts.username is not None or parts.password is not None:
+            raise _not_fetched("The image's address holds a user name or password: leave them out.")
+        if not any(_domain_matches(domain, parts, port) for domain in self.domains):
+            raise _not_fetched("Images are not fetched from this host: send the image itself as a data URL.")
+
+
+class PrivateAddressError(OSError):
+    """A host name resolves to an address that is not public."""
+
+
+class CheckedResolver(AbstractResolver):
+    """Resolves a host name once; unless `private`, all of its addresses must be public."""
+
+    def __init__(self, private: bool) -> None:
+        self.private = private
+
+    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:
+        infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys((kind, endpoint[0]) for kind, _, _, _, endpoint in infos))
+        if not self.private and not all(is_public(str(address)) for _, address in addresses):
+            raise PrivateAddressError(f"{host} is not public")
+        return [
+            ResolveResult(hostname=host, host=str(address), port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
+            for kind, address in addresses
+        ]
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is a public host's; IPv4 addresses inside IPv6 (mapped, 6to4, Teredo, NAT64) must be public."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    inner: list[ipaddress.IPv4Address | None] = []
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+        if ip in ipaddress.ip_network("64:ff9b::/96"):
+            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    wrapped = [one for one in inner if one is not None]
+    return (all(one.is_global for one in wrapped) and (bool(ip.is_global) or bool(wrapped))) and not ip.is_multicast
+
+
+def _domain_matches(domain: str, parts: SplitResult, port: int | None) -> bool:
+    name, _, allowed_port = domain.partition(":")
+    host = (parts.hostname or "").lower()
+    same = host.endswith(name) and host != name if name.startswith(".") else host == name
+    default = DEFAULT_PORTS[parts.scheme]
+    return same and (port or default) == (int(allowed_port) if allowed_port else default)
+
+
+def _not_fetched(message: str) -> ApiError:
+    return ApiError(400, message, code="image_not_fetched")

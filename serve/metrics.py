@@ -1,4 +1,4 @@
-"""What is counted for `/metrics`: each replica counts what it does, and the front puts all of them together."""
+"""Prometheus metrics for `/metrics`: each replica collects its own, the HTTP front merges them."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import Metric
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-SHARES = tuple(n / 10 for n in range(1, 11))
+PROBABILITIES = tuple(n / 10 for n in range(1, 11))
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 COUNTERS = {
@@ -20,7 +20,7 @@ COUNTERS = {
 }
 HISTOGRAMS = {
     "addressvlm_request_seconds": ("From request to the last byte of its answer.", ("route",), SECONDS),
-    "addressvlm_confidence": ("Confidence of localized photos.", ("city",), SHARES),
+    "addressvlm_confidence": ("Confidence of localized photos.", ("city",), PROBABILITIES),
     "addressvlm_decode_seconds": ("Decoding of one image, waiting for its turn included.", (), SECONDS),
     "addressvlm_batch_size": ("Requests that went through the model together.", ("kind",), SIZES),
     "addressvlm_model_seconds": ("Time of one batch in the model.", ("kind",), SECONDS),
@@ -28,44 +28,42 @@ HISTOGRAMS = {
 
 
 class ServiceMetrics:
-    """The counters of one replica."""
+    """The metrics of one replica."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.counters = {
-            name: Counter(name, words, labels, registry=self.registry) for name, (words, labels) in COUNTERS.items()
+        self.metrics: dict[str, Any] = {
+            name: Counter(name, text, labels, registry=self.registry) for name, (text, labels) in COUNTERS.items()
         }
-        self.histograms = {
-            name: Histogram(name, words, labels, buckets=buckets, registry=self.registry)
-            for name, (words, labels, buckets) in HISTOGRAMS.items()
-        }
+        for name, (text, labels, buckets) in HISTOGRAMS.items():
+            self.metrics[name] = Histogram(name, text, labels, buckets=buckets, registry=self.registry)
 
     def count(self, name: str, *labels: str, by: float = 1) -> None:
         """Add to a counter."""
-        counter = self.counters[name]
-        (counter.labels(*labels) if labels else counter).inc(by)
+        metric = self.metrics[name]
+        (metric.labels(*labels) if labels else metric).inc(by)
 
     def observe(self, name: str, value: float, *labels: str) -> None:
         """Add to a histogram."""
-        histogram = self.histograms[name]
-        (histogram.labels(*labels) if labels else histogram).observe(value)
+        metric = self.metrics[name]
+        (metric.labels(*labels) if labels else metric).observe(value)
 
     @contextmanager
     def time(self, name: str, *labels: str) -> Iterator[None]:
-        """Add the seconds that the block takes."""
-        begun = time.perf_counter()
+        """Add the seconds that the block takes to a histogram."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self.observe(name, time.perf_counter() - begun, *labels)
+            self.observe(name, time.perf_counter() - start, *labels)
 
     def collect(self) -> list[Metric]:
-        """The counts as they are now, without metrics that nothing was counted in."""
+        """The current values, without metrics that are zero."""
         return [metric for metric in self.registry.collect() if any(s.value for s in metric.samples if "created" not in s.name)]
 
 
 def render_metrics(replicas: Mapping[str, Sequence[Metric]]) -> bytes:
-    """Prometheus text over the counts of all replicas, each with its name as the label `replica`."""
+    """Prometheus text of all replicas' metrics, with the label `replica`."""
     families: dict[str, Metric] = {}
     for replica, metrics in replicas.items():
         for metric in metrics:
@@ -74,10 +72,10 @@ def render_metrics(replicas: Mapping[str, Sequence[Metric]]) -> bytes:
                 if not sample.name.endswith("_created"):
                     family.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
 
-    class All:
+    class MergedCollector:
         def collect(self) -> Iterable[Any]:
             return families.values()
 
     registry = CollectorRegistry()
-    registry.register(All())
+    registry.register(MergedCollector())
     return generate_latest(registry)

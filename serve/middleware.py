@@ -1,4 +1,4 @@
-"""Around every request: its id, who asks and how often they may, one line of log, and the counts."""
+"""Around every request: its id, API key, rate limit, concurrency limit, one line of access log and its metrics."""
 
 import asyncio
 import hashlib
@@ -20,164 +20,168 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import ApiError, busy, error_response, user_message
+from serve.errors import ApiError, error_response, overloaded, to_api_error
 from serve.metrics import ServiceMetrics
 from serve.settings import ServiceSettings, SettingsError
 
 API_KEYS = "ADDRESSVLM_API_KEYS"  # environment variable: keys with commas between them
-SHORTEST_KEY = 16
-OPEN = ("/healthz", "/openapi.json")  # and the page
-LIMIT_S = 1  # how long the rate limit may take to judge
-METHODS = ("GET", "POST", "OPTIONS", "HEAD")
-CALLERS = 100_000  # remembered by the rate limit, those that asked last
-_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+MIN_KEY_LENGTH = 16
+PUBLIC_PATHS = ("/healthz", "/openapi.json")  # and the page
+RATE_LIMIT_TIMEOUT_S = 1
+LOGGED_METHODS = ("GET", "POST", "OPTIONS", "HEAD")
+MAX_CALLERS = 100_000  # remembered by the rate limit, the latest ones
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 logger = logging.getLogger("addressvlm.access")
 serve_logger = logging.getLogger("ray.serve")
 
 
-def key_digests() -> list[str]:
-    """SHA-256 of each key in the environment: what is handed on, so that no key stands in a configuration or a log.
+def key_hashes() -> list[str]:
+    """SHA-256 of each API key in the environment, so that no key appears in a configuration or log.
 
     Raises:
-        InputError: a key is too short to be one, or the variable is set and holds none.
+        InputError: a key is too short, or the variable is set and holds none.
     """
-    given = os.environ.get(API_KEYS)
-    if given is None:
+    value = os.environ.get(API_KEYS)
+    if value is None:
         return []
-    keys = [key.strip() for key in given.split(",") if key.strip()]
+    keys = [key.strip() for key in value.split(",") if key.strip()]
     if not keys:
         raise SettingsError(f"{API_KEYS} is set and holds no key: give keys, or unset it to let everyone ask.")
-    if any(len(key) < SHORTEST_KEY for key in keys):
+    if any(len(key) < MIN_KEY_LENGTH for key in keys):
         raise SettingsError(
-            f"a key in {API_KEYS} has fewer than {SHORTEST_KEY} characters: make one with `openssl rand -hex 24`."
+            f"a key in {API_KEYS} has fewer than {MIN_KEY_LENGTH} characters: make one with `openssl rand -hex 24`."
         )
-    return [_digest(key) for key in keys]
+    return [_sha256(key) for key in keys]
 
 
 class RateLimit:
-    """So many requests a minute for each caller; what was not used adds up to ten seconds' worth."""
+    """A token bucket per caller: `per_minute` requests a minute, and bursts of up to ten seconds' worth."""
 
     def __init__(self, per_minute: float) -> None:
-        self.per_second, self.most = per_minute / 60, max(1.0, per_minute / 6)
-        self.callers: OrderedDict[str, tuple[float, float]] = OrderedDict()  # requests left, and when that was
+        self.per_second, self.burst = per_minute / 60, max(1.0, per_minute / 6)
+        self.buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # caller -> requests available, at this time
 
     async def wait(self, caller: str, now: float | None = None) -> float:
-        """Take one request; seconds until there is one if there is none."""
+        """Take one request; 0, or the seconds until one is available."""
         now = time.monotonic() if now is None else now
-        left, then = self.callers.pop(caller, (self.most, now))
-        left = min(self.most, left + (now - then) * self.per_second)
-        granted = left >= 1
-        self.callers[caller] = (left - granted, now)
-        if len(self.callers) > CALLERS:
-            self.callers.popitem(last=False)
-        return 0.0 if granted else (1 - left) / self.per_second
+        available, updated = self.buckets.pop(caller, (self.burst, now))
+        available = min(self.burst, available + (now - updated) * self.per_second)
+        allowed = available >= 1
+        self.buckets[caller] = (available - allowed, now)
+        if len(self.buckets) > MAX_CALLERS:
+            self.buckets.popitem(last=False)
+        return 0.0 if allowed else (1 - available) / self.per_second
 
 
 class AccessMiddleware:
     """ASGI middleware.
 
     Args:
-        digests: of the keys; without any, everyone may ask.
+        key_hashes: of the API keys; without any, everyone may call.
         wait: `RateLimit.wait` of the whole service, or None.
-        set_id: whether to put X-Request-Id on answers; Ray Serve's proxy does so itself.
-        routes: paths that counts name; callers may invent others.
-        pages: paths that need no key, beside OPEN.
+        set_request_id: whether to put X-Request-Id on responses; Ray Serve's proxy does so itself.
+        routes: paths for the label `route` of the metrics; all others count as "other".
+        pages: paths that need no key, besides PUBLIC_PATHS.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         settings: ServiceSettings,
-        records: ServiceMetrics,
-        digests: Sequence[str] = (),
+        metrics: ServiceMetrics,
+        key_hashes: Sequence[str] = (),
         wait: Callable[[str], Awaitable[float]] | None = None,
-        set_id: bool = True,
+        set_request_id: bool = True,
         routes: Collection[str] = (),
         pages: Collection[str] = (),
     ) -> None:
-        self.app, self.settings, self.records = app, settings, records
-        self.digests, self.wait, self.set_id, self.routes = digests, wait, set_id, frozenset(routes)
-        self.open = frozenset({*OPEN, *pages})
-        self.inside = 0  # questions under way
+        self.app, self.settings, self.metrics = app, settings, metrics
+        self.key_hashes, self.wait, self.set_request_id, self.routes = key_hashes, wait, set_request_id, frozenset(routes)
+        self.public_paths = frozenset({*PUBLIC_PATHS, *pages})
+        self.in_flight = 0  # POST requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        known = scope.setdefault("state", {})
-        known["request_id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        begun, status, size = time.perf_counter(), 0, 0
+        request_id = headers.get("x-request-id", "")
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id if _REQUEST_ID.fullmatch(request_id) else uuid.uuid4().hex
+        start, status, size = time.perf_counter(), 0, 0
 
-        async def told(message: Message) -> None:
+        async def observed_send(message: Message) -> None:
             nonlocal status, size
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self.set_id:
-                    MutableHeaders(scope=message)["X-Request-Id"] = known["request_id"]
+                if self.set_request_id:
+                    MutableHeaders(scope=message)["X-Request-Id"] = state["request_id"]
             size += len(message.get("body", b""))
             await send(message)
 
         try:
-            await self._admit(scope, headers)
-            with self._room(scope):
-                await self.app(scope, receive, told)
+            await self._check_access(scope, headers)
+            with self._concurrency_slot(scope):
+                await self.app(scope, receive, observed_send)
         except ClientDisconnect:
             status = 499
         except Exception as error:
-            if status:  # too late for another answer
+            if status:  # too late for another response
                 status = 500
                 raise
-            await error_response(user_message(error))(scope, receive, told)
+            await error_response(to_api_error(error))(scope, receive, observed_send)
         finally:
-            self._note(scope, status or 499, size, time.perf_counter() - begun)  # 499: the caller left before an answer
+            self._log(scope, status or 499, size, time.perf_counter() - start)  # 499: the caller left before a response
 
-    async def _admit(self, scope: Scope, headers: Headers) -> None:
-        """Judge key and rate; only what `open` names goes without."""
-        scope["state"]["caller"] = caller = self._address(scope, headers)
-        path = get_route_path(scope)  # as the routes see it, without the prefix of the service
-        if path in self.open:
+    async def _check_access(self, scope: Scope, headers: Headers) -> None:
+        """Check API key and rate limit, except on public paths.
+
+        Raises:
+            ApiError: 401, 429.
+        """
+        scope["state"]["caller"] = caller = self._client_address(scope, headers)
+        path = get_route_path(scope)  # without the service's route prefix
+        if path in self.public_paths:
             return
-        if self.digests:
-            scope["state"]["caller"] = caller = self._key(headers)
+        if self.key_hashes:
+            scope["state"]["caller"] = caller = self._key_name(headers)
         if self.wait is None or path == "/metrics":
             return
         try:
-            async with asyncio.timeout(LIMIT_S):
+            async with asyncio.timeout(RATE_LIMIT_TIMEOUT_S):
                 seconds = await self.wait(caller)
-        except Exception as error:  # without a rate limit it is better to answer than not to
-            serve_logger.warning("the rate limit can't be asked: %r", error)
+        except Exception as error:  # answering without a limit is better than not answering
+            serve_logger.warning("the rate limit can't be checked: %r", error)
             return
         if seconds > 0:
-            words = f"More than {self.settings.rate_limit:g} requests a minute: wait {seconds:.0f} s."
-            raise ApiError(429, words, code="rate_limit_exceeded", retry_after_s=max(1, round(seconds)))
+            message = f"More than {self.settings.rate_limit:g} requests a minute: wait {seconds:.0f} s."
+            raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=max(1, round(seconds)))
 
     @contextmanager
-    def _room(self, scope: Scope) -> Iterator[None]:
-        """A place for a question while it is under way. One too many is refused before its body is read or decoded."""
-        question = scope["method"] == "POST"
-        if question and self.inside >= self.settings.at_once:
-            raise busy()
-        self.inside += question
+    def _concurrency_slot(self, scope: Scope) -> Iterator[None]:
+        """Count a POST while it runs; one too many is refused before its body is read."""
+        post = scope["method"] == "POST"
+        if post and self.in_flight >= self.settings.max_in_flight:
+            raise overloaded()
+        self.in_flight += post
         try:
             yield
         finally:
-            self.inside -= question
+            self.in_flight -= post
 
-    def _key(self, headers: Headers) -> str:
-        """The caller's name, from its key; every key is compared, in a time that says nothing."""
-        kind, _, key = headers.get("authorization", "").partition(" ")
-        digest = _digest(key.strip())
-        matches = [hmac.compare_digest(digest, one) for one in self.digests]
-        if kind.lower() != "bearer" or not any(matches):
+    def _key_name(self, headers: Headers) -> str:
+        """The caller's name, from its key; compared in constant time with every known key."""
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        key_hash = _sha256(key.strip())
+        matches = [hmac.compare_digest(key_hash, known) for known in self.key_hashes]
+        if scheme.lower() != "bearer" or not any(matches):
             raise ApiError(
                 401, "This service asks for a key: send it as `Authorization: Bearer <key>`.", code="invalid_api_key"
             )
-        return f"key-{digest[:8]}"
+        return f"key-{key_hash[:8]}"
 
-    def _address(self, scope: Scope, headers: Headers) -> str:
-        """The caller's address; of IPv6 its network of 64 bits, which one caller has all of."""
+    def _client_address(self, scope: Scope, headers: Headers) -> str:
+        """The caller's IP address; for IPv6 its /64 network, which belongs to one caller."""
         client = scope.get("client")
         peer = client[0] if client else "unknown"
         lines = headers.getlist("x-forwarded-for") if self.settings.forwarded else []
@@ -190,13 +194,13 @@ class AccessMiddleware:
             return str(address if address.version == 4 else ipaddress.IPv6Network((int(address), 64), strict=False))
         return peer
 
-    def _note(self, scope: Scope, status: int, size: int, seconds: float) -> None:
-        """One line of JSON, and the counts; of what was sent, only what the route noted about it."""
+    def _log(self, scope: Scope, status: int, size: int, seconds: float) -> None:
+        """Write the access log line and the metrics; of the body, only the route's `log_fields`."""
         path = get_route_path(scope)
         route = path if path in self.routes else "other"
-        method = scope["method"] if scope["method"] in METHODS else "other"
-        self.records.count("addressvlm_requests", method, route, str(status))
-        self.records.observe("addressvlm_request_seconds", seconds, route)
+        method = scope["method"] if scope["method"] in LOGGED_METHODS else "other"
+        self.metrics.count("addressvlm_requests", method, route, str(status))
+        self.metrics.observe("addressvlm_request_seconds", seconds, route)
         state = scope["state"]
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -207,10 +211,10 @@ class AccessMiddleware:
             "status": status,
             "bytes": size,
             "ms": round(1000 * seconds, 1),
-            **state.get("noted", {}),
+            **state.get("log_fields", {}),
         }
         logger.info(json.dumps(line, ensure_ascii=False))
 
 
-def _digest(key: str) -> str:
+def _sha256(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()

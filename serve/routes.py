@@ -1,4 +1,4 @@
-"""The routes: what comes in is checked, the model is asked, the answer is shaped.
+"""The HTTP routes: check a request, call the model, shape its answer.
 
 Try it:
     curl -F file=@photo.jpg http://localhost:8000/v1/localize
@@ -8,24 +8,40 @@ import asyncio
 import mimetypes
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.middleware.gzip import GZipMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.core import Metric
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.routing import Route
 
-from serve.chat import ALIAS, Reply, conversation, read_request
+from serve.backend import Backend
+from serve.chat import MODEL_ALIAS, ChatResponse, conversation, parse_chat
 from serve.cities import City, CityGeometry, pick_city
-from serve.errors import ApiError, install
+from serve.errors import ApiError, add_exception_handlers
 from serve.metrics import ServiceMetrics, render_metrics
 from serve.middleware import AccessMiddleware
-from serve.openapi import openapi_document
-from serve.schemas import ChatQuery, LocalizeQuery, PriorFields, read_json, read_localize
+from serve.requests import ChatQuery, LocalizeQuery, read_json, read_localize
+from serve.schemas import (
+    ChatCompletion,
+    ChatRequest,
+    CityList,
+    Error,
+    Health,
+    LocalizeAnswer,
+    LocalizeFields,
+    LocalizeForm,
+    LocalizeRequest,
+    ModelAnswer,
+    ModelList,
+    PriorFields,
+)
 from serve.settings import ServiceSettings
 
 PAGE = Path(__file__).parent / "page"
@@ -39,56 +55,93 @@ PAGE_HEADERS = {
 }
 TOP_K = 5
 
+# ---- what FastAPI can't derive for /openapi.json: error responses, and bodies that are read by hand to bound their size
+ERRORS = {
+    400: "Something in the request is wrong",
+    401: "No valid key",
+    404: "No such city or model",
+    408: "It took too long to arrive",
+    413: "Too large",
+    415: "Another content type",
+    429: "More requests than allowed",
+    500: "The service failed",
+    501: "Too many addresses for the engine that is served",
+    503: "Busy: try again",
+}
+READ_ERRORS = (429, 500, 503)
+POST_ERRORS = (400, 404, 408, 413, 415, *READ_ERRORS)
+GREY = (  # a photo of 32 x 24 pixels
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAACAAAAAYCAIAAAAUMWhjAAAAJUlEQVR42u3NQQEAAAQEMCS/6Erw2wqsk9SnqWcCgUAgEAgENxaFKgGwmzD9ZgAA"
+    "AABJRU5ErkJggg=="
+)
+CHAT_PARTS = [{"type": "image_url", "image_url": {"url": GREY}}, {"type": "text", "text": "Which street is this?"}]
+CHAT_EXAMPLE = {"model": MODEL_ALIAS, "messages": [{"role": "user", "content": CHAT_PARTS}], "max_tokens": 8}
+CITY_PARAMETER = {"name": "city", "in": "query", "required": False, "schema": {"type": "string"}}
+EVENT = {"type": "object", "properties": {"data": {"type": "string", "description": "a chat.completion.chunk, or [DONE]"}}}
+REQUESTS = (LocalizeFields, LocalizeRequest, LocalizeForm, ChatRequest)
 
-class ModelBackend(Protocol):
-    """What the routes need of `serve.app.Backend`."""
 
-    async def read(self, source: bytes | str) -> np.ndarray: ...
-    async def localize(self, where: LocalizeQuery) -> Any: ...
-    async def answer(self, question: ChatQuery) -> Any: ...
-    async def stream(self, question: ChatQuery) -> Any: ...
+def _errors(statuses: Sequence[int], **descriptions: str) -> dict[int | str, dict[str, Any]]:
+    """Error responses of a route; `http_404="…"` describes a status in the route's own words."""
+    return {s: {"model": Error, "description": descriptions.get(f"http_{s}", ERRORS[s])} for s in statuses}
+
+
+def _content(media_type: str, schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """A 200 response of another type than JSON."""
+    return {200: {"content": {media_type: {"schema": schema}}}}
+
+
+def _request_body(example: dict[str, Any], **media_types: type[BaseModel]) -> dict[str, Any]:
+    """A request body as JSON (`json=`, with the example) and as a form (`form=`)."""
+    names = {"json": "application/json", "form": "multipart/form-data"}
+    content: dict[str, Any] = {
+        names[key]: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}} for key, model in media_types.items()
+    }
+    content["application/json"]["example"] = example
+    return {"requestBody": {"required": True, "content": content}}
 
 
 class Routes:
     """The routes over a backend.
 
     Args:
-        up: how many model replicas run.
-        counts: the counts of all replicas, by replica.
+        running_replicas: number of model replicas that run.
+        collect_metrics: metrics of all replicas, by replica.
     """
 
     def __init__(
         self,
         settings: ServiceSettings,
         cities: Sequence[City],
-        backend: ModelBackend,
-        records: ServiceMetrics,
-        up: Callable[[], Awaitable[int]],
-        counts: Callable[[], Awaitable[Mapping[str, Sequence[Metric]]]],
+        backend: Backend,
+        metrics: ServiceMetrics,
+        running_replicas: Callable[[], Awaitable[int]],
+        collect_metrics: Callable[[], Awaitable[Mapping[str, Sequence[Metric]]]],
     ) -> None:
-        self.settings, self.backend, self.records, self.up, self.counts = settings, backend, records, up, counts
+        self.settings, self.backend, self.metrics = settings, backend, metrics
+        self.running_replicas, self.collect_metrics = running_replicas, collect_metrics
         self.cities = list(cities)
-        self.places = {city.id: CityGeometry(city) for city in cities}
+        self.geometries = {city.id: CityGeometry(city) for city in cities}
 
-    def app(self, **access: Any) -> FastAPI:
-        """The ASGI application; `access` goes to `serve.middleware.AccessMiddleware`."""
-        app = FastAPI(title="AddressVLM", docs_url=None, redoc_url=None)
-        install(app)
-        app.post("/v1/localize")(self.localize)
-        app.post("/v1/chat/completions")(self.chat)
-        app.get("/v1/models")(self.models)
-        app.get("/v1/cities")(self.list_cities)
-        app.get("/v1/map")(self.map)
-        app.get("/healthz")(self.health)
-        app.get("/metrics")(self.metrics)
+    def app(self, key_hashes: Sequence[str] = (), **access: Any) -> FastAPI:
+        """The ASGI application; the arguments go to `serve.middleware.AccessMiddleware`."""
+        app = FastAPI(
+            title="AddressVLM",
+            version="1",
+            description="Photo in, street address out.",
+            docs_url=None,
+            redoc_url=None,
+            generate_unique_id_function=lambda route: f"{min(route.methods).lower()}{route.path.replace('/', '_')}",
+        )
+        add_exception_handlers(app)
+        self._add_routes(app, bool(key_hashes))
         pages = {"/" if file.name == "index.html" else f"/{file.name}": file for file in sorted(PAGE.iterdir())}
         for path, file in pages.items():
             app.get(path, include_in_schema=False)(_page_file(file))
         routes = [route.path for route in app.routes if isinstance(route, Route)]
         app.add_middleware(GZipMiddleware, minimum_size=4096)
-        app.add_middleware(
-            AccessMiddleware, settings=self.settings, records=self.records, routes=routes, pages=list(pages), **access
-        )
+        access |= {"settings": self.settings, "metrics": self.metrics, "key_hashes": key_hashes}
+        app.add_middleware(AccessMiddleware, routes=routes, pages=list(pages), **access)
         if self.settings.allowed_origins:
             app.add_middleware(
                 CORSMiddleware,
@@ -97,29 +150,70 @@ class Routes:
                 allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
                 expose_headers=["X-Request-Id", "Retry-After"],
             )
-        app.openapi = lambda: openapi_document(bool(access.get("digests")))  # type: ignore[method-assign]
         return app
 
+    def _add_routes(self, app: FastAPI, keys: bool) -> None:
+        """Add the API with its documentation; `keys`: callers need one, which `AccessMiddleware` checks."""
+        security = {"dependencies": [Security(HTTPBearer(scheme_name="key", auto_error=False))], "responses": _errors([401])}
+        api = APIRouter(**(security if keys else {}))
+        api.post(
+            "/v1/localize",
+            response_model=LocalizeAnswer,
+            responses=_errors([*POST_ERRORS, 501]),
+            openapi_extra=_request_body({"image": GREY, "top_k": 3}, json=LocalizeRequest, form=LocalizeForm),
+        )(self.localize)
+        api.post(
+            "/v1/chat/completions",
+            response_model=ChatCompletion,
+            responses=_content("text/event-stream", EVENT) | _errors(POST_ERRORS),
+            openapi_extra=_request_body(CHAT_EXAMPLE, json=ChatRequest),
+        )(self.chat)
+        api.get("/v1/models", responses=_errors(READ_ERRORS))(self.list_models)
+        api.get("/v1/cities", responses=_errors(READ_ERRORS))(self.list_cities)
+        map_errors = {"http_400": "No city named, and there are several", "http_404": "No such city, or it has no map"}
+        api.get(
+            "/v1/map",
+            response_class=Response,
+            responses=_content("application/geo+json", {"type": "object"}) | _errors([400, 404, *READ_ERRORS], **map_errors),
+            openapi_extra={"parameters": [CITY_PARAMETER]},
+        )(self.city_map)
+        api.get(
+            "/metrics",
+            response_class=Response,
+            responses=_content("text/plain", {"type": "string"}) | _errors([500]),
+        )(self.export_metrics)
+        app.include_router(api)
+        app.get("/healthz", responses=_errors([500, 503], http_503="No model replica is running"))(self.health)
+        generate = app.openapi
+
+        def openapi() -> dict[str, Any]:
+            modes: Any = [(model, "validation") for model in REQUESTS]
+            document, (_, schemas) = generate(), models_json_schema(modes, ref_template="#/components/schemas/{model}")
+            document["components"]["schemas"] |= schemas["$defs"]
+            return document
+
+        app.openapi = openapi  # type: ignore[method-assign]
+
     async def localize(self, request: Request) -> Response:
-        """Photo to address and ranked candidates."""
-        source, asked = await read_localize(request, self.settings.max_body_mb)
-        city = pick_city(self.cities, asked.city)
-        places = self.places[city.id]
-        if not (await asyncio.to_thread(lambda: places.summary))["addresses"]:
+        """Rank the addresses of a photo."""
+        source, fields = await read_localize(request, self.settings.max_body_mb)
+        city = pick_city(self.cities, fields.city)
+        geometry = self.geometries[city.id]
+        if not (await asyncio.to_thread(lambda: geometry.summary)).addresses:
             raise ApiError(404, "This model has no gazetteer: it can chat, but rank no addresses.", code="no_gazetteer")
-        pixels = await self.backend.read(source)
-        prior = (asked.prior or PriorFields()).prior()
-        found = await self.backend.localize(LocalizeQuery(city.id, pixels, asked.top_k or TOP_K, prior, asked.threshold))
-        self.records.count("addressvlm_localized", city.id, str(found.known).lower())
-        self.records.observe("addressvlm_confidence", found.confidence, city.id)
-        _note(request, city=city.id, known=found.known, confidence=round(found.confidence, 4))
-        await asyncio.to_thread(lambda: places.streets)
-        candidates = [places.candidate(c.street, c.district, c.probability) for c in found.candidates]
-        address = {key: candidates[0][key] for key in ("street", "district")} if found.known else None
+        pixels = await self.backend.read_image(source)
+        prior = (fields.prior or PriorFields()).prior()
+        result = await self.backend.localize(LocalizeQuery(city.id, pixels, fields.top_k or TOP_K, prior, fields.threshold))
+        self.metrics.count("addressvlm_localized", city.id, str(result.known).lower())
+        self.metrics.observe("addressvlm_confidence", result.confidence, city.id)
+        request.state.log_fields = {"city": city.id, "known": result.known, "confidence": round(result.confidence, 4)}
+        await asyncio.to_thread(lambda: geometry.streets)
+        candidates = [geometry.candidate(c.street, c.district, c.probability) for c in result.candidates]
+        address = {key: candidates[0][key] for key in ("street", "district")} if result.known else None
         body = {
-            "known": found.known,
-            "confidence": found.confidence,
-            "threshold": found.threshold,
+            "known": result.known,
+            "confidence": result.confidence,
+            "threshold": result.threshold,
             "address": address,
             "candidates": candidates,
             "city": city.name,
@@ -130,82 +224,74 @@ class Routes:
 
     async def chat(self, request: Request) -> Response:
         """OpenAI-compatible chat about photos."""
-        asked = read_request(await read_json(request, self.settings.max_body_mb))
-        city = self._city_of(asked.model)
-        messages, urls = conversation(asked)
-        images = list(await asyncio.gather(*map(self.backend.read, urls)))
-        question = ChatQuery(city.id, messages, images, asked.sampling(self.settings.max_tokens))
-        reply = Reply(city.model, bool(asked.logprobs))
-        _note(request, city=city.id, images=len(images), stream=bool(asked.stream))
-        if asked.stream:
-            usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            events = self._counted(reply, reply.events(await self.backend.stream(question), usage))
+        fields = parse_chat(await read_json(request, self.settings.max_body_mb))
+        city = self._city_of_model(fields.model)
+        messages, urls = conversation(fields)
+        images = list(await asyncio.gather(*map(self.backend.read_image, urls)))
+        query = ChatQuery(city.id, messages, images, fields.sampling(self.settings.max_tokens))
+        response = ChatResponse(city.model, bool(fields.logprobs))
+        request.state.log_fields = {"city": city.id, "images": len(images), "stream": bool(fields.stream)}
+        if fields.stream:
+            usage = bool(fields.stream_options and fields.stream_options.include_usage)
+            events = self._count_after(response, response.events(await self.backend.stream_chat(query), usage))
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        whole = reply.whole(await self.backend.answer(question))
-        self._count(reply)
-        return JSONResponse(whole)
+        body = response.completion(await self.backend.chat(query))
+        self._count_tokens(response)
+        return JSONResponse(body)
 
-    async def _counted(self, reply: Reply, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    async def _count_after(self, response: ChatResponse, events: AsyncIterator[str]) -> AsyncIterator[str]:
         try:
             async for event in events:
                 yield event
         finally:
-            self._count(reply)
+            self._count_tokens(response)
 
-    def _count(self, reply: Reply) -> None:
-        for kind, tokens in zip(("prompt", "completion"), reply.used, strict=True):
-            self.records.count("addressvlm_tokens", kind, by=tokens)
+    def _count_tokens(self, response: ChatResponse) -> None:
+        for kind, tokens in zip(("prompt", "completion"), response.usage, strict=True):
+            self.metrics.count("addressvlm_tokens", kind, by=tokens)
 
-    async def models(self) -> Response:
-        """The models that are served, one a city."""
-        models = [{"id": c.model, "object": "model", "created": 0, "owned_by": "addressvlm"} for c in self.cities]
-        return JSONResponse({"object": "list", "data": models})
-
-    async def list_cities(self) -> Response:
-        """The cities that are served."""
-        data = await asyncio.to_thread(lambda: [places.summary for places in self.places.values()])
-        return JSONResponse({"object": "list", "data": data})
-
-    async def map(self, request: Request) -> Response:
-        """A city's streets and districts as GeoJSON."""
-        city = pick_city(self.cities, request.query_params.get("city"))
-        places, headers = self.places[city.id], {"Cache-Control": "private, max-age=60"}
-        if "gzip" in request.headers.get("accept-encoding", ""):
-            headers |= {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
-            geojson = await asyncio.to_thread(lambda: places.zipped)
-        else:
-            geojson = await asyncio.to_thread(lambda: places.geojson)
-        return Response(geojson, media_type="application/geo+json", headers=headers)
-
-    async def health(self) -> Response:
-        """200 when a model replica is up, 503 while none is."""
-        up = await self.up()
-        if not up and self.settings.min_replicas:
-            raise ApiError(503, "No model replica is running.", code="not_ready")
-        return JSONResponse({"status": "ok", "replicas": up})
-
-    async def metrics(self) -> Response:
-        """The counts of all replicas as Prometheus text."""
-        return Response(render_metrics(await self.counts()), media_type=CONTENT_TYPE_LATEST)
-
-    def _city_of(self, model: str) -> City:
-        """The city whose model a chat asks."""
+    def _city_of_model(self, model: str) -> City:
         for city in self.cities:
-            if model == city.model or (model == ALIAS and len(self.cities) == 1):
+            if model == city.model or (model == MODEL_ALIAS and len(self.cities) == 1):
                 return city
         served = ", ".join(f"'{city.model}'" for city in self.cities)
         raise ApiError(404, f"No model '{model[:100]}' here, this service has {served}.", "model", "model_not_found")
 
+    async def list_models(self) -> ModelList:
+        """List the models, one per city."""
+        return ModelList(data=[ModelAnswer(id=city.model) for city in self.cities])
 
-def _note(request: Request, **facts: Any) -> None:
-    """Facts for the access log."""
-    request.state.noted = facts
+    async def list_cities(self) -> CityList:
+        """List the cities."""
+        return CityList(data=await asyncio.to_thread(lambda: [geometry.summary for geometry in self.geometries.values()]))
+
+    async def city_map(self, request: Request) -> Response:
+        """A city's streets and districts as GeoJSON."""
+        geometry = self.geometries[pick_city(self.cities, request.query_params.get("city")).id]
+        headers = {"Cache-Control": "private, max-age=60"}
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            headers |= {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
+            body = await asyncio.to_thread(lambda: geometry.geojson_gzip)
+        else:
+            body = await asyncio.to_thread(lambda: geometry.geojson)
+        return Response(body, media_type="application/geo+json", headers=headers)
+
+    async def health(self) -> Health:
+        """200 if a model replica runs, 503 if none does."""
+        replicas = await self.running_replicas()
+        if not replicas and self.settings.min_replicas:
+            raise ApiError(503, "No model replica is running.", code="not_ready")
+        return Health(replicas=replicas)
+
+    async def export_metrics(self) -> Response:
+        """The metrics of all replicas as Prometheus text."""
+        return Response(render_metrics(await self.collect_metrics()), media_type=CONTENT_TYPE_LATEST)
 
 
-def _page_file(file: Path) -> Any:
-    kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
+def _page_file(file: Path) -> Callable[[], Awaitable[Response]]:
+    media_type = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
 
-    async def serve_file() -> Response:
-        return Response(file.read_bytes(), media_type=kind, headers=PAGE_HEADERS)
+    async def page_file() -> Response:
+        return Response(file.read_bytes(), media_type=media_type, headers=PAGE_HEADERS)
 
-    return serve_file
+    return page_file

@@ -1,43 +1,41 @@
-"""Request bodies: read no more than allowed, then as JSON or as a form, then checked field by field."""
+"""The HTTP schema: the model of every request and response body; FastAPI documents them at /openapi.json."""
 
-import asyncio
-import json
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal
 
-import numpy as np
-from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from addressvlm.answers.priors import Circle, Prior
 from addressvlm.answers.types import Sampling
-from serve.errors import ApiError
 
-BODY_S = 120  # in which a body must have come
 MAX_TOP_K = 50
 MAX_NAMES = 1000  # streets or districts of one prior
+MAX_MESSAGES = 64
+MAX_CHOICES = 8
+MAX_STOPS = 4
 Name = Annotated[str, Field(min_length=1, max_length=200)]
-Model = TypeVar("Model", bound=BaseModel)
+Stop = Annotated[str, Field(max_length=200)]
 
 
-class _Strict(BaseModel):
+# ---- requests to /v1/localize
+
+
+class StrictRequest(BaseModel):
+    """A request whose unknown fields are errors."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class CircleFields(_Strict):
+class CircleFields(StrictRequest):
     """A rough position."""
 
     lat: float = Field(ge=-90, le=90)
     lon: float = Field(ge=-180, le=180)
     radius_m: float = Field(ge=1, le=1e6)
-    soft: bool = Field(False, description="rule nothing out, weigh streets by their distance")
+    soft: bool = Field(False, description="weight streets by their distance instead of excluding those outside")
 
 
-class PriorFields(_Strict):
-    """What is known beforehand; its parts hold together."""
+class PriorFields(StrictRequest):
+    """Prior knowledge of the place; all given parts apply together."""
 
     districts: list[Name] = Field([], max_length=MAX_NAMES)
     streets: list[Name] = Field([], max_length=MAX_NAMES)
@@ -45,173 +43,237 @@ class PriorFields(_Strict):
     weights: dict[Name, Annotated[float, Field(ge=0)]] = Field({}, max_length=MAX_NAMES, description="street -> weight")
 
     def prior(self) -> Prior:
-        """The same for the model."""
+        """The prior that the model takes."""
         circle = Circle(**self.circle.model_dump()) if self.circle else None
         return Prior(tuple(self.districts), tuple(self.streets), circle, self.weights or None)
 
 
-class LocalizeFields(_Strict):
-    """A question for the address of a photo, beside the photo itself."""
+class LocalizeFields(StrictRequest):
+    """The options of a localization, without the photo."""
 
-    city: str | None = Field(None, max_length=200, description="id of a city; needed where there are several")
+    city: str | None = Field(None, max_length=200, description="id of a city; needed if the service has several")
     prior: PriorFields | None = None
-    top_k: int | None = Field(None, ge=1, le=MAX_TOP_K, description="how many candidates; 5 if not given")
-    threshold: float | None = Field(None, ge=0, le=1, description="confidence above which an address is told as known")
+    top_k: int | None = Field(None, ge=1, le=MAX_TOP_K, description="number of candidates, default 5")
+    threshold: float | None = Field(None, ge=0, le=1, description="confidence above which the address counts as known")
 
 
 class LocalizeRequest(LocalizeFields):
-    """The question as JSON."""
+    """A localization as JSON."""
 
     image: str = Field(description="base64, a data URL, or a web address of a host that this service allows")
 
 
-async def read_body(request: Request, max_mb: float) -> bytes:
-    """The body, refused as soon as it is known to be too large.
+class LocalizeForm(LocalizeFields):
+    """A localization as multipart/form-data."""
 
-    Raises:
-        ApiError: 408 it comes too slowly, 413.
-    """
-    limit = int(max_mb * 1e6)
-    refusal = ApiError(413, f"The request is larger than {max_mb:g} MB: send a smaller photo.", code="too_large")
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limit:
-        raise refusal
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for chunk in request.stream():
-                if len(body) + len(chunk) > limit:
-                    raise refusal
-                body += chunk
-    except TimeoutError:
-        raise ApiError(408, f"The request took more than {BODY_S} s to arrive: send a smaller photo.") from None
-    return bytes(body)
+    file: str = Field(description="JPEG, PNG or WebP", json_schema_extra={"format": "binary"})
+    prior: str = Field("", description="the prior as JSON")  # type: ignore[assignment]
 
 
-async def read_json(request: Request, max_mb: float) -> Any:
-    """The body as JSON.
-
-    Raises:
-        ApiError: 400 not JSON, 413 too large, 415 said to be something else.
-    """
-    if _kind(request) not in ("application/json", ""):
-        raise ApiError(415, "Send the request as application/json.")
-    return _parsed(await read_body(request, max_mb), "The body")
+# ---- requests to /v1/chat/completions
 
 
-async def read_localize(request: Request, max_mb: float) -> tuple[bytes | str, LocalizeFields]:
-    """Encoded image and what is asked, from a form (`file` and the other fields as text) or from JSON (`image`).
+class LenientRequest(BaseModel):
+    """A request whose unknown fields are ignored, as OpenAI's clients send many."""
 
-    Raises:
-        ApiError: 400 a field is missing or wrong, 413 too large, 415 another content type.
-    """
-    if _kind(request) == "application/json":
-        asked = checked(LocalizeRequest, await read_json(request, max_mb))
-        return asked.image, asked
-    if _kind(request) == "multipart/form-data":
-        fields = await _form(request, max_mb)
-        file = fields.pop("file", None)
-        if not isinstance(file, UploadFile):
-            raise ApiError(400, "The form has no file: send the photo in the field 'file'.", param="file")
-        return await file.read(), checked(
-            LocalizeFields, {name: _field(name, value) for name, value in fields.items() if value}
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class ImageUrl(LenientRequest):
+    """An image of a message."""
+
+    url: str = Field(description="a data URL, or a web address of a host that this service allows")
+    detail: str | None = None
+
+
+class Part(LenientRequest):
+    """Text or an image."""
+
+    type: Literal["text", "image_url"]
+    text: str = ""
+    image_url: ImageUrl | None = None
+
+
+def _content_parts(content: Any) -> Any:
+    """A plain text or null as a list of parts."""
+    if content is None:
+        return []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+class Message(LenientRequest):
+    """A turn of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[Part], BeforeValidator(_content_parts, json_schema_input_type=str | list[Part] | None)] = []
+
+
+class StreamOptions(LenientRequest):
+    """What a stream reports besides the text."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(LenientRequest):
+    """An OpenAI chat request. Parameters that would change the answer but are not supported are errors, others are ignored."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    response_format: dict[str, Any] | None = None
+
+    def sampling(self, max_tokens: int) -> Sampling:
+        """The sampling parameters, with at most `max_tokens` tokens per answer."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return Sampling(
+            max_tokens=min(self.max_completion_tokens or self.max_tokens or max_tokens, max_tokens),
+            temperature=self.temperature or 0.0,
+            top_p=self.top_p or 1.0,
+            n=self.n or 1,
+            stop=[stop for stop in stops if stop],
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            seed=self.seed,
         )
-    raise ApiError(415, "Send the photo as multipart/form-data (field 'file') or as application/json (key 'image').")
 
 
-def checked(model: type[Model], payload: Any) -> Model:
-    """The payload as what it should be.
-
-    Raises:
-        ApiError: 400 naming the first field that is wrong.
-    """
-    try:
-        return model.model_validate(payload)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    if not first["loc"]:
-        raise ApiError(400, "The body must be a JSON object, see /openapi.json.")
-    param = ".".join(str(part) for part in first["loc"])[:200]
-    if first["type"] == "extra_forbidden":
-        raise ApiError(400, f"{param}: there is no such field, known are {', '.join(model.model_fields)}.", param=param)
-    raise ApiError(400, f"{param}: {first['msg']}.", param=param)
+# ---- responses
 
 
-async def _form(request: Request, max_mb: float) -> dict[str, Any]:
-    body = await read_body(request, max_mb)
+class Answer(BaseModel):
+    """A response with exactly these fields."""
 
-    async def once() -> AsyncIterator[bytes]:
-        yield body
-
-    try:
-        return dict(await MultiPartParser(request.headers, once(), max_files=1, max_fields=8).parse())
-    except (MultiPartException, KeyError, ValueError) as error:
-        raise ApiError(400, f"The form can't be read: {getattr(error, 'message', 'it has no boundary')}.") from None
+    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
 
 
-def _field(name: str, value: Any) -> Any:
-    """A form's text as what JSON would have; what can't be read stays text and is refused as such."""
-    if not isinstance(value, str) or name == "city":
-        return value
-    return _parsed(value.encode(), f"The field '{name}'") if name == "prior" else _number(value)
+class ErrorBody(Answer):
+    """What went wrong."""
+
+    message: str
+    type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str | None
 
 
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+class Error(Answer):
+    """The OpenAI error object."""
+
+    error: ErrorBody
 
 
-def _parsed(text: bytes, what: str) -> Any:
-    """JSON that is no trap: no NaN, not too deep, and nothing that could not be written again."""
-    try:
-        parsed = json.loads(text, parse_constant=_refuse)
-        if b"\\ud" in text.lower():  # half of a pair of surrogates is no character
-            json.dumps(parsed, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        raise ApiError(400, f"{what} is not valid JSON.") from None
-    return parsed
+class AddressAnswer(Answer):
+    """An address."""
+
+    street: str
+    district: str
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(constant)
+class CandidateAnswer(AddressAnswer):
+    """A candidate address with a point on its street and the street's shape as GeoJSON geometry."""
+
+    probability: float
+    lat: float | None
+    lon: float | None
+    geometry: dict[str, Any] | None
 
 
-def _kind(request: Request) -> str:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+class LocalizeAnswer(Answer):
+    """Where a photo was taken; `address` is null if the confidence is not above the threshold."""
 
-
-@dataclass(frozen=True)
-class LocalizeQuery:
-    """The address of a photo.
-
-    Attributes:
-        city: its id.
-        pixels: uint8 (height, width, 3).
-        threshold: confidence above which the answer counts as known; None takes the model's own.
-    """
-
+    known: bool
+    confidence: float
+    threshold: float
+    address: AddressAnswer | None
+    candidates: list[CandidateAnswer]
     city: str
-    pixels: np.ndarray
-    top_k: int
-    prior: Prior
-    threshold: float | None
+    model: str
+    request_id: str
 
 
-@dataclass(frozen=True)
-class ChatQuery:
-    """A conversation, as the model is to go on with it.
+class CityAnswer(Answer):
+    """A city of the service, with the size of its gazetteer."""
 
-    Attributes:
-        city: its id.
-        messages: turns whose parts {"type": "image"} stand for the images, in order.
-        images: uint8 (height, width, 3) each.
-    """
+    id: str
+    name: str
+    model: str
+    streets: int
+    districts: int
+    addresses: int
 
-    city: str
-    messages: list[dict[str, Any]]
-    images: list[np.ndarray]
-    sampling: Sampling
+
+class CityList(Answer):
+    """All cities of the service."""
+
+    object: Literal["list"] = "list"
+    data: list[CityAnswer]
+
+
+class ModelAnswer(Answer):
+    """A model for chats."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "addressvlm"
+
+
+class ModelList(Answer):
+    """All models of the service, one per city."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelAnswer]
+
+
+class Health(Answer):
+    """The number of model replicas that run."""
+
+    status: Literal["ok"] = "ok"
+    replicas: int
+
+
+class Usage(Answer):
+    """Token counts of a chat."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatMessage(Answer):
+    """The assistant's turn."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class Choice(Answer):
+    """One of the answers."""
+
+    index: int
+    message: ChatMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: dict[str, Any] | None
+
+
+class ChatCompletion(Answer):
+    """The answers to a chat."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage

@@ -1,4 +1,4 @@
-"""What `serve run serve.config key=value …` and `serve deploy` understand."""
+"""The settings of the service, for `serve run serve.config key=value …` and `serve deploy`."""
 
 import difflib
 import math
@@ -20,84 +20,84 @@ class SettingsError(InputError, click.ClickException):
     """An InputError that `serve run` prints as one line, without a traceback."""
 
 
-def _default_storage() -> str:
-    return os.environ.get("ADDRESSVLM_STORAGE", "runs")
-
-
-def _listed(value: Any) -> Any:
-    """A list on the command line is text with commas."""
+def _split(value: Any) -> Any:
+    """A list from the command line, where it is text with commas."""
     return [item for item in (part.strip() for part in value.split(",")) if item] if isinstance(value, str) else value
 
 
-# What the model and the decoders of images are told: a change elsewhere does not start them anew.
-MODEL = (
+# The settings that the model and the image deployments get: a change to others does not restart their replicas.
+MODEL_SETTINGS = (
     "engine vllm_python vllm_options dtype trust_remote_code base exact_answers cities_per_replica photo_memory_mb batch_size "
     "batch_wait_s request_s"
 ).split()
-IMAGES = "image_processes decode_s max_megapixels max_body_mb image_domains private_addresses fetch_s".split()
-Names = Annotated[list[str], BeforeValidator(_listed)]
+IMAGE_SETTINGS = "image_processes decode_s max_megapixels max_body_mb image_domains private_addresses fetch_s".split()
+Names = Annotated[list[str], BeforeValidator(_split)]
 
 
 class ServiceSettings(BaseModel):
-    """Settings of the service; values may come as text, as the command line gives them."""
+    """All settings; values may be text, as from the command line."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     # What is served
     model: str | None = None  # a merged model: a folder that all nodes see, or s3://…, gs://…. Default: the last trained
     cities: Names = []  # instead: runs, folders of runs, or trained systems, whose adapters share one base model
-    base: str | None = None  # the base of `cities`, where it is not where the adapters were trained
-    storage: str = Field(default_factory=_default_storage)  # where runs are, when neither is given
+    base: str | None = None  # the base of `cities`, if it was moved since training
+    storage: str = Field(default_factory=lambda: os.environ.get("ADDRESSVLM_STORAGE", "runs"))  # where the last model is sought
     engine: Literal["transformers", "vllm"] = "transformers"
-    vllm_python: str | None = None  # the Python that has vllm, if it is another one
-    vllm_options: Names = []  # further arguments of vllm's server, such as --gpu-memory-utilization,0.8
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the processor has instructions for it
+    vllm_python: str | None = None  # the Python that has vLLM, if it is not this one
+    vllm_options: Names = []  # further arguments of vLLM's server, such as --gpu-memory-utilization,0.8
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the processor has instructions for it
     trust_remote_code: bool = False
-    exact_answers: bool = True  # chat: questions for the address are answered by the probabilities, not in free words
+    exact_answers: bool = True  # chat: answer questions about the address from its probabilities, not by generation
 
     # How it scales
-    min_replicas: int = Field(1, ge=0)  # 0 lets an unused model go; the next request then waits for it to load
+    min_replicas: int = Field(1, ge=0)  # 0: an unused model is unloaded, and the next request waits for it to load
     max_replicas: int = Field(2, ge=1)
-    target_ongoing_requests: float = Field(8, gt=0)  # per model replica; more than this on average starts another one
+    target_ongoing_requests: float = Field(8, gt=0)  # per model replica; more on average starts another one
     max_ongoing_requests: int = Field(32, ge=1)  # per model replica; keep it above the target
     max_queued_requests: int = Field(128, ge=-1)  # per HTTP replica; beyond it callers get 503. -1: no limit
     upscale_delay_s: float = Field(10, ge=0)
     downscale_delay_s: float = Field(300, ge=0)
-    drain_s: float = Field(120, ge=0)  # how long a replica that is replaced may finish what it has begun
+    drain_s: float = Field(120, ge=0)  # how long a replica may finish its requests before it is replaced
     num_cpus: float = Field(1, ge=0)  # per model replica
     num_gpus: float = Field(0, ge=0)
-    cities_per_replica: int = Field(8, ge=1)  # adapters that a model replica holds; the least used one makes room
-    photo_memory_mb: float = Field(256, ge=0)  # per model replica, for the photos seen last: questions about them go faster
+    cities_per_replica: int = Field(8, ge=1)  # adapters in a model replica; the least recently used one is evicted
+    photo_memory_mb: float = Field(
+        256, ge=0
+    )  # per model replica, cache for the latest photos: further questions about them are faster
     batch_size: int = Field(8, ge=1)  # requests answered together
     batch_wait_s: float = Field(0.01, ge=0)  # how long the first of a batch waits for others, in seconds
     http_replicas: int = Field(2, ge=1)  # at most
     image_replicas: int = Field(2, ge=1)  # at most; they fetch and decode
-    image_processes: int = Field(2, ge=1)  # photos that one of them decodes at a time, each in a process
-    image_cpus: float = Field(0, ge=0)  # reserved for each of them
+    image_processes: int = Field(2, ge=1)  # photos decoded at the same time per replica, each in a process
+    image_cpus: float = Field(0, ge=0)  # reserved per image replica
 
-    # What a request may ask for
+    # Limits of a request
     max_body_mb: float = Field(20, gt=0)
-    max_megapixels: float = Field(50, gt=0)  # judged from the header, before anything is decoded
-    decode_s: int = Field(10, ge=1)  # CPU seconds that decoding one photo may take
-    max_tokens: int = Field(512, ge=1)  # of one answer; a request for more gets this many
-    request_s: float = Field(300, gt=0)  # what waited and worked longer is answered 503; of a stream, each piece
-    rate_limit: float = Field(0, ge=0)  # requests a minute of a key, or of an address where there are no keys; 0: any number
-    forwarded: bool = False  # behind one proxy of yours: the caller's address is the last of X-Forwarded-For
-    image_domains: Names = []  # hosts that images may be fetched from; .example.org means all below it; host:port
-    private_addresses: bool = False  # they may be in this network: for an image server of your own
+    max_megapixels: float = Field(50, gt=0)  # checked in the header, before decoding
+    decode_s: int = Field(10, ge=1)  # CPU seconds for decoding one photo
+    max_tokens: int = Field(512, ge=1)  # per answer; a request for more gets this many
+    request_s: float = Field(300, gt=0)  # a request that takes longer is answered 503; of a stream, each chunk
+    rate_limit: float = Field(
+        0, ge=0
+    )  # requests per minute of an API key, or of an IP address if there are no keys; 0: no limit
+    forwarded: bool = False  # behind one proxy of yours: the caller's address is the last in X-Forwarded-For
+    image_domains: Names = []  # hosts that images may be fetched from: host, host:port, or .example.org for all below it
+    private_addresses: bool = False  # allow private networks: for an image server of your own
     fetch_s: float = Field(10, gt=0)
-    allowed_origins: Names = []  # web pages of other origins that browsers let ask, such as https://example.org
+    allowed_origins: Names = []  # other origins (CORS), such as https://example.org
 
     @model_validator(mode="wrap")
     @classmethod
-    def _in_words(cls, values: Any, check: Callable[[Any], Self]) -> Self:
+    def _as_settings_error(cls, values: Any, validate: Callable[[Any], Self]) -> Self:
         try:
-            return check(values)
+            return validate(values)
         except ValidationError as error:
             raise SettingsError("; ".join(_problem(e) for e in error.errors()) + ".") from None
 
     @model_validator(mode="after")
-    def _fit_together(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.max_replicas < self.min_replicas:
             raise SettingsError(f"max_replicas is {self.max_replicas}, give it at least min_replicas, {self.min_replicas}.")
         if self.max_ongoing_requests <= self.target_ongoing_requests:
@@ -120,13 +120,13 @@ class ServiceSettings(BaseModel):
         return self
 
     @property
-    def at_once(self) -> float:
-        """Questions that an HTTP replica takes in: as many as may wait, and as many as all model replicas may work on."""
-        waiting = self.max_queued_requests
-        return waiting + self.max_replicas * self.max_ongoing_requests if waiting >= 0 else math.inf
+    def max_in_flight(self) -> float:
+        """Requests that an HTTP replica accepts: as many as may queue, plus as many as all model replicas may process."""
+        queued = self.max_queued_requests
+        return queued + self.max_replicas * self.max_ongoing_requests if queued >= 0 else math.inf
 
-    def only(self, names: Iterable[str]) -> Self:
-        """These settings, all others as if they were not given."""
+    def subset(self, names: Iterable[str]) -> Self:
+        """These settings; all others have their defaults."""
         return self.model_construct(**{name: getattr(self, name) for name in names})
 
 
@@ -134,8 +134,7 @@ def _problem(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = sorted(ServiceSettings.model_fields)
-        near = difflib.get_close_matches(key, known, n=1)
-        return f"unknown argument '{key}'" + (
-            f", the nearest known is '{near[0]}'" if near else f", known are {', '.join(known)}"
-        )
+        nearest = difflib.get_close_matches(key, known, n=1)
+        hint = f"the nearest known is '{nearest[0]}'" if nearest else f"known are {', '.join(known)}"
+        return f"unknown argument '{key}', {hint}"
     return f"'{key}' is {error['input']!r}: {error['msg']}"

@@ -1,7 +1,7 @@
 """The model served by vLLM: each replica starts a vLLM server on its node and passes requests on.
 
 vLLM has no way to score a tree of answers in one pass. `localize` asks it for the log-probabilities of each address after the
-photo, one request an address, so it suits cities of up to MAX_ADDRESSES; chats stream and batch as vLLM does.
+photo, one request per address, so it suits cities of up to MAX_ADDRESSES; chats stream and batch as vLLM does.
 """
 
 import asyncio
@@ -33,27 +33,28 @@ from addressvlm.questions import ADDRESS_QUESTION
 from addressvlm.storage.files import local_model_copy
 from addressvlm.tools.export_vllm import for_vllm
 from serve.cities import City
-from serve.errors import QUIET, ApiError, refusals_told
+from serve.errors import LOGGING_CONFIG, ApiError, overloaded, return_user_errors
 from serve.metrics import ServiceMetrics
-from serve.schemas import ChatQuery, LocalizeQuery
+from serve.requests import ChatQuery, LocalizeQuery
 from serve.settings import ServiceSettings
 
-MAX_ADDRESSES = 256  # that one photo is scored against
-END = -1  # in place of the token that ends an answer
-SCORED_TOGETHER = 32  # addresses that a replica asks for at a time
+MAX_ADDRESSES = 256  # candidates of one photo
+END_OF_ANSWER = -1  # in place of the end token
+CONCURRENT_SCORES = 32  # requests of a replica to vLLM
 
 
 class VllmModel:
-    """What `serve.model.Model` does, by a vLLM server of the one city's merged model."""
+    """The interface of `serve.model.Model`, over a vLLM server of the one city's merged model."""
 
     def __init__(self, settings: ServiceSettings, cities: Sequence[City]) -> None:
-        self.folder, self.records = local_model_copy(cities[0].folder), ServiceMetrics()
+        self.folder, self.metrics = local_model_copy(cities[0].folder), ServiceMetrics()
         self.gazetteer, self.calibration = cities[0].gazetteer(), Calibration.load(self.folder)
-        self.ends, self.side = _ends(self.folder), _side(self.folder)
-        self.telling = telling(self.folder, [address.text() for address in self.gazetteer.addresses]) if self.gazetteer else {}
-        self.turns = asyncio.Semaphore(SCORED_TOGETHER)
-        self.open = contextlib.ExitStack()
-        scratch = Path(self.open.enter_context(tempfile.TemporaryDirectory(prefix="addressvlm-")))
+        self.end_tokens, self.side = _end_tokens(self.folder), _image_size(self.folder)
+        addresses = [address.text() for address in self.gazetteer.addresses] if self.gazetteer else []
+        self.prefix_lengths = unique_prefix_lengths(self.folder, addresses) if self.gazetteer else {}
+        self.semaphore = asyncio.Semaphore(CONCURRENT_SCORES)
+        self.resources = contextlib.ExitStack()
+        scratch = Path(self.resources.enter_context(tempfile.TemporaryDirectory(prefix="addressvlm-")))
         for_vllm(self.folder, scratch / "model")
         config = LabelsConfig(
             model=str(scratch / "model"),
@@ -63,78 +64,86 @@ class VllmModel:
         )
         self.name = config.model
         try:
-            url = self.open.enter_context(serving(config, scratch / "vllm.log"))
+            url = self.resources.enter_context(serving(config, scratch / "vllm.log"))
         except InputError as error:
             raise InputError(str(error).replace("labels.", "")) from None
         self.client = AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=settings.request_s)
 
-    async def card(self) -> dict[str, Any]:
-        """What the front needs to know of the model: the side of its input in pixels."""
-        return {"side": self.side}
+    async def image_size(self) -> int:
+        """Side of the model's input in pixels."""
+        return self.side
 
-    @refusals_told
-    async def localize(self, where: LocalizeQuery) -> Localization:
-        """The likeliest addresses of a photo; refused where the city is too large, or the prior rules out all of it."""
+    @return_user_errors
+    async def localize(self, query: LocalizeQuery) -> Localization:
+        """The likeliest addresses of a photo. ApiError 501: too many; InputError: the prior excludes all of them."""
         if self.gazetteer is None:
             raise InputError("This model has no gazetteer.")
-        weights = where.prior.log_weights(self.gazetteer)
-        left = np.flatnonzero(np.isfinite(weights))
-        if len(left) > MAX_ADDRESSES:
-            words = f"{len(left)} addresses are too many for engine=vllm, at most {MAX_ADDRESSES}: give a prior"
-            raise ApiError(501, f"{words}, or serve with engine=transformers.", code="not_implemented")
+        log_weights = query.prior.log_weights(self.gazetteer)
+        possible = np.flatnonzero(np.isfinite(log_weights))
+        if len(possible) > MAX_ADDRESSES:
+            message = f"{len(possible)} addresses are too many for engine=vllm, at most {MAX_ADDRESSES}: give a prior"
+            raise ApiError(501, f"{message}, or serve with engine=transformers.", code="not_implemented")
         addresses = self.gazetteer.addresses
-        with self.records.time("addressvlm_model_seconds", "localize"):
+        with self.metrics.time("addressvlm_model_seconds", "localize"):
             scores = np.full(len(addresses), -np.inf)
-            scores[left] = await self._scores(_data_url(where.pixels), [addresses[i].text() for i in left.tolist()])
-        beliefs = AddressDistribution(addresses, self.calibration.apply(scores) + weights)
-        least = self.calibration.threshold if where.threshold is None else where.threshold
-        return beliefs.localization(where.top_k, least)
+            texts = [addresses[i].text() for i in possible.tolist()]
+            scores[possible] = await self._address_scores(_data_url(query.pixels), texts)
+        distribution = AddressDistribution(addresses, self.calibration.apply(scores) + log_weights)
+        return distribution.localization(
+            query.top_k, self.calibration.threshold if query.threshold is None else query.threshold
+        )
 
-    @refusals_told
-    async def answer(self, question: ChatQuery) -> list[Completion]:
-        """The answers to a conversation; refused where the prompt is longer than the model's context."""
-        told = await self._create(**_request(question))
-        return [
-            Completion((c.message.content or "").strip(), _finish(c), _scores(c), told.usage.prompt_tokens, tokens)
-            for c, tokens in zip(told.choices, _shared(told.usage.completion_tokens, len(told.choices)), strict=True)
-        ]
+    @return_user_errors
+    async def chat(self, query: ChatQuery) -> list[Completion]:
+        """The answers to a conversation. InputError: the prompt is longer than the model's context."""
+        response = await self._create(**openai_request(query))
+        usage, answers = response.usage, []
+        for choice in response.choices:
+            tokens = 0 if answers else usage.completion_tokens  # vLLM counts those of all answers together
+            text = (choice.message.content or "").strip()
+            answers.append(Completion(text, _finish(choice), _token_scores(choice), usage.prompt_tokens, tokens))
+        return answers
 
-    async def stream(self, question: ChatQuery) -> AsyncIterator[TextChunk | Exception]:
-        """The same piece by piece."""
+    async def stream_chat(self, query: ChatQuery) -> AsyncIterator[TextChunk | Exception]:
+        """The answers chunk by chunk."""
         options = {"include_usage": True, "continuous_usage_stats": True}
         try:
-            chunks = await self._create(**_request(question), stream=True, stream_options=options)
+            chunks = await self._create(**openai_request(query), stream=True, stream_options=options)
         except (InputError, ApiError) as error:
             yield error
             return
         async for chunk in chunks:
-            for c in chunk.choices:
-                if c.delta.content or c.finish_reason:
-                    used = chunk.usage
-                    finish = _finish(c) if c.finish_reason else None
-                    yield TextChunk(
-                        c.index, c.delta.content or "", finish, _scores(c), used.prompt_tokens, used.completion_tokens
-                    )
+            for choice in chunk.choices:
+                text, usage = choice.delta.content or "", chunk.usage
+                if text or choice.finish_reason:
+                    finish, scores = _finish(choice) if choice.finish_reason else None, _token_scores(choice)
+                    yield TextChunk(choice.index, text, finish, scores, usage.prompt_tokens, usage.completion_tokens)
 
     async def check_health(self) -> None:
-        """Raises where the server is gone; Serve then replaces the replica."""
+        """Raises if the vLLM server does not answer; Ray Serve then replaces the replica."""
         await self.client.models.list(timeout=20)
 
-    async def _scores(self, photo: str, answers: Sequence[str]) -> np.ndarray:
-        """ln p of each answer after the photo and the question for the address, as far as `telling`, float64 (answers,)."""
+    async def _address_scores(self, photo: str, answers: Sequence[str]) -> np.ndarray:
+        """ln p of each answer's shortest unique prefix after the photo and the address question, float64 (answers,)."""
         parts = [{"type": "image_url", "image_url": {"url": photo}}, {"type": "text", "text": ADDRESS_QUESTION}]
         turn = {"role": "user", "content": parts}
-        before = (await self._read([turn], True))[0]
-        told = await asyncio.gather(*(self._read([turn, {"role": "assistant", "content": a}], False) for a in answers))
-        tails = [tail(before, tokens, log_p, self.ends) for tokens, log_p in told]
-        return np.array([sum(found[: self.telling[answer]]) for found, answer in zip(tails, answers, strict=True)])
+        prompt = (await self._prompt_logprobs([turn], True))[0]
+        results = await asyncio.gather(
+            *(self._prompt_logprobs([turn, {"role": "assistant", "content": answer}], False) for answer in answers)
+        )
+        log_probs = [answer_logprobs(prompt, tokens, logprobs, self.end_tokens) for tokens, logprobs in results]
+        return np.array([sum(p[: self.prefix_lengths[answer]]) for p, answer in zip(log_probs, answers, strict=True)])
 
-    async def _read(self, messages: list[dict[str, Any]], ask: bool) -> tuple[list[int], list[Any]]:
-        """The prompt's tokens, and for each of them what the model thought of it."""
-        more = {"add_generation_prompt": ask, "prompt_logprobs": None if ask else 0, "return_token_ids": True}
-        async with self.turns:
-            told = await self._create(messages=messages, max_tokens=1, temperature=0, extra_body=more)
-        fields = told.model_extra
+    async def _prompt_logprobs(self, messages: list[dict[str, Any]], generation_prompt: bool) -> tuple[list[int], list[Any]]:
+        """The prompt's tokens and vLLM's log-probabilities of each; of a generation prompt, only the tokens."""
+        extra_body = {
+            "add_generation_prompt": generation_prompt,
+            "prompt_logprobs": None if generation_prompt else 0,
+            "return_token_ids": True,
+        }
+        async with self.semaphore:
+            response = await self._create(messages=messages, max_tokens=1, temperature=0, extra_body=extra_body)
+        fields = response.model_extra
         return fields["prompt_token_ids"], fields["prompt_logprobs"] or []
 
     async def _create(self, **request: Any) -> Any:
@@ -145,61 +154,62 @@ class VllmModel:
                 body = error.body if isinstance(error.body, dict) else {}
                 raise InputError(str(body.get("message", "vLLM refuses this request."))[:300]) from None
             raise
-        except APIConnectionError:  # or its APITimeoutError
-            raise ApiError(503, "The service is busy: try again in a moment.", code="overloaded") from None
+        except APIConnectionError:  # or its subclass APITimeoutError
+            raise overloaded() from None
 
 
-@serve.deployment(name="Localizer", logging_config=QUIET)
+@serve.deployment(name="Localizer", logging_config=LOGGING_CONFIG)
 class VllmDeployment(VllmModel):
-    """The same as a deployment."""
+    """`VllmModel` as a deployment."""
 
     async def collect(self) -> tuple[str, list[Metric]]:
-        """What was counted here, for `/metrics`."""
-        return str(serve.get_replica_context().replica_tag), self.records.collect()
+        """This replica's name and metrics."""
+        return str(serve.get_replica_context().replica_tag), self.metrics.collect()
 
     def __del__(self) -> None:
-        self.open.close()
+        self.resources.close()
 
 
-def tail(before: Sequence[int], tokens: Sequence[int], log_p: Sequence[Any], ends: set[int]) -> list[float]:
-    """ln p of each token that follows a prompt's, up to the first end, from vLLM's prompt log-probabilities.
+def answer_logprobs(prompt: Sequence[int], tokens: Sequence[int], logprobs: Sequence[Any], end_tokens: set[int]) -> list[float]:
+    """ln p of each token of an answer up to its first end token, from vLLM's prompt log-probabilities.
 
     Args:
-        before: the tokens of the prompt alone.
-        tokens, log_p: those of the prompt with an answer, and for each a mapping of token -> {"logprob"}.
+        prompt: the tokens of the prompt alone.
+        tokens, logprobs: those of the prompt with the answer, and for each a mapping of token -> {"logprob"}.
     """
-    start = next((at for at, (a, b) in enumerate(zip(before, tokens, strict=False)) if a != b), min(len(before), len(tokens)))
-    stop = next((at + 1 for at in range(start, len(tokens)) if tokens[at] in ends), len(tokens))
-    return [float(log_p[at][str(tokens[at])]["logprob"]) for at in range(start, stop)]
+    different = (i for i, (a, b) in enumerate(zip(prompt, tokens, strict=False)) if a != b)
+    start = next(different, min(len(prompt), len(tokens)))
+    stop = next((i + 1 for i in range(start, len(tokens)) if tokens[i] in end_tokens), len(tokens))
+    return [float(logprobs[i][str(tokens[i])]["logprob"]) for i in range(start, stop)]
 
 
-def telling(folder: Path, texts: Sequence[str]) -> dict[str, int]:
-    """How many of its first tokens tell each text from all others, as `Localizer.address_scores` counts them."""
-    read = AutoTokenizer.from_pretrained(folder)
-    trie = Trie.build([[*read(text, add_special_tokens=False)["input_ids"], END] for text in texts]).beginnings()
+def unique_prefix_lengths(folder: Path, texts: Sequence[str]) -> dict[str, int]:
+    """Text -> tokens of its shortest prefix that no other text has, as `Localizer.address_scores` counts them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sequences = [[*tokenizer(text, add_special_tokens=False)["input_ids"], END_OF_ANSWER] for text in texts]
+    trie = Trie.build(sequences).beginnings()
     return dict(zip(texts, trie.depths[trie.ends].tolist(), strict=True))
 
 
-def _request(question: ChatQuery) -> dict[str, Any]:
-    """The question as OpenAI's client takes it."""
-    urls, s = iter([_data_url(pixels) for pixels in question.images]), question.sampling
-    messages = [{"role": m["role"], "content": [_part(part, urls) for part in m["content"]]} for m in question.messages]
+def openai_request(query: ChatQuery) -> dict[str, Any]:
+    """The query as arguments of OpenAI's client."""
+    urls, sampling = iter([_data_url(pixels) for pixels in query.images]), query.sampling
+
+    def part(part: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "image_url", "image_url": {"url": next(urls)}} if part["type"] == "image" else part
+
     request: dict[str, Any] = {
-        "messages": messages,
-        "max_tokens": s.max_tokens,
-        "temperature": s.temperature,
-        "top_p": s.top_p,
-        "n": s.n,
-        "stop": list(s.stop) or None,
-        "seed": s.seed,
-        "logprobs": s.logprobs is not None,
-        "top_logprobs": s.logprobs,
+        "messages": [{"role": m["role"], "content": [part(p) for p in m["content"]]} for m in query.messages],
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "n": sampling.n,
+        "stop": list(sampling.stop) or None,
+        "seed": sampling.seed,
+        "logprobs": sampling.logprobs is not None,
+        "top_logprobs": sampling.logprobs,
     }
     return {key: value for key, value in request.items() if value is not None}
-
-
-def _part(part: dict[str, Any], urls: Any) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": next(urls)}} if part["type"] == "image" else part
 
 
 def _data_url(pixels: np.ndarray) -> str:
@@ -212,24 +222,18 @@ def _finish(choice: Any) -> str:
     return "length" if choice.finish_reason == "length" else "stop"
 
 
-def _scores(choice: Any) -> tuple[TokenScore, ...]:
-    found = (choice.logprobs.content if choice.logprobs else None) or []
-    return tuple(TokenScore(t.token, t.logprob, tuple((o.token, o.logprob) for o in t.top_logprobs)) for t in found)
+def _token_scores(choice: Any) -> tuple[TokenScore, ...]:
+    tokens = (choice.logprobs.content if choice.logprobs else None) or []
+    return tuple(TokenScore(t.token, t.logprob, tuple((o.token, o.logprob) for o in t.top_logprobs)) for t in tokens)
 
 
-def _shared(tokens: int, answers: int) -> list[int]:
-    """vLLM tells the tokens of all answers together; only their sum is of use."""
-    return [tokens, *[0] * (answers - 1)]
-
-
-def _ends(folder: Path) -> set[int]:
+def _end_tokens(folder: Path) -> set[int]:
     file = folder / "generation_config.json"
-    told = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    return set(told if isinstance(told, list) else [told]) - {None}
+    tokens = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    return set(tokens if isinstance(tokens, list) else [tokens]) - {None}
 
 
-def _side(folder: Path) -> int:
+def _image_size(folder: Path) -> int:
     """Pixels of the model's input, from its configuration."""
-    vision = json.loads((folder / "config.json").read_text()).get("vision_config", {})
-    side = vision.get("image_size")
-    return min(max(side) if isinstance(side, list) else side, LONGEST_SIDE) if side else LONGEST_SIDE
+    size = json.loads((folder / "config.json").read_text()).get("vision_config", {}).get("image_size")
+    return min(max(size) if isinstance(size, list) else size, LONGEST_SIDE) if size else LONGEST_SIDE

@@ -11,10 +11,10 @@ from ray.exceptions import RayActorError
 from addressvlm import InputError
 from addressvlm.answers.priors import Prior
 from addressvlm.answers.types import Sampling, TextChunk
-from serve.app import Backend
+from serve.backend import Backend
 from serve.errors import ApiError
 from serve.metrics import ServiceMetrics
-from serve.schemas import ChatQuery, LocalizeQuery
+from serve.requests import ChatQuery, LocalizeQuery
 
 pytestmark = pytest.mark.xdist_group("serve")
 WHERE = LocalizeQuery("toytown", np.zeros((16, 16, 3), np.uint8), 5, Prior(), None)
@@ -39,10 +39,10 @@ class Handle:
 
 
 def backend(
-    records: ServiceMetrics, several: bool = False, request_s: float = 60, **methods: Callable[..., Any]
+    metrics: ServiceMetrics, several: bool = False, request_s: float = 60, **methods: Callable[..., Any]
 ) -> tuple[Backend, list[Any]]:
     calls: list[Any] = []
-    return Backend(Handle(calls, **methods), Handle(calls, **methods), records, several, request_s), calls
+    return Backend(Handle(calls, **methods), Handle(calls, **methods), metrics, several, request_s), calls
 
 
 def dies(times: int, answer: Any) -> Callable[..., Any]:
@@ -58,15 +58,15 @@ def dies(times: int, answer: Any) -> Callable[..., Any]:
     return method
 
 
-def retries(records: ServiceMetrics) -> float:
-    return sum(s.value for m in records.collect() for s in m.samples if s.name == "addressvlm_retries_total")
+def retries(metrics: ServiceMetrics) -> float:
+    return sum(s.value for m in metrics.collect() for s in m.samples if s.name == "addressvlm_retries_total")
 
 
 def test_what_a_dead_replica_lost_is_asked_again_once() -> None:
-    records = ServiceMetrics()
-    asked, calls = backend(records, localize=dies(1, "found"))
+    metrics = ServiceMetrics()
+    asked, calls = backend(metrics, localize=dies(1, "found"))
     assert asyncio.run(asked.localize(WHERE)) == "found"
-    assert (len(calls), retries(records)) == (2, 1)
+    assert (len(calls), retries(metrics)) == (2, 1)
     asked, calls = backend(ServiceMetrics(), localize=dies(2, "found"))
     with pytest.raises(ApiError) as caught:
         asyncio.run(asked.localize(WHERE))
@@ -77,9 +77,9 @@ def test_what_waits_too_long_is_given_up() -> None:
     async def never(*_: Any) -> Any:
         return await asyncio.get_running_loop().create_future()
 
-    asked, _ = backend(ServiceMetrics(), request_s=0.01, answer=never)
+    asked, _ = backend(ServiceMetrics(), request_s=0.01, chat=never)
     with pytest.raises(ApiError) as caught:
-        asyncio.run(asked.answer(QUESTION))
+        asyncio.run(asked.chat(QUESTION))
     assert (caught.value.status, caught.value.code) == (503, "overloaded")
 
 
@@ -95,27 +95,27 @@ def test_refusals_come_as_values_and_are_raised() -> None:
 
 def test_requests_go_where_their_city_is_loaded() -> None:
     for several, options in ((True, {"multiplexed_model_id": "toytown"}), (False, {})):
-        asked, calls = backend(ServiceMetrics(), several, localize=dies(0, 1), answer=dies(0, 1))
+        asked, calls = backend(ServiceMetrics(), several, localize=dies(0, 1), chat=dies(0, 1))
         asyncio.run(asked.localize(WHERE))
-        asyncio.run(asked.answer(QUESTION))
-        assert calls == [("localize", options), ("answer", options)]
+        asyncio.run(asked.chat(QUESTION))
+        assert calls == [("localize", options), ("chat", options)]
 
 
 def test_photos_are_read_at_the_side_of_the_model_which_is_asked_for_once() -> None:
-    asked, calls = backend(ServiceMetrics(), card=dies(0, {"side": 336}), read=dies(0, "pixels"))
+    asked, calls = backend(ServiceMetrics(), image_size=dies(0, 336), read=dies(0, "pixels"))
 
     async def both() -> list[Any]:
-        return [await asked.read(b"one"), await asked.read("two")]
+        return [await asked.read_image(b"one"), await asked.read_image("two")]
 
     assert asyncio.run(both()) == ["pixels", "pixels"]
-    assert calls == [("card", {}), ("read", 336, {}), ("read", 336, {})]
+    assert calls == [("image_size", {}), ("read", 336, {}), ("read", 336, {})]
 
 
 def told(asked: Backend) -> list[Any]:
     async def listen() -> list[Any]:
         found: list[Any] = []
         try:
-            async for piece in await asked.stream(QUESTION):
+            async for piece in await asked.stream_chat(QUESTION):
                 found.append(piece.text)
         except Exception as error:
             found.append(error)
@@ -137,11 +137,11 @@ def test_a_stream_begins_anew_only_before_its_first_piece() -> None:
             raise RayActorError
         yield TextChunk(0, "c")
 
-    records = ServiceMetrics()
-    asked, calls = backend(records, True, stream=stream)
+    metrics = ServiceMetrics()
+    asked, calls = backend(metrics, True, stream_chat=stream)
     assert told(asked) == ["a", "b", "c"]
-    assert calls == [("stream", {"multiplexed_model_id": "toytown", "stream": True})] * 2
-    assert retries(records) == 1
+    assert calls == [("stream_chat", {"multiplexed_model_id": "toytown", "stream": True})] * 2
+    assert retries(metrics) == 1
     *pieces, error = told(asked)
     assert pieces == ["a", "b"]
     assert isinstance(error, RayActorError)
@@ -152,7 +152,7 @@ def test_a_stream_that_is_refused_or_stands_still() -> None:
     async def refused(_: ChatQuery) -> AsyncIterator[Any]:
         yield InputError("too long")
 
-    (error,) = told(backend(ServiceMetrics(), stream=refused)[0])
+    (error,) = told(backend(ServiceMetrics(), stream_chat=refused)[0])
     assert isinstance(error, ApiError)
     assert error.status == 400
 
@@ -160,6 +160,6 @@ def test_a_stream_that_is_refused_or_stands_still() -> None:
         yield TextChunk(0, "a")
         await asyncio.get_running_loop().create_future()
 
-    piece, error = told(backend(ServiceMetrics(), request_s=0.2, stream=stands)[0])
+    piece, error = told(backend(ServiceMetrics(), request_s=0.2, stream_chat=stands)[0])
     assert piece == "a"
     assert isinstance(error, TimeoutError)

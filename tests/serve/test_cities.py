@@ -16,13 +16,13 @@ from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.priors import Prior
 from addressvlm.answers.types import Sampling
 from addressvlm.inference import Localizer
-from serve.cities import City, base_of, find_cities, pick_city
-from serve.engine import Engine, side_of
+from serve.cities import City, base_model, find_cities, pick_city
+from serve.engine import Engine, input_size
 from serve.errors import ApiError
-from serve.images import bytes_of
+from serve.images import decode_base64
 from serve.metrics import ServiceMetrics
-from serve.schemas import ChatQuery, LocalizeQuery
-from serve.vllm_engine import VllmModel, telling
+from serve.requests import ChatQuery, LocalizeQuery
+from serve.vllm_engine import VllmModel, unique_prefix_lengths
 from tests.support.running_service import two_cities
 
 pytestmark = pytest.mark.xdist_group("serve")
@@ -51,7 +51,7 @@ def test_each_city_answers_as_its_merged_model(systems: list[Path]) -> None:
         assert [c.street for c in found.candidates] == [c.street for c in expected.candidates]
         assert found.confidence == pytest.approx(expected.confidence, rel=1e-3)
         (told,) = merged.chat(words.messages, [Image.fromarray(PIXELS)], words.sampling)
-        (answer,) = engine.answer([ChatQuery(city, words.messages, words.images, words.sampling)])
+        (answer,) = engine.chat([ChatQuery(city, words.messages, words.images, words.sampling)])
         assert answer[0].text == told.text
 
 
@@ -77,14 +77,14 @@ class Scored(VllmModel):
 
     def __init__(self, merged: Path) -> None:
         self.localizer = Localizer(merged)
-        self.gazetteer, self.calibration, self.records = (
+        self.gazetteer, self.calibration, self.metrics = (
             self.localizer.gazetteer,
             Calibration(temperature=2.0),
             ServiceMetrics(),
         )
 
-    async def _scores(self, photo: str, answers: Sequence[str]) -> np.ndarray:
-        scores = self.localizer.address_scores([Image.open(BytesIO(bytes_of(photo)))])[0]
+    async def _address_scores(self, photo: str, answers: Sequence[str]) -> np.ndarray:
+        scores = self.localizer.address_scores([Image.open(BytesIO(decode_base64(photo)))])[0]
         of_text = dict(zip([address.text() for address in self.localizer.known_city().addresses], scores, strict=True))
         return np.array([of_text[answer] for answer in answers])
 
@@ -93,7 +93,7 @@ def test_vllm_reads_addresses_as_far_as_transformers_does(systems: list[Path]) -
     localizer = Localizer(systems[0] / "merged")
     texts = [address.text() for address in localizer.known_city().addresses]
     trie = localizer.trie(texts).beginnings()
-    assert list(telling(systems[0] / "merged", texts).values()) == trie.depths[trie.ends].tolist()
+    assert list(unique_prefix_lengths(systems[0] / "merged", texts).values()) == trie.depths[trie.ends].tolist()
 
 
 def test_vllms_scores_make_the_same_ranking(systems: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,9 +121,9 @@ def test_a_city_makes_room_and_comes_back(systems: list[Path]) -> None:
     engine = Engine(given, find_cities(given))
     where = LocalizeQuery("toytown", PIXELS, 9, Prior(), None)
     before = engine.localize([where])[0]
-    engine.remove("toytown")
-    engine.remove("toytown")
-    engine.add("st-alder")
+    engine.remove_city("toytown")
+    engine.remove_city("toytown")
+    engine.add_city("st-alder")
     assert list(engine.localizers) == ["st-alder"]
     assert engine.localize([where])[0].confidence == pytest.approx(before.confidence, rel=1e-5)
     assert set(engine.localizers) == {"toytown", "st-alder"}
@@ -143,9 +143,9 @@ def test_a_question_that_is_too_long_fails_alone(systems: list[Path]) -> None:
         return ChatQuery("toytown", [turn], [PIXELS], Sampling(most))
 
     short = question("Tell.", 6)
-    alone = engine.answer([short])[0]
-    engine.context = engine._length(short) + 6
-    (told,), refused, (cut,) = engine.answer([short, question("Tell. " * 50, 6), question("Tell me.", 6)])
+    alone = engine.chat([short])[0]
+    engine.context_length = engine._prompt_length(short) + 6
+    (told,), refused, (cut,) = engine.chat([short, question("Tell. " * 50, 6), question("Tell me.", 6)])
     assert told.text == alone[0].text
     assert isinstance(refused, InputError)
     assert cut.tokens < 6
@@ -156,8 +156,8 @@ def test_a_stream_goes_on_while_another_city_answers(systems: list[Path]) -> Non
     engine = Engine(given, find_cities(given))
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Tell."}]}]
     question = ChatQuery("toytown", turn, [PIXELS], Sampling(8))
-    alone = "".join(piece.text for piece in engine.stream(question))
-    pieces, between = engine.stream(question), []
+    alone = "".join(piece.text for piece in engine.stream_chat(question))
+    pieces, between = engine.stream_chat(question), []
     while (piece := next(pieces, None)) is not None:
         between.append(piece.text)
         engine.localize([LocalizeQuery("st-alder", PIXELS, 1, Prior(), None)])
@@ -186,15 +186,15 @@ def test_cities_that_can_not_be_served_are_refused_in_words(systems: list[Path],
     other = tmp_path / "adapter_config.json"
     other.write_text(config.read_text().replace(str(systems[0].parents[2] / "base"), "/elsewhere"))
     with pytest.raises(InputError, match="give its folder with base="):
-        base_of([City("x", "X", "x", tmp_path, tmp_path)], None)
+        base_model([City("x", "X", "x", tmp_path, tmp_path)], None)
     with pytest.raises(InputError, match="serve them apart"):
-        base_of([cities[0], City("x", "X", "x", tmp_path, tmp_path)], None)
-    assert base_of([City("x", "X", "x", tmp_path, tmp_path)], "given") == "given"
+        base_model([cities[0], City("x", "X", "x", tmp_path, tmp_path)], None)
+    assert base_model([City("x", "X", "x", tmp_path, tmp_path)], "given") == "given"
     engine = Engine(
         settings(systems, base=str(systems[0].parents[2] / "base")), [*cities, City("x", "X", "x", tmp_path, tmp_path)]
     )
     with pytest.raises(InputError, match="can't be put on the base model"):
-        engine.add("x")
+        engine.add_city("x")
 
 
 def test_the_city_of_a_request(systems: list[Path]) -> None:
@@ -212,4 +212,4 @@ def test_the_city_of_a_request(systems: list[Path]) -> None:
     [({"height": 32, "width": 48}, 48), ({"shortest_edge": 3136, "longest_edge": 12_845_056}, 2048), ({}, 2048)],
 )
 def test_the_side_of_a_models_input(size: dict[str, int], side: int) -> None:
-    assert side_of(type("Processor", (), {"size": size, "crop_size": None})) == side
+    assert input_size(type("Processor", (), {"size": size, "crop_size": None})) == side

@@ -22,15 +22,15 @@ import serve as service
 from addressvlm import InputError
 from addressvlm.answers.types import Sampling
 from addressvlm.image_decode_worker import decode_image
-from serve.chat import _without_blanks
+from serve.chat import strip_stream
 from serve.cities import model_folder
-from serve.errors import ApiError, error_response, install, user_message
-from serve.images import bytes_of
+from serve.errors import ApiError, add_exception_handlers, error_response, to_api_error
+from serve.images import decode_base64
 from serve.metrics import ServiceMetrics, render_metrics
 from serve.model import Batcher
-from serve.schemas import ChatQuery
-from serve.settings import IMAGES, MODEL
-from serve.vllm_engine import VllmModel, _request, tail
+from serve.requests import ChatQuery
+from serve.settings import IMAGE_SETTINGS, MODEL_SETTINGS
+from serve.vllm_engine import VllmModel, answer_logprobs, openai_request
 from tests.support.running_service import check_error
 
 pytestmark = pytest.mark.xdist_group("serve")
@@ -70,10 +70,10 @@ def test_wrong_arguments_are_one_sentence(arguments: dict[str, str], words: str)
 def test_settings_of_others_start_no_model_anew() -> None:
     one = service.ServiceSettings(batch_size=4, image_domains="example.org")
     other = one.model_copy(update={"rate_limit": 5.0, "max_replicas": 9, "allowed_origins": ["https://example.org"]})
-    for part in (MODEL, IMAGES):
-        assert pickle.dumps(one.only(part)) == pickle.dumps(other.only(part))
-    assert (one.only(MODEL).batch_size, one.only(MODEL).image_domains) == (4, [])
-    assert one.only(IMAGES).image_domains == ["example.org"]
+    for part in (MODEL_SETTINGS, IMAGE_SETTINGS):
+        assert pickle.dumps(one.subset(part)) == pickle.dumps(other.subset(part))
+    assert (one.subset(MODEL_SETTINGS).batch_size, one.subset(MODEL_SETTINGS).image_domains) == (4, [])
+    assert one.subset(IMAGE_SETTINGS).image_domains == ["example.org"]
 
 
 def test_vllm_is_asked_for_in_words(tmp_path: Path) -> None:
@@ -92,9 +92,9 @@ def test_the_production_file_is_one_that_serve_deploys() -> None:
 
 def test_as_many_questions_are_taken_in_as_may_wait_and_be_worked_on() -> None:
     some = service.ServiceSettings(max_queued_requests=5, max_replicas=3, max_ongoing_requests=10)
-    assert some.at_once == 35
-    assert some.model_copy(update={"max_queued_requests": 0}).at_once == 30
-    assert some.model_copy(update={"max_queued_requests": -1}).at_once == float("inf")
+    assert some.max_in_flight == 35
+    assert some.model_copy(update={"max_queued_requests": 0}).max_in_flight == 30
+    assert some.model_copy(update={"max_queued_requests": -1}).max_in_flight == float("inf")
 
 
 def test_the_newest_of_two_last_models_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_the_last_trained_model_is_found(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_defects_show_nothing_of_the_inside() -> None:
     app = FastAPI()
-    install(app)
+    add_exception_handlers(app)
 
     @app.get("/")
     def broken() -> None:
@@ -157,7 +157,7 @@ def test_defects_show_nothing_of_the_inside() -> None:
     ],
 )
 def test_what_went_wrong_decides_the_status(error: Exception, status: int) -> None:
-    told = user_message(error)
+    told = to_api_error(error)
     assert told.status == status
     answer = error_response(told)
     assert answer.status_code == status
@@ -177,25 +177,25 @@ def test_an_addresss_score_is_that_of_its_tokens_up_to_the_end() -> None:
         return {str(token): {"logprob": log_p}, "999": {"logprob": -1.0}}
 
     log_p = [None, told(2, -9), told(7, -0.5), told(8, -0.25), told(3, -0.125), told(4, -9)]
-    assert tail([1, 2], [1, 2, 7, 8, 3, 4], log_p, {3}) == [-0.5, -0.25, -0.125]
-    assert tail([1, 2], [1, 2, 7, 8, 3, 4], log_p, set()) == [-0.5, -0.25, -0.125, -9]
-    assert tail([1, 5], [1, 2, 7, 8, 3, 4], log_p, {3}) == [-9, -0.5, -0.25, -0.125]  # the boundary is another token
+    assert answer_logprobs([1, 2], [1, 2, 7, 8, 3, 4], log_p, {3}) == [-0.5, -0.25, -0.125]
+    assert answer_logprobs([1, 2], [1, 2, 7, 8, 3, 4], log_p, set()) == [-0.5, -0.25, -0.125, -9]
+    assert answer_logprobs([1, 5], [1, 2, 7, 8, 3, 4], log_p, {3}) == [-9, -0.5, -0.25, -0.125]  # the boundary is another token
 
 
 def test_what_vllm_is_asked() -> None:
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]}
     pixels = np.zeros((20, 30, 3), np.uint8)
     photos = [pixels, pixels + 9]
-    asked = _request(ChatQuery("x", [turn, turn], photos, Sampling(9, 0.5, 0.25, 2, ["."], logprobs=0, seed=0)))
+    asked = openai_request(ChatQuery("x", [turn, turn], photos, Sampling(9, 0.5, 0.25, 2, ["."], logprobs=0, seed=0)))
     for message, shown in zip(asked.pop("messages"), photos, strict=True):
         image, text = message["content"]
-        assert decode_image(bytes_of(image["image_url"]["url"]), 50).rgb == shown.tobytes()
+        assert decode_image(decode_base64(image["image_url"]["url"]), 50).rgb == shown.tobytes()
         assert text == turn["content"][1]
     assert asked == {
         "max_tokens": 9, "temperature": 0.5, "top_p": 0.25, "n": 2, "stop": ["."], "seed": 0,
         "logprobs": True, "top_logprobs": 0,
     }  # fmt: skip
-    plain = _request(ChatQuery("x", [turn], [pixels], Sampling(9)))
+    plain = openai_request(ChatQuery("x", [turn], [pixels], Sampling(9)))
     assert {key: plain.get(key) for key in ("temperature", "stop", "seed", "logprobs", "top_logprobs")} == {
         "temperature": 0.0, "stop": None, "seed": None, "logprobs": False, "top_logprobs": None
     }  # fmt: skip
@@ -222,10 +222,10 @@ def test_what_waits_while_the_model_works_goes_together() -> None:
             return [ValueError("three") if item == 3 else -item for item in items]
 
         batcher = Batcher(work, size=4, wait_s=0)
-        tasks = [asyncio.create_task(batcher.answer(0))]
+        tasks = [asyncio.create_task(batcher.submit(0))]
         while not batches:
             await asyncio.sleep(0)
-        tasks += [asyncio.create_task(batcher.answer(item)) for item in range(1, 8)]
+        tasks += [asyncio.create_task(batcher.submit(item)) for item in range(1, 8)]
         await asyncio.sleep(0)
         tasks[5].cancel()
         free.set()
@@ -243,8 +243,8 @@ def test_a_batch_that_fails_fails_each_of_it_and_not_the_next() -> None:
             return [1 // item for item in items]
 
         batcher = Batcher(work, size=2, wait_s=1)
-        first = await asyncio.gather(batcher.answer(0), batcher.answer(1), return_exceptions=True)
-        return [*first, *await asyncio.gather(batcher.answer(1), batcher.answer(1))]
+        first = await asyncio.gather(batcher.submit(0), batcher.submit(1), return_exceptions=True)
+        return [*first, *await asyncio.gather(batcher.submit(1), batcher.submit(1))]
 
     answers = run(ask())
     assert [type(answer) for answer in answers] == [ZeroDivisionError, ZeroDivisionError, int, int]  # type: ignore[attr-defined]
@@ -268,6 +268,6 @@ def test_counts_of_several_replicas_stand_side_by_side() -> None:
 def test_pieces_without_blanks_around_are_the_stripped_text(pieces: list[str]) -> None:
     said, held = "", ""
     for piece in pieces:
-        text, held = _without_blanks(held, piece, not said)
+        text, held = strip_stream(held, piece, not said)
         said += text
     assert said == "".join(pieces).strip()

@@ -12,13 +12,13 @@ from PIL import Image
 
 from addressvlm import InputError
 from addressvlm.image_decode_worker import LONGEST_SIDE, decode_image, limit_resources
-from serve.decode_pool import COMMAND, DecodePool
 from serve.errors import ApiError
-from serve.images import bytes_of
+from serve.images import WORKER_COMMAND, DecodePool, decode_base64
 from tests.support.images import BAD, GOOD, TURNED, encoded
 from tests.support.running_service import photo
 
 pytestmark = pytest.mark.xdist_group("serve")
+IMPORT = f"from {limit_resources.__module__} import {limit_resources.__name__} as limit"  # for processes of their own
 
 
 @pytest.mark.parametrize("case", GOOD)
@@ -87,7 +87,7 @@ def test_damaged_photos_are_refused_or_read(data: st.DataObject) -> None:
 @settings(max_examples=100, deadline=None)
 def test_texts_are_images_or_refused(text: str) -> None:
     try:
-        found = bytes_of(text)
+        found = decode_base64(text)
     except InputError:
         return
     assert isinstance(found, bytes)
@@ -101,7 +101,7 @@ def test_a_decoder_that_hangs_is_ended_and_the_next_photo_is_read() -> None:
     hangs = [
         sys.executable,
         "-c",
-        "import sys; from addressvlm.image_decode_worker import confine; confine(0)\nwhile True: pass",
+        f"{IMPORT}; limit(0)\nwhile True: pass",
     ]
 
     async def both() -> None:
@@ -109,7 +109,7 @@ def test_a_decoder_that_hangs_is_ended_and_the_next_photo_is_read() -> None:
         decoders.command = hangs
         with pytest.raises(InputError, match="too long to decode"):
             await decoders.decode(photo(), 336)
-        decoders.command = COMMAND
+        decoders.command = WORKER_COMMAND
         assert (await decoders.decode(photo(), 336))[:2] == (320, 240)
         with pytest.raises(InputError, match="damaged"):
             await decoders.decode(photo()[:1000], 336)
@@ -120,7 +120,7 @@ def test_a_decoder_that_hangs_is_ended_and_the_next_photo_is_read() -> None:
 
 
 def test_a_decoder_gets_no_more_memory_than_allowed() -> None:
-    greedy = 'from addressvlm.image_decode_worker import confine; confine(9, 1 << 27); x = bytearray(1 << 29); print(\'{"refused": "got it"}\')'
+    greedy = f'{IMPORT}; limit(9, 1 << 27); x = bytearray(1 << 29); print(\'{{"refused": "got it"}}\')'
 
     async def decode_greedily() -> None:
         with pytest.raises(InputError, match="too long to decode"):
@@ -144,15 +144,15 @@ def test_decoders_see_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_turn_that_does_not_come_is_the_services_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.decode_pool.PATIENCE", 0.01)
+    monkeypatch.setattr("serve.images.WALL_TIME_FACTOR", 0.01)
 
     async def wait_for_a_turn() -> None:
         decoders = DecodePool(1, 1, 4)
-        async with decoders.turns:
+        async with decoders.slots:
             with pytest.raises(ApiError) as caught:
                 await decoders.decode(photo(), 336)
         assert caught.value.status == 503
-        assert not decoders.turns.locked()
+        assert not decoders.slots.locked()
 
     run(wait_for_a_turn())
 

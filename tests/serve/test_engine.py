@@ -17,7 +17,7 @@ from addressvlm.answers.types import Sampling
 from addressvlm.inference import Localizer
 from serve.cities import find_cities
 from serve.engine import Engine
-from serve.schemas import ChatQuery, LocalizeQuery
+from serve.requests import ChatQuery, LocalizeQuery
 from tests.support.running_service import two_cities
 
 pytestmark = pytest.mark.xdist_group("serve")
@@ -132,13 +132,13 @@ MIXED = [
 
 
 def test_chats_of_one_batch_are_answered_as_each_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = [engine.answer([question])[0] for question in MIXED]
+    alone = [engine.chat([question])[0] for question in MIXED]
     assert not [found for found in alone if isinstance(found, Exception)]
     assert len({found[0].text for found in alone if not isinstance(found, Exception)}) > len(MIXED) / 2
-    together = engine.answer(MIXED)
+    together = engine.chat(MIXED)
     for question, found, expected in zip(MIXED, together, alone, strict=True):
         assert found == expected, question.messages
-    assert engine.answer(MIXED[::-1]) == together[::-1]
+    assert engine.chat(MIXED[::-1]) == together[::-1]
 
 
 def test_alike_chats_go_through_the_model_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,22 +146,22 @@ def test_alike_chats_go_through_the_model_together(engine: Engine, monkeypatch: 
     monkeypatch.setattr(
         Localizer, "inputs", lambda self, texts, images: prompts.append(len(texts)) or inputs(self, texts, images)
     )
-    engine.answer([question for question in MIXED if question.sampling == Sampling(6) and len(question.images) == 1])
+    engine.chat([question for question in MIXED if question.sampling == Sampling(6) and len(question.images) == 1])
     assert sorted(prompts) == [1, 2, 3, 4]  # of each city those about the address, and the plain ones
 
 
 def test_a_temperature_is_of_its_own_question(engine: Engine) -> None:
     cold, hot = ask("Tell me a story.", 1, max_tokens=8), ask("Tell me a story.", 1, max_tokens=8, temperature=9.0)
-    (greedy,) = engine.answer([cold])[0]
+    (greedy,) = engine.chat([cold])[0]
     for seed in range(2):
         torch.manual_seed(seed)
-        (first,), (one,), (two,), (other,) = engine.answer([hot, cold, cold, hot])
+        (first,), (one,), (two,), (other,) = engine.chat([hot, cold, cold, hot])
         assert one.text == two.text == greedy.text
         assert len({first.text, other.text, greedy.text}) == 3
 
 
 def test_only_plain_questions_are_answered_by_probabilities(engine: Engine) -> None:
-    plain = engine.answer([ask("Which street is this?", 1, max_tokens=1)])[0][0]
+    plain = engine.chat([ask("Which street is this?", 1, max_tokens=1)])[0][0]
     assert plain.finish == "stop"
     assert plain.text in {"Mill Street", "Oak Avenue", "Quay Lane", "Station Road"}
     for free in (
@@ -172,23 +172,23 @@ def test_only_plain_questions_are_answered_by_probabilities(engine: Engine) -> N
         ask("Which street is this?", 1, 2, max_tokens=1),
         ask("Which street is this?", max_tokens=1),
     ):
-        assert engine.answer([free])[0][0].tokens == 1
+        assert engine.chat([free])[0][0].tokens == 1
 
 
 def test_a_prompts_length_is_known_before_it_is_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     for question in (ask("Hello."), ask("Hello.", 1), ask("Hello.", 1, 2), ask("Which street is this?", 1, stop=["x"])):
-        (read,) = engine.answer([question])[0]
-        monkeypatch.setattr(engine, "context", read.prompt_tokens + 2)
-        assert engine.answer([question])[0][0].tokens <= 2
-        monkeypatch.setattr(engine, "context", read.prompt_tokens)
-        assert isinstance(engine.answer([question])[0], InputError)
+        (read,) = engine.chat([question])[0]
+        monkeypatch.setattr(engine, "context_length", read.prompt_tokens + 2)
+        assert engine.chat([question])[0][0].tokens <= 2
+        monkeypatch.setattr(engine, "context_length", read.prompt_tokens)
+        assert isinstance(engine.chat([question])[0], InputError)
         with pytest.raises(InputError, match=f"has {read.prompt_tokens} tokens"):
-            next(engine.stream(question))
+            next(engine.stream_chat(question))
         monkeypatch.undo()
 
 
 def test_memory_for_photos_is_shared_by_the_cities_of_a_replica(systems: list[Path]) -> None:
     given = service.ServiceSettings(cities=[str(s) for s in systems], dtype="float32", photo_memory_mb=8, cities_per_replica=4)
     engine = Engine(given, find_cities(given))
-    engine.add("toytown")
+    engine.add_city("toytown")
     assert engine.localizers["toytown"]._sights.most_bytes == 2 * 2**20

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import serve as service
 from serve.errors import ApiError
-from serve.images import ImageFetcher, Images, is_global
+from serve.images import ImageFetcher, Images, is_public
 from tests.support.running_service import photo
 
 pytestmark = pytest.mark.xdist_group("serve")
@@ -90,7 +90,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
 
 def get(url: str, *domains: str, private: bool = True, max_mb: float = 1, timeout_s: float = 20) -> bytes:
-    return asyncio.run(ImageFetcher(domains, private, max_mb, timeout_s).get(url))
+    return asyncio.run(ImageFetcher(domains, private, max_mb, timeout_s).fetch(url))
 
 
 def refused(url: str, *domains: str, words: str, **options: Any) -> None:
@@ -184,7 +184,7 @@ def test_other_addresses_are_refused_before_anything_is_sent(url: str, names: di
 def test_any_address_is_judged(url: str) -> None:
     fetcher = ImageFetcher(["nowhere.test"], False, 1, 1)
     with pytest.raises(ApiError):
-        fetcher._check(url)
+        fetcher.check_url(url)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_any_address_is_judged(url: str) -> None:
     ],
 )
 def test_which_addresses_are_public(address: str, public: bool) -> None:
-    assert is_global(address) == public
+    assert is_public(address) == public
 
 
 def test_the_service_fetches_when_it_may(port: int, names: dict[str, list[str]]) -> None:
@@ -222,7 +222,7 @@ def test_the_service_fetches_when_it_may(port: int, names: dict[str, list[str]])
     async def read() -> Any:
         images = Images(given_settings)
         found = await images.read(f" http://images.test:{port}/photo")
-        await images.decoders.close()
+        await images.decode_pool.close()
         return found
 
     assert asyncio.run(read()).shape == (240, 320, 3)

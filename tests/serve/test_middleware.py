@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from addressvlm import InputError
 from serve.metrics import ServiceMetrics
-from serve.middleware import AccessMiddleware, RateLimit, key_digests
+from serve.middleware import AccessMiddleware, RateLimit, key_hashes
 from serve.settings import ServiceSettings
 from tests.support.in_process_service import api
 from tests.support.running_service import check_error, model_folder, photo
@@ -117,21 +117,21 @@ def test_the_rate_limit_counts_time_and_forgets_callers(monkeypatch: pytest.Monk
     assert ask(1) == 0
     assert ask(1, "b") == 0
     assert [ask(1000) for _ in range(11)] == [*[0] * 10, pytest.approx(1)]  # no more than that after any time
-    monkeypatch.setattr("serve.middleware.CALLERS", 2)
+    monkeypatch.setattr("serve.middleware.MAX_CALLERS", 2)
     assert ask(1000, "c") == 0  # in place of b, who has not asked for longest
-    assert list(limit.callers) == ["a", "c"]
+    assert list(limit.buckets) == ["a", "c"]
 
 
 def test_short_keys_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADDRESSVLM_API_KEYS", "short")
     with pytest.raises(InputError, match="openssl rand"):
-        key_digests()
+        key_hashes()
     for nothing in ("", " ,"):
         monkeypatch.setenv("ADDRESSVLM_API_KEYS", nothing)
         with pytest.raises(InputError, match="holds no key"):
-            key_digests()
+            key_hashes()
     monkeypatch.delenv("ADDRESSVLM_API_KEYS")
-    assert key_digests() == []
+    assert key_hashes() == []
 
 
 def test_keys_are_asked_for_under_a_prefix(client: TestClient) -> None:
@@ -199,7 +199,7 @@ def test_a_peer_is_known_by_its_network() -> None:
 
 
 def test_a_rate_limit_that_does_not_answer_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.middleware.LIMIT_S", 0.01)
+    monkeypatch.setattr("serve.middleware.RATE_LIMIT_TIMEOUT_S", 0.01)
 
     async def never(caller: str) -> float:
         return await asyncio.get_running_loop().create_future()
@@ -250,7 +250,7 @@ def test_a_place_is_given_back_whatever_becomes_of_the_question() -> None:
         while ends:
             with suppress(asyncio.CancelledError):
                 await around.access({"type": "http", "method": "POST", "path": "/v1/localize", "headers": []}, none, none)
-            assert around.access.inside == 0
+            assert around.access.in_flight == 0
         async with httpx.AsyncClient(transport=httpx.ASGITransport(around.access), base_url="http://test") as client:
             assert (await client.post("/v1/localize")).status_code == 200
 

@@ -16,7 +16,9 @@ import uvicorn
 from hypothesis import HealthCheck, settings
 from schemathesis.config import SchemathesisConfig
 
-from serve.openapi import openapi_document
+from serve.metrics import ServiceMetrics
+from serve.routes import Routes
+from serve.settings import ServiceSettings
 from tests.support.in_process_service import application
 
 pytestmark = pytest.mark.xdist_group("serve")
@@ -26,7 +28,8 @@ CONFIG: dict[str, Any] = {
     "checks": {"positive_data_acceptance": {"expected-statuses": FITTING}},
     "phases": {"coverage": {"enabled": EXAMPLES > 100}},
 }
-schema = schemathesis.openapi.from_dict(openapi_document(keys=False), config=SchemathesisConfig.from_dict(CONFIG))
+document = Routes(ServiceSettings(), [], None, ServiceMetrics(), None, None).app().openapi()  # type: ignore[arg-type]
+schema = schemathesis.openapi.from_dict(document, config=SchemathesisConfig.from_dict(CONFIG))
 tried: Counter[int] = Counter()
 
 

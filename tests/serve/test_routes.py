@@ -17,12 +17,13 @@ from addressvlm.answers.address_distribution import Candidate, Localization
 from addressvlm.answers.priors import Circle, Prior
 from addressvlm.answers.types import Completion, Sampling, TextChunk, TokenScore
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
-from serve.chat import ChatRequest, Reply, conversation, read_request
+from serve.chat import ChatResponse, conversation, parse_chat
 from serve.cities import City, CityGeometry
 from serve.errors import ApiError
 from serve.metrics import ServiceMetrics
+from serve.requests import ChatQuery, LocalizeQuery, read_body
 from serve.routes import Routes
-from serve.schemas import ChatQuery, CircleFields, LocalizeQuery, PriorFields, read_body
+from serve.schemas import ChatRequest, CircleFields, PriorFields
 from serve.settings import ServiceSettings
 from tests.support.running_service import STREETS, check_error, save_gazetteer
 
@@ -38,7 +39,7 @@ class Double:
             [Candidate("Oak Avenue", "Harbour", 0.625), Candidate("Quay Lane", "Harbour", 0.25)], True, 0.625, 0.5
         )
 
-    async def read(self, source: bytes | str) -> np.ndarray:
+    async def read_image(self, source: bytes | str) -> np.ndarray:
         """Of the source, its length: a picture that can be told from others."""
         return np.full((1, 1, 3), len(source), np.uint8)
 
@@ -46,11 +47,11 @@ class Double:
         self.asked.append(where)
         return self.found
 
-    async def answer(self, question: ChatQuery) -> list[Completion]:
+    async def chat(self, question: ChatQuery) -> list[Completion]:
         self.asked.append(question)
         return [Completion("One.", "stop", (), 40, 3), Completion("Two", "length", (), 40, 5)]
 
-    async def stream(self, question: ChatQuery) -> AsyncIterator[TextChunk]:
+    async def stream_chat(self, question: ChatQuery) -> AsyncIterator[TextChunk]:
         self.asked.append(question)
 
         async def pieces() -> AsyncIterator[TextChunk]:
@@ -71,15 +72,15 @@ def client(tmp_path: Path, double: Double) -> TestClient:
         (tmp_path / city).mkdir()
         save_gazetteer(tmp_path / city, city, streets)
         cities.append(City(city.lower(), city, f"run/{city.lower()}", tmp_path / city))
-    records = ServiceMetrics()
+    metrics = ServiceMetrics()
 
     async def up() -> int:
         return 0
 
     async def counts() -> Any:
-        return {"front": records.collect()}
+        return {"front": metrics.collect()}
 
-    return TestClient(Routes(ServiceSettings(max_tokens=100), cities, double, records, up, counts).app())
+    return TestClient(Routes(ServiceSettings(max_tokens=100), cities, double, metrics, up, counts).app())
 
 
 # ---- addresses
@@ -142,8 +143,8 @@ def test_a_street_is_placed_on_its_longest_part(tmp_path: Path) -> None:
     ring = shapely.box(3, 52, 3.2, 52.1)
     city = Gazetteer([Address(s, "A") for s in ("One", "Two", "Three")], {"One": parts, "Two": ring}, {}, city="X")
     city.save(tmp_path / "gazetteer.geojson")
-    places = CityGeometry(City("x", "X", "x", tmp_path))
-    one, two, three = (places.candidate(street, "A", 0.5) for street in ("One", "Two", "Three"))
+    geometry = CityGeometry(City("x", "X", "x", tmp_path))
+    one, two, three = (geometry.candidate(street, "A", 0.5) for street in ("One", "Two", "Three"))
     assert (one["lat"], one["lon"], one["geometry"]["type"]) == (pytest.approx(52.01), 1, "MultiLineString")
     assert (two["lat"], two["lon"]) == pytest.approx((52.05, 3.1))
     assert three == {"street": "Three", "district": "A", "probability": 0.5, "lat": None, "lon": None, "geometry": None}
@@ -182,7 +183,7 @@ def test_a_body_may_be_as_large_as_is_allowed_and_no_larger() -> None:
 
 
 def test_a_body_that_does_not_come_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.schemas.BODY_S", 0.01)
+    monkeypatch.setattr("serve.requests.BODY_TIMEOUT_S", 0.01)
     with pytest.raises(ApiError) as caught:
         asyncio.run(read_body(sent([b"a", b""]), 1))
     assert caught.value.status == 408
@@ -207,7 +208,7 @@ def test_a_conversation_keeps_its_order() -> None:
         {"role": "assistant", "content": None},
         user("data:333", "third"),
     ]
-    messages, urls = conversation(read_request({"model": "x", "messages": turns}))
+    messages, urls = conversation(parse_chat({"model": "x", "messages": turns}))
     assert urls == ["data:1", "data:22", "data:333"]
     image, text = {"type": "image"}, lambda said: {"type": "text", "text": said}
     assert messages == [
@@ -229,7 +230,7 @@ def test_a_conversation_keeps_its_order() -> None:
 )
 def test_the_most_of_a_conversation_counts_all_its_turns(turns: list[dict[str, Any]], fine: bool) -> None:
     def read() -> Any:
-        return conversation(read_request({"model": "x", "messages": turns}))
+        return conversation(parse_chat({"model": "x", "messages": turns}))
 
     if fine:
         assert read()
@@ -278,7 +279,7 @@ def test_all_that_is_asked_in_a_chat_reaches_the_model(client: TestClient, doubl
     check_error(client.post("/v1/chat/completions", json=body | {"model": "addressvlm"}), 404, "'run/toytown', 'run/alder'")
 
 
-def events(reply: Reply, *pieces: TextChunk | Exception, usage: bool = True) -> list[Any]:
+def events(reply: ChatResponse, *pieces: TextChunk | Exception, usage: bool = True) -> list[Any]:
     async def come() -> AsyncIterator[TextChunk]:
         for piece in pieces:
             if isinstance(piece, Exception):
@@ -293,7 +294,7 @@ def events(reply: Reply, *pieces: TextChunk | Exception, usage: bool = True) -> 
 
 
 def test_two_answers_that_come_by_turns() -> None:
-    reply = Reply("x", logprobs=True)
+    reply = ChatResponse("x", logprobs=True)
     score = TokenScore("é", float("-inf"), (("a", -0.5),))
     *chunks, usage, done = events(
         reply,
@@ -323,11 +324,11 @@ def test_two_answers_that_come_by_turns() -> None:
     ]
     assert (usage["choices"], usage["usage"]["prompt_tokens"], usage["usage"]["completion_tokens"]) == ([], 9, 7)
     assert done == "[DONE]"
-    assert reply.used == (9, 7)
+    assert reply.usage == (9, 7)
     assert len({chunk["id"] for chunk in (*chunks, usage)}) == 1
 
 
 def test_a_stream_that_breaks_off_says_so_and_is_not_done() -> None:
-    *_, last = events(Reply("x", logprobs=False), TextChunk(0, "A", None, (), 9, 1), RuntimeError("secret"))
+    *_, last = events(ChatResponse("x", logprobs=False), TextChunk(0, "A", None, (), 9, 1), RuntimeError("secret"))
     assert last["error"]["type"] == "server_error"
     assert "secret" not in str(last)

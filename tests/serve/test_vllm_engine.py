@@ -17,8 +17,8 @@ from addressvlm.answers.types import Completion, Sampling, TextChunk, TokenScore
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.questions import ADDRESS_QUESTION
 from serve.metrics import ServiceMetrics
-from serve.schemas import ChatQuery, LocalizeQuery
-from serve.vllm_engine import VllmModel, _ends, _side
+from serve.requests import ChatQuery, LocalizeQuery
+from serve.vllm_engine import VllmModel, _end_tokens, _image_size
 
 pytestmark = pytest.mark.xdist_group("serve")
 PHOTO = np.zeros((20, 30, 3), np.uint8)
@@ -42,9 +42,9 @@ def vllm(reply: Any, asked: list[dict[str, Any]]) -> VllmModel:
         return httpx.Response(status, json=body)
 
     model = VllmModel.__new__(VllmModel)
-    model.name, model.records, model.turns, model.ends = "merged", ServiceMetrics(), asyncio.Semaphore(2), {9}
+    model.name, model.metrics, model.semaphore, model.end_tokens = "merged", ServiceMetrics(), asyncio.Semaphore(2), {9}
     model.gazetteer, model.calibration = Gazetteer([Address(*text.split(", ")) for text in SAID]), Calibration()
-    model.telling = {text: telling for text, (_, _, telling) in SAID.items()}
+    model.prefix_lengths = {text: telling for text, (_, _, telling) in SAID.items()}
     http = httpx.AsyncClient(transport=httpx.MockTransport(handle))
     model.client = AsyncOpenAI(base_url="http://vllm/v1", api_key="none", max_retries=0, http_client=http)
     return model
@@ -69,7 +69,7 @@ def read(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 def test_the_score_of_an_address_is_the_sum_of_the_tokens_that_tell_it() -> None:
     asked: list[dict[str, Any]] = []
     model = vllm(read, asked)
-    scores = asyncio.run(model._scores("data:image/png;base64,AAAA", list(SAID)))
+    scores = asyncio.run(model._address_scores("data:image/png;base64,AAAA", list(SAID)))
     assert scores.tolist() == [-0.75, -2.5, -1.5, -3.5]
     assert [body["add_generation_prompt"] for body in asked] == [True, False, False, False, False]
     for body in asked:
@@ -115,7 +115,7 @@ def test_answers_keep_their_order_and_what_they_cost() -> None:
     usage = {"prompt_tokens": 40, "completion_tokens": 7, "total_tokens": 47}
     whole = {"id": "1", "object": "chat.completion", "created": 1, "model": "merged", "choices": choices, "usage": usage}
     model = vllm(lambda body: (200, whole), [])
-    first, second = asyncio.run(model.answer(ChatQuery("x", [], [], Sampling(n=2))))
+    first, second = asyncio.run(model.chat(ChatQuery("x", [], [], Sampling(n=2))))
     assert first == Completion("A.", "stop", (TokenScore("A.", -1.5, (("z", -0.5),)),), 40, 7)
     assert (second.text, second.finish, second.prompt_tokens, first.tokens + second.tokens) == ("", "length", 40, 7)
 
@@ -139,7 +139,7 @@ def test_a_stream_is_told_piece_by_piece() -> None:
     model = vllm(lambda body: (200, told + "data: [DONE]\n\n"), asked)
 
     async def listen() -> list[Any]:
-        return [piece async for piece in model.stream(ChatQuery("x", [], [], Sampling()))]
+        return [piece async for piece in model.stream_chat(ChatQuery("x", [], [], Sampling()))]
 
     assert asyncio.run(listen()) == [
         TextChunk(0, "A", None, (), 40, 1),
@@ -152,18 +152,18 @@ def test_a_stream_is_told_piece_by_piece() -> None:
 def test_what_vllm_refuses_is_the_callers_and_what_fails_is_not() -> None:
     question = ChatQuery("x", [], [], Sampling())
     refuses = vllm(lambda body: (400, {"error": {"message": "The prompt is too long."}}), [])
-    told = asyncio.run(refuses.answer(question))
+    told = asyncio.run(refuses.chat(question))
     assert isinstance(told, InputError)
     assert "too long" in str(told)
     with pytest.raises(APIStatusError):
-        asyncio.run(vllm(lambda body: (500, {}), []).answer(question))
+        asyncio.run(vllm(lambda body: (500, {}), []).chat(question))
 
 
 def test_a_models_ends_and_side_are_read_from_its_files(tmp_path: Path) -> None:
-    assert _ends(tmp_path) == set()
+    assert _end_tokens(tmp_path) == set()
     for told, ends in (({"eos_token_id": 7}, {7}), ({"eos_token_id": [7, 8]}, {7, 8}), ({}, set())):
         (tmp_path / "generation_config.json").write_text(json.dumps(told))
-        assert _ends(tmp_path) == ends
+        assert _end_tokens(tmp_path) == ends
     for vision, side in (
         ({"image_size": 336}, 336),
         ({"image_size": [224, 448]}, 448),
@@ -171,4 +171,4 @@ def test_a_models_ends_and_side_are_read_from_its_files(tmp_path: Path) -> None:
         ({"image_size": 9999}, 2048),
     ):
         (tmp_path / "config.json").write_text(json.dumps({"vision_config": vision}))
-        assert _side(tmp_path) == side
+        assert _image_size(tmp_path) == side

@@ -9,11 +9,11 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 import serve as service
-from serve.app import Backend
+from serve.backend import Backend
 from serve.cities import find_cities
 from serve.images import Images
 from serve.metrics import ServiceMetrics
-from serve.middleware import RateLimit, key_digests
+from serve.middleware import RateLimit, key_hashes
 from serve.model import Model
 from serve.routes import Routes
 from tests.support.running_service import model_folder
@@ -36,23 +36,23 @@ class Handle:
 def application(root: Path, **settings: Any) -> FastAPI:
     """The routes of a service with these settings."""
     given = service.ServiceSettings(**({"model": str(model_folder(root))} | settings))
-    cities, records = find_cities(given), ServiceMetrics()
+    cities, metrics = find_cities(given), ServiceMetrics()
     model, images = Model(given, cities), Images(given)
-    backend = Backend(Handle(model), Handle(images), records, len(cities) > 1, given.request_s)
+    backend = Backend(Handle(model), Handle(images), metrics, len(cities) > 1, given.request_s)
 
     async def up() -> int:
         return 1
 
     async def counts() -> Any:
-        return {"front": records.collect(), "model": model.records.collect(), "images": images.records.collect()}
+        return {"front": metrics.collect(), "model": model.metrics.collect(), "images": images.metrics.collect()}
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await images.decoders.close()
+        await images.decode_pool.close()
 
     wait = RateLimit(given.rate_limit).wait if given.rate_limit else None
-    app = Routes(given, cities, backend, records, up, counts).app(digests=key_digests(), wait=wait)
+    app = Routes(given, cities, backend, metrics, up, counts).app(key_hashes=key_hashes(), wait=wait)
     app.router.lifespan_context = lifespan
     return app
 

@@ -1,0 +1,111 @@
+"""Calls from the HTTP front to the model and image deployments: retries, time limits, streams."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+from prometheus_client.core import Metric
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle
+
+from addressvlm.answers.address_distribution import Localization
+from addressvlm.answers.types import Completion, TextChunk
+from serve.errors import ApiError, to_api_error
+from serve.metrics import ServiceMetrics
+from serve.requests import ChatQuery, LocalizeQuery
+
+METRICS_TIMEOUT_S = 5
+
+
+class Backend:
+    """Calls to the model and image deployments. An ApiError is the caller's to see, whatever went wrong.
+
+    Args:
+        multiplexed: whether replicas hold several cities, so that a request goes to one that has its city loaded.
+        timeout_s: time limit of a call, its retry included; of a stream, for each chunk.
+    """
+
+    def __init__(
+        self, model: DeploymentHandle, images: DeploymentHandle, metrics: ServiceMetrics, multiplexed: bool, timeout_s: float
+    ) -> None:
+        self.model, self.images, self.metrics = model, images, metrics
+        self.multiplexed, self.timeout_s = multiplexed, timeout_s
+        self._image_size: int | None = None
+
+    async def read_image(self, source: bytes | str) -> np.ndarray:
+        """Pixels of a photo at the size that the model needs, uint8 (height, width, 3)."""
+        if self._image_size is None:
+            self._image_size = await self._call(self.model, "image_size")
+        return await self._call(self.images, "read", source, self._image_size)
+
+    async def localize(self, query: LocalizeQuery) -> Localization:
+        """The ranked addresses of a photo."""
+        return await self._call(self._model_of(query.city), "localize", query)
+
+    async def chat(self, query: ChatQuery) -> list[Completion]:
+        """The answers to a conversation, `query.sampling.n` of them."""
+        return await self._call(self._model_of(query.city), "chat", query)
+
+    async def stream_chat(self, query: ChatQuery) -> AsyncIterator[TextChunk]:
+        """The answers to a conversation, chunk by chunk; returns when the first chunk is there."""
+
+        async def start() -> tuple[TextChunk, AsyncIterator[TextChunk]]:
+            chunks = self._model_of(query.city).options(stream=True).stream_chat.remote(query)
+            return _raise_if_error(await anext(aiter(chunks))), chunks
+
+        async def stream() -> AsyncIterator[TextChunk]:
+            chunk, done = first, object()
+            while chunk is not done:
+                yield _raise_if_error(chunk)
+                async with asyncio.timeout(self.timeout_s):
+                    chunk = await anext(chunks, done)
+
+        first, chunks = await self._with_retry(start)
+        return stream()
+
+    async def collect_metrics(self) -> dict[str, list[Metric]]:
+        """Metrics of all model and image replicas, by replica; those that do not answer are left out."""
+        metrics: dict[str, list[Metric]] = {}
+        for handle in (self.model, self.images):
+            try:
+                metrics |= await broadcast_collect(handle)
+            except Exception as error:
+                to_api_error(error)  # logs it
+        return metrics
+
+    def _model_of(self, city: str) -> Any:
+        return self.model.options(multiplexed_model_id=city) if self.multiplexed else self.model
+
+    async def _call(self, handle: Any, method: str, *args: Any) -> Any:
+        async def call() -> Any:
+            return _raise_if_error(await getattr(handle, method).remote(*args))
+
+        return await self._with_retry(call)
+
+    async def _with_retry(self, call: Any) -> Any:
+        """Call, and once more if the replica died. Ray Serve would answer a full queue itself, hence the ApiError."""
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                try:
+                    return await call()
+                except RayActorError:
+                    self.metrics.count("addressvlm_retries")
+                    return await call()
+        except ApiError:
+            raise
+        except Exception as error:
+            raise to_api_error(error) from None
+
+
+async def broadcast_collect(handle: DeploymentHandle) -> dict[str, list[Metric]]:
+    """Metrics of all replicas of a deployment, by replica; those that fail are left out."""
+    results = await handle.broadcast("collect").results_async(timeout_s=METRICS_TIMEOUT_S, return_exceptions=True)
+    return dict(result for result in results if isinstance(result, tuple))
+
+
+def _raise_if_error(value: Any) -> Any:
+    """A result, or an error that came as a value (see `serve.errors.return_user_errors`) as an exception."""
+    if isinstance(value, Exception):
+        raise value
+    return value
