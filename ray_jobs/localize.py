@@ -151,7 +151,7 @@ def _once(shards: list[Shard]) -> tuple[list[Shard], list[dict[str, Any]]]:
                 reason = f"id twice: {row['id']} came before"
                 rejects.append({"file": None, "row": number, "id": row["id"], "reason": reason})
             seen.add(row["id"])
-        kept.append(replace(shard, rows=shard.rows - len(again), left_out=frozenset(again)))
+        kept.append(replace(shard, rows=shard.rows - len(again), skipped=frozenset(again)))
     return kept, rejects
 
 

@@ -193,7 +193,7 @@ def _check_photos(
     if not photos:
         return []
     base = readers.photos_folder(city)
-    work = ShardWork(partial(check_photos, base, city.model_dump_json()), CHECKED, made_from_rows=partial(files_of, base))
+    work = ShardWork(partial(check_photos, base, city.model_dump_json()), CHECKED, row_fingerprint=partial(files_of, base))
     wanted = folder / WORK_DIR / "listed"
     remove_tree(wanted)
     tables.write_table(wanted, "photos", photo_table(photos, places, answers), LISTED, CHECKED_AT_A_TIME)
@@ -213,7 +213,7 @@ def _write_tables(
     parts = np.array([position.get(part_of.get(photo.id, "none"), -1) for photo in found.photos], dtype=np.int8)
     names = sources_fingerprint(str(file))
     function = partial(finish_rows, parts, (str(file), names), config.city.model_dump_json(), config.seed)
-    work = ShardWork(function, tables.PHOTOS, made_from=names + sha256(parts).hexdigest())
+    work = ShardWork(function, tables.PHOTOS, fingerprint=names + sha256(parts).hexdigest())
     run_shards("prepare: photos written", plan_shards(folder / CHECKED_FOLDER, "photos", SHARD), folder, work)
 
 

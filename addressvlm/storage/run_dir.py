@@ -1,11 +1,11 @@
-"""Where a run keeps its things, and what of it is already done.
+"""Folders of a run, and which steps of it are finished.
 
-A step writes into a folder of its own and leaves `_done.json` there last, with the settings it used. A second run with
-the same settings skips the step; with other settings it stops and says which, so that nothing is mixed or lost. Until
-then the folder is called `<step>.partial`; a step made of shards (addressvlm/storage/shards.py) goes on with what is in it.
+Each step writes to a folder `<step>.partial` and renames it to `<step>` at the end, with the settings it used in
+`_done.json`. A second run with the same settings skips the step; with other settings it stops and names the difference.
+A step that works shard by shard (addressvlm/storage/shards.py) resumes from its partial folder.
 
-A store has no rename: there a step writes where it will stay, below a mark `_work/begun.json` that is put before anything
-else. A folder with that mark and without `_done.json` is unfinished, and nobody reads it.
+Object stores have no rename: there a step writes to its final folder, after a marker `_work/begun.json`. A folder with this
+marker and without `_done.json` is unfinished, and readers refuse it.
 """
 
 import json
@@ -22,9 +22,9 @@ from addressvlm.storage.files import atomic_write, remove_tree
 from addressvlm.storage.remote_path import AnyPath, RemotePath, is_remote, path_of
 
 DONE_FILE = "_done.json"
-WORK_DIR = "_work"  # in a partial folder: what the finished step does not need
-BEGUN_FILE = f"{WORK_DIR}/begun.json"  # what is being made there
-LAST_MODEL_FILE = "last-model"
+WORK_DIR = "_work"  # in a partial folder: files that the finished step does not need
+BEGUN_FILE = f"{WORK_DIR}/begun.json"  # settings of the unfinished step
+LAST_MODEL_FILE = "last-model"  # in the storage folder: path of the model trained last
 
 
 def slug(name: str) -> str:
@@ -33,7 +33,7 @@ def slug(name: str) -> str:
 
 
 def parse_model_flag(flag: str) -> tuple[str, str]:
-    """Name and folder of a flag `name=folder` or `folder`; without a name the folder's own (`x/merged` is called x)."""
+    """Name and folder of a flag `name=folder` or `folder`; the default name is the folder's (`x/merged` is called x)."""
     name, equals, folder = flag.partition("=")
     path = path_of(flag)
     if equals and (is_remote(folder) or not path.is_dir()):
@@ -44,8 +44,8 @@ def parse_model_flag(flag: str) -> tuple[str, str]:
 def storage_dir(configured: str) -> AnyPath:
     """The folder of all runs: a URI, or an absolute path.
 
-    A relative one is taken from the working directory; inside the copy that `ray job submit --working-dir` unpacks
-    (which Ray deletes later) it is taken from `~/addressvlm` instead.
+    A relative path starts at the working directory, but at `~/addressvlm` in a job submitted with `ray job submit
+    --working-dir`, whose working directory Ray deletes later.
     """
     path = path_of(configured)
     if isinstance(path, RemotePath):
@@ -64,19 +64,17 @@ class Run:
         self.input = self.folder / "input"  # a generated toy city
         self.photos = self.folder / "photos"  # also gazetteer.geojson, roads.fgb, card.json
         self.gazetteer = self.photos / "gazetteer.geojson"
-        self.roads = self.photos / "roads.fgb"  # what tiles are drawn from, if the city has a map
-        self.rejects = self.folder / "rejects"  # one Parquet file a step
+        self.roads = self.photos / "roads.fgb"  # streets that tiles are drawn from, if the city has a street map
+        self.rejects = self.folder / "rejects"  # one Parquet file per step
         self.grafts = self.folder / "grafts"
-        self.grafted_photos = (
-            self.folder / "grafted_photos"
-        )  # photos of other splits on their tiles, to ask about, one folder a split
-        self.response_cache = self.folder / "response_cache"  # what was asked for labels and answered
+        self.grafted_photos = self.folder / "grafted_photos"  # grafts of other splits, to evaluate on, one folder per split
+        self.response_cache = self.folder / "response_cache"  # requests for labels and their answers
         self.alignment = self.folder / "alignment"
         self.reasoning = self.folder / "reasoning"
-        self.locatability = self.folder / "locatability"  # how much each training photo tells of where it is
-        self.training = self.folder / "training"  # checkpoints and loss curves, one folder a system
+        self.locatability = self.folder / "locatability"  # locatability score of each training photo
+        self.training = self.folder / "training"  # checkpoints and loss curves, one folder per system
         self.models = self.folder / "models"  # <slug>/adapter and <slug>/merged
-        self.answers = self.folder / "answers"  # one table a system
+        self.answers = self.folder / "answers"  # one table per system
         self.metrics = self.folder / "metrics.json"
         self.report = self.folder / "report.html"
 
@@ -90,47 +88,47 @@ class Run:
 
 
 def is_done(folder: AnyPath, settings: dict[str, Any], redo: bool = False) -> bool:
-    """Whether a step finished with these settings; clears up what it no longer needs.
+    """Whether a step finished with these settings; removes its leftover work files.
 
     Raises:
-        InputError: it finished with other settings; names the first that differ.
+        InputError: it finished with other settings; the message names the first that differ.
     """
-    mark = folder / DONE_FILE
-    if not mark.is_file() or redo:
+    marker = folder / DONE_FILE
+    if not marker.is_file() or redo:
         return False
-    before = json.loads(mark.read_text())
+    before = json.loads(marker.read_text())
     now = json.loads(json.dumps(settings))
     if before == now:
         remove_tree(folder / WORK_DIR)
         return True
-    changed = sorted(_differences(before, now))
-    shown = ", ".join(changed[:3]) + (", …" if len(changed) > 3 else "")
-    raise InputError(f"{folder} was made with other settings ({shown}): give the run another name, or add --redo.")
+    changes = sorted(_differences(before, now))
+    first = ", ".join(changes[:3]) + (", …" if len(changes) > 3 else "")
+    raise InputError(f"{folder} was made with other settings ({first}): give the run another name, or add --redo.")
 
 
-def _differences(before: Any, now: Any, at: str = "") -> Iterator[str]:
+def _differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in before.keys() | now.keys():
-            yield from _differences(before.get(key), now.get(key), f"{at}.{key}" if at else key)
+            yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
     elif before != now:
-        yield f"{at}: {before} -> {now}"
+        yield f"{path}: {before} -> {now}"
 
 
 def mark_done(folder: AnyPath, settings: dict[str, Any]) -> None:
-    """Leave the mark that `is_done` looks for."""
-    _write_whole(folder / DONE_FILE, json.dumps(settings, indent=1))
+    """Write the marker that `is_done` reads."""
+    _write_text(folder / DONE_FILE, json.dumps(settings, indent=1))
 
 
 def is_unfinished(folder: AnyPath) -> bool:
-    """Whether a step writes, or wrote and was killed, into this folder of a store."""
+    """Whether this remote folder belongs to a step that is running or was killed."""
     return isinstance(folder, RemotePath) and (folder / BEGUN_FILE).is_file() and not (folder / DONE_FILE).is_file()
 
 
 def begin_or_resume(folder: AnyPath, settings: dict[str, Any], redo: bool = False) -> None:
-    """Begin or go on with something in `folder` that grows over several runs, such as a training.
+    """Create the folder of work that is resumed in place, such as a training run, or check that its settings match.
 
     Raises:
-        InputError: it was begun with other settings, or the folder can't be written.
+        InputError: it began with other settings, or the folder can't be written.
     """
     try:
         if redo:
@@ -144,14 +142,14 @@ def begin_or_resume(folder: AnyPath, settings: dict[str, Any], redo: bool = Fals
 
 @contextmanager
 def fresh_dir(folder: AnyPath, settings: dict[str, Any]) -> Iterator[AnyPath]:
-    """Give a clean temporary folder; put it in place, marked done, when the block ends without an error.
+    """An empty temporary folder to write; it becomes `folder`, marked done, when the block ends without an error.
 
     Raises:
-        InputError: the place can't be written, or the disk is full.
+        InputError: the folder can't be written, or the disk is full.
     """
     partial = _partial(folder)
     try:
-        _begin(partial)
+        _clear(partial)
         yield partial
         _publish(partial, folder, settings)
     except OSError as error:
@@ -160,19 +158,19 @@ def fresh_dir(folder: AnyPath, settings: dict[str, Any]) -> Iterator[AnyPath]:
 
 @contextmanager
 def resumable_dir(folder: AnyPath, settings: dict[str, Any], redo: bool = False) -> Iterator[AnyPath]:
-    """Like `fresh_dir`, but the temporary folder keeps what an earlier attempt with the same settings left in it.
+    """Like `fresh_dir`, but the temporary folder keeps the files of an interrupted attempt with the same settings.
 
-    With `redo` only an attempt that was to redo the step as well is gone on with.
+    With `redo` only those of an attempt that had `redo` too.
 
     Raises:
-        InputError: the place can't be written, or the disk is full.
+        InputError: the folder can't be written, or the disk is full.
     """
     partial = _partial(folder)
     now = json.loads(json.dumps({"settings": settings, "redo": redo}))
     try:
-        if not _goes_on(partial, now):
-            _begin(partial)
-            _write_whole(partial / BEGUN_FILE, json.dumps(now))
+        if not _can_resume(partial, now):
+            _clear(partial)
+            _write_text(partial / BEGUN_FILE, json.dumps(now))
         yield partial
         _publish(partial, folder, settings)
     except OSError as error:
@@ -183,21 +181,19 @@ def _partial(folder: AnyPath) -> AnyPath:
     return folder if isinstance(folder, RemotePath) else folder.with_name(folder.name + ".partial")
 
 
-def _begin(partial: AnyPath) -> None:
-    """Clear the folder in which something is to be made."""
+def _clear(partial: AnyPath) -> None:
     if isinstance(partial, Path):
         _remove(partial, BEGUN_FILE)
         (partial / WORK_DIR).mkdir(parents=True)
         return
-    _write_whole(partial / BEGUN_FILE, "{}")
+    _write_text(partial / BEGUN_FILE, "{}")
     (partial / DONE_FILE).unlink(missing_ok=True)
     for old, _ in partial.walk_files():
         if old != partial / BEGUN_FILE:
             old.unlink(missing_ok=True)
 
 
-def _goes_on(partial: AnyPath, now: dict[str, Any]) -> bool:
-    """Whether what was begun there is what is wanted now."""
+def _can_resume(partial: AnyPath, now: dict[str, Any]) -> bool:
     try:
         before = json.loads((partial / BEGUN_FILE).read_text())
     except (OSError, ValueError):
@@ -205,9 +201,9 @@ def _goes_on(partial: AnyPath, now: dict[str, Any]) -> bool:
     return bool(before.get("settings") == now["settings"] and (before["redo"] or not now["redo"]))
 
 
-def _remove(folder: AnyPath, mark: str) -> None:
-    """Remove a folder, first the mark by which it would count as something."""
-    (folder / mark).unlink(missing_ok=True)
+def _remove(folder: AnyPath, marker: str) -> None:
+    """Remove a folder, its marker first, so that a half-removed folder is never taken for a complete one."""
+    (folder / marker).unlink(missing_ok=True)
     remove_tree(folder)
 
 
@@ -219,16 +215,15 @@ def _publish(partial: AnyPath, folder: AnyPath, settings: dict[str, Any]) -> Non
     remove_tree(folder / WORK_DIR)
 
 
-def _write_whole(path: AnyPath, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+def _write_text(path: AnyPath, text: str) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(text)
 
 
 def storage_error(error: OSError, folder: AnyPath) -> Exception:
-    """The sentence for an error of writing to a folder; other errors come back as they are."""
+    """An InputError for an error of writing to a folder; other errors are returned unchanged."""
     if error.errno in (1, 2, 13, 17, 20, 30):  # EPERM, ENOENT, EACCES, EEXIST, ENOTDIR, EROFS
-        return InputError(f"{folder} can't be written ({error.strerror}): set `storage_dir` to a folder you may write.")
+        return InputError(f"{folder} can't be written ({error.strerror}): set `storage` to a folder you may write.")
     if error.errno in (28, 122):  # ENOSPC, EDQUOT
-        return InputError(f"the disk of {folder} is full: free room or set `storage_dir` elsewhere, then run again to go on.")
+        return InputError(f"the disk of {folder} is full: free space or set `storage` elsewhere, then rerun to resume.")
     return error

@@ -96,13 +96,13 @@ def test_a_shard_is_made_once_and_again_when_something_changed(tmp_path: Path) -
     looks = lambda rows: files_fingerprint(str(photo) for _ in rows)  # noqa: E731
     for number, change in enumerate(
         [
-            lambda: made(made_from="other settings"),
+            lambda: made(fingerprint="other settings"),
             lambda: made(99),
             lambda: invalidate_shards(folder, [first]) or made(99),
             lambda: (folder / "odd-00000.parquet").unlink() or made(99),
             lambda: (folder / MARKS_DIR / "00000.json").write_text("{") and made(99),
-            lambda: made(99, made_from_rows=looks),
-            lambda: photo.write_text("another") and made(99, made_from_rows=looks),
+            lambda: made(99, row_fingerprint=looks),
+            lambda: photo.write_text("another") and made(99, row_fingerprint=looks),
         ],
         start=2,
     ):
@@ -139,7 +139,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pyarrow.parquet.ParquetWriter.write_table", full)
-    with pytest.raises(InputError, match=r"the disk of .* is full: .* run again to go on"):
+    with pytest.raises(InputError, match=r"the disk of .* is full: .* rerun to resume"):
         process_shard(shard, tmp_path / "out", ShardWork(even_and_odd, SCHEMA))
 
 
