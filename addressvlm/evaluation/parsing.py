@@ -16,40 +16,10 @@ Names are compared in the normal form of `addressvlm.gazetteer.name_matcher.norm
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from addressvlm.gazetteer.name_matcher import normalize_name
+from addressvlm.gazetteer.name_matcher import NameFinder, normalize_name
 
 _YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 _LETTER = re.compile(r"(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:? ?)?\(?([a-z])\)?[.:]?", re.IGNORECASE)
-_CLAUSE = re.compile(r"[,;:!?\n]")  # no name goes over these; a full stop may be part of one (St. Andrew's)
-
-
-class NameFinder:
-    """A set of names to find in free text, longest first, each under its variants too."""
-
-    def __init__(self, names: Iterable[str], variants: Mapping[str, Iterable[str]] | None = None) -> None:
-        others = {normalize_name(other): normalize_name(name) for name, all_of in (variants or {}).items() for other in all_of}
-        forms = others | {normalize_name(name): normalize_name(name) for name in names}
-        self._known = {tuple(form.split()): name for form, name in forms.items() if form}
-        self._longest = max(map(len, self._known), default=0)
-
-    def find(self, text: str) -> set[str]:
-        """Normal forms of the names that occur as whole words or by a variant, none inside a longer one."""
-        found = set()
-        for clause in _CLAUSE.split(text):
-            words = normalize_name(clause).split()
-            at = 0
-            while at < len(words):
-                length = self._match(words, at)
-                if length:
-                    found.add(self._known[tuple(words[at : at + length])])
-                at += length or 1
-        return found
-
-    def _match(self, words: list[str], at: int) -> int:
-        for length in range(min(self._longest, len(words) - at), 0, -1):
-            if tuple(words[at : at + length]) in self._known:
-                return length
-        return 0
 
 
 class Judge:

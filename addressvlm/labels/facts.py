@@ -159,7 +159,7 @@ def facts_of(
         imagery: whether the tile shows more than the drawn map.
         main_street: what to measure where `street` is a part of it (a sub-street); default: `street` itself.
     """
-    on_map = roads.same(main_street or street) or main_street or street
+    on_map = roads.resolve_name(main_street or street) or main_street or street
     x, y = roads.to_metres(lat, lon)
     here = shapely.Point(x, y)
     half = (tile.bounds[2] - tile.bounds[0]) / 2

@@ -164,7 +164,7 @@ class TileRenderer:
             InputError: neither a street nor the imagery is there.
         """
         x, y = self.roads.to_metres(lat, lon)
-        street = self.roads.same(street) or street
+        street = self.roads.resolve_name(street) or street
         half = self.config.side_m / 2
         bounds = (x - half, y - half, x + half, y + half)
         roads = self.roads.within(x, y, half)

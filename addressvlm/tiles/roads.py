@@ -91,9 +91,9 @@ class Roads:
         square = shapely.box(x - half_m, y - half_m, x + half_m, y + half_m)
         return [self.roads[i] for i in sorted(self._tree.query(square, predicate="intersects"))]
 
-    def same(self, street: str) -> str | None:
+    def resolve_name(self, street: str) -> str | None:
         """The name on the map that this is a spelling or another name of; None if there is none."""
-        return self._index.same(street)
+        return self._index.resolve(street)
 
     @cached_property
     def _index(self) -> NameIndex:

@@ -22,9 +22,8 @@ from PIL import Image, UnidentifiedImageError
 from shapely.geometry.base import BaseGeometry
 
 from addressvlm.errors import InputError
-from addressvlm.evaluation.parsing import NameFinder
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
-from addressvlm.gazetteer.name_matcher import normalize_name
+from addressvlm.gazetteer.name_matcher import NameFinder, normalize_name
 from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE
 from addressvlm.inference import Localizer
 from addressvlm.questions import SUFFIXES, TEMPLATES

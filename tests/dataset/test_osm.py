@@ -90,7 +90,7 @@ def test_what_is_drawn_is_kept_under_the_names_of_the_streets(extract: Path, tmp
     names = {road.name for road in roads.roads}
     assert names == {"Rue du Moulin", "Forbes Avenue", "Senate Passage", "Green Trail", "", "Under Way", "Market Square"}
     asked = ("Mill Street", "mill st.", "Millers Way", "RUE DU MOULIN", "Market Sq", "Oak Road")
-    assert [roads.same(name) for name in asked] == [*["Rue du Moulin"] * 4, "Market Square", None]
+    assert [roads.resolve_name(name) for name in asked] == [*["Rue du Moulin"] * 4, "Market Square", None]
 
 
 def test_only_what_a_tile_can_show_is_kept(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from addressvlm.evaluation import metrics, text_table
-from addressvlm.evaluation.parsing import Judge, NameFinder, yes_no
+from addressvlm.evaluation.parsing import Judge, yes_no
+from addressvlm.gazetteer.name_matcher import NameFinder
 
 STREETS = ["Mill Street", "Mill Street North", "Harbour Street", "Oak Avenue", "St. Andrew's Street", "Market", "A Street"]
 DISTRICTS = ["Harbour", "Old Town", "Market", "North Oak"]
