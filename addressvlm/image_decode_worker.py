@@ -1,8 +1,8 @@
-"""Photos from strangers: bytes in, the pixels of one upright photo out, or a sentence that says why not.
+"""Decodes untrusted photos: file bytes in, upright RGB pixels out, or a sentence that says why not.
 
-`python -m addressvlm.image_decode_worker` decodes in a process of its own, which the kernel ends when a photo costs too much. For each
-photo it reads a line of JSON {"bytes", "max_megapixels", "side", "cpu_s"} and the bytes from standard input, and writes a
-line {"width", "height"} and the RGB bytes, or a line {"refused"}.
+`python -m addressvlm.image_decode_worker` does so in a process with limited CPU time and memory. For each photo it reads a
+line of JSON {"bytes", "max_megapixels", "side", "cpu_s"} and the file's bytes from standard input, and writes a line
+{"width", "height"} and the RGB bytes, or a line {"refused"}.
 """
 
 import json
@@ -17,13 +17,13 @@ from PIL import Image, ImageOps
 from addressvlm.errors import InputError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-LONGEST_SIDE = 2048  # more detail than any model here looks at
-SHORTEST_SIDE = 16  # less is no photo
-MEMORY = 1 << 30  # bytes that decoding may take on top of what the process has
+MAX_SIDE = 2048  # pixels; no model here reads more
+MIN_SIDE = 16
+MEMORY = 1 << 30  # bytes for decoding, on top of what the process has
 
 
 class DecodedImage(NamedTuple):
-    """A photo as RGB bytes, row by row, height x width x 3."""
+    """A photo as RGB bytes, row-major height x width x 3."""
 
     width: int
     height: int
@@ -31,24 +31,25 @@ class DecodedImage(NamedTuple):
 
 
 def limit_resources(cpu_s: int, memory: int = MEMORY) -> None:
-    """From here on the kernel ends this process after `cpu_s` more seconds of its CPU time, and refuses it more memory."""
+    """Limit this process, from now on, to `cpu_s` seconds of CPU time (then the kernel ends it) and to `memory` more bytes."""
     used = int(time.process_time()) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (used + cpu_s, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
         with open("/proc/self/statm") as sizes:
-            held = int(sizes.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + memory, resource.RLIM_INFINITY))
+            used_memory = int(sizes.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used_memory + memory, resource.RLIM_INFINITY))
 
 
-def decode_image(data: bytes, max_megapixels: float, side: int = LONGEST_SIDE) -> DecodedImage:
-    """Decode a JPEG, PNG or WebP, turned as its EXIF says and without EXIF.
+def decode_image(data: bytes, max_megapixels: float, side: int = MAX_SIDE) -> DecodedImage:
+    """Decode a JPEG, PNG or WebP and rotate it as its EXIF says.
 
     Args:
-        side: pixels of the model's input. A shorter side of more than twice as many is brought down to that, already
-            while decoding where the format can; the longer one is at most LONGEST_SIDE.
+        max_megapixels: of the file, checked before decoding.
+        side: pixels of the model's input. The photo is shrunk so that its shorter side is at most twice as long and its
+            longer side at most MAX_SIDE; JPEG does so while decoding.
 
     Raises:
-        InputError: it is empty, another kind of file, damaged, an animation, too small, or has more pixels than allowed.
+        InputError: the file is empty, of another kind, damaged, an animation, too small, or has too many pixels.
     """
     if not data:
         raise InputError("The image is empty (0 bytes): send a JPEG, PNG or WebP photo.")
@@ -57,7 +58,7 @@ def decode_image(data: bytes, max_megapixels: float, side: int = LONGEST_SIDE) -
     try:
         image.draft(None, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
         image.load()
-        image = _eight_bits(_upright(image))
+        image = _to_rgb(_upright(image))
     except Exception:
         raise InputError("The image is damaged or cut off: send the whole file again.") from None
     scale = _scale(image.size, side)
@@ -68,7 +69,7 @@ def decode_image(data: bytes, max_megapixels: float, side: int = LONGEST_SIDE) -
 
 
 def _open(data: bytes, max_megapixels: float) -> Image.Image:
-    """The image with its header read and judged, nothing decoded."""
+    """Read and check the header, without decoding."""
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
         frames = getattr(image, "n_frames", 1) if image.format in ("PNG", "WEBP") else 1  # a phone's JPEG may hold several
@@ -82,9 +83,9 @@ def _open(data: bytes, max_megapixels: float) -> Image.Image:
             f"The image is {image.width} x {image.height} pixels ({megapixels:.0f} megapixels), "
             f"at most {max_megapixels:g} are accepted: send it smaller."
         )
-    if min(image.size) < SHORTEST_SIDE:
+    if min(image.size) < MIN_SIDE:
         raise InputError(
-            f"The image is {image.width} x {image.height} pixels: each side needs at least {SHORTEST_SIDE} to show a street."
+            f"The image is {image.width} x {image.height} pixels: each side needs at least {MIN_SIDE} to show a street."
         )
     if frames > 1:
         raise InputError(f"The image is an animation of {frames} frames: send one still photo.")
@@ -92,11 +93,12 @@ def _open(data: bytes, max_megapixels: float) -> Image.Image:
 
 
 def _scale(size: tuple[int, int], side: int) -> float:
-    return min(1.0, 2 * side / min(size), LONGEST_SIDE / max(size))
+    """Factor to shrink to, at most 1."""
+    return min(1.0, 2 * side / min(size), MAX_SIDE / max(size))
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """As RGB: 16-bit grey is scaled, not cut off, and what is transparent is white."""
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB: 16-bit grey is scaled, transparency is white."""
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.has_transparency_data:
@@ -107,7 +109,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn as EXIF says; broken EXIF is as good as none."""
+    """Rotate as EXIF says; broken EXIF is ignored."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
@@ -115,18 +117,18 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def main() -> None:
-    """Decode what comes in until the input ends."""
-    source, out = sys.stdin.buffer, sys.stdout.buffer
-    while line := source.readline():
-        asked = json.loads(line)
-        data = source.read(asked["bytes"])
-        limit_resources(asked["cpu_s"])
+    """Decode photos until the input ends."""
+    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    while line := stdin.readline():
+        request = json.loads(line)
+        data = stdin.read(request["bytes"])
+        limit_resources(request["cpu_s"])
         try:
-            width, height, rgb = decode_image(data, asked["max_megapixels"], asked["side"])
-            out.write(json.dumps({"width": width, "height": height}).encode() + b"\n" + rgb)
+            width, height, rgb = decode_image(data, request["max_megapixels"], request["side"])
+            stdout.write(json.dumps({"width": width, "height": height}).encode() + b"\n" + rgb)
         except InputError as error:
-            out.write(json.dumps({"refused": str(error)}).encode() + b"\n")
-        out.flush()
+            stdout.write(json.dumps({"refused": str(error)}).encode() + b"\n")
+        stdout.flush()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from addressvlm import InputError
 from addressvlm.answers.generate import generate_batch
 from addressvlm.answers.question_parser import ParsedQuestion, parse_question
 from addressvlm.answers.types import Completion, Sampling, TextChunk
-from addressvlm.image_decode_worker import LONGEST_SIDE
+from addressvlm.image_decode_worker import MAX_SIDE
 from addressvlm.inference import Localization, Localizer
 from addressvlm.models.loading import load_model
 from addressvlm.storage.files import local_model_copy
@@ -22,7 +22,7 @@ from serve.cities import City, base_model
 from serve.requests import ChatQuery, LocalizeQuery
 from serve.settings import ServiceSettings
 
-MAX_SIDE = 4096  # a processor's "size" above this is a number of pixels, not of one side
+LARGEST_SIDE_SETTING = 4096  # a processor's "size" above this counts all pixels, not those of one side
 
 
 class Engine:
@@ -221,8 +221,8 @@ def input_size(processor: Any) -> int:
     """Pixels of the longer side to which an image processor resizes."""
     sizes = [getattr(processor, name, None) for name in ("size", "crop_size")]
     values = [value for size in sizes if size for value in dict(size).values() if isinstance(value, int)]
-    sides = [value if value <= MAX_SIDE else int(value**0.5) for value in values]
-    return min(max(sides, default=LONGEST_SIDE), LONGEST_SIDE)
+    sides = [value if value <= LARGEST_SIDE_SETTING else int(value**0.5) for value in values]
+    return min(max(sides, default=MAX_SIDE), MAX_SIDE)
 
 
 def _images(query: ChatQuery) -> list[Image.Image]:

@@ -24,7 +24,7 @@ from ray import serve
 
 import addressvlm
 from addressvlm import InputError
-from addressvlm.image_decode_worker import LONGEST_SIDE, DecodedImage
+from addressvlm.image_decode_worker import MAX_SIDE, DecodedImage
 from serve.errors import LOGGING_CONFIG, ApiError, overloaded, return_user_errors
 from serve.metrics import ServiceMetrics
 from serve.settings import ServiceSettings
@@ -46,7 +46,7 @@ class Images:
         self.decode_pool = DecodePool(settings.image_processes, settings.decode_s, settings.max_megapixels)
         self.fetcher = ImageFetcher(settings.image_domains, settings.private_addresses, settings.max_body_mb, settings.fetch_s)
 
-    async def read(self, source: bytes | str, side: int = LONGEST_SIDE) -> np.ndarray:
+    async def read(self, source: bytes | str, side: int = MAX_SIDE) -> np.ndarray:
         """Pixels of a photo given as bytes, base64, a data URL or a web address, uint8 (height, width, 3).
 
         Args:

@@ -27,7 +27,7 @@ from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.trie import Trie
 from addressvlm.answers.types import Completion, TextChunk, TokenScore
 from addressvlm.config.labels import LabelsConfig
-from addressvlm.image_decode_worker import LONGEST_SIDE
+from addressvlm.image_decode_worker import MAX_SIDE
 from addressvlm.labels.vllm_server import serving
 from addressvlm.questions import ADDRESS_QUESTION
 from addressvlm.storage.files import local_model_copy
@@ -236,4 +236,4 @@ def _end_tokens(folder: Path) -> set[int]:
 def _image_size(folder: Path) -> int:
     """Pixels of the model's input, from its configuration."""
     size = json.loads((folder / "config.json").read_text()).get("vision_config", {}).get("image_size")
-    return min(max(size) if isinstance(size, list) else size, LONGEST_SIDE) if size else LONGEST_SIDE
+    return min(max(size) if isinstance(size, list) else size, MAX_SIDE) if size else MAX_SIDE

@@ -1,4 +1,4 @@
-/** The address as a street sign, how sure the model is in words, and the ranked candidates. */
+/** The result: the address as a street sign, the confidence, and the ranked candidates. */
 
 import { element, percent } from "./words.js";
 
@@ -7,7 +7,7 @@ export class Answer {
     Object.assign(this, { ...parts, map });
   }
 
-  /** Show what `/v1/localize` said, and if `framed` move the map to it; returns it as a sentence. */
+  /** Show a response of `/v1/localize`, and if `framed` move the map to it; returns it as a sentence. */
   show({ known, confidence, threshold, address, candidates }, framed) {
     const best = candidates[0], told = address ?? best;
     this.box.classList.toggle("unknown", !known);
@@ -57,8 +57,8 @@ function sureness(known, confidence) {
 
 function meaning(known, confidence, threshold) {
   const often = Math.round(100 * confidence);
-  const right = often < 1 ? "By its own estimate the first is right less often than once in 100 times." : `By its own estimate, answers like this are right about ${often} times in 100.`;
-  if (threshold === 0) return `${right} This was never checked against photos whose address is known.`;
+  const right = often < 1 ? "By its own estimate, the first candidate is right less than once in 100 times." : `By its own estimate, answers like this are right about ${often} times in 100.`;
+  if (threshold === 0) return `${right} This estimate was never checked on photos with known addresses.`;
   if (known || threshold === undefined) return right;
   return `${right} ${threshold < 1 ? `Below ${percent(threshold)} no address is named.` : "It is never sure enough to name an address."}`;
 }

@@ -1,11 +1,11 @@
-/** Requests to the service that this page came from. What goes wrong is an Error with a sentence for people. */
+/** Requests to this page's service. Errors have a message for the user. */
 
-const KEY = "addressvlm-key"; // kept for this tab, for services that ask for one
+const KEY = "addressvlm-key"; // in this tab's session storage
 
 export class Refused extends Error {
   constructor(message, status) {
     super(message);
-    this.status = status; // 0: no answer at all
+    this.status = status; // 0: no response
   }
 }
 

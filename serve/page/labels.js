@@ -1,4 +1,4 @@
-/** Names on the map: numbers of the candidates first, then districts, then streets as far as they fit and do not collide. */
+/** Labels on the map: numbers of the candidates first, then names of districts and streets where they fit without overlap. */
 
 const GAP = 4; // pixels between two labels
 const LIFT = { street: 9, strong: 12, district: 0 }; // pixels between a street's line and the middle of its name

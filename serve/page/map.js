@@ -1,4 +1,4 @@
-/** The city's streets as SVG, drawn from the gazetteer without tiles from anywhere: candidates in colours, names, a circle. */
+/** The city's streets as SVG, drawn from the gazetteer without map tiles: candidates in colours, names, a circle. */
 
 import { placed } from "./labels.js";
 import { View } from "./view.js";
@@ -7,7 +7,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const METRES_PER_DEGREE = 111320;
 
 export class CityMap {
-  /** `tapped({lat, lon})` is called when a place on the map was pointed at. */
+  /** `tapped({lat, lon})` is called on a click or tap on the map. */
   constructor(frame, tapped) {
     this.layers = Object.fromEntries(["districts", "streets", "circle", "candidates"].map((name) => [name, shape("g", { class: name })]));
     this.svg = frame.querySelector("svg");
@@ -70,7 +70,7 @@ export class CityMap {
     this.view.fit(all.length ? box(all) : this.view.extent);
   }
 
-  /** Make one candidate stand out, or no longer. */
+  /** Highlight one candidate, or no longer. */
   light(at, lit) {
     const d = this.drawn.find((one) => one.at === at);
     d?.path.classList.toggle("lit", lit);
@@ -89,7 +89,7 @@ export class CityMap {
     this.layers.circle.replaceChildren(...(circle ? [shape("circle", { cx, cy, r: circle.radius_m }), shape("circle", { cx, cy, r: 0, class: "middle" })] : []));
   }
 
-  /** {lat, lon} of what is in the middle of the map. */
+  /** {lat, lon} of the map's centre. */
   get middle() {
     return this.degrees(this.view.middle);
   }

@@ -1,4 +1,4 @@
-/** The page: a photo goes in, `/v1/localize` answers, and its parts show what it said. */
+/** The page: sends a photo to `/v1/localize` and shows the result. */
 
 import { Answer } from "./answer.js";
 import { Refused, rememberKey, request } from "./api.js";
@@ -12,9 +12,9 @@ const parts = (names) => Object.fromEntries(Object.entries(names).map(([part, id
 
 const GIVEN = new URLSearchParams(location.search); // ?city=…&threshold=0.8&top_k=10, for links
 
-let photo = null; // the blob that is asked about
-let cities = []; // {id, name, model} of each one served
-let looking = null; // aborts the request under way: an answer to an earlier photo or prior is of no use
+let photo = null; // a Blob, ready to send
+let cities = []; // {id, name, model} each
+let looking = null; // aborts the current request when the photo or the prior changes
 let again = start; // what "Try again" does
 
 const map = new CityMap($("map"), (place) => prior.set(place));
@@ -49,7 +49,7 @@ async function take(file) {
   say("Looking at it …");
   try {
     const fresh = await prepared(file);
-    if (mine !== looking) return; // the user gave another one meanwhile
+    if (mine !== looking) return; // the user chose another photo meanwhile
     photo = fresh;
   } catch (error) {
     return failed(error);
@@ -80,7 +80,7 @@ async function locate() {
   try {
     const found = await request("v1/localize", form, abort.signal);
     if (abort.signal.aborted) return;
-    say(answer.show(found, first), null, true); // seen on the street sign already
+    say(answer.show(found, first), null, true); // for screen readers; the street sign shows it
     if (talk.photo !== asked) talk.about(asked);
     const other = found.candidates.find((c) => c.street !== found.candidates[0].street) ?? found.candidates[0];
     talk.suggest(["Which street is this? Name it.", "Which district is this? Name it.", `Which street is this? Is it on ${other.street}? Answer Yes or No.`]);

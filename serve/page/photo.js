@@ -1,15 +1,15 @@
-/** Photos on their way to the service: upright, small, and without what the camera wrote into them. */
+/** Prepares photos for upload: upright, resized, without EXIF data. */
 
 const LONGEST_SIDE = 1600; // pixels; the model looks at less
 const LARGEST_UNREAD = 20e6; // bytes of a file this browser can't decode
 
-/** The photo as a fresh JPEG; a file this browser can't decode as it is, the service says what is wrong with it. */
+/** The photo as a new JPEG; a file that the browser can't decode is sent unchanged, for the service's error message. */
 export async function prepared(file) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    if (file.size > LARGEST_UNREAD) throw new Error("This file is not a photo that the browser can read. Give a JPEG, PNG or WebP.");
+    if (file.size > LARGEST_UNREAD) throw new Error("The browser can't read this file as a photo. Choose a JPEG, PNG or WebP.");
     return file;
   }
   const scale = Math.min(1, LONGEST_SIDE / Math.max(bitmap.width, bitmap.height));

@@ -3,7 +3,7 @@
 const RADII = [50, 100, 200, 500, 1000, 2000]; // metres
 
 export class Prior {
-  /** `changed()` is called when the user knows something else; `parts` are the controls, by name. */
+  /** `changed()` is called when the prior changed; `parts` are the controls, by name. */
   constructor(parts, map, changed) {
     Object.assign(this, { ...parts, map, changed, place: null });
     this.panel.addEventListener("toggle", () => this.panel.parentElement.classList.toggle("placing", this.panel.open));
@@ -19,7 +19,7 @@ export class Prior {
     this.draw();
   }
 
-  /** Forget all; `districts` are those of another city, if it is another one. */
+  /** Clear the prior; `districts`: those of another city, if the city changed. */
   reset(districts) {
     if (districts) this.district.replaceChildren(new Option("anywhere", ""), ...districts.map((name) => new Option(name, name)));
     this.district.value = "";
@@ -27,7 +27,7 @@ export class Prior {
     this.draw();
   }
 
-  /** Put the circle's middle at {lat, lon}, when the panel is open. */
+  /** Set the circle's centre to {lat, lon}, if the panel is open. */
   set(place) {
     if (!this.panel.open) return;
     this.place = place;
@@ -35,7 +35,7 @@ export class Prior {
     this.changed();
   }
 
-  /** What the service is told, or null. */
+  /** The prior for the request, or null. */
   value() {
     const districts = this.district.value ? [this.district.value] : [];
     const circle = this.place && { ...this.place, radius_m: RADII[this.radius.value] };

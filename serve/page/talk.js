@@ -1,14 +1,14 @@
-/** Questions about the photo: a conversation whose first turn carries it, answered as the model writes. */
+/** The chat about the photo: its first turn carries the photo, answers are streamed. */
 
 import { chat } from "./api.js";
 import { dataUrl } from "./photo.js";
 import { element } from "./words.js";
 
 const MAX_TOKENS = 160;
-const LAST = 60; // turns that are sent again, beside the first two; the service reads 64
+const LAST = 60; // latest turns that are sent, besides the first two; the service accepts 64
 
 export class Talk {
-  /** `model()` names the model that is asked. */
+  /** `model()`: the model's name. */
   constructor(parts, model) {
     Object.assign(this, { ...parts, model, photo: null, turns: [] });
     this.form.addEventListener("submit", (event) => {
@@ -20,7 +20,7 @@ export class Talk {
     });
   }
 
-  /** Begin anew about another photo, or about none. */
+  /** Start again with another photo, or with none. */
   about(photo) {
     this.abort?.abort();
     Object.assign(this, { photo, turns: [], busy: false });
@@ -67,7 +67,7 @@ export class Talk {
 
   wait(busy) {
     this.busy = this.send.disabled = busy;
-    this.log.setAttribute("aria-busy", busy); // read out when it is complete, not piece by piece
+    this.log.setAttribute("aria-busy", busy); // screen readers wait until it is complete
   }
 
   follow() {

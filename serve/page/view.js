@@ -1,4 +1,4 @@
-/** The window through which a map is seen: moved and zoomed by mouse, touch and keyboard. Map units are metres. */
+/** The map's viewport: pan and zoom by mouse, touch and keyboard. Map units are metres. */
 
 const LEAST_SPAN = 150; // metres across when fully zoomed in
 const KEY_STEP = 0.2; // of the window, an arrow key
@@ -7,7 +7,7 @@ const FLIGHT = 280; // ms
 const calm = window.matchMedia("(prefers-reduced-motion: reduce)");
 
 export class View {
-  /** `changed()` is called when the window moved, `tapped([x, y])` when a place in it was pointed at. */
+  /** `changed()` is called when the viewport moved, `tapped([x, y])` on a click or tap. */
   constructor(frame, svg, { changed, tapped }) {
     Object.assign(this, { frame, svg, changed, tapped, middle: [0, 0], scale: 1, extent: [-1, -1, 1, 1], pointers: new Map() });
     new ResizeObserver(() => frame.clientWidth && frame.clientHeight && this.set(this.middle, this.scale)).observe(frame); // not while hidden

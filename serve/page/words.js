@@ -1,4 +1,4 @@
-/** Small things that every part of the page needs. */
+/** Helpers: elements and percentages. */
 
 export function element(name, text, className) {
   const made = document.createElement(name);

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from addressvlm import InputError
-from addressvlm.image_decode_worker import LONGEST_SIDE, decode_image, limit_resources
+from addressvlm.image_decode_worker import MAX_SIDE, decode_image, limit_resources
 from serve.errors import ApiError
 from serve.images import WORKER_COMMAND, DecodePool, decode_base64
 from tests.support.images import BAD, GOOD, TURNED, encoded
@@ -33,7 +33,7 @@ def test_colours_are_kept(case: str) -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_photos_come_upright_and_no_larger_than_the_model_needs(kind: str) -> None:
     data = encoded(Image.new("RGB", (3000, 1500), "red"), kind, exif=TURNED)
-    assert decode_image(data, 50)[:2] == (LONGEST_SIDE // 2, LONGEST_SIDE)
+    assert decode_image(data, 50)[:2] == (MAX_SIDE // 2, MAX_SIDE)
     assert decode_image(data, 50, side=336)[:2] == (672, 1344)
     assert decode_image(encoded(Image.new("RGB", (640, 480)), kind), 50, side=336)[:2] == (640, 480)  # as it is
 
