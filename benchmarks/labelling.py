@@ -1,7 +1,7 @@
 """How near the labeler comes to what an endpoint can give: python benchmarks/labelling.py
 
 An OpenAI-compatible server of this file, in a process of its own, answers after 200 ms and refuses (429) what is more than C
-in flight; nothing can be faster than C / 0.2 s. Rows come from a Parquet table with images, answers go into a ledger on disk,
+in flight; nothing can be faster than C / 0.2 s. Rows come from a Parquet table with images, answers go into a cache on disk,
 both as in the job. Then 5 % of the requests get a 429 and 2 % a 500, and the server counts what it was asked. Each round is a
 process of its own, so that its peak memory is its own.
 """
@@ -147,26 +147,26 @@ def write_grafts(folder: Path, side: int, rows: int) -> int:
 def label(grafts: str, rows: int, url: str, concurrency: int) -> None:
     """One round; prints seconds, processor seconds and peak memory."""
     from addressvlm.config.labels import LabelsConfig
-    from addressvlm.labels import Request, beginning
     from addressvlm.labels.facts import Facts
+    from addressvlm.labels.labelers import Request, state_factory
     from addressvlm.labels.request_scheduler import OpenAILabeler
     from addressvlm.labels.response_cache import open_for_writing
     from addressvlm.storage.shards import plan_shards
 
     config = LabelsConfig(labeler="openai", model="m", base_url=url, concurrency=concurrency)
-    begin = beginning(config)
+    begin = state_factory(config)
 
     def requests() -> Iterator[Request]:
         batches = (shard.batches(["id", "image", "facts"]) for shard in plan_shards(Path(grafts), "train", 2048))
         for row in islice(chain.from_iterable(chain.from_iterable(batches)), rows):
             yield Request(row["id"], row["image"]["bytes"], Facts.from_json(row["facts"]))
 
-    assert begin(next(requests())).take(TEXT) is not None  # what the checks load once is loaded
-    with tempfile.TemporaryDirectory() as folder, open_for_writing(Path(folder) / "ledger") as ledger:
+    assert begin(next(requests())).add_answer(TEXT) is not None  # what the checks load once is loaded
+    with tempfile.TemporaryDirectory() as folder, open_for_writing(Path(folder) / "cache") as cache:
         start, cpu = time.perf_counter(), time.process_time()
-        tally = OpenAILabeler(config, begin, ledger).settle(requests(), rows)
+        tally = OpenAILabeler(config, begin, cache).run(requests(), rows)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        kept = sum(ledger.answers.values())
+        kept = sum(cache.answers.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_mb": peak, "kept": kept, **tally.to_dict()}))
 

@@ -45,7 +45,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(request_scheduler, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(request_scheduler, "LONGEST_WAIT_S", 0.001)
+    monkeypatch.setattr(request_scheduler, "MAX_WAIT_S", 0.001)
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Photos with a prompt each, answered by a model behind an OpenAI-compatible endpoint.
 
-Asking is that of the labels (addressvlm/labels/request_scheduler.py): so many requests in flight, tries again, limits, a budget and a
-ledger in which every answer is kept, so that none is paid for twice. Pace, budget, image size and time-outs are the settings
-`labels.*`; endpoint, model, length and temperature are the row's own.
+Requests are sent as for labels (addressvlm/labels/request_scheduler.py): with retries, rate limits, a budget and a response
+cache, so that no answer is paid for twice. Limits, budget, image size and time-outs are the settings `labels.*`; endpoint,
+model, length and temperature are the row's own.
 """
 
 import json
@@ -15,10 +15,9 @@ from addressvlm.config.compare import RagConfig
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.errors import InputError
 from addressvlm.labels.facts import Facts
-from addressvlm.labels.labelers import Label, Request, writer
+from addressvlm.labels.labelers import Label, Request, RetryState, label_source
 from addressvlm.labels.request_scheduler import OpenAILabeler
 from addressvlm.labels.response_cache import open_for_writing
-from addressvlm.labels.retry import RetryState
 from addressvlm.questions import ADDRESS_QUESTION
 from addressvlm.storage.remote_path import AnyPath
 
@@ -30,12 +29,12 @@ class _Words:
     """In place of a prompt file: the prompt is the row's own text."""
 
     version = "rag"
-    afresh = False
+    hide_rejected = False
 
-    def opening(self) -> list[dict[str, str]]:
+    def opening_messages(self) -> list[dict[str, str]]:
         return []
 
-    def ask(self, _: Facts, text: str) -> str:
+    def user_message(self, _: Facts, text: str) -> str:
         return text
 
 
@@ -44,14 +43,14 @@ class _Asked(RetryState):
 
     def __init__(self, request: Request, text: str, config: LabelsConfig) -> None:
         self.request, self.prompt, self.config, self.question = request, _Words(), config, text  # type: ignore[assignment]
-        self.number, self._last = 0, None
+        self.attempts, self._rejected = 0, None
 
-    def take(self, text: str | None, refusal: str | None = None) -> Label:
-        self.number += 1
-        return Label(self.question, text or refusal or "", writer(self.config), self.number)
+    def add_answer(self, text: str | None, refusal: str | None = None) -> Label:
+        self.attempts += 1
+        return Label(self.question, text or refusal or "", label_source(self.config), self.attempts)
 
-    def fall_back(self) -> Label:
-        return Label(self.question, "", "no answer", self.number)
+    def fall_back(self, *problems: str) -> Label:
+        return Label(self.question, "", "no answer", self.attempts)
 
 
 def endpoint_replies(
@@ -98,7 +97,7 @@ def endpoint_replies(
     try:
         with open_for_writing(ledger) as kept:
             asking = OpenAILabeler(config, lambda request: _Asked(request, texts[request.id], config), kept, named, again)
-            asking.settle(requests(), total, done)
+            asking.run(requests(), total, done)
     except InputError as error:
         said = str(error)
         for there, here in NAMED_HERE.items():

@@ -1,6 +1,6 @@
-"""One call to an OpenAI-compatible endpoint, and what each way of failing means.
+"""Requests to an OpenAI-compatible endpoint, its rate limits and the budget.
 
-The key comes from OPENAI_API_KEY and from nowhere else; it is taken out of everything the endpoint says.
+The key comes from OPENAI_API_KEY only; it is removed from everything that the endpoint returns.
 """
 
 import asyncio
@@ -18,15 +18,15 @@ from pydantic_core import to_json
 
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.errors import InputError
-from addressvlm.labels.response_cache import LONGEST_TEXT, CachedAnswer
+from addressvlm.labels.response_cache import MAX_TEXT, CachedAnswer
 from addressvlm.storage.http_client import retry_after
 
 KEY = "OPENAI_API_KEY"
-KEPT_S = 4.0  # that an idle connection is kept: vLLM's server closes them after 5, with a request on its way or not
-LONGEST_SAID = 300  # characters of the endpoint's own words in an error
-TOKEN = re.compile(r"(?i)\bsk-[\w-]{8,}")  # in a label, where a bearer may be a man of stone
-BEARER = re.compile(r"(?i)\bbearer\s+\S+|\bsk-[\w-]{8,}")
-_FOR_NOW = {408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
+KEEPALIVE_S = 4.0  # of an idle connection: vLLM's server closes them after 5 s, even if a request is on its way
+MAX_MESSAGE = 300  # characters of the endpoint's message in an error
+KEY_PATTERN = re.compile(r"(?i)\bsk-[\w-]{8,}")  # in a label, where "bearer" may be an ordinary word
+BEARER_PATTERN = re.compile(r"(?i)\bbearer\s+\S+|\bsk-[\w-]{8,}")
+TRANSIENT_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
 _IMAGE_SIZE = re.compile(r"(?i)image.{0,80}(too (large|big)|exceed|maximum|limit)|(too (large|big)|exceed|maximum).{0,80}image")
 _IMAGE_BAD = re.compile(
     r"(?i)(invalid|unsupported|corrupt|could not|can.?not|unable|fail).{0,60}image|image.{0,60}(invalid|corrupt)"
@@ -35,58 +35,63 @@ _POLICY = re.compile(r"(?i)content.{0,3}(management.)?(policy|filter)|safety sys
 
 
 class TransientError(Exception):
-    """The call failed and may work when it is tried again.
+    """A request failed and may work when it is retried.
 
     Attributes:
-        said: what happened, without the key.
-        kind: HTTP status, or `time-out`, `connection`, `no JSON`; to count by.
-        wait_s: how long the endpoint asks to wait, None if it does not say.
+        message: what happened, without the key.
+        kind: for statistics: the HTTP status, or `time-out`, `connection`, `no JSON`.
+        retry_after_s: how long the endpoint asks to wait, None if it does not say.
     """
 
-    def __init__(self, said: str, kind: str, wait_s: float | None = None) -> None:
-        super().__init__(said)
-        self.said, self.kind, self.wait_s = said, kind, wait_s
+    def __init__(self, message: str, kind: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message, self.kind, self.retry_after_s = message, kind, retry_after_s
 
 
 class EndpointClient:
-    """Asks one endpoint. Tries nothing twice: that is for those who know about limits and budgets."""
+    """Sends single requests, without retries: those are for the scheduler, which knows limits and budget.
+
+    Attributes:
+        address: of the endpoint, for messages: without user and query.
+    """
 
     def __init__(self, config: LabelsConfig) -> None:
-        """Nothing is sent yet; needs a running event loop.
+        """Sends nothing yet; needs a running event loop.
 
         Raises:
             InputError: the key is missing.
         """
         self.config, self._key = config, endpoint_key(config)
-        # aiohttp needs half the processor time of httpx, and the body is made once instead of copied and walked through.
-        limits = httpx2.Limits(max_connections=config.concurrency, keepalive_expiry=KEPT_S)
+        # aiohttp needs half the processor time of httpx, and a body that is bytes is not copied and parsed again.
+        limits = httpx2.Limits(max_connections=config.concurrency, keepalive_expiry=KEEPALIVE_S)
         http = openai.DefaultAioHttpClient(limits=limits)
         self._client = openai.AsyncOpenAI(
             api_key=self._key, base_url=config.base_url, timeout=None, max_retries=0, http_client=http
         )
-        self._url = f"{self._client.base_url}chat/completions"  # whole: putting it together takes longer than sending
-        self.where = _shown(str(self._client.base_url))
+        self._url = f"{self._client.base_url}chat/completions"  # absolute: joining it takes longer than sending
+        url = urlsplit(str(self._client.base_url))
+        self.address = urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         await self._client.close()
 
     def body(self, messages: list[dict[str, Any]]) -> bytes:
-        """The request that asks these messages, as JSON."""
-        ours = {
+        """The JSON body of a request with these chat messages."""
+        fields = {
             "model": self.config.model,
             "messages": messages,
             "max_tokens": self.config.max_tokens,
             "temperature": self.config.temperature,
+            **self.config.extra_body,
         }
-        fields = {key: value for key, value in {**ours, **self.config.extra_body}.items() if value is not None}
-        return to_json(fields)
+        return to_json({key: value for key, value in fields.items() if value is not None})
 
-    async def ask(self, body: bytes) -> CachedAnswer:
-        """The answer to a request; its price is not yet known.
+    async def send(self, body: bytes) -> CachedAnswer:
+        """The answer to a request, without its price.
 
         Raises:
-            TransientError: it may work when it is tried again.
+            TransientError: it may work when it is retried.
             InputError: the endpoint refuses the key, the model or the request.
         """
         start = time.monotonic()
@@ -99,75 +104,77 @@ class EndpointClient:
         except TimeoutError:
             raise TransientError(f"no answer within {self.config.timeout_s:g} s", "time-out") from None
         except openai.APIStatusError as error:
-            return self._refused(error.status_code, error.body, error.response.headers, error.response.text)
+            return self._answer_of_error(error.status_code, error.body, error.response.headers, error.response.text)
         except openai.APIError as error:
             cause: BaseException = error  # the client calls a refused connection a time-out as well
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            raise TransientError(self._clean(f"the connection failed: {cause}"), "connection") from None
-        return self._understood(response.content, response.headers, time.monotonic() - start)
+            raise TransientError(self._redact(f"the connection failed: {cause}"), "connection") from None
+        return self._answer_of_success(response.content, response.headers, time.monotonic() - start)
 
-    def _understood(self, content: bytes, headers: Any, seconds: float) -> CachedAnswer:
-        """An answer with status 200, which may still be no answer."""
+    def _answer_of_success(self, content: bytes, headers: Any, seconds: float) -> CachedAnswer:
+        """The answer in a response with status 200, which may hold an error or no JSON nevertheless."""
         try:
-            said = json.loads(content)
+            response = json.loads(content)
         except ValueError:
-            kind = "a page instead of JSON" if content.lstrip()[:1] == b"<" else "no whole JSON"
-            page = _plain(content[:LONGEST_SAID].decode(errors="replace"))
-            raise TransientError(self._clean(f"{kind} came back (“{page}”); is labels.base_url right?"), "no JSON") from None
-        if not isinstance(said, dict) or (said.get("error") and not said.get("choices")):
-            error = said.get("error") if isinstance(said, dict) else said
+            kind = "a page instead of JSON" if content.lstrip()[:1] == b"<" else "incomplete JSON"
+            page = _plain_text(content[:MAX_MESSAGE].decode(errors="replace"))
+            raise TransientError(self._redact(f"{kind} came back (“{page}”); is labels.base_url right?"), "no JSON") from None
+        if not isinstance(response, dict) or (response.get("error") and not response.get("choices")):
+            error = response.get("error") if isinstance(response, dict) else response
             code = str(error.get("code") or error.get("status") if isinstance(error, dict) else None)
-            return self._refused(int(code) if code.isdigit() else 500, error, headers, str(error))
-        choice = (said.get("choices") or [{}])[0] or {}
-        message, usage = choice.get("message") or {}, said.get("usage") or {}
+            return self._answer_of_error(int(code) if code.isdigit() else 500, error, headers, str(error))
+        choice = (response.get("choices") or [{}])[0] or {}
+        message, usage = choice.get("message") or {}, response.get("usage") or {}
         text, refusal = message.get("content"), message.get("refusal")
         if choice.get("finish_reason") == "content_filter":
             refusal = refusal or "content filter"
         return CachedAnswer(
-            text=None if refusal or not isinstance(text, str) else self._without_key(text.strip(), TOKEN)[:LONGEST_TEXT],
-            refusal=self._clean(str(refusal)) if refusal else None,
+            text=None if refusal or not isinstance(text, str) else self._without_key(text.strip(), KEY_PATTERN)[:MAX_TEXT],
+            refusal=self._redact(str(refusal)) if refusal else None,
             tokens_in=int(usage.get("prompt_tokens") or 0),
             tokens_out=int(usage.get("completion_tokens") or 0),
             seconds=seconds,
         )
 
-    def _refused(self, status: int, body: Any, headers: Any, raw: str) -> CachedAnswer:
-        """What an error means: a refused row, a wait, or the end of the job."""
+    def _answer_of_error(self, status: int, body: Any, headers: Any, raw: str) -> CachedAnswer:
+        """A refusal of this row; other errors are raised, to retry or to end the job."""
         error = body if isinstance(body, dict) else {}
         error = error["error"] if isinstance(error.get("error"), dict) else error
-        said = self._clean(_plain(str(error.get("message") or raw)))
-        sentence, code = f"{status}: {said}" if said else f"status {status}", str(error.get("code") or "")
+        message = self._redact(_plain_text(str(error.get("message") or raw)))
+        sentence, code = f"{status}: {message}" if message else f"status {status}", str(error.get("code") or "")
         if status == 402 or code == "insufficient_quota":
-            raise InputError(f"{self.where} has no credit left ({sentence}): add some, and run the same command again.")
-        if status in _FOR_NOW or status >= 500:
+            raise InputError(f"{self.address} has no credit left ({sentence}): add some, then rerun to resume.")
+        if status in TRANSIENT_STATUS or status >= 500:
             raise TransientError(sentence, str(status), retry_after(headers))
-        if status == 413 or (status in (400, 422) and _IMAGE_SIZE.search(said)):
+        if status == 413 or (status in (400, 422) and _IMAGE_SIZE.search(message)):
             raise InputError(
-                f"{self.where} refuses the image as too large ({sentence}): lower labels.image_pixels or labels.image_quality."
+                f"{self.address} refuses the image as too large ({sentence}): lower labels.image_pixels or "
+                "labels.image_quality."
             )
-        if status in (400, 403, 422) and (_POLICY.search(code) or _POLICY.search(said)):
+        if status in (400, 403, 422) and (_POLICY.search(code) or _POLICY.search(message)):
             return CachedAnswer(refusal=sentence)
-        if status in (400, 422) and (code.startswith("invalid_image") or _IMAGE_BAD.search(said)):
+        if status in (400, 422) and (code.startswith("invalid_image") or _IMAGE_BAD.search(message)):
             return CachedAnswer(refusal=sentence)
         raise InputError(
-            f"{self.where} refuses the request ({sentence}): check {KEY}, labels.model, labels.base_url and labels.extra_body."
+            f"{self.address} refuses the request ({sentence}): check {KEY}, labels.model, labels.base_url and "
+            "labels.extra_body."
         )
 
-    def _clean(self, said: str) -> str:
-        """Words of the endpoint about a request, without the key, short."""
-        return self._without_key(said, BEARER)[:LONGEST_SAID]
+    def _redact(self, message: str) -> str:
+        """A short message of the endpoint without the key."""
+        return self._without_key(message, BEARER_PATTERN)[:MAX_MESSAGE]
 
-    def _without_key(self, said: str, others: re.Pattern[str]) -> str:
-        """Words of the endpoint without the key and what else looks like one."""
-        said = said.encode(errors="replace").decode()
+    def _without_key(self, text: str, similar: re.Pattern[str]) -> str:
+        """The text without the key and what looks like one."""
+        text = text.encode(errors="replace").decode()
         if self._key != "none":
-            said = said.replace(self._key, "…")
-        return others.sub("…", said)
+            text = text.replace(self._key, "…")
+        return similar.sub("…", text)
 
 
 def endpoint_key(config: LabelsConfig) -> str:
-    """The key to the endpoint; a server of one's own may need none.
+    """The key to the endpoint; `none` for a server of your own without one.
 
     Raises:
         InputError: it is missing.
@@ -178,104 +185,95 @@ def endpoint_key(config: LabelsConfig) -> str:
     return key
 
 
-def _shown(url: str) -> str:
-    """An address as it may be printed: no user, no query."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+def _plain_text(page: str) -> str:
+    """Text of an HTML page or a message, on one line."""
+    return " ".join(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", page).split())
 
 
-def _plain(said: str) -> str:
-    """Text of a page or a message in one line."""
-    return " ".join(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", said).split())
+class AsyncRateLimiter:
+    """Requests and tokens per minute, evenly spread: no window of any length holds more than its share and one request.
 
-
-class RateLimiter:
-    """Requests and tokens a minute, evenly spread: no window of any length holds more than its share and one request.
-
-    A bucket that may be emptied at once would let a minute's worth pass in its first second, which endpoints refuse.
+    A token bucket would let a minute's worth pass in its first second, which endpoints refuse.
     """
 
     def __init__(self, requests: float | None, tokens: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        """Limits a minute; None is no limit."""
+        """Limits per minute; None is no limit."""
         self._request_s = 60 / requests if requests else 0.0
         self._token_s = 60 / tokens if tokens else 0.0
         self._clock = clock
         self._next_request = self._next_token = clock()
 
-    def slot(self, tokens: float) -> float:
-        """Take the next turn for a request of so many tokens, and say in how many seconds it comes."""
+    def reserve_slot(self, tokens: float) -> float:
+        """Reserve the next slot for a request of so many tokens; seconds until then."""
         now = self._clock()
-        turn = max(now, self._next_request, self._next_token)
-        self._next_request = turn + self._request_s
-        self._next_token = turn + tokens * self._token_s
-        return turn - now
+        slot = max(now, self._next_request, self._next_token)
+        self._next_request = slot + self._request_s
+        self._next_token = slot + tokens * self._token_s
+        return slot - now
 
     async def wait(self, tokens: float) -> None:
-        """Return when it is this request's turn."""
+        """Return when a request of so many tokens may be sent."""
         if self._request_s or self._token_s:
-            await asyncio.sleep(self.slot(tokens))
+            await asyncio.sleep(self.reserve_slot(tokens))
 
 
 class Budget:
-    """What may be spent on a run, in tokens and in money, what is spent, and what is set aside for asks in flight.
+    """Tokens and money of a run: the limits, what is spent, and what is reserved for requests in flight.
 
-    An ask starts only if there is enough left for what it may cost at most, so that the cap holds although many are in
-    flight. It is overshot only where an endpoint counts more tokens than were estimated, by as many asks as are in flight.
+    A request starts only if its highest possible price is left, so the limit holds although many are in flight. It is exceeded
+    only where an endpoint counts more tokens than estimated, by no more requests than are in flight.
     """
 
     def __init__(self, config: LabelsConfig, tokens: int = 0, usd: float = 0.0) -> None:
-        """`tokens` and `usd` are spent already."""
+        """`tokens` and `usd` are already spent."""
         self.config, self.tokens, self.usd = config, tokens, usd
-        self._held_tokens, self._held_usd, self._holders = 0.0, 0.0, 0
+        self._reserved_tokens, self._reserved_usd, self._reservations = 0.0, 0.0, 0
         self._changed = asyncio.Event()
 
     def price(self, tokens_in: float, tokens_out: float) -> float:
         """US dollars for so many tokens; 0 where no prices are set."""
         return (tokens_in * (self.config.usd_per_million_in or 0) + tokens_out * (self.config.usd_per_million_out or 0)) / 1e6
 
-    async def hold(self, tokens_in: float, tokens_out: float) -> None:
-        """Set aside what an ask may cost; waits while asks in flight may leave enough.
+    async def reserve(self, tokens_in: float, tokens_out: float) -> None:
+        """Reserve the highest possible price of a request; waits while requests in flight may leave enough.
 
         Raises:
             InputError: there is not enough left.
         """
         tokens, usd = tokens_in + tokens_out, self.price(tokens_in, tokens_out)
-        while not self._fits(tokens, usd):
-            if not self._holders:
-                raise self._used_up()
+        max_tokens, max_usd = self.config.budget_tokens, self.config.budget_usd
+        while (max_tokens is not None and self.tokens + self._reserved_tokens + tokens > max_tokens) or (
+            max_usd is not None and self.usd + self._reserved_usd + usd > max_usd + 1e-9
+        ):
+            if not self._reservations:
+                raise self._exhausted()
             self._changed.clear()
             await self._changed.wait()
-        self._held_tokens += tokens
-        self._held_usd += usd
-        self._holders += 1
+        self._reserved_tokens += tokens
+        self._reserved_usd += usd
+        self._reservations += 1
 
     def release(self, tokens_in: float, tokens_out: float) -> None:
-        """Give back what `hold` set aside."""
-        self._held_tokens -= tokens_in + tokens_out
-        self._held_usd -= self.price(tokens_in, tokens_out)
-        self._holders -= 1
+        """Undo a reservation."""
+        self._reserved_tokens -= tokens_in + tokens_out
+        self._reserved_usd -= self.price(tokens_in, tokens_out)
+        self._reservations -= 1
         self._changed.set()
 
     def spend(self, tokens_in: int, tokens_out: int) -> float:
-        """Count what an answer cost, and return that in US dollars."""
+        """Count the price of an answer, and return it in US dollars."""
         usd = self.price(tokens_in, tokens_out)
         self.tokens += tokens_in + tokens_out
         self.usd += usd
         return usd
 
-    def _fits(self, tokens: float, usd: float) -> bool:
-        most_tokens, most_usd = self.config.budget_tokens, self.config.budget_usd
-        return (most_tokens is None or self.tokens + self._held_tokens + tokens <= most_tokens) and (
-            most_usd is None or self.usd + self._held_usd + usd <= most_usd + 1e-9
-        )
-
-    def _used_up(self) -> InputError:
+    def _exhausted(self) -> InputError:
         limits = []
         if self.config.budget_tokens is not None:
             limits.append(f"{self.tokens:,} of labels.budget_tokens={self.config.budget_tokens:,} tokens")
         if self.config.budget_usd is not None:
             limits.append(f"{self.usd:.4g} of labels.budget_usd={self.config.budget_usd:g} dollars")
         return InputError(
-            f"the budget leaves no room for another ask ({' and '.join(limits)} spent on this run): raise it and run the same "
-            "command again; every answer so far is kept."
+            f"label budget exhausted ({' and '.join(limits)} spent on this run): raise it and rerun to resume; all answers "
+            "so far are saved."
         )

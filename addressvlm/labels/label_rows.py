@@ -1,8 +1,8 @@
-"""Rows of images -> rows of labels: of grafted images alignment labels, of street views alone reasoning labels."""
+"""Rows of images to rows of labels: alignment labels of grafted images, reasoning labels of street views."""
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -10,114 +10,90 @@ from addressvlm.config.labels import LabelsConfig
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.grafting import decode_photo, display_image
-from addressvlm.labels import Label, Labeler, Request, beginning, make_labeler
-from addressvlm.labels.cached_labels import CachedLabeler
 from addressvlm.labels.facts import Facts, photo_facts
-from addressvlm.labels.prompt import Prompt, prompt_of
+from addressvlm.labels.labelers import CachedLabeler, Label, Labeler, Request, make_labeler, state_factory
+from addressvlm.labels.prompt import Prompt, configured_prompt
 from addressvlm.labels.response_cache import ResponseCache
 from addressvlm.questions import SUFFIXES, TEMPLATES
 from addressvlm.storage.remote_path import path_of
 from addressvlm.storage.shards import ShardResult
 
 LEVELS = {"graft": "alignment", "photo": "reasoning"}  # by what the prompt shows
-FACTS_PIXELS = 168  # longer side of a photo that is only measured
-LOOKED_AT_PIXELS = 42  # of an image that need only be whole
+FACTS_PIXELS = 168  # longer side of a photo whose facts are measured
+CHECK_PIXELS = 42  # of an image that is only checked
+
+Row = dict[str, Any]
 
 
-def label_batch(labels: str, seed: int, gazetteer: str, ledger: str, rows: Iterable[dict[str, Any]]) -> ShardResult:
-    """Rows of GRAFTS to rows of ALIGNMENT, or by a prompt that shows photos alone rows of PHOTOS to rows of REASONING.
+def label_batch(labels: str, seed: int, gazetteer: str, response_cache: str, rows: Iterable[Row]) -> ShardResult:
+    """Rows of GRAFTS to rows of ALIGNMENT, or, by a prompt that shows photos alone, rows of PHOTOS to rows of REASONING.
 
-    Besides them rejects where the image can't be decoded, and counts of sources and problems. The process keeps the labeler
+    Images that can't be decoded become rejects; labels are counted by source, rejected texts by problem. The labeler is kept
     between calls.
 
     Args:
         labels: a LabelsConfig as JSON.
-        gazetteer: path of the city's gazetteer; without that file the checks know fewer streets.
-        ledger: folder of the answers to rows that were asked about before; empty: the labeler writes.
+        gazetteer: path of the city's gazetteer; without that file the validator knows fewer streets.
+        response_cache: folder of the response cache that holds all answers; empty: the labeler writes the texts now.
 
     Raises:
-        InputError: the labeler can't be used, or the ledger lacks an answer.
+        InputError: the labeler can't be used, or the cache lacks an answer.
     """
     config = LabelsConfig.model_validate_json(labels)
-    found, rejects = readable_rows(rows, prompt_of(config), city_of(gazetteer))
-    written = _kept_labeler(labels, seed, gazetteer, ledger).label([request for _, request in found])
-    made = label_row([row for row, _ in found], written, config, prompt_of(config), seed)
-    counts = Counter(f"source {label.source}" for label in written)
-    counts.update(f"problem {kind}" for label in written for kind in label.problems)
-    return ShardResult({"train": made}, rejects, counts)
+    prompt, city = configured_prompt(config), load_gazetteer(gazetteer)
+    pairs, rejects = label_requests(rows, prompt, city.city if city else "")
+    results = _labeler(labels, seed, gazetteer, response_cache).label([request for _, request in pairs])
+    counts = Counter(f"source {label.source}" for label in results)
+    counts.update(f"problem {kind}" for label in results for kind in label.problems)
+    labelled = [_label_row(row, label, config, prompt, seed) for (row, _), label in zip(pairs, results, strict=True)]
+    return ShardResult({"train": labelled}, rejects, counts)
 
 
-def readable_rows(
-    rows: Iterable[dict[str, Any]], prompt: Prompt, city: str
-) -> tuple[list[tuple[dict[str, Any], Request]], list[dict[str, Any]]]:
-    """Rows with what a labeler is asked about them, and rows of REJECTS for those whose image can't be decoded."""
-    found, rejects = [], []
+def label_requests(rows: Iterable[Row], prompt: Prompt, city: str) -> tuple[list[tuple[Row, Request]], list[Row]]:
+    """Rows of GRAFTS or PHOTOS with their requests, and rows of REJECTS for those whose image can't be decoded."""
+    pairs, rejects = [], []
     for row in rows:
         try:
-            request = label_request(row, prompt, city)
+            data = display_image(row)
             if prompt.shows == "graft":
-                decode_photo(request.image, LOOKED_AT_PIXELS)
-            found.append((row, request))
+                facts = Facts.from_json(row["facts"])
+                decode_photo(data, CHECK_PIXELS)
+            else:
+                facts = photo_facts(row["street"], row["district"], decode_photo(data, FACTS_PIXELS), city)
+            pairs.append((row, Request(row["id"], data, facts)))
         except InputError as error:
             rejects.append({"file": row["image"]["path"], "row": None, "id": row["id"], "reason": str(error)})
-    return found, rejects
-
-
-def city_of(gazetteer: str) -> str:
-    """The city's name, empty without a gazetteer."""
-    known = _kept_gazetteer(gazetteer)
-    return known.city if known else ""
-
-
-def label_request(row: dict[str, Any], prompt: Prompt, city: str = "") -> Request:
-    """What a labeler is asked about a row: of GRAFTS, or of PHOTOS, whose facts are those that need no map.
-
-    Raises:
-        InputError: the image of a photo, or one of two images, can't be decoded.
-    """
-    data = display_image(row)
-    if prompt.shows == "graft":
-        return Request(row["id"], data, Facts.from_json(row["facts"]))
-    return Request(row["id"], data, photo_facts(row["street"], row["district"], decode_photo(data, FACTS_PIXELS), city))
-
-
-def label_row(
-    rows: Sequence[dict[str, Any]], labels: Sequence[Label], config: LabelsConfig, prompt: Prompt, seed: int
-) -> list[dict[str, Any]]:
-    """Rows of ALIGNMENT or REASONING from the rows that were asked about and their labels: the hint stays behind."""
-    level = LEVELS[prompt.shows]
-    return [
-        {
-            **{key: row.get(key) for key in ("id", "place", "image", "tile", "street", "district")},
-            "rounds": [*_asked(row, config, seed), _round(level, "explanation", label.question, label.text)],
-            "source": label.source,
-            "attempts": label.attempts,
-        }
-        for row, label in zip(rows, labels, strict=True)
-    ]
-
-
-def _asked(row: dict[str, Any], config: LabelsConfig, seed: int) -> list[dict[str, Any]]:
-    """The address in stage 2's words, asked before the reasons are, if the settings want it."""
-    if not config.ask_address:
-        return []
-    question = random.Random(f"{seed}:{row['id']}").choice(TEMPLATES["address"])
-    answer = Address(row["street"], row["district"]).text()
-    return [_round("address", "generation", f"{question} {SUFFIXES['generation']}", answer)]
-
-
-def _round(level: str, kind: str, question: str, answer: str) -> dict[str, Any]:
-    return {"level": level, "kind": kind, "question": question, "answer": answer, "options": []}
+    return pairs, rejects
 
 
 @cache
-def _kept_gazetteer(path: str) -> Gazetteer | None:
+def load_gazetteer(path: str) -> Gazetteer | None:
+    """The city's gazetteer, None if there is no such file."""
     return Gazetteer.load(path_of(path)) if path_of(path).is_file() else None
 
 
+def _label_row(row: Row, label: Label, config: LabelsConfig, prompt: Prompt, seed: int) -> Row:
+    """A row of ALIGNMENT or REASONING, without the hint; it begins with a question for the address if the settings say so."""
+    rounds = []
+    if config.ask_address:
+        question = random.Random(f"{seed}:{row['id']}").choice(TEMPLATES["address"])
+        answer = Address(row["street"], row["district"]).text()
+        rounds.append(("address", "generation", f"{question} {SUFFIXES['generation']}", answer))
+    rounds.append((LEVELS[prompt.shows], "explanation", label.question, label.text))
+    return {
+        **{key: row.get(key) for key in ("id", "place", "image", "tile", "street", "district")},
+        "rounds": [
+            {"level": level, "kind": kind, "question": question, "answer": answer, "options": []}
+            for level, kind, question, answer in rounds
+        ],
+        "source": label.source,
+        "attempts": label.attempts,
+    }
+
+
 @cache
-def _kept_labeler(labels: str, seed: int, gazetteer: str, ledger: str) -> Labeler:
-    config, known = LabelsConfig.model_validate_json(labels), _kept_gazetteer(gazetteer)
-    if ledger:
-        return CachedLabeler(beginning(config, seed, known), ResponseCache(path_of(ledger)))
-    return make_labeler(config, seed, known)
+def _labeler(labels: str, seed: int, gazetteer: str, response_cache: str) -> Labeler:
+    config, city = LabelsConfig.model_validate_json(labels), load_gazetteer(gazetteer)
+    if response_cache:
+        return CachedLabeler(state_factory(config, seed, city), ResponseCache(path_of(response_cache)))
+    return make_labeler(config, seed, city)

@@ -1,15 +1,34 @@
-"""What every labeler takes and gives, and the labeler that needs no model."""
+"""The labelers and what each takes and returns; `make_labeler` picks the one that the settings name."""
 
+import base64
+import io
+import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from PIL import ExifTags, Image, ImageOps
 
 from addressvlm.config.labels import LabelsConfig
+from addressvlm.errors import InputError
+from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.labels.facts import Facts
-from addressvlm.labels.prompt import Prompt
+from addressvlm.labels.prompt import Prompt, configured_prompt
+from addressvlm.labels.response_cache import RequestKey, ResponseCache
 from addressvlm.labels.templates import explain, reason
+from addressvlm.labels.validator import LabelValidator, make_validator
+
+JPEG_QUALITY = 92  # of an image that is only resized
+SENT_AS_IS = {"image/jpeg", "image/png", "image/webp", "image/gif"}  # formats that endpoints take
+NO_ANSWER = "no answer"  # problem of a row for which the endpoint keeps failing
+# Settings that change what the model answers, and so are part of the cache key.
+CACHE_KEY_SETTINGS = {
+    "send_image", "image_pixels", "image_quality", "image_detail", "max_tokens", "temperature", "extra_body", "language",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,25 +42,59 @@ class Request:
 
 @dataclass(frozen=True)
 class Label:
-    """A question about the image and the text that answers it, who wrote it, after how many asks."""
+    """A question about the image and the text that answers it, who wrote it, after how many attempts."""
 
     question: str
     text: str
     source: str  # template, <labeler>:<model> or fallback:template
     attempts: int
-    problems: tuple[str, ...] = ()  # kinds of what was wrong with texts that were not taken, over all asks
+    problems: tuple[str, ...] = ()  # kinds of problems of the rejected texts, over all attempts
 
 
 class Labeler(Protocol):
     """Writes labels."""
 
     def label(self, requests: Sequence[Request]) -> list[Label]:
-        """One label a request, in their order."""
+        """One label per request, in their order."""
         ...
 
 
+def make_labeler(config: LabelsConfig, seed: int = 0, gazetteer: Gazetteer | None = None) -> Labeler:
+    """The labeler that the settings name; texts are validated against the names of the gazetteer.
+
+    Raises:
+        InputError: it can't be used as configured.
+    """
+    if config.labeler == "openai":
+        from addressvlm.labels.request_scheduler import OpenAILabeler
+
+        return OpenAILabeler(config, state_factory(config, seed, gazetteer))
+    if config.labeler == "local":
+        from addressvlm.labels.local_labeler import LocalLabeler
+
+        return LocalLabeler(state_factory(config, seed, gazetteer), config)
+    return TemplateLabeler(configured_prompt(config), seed)
+
+
+def state_factory(config: LabelsConfig, seed: int = 0, gazetteer: Gazetteer | None = None) -> Callable[[Request], "RetryState"]:
+    """A function that makes the state of a row; without a gazetteer the validator knows fewer names.
+
+    Raises:
+        InputError: the prompt can't be used.
+    """
+    prompt = configured_prompt(config)
+    validator = make_validator(config, prompt, gazetteer)
+    return partial(RetryState, prompt=prompt, validator=validator, config=config, seed=seed)
+
+
+def label_source(config: LabelsConfig) -> str:
+    """The value of the column `source`; of a model in a local folder only the folder's name."""
+    is_path = config.model.startswith(("/", ".", "~"))
+    return f"{config.labeler}:{Path(config.model).name if is_path else config.model}"
+
+
 class TemplateLabeler:
-    """Facts put into sentences; the same row gets the same label in any order and on any machine."""
+    """Puts facts into sentences; a row gets the same label in any order and on any machine."""
 
     def __init__(self, prompt: Prompt, seed: int) -> None:
         self.prompt, self.seed = prompt, seed
@@ -52,23 +105,155 @@ class TemplateLabeler:
 
 
 def template_label(request: Request, prompt: Prompt, seed: int) -> Label:
-    """The template's label of one row."""
-    rng = _rng(request, seed)
+    """The template's label of one row; its question is the same whoever writes the text."""
+    rng = random.Random(f"{seed}:{request.id}")
     question = rng.choice(prompt.questions)
     text = explain(request.facts, rng) if prompt.shows == "graft" else reason(request.facts, rng)
     return Label(question, text, "template", 1)
 
 
-def question_of(request: Request, prompt: Prompt, seed: int) -> str:
-    """The question of one row, the same whoever answers it."""
-    return _rng(request, seed).choice(prompt.questions)
+class CachedLabeler:
+    """Labels from cached answers, validated anew; sends nothing."""
+
+    def __init__(self, new_state: Callable[[Request], "RetryState"], cache: ResponseCache) -> None:
+        self._new_state, self._cache = new_state, cache
+
+    def label(self, requests: Sequence[Request]) -> list[Label]:
+        """See Labeler.
+
+        Raises:
+            InputError: the cached answers of a row do not reach to its label.
+        """
+        labels = []
+        for request in requests:
+            label = self._new_state(request).replay(self._cache)
+            if label is None:
+                raise InputError(f"{self._cache.folder} lacks the answer for row {request.id}: rerun to resume.")
+            labels.append(label)
+        return labels
 
 
-def writer(config: LabelsConfig) -> str:
-    """Who writes, for the column `source`: of a model in a folder its last name, no path of this machine."""
-    path = config.model.startswith(("/", ".", "~"))
-    return f"{config.labeler}:{Path(config.model).name if path else config.model}"
+class RetryState:
+    """One row: what to send next, until an answer is valid or `labels.max_attempts` are used up.
+
+    A labeler sends `messages()`, passes the answer to `add_answer`, and repeats while that returns None. The state depends on
+    the answers alone, so cached ones can be replayed.
+
+    Attributes:
+        attempts: answers so far.
+    """
+
+    def __init__(self, request: Request, prompt: Prompt, validator: LabelValidator, config: LabelsConfig, seed: int) -> None:
+        self.request, self.prompt, self.validator, self.config, self.seed = request, prompt, validator, config, seed
+        self.attempts = 0
+        self.question = random.Random(f"{seed}:{request.id}").choice(prompt.questions)  # the one of `template_label`
+        self._problems: list[str] = []  # kinds, over all attempts
+        self._rejected: tuple[str, list[str]] | None = None  # the text of the last attempt, and its problems
+
+    def messages(self) -> list[dict[str, Any]]:
+        """OpenAI chat messages of the next attempt; after a rejected text they say what is wrong with it.
+
+        Raises:
+            InputError: the image can't be decoded.
+        """
+        text = self.prompt.user_message(self.request.facts, self.question)
+        retry = self.prompt.retry_message(self._rejected[1]) if self._rejected is not None else ""
+        if retry and self.prompt.hide_rejected:
+            text = f"{retry}\n\n{text}"
+        content: str | list[dict[str, Any]] = text
+        if self.config.send_image:
+            url = {"url": data_url(self.request, self.config)}
+            if self.config.image_detail != "auto":
+                url["detail"] = self.config.image_detail
+            content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": text}]
+        messages = [*self.prompt.opening_messages(), {"role": "user", "content": content}]
+        if self._rejected is not None and not self.prompt.hide_rejected:
+            messages += [{"role": "assistant", "content": self._rejected[0]}, {"role": "user", "content": retry}]
+        return messages
+
+    def add_answer(self, text: str | None, refusal: str | None = None) -> Label | None:
+        """The label of the row, None if another attempt is needed.
+
+        Args:
+            text: the answer; None or blank if there is none.
+            refusal: why the endpoint or the model refuses to answer.
+
+        Returns:
+            The first valid text, or after the last attempt the template's, marked `fallback:template`.
+        """
+        self.attempts += 1
+        text = (text or "").strip()
+        self._rejected = None
+        if refusal or not text:
+            self._problems.append("refused" if refusal else "empty")
+        elif problems := self.validator.problems(text, self.request.facts):
+            self._problems += [problem.kind for problem in problems]
+            self._rejected = (text, [problem.text for problem in problems])
+        else:
+            return Label(self.question, text, label_source(self.config), self.attempts, tuple(self._problems))
+        return self.fall_back() if self.attempts >= self.config.max_attempts else None
+
+    def fall_back(self, *problems: str) -> Label:
+        """The template's label, marked as such; `problems` are added to those of the attempts."""
+        text = template_label(self.request, self.prompt, self.seed).text
+        return Label(self.question, text, "fallback:template", self.attempts, (*self._problems, *problems))
+
+    def request_key(self) -> RequestKey:
+        """The cache key of the next attempt."""
+        config = self.config
+        sent = [
+            # The job's own vLLM server has another port each time.
+            [config.labeler, config.model, config.base_url if config.labeler == "openai" else None],
+            self.prompt.version,
+            self.prompt.user_message(self.request.facts, self.question),
+            config.model_dump(include=CACHE_KEY_SETTINGS),
+        ]
+        return RequestKey(
+            id=self.request.id,
+            prompt=self.prompt.version,
+            model=label_source(config),
+            image=blake2b(self.request.image, digest_size=16).hexdigest(),
+            digest=blake2b(json.dumps(sent, sort_keys=True).encode(), digest_size=16).hexdigest(),
+            number=self.attempts + 1,
+        )
+
+    def replay(self, cache: ResponseCache, retry_failed: bool = False, key: RequestKey | None = None) -> Label | None:
+        """Go through the cached answers of a new state; the label, None if the row needs another answer.
+
+        Args:
+            retry_failed: whether to send rows again for which the endpoint kept failing.
+            key: `request_key()`, where it is already computed.
+        """
+        key = key or self.request_key()
+        while (answer := cache.get(key)) is not None and not (retry_failed and answer.failure):
+            if answer.failure is not None:
+                return self.fall_back(NO_ANSWER)
+            label = self.add_answer(answer.text, answer.refusal)
+            if label is not None:
+                return label
+            key = replace(key, number=self.attempts + 1)
+        return None
 
 
-def _rng(request: Request, seed: int) -> random.Random:
-    return random.Random(f"{seed}:{request.id}")
+def data_url(request: Request, config: LabelsConfig) -> str:
+    """The row's image as a data URL, upright; resized or recompressed only if the settings say so.
+
+    Raises:
+        InputError: it can't be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(request.image)) as image:
+            kind, data = image.get_format_mimetype() or "", request.image
+            limit = config.image_pixels
+            resize = limit is not None and max(image.size) > limit
+            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            if resize or rotated or config.image_quality is not None or kind not in SENT_AS_IS:
+                upright = ImageOps.exif_transpose(image).convert("RGB")
+                if limit is not None:
+                    upright.thumbnail((limit, limit), Image.Resampling.LANCZOS)
+                buffer = io.BytesIO()
+                upright.save(buffer, "JPEG", quality=config.image_quality or JPEG_QUALITY)
+                kind, data = "image/jpeg", buffer.getvalue()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"the image of row {request.id} can't be decoded ({error}): make the table again.") from None
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

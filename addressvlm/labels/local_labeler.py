@@ -1,4 +1,4 @@
-"""Labels written by a model on this machine, in batches: a vision-language model, or a text-only one without the image."""
+"""Labels by a model on this machine, in batches: a vision-language model, or a text-only one that reads only the facts."""
 
 import base64
 import binascii
@@ -15,74 +15,73 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from addressvlm.answers.chat_model import ChatModel
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.errors import InputError
-from addressvlm.labels.labelers import Label, Request
-from addressvlm.labels.retry import RetryState
+from addressvlm.labels.labelers import Label, Request, RetryState
 from addressvlm.models.loading import dtype_of, local
 
 Messages = list[dict[str, Any]]
 
 
 class LocalLabeler:
-    """Drives rows through their attempts, `labels.batch_size` at a time; those to be asked again join the next batches."""
+    """Labels rows, `labels.batch_size` at a time; rows that need another attempt join the next batches."""
 
-    def __init__(self, begin: Callable[[Request], RetryState], config: LabelsConfig) -> None:
+    def __init__(self, new_state: Callable[[Request], RetryState], config: LabelsConfig) -> None:
         """Load the model.
-
-        Args:
-            begin: the attempts of a row.
 
         Raises:
             InputError: there is no such model, or it can't read what would be sent.
         """
-        self._begin, self.config = begin, config
+        self._new_state, self.config = new_state, config
         self._writer = load_writer(config)
 
     def label(self, requests: Sequence[Request]) -> list[Label]:
-        """One label a request, in their order.
+        """One label per request, in their order.
 
         Raises:
             InputError: an image can't be decoded.
         """
         labels: dict[int, Label] = {}
-        waiting = deque(enumerate(map(self._begin, requests)))
+        waiting = deque(enumerate(map(self._new_state, requests)))
         while waiting:
             batch = [waiting.popleft() for _ in range(min(self.config.batch_size, len(waiting)))]
-            texts = self._writer.write([row.messages() for _, row in batch], _seed(row for _, row in batch))
-            for (place, row), text in zip(batch, texts, strict=True):
-                label = row.take(text)
+            # From the rows and their attempts, so that a rerun samples the same.
+            name = "|".join(f"{state.seed}:{state.request.id}:{state.attempts}" for _, state in batch)
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6])
+            texts = self._writer.write([state.messages() for _, state in batch], seed)
+            for (position, state), text in zip(batch, texts, strict=True):
+                label = state.add_answer(text)
                 if label is None:
-                    waiting.append((place, row))
+                    waiting.append((position, state))
                 else:
-                    labels[place] = label
-        return [labels[place] for place in range(len(requests))]
+                    labels[position] = label
+        return [labels[position] for position in range(len(requests))]
 
 
 class Writer(Protocol):
-    """A model that goes on with conversations."""
+    """A model that continues conversations."""
 
     def write(self, conversations: Sequence[Messages], seed: int) -> list[str]:
-        """The assistant's next turn in each; `seed` decides what a temperature above 0 draws."""
+        """The assistant's next message in each; `seed` is for sampling at a temperature above 0."""
         ...
 
 
 def load_writer(config: LabelsConfig) -> Writer:
-    """The model that the settings name: one that sees, unless nothing is to be seen and it only reads.
+    """The model that the settings name, with or without vision.
 
     Raises:
-        InputError: there is no such model, or it only reads and images would be sent.
+        InputError: there is no such model, or it has no vision and images would be sent.
     """
-    where = local(config.model)
+    folder = local(config.model)
     try:
-        kind = type(AutoConfig.from_pretrained(where))
+        kind = type(AutoConfig.from_pretrained(folder))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"labels.model {config.model} can't be loaded: {' '.join(str(error).split())[:300]}.") from error
-    reads_only = kind in MODEL_FOR_CAUSAL_LM_MAPPING
-    if reads_only and config.send_image:
+    text_only = kind in MODEL_FOR_CAUSAL_LM_MAPPING
+    if text_only and config.send_image:
         raise InputError(
             f"labels.model {config.model} reads only text: set labels.send_image to false and labels.prompt to grounded, "
             "or give a vision-language model."
         )
-    return TextWriter(config, where) if reads_only else VisionWriter(config)
+    return TextWriter(config, folder) if text_only else VisionWriter(config)
 
 
 class VisionWriter:
@@ -94,23 +93,23 @@ class VisionWriter:
 
     def write(self, conversations: Sequence[Messages], seed: int) -> list[str]:
         """See Writer."""
-        turns = [[_turn(message) for message in messages] for messages in conversations]
-        prompts = [self.chat.prompt([turn for turn, _ in of]) for of in turns]
-        images = [[image for _, shown in of for image in shown] for of in turns]
+        turns = [[_parse_message(message) for message in messages] for messages in conversations]
+        prompts = [self.chat.prompt([turn for turn, _ in conversation]) for conversation in turns]
+        images = [[image for _, shown in conversation for image in shown] for conversation in turns]
         return _generate(
             self.chat.model, self.chat.tokenizer, self.chat.inputs(prompts, images), self.chat.ends, self.config, seed
         )
 
 
 class TextWriter:
-    """A causal language model, which reads the facts alone."""
+    """A causal language model, which reads only the facts."""
 
-    def __init__(self, config: LabelsConfig, where: str) -> None:
+    def __init__(self, config: LabelsConfig, folder: str) -> None:
         self.config = config
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left")
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype_of(config.dtype), use_safetensors=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(config.dtype), use_safetensors=True)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"labels.model {config.model} can't be loaded: {' '.join(str(error).split())[:300]}.") from error
         if not self.tokenizer.chat_template:
@@ -131,8 +130,8 @@ class TextWriter:
 
 @torch.inference_mode()
 def _generate(model: Any, tokenizer: Any, inputs: Any, ends: set[int], config: LabelsConfig, seed: int) -> list[str]:
-    """What follows each row of the inputs, without the marks of turns."""
-    drawn = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
+    """The text generated for each row of the inputs, without special tokens."""
+    sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -141,30 +140,23 @@ def _generate(model: Any, tokenizer: Any, inputs: Any, ends: set[int], config: L
             max_new_tokens=config.max_tokens,
             eos_token_id=sorted(ends),
             pad_token_id=tokenizer.pad_token_id,
-            **(drawn if config.temperature > 0 else {"do_sample": False}),
+            **(sampling if config.temperature > 0 else {"do_sample": False}),
         )
     return [text.strip() for text in tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
 
 
-def _turn(message: dict[str, Any]) -> tuple[dict[str, Any], list[Image.Image]]:
-    """An OpenAI chat message as a turn for a chat template, and the images that it shows."""
+def _parse_message(message: dict[str, Any]) -> tuple[dict[str, Any], list[Image.Image]]:
+    """An OpenAI chat message as a turn for a chat template, and its images."""
     content = message["content"]
     parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    images = [_picture(part["image_url"]["url"]) for part in parts if part["type"] == "image_url"]
+    images = []
+    for part in parts:
+        if part["type"] == "image_url":
+            data = part["image_url"]["url"].partition(",")[2]
+            try:
+                images.append(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
+                images[-1].load()
+            except (OSError, ValueError, SyntaxError, binascii.Error) as error:
+                raise InputError(f"an image to label can't be decoded ({error}): make the table again.") from None
     plain = [{"type": "image"} if part["type"] == "image_url" else part for part in parts]
     return {"role": message["role"], "content": plain}, images
-
-
-def _picture(url: str) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2], validate=True)))
-        image.load()
-    except (OSError, ValueError, SyntaxError, binascii.Error) as error:
-        raise InputError(f"an image to label can't be decoded ({error}): make the table again.") from None
-    return image
-
-
-def _seed(rows: Any) -> int:
-    """From the rows of a batch and how often each was asked, so that a rerun draws the same."""
-    asked = "|".join(f"{row.seed}:{row.request.id}:{row.number}" for row in rows)
-    return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:6])

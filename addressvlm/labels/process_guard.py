@@ -1,9 +1,8 @@
-"""Run a command that ends with the one who started it, even if that one is killed.
+"""Run a command that ends with its parent, even if the parent is killed.
 
     python -m addressvlm.labels.process_guard command…
 
-Ends the command and everything it started when standard input closes, which happens when whoever holds the other end
-closes it or dies.
+The command and its children are ended when standard input closes, as it does when the parent closes the pipe or dies.
 """
 
 import contextlib
@@ -13,20 +12,19 @@ import subprocess
 import sys
 import threading
 
-GRACE_S = 15.0  # between being asked to end and being killed
+GRACE_S = 15.0  # between SIGTERM and SIGKILL
 
 
 def main() -> None:
-    """Run the command of the command line and exit as it does."""
+    """Run the command of the command line and exit with its status."""
     process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
-    threading.Thread(target=_hold, args=(process,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(process,), daemon=True).start()
     code = process.wait()
-    _signal(process.pid, signal.SIGKILL)  # what the command leaves behind
+    _signal(process.pid, signal.SIGKILL)  # children that outlive the command
     sys.exit(code if code >= 0 else 128 - code)
 
 
-def _hold(process: "subprocess.Popen[bytes]") -> None:
-    """Wait for the end of standard input, then end the command's process group."""
+def _end_with_parent(process: "subprocess.Popen[bytes]") -> None:
     while os.read(0, 1024):
         pass
     _signal(process.pid, signal.SIGTERM)

@@ -1,7 +1,7 @@
-"""Prompts of the labelers (paper 001, Sec. 3.2): readable files whose hint is the true address.
+"""Prompts of the labelers (paper 001, Sec. 3.2): Markdown files whose hint is the true address.
 
-A file is data: front matter, then the sections `questions` (what the trained model is asked), `system`, `user` and `again`.
-Its version is a digest of its content, so that labels of an older text are never taken for labels of this one.
+A file has front matter, then the sections `questions` (for the trained model), `system`, `user` and `again` (for a retry).
+Its version is a digest of its content, so that answers to an edited prompt are never confused.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ FOLDER = Path(__file__).with_name("prompts")
 SLOTS = {"street", "district", "city", "question", "facts"}
 HINT = {"street", "district"}  # without these the model would have to guess the address
 SECTIONS = {"questions", "system", "user", "again"}
-SHOWN = {"example", "answer"}  # a worked example as a turn of chat before the question; small models need one
+EXAMPLE = {"example", "answer"}  # optional sections: a worked example before the question; small models need one
 VERSION_DIGITS = 12
 
 
-class _Head(BaseModel):
+class _FrontMatter(BaseModel):
     """The front matter of a prompt file."""
 
     model_config = ConfigDict(extra="forbid")
@@ -46,20 +46,20 @@ class Prompt:
     """A prompt file as read."""
 
     name: str
-    version: str  # of the content
+    version: str  # digest of the content
     shows: str  # graft: the photo in the corner of its tile; photo: the street view alone
     image_needed: bool  # a text-only model can't use it
-    afresh: bool  # a text that failed is not shown again, only what was wrong with it: small models repeat what they see
-    verified: bool  # what it makes a model say must be among the facts
-    questions: tuple[str, ...]  # what the trained model is asked, one drawn by row
+    hide_rejected: bool  # a retry shows only the problems of a rejected text: small models repeat what they see
+    verified: bool  # the claims of a label must be among the facts
+    questions: tuple[str, ...]  # for the trained model, one drawn per row
     system: str
     user: str  # with slots, see SLOTS
     again: str  # with the slot {problems}
-    example: str = ""  # what a user asked, and the answer to it; both empty without an example
+    example: str = ""  # a user message and its answer; both empty without an example
     answer: str = ""
 
-    def ask(self, facts: Facts, question: str) -> str:
-        """The user's message about one image, the hint in it."""
+    def user_message(self, facts: Facts, question: str) -> str:
+        """The user message for one image, with the hint."""
         return self.user.format(
             street=facts.street,
             district=facts.district,
@@ -68,33 +68,33 @@ class Prompt:
             facts=fact_notes(facts),
         )
 
-    def opening(self) -> list[dict[str, Any]]:
-        """The messages before the user's: the system's, and the example."""
-        shown = [{"role": "user", "content": self.example}, {"role": "assistant", "content": self.answer}]
-        return [{"role": "system", "content": self.system}, *(shown if self.example else [])]
+    def opening_messages(self) -> list[dict[str, Any]]:
+        """The system message, and the example if there is one."""
+        example = [{"role": "user", "content": self.example}, {"role": "assistant", "content": self.answer}]
+        return [{"role": "system", "content": self.system}, *(example if self.example else [])]
 
-    def ask_again(self, problems: list[str]) -> str:
-        """The message after a label that failed its checks."""
+    def retry_message(self, problems: list[str]) -> str:
+        """The user message after a rejected text."""
         return self.again.format(problems="; ".join(problems))
 
 
-def prompt_of(config: LabelsConfig) -> Prompt:
+def configured_prompt(config: LabelsConfig) -> Prompt:
     """The prompt that the settings name.
 
     Raises:
-        InputError: it can't be used, or needs the image that `labels.send_image` keeps back, or can't be
-            checked in the language.
+        InputError: it can't be used, needs the image although `labels.send_image` is false, or can't be validated in the
+            language.
     """
     prompt = load_prompt(config.prompt)
     if prompt.image_needed and not config.send_image and config.labeler != "template":
         raise InputError(
-            f"the prompt '{prompt.name}' needs the picture and labels.send_image is false: set it to true, "
-            "or labels.prompt to grounded."
+            f"the prompt '{prompt.name}' needs the image and labels.send_image is false: set it to true, or labels.prompt to "
+            "grounded."
         )
     if config.language != "en" and (prompt.verified or not config.send_image):
         raise InputError(
-            f"labels.language is {config.language} and what '{prompt.name}' makes a model say is verified in English only: "
-            "set labels.language to en, or labels.prompt to alignment with the picture."
+            f"labels.language is {config.language} and labels of '{prompt.name}' are verified in English only: set "
+            "labels.language to en, or labels.prompt to alignment with images."
         )
     if config.language != "en" and config.labeler == "template":
         raise InputError(
@@ -105,22 +105,22 @@ def prompt_of(config: LabelsConfig) -> Prompt:
 
 @cache
 def load_prompt(source: str = "alignment") -> Prompt:
-    """Read one of ours by its name (`alignment`, `grounded`, `grounded_small`, `reasoning`), or any file by its path.
+    """Read a shipped prompt by its name (`alignment`, `grounded`, `grounded_small`, `reasoning`), or any file by its path.
 
     Raises:
-        InputError: there is no such file, a part of it is missing, or its slots are not those that can be filled.
+        InputError: there is no such file, a part of it is missing, or it has slots that can't be filled.
     """
     path = Path(source) if source.endswith(".md") else FOLDER / f"{source}.md"
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.md")))
-        raise InputError(f"no prompt '{source}' (labels.prompt): give the path of a .md file, or one of {known}.") from None
+        names = ", ".join(sorted(p.stem for p in FOLDER.glob("*.md")))
+        raise InputError(f"no prompt '{source}' (labels.prompt): give the path of a .md file, or one of {names}.") from None
     _, front, body = content.split("---\n", 2) if content.startswith("---\n") and content.count("---\n") > 1 else ("", "", "")
-    head = _head(front, path)
+    head = _parse_front_matter(front, path)
     _, *parts = re.split(r"^# (\w+)\n", body, flags=re.MULTILINE)
     texts = {name: text.strip() for name, text in zip(parts[::2], parts[1::2], strict=True)}
-    if texts.keys() not in (SECTIONS, SECTIONS | SHOWN) or not all(texts.values()):
+    if texts.keys() not in (SECTIONS, SECTIONS | EXAMPLE) or not all(texts.values()):
         raise InputError(
             f"prompt {path}: it must have the sections # {', # '.join(sorted(SECTIONS))}; # example and # answer go together."
         )
@@ -131,16 +131,16 @@ def load_prompt(source: str = "alignment") -> Prompt:
         version=hashlib.sha256(content.encode()).hexdigest()[:VERSION_DIGITS],
         shows=head.shows,
         image_needed=head.image == "needed",
-        afresh=head.again == "afresh",
+        hide_rejected=head.again == "afresh",
         verified=head.claims == "verified",
         questions=questions,
         **texts,
     )
 
 
-def _head(front: str, path: Path) -> _Head:
+def _parse_front_matter(front: str, path: Path) -> _FrontMatter:
     try:
-        return _Head.model_validate(yaml.safe_load(front) or {})
+        return _FrontMatter.model_validate(yaml.safe_load(front) or {})
     except yaml.YAMLError as error:
         raise InputError(f"prompt {path}: its front matter is not YAML: {' '.join(str(error).split())}.") from None
     except ValidationError as error:
@@ -152,7 +152,7 @@ def _head(front: str, path: Path) -> _Head:
 
 
 def _check_slots(texts: dict[str, str], declared: set[str], path: Path) -> None:
-    """The hint is in it, and every slot can be filled."""
+    """Check that the hint is there and that every slot can be filled."""
     used = {name: _slots(texts[name], path) for name in ("user", "again")}
     if missing := HINT - used["user"]:
         raise InputError(f"prompt {path} lacks the hint: write {{{sorted(missing)[0]}}} into its section # user.")
@@ -172,7 +172,7 @@ def _slots(text: str, path: Path) -> set[str]:
 
 
 def fact_notes(facts: Facts) -> str:
-    """Facts as plain sentences, one a line, in the order in which a label says them; what is not known is left out."""
+    """Facts as plain sentences, one per line, in the order of a label; unknown facts are left out."""
     lines = []
     if facts.photo_colours:
         lines.append(f"The main colours of the photo are {join_words(facts.photo_colours)}.")
@@ -190,7 +190,7 @@ def fact_notes(facts: Facts) -> str:
     if facts.tile_colours:
         lines.append(f"From above, the place is mainly {join_words(facts.tile_colours)}.")
     if facts.cross_street:
-        far = facts.cross_distance_m
-        where = f"{far} metres to the {facts.cross_direction}" if far else "right at the camera"
+        distance = facts.cross_distance_m
+        where = f"{distance} metres to the {facts.cross_direction}" if distance else "right at the camera"
         lines.append(f"{facts.cross_street} meets {facts.on_map} {where}.")
     return "\n".join(lines) or "Nothing was measured."

@@ -1,11 +1,11 @@
-"""What was asked and what came back, row by row, so that nothing is paid for twice.
+"""Answers of an endpoint, row by row, so that none is paid for twice.
 
-A ledger is a folder of segments, one for each process that ever wrote to it: lines of JSON that are only appended to, which
-works on any file system that nodes share. An answer is found by what was asked, so another prompt, model, image or setting
-finds nothing. A line that a kill cut off counts as not there; zeros at the end of a segment are room kept for answers that
-are still on their way when the disk fills up. A ledger in a store is kept as addressvlm/labels/response_cache.py says.
+A cache is a folder of segments, one for each job that wrote to it: lines of JSON, append-only, so that it works on any file
+system that nodes share. An answer is looked up by what was sent, so another prompt, model, image or setting has none. A line
+that a kill cut off does not count. In a store, a segment is several objects, `<segment>.<first byte>-<end byte>.jsonl`.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -28,24 +28,289 @@ from addressvlm.storage.files import download, local_folder_for
 from addressvlm.storage.remote_path import AnyPath, RemotePath
 from addressvlm.storage.run_dir import storage_error
 
-MOST_PARTS = 64  # objects that are then put into one
-SIGNED_EVERY_S, FORGOTTEN_S = 15.0, 60.0  # a job that has not signed for so long is taken for dead
+MAX_TEXT = 4000  # characters of an answer; the rest is cut off
+MAX_LINE = 32 * 1024  # bytes of an entry with such a text in any script
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+MAX_OBJECTS = 64  # of a segment in a store, which are then merged into one
+LEASE_RENEWAL_S, LEASE_EXPIRY_S = 15.0, 60.0  # a job that has not renewed its lease for so long counts as dead
 
 
-class RemoteResponseCache:
-    """What this machine has of a ledger: copies of its objects, and segments that are not sent yet."""
+@dataclass(frozen=True)
+class CachedAnswer:
+    """The result of one request. Of `text`, `refusal` and `failure` at most one is set; an empty answer has none."""
+
+    text: str | None = None
+    refusal: str | None = None  # why the endpoint or the model refuses to answer
+    failure: str | None = None  # why there is no answer after all retries
+    tokens_in: int = 0
+    tokens_out: int = 0
+    usd: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RequestKey:
+    """What identifies one request.
+
+    Attributes:
+        image: digest of the row's image.
+        digest: of everything else that is sent: prompt, model, text, settings of the image.
+        number: of the attempt, from 1.
+    """
+
+    id: str
+    prompt: str
+    model: str
+    image: str
+    digest: str
+    number: int
+
+    def cache_key(self) -> bytes:
+        """16 bytes that never change for the same request."""
+        return blake2b(json.dumps([self.id, self.image, self.digest, self.number]).encode(), digest_size=16).digest()
+
+
+class ResponseCache:
+    """The answers in a folder, to read; `open_for_writing` returns a cache that takes more.
+
+    Attributes:
+        tokens, usd, seconds: totals over all answers.
+        answers: number of answers by (prompt version, model).
+        torn: number of lines that can't be read.
+    """
+
+    def __init__(self, folder: AnyPath) -> None:
+        """Read all segments; a folder that does not exist is an empty cache.
+
+        Raises:
+            InputError: it can't be read.
+        """
+        self.folder = folder
+        self.remote = RemoteSegments(folder) if isinstance(folder, RemotePath) else None
+        self.tokens, self.usd, self.seconds, self.torn = 0, 0.0, 0.0, 0
+        self.answers: Counter[tuple[str, str]] = Counter()
+        self._index: dict[bytes, tuple[Path, int, int]] = {}  # segment, offset, size in bytes
+        self._files: dict[Path, BinaryIO] = {}  # stay open: on a network file system opening is slow
+        self._opening = threading.Lock()
+        try:
+            for path in self.remote.fetch() if self.remote else sorted(Path(str(folder)).glob("*.jsonl")):
+                self._read(path)
+        except OSError as error:
+            raise storage_error(error, self.folder) from error
+
+    def get(self, key: RequestKey) -> CachedAnswer | None:
+        """The answer to a request, None if there is none."""
+        entry = self._index.get(key.cache_key())
+        if entry is None:
+            return None
+        path, offset, size = entry
+        with self._opening:  # else two threads open it, and one closes the file that the other reads
+            if path not in self._files:
+                self._files[path] = path.open("rb", buffering=0)
+        return _parse_answer(json.loads(os.pread(self._files[path].fileno(), size, offset)))
+
+    def _read(self, path: Path) -> None:
+        offset = 0
+        with path.open("rb") as file:
+            for line in file:
+                content = line.rstrip(b"\0")  # a machine that crashes may leave zeros
+                if content:
+                    try:
+                        entry = json.loads(content)
+                        key, answer = RequestKey(**entry["asked"]), _parse_answer(entry)
+                    except (ValueError, KeyError, TypeError):
+                        self.torn += 1
+                    else:
+                        self._add_to_index(key, answer, (path, offset, len(content)))
+                offset += len(line)
+
+    def _add_to_index(self, key: RequestKey, answer: CachedAnswer, location: tuple[Path, int, int]) -> None:
+        name = key.cache_key()
+        if answer.failure is None or name not in self._index:  # an answer replaces a failure, whichever is read first
+            self._index[name] = location
+        self.tokens += answer.tokens_in + answer.tokens_out
+        self.usd += answer.usd
+        if answer.failure is None:
+            self.answers[key.prompt, key.model] += 1
+            self.seconds += answer.seconds
+
+
+class WritableResponseCache(ResponseCache):
+    """A cache with a segment to append to. Safe to use from several threads.
+
+    A full disk must not lose answers that are already paid for. So a reserve file takes the space that the requests in flight
+    may need; when the disk is full it is deleted, which leaves room for their answers, and `check_space` stops new requests.
+    """
+
+    def __init__(self, folder: AnyPath) -> None:
+        """Read the folder and begin a segment.
+
+        Raises:
+            InputError: the folder can't be written.
+        """
+        super().__init__(folder)
+        stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        local = local_folder_for(folder)
+        self._path = (self.remote.unsent if self.remote else local) / f"{stamp}.jsonl"
+        self._reserve = local / "reserve"
+        self._full = False
+        self._lock = threading.Lock()
+        self._end = self._synced = 0
+        try:
+            self._file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        except OSError as error:
+            raise self._error(error) from error
+
+    def reserve_space(self, answers: int) -> None:
+        """Reserve disk space for as many answers as may be in flight at a time.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        try:
+            file = os.open(self._reserve, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
+            try:
+                _write_at(file, os.urandom(answers * MAX_LINE), 0)  # some file systems store zeros in no space
+                os.fsync(file)  # a network file system reports a full disk only here
+            finally:
+                os.close(file)
+        except OSError as error:
+            self._reserve.unlink(missing_ok=True)
+            raise self._error(error) from None
+
+    def check_space(self) -> None:
+        """Call before each request.
+
+        Raises:
+            InputError: the disk is full: send nothing more.
+        """
+        if self._full:
+            raise self._error(OSError(errno.ENOSPC, "full"))
+
+    def add(self, key: RequestKey, answer: CachedAnswer) -> None:
+        """Append an answer: it survives a kill of this process when this returns, a crash of the machine after `sync`.
+
+        Raises:
+            InputError: it can't be written.
+        """
+        texts = {name: value[:MAX_TEXT] if isinstance(value, str) else value for name, value in vars(answer).items()}
+        entry = {"asked": vars(key), **texts, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        with self._lock:
+            try:
+                try:
+                    _write_at(self._file, line, self._end)
+                except OSError as error:
+                    if error.errno not in DISK_FULL or self._full:
+                        raise
+                    self._full = True
+                    self._reserve.unlink(missing_ok=True)
+                    _write_at(self._file, line, self._end)
+            except OSError as error:
+                raise self._error(error) from None
+            self._add_to_index(key, answer, (self._path, self._end, len(line)))
+            self._end += len(line)
+
+    def sync(self) -> None:
+        """Return when all answers so far survive a crash of the machine; in a store, renew the lease and send them.
+
+        Raises:
+            InputError: the disk fails, the store can't be written, or another machine's job writes to it.
+        """
+        if self.remote:
+            self.remote.renew_lease()
+        end = self._end
+        if end > self._synced:
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                raise self._error(error) from None
+            if self.remote:
+                self.remote.send(self._path, self._file, self._synced, end)
+            self._synced = end
+
+    def close(self) -> None:
+        """Finish the segment; one without answers is removed.
+
+        Raises:
+            InputError: it can't be written.
+        """
+        if self.remote:
+            self.sync()
+            self.remote.merge(self._path, self._file, self._end)
+        try:
+            self._reserve.unlink(missing_ok=True)
+            os.ftruncate(self._file, self._end)  # less the part of a line that a full disk refused
+            os.fsync(self._file)
+            os.close(self._file)
+            for file in self._files.values():
+                file.close()
+            if self.remote or not self._end:
+                self._path.unlink()
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> InputError:
+        problem = storage_error(error, self.folder)
+        if isinstance(problem, InputError):
+            return problem
+        return InputError(f"{self.folder} can't be written ({error.strerror}): check its disk.")
+
+
+@contextmanager
+def open_for_writing(folder: AnyPath) -> Iterator[WritableResponseCache]:
+    """The cache of a folder, for one job at a time.
+
+    Raises:
+        InputError: another job has it open, or the folder can't be written.
+    """
+    local = local_folder_for(folder)
+    holder = local / "holder.json"
+    lock = FileLock(local / "lock")
+    try:
+        local.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        job = _read_holder(holder)
+        who = f"process {job['process']} on {job['host']} since {job['started']}" if job else "just started"
+        raise InputError(f"another job labels {folder.parent} ({who}): wait until it has ended, or stop it.") from None
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    try:
+        job = {"host": socket.gethostname(), "process": os.getpid(), "started": f"{datetime.now():%Y-%m-%d %H:%M}"}
+        try:
+            holder.write_text(json.dumps(job))
+        except OSError as error:
+            raise storage_error(error, folder) from error
+        if isinstance(folder, RemotePath):
+            remote = RemoteSegments(folder)
+            remote.renew_lease()
+            remote.send_unsent()
+        cache = WritableResponseCache(folder)
+        try:
+            yield cache
+        finally:
+            cache.close()
+            if cache.remote:
+                cache.remote.release_lease()
+    finally:
+        lock.release()
+
+
+class RemoteSegments:
+    """A cache in a store: copies of its objects on this machine, and the segment that is not sent yet."""
 
     def __init__(self, folder: RemotePath) -> None:
         self.folder = folder
         self.local = local_folder_for(folder)
-        self.spool = self.local / "unsent"
-        self.spool.mkdir(parents=True, exist_ok=True)
-        self._parts: list[RemotePath] = []
-        self._joined = 0  # up to here the segment is in few objects
-        self._signed = 0.0
+        self.unsent = self.local / "unsent"
+        self.unsent.mkdir(parents=True, exist_ok=True)
+        self._objects: list[RemotePath] = []
+        self._merged = 0  # bytes of the segment that are in merged objects
+        self._renewed = 0.0
 
     def fetch(self) -> list[Path]:
-        """Copies of all objects that are not part of another one, in order."""
+        """Local copies of all objects, in order, less those that are part of a merged one."""
         segments: dict[str, list[tuple[int, int, RemotePath]]] = defaultdict(list)
         for file in self.folder.glob("*.jsonl"):
             name, _, span = file.stem.rpartition(".")
@@ -63,323 +328,74 @@ class RemoteResponseCache:
                 download(file, self.local / file.name)
         return [self.local / file.name for file in chosen]
 
-    def send_left(self) -> None:
-        """Send what jobs of this machine wrote that were killed."""
-        for left in sorted(self.spool.glob("*.jsonl")):
-            lines = left.read_bytes().rstrip(b"\0")
-            lines = lines[: lines.rfind(b"\n") + 1]  # of the last one a kill may have cut off the end
-            if lines:
-                self._name(left, 0, len(lines)).write_bytes(lines)
-            left.unlink()
+    def send_unsent(self) -> None:
+        """Send the segments of this machine's killed jobs."""
+        for segment in sorted(self.unsent.glob("*.jsonl")):
+            content = segment.read_bytes().rstrip(b"\0")
+            content = content[: content.rfind(b"\n") + 1]  # the last line may be cut off
+            if content:
+                self._object(segment, 0, len(content)).write_bytes(content)
+            segment.unlink()
 
     def send(self, segment: Path, file: int, start: int, end: int) -> None:
         """Send the bytes `start` to `end` of a segment that is open as `file`."""
-        part = self._name(segment, start, end)
+        part = self._object(segment, start, end)
         part.write_bytes(os.pread(file, end - start, start))
-        self._parts.append(part)
-        if len(self._parts) >= MOST_PARTS:
-            self.join(segment, file, end)
+        self._objects.append(part)
+        if len(self._objects) >= MAX_OBJECTS:
+            self.merge(segment, file, end)
 
-    def join(self, segment: Path, file: int, end: int) -> None:
-        """Replace the objects that were sent one by one by a single one."""
-        if len(self._parts) > 1:
-            self._name(segment, self._joined, end).write_bytes(os.pread(file, end - self._joined, self._joined))
-            for part in self._parts:
+    def merge(self, segment: Path, file: int, end: int) -> None:
+        """Replace the objects since the last merge by one."""
+        if len(self._objects) > 1:
+            self._object(segment, self._merged, end).write_bytes(os.pread(file, end - self._merged, self._merged))
+            for part in self._objects:
                 part.unlink(missing_ok=True)
-        self._joined, self._parts = end, []
+        self._merged, self._objects = end, []
 
-    def _name(self, segment: Path, start: int, end: int) -> RemotePath:
+    def _object(self, segment: Path, start: int, end: int) -> RemotePath:
         return self.folder / f"{segment.stem}.{start:012d}-{end:012d}.jsonl"
 
-    def sign(self) -> None:
-        """Say now and then that this job has the ledger.
+    def renew_lease(self) -> None:
+        """Write into the store every LEASE_RENEWAL_S that this machine's job has the cache open.
 
         Raises:
-            InputError: another job has it.
+            InputError: another machine's job has it.
         """
         now = time.monotonic()
-        if self._signed and now - self._signed < SIGNED_EVERY_S:
+        if self._renewed and now - self._renewed < LEASE_RENEWAL_S:
             return
-        holder = self._holder()
-        if holder and holder["host"] != socket.gethostname() and holder["seen"] < FORGOTTEN_S:
-            raise InputError(
-                f"another job asks for the labels of {self.folder.parent} (process {holder['process']} on {holder['host']}, "
-                f"seen {holder['seen']:.0f} s ago): wait until it has ended, or {FORGOTTEN_S:.0f} s after it was killed."
-            )
-        mine = {"host": socket.gethostname(), "process": os.getpid(), "at": datetime.now(UTC).isoformat()}
-        (self.folder / "holder.json").write_text(json.dumps(mine))
-        self._signed = now
+        file, host = self.folder / "holder.json", socket.gethostname()
+        job = _read_holder(file)
+        if job and job["host"] != host:
+            age = (datetime.now(UTC) - datetime.fromisoformat(job["at"])).total_seconds()
+            if age < LEASE_EXPIRY_S:
+                raise InputError(
+                    f"another job labels {self.folder.parent} (process {job['process']} on {job['host']}, seen {age:.0f} s "
+                    f"ago): wait until it has ended, or {LEASE_EXPIRY_S:.0f} s after it was killed."
+                )
+        file.write_text(json.dumps({"host": host, "process": os.getpid(), "at": datetime.now(UTC).isoformat()}))
+        self._renewed = now
 
-    def release(self) -> None:
-        """Say that it is free."""
+    def release_lease(self) -> None:
+        """Let the next job have it at once."""
         (self.folder / "holder.json").unlink(missing_ok=True)
 
-    def _holder(self) -> dict[str, Any] | None:
-        try:
-            told = json.loads((self.folder / "holder.json").read_text())
-            return {**told, "seen": (datetime.now(UTC) - datetime.fromisoformat(told["at"])).total_seconds()}
-        except (OSError, ValueError, KeyError):
-            return None
 
-
-LONGEST_TEXT = 4000  # characters that are kept of an answer
-LONGEST_LINE = 32 * 1024  # bytes, of an entry with such a text in any script
-ROOM = 1 << 20  # bytes that are allocated at a time
-FULL = (27, 28, 122)  # EFBIG, ENOSPC, EDQUOT
-
-
-@dataclass(frozen=True)
-class CachedAnswer:
-    """What one ask brought. Of `text`, `refusal` and `failure` at most one is set; none of them is an empty answer."""
-
-    text: str | None = None
-    refusal: str | None = None  # why the endpoint or the model would not answer
-    failure: str | None = None  # why there was no answer although it was tried again and again
-    tokens_in: int = 0
-    tokens_out: int = 0
-    usd: float = 0.0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class RequestKey:
-    """What identifies one ask.
-
-    Attributes:
-        image: digest of the row's image.
-        digest: of everything else that was sent and may change: prompt, model, text, settings of the image.
-        number: 1 for the first ask of a row.
-    """
-
-    id: str
-    prompt: str
-    model: str
-    image: str
-    digest: str
-    number: int
-
-    def key(self) -> bytes:
-        """Short name of the ask, the same for all times."""
-        return blake2b(json.dumps([self.id, self.image, self.digest, self.number]).encode(), digest_size=16).digest()
-
-
-class ResponseCache:
-    """The answers of a folder; `open_for_writing` gives one that takes more.
-
-    Attributes:
-        tokens, usd: of all answers, whatever was asked.
-        answers: number of answers by (prompt version, model).
-        torn: lines that are cut off.
-    """
-
-    def __init__(self, folder: AnyPath) -> None:
-        """Read what is there; a folder that is not there is an empty ledger.
-
-        Raises:
-            InputError: it can't be read.
-        """
-        self.folder = folder
-        self.mirror = RemoteResponseCache(folder) if isinstance(folder, RemotePath) else None
-        self.tokens, self.usd, self.torn, self.seconds = 0, 0.0, 0, 0.0
-        self.answers: Counter[tuple[str, str]] = Counter()
-        self._at: dict[bytes, tuple[Path, int, int]] = {}  # segment, first byte, bytes
-        self._files: dict[Path, BinaryIO] = {}  # stay open: on a network file system opening takes long
-        self._opening = threading.Lock()
-        try:
-            for path in self.mirror.fetch() if self.mirror else sorted(Path(str(folder)).glob("*.jsonl")):
-                self._read(path)
-        except OSError as error:
-            raise storage_error(error, self.folder) from error
-
-    def get(self, asked: RequestKey) -> CachedAnswer | None:
-        """The answer to an ask, None if it was never answered."""
-        found = self._at.get(asked.key())
-        if found is None:
-            return None
-        path, offset, size = found
-        with self._opening:  # two threads would each open it, and one close what the other reads
-            if path not in self._files:
-                self._files[path] = path.open("rb", buffering=0)
-        return _answer(json.loads(os.pread(self._files[path].fileno(), size, offset)))
-
-    def _read(self, path: Path) -> None:
-        offset = 0
-        with path.open("rb") as file:
-            for line in file:
-                content = line.rstrip(b"\0")
-                if content:
-                    try:
-                        entry = json.loads(content)
-                        asked, answer = RequestKey(**entry["asked"]), _answer(entry)
-                    except (ValueError, KeyError, TypeError):
-                        self.torn += 1
-                    else:
-                        self._note(asked, answer, (path, offset, len(content)))
-                offset += len(line)
-
-    def _note(self, asked: RequestKey, answer: CachedAnswer, at: tuple[Path, int, int]) -> None:
-        key = asked.key()
-        if answer.failure is None or key not in self._at:  # in whatever order segments are read, an answer beats a failure
-            self._at[key] = at
-        self.tokens += answer.tokens_in + answer.tokens_out
-        self.usd += answer.usd
-        if answer.failure is None:
-            self.answers[asked.prompt, asked.model] += 1
-            self.seconds += answer.seconds
-
-
-class WritableResponseCache(ResponseCache):
-    """A ledger with a segment of its own. Safe to use from several threads."""
-
-    def __init__(self, folder: AnyPath) -> None:
-        """Read the folder and begin a segment.
-
-        Raises:
-            InputError: the folder can't be written.
-        """
-        super().__init__(folder)
-        stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-        self._path = (self.mirror.spool if self.mirror else Path(str(folder))) / f"{stamp}.jsonl"
-        self._lock = threading.Lock()
-        self._end = self._allocated = self._synced = 0
-        try:
-            self._file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-        except OSError as error:
-            raise storage_error(error, self.folder) from error
-
-    def has_room(self, answers: int) -> bool:
-        """Whether that many more answers surely find room on the disk."""
-        return self._end + answers * LONGEST_LINE <= self._allocated
-
-    def make_room(self, answers: int) -> None:
-        """Allocate room for that many more answers.
-
-        Raises:
-            InputError: the disk is full.
-        """
-        with self._lock:
-            try:
-                while not self.has_room(answers):
-                    self._allocated += os.pwrite(self._file, bytes(ROOM), self._allocated)
-                    os.fsync(self._file)  # a network file system tells only now
-            except OSError as error:
-                if error.errno not in FULL:
-                    raise storage_error(error, self.folder) from error
-                raise InputError(
-                    f"the disk of {self.folder} is full: free room or set `storage` elsewhere, then run the same command "
-                    "again; every answer so far is kept."
-                ) from None
-
-    def add(self, asked: RequestKey, answer: CachedAnswer) -> None:
-        """Keep an answer: it survives the end of this process when this returns, that of the machine after `sync`.
-
-        Raises:
-            InputError: it can't be written.
-        """
-        cut = {k: v[:LONGEST_TEXT] if isinstance(v, str) else v for k, v in vars(answer).items()}
-        entry = {"asked": vars(asked), **cut, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
-        with self._lock:
-            try:
-                written = 0
-                while written < len(line):
-                    written += os.pwrite(self._file, line[written:], self._end + written)
-            except OSError as error:
-                raise storage_error(error, self.folder) from error
-            self._note(asked, answer, (self._path, self._end, len(line)))
-            self._end += len(line)
-            self._allocated = max(self._allocated, self._end)
-
-    def sync(self) -> None:
-        """Return when all answers so far survive the end of the machine.
-
-        Raises:
-            InputError: the disk fails, the store can't be written, or another machine's job writes to it.
-        """
-        if self.mirror:
-            self.mirror.sign()
-        end = self._end
-        if end > self._synced:
-            try:
-                os.fsync(self._file)
-            except OSError as error:
-                raise InputError(f"{self.folder} can't be written ({error.strerror}): see to its disk.") from None
-            if self.mirror:
-                self.mirror.send(self._path, self._file, self._synced, end)
-            self._synced = end
-
-    def close(self) -> None:
-        """Give back the room that was not needed.
-
-        Raises:
-            InputError: it can't be written.
-        """
-        if self.mirror:
-            self.sync()
-            self.mirror.join(self._path, self._file, self._end)
-        try:
-            os.ftruncate(self._file, self._end)
-            os.fsync(self._file)
-            os.close(self._file)
-            for file in self._files.values():
-                file.close()
-            if self.mirror or not self._end:
-                self._path.unlink()
-        except OSError as error:
-            raise storage_error(error, self.folder) from error
-
-
-@contextmanager
-def open_for_writing(folder: AnyPath) -> Iterator[WritableResponseCache]:
-    """The ledger of a folder for one job alone.
-
-    Raises:
-        InputError: another job has it, or the folder can't be written.
-    """
-    here = local_folder_for(folder)
-    holder = here / "holder.json"
-    lock = FileLock(here / "lock")
+def _read_holder(file: AnyPath) -> dict[str, Any] | None:
+    """The job that has the cache, None if there is none or its file is unreadable."""
     try:
-        here.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(
-            f"another job asks for the labels of {folder.parent} ({_holder(holder)}): wait until it has ended, or stop it."
-        ) from None
-    except OSError as error:
-        raise storage_error(error, folder) from error
-    try:
-        _sign(holder)
-        if isinstance(folder, RemotePath):
-            left = RemoteResponseCache(folder)
-            left.sign()
-            left.send_left()
-        ledger = WritableResponseCache(folder)
-        try:
-            yield ledger
-        finally:
-            ledger.close()
-            if ledger.mirror:
-                ledger.mirror.release()
-    finally:
-        lock.release()
+        job: dict[str, Any] = json.loads(file.read_text())
+        return job if {"host", "process"} < job.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
-def _sign(holder: Path) -> None:
-    started = f"{datetime.now():%Y-%m-%d %H:%M}"
-    try:
-        holder.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "started": started}))
-    except OSError as error:
-        raise storage_error(error, holder.parent) from error
+def _parse_answer(entry: dict[str, Any]) -> CachedAnswer:
+    return CachedAnswer(**{name: entry[name] for name in CachedAnswer.__dataclass_fields__})
 
 
-def _holder(path: Path) -> str:
-    try:
-        holder = json.loads(path.read_text())
-        return f"process {holder['process']} on {holder['host']} since {holder['started']}"
-    except (OSError, ValueError, KeyError):
-        return "it has only just begun"
-
-
-def _answer(entry: dict[str, object]) -> CachedAnswer:
-    return CachedAnswer(**{name: entry[name] for name in CachedAnswer.__dataclass_fields__})  # type: ignore[arg-type]
+def _write_at(file: int, data: bytes, offset: int) -> None:
+    while data:
+        size = os.pwrite(file, data, offset)
+        data, offset = data[size:], offset + size

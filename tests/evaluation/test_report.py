@@ -143,7 +143,7 @@ def test_shows_everything_the_run_has(run):
     assert page.count('class="map"') == len(SYSTEMS)
     assert page.count('class="loss"') == 1
     assert page.count("data:image/jpeg;base64,") == 3 + 1  # a photo of each place, one graft
-    assert "10 labels: 9 openai:m, 1 fallback:template; texts not taken for: 3 length." in page
+    assert "10 labels: 9 openai:m, 1 fallback:template; texts rejected for: 3 length." in page
     assert 'polyline class="smooth stage1"' in page
 
 

@@ -191,7 +191,7 @@ def test_labels_of_an_endpoint(tmp_path: Path, ray_local: None, capsys: pytest.C
         assert not run.alignment.exists()
         label.run_step(config, redo=False)
     out = capsys.readouterr().out
-    assert out.count("8 rows: 0 are answered in the ledger, 8 will be asked") == 2  # the dry run says what the real one says
+    assert out.count("8 rows: 0 have cached answers, 8 will be sent") == 2  # the dry run says what the real one says
     assert Counter(row["source"] for row in tables.iter_rows(run.alignment, "train")) == {"openai:m": 5, "fallback:template": 3}
     assert {row["rounds"][0]["answer"] for row in tables.iter_rows(run.alignment, "train") if row["source"] == "openai:m"} == {
         good

@@ -126,7 +126,7 @@ def test_an_endpoint_that_answers_coordinates_prose_and_nothing(
         assert len(endpoint.asked) == 6
         remove_tree(work.run.folder / "rag" / "endpoint")
         assert rag.run(work, rival) == outcome
-        assert len(endpoint.asked) == 6  # every answer is in the ledger
+        assert len(endpoint.asked) == 6  # every answer is in the cache
         with pytest.raises(InputError, match="'Nameless' has an endpoint and no model"):
             rag.run(work, rival.model_copy(update={"name": "Nameless", "model": None}))
     content = endpoint.asked[0]["messages"][0]["content"]

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from addressvlm import InputError
-from addressvlm.labels.audit.__main__ import levels_in, main
+from addressvlm.labels.audit.__main__ import main
 from addressvlm.labels.audit.agreement import ALL, cohen_kappa, krippendorff_alpha, stratified_share, summarize, wilson_share
-from addressvlm.labels.audit.sheet import COLUMNS, CRITERIA, LEVELS, Rating, draw, read_drawn, read_ratings, write_ratings
+from addressvlm.labels.audit.judge import parse_levels
+from addressvlm.labels.audit.sheet import COLUMNS, CRITERIA, LEVELS, Rating, draw, read_items, read_ratings, write_ratings
 from addressvlm.labels.facts import Facts
 from addressvlm.storage import tables
 from tests.support.openai_endpoint import Endpoint, says
@@ -49,7 +50,7 @@ def run_with(folder: Path, sources: dict[str, int], views: int = 2) -> Path:
 
 def sheet(folder: Path, **sources: int) -> tuple[Path, list[dict[str, Any]]]:
     main(["draw", "--run", str(run_with(folder / "run", sources)), "--n", "4", "--out", str(folder / "audit.html")])
-    return folder / "audit.parquet", read_drawn(folder / "audit.parquet")
+    return folder / "audit.parquet", read_items(folder / "audit.parquet")
 
 
 # Figures with known values
@@ -252,9 +253,9 @@ def test_of_a_row_that_is_given_twice_the_last_counts(tmp_path: Path) -> None:
 
 
 def test_a_judges_lines() -> None:
-    assert levels_in("Truth: right\n**reason**: partly\n- names = WRONG.") == {"truth": 2, "reason": 1, "names": 0}
-    assert levels_in("The text is true and right.") == {}
-    assert levels_in("truth: wrong\ntruth: right") == {"truth": 0}
+    assert parse_levels("Truth: right\n**reason**: partly\n- names = WRONG.") == {"truth": 2, "reason": 1, "names": 0}
+    assert parse_levels("The text is true and right.") == {}
+    assert parse_levels("truth: wrong\ntruth: right") == {"truth": 0}
 
 
 def test_a_model_judges_the_sheet_and_is_paid_once(tmp_path: Path) -> None:

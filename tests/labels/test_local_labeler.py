@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from addressvlm import InputError
 from addressvlm.config.labels import LabelsConfig
-from addressvlm.labels import Request, beginning, make_labeler
+from addressvlm.labels.labelers import Request, make_labeler, state_factory
 from addressvlm.labels.local_labeler import LocalLabeler
 from addressvlm.tools.toy_base import CHAT_TEMPLATE, train_tokenizer
 from tests.labels.test_validator import FACTS, GOOD
@@ -123,7 +123,7 @@ def test_drawn_answers_are_drawn_again_the_same(llama: Path) -> None:
 
 def test_good_texts_are_taken(llama: Path) -> None:
     settings = config(llama, send_image=False, prompt="grounded")
-    labeler = LocalLabeler(beginning(settings), settings)
+    labeler = LocalLabeler(state_factory(settings), settings)
     answers = iter(["no", GOOD, GOOD])
     labeler._writer.write = lambda conversations, seed: [next(answers) for _ in conversations]  # type: ignore[method-assign]
     labels = labeler.label([replace(r, facts=FACTS) for r in requests(2)])

@@ -7,12 +7,10 @@ from PIL import Image, ImageOps
 
 from addressvlm import InputError
 from addressvlm.config.labels import LabelsConfig
-from addressvlm.labels import Label, Request, beginning
 from addressvlm.labels.facts import Facts
 from addressvlm.labels.label_rows import label_batch
-from addressvlm.labels.labelers import template_label
-from addressvlm.labels.prompt import FOLDER, load_prompt, prompt_of
-from addressvlm.labels.retry import RetryState
+from addressvlm.labels.labelers import Label, Request, RetryState, state_factory, template_label
+from addressvlm.labels.prompt import FOLDER, configured_prompt, load_prompt
 from tests.labels.test_validator import FACTS, GOOD
 
 OURS = sorted(path.stem for path in FOLDER.glob("*.md"))
@@ -26,7 +24,7 @@ def image(side: int = 64, kind: str = "JPEG", **options: object) -> bytes:
 
 def begin(facts: Facts = FACTS, data: bytes = b"", **settings: object) -> RetryState:
     config = LabelsConfig(labeler="openai", model="m", **settings)
-    return beginning(config, 0)(Request("row", data or image(), facts))
+    return state_factory(config, 0)(Request("row", data or image(), facts))
 
 
 def sent(data: bytes, **settings: object) -> tuple[str, Image.Image]:
@@ -42,12 +40,12 @@ def sent(data: bytes, **settings: object) -> tuple[str, Image.Image]:
 @pytest.mark.parametrize("name", OURS)
 def test_ours_give_the_hint_and_fill_their_slots(name: str) -> None:
     prompt = load_prompt(name)
-    text = prompt.ask(FACTS, prompt.questions[0])
+    text = prompt.user_message(FACTS, prompt.questions[0])
     assert (prompt.name, len(prompt.version), len(prompt.questions)) == (name, 12, 6)
     for part in ("Mill Street", "Harbour"):
         assert part in text
-    assert "{" not in text + prompt.ask_again(["too short"])
-    assert "too short" in prompt.ask_again(["too short"])
+    assert "{" not in text + prompt.retry_message(["too short"])
+    assert "too short" in prompt.retry_message(["too short"])
     if name not in ("alignment", "side_by_side"):
         assert "The main colours of the photo are red." in text
 
@@ -57,15 +55,15 @@ def test_grounded_says_all_facts_in_sentences() -> None:
         "Mill Street", "Harbour", ("Mill Street", "King Street"), "east-west", "oblique", "east", "King Street", 0, "east",
         ("red", "grey"), ("green",),
     )  # fmt: skip
-    text = load_prompt("grounded").ask(full, "")
+    text = load_prompt("grounded").user_message(full, "")
     for part in (
         "The main colours of the photo are red and grey.\nThe camera faces east, at an angle to the street.\n"
         "The map bears the names Mill Street and King Street.\nMill Street runs east-west at the centre of the map.\n"
         "From above, the place is mainly green.\nKing Street meets Mill Street right at the camera.\n"
     ).splitlines():
         assert part in text
-    assert "40 metres to the east" in load_prompt("grounded").ask(FACTS, "")
-    assert "Nothing was measured." in load_prompt("grounded").ask(Facts("Mill Street", "Harbour"), "")
+    assert "40 metres to the east" in load_prompt("grounded").user_message(FACTS, "")
+    assert "Nothing was measured." in load_prompt("grounded").user_message(Facts("Mill Street", "Harbour"), "")
 
 
 def test_the_version_is_of_the_content(tmp_path: Path) -> None:
@@ -109,11 +107,11 @@ def test_no_such_prompt(source: str) -> None:
 
 
 def test_a_prompt_that_needs_what_is_not_sent_or_is_in_another_language() -> None:
-    with pytest.raises(InputError, match=r"needs the picture.*labels\.send_image"):
-        prompt_of(LabelsConfig(labeler="openai", send_image=False))
+    with pytest.raises(InputError, match=r"needs the image.*labels\.send_image"):
+        configured_prompt(LabelsConfig(labeler="openai", send_image=False))
     with pytest.raises(InputError, match=r"labels\.language"):
-        prompt_of(LabelsConfig(labeler="openai", prompt="grounded", language="de"))
-    assert prompt_of(LabelsConfig(labeler="openai", language="de")).name == "alignment"
+        configured_prompt(LabelsConfig(labeler="openai", prompt="grounded", language="de"))
+    assert configured_prompt(LabelsConfig(labeler="openai", language="de")).name == "alignment"
 
 
 # Attempts
@@ -126,26 +124,26 @@ def test_a_good_text_is_taken() -> None:
     assert (system["role"], user["role"], picture["type"]) == ("system", "user", "image_url")
     assert picture["image_url"] == {"url": "data:image/jpeg;base64," + base64.b64encode(image()).decode()}
     assert "Mill Street in Harbour" in text["text"]
-    assert row.take(f" {GOOD}\n") == Label(row.question, GOOD, "openai:m", 1)
+    assert row.add_answer(f" {GOOD}\n") == Label(row.question, GOOD, "openai:m", 1)
 
 
 def test_a_bad_text_is_asked_again_with_the_reason_then_the_template_steps_in() -> None:
     row = begin(max_attempts=3)
     first = row.messages()
     bad = GOOD.replace("Mill Street", "some street")
-    assert row.take(bad) is None
+    assert row.add_answer(bad) is None
     again = row.messages()
     assert again[:2] == first
     assert again[2] == {"role": "assistant", "content": bad}
     assert "does not name the street Mill Street" in again[3]["content"]
-    assert row.take("Too short.") is None
+    assert row.add_answer("Too short.") is None
     assert [m["content"] for m in row.messages()[2:3]] == ["Too short."]
-    label = row.take(GOOD.replace("Harbour", "town"))
+    label = row.add_answer(GOOD.replace("Harbour", "town"))
     assert label is not None
     assert (label.source, label.attempts, label.question) == ("fallback:template", 3, row.question)
     assert label.problems[0] == "street"
     assert label.problems[-1] == "district"
-    assert row.checker.problems(label.text, FACTS) == []
+    assert row.validator.problems(label.text, FACTS) == []
 
 
 def test_a_small_model_sees_an_example_and_not_what_it_wrote() -> None:
@@ -153,7 +151,7 @@ def test_a_small_model_sees_an_example_and_not_what_it_wrote() -> None:
     roles = [message["role"] for message in row.messages()]
     assert roles == ["system", "user", "assistant", "user"]
     first = row.messages()[-1]["content"]
-    assert row.take("The the the.") is None
+    assert row.add_answer("The the the.") is None
     again = row.messages()
     assert [message["role"] for message in again] == roles
     assert again[-1]["content"].endswith(first)
@@ -164,32 +162,32 @@ def test_a_small_model_sees_an_example_and_not_what_it_wrote() -> None:
 def test_refusals_and_empty_answers_are_counted_and_asked_again_afresh() -> None:
     row = begin(max_attempts=4)
     first = row.messages()
-    assert row.take(None, refusal="not allowed") is None
-    assert row.take("  ") is None
-    assert row.take(None) is None
+    assert row.add_answer(None, refusal="not allowed") is None
+    assert row.add_answer("  ") is None
+    assert row.add_answer(None) is None
     assert row.messages() == first
-    label = row.take(GOOD)
+    label = row.add_answer(GOOD)
     assert label == Label(row.question, GOOD, "openai:m", 4, ("refused", "empty", "empty"))
 
 
 def test_after_a_refusal_a_bad_text_of_before_is_not_shown_again() -> None:
     row = begin(max_attempts=4)
     first = row.messages()
-    assert row.take(GOOD.replace("Harbour", "town")) is None
+    assert row.add_answer(GOOD.replace("Harbour", "town")) is None
     assert row.messages() != first
-    assert row.take(None) is None
+    assert row.add_answer(None) is None
     assert row.messages() == first
-    assert row.take(GOOD) == Label(row.question, GOOD, "openai:m", 3, ("district", "empty"))
+    assert row.add_answer(GOOD) == Label(row.question, GOOD, "openai:m", 3, ("district", "empty"))
 
 
 @pytest.mark.parametrize("attempts", [1, 2, 5])
 def test_a_row_is_asked_as_often_as_the_settings_say(attempts: int) -> None:
     row = begin(max_attempts=attempts)
-    labels = [row.take("no") for _ in range(attempts)]
+    labels = [row.add_answer("no") for _ in range(attempts)]
     assert labels[:-1] == [None] * (attempts - 1)
     last = labels[-1]
     assert last is not None
-    assert (last.source, last.attempts, row.number) == ("fallback:template", attempts, attempts)
+    assert (last.source, last.attempts, row.attempts) == ("fallback:template", attempts, attempts)
 
 
 def test_a_row_has_one_question_and_one_template_whoever_writes() -> None:
@@ -197,10 +195,10 @@ def test_a_row_has_one_question_and_one_template_whoever_writes() -> None:
     questions = set()
     for number in range(12):
         request = Request(f"row{number}", image(), FACTS)
-        row = beginning(LabelsConfig(labeler="openai", model="m", max_attempts=1), seed=4)(request)
+        row = state_factory(LabelsConfig(labeler="openai", model="m", max_attempts=1), seed=4)(request)
         spare = template_label(request, prompt, 4)
         assert row.question == spare.question
-        fallen = row.take(None)
+        fallen = row.add_answer(None)
         assert fallen is not None
         assert (fallen.question, fallen.text) == (spare.question, spare.text)
         assert (spare.question, spare.text) != (
@@ -220,9 +218,9 @@ def test_each_slot_holds_its_own(tmp_path: Path) -> None:
     mine.write_text(f"{head}# user\n{user}".replace("slots: [street, district, question]", slots), encoding="utf-8")
     prompt = load_prompt(str(mine))
     facts = Facts("Mill Street", "Harbour", sky="wide", city="Alderbrook")
-    assert prompt.ask(facts, "Where?") == "S=Mill Street D=Harbour C=Alderbrook Q=Where? F=The sky is wide."
-    assert prompt.ask(Facts("A", "B"), "?").startswith("S=A D=B C=not named Q=? F=Nothing")
-    assert prompt.ask_again(["one", "two"]) == "one; two"
+    assert prompt.user_message(facts, "Where?") == "S=Mill Street D=Harbour C=Alderbrook Q=Where? F=The sky is wide."
+    assert prompt.user_message(Facts("A", "B"), "?").startswith("S=A D=B C=not named Q=? F=Nothing")
+    assert prompt.retry_message(["one", "two"]) == "one; two"
     assert body
 
 
@@ -231,7 +229,7 @@ def test_the_answers_alone_decide() -> None:
     labels = []
     for _ in range(2):
         row = begin()
-        labels.append([row.take(answer) for answer in answers][-1])
+        labels.append([row.add_answer(answer) for answer in answers][-1])
     assert labels[0] == labels[1]
 
 
@@ -241,10 +239,10 @@ def test_without_the_image_only_text_is_sent() -> None:
 
 
 def test_a_folder_of_this_machine_is_not_told(tmp_path: Path) -> None:
-    label = begin(max_attempts=1).take(GOOD)
+    label = begin(max_attempts=1).add_answer(GOOD)
     assert label is not None
     config = LabelsConfig(labeler="local", model=str(tmp_path))
-    label = beginning(config)(Request("row", image(), FACTS)).take(GOOD)
+    label = state_factory(config)(Request("row", image(), FACTS)).add_answer(GOOD)
     assert label is not None
     assert label.source == f"local:{tmp_path.name}"
 
@@ -269,7 +267,7 @@ def test_a_turned_photo_is_sent_upright() -> None:
 
 @pytest.mark.parametrize("data", [b"<html>", b"", image()[:60]])
 def test_an_image_that_is_none(data: bytes) -> None:
-    row = beginning(LabelsConfig(labeler="openai", image_pixels=32))(Request("row 7", data, FACTS))
+    row = state_factory(LabelsConfig(labeler="openai", image_pixels=32))(Request("row 7", data, FACTS))
     with pytest.raises(InputError, match="image of row row 7 can't be decoded"):
         row.messages()
 

@@ -12,10 +12,10 @@ from PIL import Image
 from addressvlm import InputError
 from addressvlm.config import validate
 from addressvlm.config.labels import LabelsConfig
-from addressvlm.labels import Request, beginning
-from addressvlm.labels.api_client import Budget, RateLimiter
-from addressvlm.labels.costs import CostEstimate, image_tokens, text_tokens, tokens_sent
+from addressvlm.labels.api_client import AsyncRateLimiter, Budget
+from addressvlm.labels.costs import CostEstimate, image_tokens, input_tokens, text_tokens
 from addressvlm.labels.facts import Facts
+from addressvlm.labels.labelers import Request, state_factory
 
 
 class Clock:
@@ -37,11 +37,11 @@ def test_no_window_holds_more_than_its_share(
     asks: list[tuple[float, int]], per_minute: float | None, tokens_per_minute: float | None, window: float
 ) -> None:
     clock = Clock()
-    pace = RateLimiter(per_minute, tokens_per_minute, clock)
+    pace = AsyncRateLimiter(per_minute, tokens_per_minute, clock)
     turns = []
     for pause, tokens in asks:
         clock.now += pause
-        wait = pace.slot(tokens)
+        wait = pace.reserve_slot(tokens)
         assert wait >= 0
         turns.append((clock.now + wait, tokens))
     assert turns == sorted(turns, key=lambda turn: turn[0])
@@ -55,18 +55,18 @@ def test_no_window_holds_more_than_its_share(
 
 def test_a_pace_that_is_not_used_up_does_not_pile_up() -> None:
     clock = Clock()
-    pace = RateLimiter(60, None, clock)
+    pace = AsyncRateLimiter(60, None, clock)
     clock.now += 1000
-    assert [round(pace.slot(0), 6) for _ in range(3)] == [0, 1, 2]
-    assert RateLimiter(None, None, clock).slot(1e9) == 0
+    assert [round(pace.reserve_slot(0), 6) for _ in range(3)] == [0, 1, 2]
+    assert AsyncRateLimiter(None, None, clock).reserve_slot(1e9) == 0
 
 
 def test_tokens_and_requests_each_have_their_pace() -> None:
     clock = Clock()
-    tokens = RateLimiter(None, 60, clock)
-    assert [round(tokens.slot(n), 6) for n in (10, 20, 5, 0)] == [0, 10, 30, 35]
-    both = RateLimiter(60, 60, clock)
-    assert [round(both.slot(n), 6) for n in (0.5, 3, 0, 0)] == [0, 1, 4, 5]
+    tokens = AsyncRateLimiter(None, 60, clock)
+    assert [round(tokens.reserve_slot(n), 6) for n in (10, 20, 5, 0)] == [0, 10, 30, 35]
+    both = AsyncRateLimiter(60, 60, clock)
+    assert [round(both.reserve_slot(n), 6) for n in (0.5, 3, 0, 0)] == [0, 1, 4, 5]
 
 
 @pytest.mark.parametrize("limits", [(60, None), (None, 60)])
@@ -77,7 +77,7 @@ def test_one_limit_alone_is_waited_for(limits: tuple[float | None, float | None]
         told.append(seconds)
 
     monkeypatch.setattr(asyncio, "sleep", noted)
-    pace = RateLimiter(*limits, Clock())
+    pace = AsyncRateLimiter(*limits, Clock())
 
     async def story() -> None:
         for _ in range(3):
@@ -101,12 +101,12 @@ def test_money_is_that_of_tokens_in_and_out_each_at_its_price() -> None:
 )
 def test_the_last_ask_may_use_up_the_budget_and_not_more(limits: dict[str, float], fits: bool) -> None:
     async def story() -> None:
-        await Budget(priced(**limits), tokens=40, usd=50).hold(20, 10)  # 30 tokens, 40 dollars
+        await Budget(priced(**limits), tokens=40, usd=50).reserve(20, 10)  # 30 tokens, 40 dollars
 
     if fits:
         asyncio.run(story())
     else:
-        with pytest.raises(InputError, match="the budget leaves no room"):
+        with pytest.raises(InputError, match="label budget exhausted"):
             asyncio.run(story())
 
 
@@ -117,9 +117,9 @@ def priced(**limits: Any) -> LabelsConfig:
 def test_asks_in_flight_count_against_the_budget() -> None:
     async def story() -> list[str]:
         budget, told = Budget(priced(budget_tokens=100), tokens=40), []
-        await budget.hold(20, 10)
-        await budget.hold(20, 10)  # 40 spent and 60 set aside: full
-        third = asyncio.create_task(budget.hold(20, 10))
+        await budget.reserve(20, 10)
+        await budget.reserve(20, 10)  # 40 spent and 60 set aside: full
+        third = asyncio.create_task(budget.reserve(20, 10))
         await asyncio.sleep(0)
         told.append("waits" if not third.done() else "goes")
         budget.spend(5, 5)
@@ -152,7 +152,7 @@ def test_a_budget_is_never_overshot_by_what_costs_no_more_than_was_set_aside(
         async def ask(sent: int, written: int) -> None:
             async with slots:
                 try:
-                    await budget.hold(sent, 50)
+                    await budget.reserve(sent, 50)
                 except InputError:
                     return
                 await asyncio.sleep(0)
@@ -201,21 +201,28 @@ def test_a_plan_says_what_it_costs() -> None:
         usd_per_million_in=0.5, usd_per_million_out=2, requests_per_minute=100, tokens_per_minute=60_000, max_tokens=100
     )
     plan = CostEstimate(
-        config, rows=1000, settled=400, begun=10, tokens_in=600_000, others=7, spent_tokens=12_345, spent_usd=0.5
+        config,
+        rows=1000,
+        answered=400,
+        partly_answered=10,
+        tokens_in=600_000,
+        other_answers=7,
+        spent_tokens=12_345,
+        spent_usd=0.5,
     )
-    assert (plan.left, plan.tokens_out) == (600, 60_000)
+    assert (plan.rows_left, plan.tokens_out) == (600, 60_000)
     assert plan.minutes() == 11  # 660,000 tokens
     text = plan.text()
     for part in (
-        "1,000 rows: 400 are answered in the ledger, 600 will be asked (10 of them again)",
-        "7 answers in the ledger are to other prompts",
+        "1,000 rows: 400 have cached answers, 600 will be sent (10 of them again)",
+        "7 cached answers are to other prompts",
         "about 600,000 in (1,000 a row), at most 60,000 out",
         "at most 0.42 US dollars (0.3 for tokens in, 0.12 for tokens out); spent so far 12,345 tokens, 0.5 US dollars",
         "about 11.0 min with 16 requests in flight",
     ):
         assert part in text
-    assert "money: unknown without labels.usd_per_million_in" in CostEstimate(LabelsConfig(), rows=1).text()
-    assert "tokens: " not in CostEstimate(LabelsConfig(), rows=1, settled=1).text()
+    assert "cost: unknown without labels.usd_per_million_in" in CostEstimate(LabelsConfig(), rows=1).text()
+    assert "tokens: " not in CostEstimate(LabelsConfig(), rows=1, answered=1).text()
 
 
 @pytest.mark.parametrize(
@@ -230,13 +237,13 @@ def test_a_plan_says_what_it_costs() -> None:
 )
 def test_the_tightest_limit_decides_how_long_it_takes(limits: dict[str, float], minutes: float) -> None:
     config = LabelsConfig(concurrency=10, max_tokens=100, **limits)
-    assert CostEstimate(config, rows=1000, settled=400, tokens_in=600_000).minutes() == pytest.approx(minutes)
+    assert CostEstimate(config, rows=1000, answered=400, tokens_in=600_000).minutes() == pytest.approx(minutes)
 
 
 def test_an_estimate_counts_the_prompt_and_the_image() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (336, 336)).save(buffer, "PNG")
     config = LabelsConfig(labeler="openai", base_url="http://localhost/v1", image_rule="fixed", image_base=576)
-    row = beginning(config)(Request("1", buffer.getvalue(), Facts("Mill Street", "Harbour")))
+    row = state_factory(config)(Request("1", buffer.getvalue(), Facts("Mill Street", "Harbour")))
     said = "".join(m["content"] if isinstance(m["content"], str) else m["content"][1]["text"] for m in row.messages())
-    assert 576 + len(said) / 4 <= tokens_sent(row) < 576 + len(said) / 4 + 30
+    assert 576 + len(said) / 4 <= input_tokens(row) < 576 + len(said) / 4 + 30

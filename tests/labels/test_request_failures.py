@@ -13,8 +13,8 @@ import pytest
 
 from addressvlm import InputError
 from addressvlm.config.labels import LabelsConfig
-from addressvlm.labels import Request, beginning, request_scheduler
-from addressvlm.labels.cached_labels import CachedLabeler
+from addressvlm.labels import request_scheduler
+from addressvlm.labels.labelers import CachedLabeler, Request, state_factory
 from addressvlm.labels.request_scheduler import OpenAILabeler
 from addressvlm.labels.response_cache import ResponseCache
 from addressvlm.storage.http_client import retry_after
@@ -83,7 +83,7 @@ def waits_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         raise TimeoutError
 
     monkeypatch.setattr(request_scheduler, "FIRST_WAIT_S", 0.5)
-    monkeypatch.setattr(request_scheduler, "LONGEST_WAIT_S", 3.0)
+    monkeypatch.setattr(request_scheduler, "MAX_WAIT_S", 3.0)
     monkeypatch.setattr(request_scheduler.asyncio, "wait_for", at_once)
     return told
 
@@ -116,20 +116,20 @@ def test_a_busy_endpoint_is_tried_longer_than_one_that_fails(
     endpoint: Endpoint, tmp_path: Path, status: int, tries: int
 ) -> None:
     (bad,) = requests(1)
-    marked = beginning(config_of(endpoint))(bad).messages()[1]["content"][0]["image_url"]["url"]
+    marked = state_factory(config_of(endpoint))(bad).messages()[1]["content"][0]["image_url"]["url"]
     endpoint.reply = lambda n, body: refuses(status, "no") if marked in str(body) else says(GOOD)
     labels, tally = settle(config_of(endpoint, retries=2), tmp_path, requests(3))
     assert (labels[0].source, tally.again[str(status)]) == ("fallback:template", 2 * tries)
 
 
 def failing(config: LabelsConfig, bad: list[Request]) -> Callable[[int, dict[str, Any]], Reply]:
-    marked = {beginning(config)(row).messages()[1]["content"][0]["image_url"]["url"] for row in bad}
+    marked = {state_factory(config)(row).messages()[1]["content"][0]["image_url"]["url"] for row in bad}
     return lambda n, body: refuses(500, "no") if body["messages"][1]["content"][0]["image_url"]["url"] in marked else says(GOOD)
 
 
 def test_an_answer_in_between_shows_that_the_endpoint_works(endpoint: Endpoint, tmp_path: Path) -> None:
     config = config_of(endpoint, concurrency=1, retries=0)
-    endpoint.reply = failing(config, requests(40)[:30:2])  # 15 rows, each tried in vain twice: more than GIVE_UP_AFTER
+    endpoint.reply = failing(config, requests(40)[:30:2])  # 15 rows, each tried in vain twice: more than MAX_FAILED_IN_A_ROW
     labels, tally = settle(config, tmp_path, requests(40))
     assert (len(labels), tally.failed, tally.answered) == (40, 15, 25)
 
@@ -137,7 +137,7 @@ def test_an_answer_in_between_shows_that_the_endpoint_works(endpoint: Endpoint, 
 def test_not_more_rows_than_fit_into_memory_wait_for_the_last_round(
     endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(request_scheduler, "MOST_LATER", 3)
+    monkeypatch.setattr(request_scheduler, "MAX_POSTPONED", 3)
     config = config_of(endpoint, concurrency=1, retries=0)
     endpoint.reply = failing(config, requests(8)[::2][:3])
     assert settle(config, tmp_path / "three", requests(8))[1].failed == 3
@@ -148,23 +148,23 @@ def test_not_more_rows_than_fit_into_memory_wait_for_the_last_round(
 
 def test_a_row_that_the_endpoint_fails_for_falls_back_when_others_are_answered(endpoint: Endpoint, tmp_path: Path) -> None:
     poison = next(iter(requests(1)))
-    marked = beginning(config_of(endpoint))(poison).messages()[1]["content"][0]["image_url"]["url"]
+    marked = state_factory(config_of(endpoint))(poison).messages()[1]["content"][0]["image_url"]["url"]
     endpoint.reply = lambda n, body: refuses(500, "no") if marked in str(body) else says(GOOD)
     labels, tally = settle(config_of(endpoint, retries=1), tmp_path, requests(6))
     assert [labels[n].source for n in range(6)] == ["fallback:template"] + ["openai:m"] * 5
     assert (labels[0].problems, tally.failed, tally.again["500"]) == (("no answer",), 1, 4)  # two tries, and two at the end
     assert settle(config_of(endpoint), tmp_path, requests(6))[1].asked == 0
     endpoint.reply = lambda n, body: says(GOOD)
-    assert settle(config_of(endpoint), tmp_path, requests(6), again=True)[0][0].source == "openai:m"
-    assert CachedLabeler(beginning(config_of(endpoint)), ResponseCache(tmp_path)).label(requests(1))[0].text == GOOD
+    assert settle(config_of(endpoint), tmp_path, requests(6), retry_failed=True)[0][0].source == "openai:m"
+    assert CachedLabeler(state_factory(config_of(endpoint)), ResponseCache(tmp_path)).label(requests(1))[0].text == GOOD
 
 
 def test_an_endpoint_that_keeps_failing_ends_the_job_and_answers_are_kept(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.reply = lambda n, body: says(GOOD) if n <= 10 else refuses(503, "overloaded")
-    with pytest.raises(InputError, match=r"keeps failing \(503: overloaded\): run the same command again later; every answer"):
+    with pytest.raises(InputError, match=r"keeps failing \(503: overloaded\): rerun later to resume; all answers"):
         settle(config_of(endpoint, retries=0), tmp_path, requests(60))
     assert len(endpoint.asked) < 40
-    assert left(config_of(endpoint), tmp_path, requests(60)).settled == 10
+    assert left(config_of(endpoint), tmp_path, requests(60)).answered == 10
     endpoint.reply = lambda n, body: says(GOOD)
     assert settle(config_of(endpoint), tmp_path, requests(60))[1].asked == 50
 
@@ -204,7 +204,7 @@ def test_what_ends_the_job_at_once(
     with pytest.raises(InputError, match=sentence) as caught:
         settle(config_of(endpoint, concurrency=1), tmp_path, requests(20))
     assert len(endpoint.asked) == 4
-    assert left(config_of(endpoint), tmp_path, requests(20)).settled == 3
+    assert left(config_of(endpoint), tmp_path, requests(20)).answered == 3
     everything = str(caught.value) + caplog.text + "".join(p.read_text() for p in tmp_path.glob("*.json*"))
     assert KEY not in everything
     assert endpoint.keys[0] == f"Bearer {KEY}"
@@ -227,7 +227,7 @@ def test_the_key_comes_from_the_environment_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("OPENAI_API_KEY")
     config = LabelsConfig(labeler="openai")
     with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):
-        OpenAILabeler(config, beginning(config))
+        OpenAILabeler(config, state_factory(config))
     with pytest.raises(ValueError, match="keys come from OPENAI_API_KEY alone"):
         LabelsConfig(base_url="https://me:secret@host/v1")
 
@@ -273,4 +273,4 @@ def test_an_image_that_is_none_is_left_out(endpoint: Endpoint, tmp_path: Path) -
     labels, tally = settle(config_of(endpoint), tmp_path, rows)
     assert (sorted(labels), tally.unreadable, len(endpoint.asked)) == ([0, 1], 1, 2)
     with pytest.raises(InputError, match="image of row bad can't be decoded"):
-        OpenAILabeler(config_of(endpoint), beginning(config_of(endpoint))).label(rows)
+        OpenAILabeler(config_of(endpoint), state_factory(config_of(endpoint))).label(rows)

@@ -1,7 +1,5 @@
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +9,15 @@ from hypothesis import strategies as st
 
 from addressvlm import InputError
 from addressvlm.labels.response_cache import (
-    LONGEST_LINE,
-    LONGEST_TEXT,
-    ROOM,
+    MAX_LINE,
+    MAX_TEXT,
     CachedAnswer,
     RequestKey,
     ResponseCache,
     WritableResponseCache,
     open_for_writing,
 )
+from tests.support.full_disk import disk_of
 
 ASKED = RequestKey("row", "v1", "openai:m", "a" * 32, "b" * 32, 1)
 TEXTS = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -36,16 +34,15 @@ def segment(folder: Path) -> Path:
 
 def test_answers_are_found_by_what_was_asked(tmp_path: Path) -> None:
     first, second = CachedAnswer("Mill Street", tokens_in=700, tokens_out=50, usd=0.25, seconds=2.0), CachedAnswer(refusal="no")
-    with open_for_writing(tmp_path) as ledger:
-        ledger.add(ASKED, first)
-        ledger.add(replace(ASKED, number=2), second)
-        assert ledger.get(ASKED) == first
+    with open_for_writing(tmp_path) as cache:
+        cache.add(ASKED, first)
+        cache.add(replace(ASKED, number=2), second)
+        assert cache.get(ASKED) == first
     kept = ResponseCache(tmp_path)
     assert (kept.get(ASKED), kept.get(replace(ASKED, number=2))) == (first, second)
     changes = ({"id": "other"}, {"image": "c"}, {"digest": "c"}, {"number": 3})
     assert [kept.get(replace(ASKED, **change)) for change in changes] == [None] * 4
     assert (kept.tokens, kept.usd, kept.torn, kept.answers) == (750, 0.25, 0, {("v1", "openai:m"): 2})
-    assert b"\0" not in segment(tmp_path).read_bytes()  # room that was not needed is given back
     with open_for_writing(tmp_path) as more:
         more.add(asked(9), first)
     assert len(list(tmp_path.glob("*.jsonl"))) == 2
@@ -57,11 +54,11 @@ def test_answers_are_found_by_what_was_asked(tmp_path: Path) -> None:
 def test_a_segment_that_is_cut_off_loses_the_cut_line_and_no_other(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str | None], share: float, zeros: int
 ) -> None:
-    folder = tmp_path_factory.mktemp("ledger")
-    ledger = WritableResponseCache(folder)
+    folder = tmp_path_factory.mktemp("cache")
+    cache = WritableResponseCache(folder)
     for row, text in enumerate(texts):
-        ledger.add(asked(row), CachedAnswer(text))
-    ledger.close()
+        cache.add(asked(row), CachedAnswer(text))
+    cache.close()
     whole = segment(folder).read_bytes()
     size = round(share * len(whole))
     segment(folder).write_bytes(whole[:size] + bytes(zeros))  # zeros: the room that a kill leaves
@@ -75,29 +72,29 @@ def test_a_segment_that_is_cut_off_loses_the_cut_line_and_no_other(
 
 
 def test_what_a_dying_process_leaves_is_read(tmp_path: Path) -> None:
-    ledger = WritableResponseCache(tmp_path)
-    ledger.make_room(1)
-    ledger.add(ASKED, CachedAnswer("kept"))
-    assert segment(tmp_path).stat().st_size == ROOM  # neither closed nor synchronised
+    cache = WritableResponseCache(tmp_path)
+    cache.reserve_space(1)
+    cache.add(ASKED, CachedAnswer("kept"))  # neither closed nor synchronised
     assert ResponseCache(tmp_path).get(ASKED) == CachedAnswer("kept")
     assert ResponseCache(tmp_path).torn == 0
-    ledger.close()
+    cache.close()
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_an_answer_beats_a_failure_in_any_order(tmp_path: Path, order: int) -> None:
     for answer in [CachedAnswer(failure="500"), CachedAnswer("Mill Street")][::order]:
-        with open_for_writing(tmp_path) as ledger:
-            ledger.add(ASKED, answer)
+        with open_for_writing(tmp_path) as cache:
+            cache.add(ASKED, answer)
     for name, path in zip("ab", sorted(tmp_path.glob("*.jsonl"), key=lambda p: "Mill" in p.read_text())[::order], strict=True):
         path.rename(tmp_path / f"{name}.jsonl")
     assert ResponseCache(tmp_path).get(ASKED) == CachedAnswer("Mill Street")
 
 
 def test_a_job_that_asked_nothing_leaves_nothing(tmp_path: Path) -> None:
-    with open_for_writing(tmp_path) as ledger:
-        ledger.make_room(1)
+    with open_for_writing(tmp_path) as cache:
+        cache.reserve_space(1)
     assert list(tmp_path.glob("*.jsonl")) == []
+    assert not (tmp_path / "reserve").exists()
 
 
 def test_what_is_spent_is_known_again_whatever_came_back(tmp_path: Path) -> None:
@@ -106,25 +103,25 @@ def test_what_is_spent_is_known_again_whatever_came_back(tmp_path: Path) -> None
         CachedAnswer(None, "no", None, 20, 2, 0.25, 4.0),
         CachedAnswer(failure="500"),
     ]
-    with open_for_writing(tmp_path) as ledger:
+    with open_for_writing(tmp_path) as cache:
         for number, answer in enumerate(came, 1):
-            ledger.add(replace(ASKED, number=number), answer)
-        first = (ledger.tokens, ledger.usd, ledger.seconds, ledger.answers)
+            cache.add(replace(ASKED, number=number), answer)
+        first = (cache.tokens, cache.usd, cache.seconds, cache.answers)
     found = ResponseCache(tmp_path)
     assert first == (found.tokens, found.usd, found.seconds, found.answers) == (33, 0.75, 6.0, {("v1", "openai:m"): 2})
     assert [found.get(replace(ASKED, number=number)) for number in (1, 2, 3)] == came
 
 
 def test_answers_are_made_to_survive_the_machine_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open_for_writing(tmp_path) as ledger:
+    with open_for_writing(tmp_path) as cache:
         synced: list[int] = []
         monkeypatch.setattr("os.fsync", synced.append)
-        ledger.sync()
+        cache.sync()
         for number in (1, 2):
-            ledger.add(replace(ASKED, number=number), CachedAnswer("x"))
-            ledger.sync()
-            ledger.sync()
-        assert synced == [ledger._file] * 2
+            cache.add(replace(ASKED, number=number), CachedAnswer("x"))
+            cache.sync()
+            cache.sync()
+        assert synced == [cache._file] * 2
 
 
 def test_foreign_lines_are_left_alone(tmp_path: Path) -> None:
@@ -133,51 +130,71 @@ def test_foreign_lines_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_long_texts_are_cut(tmp_path: Path) -> None:
-    with open_for_writing(tmp_path) as ledger:
-        ledger.add(ASKED, CachedAnswer("\x01" * (2 * LONGEST_TEXT)))
-        kept = ledger.get(ASKED)
+    with open_for_writing(tmp_path) as cache:
+        cache.add(ASKED, CachedAnswer("\x01" * (2 * MAX_TEXT)))
+        kept = cache.get(ASKED)
     assert kept is not None
-    assert kept.text == "\x01" * LONGEST_TEXT
-    assert segment(tmp_path).stat().st_size < LONGEST_LINE  # even in the longest way to write it
+    assert kept.text == "\x01" * MAX_TEXT
+    assert segment(tmp_path).stat().st_size < MAX_LINE  # even in the longest way to write it
 
 
 def test_one_job_at_a_time(tmp_path: Path) -> None:
-    told = pytest.raises(InputError, match=r"another job asks .* \(process \d+ on ")
-    with open_for_writing(tmp_path / "ledger"), told, open_for_writing(tmp_path / "ledger"):
+    told = pytest.raises(InputError, match=r"another job labels .* \(process \d+ on ")
+    with open_for_writing(tmp_path / "cache"), told, open_for_writing(tmp_path / "cache"):
         pass
-    with open_for_writing(tmp_path / "ledger") as ledger:
-        ledger.add(ASKED, CachedAnswer("x"))
+    with open_for_writing(tmp_path / "cache") as cache:
+        cache.add(ASKED, CachedAnswer("x"))
 
 
-@contextmanager
-def disk_of(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes, which is refused as a full disk is."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def test_a_full_disk_stops_new_requests_and_has_room_for_the_answers_in_flight(tmp_path: Path) -> None:
+    answer = CachedAnswer("\x01" * MAX_TEXT)  # the longest line
+    with disk_of(10 * MAX_LINE, tmp_path), open_for_writing(tmp_path) as cache:
+        cache.reserve_space(4)
+        rows = 0
+        while not cache._full:
+            cache.check_space()
+            cache.add(asked(rows), answer)
+            rows += 1
+        with pytest.raises(InputError, match=r"disk of .* is full"):
+            cache.check_space()
+        for row in range(rows, rows + 3):  # sent before the disk was full
+            cache.add(asked(row), answer)
+    cached = ResponseCache(tmp_path)
+    assert [cached.get(asked(row)) for row in range(rows + 3)] == [answer] * (rows + 3)
+    assert cached.torn == 0
+    assert rows > 5
 
 
-def test_a_full_disk_is_told_before_anything_is_asked_and_room_stays_for_what_is_in_flight(tmp_path: Path) -> None:
-    with disk_of(ROOM), open_for_writing(tmp_path) as ledger:
-        ledger.make_room(ROOM // LONGEST_LINE)
-        with pytest.raises(InputError, match=r"disk of .* is full.*every answer so far is kept"):
-            ledger.make_room(ROOM // LONGEST_LINE + 1)
-        for row in range(ROOM // LONGEST_LINE):
-            ledger.add(asked(row), CachedAnswer("\x01" * LONGEST_TEXT))
-    found = ResponseCache(tmp_path)
-    assert all(found.get(asked(row)) for row in range(ROOM // LONGEST_LINE))
-    assert found.torn <= 1
+def test_an_answer_that_finds_no_room_leaves_no_part_of_it(tmp_path: Path) -> None:
+    with disk_of(2 * MAX_LINE, tmp_path), open_for_writing(tmp_path) as cache:
+        cache.add(asked(0), CachedAnswer("\x01" * MAX_TEXT))
+        for row in range(1, 9):
+            with suppress(InputError):
+                cache.add(asked(row), CachedAnswer("\x01" * MAX_TEXT))
+        with pytest.raises(InputError, match=r"disk of .* is full"):
+            cache.add(asked(9), CachedAnswer("\x01" * MAX_TEXT))
+    cached = ResponseCache(tmp_path)
+    assert cached.torn == 0
+    assert cached.get(asked(0)) is not None
+    assert cached.get(asked(9)) is None
+
+
+def test_a_disk_that_is_full_from_the_start_is_told_before_anything_is_sent(tmp_path: Path) -> None:
+    with (
+        disk_of(MAX_LINE, tmp_path),
+        pytest.raises(InputError, match=r"disk of .* is full"),
+        open_for_writing(tmp_path) as cache,
+    ):
+        cache.reserve_space(2)
+    assert not (tmp_path / "reserve").exists()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "ledger").write_text("a file")
-    with pytest.raises(InputError, match="can't be written"), open_for_writing(tmp_path / "ledger"):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(InputError, match="can't be written"), open_for_writing(tmp_path / "cache"):
         pass
 
 
 def test_an_error_of_the_job_is_not_one_of_the_ledger(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), open_for_writing(tmp_path / "ledger"):
+    with pytest.raises(FileNotFoundError), open_for_writing(tmp_path / "cache"):
         (tmp_path / "elsewhere").read_text()

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from addressvlm.config.labels import LabelsConfig
-from addressvlm.labels import Request, make_labeler
 from addressvlm.labels.facts import COMPASS, DIRECTIONS, GREENERY, SKY, Facts
+from addressvlm.labels.labelers import Request, make_labeler
 from addressvlm.labels.prompt import load_prompt
 from addressvlm.labels.templates import COLOURS, explain, reason
 from addressvlm.labels.validator import LabelValidator

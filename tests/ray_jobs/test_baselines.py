@@ -192,7 +192,7 @@ def test_replies_of_an_endpoint_are_those_to_the_photos_own_prompts(tmp_path: Pa
         labels, rival = config_of(endpoint), rival.model_copy(update={"endpoint": endpoint.url})
         images = {name: photo("test", number)["image"]["bytes"] + bytes([number]) for number, name in enumerate(texts)}
         given = [(name, images[name], text) for name, text in texts.items()]
-        found = rag_module.endpoint_replies(labels, rival, given, 5, tmp_path / "ledger", show=lambda line: None)
+        found = rag_module.endpoint_replies(labels, rival, given, 5, tmp_path / "cache", show=lambda line: None)
         asked = dict(map(parts_of, endpoint.asked))
     assert found == {name: None if name == "photo2" else f"! {text}" for name, text in texts.items()}
     assert list(found) == list(texts)

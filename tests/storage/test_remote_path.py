@@ -133,7 +133,7 @@ def test_an_answer_is_kept_on_this_machine_at_once_and_in_the_store_when_synced(
     assert not (here / "holder.json").exists()
     (here / "holder.json").write_text(json.dumps({"host": "another", "process": 7, "at": "2999-01-01T00:00:00+00:00"}))
     with (
-        pytest.raises(InputError, match=r"another job asks for the labels of s3://bucket/run .process 7 on another"),
+        pytest.raises(InputError, match=r"another job labels s3://bucket/run .process 7 on another"),
         open_for_writing(folder),
     ):
         pass

@@ -7,11 +7,9 @@ from typing import Any
 from PIL import Image
 
 from addressvlm.config.labels import LabelsConfig
-from addressvlm.labels import Request, beginning
-from addressvlm.labels.cached_labels import survey_cache
-from addressvlm.labels.costs import CostEstimate, LabelStats
+from addressvlm.labels.costs import CostEstimate, LabelStats, estimate_cost
 from addressvlm.labels.facts import Facts
-from addressvlm.labels.labelers import Label
+from addressvlm.labels.labelers import Label, Request, state_factory
 from addressvlm.labels.request_scheduler import OpenAILabeler
 from addressvlm.labels.response_cache import ResponseCache, open_for_writing
 from tests.support.openai_endpoint import Endpoint
@@ -36,14 +34,14 @@ def config_of(endpoint: Endpoint, **settings: Any) -> LabelsConfig:
 
 
 def settle(
-    config: LabelsConfig, folder: Path, rows: list[Request], again: bool = False, seed: int = 0
+    config: LabelsConfig, folder: Path, rows: list[Request], retry_failed: bool = False, seed: int = 0
 ) -> tuple[dict[int, Label], LabelStats]:
     found: dict[int, Label] = {}
-    with open_for_writing(folder) as ledger:
-        labeler = OpenAILabeler(config, beginning(config, seed), ledger, again=again)
-        tally = labeler.settle(rows, len(rows), found.__setitem__)
+    with open_for_writing(folder) as cache:
+        labeler = OpenAILabeler(config, state_factory(config, seed), cache, retry_failed=retry_failed)
+        tally = labeler.run(rows, len(rows), found.__setitem__)
     return found, tally
 
 
 def left(config: LabelsConfig, folder: Path, rows: list[Request]) -> CostEstimate:
-    return survey_cache(config, beginning(config), rows, ResponseCache(folder))
+    return estimate_cost(config, state_factory(config), rows, ResponseCache(folder))

@@ -16,9 +16,9 @@ from addressvlm.config import Config
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.config.train import ModelConfig, PartConfig, StageConfig
 from addressvlm.grafting import display_image
-from addressvlm.labels import beginning
-from addressvlm.labels.label_rows import label_batch, readable_rows
-from addressvlm.labels.prompt import prompt_of
+from addressvlm.labels.label_rows import label_batch, label_requests
+from addressvlm.labels.labelers import state_factory
+from addressvlm.labels.prompt import configured_prompt
 from addressvlm.models import load_model
 from addressvlm.models.loading import enable_packing
 from addressvlm.models.lora import attach_lora, set_trainable_parts
@@ -93,12 +93,12 @@ def test_labels_keep_both_images_and_labelers_see_them_side_by_side(
     assert [reject["id"] for reject in made.rejects] == [good[2]["id"]]
 
     config = LabelsConfig(labeler="openai", model="m", prompt="side_by_side")
-    (_, request), *_ = readable_rows(rows[:1], prompt_of(config), "")[0]
-    image, text = beginning(config)(request).messages()[-1]["content"]
+    (_, request), *_ = label_requests(rows[:1], configured_prompt(config), "")[0]
+    image, text = state_factory(config)(request).messages()[-1]["content"]
     sent = Image.open(io.BytesIO(base64.b64decode(image["image_url"]["url"].partition(",")[2])))
     assert sent.size == (160 + 64, 160)
     assert "The left one shows a place from above" in text["text"]
-    assert "corner" not in " ".join(prompt_of(config).questions)
+    assert "corner" not in " ".join(configured_prompt(config).questions)
 
     tables.write_table(tmp_path / "alignment", "train", made.tables["train"], tables.ALIGNMENT)
     learnt = sample_from_row(TableRows(tmp_path / "alignment", "train")[0])

@@ -1,6 +1,6 @@
 """Shares of ratings with 95 % intervals, and how far raters agree beyond chance.
 
-Ratings are whole numbers from 0 (the worst) to `levels` - 1; None stands for no rating.
+Ratings are whole numbers from 0 (the worst) to `levels` - 1; None is a missing rating.
 """
 
 import math
@@ -12,17 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from addressvlm.labels.audit.sheet import CRITERIA, LEVELS, Rating, Row, sheet_of
+from addressvlm.labels.audit.sheet import CRITERIA, LEVELS, Item, Rating, sheet_id
 
-Z = 1.959963984540054  # of the normal distribution, both sides of 95 %
+Z = 1.959963984540054  # of the normal distribution, two-sided 95 %
 TAIL = 2.5  # percent
+ALL = "all labels"
 
-Ratings = Sequence[Sequence[int | None]]  # one row a label, one column a rater
+Ratings = Sequence[Sequence[int | None]]  # a row per label, a column per rater
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval, from `n` ratings or labels; all None where nothing can be said."""
+    """A value with its 95 % interval, from `n` ratings or labels; all None where it is undefined."""
 
     value: float | None
     low: float | None
@@ -30,13 +31,13 @@ class Estimate:
     n: int
 
 
-NOTHING = Estimate(None, None, None, 0)
+UNDEFINED = Estimate(None, None, None, 0)
 
 
 def wilson_share(hits: int, n: int) -> Estimate:
-    """`hits` of `n` with the Wilson score interval, which stays open where all or none hit."""
+    """The share `hits` / `n` with its Wilson score interval, which has a width even for shares of 0 and 1."""
     if n == 0:
-        return NOTHING
+        return UNDEFINED
     p = hits / n
     middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
@@ -46,13 +47,13 @@ def wilson_share(hits: int, n: int) -> Estimate:
 def stratified_share(strata: Sequence[tuple[float, int, int]]) -> Estimate:
     """The share in a population from which strata were sampled unevenly.
 
-    Each stratum is (rows in the population, hits, ratings); those without ratings are left out. The interval puts the
-    strata's Wilson intervals together (the MOVER of Zou and Donner, Statistics in Medicine 2008).
+    Each stratum is (rows in the population, hits, ratings); those without ratings are ignored. The interval combines the
+    strata's Wilson intervals (MOVER; Zou and Donner, Statistics in Medicine 2008).
     """
     parts = [(rows, wilson_share(hits, n)) for rows, hits, n in strata if n]
     total = sum(rows for rows, _ in parts)
     if not parts or total <= 0:
-        return NOTHING
+        return UNDEFINED
     value = sum(rows / total * (part.value or 0) for rows, part in parts)
     below = math.sqrt(sum((rows / total * ((part.value or 0) - (part.low or 0))) ** 2 for rows, part in parts))
     above = math.sqrt(sum((rows / total * ((part.high or 0) - (part.value or 0))) ** 2 for rows, part in parts))
@@ -62,25 +63,24 @@ def stratified_share(strata: Sequence[tuple[float, int, int]]) -> Estimate:
 def krippendorff_alpha(ratings: Ratings, levels: int, ordinal: bool = True, resamples: int = 2000, seed: int = 0) -> Estimate:
     """Krippendorff's alpha: 1 for raters who always agree, 0 for agreement by chance.
 
-    Any number of raters, missing ratings allowed; with `ordinal`, neighbouring levels count as nearer than far ones. The
-    interval resamples labels. None if everybody gave one and the same rating throughout, for then nothing tells agreement
-    from chance.
+    Any number of raters, missing ratings allowed; with `ordinal`, neighbouring levels count as nearer than distant ones. The
+    interval is a bootstrap over labels. None if all ratings are the same, for then agreement can't be told from chance.
     """
     pairs = np.array([_pairs(row, levels) for row in ratings if sum(r is not None for r in row) > 1])
-    return _resampled(pairs, lambda o: _alpha(o, ordinal), resamples, seed)
+    return _bootstrap(pairs, lambda o: _alpha(o, ordinal), resamples, seed)
 
 
 def cohen_kappa(ratings: Ratings, levels: int, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Cohen's kappa of two raters over the labels that both rated; None if both gave one and the same rating throughout."""
+    """Cohen's kappa of two raters over the labels that both rated; None if all ratings are the same."""
     both = [row for row in ratings if None not in row]
     tables = np.zeros((len(both), levels, levels))
     for table, (first, second) in zip(tables, both, strict=True):
         table[first, second] = 1
-    return _resampled(tables, _kappa, resamples, seed)
+    return _bootstrap(tables, _kappa, resamples, seed)
 
 
 def _pairs(row: Sequence[int | None], levels: int) -> np.ndarray:
-    """Coincidences of the values that one label was given, (levels, levels)."""
+    """Coincidences of the ratings of one label, (levels, levels)."""
     counts = np.bincount([r for r in row if r is not None], minlength=levels).astype(float)
     return (np.outer(counts, counts) - np.diag(counts)) / (counts.sum() - 1)
 
@@ -89,8 +89,8 @@ def _alpha(coincidences: np.ndarray, ordinal: bool) -> float:
     counts = coincidences.sum(axis=1)
     total = counts.sum()
     if ordinal:
-        upto = np.cumsum(counts) - counts / 2  # ranks: the distance of two levels is the mass between their middles
-        distance = (upto[:, None] - upto[None, :]) ** 2
+        rank = np.cumsum(counts) - counts / 2  # the distance of two levels is the mass between their middles
+        distance = (rank[:, None] - rank[None, :]) ** 2
     else:
         distance = 1 - np.eye(len(counts))
     expected = counts @ distance @ counts / (total - 1)
@@ -103,35 +103,32 @@ def _kappa(table: np.ndarray) -> float:
     return (float(np.trace(shares)) - chance) / (1 - chance) if chance < 1 - 1e-12 else math.nan
 
 
-def _resampled(tables: np.ndarray, statistic: Callable[[np.ndarray], float], resamples: int, seed: int) -> Estimate:
-    """A statistic of the sum of tables (labels, levels, levels) with the percentiles over resampled labels."""
+def _bootstrap(tables: np.ndarray, statistic: Callable[[np.ndarray], float], resamples: int, seed: int) -> Estimate:
+    """A statistic of the sum of tables (labels, levels, levels) with its bootstrap percentile interval over labels."""
     n = len(tables)
     if n == 0 or math.isnan(value := statistic(tables.sum(axis=0))):
         return Estimate(None, None, None, n)
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    spread = np.array([statistic(table) for table in np.tensordot(weights, tables, axes=1)])
-    spread = spread[~np.isnan(spread)]
-    low, high = np.percentile(spread, [TAIL, 100 - TAIL]) if len(spread) else (value, value)
+    values = np.array([statistic(table) for table in np.tensordot(weights, tables, axes=1)])
+    values = values[~np.isnan(values)]
+    low, high = np.percentile(values, [TAIL, 100 - TAIL]) if len(values) else (value, value)
     return Estimate(value, min(float(low), value), max(float(high), value), n)
 
 
-ALL = "all labels"
-
-
-def summarize(items: Sequence[Row], ratings: Iterable[Rating]) -> dict[str, Any]:
+def summarize(items: Sequence[Item], ratings: Iterable[Rating]) -> dict[str, Any]:
     """Shares of each level by criterion, rater and source, and the agreement of every two raters and of all.
 
-    `all labels` is weighted by how many labels each run and source has, for the draw takes equally many of each.
+    `all labels` is weighted by the number of labels of each run and source, since the draw takes equally many of each.
 
     Args:
-        items: rows of `audit_table.DRAWN`.
+        items: rows of `sheet.ITEMS`.
     """
     by_rater: dict[str, dict[str, Rating]] = defaultdict(dict)
     for rating in ratings:
         by_rater[rating.rater][rating.item] = rating
     runs = len({item["run"] for item in items})
     return {
-        "sheet": sheet_of(items),
+        "sheet": sheet_id(items),
         "labels": len(items),
         "rated": {rater: len(rated) for rater, rated in by_rater.items()},
         "criteria": {
@@ -144,7 +141,7 @@ def summarize(items: Sequence[Row], ratings: Iterable[Rating]) -> dict[str, Any]
     }
 
 
-def _shares(items: Sequence[Row], rated: Mapping[str, Rating], criterion: str, name_runs: bool) -> dict[str, Any]:
+def _shares(items: Sequence[Item], rated: Mapping[str, Rating], criterion: str, name_runs: bool) -> dict[str, Any]:
     """Group -> level -> estimate; a group is a source, with its run where there are several."""
     groups: dict[str, list[int]] = defaultdict(list)
     sizes: dict[str, int] = {}
@@ -154,42 +151,39 @@ def _shares(items: Sequence[Row], rated: Mapping[str, Rating], criterion: str, n
         levels = rated[item["item"]].levels if item["item"] in rated else {}
         if criterion in levels:
             groups[group].append(levels[criterion])
-    found = {}
+    shares = {}
     for index, level in enumerate(LEVELS):
-        whole = stratified_share([(sizes[g], values.count(index), len(values)) for g, values in groups.items()])
-        found[level] = {ALL: whole} | {g: wilson_share(v.count(index), len(v)) for g, v in sorted(groups.items())}
+        total = stratified_share([(sizes[g], values.count(index), len(values)) for g, values in groups.items()])
+        shares[level] = {ALL: total} | {g: wilson_share(v.count(index), len(v)) for g, v in sorted(groups.items())}
     names = [ALL, *sorted(groups)] if len(groups) > 1 else [ALL]
-    return {name: {level: asdict(found[level][name]) for level in reversed(LEVELS)} for name in names}
+    return {name: {level: asdict(shares[level][name]) for level in reversed(LEVELS)} for name in names}
 
 
-def _agreement(items: Sequence[Row], by_rater: Mapping[str, Mapping[str, Rating]], criterion: str) -> list[dict[str, Any]]:
-    """Every two raters, and all together where they are more than two."""
-    found = []
+def _agreement(items: Sequence[Item], by_rater: Mapping[str, Mapping[str, Rating]], criterion: str) -> list[dict[str, Any]]:
+    """Agreement of every two raters, and of all where they are more than two."""
+    entries = []
     raters = list(by_rater)
-    together = list(combinations(raters, 2)) + ([tuple(raters)] if len(raters) > 2 else [])
-    for names in together:
-        levels = [[_level(by_rater[name], item, criterion) for name in names] for item in items]
+    for names in [*combinations(raters, 2), *([tuple(raters)] if len(raters) > 2 else [])]:
+        levels = [
+            [by_rater[name][item["item"]].levels.get(criterion) if item["item"] in by_rater[name] else None for name in names]
+            for item in items
+        ]
         both = [row for row in levels if None not in row]
         entry: dict[str, Any] = {"raters": list(names), "alpha": asdict(krippendorff_alpha(levels, len(LEVELS)))}
         if len(names) == 2:
             entry["same"] = asdict(wilson_share(sum(a == b for a, b in both), len(both)))
             entry["kappa"] = asdict(cohen_kappa(levels, len(LEVELS)))
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
-def _level(rated: Mapping[str, Rating], item: Row, criterion: str) -> int | None:
-    rating = rated.get(item["item"])
-    return rating.levels.get(criterion) if rating else None
-
-
-def as_text(found: Mapping[str, Any]) -> str:
+def format_summary(summary: Mapping[str, Any]) -> str:
     """The summary as lines of plain text."""
-    rated = ", ".join(f"{rater} rated {n}" for rater, n in found["rated"].items()) or "nothing is rated yet"
-    lines = [f"sheet {found['sheet']}: {found['labels']} labels; {rated}", ""]
-    groups = [g for c in found["criteria"].values() for shares in c["shares"].values() for g in shares]
-    width = max(map(len, [*groups, *found["rated"], ALL])) + 2
-    for criterion, part in found["criteria"].items():
+    rated = ", ".join(f"{rater} rated {n}" for rater, n in summary["rated"].items()) or "no ratings yet"
+    lines = [f"sheet {summary['sheet']}: {summary['labels']} labels; {rated}", ""]
+    groups = [g for c in summary["criteria"].values() for shares in c["shares"].values() for g in shares]
+    width = max(map(len, [*groups, *summary["rated"], ALL])) + 2
+    for criterion, part in summary["criteria"].items():
         lines.append(f"{criterion}: {CRITERIA[criterion]}")
         lines.append(f"{'':{width}}   n" + "".join(f"{level:>16}" for level in reversed(LEVELS)))
         for rater, shares in part["shares"].items():
@@ -197,13 +191,13 @@ def as_text(found: Mapping[str, Any]) -> str:
             for group, levels in shares.items():
                 n = next(iter(levels.values()))["n"]
                 lines.append(f"  {group:{width - 2}}{n:>4}" + "".join(f"{_percent(cell):>16}" for cell in levels.values()))
-        lines += [_agree(entry) for entry in part["agreement"]]
+        lines += [_format_agreement(entry) for entry in part["agreement"]]
         lines.append("")
     lines.append("percent with 95 % intervals (Wilson); kappa is Cohen's, alpha Krippendorff's for ordered levels")
     return "\n".join(lines) + "\n"
 
 
-def _agree(entry: Mapping[str, Any]) -> str:
+def _format_agreement(entry: Mapping[str, Any]) -> str:
     parts = [f"alpha {_number(entry['alpha'])}"]
     if "same" in entry:
         parts = [f"the same on {_percent(entry['same'])} of {entry['same']['n']}", f"kappa {_number(entry['kappa'])}", *parts]
@@ -218,5 +212,5 @@ def _percent(cell: Mapping[str, Any]) -> str:
 
 def _number(cell: Mapping[str, Any]) -> str:
     if cell["value"] is None:
-        return "undefined, for one level was given throughout" if cell["n"] else "–"
+        return "undefined, since all ratings are the same" if cell["n"] else "–"
     return f"{cell['value']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})"

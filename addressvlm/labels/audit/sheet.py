@@ -1,5 +1,6 @@
-"""The labels drawn for an audit, and the ratings that come back: two tables and the check that they belong together."""
+"""The sheet of an audit: labels drawn from runs, as a page and as a table, and the ratings of them as CSV files."""
 
+import base64
 import csv
 import hashlib
 import random
@@ -9,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from addressvlm.errors import InputError
 from addressvlm.grafting import display_image
+from addressvlm.labels.facts import Facts
+from addressvlm.labels.prompt import fact_notes
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import storage_error
 
@@ -24,7 +28,7 @@ CRITERIA = {
     "names": "It names the right street and district, and concludes on no other.",
 }
 COLUMNS = ("sheet", "item", "id", "rater", *CRITERIA, "note")
-DRAWN = tables.with_features(
+ITEMS = tables.with_features(
     pa.schema(
         [
             ("item", pa.string()),  # unique in the sheet
@@ -37,18 +41,18 @@ DRAWN = tables.with_features(
             ("question", pa.string()),
             ("label", pa.string()),
             ("source", pa.string()),
-            ("facts", pa.string()),  # JSON of addressvlm.labels.facts.Facts, null where the run kept none
-            ("rows", pa.int64()),  # how many labels of this run and source the item was drawn from
+            ("facts", pa.string()),  # JSON of addressvlm.labels.facts.Facts, null where the run has none
+            ("rows", pa.int64()),  # number of labels of this run and source, from which the item was drawn
         ]
     )
 )
 
-Row = dict[str, Any]
+Item = dict[str, Any]  # a row of ITEMS
 
 
 @dataclass(frozen=True)
 class Rating:
-    """What one rater found of one item; a criterion that was left out is missing."""
+    """One rater's levels for one item; a criterion without a level is missing."""
 
     item: str
     rater: str
@@ -56,7 +60,7 @@ class Rating:
     note: str = ""
 
 
-def draw(runs: Sequence[Path], n: int, seed: int, table: str = "alignment") -> list[Row]:
+def draw(runs: Sequence[Path], n: int, seed: int, table: str = "alignment") -> list[Item]:
     """Draw `n` labels evenly over runs and sources, from as many places as possible, and shuffle them.
 
     Args:
@@ -64,36 +68,34 @@ def draw(runs: Sequence[Path], n: int, seed: int, table: str = "alignment") -> l
         table: the labels' folder in a run, `alignment` or `reasoning`.
 
     Returns:
-        Rows of DRAWN; fewer than `n` if there are not so many labels.
+        Rows of ITEMS; fewer than `n` if there are not so many labels.
 
     Raises:
         InputError: a run has no labels.
     """
     rng = random.Random(seed)
-    strata: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    strata: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for run in dict.fromkeys(runs):
         for row in tables.read_table(run / table, "train", ["id", "place", "source"]).to_pylist():
             strata[str(run), row["source"]].append(row)
     for rows in strata.values():
         rng.shuffle(rows)
-        seen: Counter[str] = Counter()
-        turns = [(_count(seen, row["place"]), i) for i, row in enumerate(rows)]
-        rows[:] = [rows[i] for _, i in sorted(turns)]  # one of each place before the second of any
-    quota = _even(n, {key: len(rows) for key, rows in strata.items()})
-    wanted = {key: {row["id"] for row in rows[: quota[key]]} for key, rows in strata.items()}
-    sizes = {key: len(rows) for key, rows in strata.items()}
-    items = [item for run in dict.fromkeys(runs) for item in _items(run, table, wanted, sizes)]
+        views: Counter[str] = Counter()
+        order = []
+        for i, row in enumerate(rows):
+            views[row["place"]] += 1
+            order.append((views[row["place"]], i))
+        rows[:] = [rows[i] for _, i in sorted(order)]  # one of each place before the second of any
+    sizes = {stratum: len(rows) for stratum, rows in strata.items()}
+    quota = _even_quota(n, sizes)
+    chosen = {stratum: {row["id"] for row in rows[: quota[stratum]]} for stratum, rows in strata.items()}
+    items = [item for run in dict.fromkeys(runs) for item in _items(run, table, chosen, sizes)]
     rng.shuffle(items)
     return items
 
 
-def _count(seen: Counter[str], place: str) -> int:
-    seen[place] += 1
-    return seen[place]
-
-
-def _even(n: int, sizes: Mapping[Any, int]) -> dict[Any, int]:
-    """Share `n` out as evenly as the sizes allow; the smallest are served first."""
+def _even_quota(n: int, sizes: Mapping[Any, int]) -> dict[Any, int]:
+    """Divide `n` as evenly as the sizes allow, the smallest first."""
     quota = {}
     for left, key in zip(range(len(sizes), 0, -1), sorted(sizes, key=lambda k: (sizes[k], k)), strict=True):
         quota[key] = min(sizes[key], -(-n // left))
@@ -102,68 +104,96 @@ def _even(n: int, sizes: Mapping[Any, int]) -> dict[Any, int]:
 
 
 def _items(
-    run: Path, table: str, wanted: Mapping[tuple[str, str], set[str]], sizes: Mapping[tuple[str, str], int]
-) -> Iterable[Row]:
-    """The rows of DRAWN of one run."""
-    chosen = {photo for (where, _), ids in wanted.items() if where == str(run) for photo in ids}
+    run: Path, table: str, chosen: Mapping[tuple[str, str], set[str]], sizes: Mapping[tuple[str, str], int]
+) -> Iterable[Item]:
+    """The items of one run."""
     facts: dict[str, str] = {}
     if (run / "grafts").is_dir():
         facts = {row["id"]: row["facts"] for row in tables.iter_rows(run / "grafts", "train", ["id", "facts"])}
+    ids = {photo for (folder, _), photos in chosen.items() if folder == str(run) for photo in photos}
     for row in tables.iter_rows(run / table, "train"):
-        if row["id"] in chosen:
-            said = row["rounds"][-1]
-            text = f"{run}\n{row['id']}\n{said['answer']}"
+        if row["id"] in ids:
+            label = row["rounds"][-1]
+            text = f"{run}\n{row['id']}\n{label['answer']}"
             yield {
                 **{key: row[key] for key in ("id", "place", "street", "district", "source")},
                 "image": {**row["image"], "bytes": display_image(row)},
                 "item": hashlib.sha256(text.encode()).hexdigest()[:10],
                 "run": str(run),
-                "question": said["question"],
-                "label": said["answer"],
+                "question": label["question"],
+                "label": label["answer"],
                 "facts": facts.get(row["id"]),
                 "rows": sizes[str(run), row["source"]],
             }
 
 
-def sheet_of(items: Iterable[Mapping[str, Any]]) -> str:
-    """What tells this draw from any other."""
+def sheet_id(items: Iterable[Mapping[str, Any]]) -> str:
+    """An identifier of the sheet: other items, another id."""
     return hashlib.sha256("".join(sorted(item["item"] for item in items)).encode()).hexdigest()[:8]
 
 
-def write_drawn(path: Path, items: Sequence[Row]) -> None:
-    """Write what was drawn, for the summary and the judge.
+def write_page(path: Path, items: Sequence[Item]) -> None:
+    """Write the HTML page that shows the items one by one and collects ratings.
 
     Raises:
-        InputError: the place can't be written.
+        InputError: the file can't be written.
     """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shown = []
+    for item in items:
+        image, facts = item["image"]["bytes"], item["facts"]
+        kind = "png" if image.startswith(b"\x89PNG") else "webp" if image[8:12] == b"WEBP" else "jpeg"
+        url = f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+        lines = fact_notes(Facts.from_json(facts)).splitlines() if facts else []
+        shown.append({**item, "picture": url, "notes": [line.removeprefix("- ") for line in lines]})
+    page = environment.get_template("sheet.html").render(
+        sheet=sheet_id(items), items=shown, criteria=CRITERIA, levels=LEVELS[::-1], columns=",".join(COLUMNS)
+    )
     try:
-        pq.write_table(pa.Table.from_pylist(list(items), schema=DRAWN), path)
+        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise storage_error(error, path.parent) from error
 
 
-def read_drawn(path: Path) -> list[Row]:
-    """Rows of DRAWN.
+def write_items(path: Path, items: Sequence[Item]) -> None:
+    """Write the items as a table, for the summary and the judge.
 
     Raises:
-        InputError: there is no such table, or it is no draw.
+        InputError: the file can't be written.
     """
     try:
-        drawn = pq.read_table(path, schema=DRAWN).to_pylist()
+        pq.write_table(pa.Table.from_pylist(list(items), schema=ITEMS), path)
+    except OSError as error:
+        raise storage_error(error, path.parent) from error
+
+
+def read_items(path: Path) -> list[Item]:
+    """Rows of ITEMS.
+
+    Raises:
+        InputError: there is no such table, or it has other columns.
+    """
+    try:
+        return pq.read_table(path, schema=ITEMS).to_pylist()
     except (OSError, pa.ArrowException) as error:
         sentence = " ".join(str(error).split())[:200]
         raise InputError(f"{path} can't be read as a draw ({sentence}): give the table that `audit draw` wrote.") from None
-    return drawn
 
 
-def read_ratings(paths: Iterable[Path], items: Sequence[Row]) -> list[Rating]:
-    """The ratings of one sheet, of all files together; a row given twice counts once, its last.
+def read_ratings(paths: Iterable[Path], items: Sequence[Item]) -> list[Rating]:
+    """The ratings of one sheet from all files; of several by one rater for one item the last counts.
 
     Raises:
-        InputError: a file can't be read, lacks a column, is of another sheet, or holds a word that is no rating.
+        InputError: a file can't be read, lacks a column, is of another sheet, or has a word that is no level.
     """
-    sheet, known = sheet_of(items), {item["item"] for item in items}
-    found: dict[tuple[str, str], Rating] = {}
+    sheet, names = sheet_id(items), {item["item"] for item in items}
+    ratings: dict[tuple[str, str], Rating] = {}
     for path in paths:
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
@@ -172,17 +202,17 @@ def read_ratings(paths: Iterable[Path], items: Sequence[Row]) -> list[Rating]:
                     raise InputError(f"{path} lacks the column '{missing[0]}': give the CSV that the sheet's button wrote.")
                 for number, row in enumerate(reader, start=2):
                     where = f"{path}, line {number}"
-                    if row["sheet"] != sheet or row["item"] not in known:
+                    if row["sheet"] != sheet or row["item"] not in names:
                         raise InputError(f"{where}: these ratings are of another sheet ({row['sheet']}, this is {sheet}).")
-                    found[row["rater"], row["item"]] = _rating(row, where)
+                    ratings[row["rater"], row["item"]] = _parse_rating(row, where)
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise InputError(
                 f"{path} can't be read as ratings ({error}): give the CSV that the sheet's button wrote."
             ) from None
-    return list(found.values())
+    return list(ratings.values())
 
 
-def _rating(row: Mapping[str, str], where: str) -> Rating:
+def _parse_rating(row: Mapping[str, str], where: str) -> Rating:
     levels = {}
     for criterion in CRITERIA:
         word = (row[criterion] or "").strip().lower()
@@ -193,19 +223,19 @@ def _rating(row: Mapping[str, str], where: str) -> Rating:
     return Rating(row["item"], row["rater"].strip() or "anonymous", levels, row["note"] or "")
 
 
-def write_ratings(path: Path, ratings: Iterable[Rating], items: Sequence[Row]) -> None:
-    """The same CSV as the sheet's button writes.
+def write_ratings(path: Path, ratings: Iterable[Rating], items: Sequence[Item]) -> None:
+    """Write the same CSV as the sheet's button.
 
     Raises:
-        InputError: the place can't be written.
+        InputError: the file can't be written.
     """
-    sheet, ids = sheet_of(items), {item["item"]: item["id"] for item in items}
+    sheet, ids = sheet_id(items), {item["item"]: item["id"] for item in items}
     try:
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
-            for r in ratings:
-                words = [LEVELS[r.levels[c]] if c in r.levels else "" for c in CRITERIA]
-                writer.writerow([sheet, r.item, ids[r.item], r.rater, *words, r.note])
+            for rating in ratings:
+                words = [LEVELS[rating.levels[c]] if c in rating.levels else "" for c in CRITERIA]
+                writer.writerow([sheet, rating.item, ids[rating.item], rating.rater, *words, rating.note])
     except OSError as error:
         raise storage_error(error, path.parent) from error
