@@ -1,12 +1,12 @@
-"""A model folder as something to ask: addresses with probabilities, answers to questions, chat.
+"""A trained model in a few lines of Python: addresses with probabilities, answers to questions, chat.
 
     localizer = Localizer("runs/demo/models/addressvlm/merged")
     localizer.localize(photo, top_k=3)  # Localization(candidates=[Candidate(street=…, district=…, probability=…), …], …)
     localizer.localize(photo, prior=Prior(circle=Circle(lat=52.2, lon=0.12, radius_m=200)))
     localizer.answer([photo], ["Which street is this?"], max_new_tokens=24)
-    for piece in localizer.stream([{"role": "user", "content": "Hello"}]): print(piece.text, end="")
+    for chunk in localizer.stream([{"role": "user", "content": "Hello"}]): print(chunk.text, end="")
 
-The pieces are in `addressvlm/answers/`; this module puts them together.
+The parts are in `addressvlm/answers/`; this module puts them together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from PIL import Image
 
 from addressvlm.answers.address_distribution import AddressDistribution, Candidate, Level, Localization
 from addressvlm.answers.calibration import Calibration
-from addressvlm.answers.chat_model import ChatModel, PrefillCache, cache_grew, user_turn
+from addressvlm.answers.chat_model import ChatModel, PrefillCache, keeps_all_tokens, user_turn
 from addressvlm.answers.constrained_decoding import DecodedAnswer, beam_decode, greedy_decode
 from addressvlm.answers.generate import (
     Completion,
@@ -32,7 +32,7 @@ from addressvlm.answers.generate import (
     prefill_batch,
     stream_tokens,
 )
-from addressvlm.answers.prefix_cache import PhotoCache, PhotoCaches, PrefixCacheEntry, extend_prefixes, prefill_photo
+from addressvlm.answers.prefix_cache import PhotoCache, PhotoCaches, PrefixCacheEntry, extend_prefixes
 from addressvlm.answers.priors import Circle, Prior
 from addressvlm.answers.sequence_scorer import SequenceScorer
 from addressvlm.answers.trie import Trie
@@ -58,15 +58,15 @@ __all__ = [
     "user_turn",
 ]  # fmt: skip
 
-PHOTOS_AT_ONCE = 8  # that go through the model together
+BATCH_SIZE = 8  # photos that go through the model together
 
 
 class Localizer(ChatModel):
-    """A vision-language model and, where its folder has them, the gazetteer of the city it knows and its calibration.
+    """A vision-language model with the gazetteer and the calibration of its city, where its folder has them.
 
     Args:
-        memory_mb: room for the caches of photos seen last; further questions about one of them cost no look at it.
         folder, device, dtype, trust_remote_code, loaded: see ChatModel.
+        memory_mb: for key-value caches of recent photos, which make further questions about one of them cheap.
 
     Raises:
         InputError: as ChatModel, or the calibration is damaged or of another gazetteer.
@@ -86,17 +86,17 @@ class Localizer(ChatModel):
         self.gazetteer: Gazetteer | None = Gazetteer.load(gazetteer) if gazetteer.is_file() else None
         self.calibration = Calibration.load(self.folder)
         if self.gazetteer:
-            self.calibration.apply(np.zeros(len(self.gazetteer.addresses)))  # one of another gazetteer is told now
-        self._sights = PhotoCaches(int(memory_mb * 2**20))
+            self.calibration.apply(np.zeros(len(self.gazetteer.addresses)))  # refuses one of another gazetteer
+        self.photo_caches = PhotoCaches(int(memory_mb * 2**20))
         self._scorer: SequenceScorer | None = None
 
     def localize(
         self, image: Image.Image, top_k: int | None = 5, prior: Prior | None = None, threshold: float | None = None
     ) -> Localization:
-        """The most likely addresses of the folder's gazetteer, best first; `top_k=None` gives all, their sum is 1.
+        """The most likely addresses of the gazetteer, best first; `top_k=None` gives all, whose probabilities sum to 1.
 
         Args:
-            prior: what is known beforehand; addresses that it rules out are no candidates.
+            prior: prior knowledge; addresses that it rules out are no candidates.
             threshold: confidence above which the answer counts as known; default: the calibration's.
 
         Raises:
@@ -111,7 +111,7 @@ class Localizer(ChatModel):
         priors: Sequence[Prior | None] | None = None,
         threshold: float | None = None,
     ) -> list[Localization]:
-        """The same for many photos, several at a time through the model.
+        """The same for many photos, in batches.
 
         Raises:
             InputError: as `localize`.
@@ -120,70 +120,74 @@ class Localizer(ChatModel):
             raise InputError(f"top_k is {top_k}: give 1 or more, or leave it out.")
         if threshold is not None and not 0 <= threshold <= 1:
             raise InputError(f"threshold is {threshold}: give a probability, 0 to 1.")
-        least = self.calibration.threshold if threshold is None else threshold
-        return [beliefs.localization(top_k, least) for beliefs in self.beliefs(images, priors)]
+        threshold = self.calibration.threshold if threshold is None else threshold
+        return [distribution.localization(top_k, threshold) for distribution in self.address_distributions(images, priors)]
 
-    def beliefs(self, images: Sequence[Image.Image], priors: Sequence[Prior | None] | None = None) -> list[AddressDistribution]:
+    def address_distributions(
+        self, images: Sequence[Image.Image], priors: Sequence[Prior | None] | None = None
+    ) -> list[AddressDistribution]:
         """The calibrated probabilities of all addresses for each photo.
 
         Raises:
             InputError: as `localize`.
         """
-        gazetteer = self.known_city()
-        given = [None] * len(images) if priors is None else list(priors)
-        if len(given) != len(images):
-            raise ValueError(f"{len(images)} images and {len(given)} priors: give one prior an image, or none at all.")
-        weights = [0.0 if prior is None else prior.log_weights(gazetteer) for prior in given]
+        gazetteer = self.require_gazetteer()
+        priors = [None] * len(images) if priors is None else list(priors)
+        if len(priors) != len(images):
+            raise ValueError(f"{len(images)} images and {len(priors)} priors: give one prior an image, or none at all.")
+        weights = [0.0 if prior is None else prior.log_weights(gazetteer) for prior in priors]
         scores = self.calibration.apply(self.address_scores(images)) if images else np.empty((0, 0))
-        return [AddressDistribution(gazetteer.addresses, row + extra) for row, extra in zip(scores, weights, strict=True)]
+        return [AddressDistribution(gazetteer.addresses, row + weight) for row, weight in zip(scores, weights, strict=True)]
 
     def address_scores(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """ln p that the answer begins as only this address of the gazetteer does, float64 (images, addresses).
+        """ln p of each address of the gazetteer, float64 (images, addresses).
 
-        What follows such a beginning by itself (`Forbes` -> ` Avenue, Oakland`) is not looked at.
+        Each address is scored on its shortest unique prefix: tokens that must follow it (`Forbes` -> ` Avenue, Oakland`) do
+        not count.
 
         Raises:
             InputError: the folder has no gazetteer, or one without addresses.
         """
-        scorer = self._address_scorer()
-        seen = [self._sights.of(image) for image in images]
-        new = list(
-            {id(sight): (image, sight) for image, sight in zip(images, seen, strict=True) if sight.scores is None}.values()
-        )
-        for start in range(0, len(new), PHOTOS_AT_ONCE):
-            self._score(scorer, new[start : start + PHOTOS_AT_ONCE])
-        return torch.stack([s.scores for s in seen if s.scores is not None]).numpy() if seen else np.empty((0, 0))
+        gazetteer = self.require_gazetteer()
+        if self._scorer is None:
+            self._scorer = SequenceScorer(self, self.trie([a.text() for a in gazetteer.addresses]).unique_prefixes())
+        caches = [self.photo_caches.get(image) for image in images]
+        new = {id(cache): (image, cache) for image, cache in zip(images, caches, strict=True) if cache.scores is None}
+        photos = list(new.values())
+        for start in range(0, len(photos), BATCH_SIZE):
+            self._score(self._scorer, photos[start : start + BATCH_SIZE])
+        return torch.stack([c.scores for c in caches if c.scores is not None]).numpy() if caches else np.empty((0, 0))
 
     def trie(self, answers: Sequence[str]) -> Trie:
-        """The answers that a question may have, as this model's tokens."""
-        return Trie.build([self.continuation([user_turn("")], answer) for answer in answers])
+        """The possible answers to a question as a trie of this model's tokens."""
+        return Trie.build([self.answer_tokens([user_turn("")], answer) for answer in answers])
 
     def answer(
         self, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int = 64, temperature: float = 0.0
     ) -> list[str]:
         """One answer to each question about the image at the same position; greedy unless the temperature is above 0.
 
-        An image object that is given several times goes through the model once, if the model's family allows it.
+        An image object that occurs several times goes through the model once, if the model's family allows it.
         """
-        _same_number(images, questions)
+        _require_pairs(images, questions)
         answers = generate_batch(self, images, questions, max_new_tokens, temperature) if images else []
         return [answer.text for answer in answers]
 
     def answer_from(
         self, images: Sequence[Image.Image], questions: Sequence[str], tries: Sequence[Trie], beams: int = 1
     ) -> list[DecodedAnswer]:
-        """Like `answer`, but each answer is one of its trie; what follows by itself is not decoded."""
-        _same_number(images, questions)
+        """Like `answer`, but each answer is one of its trie; forced tokens are not decoded."""
+        _require_pairs(images, questions)
         if not images:
             return []
-        prefix = prefill_batch(self, images, questions)
-        longest = prefix.mask.shape[1] + max(len(trie) for trie in tries)
-        if beams == 1 and self.takes_masks and cache_grew(prefix.cache, longest):
-            return greedy_decode(self, prefix, tries)
-        return beam_decode(self, prefix, tries, beams)
+        prefill = prefill_batch(self, images, questions)
+        longest = prefill.mask.shape[1] + max(len(trie) for trie in tries)
+        if beams == 1 and self.takes_4d_masks and keeps_all_tokens(prefill.cache, longest):
+            return greedy_decode(self, prefill, tries)
+        return beam_decode(self, prefill, tries, beams)
 
     def conversation(self, image: Image.Image, prior: Prior | None = None) -> Conversation:
-        """Questions about one photo that know of each other; `.ask(question)` gives a `ConversationAnswer`."""
+        """A conversation about one photo; `.ask(question)` gives a `ConversationAnswer`."""
         return Conversation(self, image, prior)
 
     def chat(
@@ -194,36 +198,39 @@ class Localizer(ChatModel):
         Raises:
             InputError: the messages have another number of image parts than there are images.
         """
-        return complete_chat(self, self._read_chat(messages, images), sampling or Sampling())
+        return complete_chat(self, self._prefill_chat(messages, images), sampling or Sampling())
 
     def stream(
         self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image] = (), sampling: Sampling | None = None
     ) -> Iterator[TextChunk]:
-        """The same piece by piece, as it is generated; stop iterating to stop the model. The prompt is read at once.
+        """The same as it is generated; stop iterating to stop the model. The prompt is prefilled at once.
 
         Raises:
             InputError: as `chat`.
         """
-        return stream_tokens(self, self._read_chat(messages, images), sampling or Sampling())
+        return stream_tokens(self, self._prefill_chat(messages, images), sampling or Sampling())
 
-    def read_one(self, prompt: str, images: Sequence[Image.Image], *looks: PrefixCacheEntry | None) -> PrefillCache:
-        """One prompt through the model, from where an earlier look at its photo, or one of `looks`, left off."""
-        seen = self._sights.of(images[0]) if len(images) == 1 else PhotoCache()
-        prefix = extend_prefixes(self, prompt, [*looks, seen.look])
-        if prefix is None:
+    def prefill_prompt(self, prompt: str, images: Sequence[Image.Image], *prefixes: PrefixCacheEntry | None) -> PrefillCache:
+        """Prefill one prompt, from the cache of its photo or from one of `prefixes` where it starts with one."""
+        cache = self.photo_caches.get(images[0]) if len(images) == 1 else PhotoCache()
+        prefill = extend_prefixes(self, prompt, [*prefixes, cache.prefix])
+        if prefill is None:
             inputs = self.inputs([prompt], [images])
-            prefix = self.read(inputs)
-            seen.look = prefill_photo(self, prompt, inputs["input_ids"], prefix)
-        return prefix
+            prefill = self.prefill(inputs)
+            cache.prefix = PrefixCacheEntry.up_to_image(self, prompt, inputs["input_ids"], prefill)
+        return prefill
 
-    def _read_chat(self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> PrefillCache:
-        turns = [{"role": m["role"], "content": _parts(m["content"])} for m in messages]
+    def _prefill_chat(self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> PrefillCache:
+        turns = [
+            {"role": m["role"], "content": [{"type": "text", "text": c}] if isinstance(c := m["content"], str) else c}
+            for m in messages
+        ]
         places = sum(part["type"] == "image" for turn in turns for part in turn["content"])
         if places != len(images):
             raise InputError(f"the messages show {places} images and {len(images)} were given: they must be as many.")
-        return self.read_one(self.prompt(turns), images)
+        return self.prefill_prompt(self.prompt(turns), images)
 
-    def known_city(self) -> Gazetteer:
+    def require_gazetteer(self) -> Gazetteer:
         """The gazetteer.
 
         Raises:
@@ -235,31 +242,22 @@ class Localizer(ChatModel):
             )
         return self.gazetteer
 
-    def _address_scorer(self) -> SequenceScorer:
-        gazetteer = self.known_city()
-        if self._scorer is None:
-            self._scorer = SequenceScorer(self, self.trie([a.text() for a in gazetteer.addresses]).beginnings())
-        return self._scorer
-
     def _score(self, scorer: SequenceScorer, photos: list[tuple[Image.Image, PhotoCache]]) -> None:
-        """Find the scores of photos, and keep a look at each where there is room for it."""
+        """Fill in the scores of photos and, where there is memory for it, the state after each."""
         prompt = self.prompt([user_turn(ADDRESS_QUESTION)])
         if len(photos) == 1:
-            image, sight = photos[0]
-            sight.scores = scorer.score(self.read_one(prompt, [image]))[0]
+            image, cache = photos[0]
+            cache.scores = scorer.score(self.prefill_prompt(prompt, [image]))[0]
             return
         inputs = self.inputs([prompt] * len(photos), [[image] for image, _ in photos])
-        prefix = self.read(inputs)
-        for row, ((_, sight), scores) in enumerate(zip(photos, scorer.score(prefix), strict=True)):
-            sight.scores = scores
-            if self._sights.most_bytes:
-                sight.look = prefill_photo(self, prompt, inputs["input_ids"][row : row + 1], prefix.row(row))
+        prefill = self.prefill(inputs)
+        for row, ((_, cache), scores) in enumerate(zip(photos, scorer.score(prefill), strict=True)):
+            cache.scores = scores
+            if self.photo_caches.max_bytes:
+                ids = inputs["input_ids"][row : row + 1]
+                cache.prefix = PrefixCacheEntry.up_to_image(self, prompt, ids, prefill.rows([row]))
 
 
-def _same_number(images: Sequence[Image.Image], questions: Sequence[str]) -> None:
+def _require_pairs(images: Sequence[Image.Image], questions: Sequence[str]) -> None:
     if len(images) != len(questions):
         raise ValueError(f"{len(images)} images and {len(questions)} questions: there must be one image a question")
-
-
-def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -54,7 +54,7 @@ def paired_p(wins: int, losses: int) -> float:
 
 def passes(localizer: Localizer, photos: list[dict[str, Any]], batch: int = 16) -> None:
     """Constrained against free generation."""
-    city = localizer.known_city()
+    city = localizer.require_gazetteer()
     texts = [a.text() for a in city.addresses]
     trie = localizer.trie(texts)
     judge = Judge(city.streets, city.districts, city.variants)
@@ -65,7 +65,7 @@ def passes(localizer: Localizer, photos: list[dict[str, Any]], batch: int = 16) 
         free = localizer.answer(images, questions, MAX_TOKENS)
         constrained = localizer.answer_from(images, questions, [trie] * len(some))
         for photo, said, decoded in zip(some, free, constrained, strict=True):
-            free_passes.append(min(MAX_TOKENS, len(localizer.continuation([user_turn("")], said))))
+            free_passes.append(min(MAX_TOKENS, len(localizer.answer_tokens([user_turn("")], said))))
             forced_passes.append(decoded.passes)
             expected = Address(photo["street"], photo["district"]).text()
             judged = [judge.correct("address", "generation", expected, answer, street=photo["street"]) for answer in
@@ -83,21 +83,21 @@ def passes(localizer: Localizer, photos: list[dict[str, Any]], batch: int = 16) 
 
 def scoring(localizer: Localizer, photo: dict[str, Any], rounds: int) -> None:
     """The trie at once against one answer beside the other, from the same prompt; and what the prompt itself costs."""
-    trie = localizer.trie([a.text() for a in localizer.known_city().addresses])
+    trie = localizer.trie([a.text() for a in localizer.require_gazetteer().addresses])
     inputs = localizer.inputs([localizer.prompt([user_turn(ADDRESS_QUESTION)])], [[photo_image(photo)]])
-    prefix = localizer.read(inputs)
-    at_once, beside = SequenceScorer(localizer, trie), SequenceScorer(localizer, trie, beside=True)
+    prefix = localizer.prefill(inputs)
+    at_once, beside = SequenceScorer(localizer, trie), SequenceScorer(localizer, trie, as_batch=True)
     apart = float((at_once.score(prefix) - beside.score(prefix)).abs().max())
     times, slow, fast = ratio(lambda: beside.score(prefix), lambda: at_once.score(prefix), rounds)
     print(f"all {len(trie.ends)} addresses scored ({len(trie)} nodes): beside {1000 * slow:.0f} ms, as a tree "
           f"{1000 * fast:.0f} ms, {times:.1f}x; largest difference of ln p {apart:.1e}")  # fmt: skip
-    _, whole, again = ratio(lambda: localizer.read(inputs), lambda: at_once.score(prefix), rounds)
+    _, whole, again = ratio(lambda: localizer.prefill(inputs), lambda: at_once.score(prefix), rounds)
     print(f"the photo and its question read: {1000 * whole:.0f} ms, then scored in {1000 * again:.0f} ms")
 
 
 def questions(localizer: Localizer, photos: list[dict[str, Any]], rounds: int) -> None:
     """Ten questions about one photo against one; a new photo each round, so that nothing is remembered."""
-    city = localizer.known_city()
+    city = localizer.require_gazetteer()
     street, district = city.streets[0], city.districts[0]
     options = "; ".join(city.streets[:4])
     about = [

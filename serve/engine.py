@@ -144,7 +144,7 @@ class Engine:
         default = localizer.calibration.threshold
         return [
             distribution.localization(query.top_k, default if query.threshold is None else query.threshold)
-            for distribution, query in zip(localizer.beliefs(photos, priors), queries, strict=True)
+            for distribution, query in zip(localizer.address_distributions(photos, priors), queries, strict=True)
         ]
 
     def _batch_key(self, query: ChatQuery) -> tuple[Any, ...] | None:
@@ -186,7 +186,9 @@ class Engine:
         """Answers to one city's questions about the address, from the address distributions."""
         localizer = self._activate(queries[0].city)
         answers = []
-        for query, distribution in zip(queries, localizer.beliefs([_images(query)[0] for query in queries]), strict=True):
+        for query, distribution in zip(
+            queries, localizer.address_distributions([_images(query)[0] for query in queries]), strict=True
+        ):
             question = self._address_question(query)
             text = question.answer(distribution)[0] if question else ""
             tokens = len(localizer.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1

@@ -187,7 +187,7 @@ def unique_prefix_lengths(folder: Path, texts: Sequence[str]) -> dict[str, int]:
     """Text -> tokens of its shortest prefix that no other text has, as `Localizer.address_scores` counts them."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     sequences = [[*tokenizer(text, add_special_tokens=False)["input_ids"], END_OF_ANSWER] for text in texts]
-    trie = Trie.build(sequences).beginnings()
+    trie = Trie.build(sequences).unique_prefixes()
     return dict(zip(texts, trie.depths[trie.ends].tolist(), strict=True))
 
 

@@ -1,1 +1,1 @@
-"""How a model's answers are made: free, constrained to a city's addresses, or scored over all of them."""
+"""Answers of a model: generated freely, constrained to a city's addresses, or as probabilities of all addresses."""

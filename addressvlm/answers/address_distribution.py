@@ -1,7 +1,7 @@
-"""What a model holds of one photo: a probability for each address, and the answers that follow from it.
+"""The probabilities of all addresses for one photo, and the answers that follow from them.
 
-The most likely address decides first: it is what is generated, it alone is confirmed when asked for, and it is chosen
-where it is offered. So the three kinds of questions, and the three levels, never contradict each other.
+The most likely address decides first: it is the generated answer, it alone is confirmed in a judgment, and it is chosen
+where it is an option. So the three kinds of questions, and the three levels, never contradict each other.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ Level = Literal["street", "district", "address"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """An address of the gazetteer and how likely the model finds it, among all addresses that the prior leaves."""
+    """An address of the gazetteer and its probability among all addresses that the prior allows."""
 
     street: str
     district: str
@@ -29,13 +29,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Localization:
-    """Where a photo was taken, as far as the model knows.
+    """The likeliest addresses of a photo.
 
     Attributes:
         candidates: best first.
         known: whether the confidence is above the threshold; if not, the honest answer is *don't know*.
         confidence: probability of the first candidate.
-        threshold: 0 for a model whose answers were never calibrated, 1 if no confidence was ever found to be enough.
+        threshold: 0 for a model without calibration, 1 if no confidence reaches the target precision.
     """
 
     candidates: list[Candidate]
@@ -66,40 +66,34 @@ class AddressDistribution:
         return self.addresses[int(np.argmax(self.scores))]
 
     def ranked(self, top_k: int | None = None) -> list[Candidate]:
-        """The most likely addresses, best first; those ruled out by a prior are left out."""
+        """The most likely addresses, best first, without those that a prior rules out."""
         order = [i for i in np.argsort(-self.scores, kind="stable").tolist() if self.scores[i] > -np.inf][:top_k]
-        found = [(self.addresses[i], float(self.probabilities[i])) for i in order]
-        return [Candidate(address.street, address.district, p) for address, p in found]
+        return [Candidate(self.addresses[i].street, self.addresses[i].district, float(self.probabilities[i])) for i in order]
 
     def localization(self, top_k: int | None, threshold: float) -> Localization:
-        """The ranking with what it is worth."""
+        """The ranking, its confidence and whether that is enough."""
         confidence = float(self.probabilities.max())
         return Localization(self.ranked(top_k), confidence > threshold, confidence, threshold)
 
     def name(self, level: Level) -> str:
-        """What is generated when asked for a level: that part of the most likely address."""
+        """The generated answer: the level of the most likely address."""
         return _name(self.best, level)
 
     def probability(self, name: str, level: Level) -> float:
-        """How likely the photo is of this street or district, over all addresses that have it; 0 for an unknown name."""
-        return self._marginals(level).get(normalize_name(name), 0.0)
+        """The probability of a street, district or address by name, over all addresses with it; 0 for an unknown name."""
+        name = normalize_name(name)
+        pairs = zip(self.addresses, self.probabilities.tolist(), strict=True)
+        return sum((p for address, p in pairs if normalize_name(_name(address, level)) == name), 0.0)
 
     def judge(self, name: str, level: Level) -> bool:
-        """Whether to say Yes when asked for a name: only for the one that would be generated."""
+        """Whether a judgment is Yes: only for the name that would be generated."""
         return normalize_name(name) == normalize_name(self.name(level))
 
     def choose(self, options: Sequence[str], level: Level) -> str:
-        """The option that would be generated, else the most likely one; of equal ones the first."""
+        """The chosen option: the name that would be generated, else the most likely one; of equal ones the first."""
         return next((o for o in options if self.judge(o, level)), None) or max(
             options, key=lambda option: self.probability(option, level)
         )
-
-    def _marginals(self, level: Level) -> dict[str, float]:
-        sums: dict[str, float] = {}
-        for address, p in zip(self.addresses, self.probabilities.tolist(), strict=True):
-            name = normalize_name(_name(address, level))
-            sums[name] = sums.get(name, 0.0) + p
-        return sums
 
 
 def _name(address: Address, level: Level) -> str:

@@ -89,8 +89,8 @@ class Calibration:
             return scores / self.temperature
         if len(self.own_prior) != scores.shape[-1]:
             raise InputError(
-                f"{CALIBRATION_FILE} is of {len(self.own_prior):,} addresses and the gazetteer beside it has {scores.shape[-1]:,}: "
-                "delete it, or run evaluate again."
+                f"{CALIBRATION_FILE} is of {len(self.own_prior):,} addresses and the gazetteer beside it has "
+                f"{scores.shape[-1]:,}: delete it, or run evaluate again."
             )
         return (scores - np.asarray(self.own_prior)) / self.temperature
 

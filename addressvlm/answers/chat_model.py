@@ -1,7 +1,7 @@
-"""A vision-language model and its processor as prompts in, tokens out: what every way of answering builds on.
+"""A vision-language model and its processor, prompts in and tokens out: the base of every way of answering.
 
-Everything goes through `AutoProcessor`'s chat template and the model's forward pass, so any image-text-to-text family will
-do. A key-value cache is never changed in place here: `fork_cache` gives another one that shares its tensors.
+Everything goes through `AutoProcessor`'s chat template and the model's forward pass, so any image-text-to-text family works.
+A key-value cache is never changed in place: `fork_cache` gives another one that shares its tensors.
 """
 
 import copy
@@ -22,7 +22,7 @@ Turn = dict[str, Any]
 
 @dataclass(frozen=True)
 class PrefillCache:
-    """Prompts that went through the model: what answers to them go on from.
+    """The state after B prompts, from which answers continue.
 
     Attributes:
         cache: key-value cache of all rows.
@@ -36,24 +36,20 @@ class PrefillCache:
     logits: torch.Tensor
     position: torch.Tensor
 
-    def row(self, number: int) -> "PrefillCache":
-        """One of the prompts."""
-        return self.rows([number])
-
     def rows(self, numbers: Sequence[int]) -> "PrefillCache":
-        """Some of the prompts, in this order, each as often as it is named."""
-        chosen = torch.tensor(numbers, device=self.mask.device)
-        return PrefillCache(fork_cache(self.cache, rows=chosen), self.mask[chosen], self.logits[chosen], self.position[chosen])
+        """Some of the prompts, in this order, each as often as its number occurs."""
+        rows = torch.tensor(numbers, device=self.mask.device)
+        return PrefillCache(fork_cache(self.cache, rows=rows), self.mask[rows], self.logits[rows], self.position[rows])
 
 
 class ChatModel:
-    """A model folder or hub name, loaded.
+    """A model folder or Hub name, loaded.
 
     Args:
-        folder: a model folder, a hub name, or `toy`.
+        folder: a model folder, a Hub name, or `toy`.
         device: `cuda` where there is one, else `cpu`.
         dtype: float32, bfloat16 or auto, see `load_model`.
-        loaded: model and processor that are there already; the folder then only holds what is known of the city.
+        loaded: model and processor if they are loaded already; then only the city's files are read from the folder.
 
     Raises:
         InputError: the folder does not exist or is not a model.
@@ -75,60 +71,61 @@ class ChatModel:
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._special = re.compile("|".join(map(re.escape, _markers(self.processor))))
-        self.ends = _end_tokens(self.model, self.tokenizer)
+        self._special = re.compile("|".join(map(re.escape, _special_texts(self.processor))))
+        eos = self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+        self.end_tokens: set[int] = ends - {None}
         config = self.model.config
         self.image_token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-        self.one_dimensional = has_1d_positions(self.model)
+        self.has_1d_positions = has_1d_positions(self.model)
         # whether attention takes a mask of its own for every token
-        self.takes_masks = config.get_text_config()._attn_implementation in ("eager", "sdpa")
+        self.takes_4d_masks = config.get_text_config()._attn_implementation in ("eager", "sdpa")
 
     def prompt(self, turns: Sequence[Turn], finished: bool = False) -> str:
-        """The turns as the model reads them; what someone writes can't pass for an image or the end of a turn."""
-        turns = [turn | {"content": [self._plain(part) for part in turn["content"]]} for turn in turns]
+        """The turns in the model's chat template; a user's text can't pass for an image or the end of a turn."""
+        turns = [
+            turn
+            | {"content": [p | {"text": self.plain_text(p["text"])} if p["type"] == "text" else p for p in turn["content"]]}
+            for turn in turns
+        ]
         return self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=not finished)
 
     def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
-        """What the processor makes of prompts and the images of each."""
-        pictures = [[image.convert("RGB") for image in shown] for shown in images] if any(images) else None
-        inputs = self.processor(text=list(prompts), images=pictures, padding=True, return_tensors="pt")
+        """The processor's tensors of prompts and the images of each."""
+        rgb = [[image.convert("RGB") for image in row] for row in images] if any(images) else None
+        inputs = self.processor(text=list(prompts), images=rgb, padding=True, return_tensors="pt")
         return inputs.to(self.device, dtype=self.model.dtype)
 
-    def continuation(self, turns: Sequence[Turn], answer: str) -> list[int]:
-        """The tokens after a prompt that say the answer, its end included; made apart from the prompt, as in training."""
+    def answer_tokens(self, turns: Sequence[Turn], answer: str) -> list[int]:
+        """The tokens of an answer to the turns, its end included; tokenized apart from the prompt, as in training."""
         prompt = self.prompt(turns)
-        said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        whole = self.prompt([*turns, said], finished=True)
-        ids = self.tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
-        for at, token in enumerate(ids):
-            if token in self.ends:
-                return ids[: at + 1]
+        reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        conversation = self.prompt([*turns, reply], finished=True)
+        ids = self.tokenizer(conversation[len(prompt) :], add_special_tokens=False)["input_ids"]
+        for index, token in enumerate(ids):
+            if token in self.end_tokens:
+                return ids[: index + 1]
         return [*ids, self.tokenizer.eos_token_id]
 
     @torch.inference_mode()
-    def read(self, inputs: Any) -> PrefillCache:
+    def prefill(self, inputs: Any) -> PrefillCache:
         """The prompts through the model, once."""
-        read = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
         mask = inputs["attention_mask"]
-        return PrefillCache(read.past_key_values, mask, read.logits[:, -1], self._next(mask))
+        if self.has_1d_positions:
+            position = torch.full((len(mask),), mask.shape[1], device=mask.device)
+        else:  # images whose positions have rows and columns shorten their prompts
+            deltas = next(module.rope_deltas for module in self.model.modules() if hasattr(module, "get_rope_index"))
+            position = mask.sum(1) + deltas[:, 0]
+        return PrefillCache(output.past_key_values, mask, output.logits[:, -1], position)
 
-    def _next(self, mask: torch.Tensor) -> torch.Tensor:
-        """The position after prompts that were read just now, (B,); images that count in two dimensions shorten them."""
-        if self.one_dimensional:
-            return torch.full((len(mask),), mask.shape[1], device=mask.device)
-        deltas = next(module.rope_deltas for module in self.model.modules() if hasattr(module, "get_rope_index"))
-        return mask.sum(1) + deltas[:, 0]
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """What tokens say, without the marks of turns."""
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def plain_text(self, text: str) -> str:
         """Text without anything that the model would take for an image or the end of a turn."""
         return " ".join(self._special.split(text))
-
-    def _plain(self, part: dict[str, Any]) -> dict[str, Any]:
-        return part | {"text": self.plain_text(part["text"])} if part["type"] == "text" else part
 
 
 def user_turn(question: str) -> Turn:
@@ -137,23 +134,23 @@ def user_turn(question: str) -> Turn:
 
 
 def fork_cache(cache: Any, remove: int = 0, rows: torch.Tensor | None = None) -> Any:
-    """A cache that grows apart from this one, without its last `remove` tokens, of the `rows` chosen (or all)."""
-    apart = copy.copy(cache)
-    apart.layers = [copy.copy(layer) for layer in cache.layers]
+    """A cache that grows independently of this one, without its last `remove` tokens, of some `rows` (or all)."""
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
     if remove:
-        apart.crop(-remove)
+        fork.crop(-remove)
     if rows is not None:
-        apart.batch_select_indices(rows)
-    return apart
+        fork.batch_select_indices(rows)
+    return fork
 
 
-def additive_mask(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask (rows, tokens, cache), true where a token sees another, as attention adds it: (rows, 1, tokens, cache)."""
-    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
-    return mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask (rows, tokens, cache), true where a token attends to another, as attention adds it: (rows, 1, tokens, cache)."""
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def cache_grew(cache: Any, length: int) -> bool:
+def keeps_all_tokens(cache: Any, length: int) -> bool:
     """Whether all layers keep keys and values of all tokens up to this length, so that a mask can choose among them."""
     return all(
         type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and length < layer.sliding_window)
@@ -161,15 +158,8 @@ def cache_grew(cache: Any, length: int) -> bool:
     )
 
 
-def _markers(processor: Any) -> list[str]:
-    """Texts that the tokenizer or the processor would take for something else than text, longest first."""
-    markers = {*processor.tokenizer.all_special_tokens, *(str(t) for t in processor.tokenizer.added_tokens_decoder.values())}
+def _special_texts(processor: Any) -> list[str]:
+    """Texts that the tokenizer or the processor would not take for text, longest first."""
+    texts = {*processor.tokenizer.all_special_tokens, *(str(t) for t in processor.tokenizer.added_tokens_decoder.values())}
     image = getattr(processor, "image_token", None)
-    return sorted({m for m in markers | {str(image or "")} if m.strip()}, key=len, reverse=True)
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end a turn, by the model's and the tokenizer's word."""
-    configured = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id} | set(configured if isinstance(configured, list) else [configured])
-    return {token for token in ends if token is not None}
+    return sorted({t for t in texts | {str(image or "")} if t.strip()}, key=len, reverse=True)

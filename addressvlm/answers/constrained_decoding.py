@@ -1,8 +1,9 @@
-"""Generation that can only say an answer of the trie: the model decides where answers part, the rest is not decoded.
+"""Constrained decoding: only answers of a trie can be generated. The model decides at forks, forced tokens are not decoded.
 
-After each decision the tokens that must follow are fed together with it, in one forward pass. An answer costs as many
-passes as there are forks on its way, the prompt's own pass included, and one more where all answers begin alike.
-`greedy.py` looks further ahead where it can.
+Two algorithms give the same answer. `beam_decode` takes one fork at a time: after each decision the tokens that must follow
+are fed with it, so an answer costs as many forward passes as there are forks on its path, the prompt's own pass included,
+and one more where all answers begin alike. `greedy_decode` also feeds all nodes below a fork if they are few, and so
+needs fewer passes; it needs attention that takes a mask of its own for every token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,93 +14,99 @@ import torch
 from addressvlm.answers.chat_model import ChatModel, PrefillCache, additive_mask, fork_cache
 from addressvlm.answers.trie import ROOT, Trie
 
+LOOKAHEAD = 32  # nodes below a fork that are fed together with it
+NODES_AT_ONCE = 1024  # over all prompts; bounds the memory for logits
+
 
 @dataclass(frozen=True)
 class DecodedAnswer:
     """An answer of a trie.
 
     Attributes:
-        number: of the sequence.
-        log_p: of the tokens that were decided on, each over the whole vocabulary.
-        passes: forward passes that it took, the prompt's included.
+        index: of the sequence.
+        log_p: of the tokens at forks, each over the whole vocabulary.
+        passes: forward passes, the prompt's included.
     """
 
-    number: int
+    index: int
     log_p: float
     passes: int
 
 
 @dataclass
-class _Beam:
-    """How far one hypothesis has come: a row of the cache, and tokens that are not in it yet."""
+class _Path:
+    """A partial answer.
+
+    Attributes:
+        prompt: its number.
+        row: of the cache.
+        node: where it is in the trie.
+        cached: the last node in the cache.
+        pending: tokens that are not in the cache yet.
+    """
 
     prompt: int
     row: int
-    node: int
-    log_p: float
-    passes: int
-    waiting: list[int] = field(default_factory=list)
+    node: int = ROOT
+    log_p: float = 0.0
+    passes: int = 1
+    cached: int = ROOT
+    pending: list[int] = field(default_factory=list)
 
 
 @torch.inference_mode()
-def beam_decode(model: ChatModel, prefix: PrefillCache, tries: Sequence[Trie], beams: int = 1) -> list[DecodedAnswer]:
-    """The answer to each prompt, from the trie at the same position; greedy, or the best that `beams` hypotheses find."""
-    done: list[list[tuple[_Beam, int]]] = [[] for _ in tries]
-    ways = [_Beam(i, i, ROOT, 0.0, 1) for i in range(len(tries))]
-    logits, cache, mask = prefix.logits, prefix.cache, prefix.mask
-    while ways:
-        ways = _best_beams(tries, ways, torch.log_softmax(logits.float(), dim=-1), done, beams)
-        if ways:
-            chosen = torch.tensor([way.row for way in ways], device=mask.device)
-            cache, mask = fork_cache(cache, rows=chosen), mask[chosen]
-            after = prefix.position[[way.prompt for way in ways]] + torch.tensor(
-                [int(tries[way.prompt].depths[way.node]) for way in ways], device=mask.device
-            )
-            logits, mask = _feed_beams(model, cache, mask, [way.waiting for way in ways], after)
-            for row, way in enumerate(ways):
-                way.row, way.passes = row, way.passes + 1
-    best = [max(found, key=lambda pair: pair[0].log_p) for found in done]
-    return [DecodedAnswer(tries[i].sequence_at(end), way.log_p, way.passes) for i, (way, end) in enumerate(best)]
+def beam_decode(model: ChatModel, prefill: PrefillCache, tries: Sequence[Trie], beams: int = 1) -> list[DecodedAnswer]:
+    """The answer to each prompt, from the trie at the same position: greedy, or the best of `beams` hypotheses."""
+    finished: list[list[_Path]] = [[] for _ in tries]
+    active = [_Path(i, i) for i in range(len(tries))]
+    logits, cache, mask = prefill.logits, prefill.cache, prefill.mask
+    while active:
+        log_p = torch.log_softmax(logits.float(), dim=-1)
+        candidates: list[list[_Path]] = [[] for _ in tries]
+        for path in active:
+            candidates[path.prompt] += _continuations(path, tries[path.prompt], log_p[path.row])
+        active = []
+        for prompt, paths in enumerate(candidates):
+            if not paths:
+                continue
+            best = sorted([*paths, *finished[prompt]], key=lambda path: -path.log_p)[:beams]
+            finished[prompt] = [path for path in best if not tries[prompt].children(path.node)]
+            active += [path for path in best if tries[prompt].children(path.node)]
+        if active:
+            rows = torch.tensor([path.row for path in active], device=mask.device)
+            depths = torch.tensor([int(tries[path.prompt].depths[path.node]) for path in active], device=mask.device)
+            next_position = prefill.position[[path.prompt for path in active]] + depths
+            cache, mask = fork_cache(cache, rows=rows), mask[rows]
+            logits, mask = _feed_tokens(model, cache, mask, [path.pending for path in active], next_position)
+            for row, path in enumerate(active):
+                path.row, path.passes = row, path.passes + 1
+    best_paths = [max(paths, key=lambda path: path.log_p) for paths in finished]
+    return [DecodedAnswer(t.sequence_at(path.node), path.log_p, path.passes) for t, path in zip(tries, best_paths, strict=True)]
 
 
-def _best_beams(
-    tries: Sequence[Trie], ways: list[_Beam], log_p: torch.Tensor, done: list[list[tuple[_Beam, int]]], beams: int
-) -> list[_Beam]:
-    """All ways on from these, the best `beams` a prompt; those that reach an end go to `done`, with it."""
-    found: list[list[tuple[_Beam, int]]] = [[] for _ in tries]
-    for way in ways:
-        trie = tries[way.prompt]
-        forced = trie.forced(way.node)
-        fork_at = forced[-1] if forced else way.node
-        if forced and trie.children(fork_at):  # the fork's logits come after the tokens that all answers begin with
-            found[way.prompt].append((replace(way, node=fork_at, waiting=trie.tokens[forced].tolist()), fork_at))
-            continue
-        for child in trie.children(fork_at):
-            score = way.log_p + float(log_p[way.row, trie.tokens[child]])
-            run = [child, *trie.forced(child)]
-            found[way.prompt].append(
-                (_Beam(way.prompt, way.row, run[-1], score, way.passes, trie.tokens[run].tolist()), run[-1])
-            )
-        if not trie.children(fork_at):
-            found[way.prompt].append((way, fork_at))
-    kept = []
-    for prompt, here in enumerate(found):
-        if not here:
-            continue
-        here += done[prompt]
-        here.sort(key=lambda pair: -pair[0].log_p)
-        ended = [pair for pair in here[:beams] if not tries[prompt].children(pair[1])]
-        done[prompt] = ended
-        kept += [way for way, node in here[:beams] if tries[prompt].children(node)]
-    return kept
+def _continuations(path: _Path, trie: Trie, log_p: torch.Tensor) -> list[_Path]:
+    """A path after its next decision, by ln p of the next token (vocabulary,)."""
+    forced = trie.forced(path.node)
+    fork = forced[-1] if forced else path.node
+    children = trie.children(fork)
+    if not children:
+        return [replace(path, node=fork)]
+    if forced:  # the fork's logits come after the tokens that all answers begin with
+        return [replace(path, node=fork, pending=trie.tokens[forced].tolist())]
+    paths = []
+    for child in children:
+        run = [child, *trie.forced(child)]
+        score = path.log_p + float(log_p[trie.tokens[child]])
+        paths.append(replace(path, node=run[-1], log_p=score, pending=trie.tokens[run].tolist()))
+    return paths
 
 
-def _feed_beams(
-    model: ChatModel, cache: object, mask: torch.Tensor, runs: Sequence[Sequence[int]], after: torch.Tensor
+def _feed_tokens(
+    model: ChatModel, cache: object, mask: torch.Tensor, runs: Sequence[Sequence[int]], next_position: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits after each run (rows, vocabulary), and the mask of the cache that has grown by the runs, padded on the left.
+    """Logits after each run of tokens (rows, vocabulary), and the mask of the grown cache, runs padded on the left.
 
-    `after` is the position that follows each run, (rows,).
+    `next_position` is the position that follows each run, (rows,).
     """
     longest = max(map(len, runs))
     tokens = torch.zeros(len(runs), longest, dtype=torch.long)
@@ -107,101 +114,84 @@ def _feed_beams(
     for row, run in enumerate(runs):
         tokens[row, longest - len(run) :] = torch.tensor(run)
         real[row, longest - len(run) :] = 1
-    grown = torch.cat([mask, real.to(mask)], dim=1)
-    fed = model.model(
+    grown_mask = torch.cat([mask, real.to(mask)], dim=1)
+    output = model.model(
         input_ids=tokens.to(mask.device),
-        attention_mask=grown,
-        position_ids=after[:, None] - torch.arange(longest, 0, -1, device=mask.device),
+        attention_mask=grown_mask,
+        position_ids=next_position[:, None] - torch.arange(longest, 0, -1, device=mask.device),
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    return fed.logits[:, -1], grown
-
-
-AHEAD = 32  # nodes below a fork that are fed together with it
-NODES_AT_ONCE = 1024  # over all prompts; bounds the memory for logits
-
-
-@dataclass
-class _GreedyPath:
-    """How far an answer has come: its row of the cache, the last node in it, the node where it is."""
-
-    prompt: int
-    row: int
-    fed: int
-    node: int
-    log_p: float
-    passes: int
+    return output.logits[:, -1], grown_mask
 
 
 @torch.inference_mode()
-def greedy_decode(model: ChatModel, prefix: PrefillCache, tries: Sequence[Trie]) -> list[DecodedAnswer]:
-    """The answer to each prompt, from the trie at the same position."""
-    ahead = min(AHEAD, NODES_AT_ONCE // max(len(tries), 1))
-    ways = [_GreedyPath(i, i, ROOT, ROOT, 0.0, 1) for i in range(len(tries))]
-    for way in ways:
-        _follow_trie(way, tries[way.prompt], {ROOT: prefix.logits[way.row]})
-    cache, mask, left = prefix.cache, prefix.mask, ways
-    while left := [way for way in left if tries[way.prompt].children(way.node)]:
-        rows = torch.tensor([way.row for way in left], device=mask.device)
+def greedy_decode(model: ChatModel, prefill: PrefillCache, tries: Sequence[Trie]) -> list[DecodedAnswer]:
+    """The answer to each prompt, from the trie at the same position: the likeliest token at each fork."""
+    lookahead = min(LOOKAHEAD, NODES_AT_ONCE // max(len(tries), 1))
+    paths = [_Path(i, i) for i in range(len(tries))]
+    for path in paths:
+        _descend(path, tries[path.prompt], {ROOT: prefill.logits[path.row]})
+    cache, mask, active = prefill.cache, prefill.mask, paths
+    while active := [path for path in active if tries[path.prompt].children(path.node)]:
+        rows = torch.tensor([path.row for path in active], device=mask.device)
         mask, cache = mask[rows], fork_cache(cache, rows=rows)
-        given = [_nodes_ahead(tries[way.prompt], way, ahead) for way in left]
-        logits, mask = _feed_paths(model, cache, mask, prefix, left, [tries[way.prompt] for way in left], given)
-        for row, (way, nodes) in enumerate(zip(left, given, strict=True)):
-            way.row, way.passes, way.fed = row, way.passes + 1, way.node
-            _follow_trie(way, tries[way.prompt], {node: logits[row, at] for at, node in enumerate(nodes)})
-    return [DecodedAnswer(tries[way.prompt].sequence_at(way.node), way.log_p, way.passes) for way in ways]
+        nodes = [_nodes_to_feed(tries[path.prompt], path, lookahead) for path in active]
+        position = prefill.position[[path.prompt for path in active]]
+        logits, mask = _feed_nodes(model, cache, mask, position, [tries[path.prompt] for path in active], nodes)
+        for row, (path, row_nodes) in enumerate(zip(active, nodes, strict=True)):
+            path.row, path.passes, path.cached = row, path.passes + 1, path.node
+            _descend(path, tries[path.prompt], {node: logits[row, i] for i, node in enumerate(row_nodes)})
+    return [DecodedAnswer(tries[path.prompt].sequence_at(path.node), path.log_p, path.passes) for path in paths]
 
 
-def _follow_trie(way: _GreedyPath, trie: Trie, logits: Mapping[int, torch.Tensor]) -> None:
-    """Go down as far as it is decided: past what must follow, and at forks whose logits there are."""
-    while children := trie.children(way.node):
+def _descend(path: _Path, trie: Trie, logits: Mapping[int, torch.Tensor]) -> None:
+    """Go down past forced nodes, and past forks whose logits are known."""
+    while children := trie.children(path.node):
         if len(children) == 1:
-            way.node = children[0]
-        elif way.node in logits:
-            log_p = torch.log_softmax(logits[way.node].float(), dim=-1)[trie.tokens[children]]
+            path.node = children[0]
+        elif path.node in logits:
+            log_p = torch.log_softmax(logits[path.node].float(), dim=-1)[trie.tokens[children]]
             best = int(log_p.argmax())
-            way.node, way.log_p = children[best], way.log_p + float(log_p[best])
+            path.node, path.log_p = children[best], path.log_p + float(log_p[best])
         else:
             return
 
 
-def _nodes_ahead(trie: Trie, way: _GreedyPath, ahead: int) -> list[int]:
-    """The nodes to feed: from what is in the cache to the fork, and if they are few all inner ones below it."""
-    chain, node = [], way.node
-    while node != way.fed:
-        chain.append(node)
+def _nodes_to_feed(trie: Trie, path: _Path, lookahead: int) -> list[int]:
+    """The nodes from the cache to the fork and, if they are at most `lookahead`, all inner ones below it."""
+    run, node = [], path.node
+    while node != path.cached:
+        run.append(node)
         node = int(trie.parents[node])
-    below = [n for n in range(way.node + 1, int(trie.stops[way.node])) if trie.stops[n] > n + 1]
-    return chain[::-1] + (below if len(below) <= ahead else [])
+    below = [n for n in range(path.node + 1, int(trie.stops[path.node])) if trie.stops[n] > n + 1]
+    return run[::-1] + (below if len(below) <= lookahead else [])
 
 
-def _feed_paths(
-    model: ChatModel, cache: object, mask: torch.Tensor, prefix: PrefillCache, ways: Sequence[_GreedyPath], tries: Sequence[Trie],
-    given: Sequence[Sequence[int]],
+def _feed_nodes(
+    model: ChatModel, cache: object, mask: torch.Tensor, position: torch.Tensor, tries: Sequence[Trie],
+    nodes: Sequence[Sequence[int]],
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Logits after each node (rows, nodes, vocabulary), and the mask of the grown cache; padded on the right."""
-    rows, most = len(given), max(map(len, given))
-    tokens, depths = torch.zeros((2, rows, most), dtype=torch.long)
-    sees = torch.eye(most, dtype=torch.bool).repeat(rows, 1, 1)
-    for row, (trie, nodes) in enumerate(zip(tries, given, strict=True)):
-        tokens[row, : len(nodes)] = torch.from_numpy(trie.tokens[nodes])
-        depths[row, : len(nodes)] = torch.from_numpy(trie.depths[nodes])
-        place = {node: at for at, node in enumerate(nodes)}
-        for node, at in place.items():
-            before = place.get(int(trie.parents[node]))
-            if before is not None:
-                sees[row, at] |= sees[row, before]
-    device = mask.device
-    earlier = mask.bool()[:, None].expand(-1, most, -1)
-    position = prefix.position[[way.prompt for way in ways]]
-    fed = model.model(
+    """Logits after each node (rows, nodes, vocabulary), and the mask of the grown cache, nodes padded on the right.
+
+    `position` is that of the token after each prompt, (rows,).
+    """
+    rows, longest, device = len(nodes), max(map(len, nodes)), mask.device
+    tokens, depths, real = torch.zeros((3, rows, longest), dtype=torch.long)
+    allowed = torch.eye(longest, dtype=torch.bool).repeat(rows, 1, 1)
+    for row, (trie, row_nodes) in enumerate(zip(tries, nodes, strict=True)):
+        n = len(row_nodes)
+        tokens[row, :n] = torch.from_numpy(trie.tokens[row_nodes])
+        depths[row, :n] = torch.from_numpy(trie.depths[row_nodes])
+        allowed[row, :n, :n] = torch.from_numpy(trie.path_mask(row_nodes))
+        real[row, :n] = 1
+    prompt = mask.bool()[:, None].expand(-1, longest, -1)
+    output = model.model(
         input_ids=tokens.to(device),
-        attention_mask=additive_mask(torch.cat([earlier, sees.to(device)], dim=2), model.model.dtype),
+        attention_mask=additive_mask(torch.cat([prompt, allowed.to(device)], dim=2), model.model.dtype),
         position_ids=position[:, None] + depths.to(device) - 1,
         past_key_values=cache,
         use_cache=True,
     )
-    real = torch.tensor([[at < len(nodes) for at in range(most)] for nodes in given], device=device)
-    return fed.logits, torch.cat([mask, real.to(mask)], dim=1)
+    return output.logits, torch.cat([mask, real.to(mask)], dim=1)

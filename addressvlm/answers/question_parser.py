@@ -1,4 +1,4 @@
-"""Questions in words that are really about the address, so that its probabilities can answer them."""
+"""Find free-text questions about the address, so that its probabilities can answer them."""
 
 import re
 from dataclasses import dataclass
@@ -9,77 +9,76 @@ from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.gazetteer.name_matcher import normalize_name, unaccented_name
 from addressvlm.questions import SUFFIXES, TEMPLATES
 
-_YES_NO = re.compile(r"(?:^|[.?!,]\s*)(?:is|was|are|were|could|did|does)\b|\byes or no\b", re.IGNORECASE)
-_OPTIONS = re.compile(
+YES_NO = re.compile(r"(?:^|[.?!,]\s*)(?:is|was|are|were|could|did|does)\b|\byes or no\b", re.IGNORECASE)
+OPTIONS = re.compile(
     r"(?:options|choose (?:one )?(?:from|of)|select [^\[]*from)\s*:?\s*\[?(?P<names>[^\[\]]+?)\]?[.\s]*$", re.I
 )
-_OR = re.compile(r"\b(?:(?:please )?(?:ans|answer|reply|say) )?(?:(?:only|just) )?(?:with )?(?:a )?yes or no\b")
-_PHOTO = set(unaccented_name("this that it here photo photograph picture image view scene place we i").split())
-_LOCATING = _PHOTO | set(
+ANSWER_HINT = re.compile(r"\b(?:(?:please )?(?:ans|answer|reply|say) )?(?:(?:only|just) )?(?:with )?(?:a )?yes or no\b")
+PHOTO_WORDS = set(unaccented_name("this that it here photo photograph picture image view scene place we i").split())
+LOCATION_WORDS = PHOTO_WORDS | set(
     unaccented_name(
         "is was are were could be did does show shown see seen stand lie lies taken made shot located a an of on in at"
         " the street road address district neighbourhood neighborhood called"
     ).split()
 )
-_OPENINGS: dict[str, Level] = {}
+TEMPLATE_LEVELS: dict[str, Level] = {}
 for _level in ("district", "street", "address"):
-    for _opening in TEMPLATES[_level]:
-        _OPENINGS[normalize_name(_opening)] = _OPENINGS[normalize_name(f"{_opening} {SUFFIXES['generation']}")] = _level
-_LONGEST_FIRST = sorted({unaccented_name(opening) for opening in _OPENINGS}, key=len, reverse=True)
+    for _template in TEMPLATES[_level]:
+        for _question in (_template, f"{_template} {SUFFIXES['generation']}"):
+            TEMPLATE_LEVELS[normalize_name(_question)] = _level
+LONGEST_FIRST = sorted({unaccented_name(template) for template in TEMPLATE_LEVELS}, key=len, reverse=True)
 
 
 @dataclass(frozen=True)
 class ParsedQuestion:
-    """What a question asks for; `names` are the one asked about, or the options."""
+    """A question about the address; `names` are the judged name, or the options of a choice."""
 
     kind: Literal["generation", "judgment", "choice"]
     level: Level
     names: tuple[str, ...] = ()
 
-    def answer(self, beliefs: AddressDistribution) -> tuple[str, float]:
+    def answer(self, distribution: AddressDistribution) -> tuple[str, float]:
         """The answer and its probability."""
-        if self.kind == "generation":
-            name = beliefs.name(self.level)
-            return name, beliefs.probability(name, self.level)
-        if self.kind == "choice":
-            name = beliefs.choose(self.names, self.level)
-            return name, beliefs.probability(name, self.level)
-        yes, p = beliefs.judge(self.names[0], self.level), beliefs.probability(self.names[0], self.level)
-        return ("Yes", p) if yes else ("No", 1 - p)
+        if self.kind == "judgment":
+            p = distribution.probability(self.names[0], self.level)
+            return ("Yes", p) if distribution.judge(self.names[0], self.level) else ("No", 1 - p)
+        choice = self.kind == "choice"
+        name = distribution.choose(self.names, self.level) if choice else distribution.name(self.level)
+        return name, distribution.probability(name, self.level)
 
 
 def parse_question(question: str, gazetteer: Gazetteer) -> ParsedQuestion | None:
-    """What is asked, None if it is no question about the address or names nothing that the gazetteer knows."""
-    level = _OPENINGS.get(normalize_name(question))
+    """The question, None if it is not about the address or names nothing in the gazetteer."""
+    level = TEMPLATE_LEVELS.get(normalize_name(question))
     if level:
         return ParsedQuestion("generation", level)
-    options = _OPTIONS.search(question)
+    options = OPTIONS.search(question)
     if options:
-        return _choice(options["names"], gazetteer)
-    return _judgment(question, gazetteer) if _YES_NO.search(question) else None
+        return _parse_choice(options["names"], gazetteer)
+    return _parse_judgment(question, gazetteer) if YES_NO.search(question) else None
 
 
-def _choice(names: str, gazetteer: Gazetteer) -> ParsedQuestion | None:
-    """A choice, if one level knows an option."""
+def _parse_choice(names: str, gazetteer: Gazetteer) -> ParsedQuestion | None:
+    """A choice, if an option is a street or a district."""
+    levels: tuple[tuple[Level, list[str]], ...] = (("street", gazetteer.streets), ("district", gazetteer.districts))
     for separator in (";", ","):
         options = [name.strip() for name in names.split(separator) if name.strip()]
-        levels: tuple[tuple[Level, list[str]], ...] = (("street", gazetteer.streets), ("district", gazetteer.districts))
-        for level, known in levels:
-            forms = {normalize_name(name) for name in known}
+        for level, known_names in levels:
+            forms = {normalize_name(name) for name in known_names}
             if len(options) > 1 and any(normalize_name(option) in forms for option in options):
                 return ParsedQuestion("choice", level, tuple(options))
     return None
 
 
-def _judgment(question: str, gazetteer: Gazetteer) -> ParsedQuestion | None:
-    """A judgment of the one street, district, or both, that the question names, if it says no more than that."""
+def _parse_judgment(question: str, gazetteer: Gazetteer) -> ParsedQuestion | None:
+    """A judgment of the one street, district, or both, that the question names, if it says nothing else."""
     words = normalize_name(question).split()
     street = gazetteer.find_street(question)
     if street:
-        words = _remove_names(words, street, gazetteer)
+        words = _remove_name(words, street, gazetteer)
     district = gazetteer.find_district(" ".join(words) if street else question)
     if district:
-        words = _remove_names(words, district, gazetteer)
+        words = _remove_name(words, district, gazetteer)
     if not _asks_only_location(unaccented_name(" ".join(words))):
         return None
     if street and district:
@@ -89,21 +88,21 @@ def _judgment(question: str, gazetteer: Gazetteer) -> ParsedQuestion | None:
     return ParsedQuestion("judgment", "district", (district,)) if district else None
 
 
-def _remove_names(words: list[str], name: str, gazetteer: Gazetteer) -> list[str]:
-    """The words of a normal text without a name, under any of its spellings."""
+def _remove_name(words: list[str], name: str, gazetteer: Gazetteer) -> list[str]:
+    """Normalized words without a name, in any of its spellings."""
     spellings = {tuple(unaccented_name(spelling).split()) for spelling in (name, *gazetteer.variants.get(name, ()))}
-    plain = unaccented_name(" ".join(words)).split()
+    bare = unaccented_name(" ".join(words)).split()
     for spelling in sorted(spellings - {()}, key=len, reverse=True):
-        for start in range(len(plain) - len(spelling) + 1):
+        for start in range(len(bare) - len(spelling) + 1):
             stop = start + len(spelling)
-            if tuple(plain[start:stop]) == spelling:
-                return _remove_names(words[:start] + words[stop:], name, gazetteer)
+            if tuple(bare[start:stop]) == spelling:
+                return _remove_name(words[:start] + words[stop:], name, gazetteer)
     return words
 
 
-def _asks_only_location(rest: str) -> bool:
-    """Whether a question without its names asks where the photo is: as the templates do, or in words of place alone."""
-    rest = _OR.sub(" ", rest).strip()
-    opening = next((opening for opening in _LONGEST_FIRST if f"{rest} ".startswith(f"{opening} ")), "")
-    words = set(rest.removeprefix(opening).split())
-    return words <= _LOCATING and not words.isdisjoint(_PHOTO)
+def _asks_only_location(text: str) -> bool:
+    """Whether a question without its names asks where the photo is: as a template does, or in words of place alone."""
+    text = ANSWER_HINT.sub(" ", text).strip()
+    template = next((template for template in LONGEST_FIRST if f"{text} ".startswith(f"{template} ")), "")
+    words = set(text.removeprefix(template).split())
+    return words <= LOCATION_WORDS and not words.isdisjoint(PHOTO_WORDS)

@@ -1,7 +1,7 @@
-"""Exact probabilities of all sequences in a trie: what they share goes through the model once.
+"""Exact probabilities of all sequences in a trie; tokens that they share go through the model once.
 
-All nodes of a part of the trie are fed in one pass; a mask lets each see the prompt and the nodes before it on its own way
-only. Families that forget early tokens, or attend in another way, score one answer beside the other instead.
+All nodes of a chunk of the trie are fed in one pass; a mask lets each attend to the prompt and to the nodes on its own path.
+Families that forget early tokens, or attend in another way, score the sequences as a batch instead.
 """
 
 from functools import cached_property
@@ -10,119 +10,102 @@ from typing import Any
 import numpy as np
 import torch
 
-from addressvlm.answers.chat_model import ChatModel, PrefillCache, additive_mask, cache_grew, fork_cache
-from addressvlm.answers.trie import ROOT, Part, Trie
+from addressvlm.answers.chat_model import ChatModel, PrefillCache, additive_mask, fork_cache, keeps_all_tokens
+from addressvlm.answers.trie import ROOT, Chunk, Trie
 
 NODES_AT_ONCE = 512  # tokens of a pass, over all photos; bounds the memory for logits
-TOKENS_AT_ONCE = 16_384  # cached prompt tokens over all answers scored side by side
+TOKENS_AT_ONCE = 16_384  # cached prompt tokens over all sequences of a batch
 
 
 class SequenceScorer:
-    """Scores the answers of one trie.
+    """Scores the sequences of one trie.
 
     Attributes:
-        beside: score one answer beside the other, whatever the model's family; slower.
+        as_batch: score the sequences as a batch, whatever the model's family; slower.
     """
 
-    def __init__(self, model: ChatModel, trie: Trie, beside: bool = False) -> None:
+    def __init__(self, model: ChatModel, trie: Trie, as_batch: bool = False) -> None:
         self.model, self.trie = model, trie
-        self.beside = beside or not model.takes_masks
+        self.as_batch = as_batch or not model.takes_4d_masks
+        self._chunks: dict[int, list[Chunk]] = {}  # largest number of nodes -> the trie in chunks
 
-    def score(self, prefix: PrefillCache) -> torch.Tensor:
-        """ln p(answer | prompt) of each sequence of the trie, its end included, float64 (prompts, sequences) on the CPU."""
-        length = prefix.mask.shape[1]
-        if self.beside or not cache_grew(prefix.cache, length + len(self.trie)):
-            return torch.stack([self._beside(prefix.row(i)) for i in range(len(prefix.mask))])
-        log_p = torch.zeros(len(prefix.mask), len(self.trie), dtype=torch.float64)
-        self._put(log_p, [ROOT], prefix.logits[:, None])
-        most = max(1, NODES_AT_ONCE // len(prefix.mask))
-        for part in self._parts(most):
-            if len(part.nodes):
-                self._put(log_p, part.nodes.tolist(), self._logits(prefix, part))
+    def score(self, prefill: PrefillCache) -> torch.Tensor:
+        """ln p(sequence | prompt) of each sequence of the trie, its end included, float64 (prompts, sequences) on the CPU."""
+        prompts, length = prefill.mask.shape
+        if self.as_batch or not keeps_all_tokens(prefill.cache, length + len(self.trie)):
+            return torch.stack([self._score_as_batch(prefill.rows([i])) for i in range(prompts)])
+        log_p = torch.zeros(prompts, len(self.trie), dtype=torch.float64)
+        self._set_children(log_p, [ROOT], prefill.logits[:, None])
+        max_nodes = max(1, NODES_AT_ONCE // prompts)
+        if max_nodes not in self._chunks:
+            self._chunks[max_nodes] = list(self.trie.chunks(max_nodes))
+        for chunk in self._chunks[max_nodes]:
+            if len(chunk.nodes):
+                self._set_children(log_p, chunk.nodes.tolist(), self._logits(prefill, chunk))
         for depth in range(2, int(self.trie.depths.max()) + 1):
             level = np.flatnonzero(self.trie.depths == depth)
             log_p[:, level] += log_p[:, self.trie.parents[level]]
         return log_p[:, self.trie.ends]
 
     @torch.inference_mode()
-    def _logits(self, prefix: PrefillCache, part: Part) -> torch.Tensor:
-        """Logits after each node of a part, (prompts, nodes, vocabulary)."""
-        rows, nodes, device = len(prefix.mask), len(part.nodes), prefix.mask.device
-        ways = _ways(self.trie, part).to(device)
-        sees = torch.cat([prefix.mask.bool()[:, None].expand(-1, nodes, -1), ways.expand(rows, -1, -1)], dim=2)
-        depths = torch.from_numpy(self.trie.depths[part.nodes]).to(device)
+    def _logits(self, prefill: PrefillCache, chunk: Chunk) -> torch.Tensor:
+        """Logits after each node of a chunk, (prompts, nodes, vocabulary)."""
+        rows, nodes, device = len(prefill.mask), len(chunk.nodes), prefill.mask.device
+        paths = torch.from_numpy(self.trie.path_mask(chunk.nodes)).to(device)
+        allowed = torch.cat([prefill.mask.bool()[:, None].expand(-1, nodes, -1), paths.expand(rows, -1, -1)], dim=2)
+        depths = torch.from_numpy(self.trie.depths[chunk.nodes]).to(device)
         return self.model.model(
-            input_ids=torch.from_numpy(self.trie.tokens[part.nodes]).to(device).expand(rows, -1),
-            attention_mask=additive_mask(sees, self.model.model.dtype),
-            position_ids=prefix.position[:, None] + depths - 1,
-            past_key_values=fork_cache(prefix.cache),
+            input_ids=torch.from_numpy(self.trie.tokens[chunk.nodes]).to(device).expand(rows, -1),
+            attention_mask=additive_mask(allowed, self.model.model.dtype),
+            position_ids=prefill.position[:, None] + depths - 1,
+            past_key_values=fork_cache(prefill.cache),
             use_cache=True,
         ).logits
 
-    def _put(self, log_p: torch.Tensor, nodes: list[int], logits: torch.Tensor) -> None:
-        """ln p of the tokens right after these nodes into their places, from the logits (prompts, nodes, vocabulary)."""
-        children = [(at, child) for at, node in enumerate(nodes) for child in self._children[node]]
-        after = torch.tensor([at for at, _ in children], device=logits.device)
-        found = [child for _, child in children]
-        tokens = torch.from_numpy(self.trie.tokens[found]).to(logits.device)
+    def _set_children(self, log_p: torch.Tensor, nodes: list[int], logits: torch.Tensor) -> None:
+        """Write ln p of the nodes' children into `log_p`, from the logits after the nodes (prompts, nodes, vocabulary)."""
+        pairs = [(index, child) for index, node in enumerate(nodes) for child in self._children[node]]
+        parents = torch.tensor([index for index, _ in pairs], device=logits.device)
+        children = [child for _, child in pairs]
+        tokens = torch.from_numpy(self.trie.tokens[children]).to(logits.device)
         logits = logits.float()
         total = torch.logsumexp(logits, dim=2)
-        log_p[:, found] = (logits[:, after, tokens] - total[:, after]).double().cpu()
-
-    def _parts(self, most: int) -> list[Part]:
-        if most not in self._cut:
-            self._cut[most] = list(self.trie.parts(most))
-        return self._cut[most]
-
-    @cached_property
-    def _cut(self) -> dict[int, list[Part]]:
-        return {}
+        log_p[:, children] = (logits[:, parents, tokens] - total[:, parents]).double().cpu()
 
     @cached_property
     def _children(self) -> list[list[int]]:
-        found: list[list[int]] = [[] for _ in range(len(self.trie))]
+        children: list[list[int]] = [[] for _ in range(len(self.trie))]
         for node in range(1, len(self.trie)):
-            found[self.trie.parents[node]].append(node)
-        return found
+            children[self.trie.parents[node]].append(node)
+        return children
 
     @torch.inference_mode()
-    def _beside(self, prefix: PrefillCache) -> torch.Tensor:
-        """The same for one prompt, its answers side by side in batches, each with a copy of the prompt's cache."""
-        ways = [self.trie.path(end) for end in self.trie.ends.tolist()]
-        at_once = max(1, min(64, TOKENS_AT_ONCE // prefix.mask.shape[1]))
-        scores = torch.empty(len(ways), dtype=torch.float64)
-        by_length = sorted(range(len(ways)), key=lambda i: len(ways[i]))
-        for start in range(0, len(ways), at_once):
-            chosen = by_length[start : start + at_once]
-            scores[chosen] = self._batch(prefix, [ways[i] for i in chosen])
+    def _score_as_batch(self, prefill: PrefillCache) -> torch.Tensor:
+        """The same for one prompt, (sequences,): batches of sequences, each with a copy of the prompt's cache."""
+        sequences = [self.trie.path(end) for end in self.trie.ends.tolist()]
+        batch_size = max(1, min(64, TOKENS_AT_ONCE // prefill.mask.shape[1]))
+        scores = torch.empty(len(sequences), dtype=torch.float64)
+        by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        for start in range(0, len(sequences), batch_size):
+            batch = by_length[start : start + batch_size]
+            scores[batch] = self._score_batch(prefill, [sequences[i] for i in batch])
         return scores
 
-    def _batch(self, prefix: PrefillCache, ways: list[list[int]]) -> torch.Tensor:
-        rows, longest = len(ways), max(map(len, ways))  # B, T; logits are (B, T, vocabulary)
-        tokens, real = torch.zeros((2, rows, longest), dtype=torch.long, device=prefix.mask.device)
-        for row, ids in enumerate(ways):
+    def _score_batch(self, prefill: PrefillCache, sequences: list[list[int]]) -> torch.Tensor:
+        rows, longest = len(sequences), max(map(len, sequences))  # B, T; logits are (B, T, vocabulary)
+        tokens, real = torch.zeros((2, rows, longest), dtype=torch.long, device=prefill.mask.device)
+        for row, ids in enumerate(sequences):
             tokens[row, : len(ids)] = torch.tensor(ids)
             real[row, : len(ids)] = 1
-        logits: Any = prefix.logits[:, None].expand(rows, -1, -1)
+        logits: Any = prefill.logits[:, None].expand(rows, -1, -1)
         if longest > 1:
             rest = self.model.model(
                 input_ids=tokens[:, :-1],
-                attention_mask=torch.cat([prefix.mask.expand(rows, -1), real[:, :-1]], dim=1),
-                position_ids=(prefix.position + torch.arange(longest - 1, device=tokens.device)).expand(rows, -1),
-                past_key_values=fork_cache(prefix.cache, rows=torch.zeros(rows, dtype=torch.long, device=tokens.device)),
+                attention_mask=torch.cat([prefill.mask.expand(rows, -1), real[:, :-1]], dim=1),
+                position_ids=(prefill.position + torch.arange(longest - 1, device=tokens.device)).expand(rows, -1),
+                past_key_values=fork_cache(prefill.cache, rows=torch.zeros(rows, dtype=torch.long, device=tokens.device)),
                 use_cache=True,
             )
             logits = torch.cat([logits, rest.logits], dim=1)
         log_p = torch.log_softmax(logits.float(), dim=-1).gather(2, tokens[..., None])[..., 0]
         return (log_p.double() * real).sum(dim=1).cpu()
-
-
-def _ways(trie: Trie, part: Part) -> torch.Tensor:
-    """Which nodes of a part lie on the way to each of them, itself included, bool (nodes, nodes)."""
-    place = {node: at for at, node in enumerate(part.nodes.tolist())}
-    ways = np.eye(len(place), dtype=bool)
-    for node, at in place.items():
-        parent = int(trie.parents[node])
-        if parent != ROOT:
-            ways[at] |= ways[place[parent]]
-    return torch.from_numpy(ways)

@@ -1,8 +1,8 @@
-"""The answers that a city allows, as a tree of tokens in flat arrays.
+"""The answers that a city allows, as a prefix tree of tokens in flat arrays.
 
-Every answer is a sequence of tokens that ends with one of the model's end tokens, so that an address which begins another
-one (`Mill Street` and `Mill Street North`) parts from it at its end. Nodes are numbered so that what lies below a node
-follows it directly.
+Every answer is a sequence of tokens that ends with one of the model's end tokens, so that an address which is the beginning
+of another one (`Mill Street` and `Mill Street North`) differs from it at its end. Nodes are numbered depth first: the nodes
+below a node directly follow it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,11 +17,11 @@ from addressvlm.errors import InputError
 ROOT = 0
 
 
-class Part(NamedTuple):
-    """Some of the answers with all that they share.
+class Chunk(NamedTuple):
+    """Some neighbouring sequences.
 
     Attributes:
-        nodes: the inner nodes of their paths, in order, the root left out.
+        nodes: the inner nodes of their paths, in order, without the root.
         ends: their last nodes.
     """
 
@@ -38,7 +38,7 @@ class Trie:
         parents: node before it, int64 (nodes,); -1 at the root.
         depths: how many tokens lead to it, int64 (nodes,).
         stops: one more than the last node below each node, int64 (nodes,).
-        ends: last node of each sequence given, int64 (sequences,); equal sequences share theirs.
+        ends: last node of each sequence, in the order of `build`, int64 (sequences,); equal sequences share theirs.
     """
 
     tokens: np.ndarray
@@ -49,7 +49,7 @@ class Trie:
 
     @classmethod
     def build(cls, sequences: Sequence[Sequence[int]]) -> "Trie":
-        """The tree of these sequences.
+        """The trie of these sequences.
 
         Raises:
             InputError: there are none.
@@ -57,21 +57,21 @@ class Trie:
         """
         if not sequences:
             raise InputError("there is no answer to choose from: give a gazetteer with addresses, or at least one option.")
-        ordered = sorted((tuple(sequence), number) for number, sequence in enumerate(sequences))
+        ordered = sorted((tuple(sequence), index) for index, sequence in enumerate(sequences))
         tokens, parents, depths, ends = [-1], [-1], [0], np.empty(len(sequences), dtype=np.int64)
-        path, before = [ROOT], tuple[int, ...]()
-        for sequence, number in ordered:
-            shared = next((i for i, (a, b) in enumerate(zip(before, sequence, strict=False)) if a != b), len(before))
-            if not sequence or (before and sequence != before and shared == len(before)):
-                raise ValueError(f"{list(before)} has no end of its own before {list(sequence)}: end every sequence alike.")
+        path, previous = [ROOT], tuple[int, ...]()
+        for sequence, index in ordered:
+            shared = next((i for i, (a, b) in enumerate(zip(previous, sequence, strict=False)) if a != b), len(previous))
+            if not sequence or (previous and sequence != previous and shared == len(previous)):
+                raise ValueError(f"{list(previous)} has no end of its own before {list(sequence)}: end all with an end token.")
             del path[shared + 1 :]
             for token in sequence[shared:]:
                 tokens.append(token)
                 parents.append(path[-1])
                 depths.append(len(path))
                 path.append(len(tokens) - 1)
-            ends[number] = path[-1]
-            before = sequence
+            ends[index] = path[-1]
+            previous = sequence
         stops = np.arange(1, len(tokens) + 1)
         for node in range(len(tokens) - 1, 0, -1):
             stops[parents[node]] = max(stops[parents[node]], stops[node])
@@ -82,60 +82,67 @@ class Trie:
         return len(self.tokens)
 
     def children(self, node: int) -> list[int]:
-        """The nodes right after a node, in order of their tokens; none at the end of an answer."""
-        found, child = [], node + 1
+        """The nodes right after a node, in order of their tokens; none at the end of a sequence."""
+        children, child = [], node + 1
         while child < self.stops[node]:
-            found.append(child)
+            children.append(child)
             child = int(self.stops[child])
-        return found
+        return children
 
     def forced(self, node: int) -> list[int]:
         """The nodes that must follow, up to the next fork or the end."""
-        run: list[int] = []
-        following = self.children(node)
-        while len(following) == 1:
-            run += following
-            following = self.children(run[-1])
-        return run
+        forced: list[int] = []
+        children = self.children(node)
+        while len(children) == 1:
+            forced += children
+            children = self.children(forced[-1])
+        return forced
 
-    def beginnings(self) -> "Trie":
-        """The tree of as much of each sequence as tells it from all others: what must follow by itself is left out."""
-        told_apart = []
+    def unique_prefixes(self) -> "Trie":
+        """The trie of the shortest unique prefix of each sequence: forced tokens at its end are left out."""
+        prefixes = []
         for end in self.ends.tolist():
             while self.parents[end] != ROOT and len(self.children(int(self.parents[end]))) == 1:
                 end = int(self.parents[end])
-            told_apart.append(self.path(end))
-        return Trie.build(told_apart)
+            prefixes.append(self.path(end))
+        return Trie.build(prefixes)
 
     def path(self, node: int) -> list[int]:
         """The tokens from the root to a node."""
-        tokens: list[int] = []
-        while node != ROOT:
-            tokens.append(int(self.tokens[node]))
-            node = int(self.parents[node])
-        return tokens[::-1]
+        return self.tokens[[*self._inner(node), node]].tolist() if node != ROOT else []
+
+    def path_mask(self, nodes: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Which of some nodes, parents first, lie on the path to each of them, itself included, bool (nodes, nodes)."""
+        index = {int(node): i for i, node in enumerate(nodes)}
+        mask = np.eye(len(index), dtype=bool)
+        for node, i in index.items():
+            parent = index.get(int(self.parents[node]))
+            if parent is not None:
+                mask[i] |= mask[parent]
+        return mask
 
     def sequence_at(self, end: int) -> int:
-        """The number of the first sequence that ends at a node."""
+        """The index of the first sequence that ends at a node."""
         return int(np.flatnonzero(self.ends == end)[0])
 
-    def parts(self, most: int) -> Iterator[Part]:
-        """The tree cut into runs of answers of at most `most` inner nodes each (one answer may have more)."""
+    def chunks(self, max_nodes: int) -> Iterator[Chunk]:
+        """All sequences, in chunks of at most `max_nodes` inner nodes each (one sequence may have more)."""
         leaves = np.unique(self.ends)
-        first, nodes = 0, list(self._inner(int(leaves[0])))
+        first, nodes = 0, self._inner(int(leaves[0]))
         for number, (left, right) in enumerate(pairwise(leaves.tolist()), start=1):
-            new = [node for node in self._inner(right) if node > left]
-            if len(nodes) + len(new) > most:
-                yield Part(np.array(nodes, dtype=np.int64), leaves[first:number])
-                first, nodes = number, list(self._inner(right))
+            path = self._inner(right)
+            new = [node for node in path if node > left]
+            if len(nodes) + len(new) > max_nodes:
+                yield Chunk(np.array(nodes, dtype=np.int64), leaves[first:number])
+                first, nodes = number, path
             else:
                 nodes += new
-        yield Part(np.array(nodes, dtype=np.int64), leaves[first:])
+        yield Chunk(np.array(nodes, dtype=np.int64), leaves[first:])
 
     def _inner(self, end: int) -> list[int]:
-        """The nodes on the way to an end, without the root and the end."""
-        way, node = [], int(self.parents[end])
-        while node != ROOT:
-            way.append(node)
+        """The nodes on the path to an end, without the root and the end."""
+        path, node = [], int(self.parents[end])
+        while node > ROOT:
+            path.append(node)
             node = int(self.parents[node])
-        return way[::-1]
+        return path[::-1]

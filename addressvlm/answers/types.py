@@ -1,4 +1,4 @@
-"""What is asked of free generation and what comes out of it; without torch, for programs that only pass it on."""
+"""Arguments and results of free generation, without torch, for programs that only pass them on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """How tokens are sampled.
 
     Attributes:
         max_tokens: of an answer, its end included.
         temperature: 0 takes the likeliest token each time.
-        top_p: draw among the likeliest tokens that have this much probability together.
-        n: continuations of the same prompt.
+        top_p: sample among the likeliest tokens that have this much probability together.
+        n: number of continuations of the prompt.
         stop: texts before which an answer ends.
-        logprobs: how many alternatives to report for each token; None reports nothing.
-        seed: the same draws again; None draws from torch's own state.
+        logprobs: number of alternatives to report for each token; None reports no log-probabilities.
+        seed: of the sampling; None samples from torch's global generator.
     """
 
     max_tokens: int = 256
@@ -29,7 +29,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token of an answer and ln of its probability; `top` are the likeliest at its place as (text, ln p)."""
+    """A token of an answer and ln of its probability; `top` are the likeliest tokens at its position as (text, ln p)."""
 
     text: str
     log_p: float
@@ -38,13 +38,13 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class TextChunk:
-    """What was added to one of the continuations.
+    """New text of one of the continuations.
 
     Attributes:
-        index: which of the n.
-        text: whole characters; may be empty.
-        finish: `stop` or `length` with the last piece of an answer, before that None.
-        scores: of the tokens that this piece is made of, if asked for.
+        index: of the continuation, from 0 to n - 1.
+        text: complete characters; may be empty.
+        finish: `stop` or `length` in the last chunk of an answer, before that None.
+        scores: of this chunk's tokens, with `Sampling.logprobs`.
         prompt_tokens: length of the prompt, images included.
         tokens: of the answer so far, its end included.
     """
@@ -59,7 +59,7 @@ class TextChunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer; the fields are those of its pieces together."""
+    """A finished answer; the fields are those of all its chunks."""
 
     text: str
     finish: str

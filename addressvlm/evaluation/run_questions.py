@@ -78,7 +78,7 @@ def _constrained(localizer: Localizer, images: Sequence[Image.Image], questions:
     allowed = [_allowed(localizer, question) for question in questions]
     tries = [_trie(localizer, answers) for answers in allowed]
     found = localizer.answer_from(images, [q["question"] for q in questions], tries)
-    return [answers[decoded.number] for answers, decoded in zip(allowed, found, strict=True)]
+    return [answers[decoded.index] for answers, decoded in zip(allowed, found, strict=True)]
 
 
 def _allowed(localizer: Localizer, question: Row) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ def _allowed(localizer: Localizer, question: Row) -> tuple[str, ...]:
         return ("Yes", "No")
     if question["kind"] == "choice":
         return tuple(question["options"])
-    gazetteer = localizer.known_city()
+    gazetteer = localizer.require_gazetteer()
     names = {"street": gazetteer.streets, "district": gazetteer.districts, "address": [a.text() for a in gazetteer.addresses]}
     return tuple(names[question["level"]])
 

@@ -97,7 +97,7 @@ class VisionWriter:
         prompts = [self.chat.prompt([turn for turn, _ in conversation]) for conversation in turns]
         images = [[image for _, shown in conversation for image in shown] for conversation in turns]
         return _generate(
-            self.chat.model, self.chat.tokenizer, self.chat.inputs(prompts, images), self.chat.ends, self.config, seed
+            self.chat.model, self.chat.tokenizer, self.chat.inputs(prompts, images), self.chat.end_tokens, self.config, seed
         )
 
 

@@ -242,7 +242,7 @@ def test_saved_and_loaded(tmp_path):
 )
 def test_a_damaged_file_is_one_sentence(tmp_path, text):
     (tmp_path / "calibration.json").write_text(text)
-    with pytest.raises(InputError, match=r"calibration\.json is not a calibration .*make it again"):
+    with pytest.raises(InputError, match=r"calibration\.json is not a calibration .*run evaluate again"):
         Calibration.load(tmp_path)
 
 

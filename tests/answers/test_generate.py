@@ -91,11 +91,11 @@ def test_stopping_to_listen_stops_the_model(localizer):
 
 
 def test_scores_that_are_kept_count_as_memory():
-    sights = PhotoCaches(3 * 10_000)
+    caches = PhotoCaches(3 * 10_000)
     for seed in range(4):
-        sights.of(picture(seed)).scores = torch.zeros(1000, dtype=torch.float64)
-    assert sights.of(picture(3)).scores is not None
-    assert len(sights._seen) == 2
+        caches.get(picture(seed)).scores = torch.zeros(1000, dtype=torch.float64)
+    assert caches.get(picture(3)).scores is not None
+    assert len(caches._caches) == 2
 
 
 def vision_passes(localizer, work):
@@ -132,8 +132,8 @@ def test_a_conversation_goes_on_from_what_was_said(localizer):
         {"role": "user", "content": "And else?"},
     ]
     inputs = localizer.inputs([localizer.prompt([m | {"content": _parts(m["content"])} for m in messages])], [[picture(1)]])
-    ids = localizer.model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=sorted(localizer.ends))
-    assert second.text == localizer.text(ids[0, inputs["input_ids"].shape[1] :]).strip()
+    ids = localizer.model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=sorted(localizer.end_tokens))
+    assert second.text == localizer.decode(ids[0, inputs["input_ids"].shape[1] :]).strip()
     assert first.probability is second.probability is None
 
 

@@ -29,7 +29,7 @@ def localizer(request, tmp_path_factory):
 def test_probabilities_equal_those_of_full_forward_passes(localizer):
     image = picture(1)
     addresses = localizer.gazetteer.addresses
-    said = [localizer.continuation([user_turn(ADDRESS_QUESTION)], a.text()) for a in addresses]
+    said = [localizer.answer_tokens([user_turn(ADDRESS_QUESTION)], a.text()) for a in addresses]
     firsts = [
         next(n for n in range(1, len(one) + 1) if not any(other[:n] == one[:n] for other in said if other is not one))
         for one in said
@@ -100,7 +100,7 @@ def test_many_photos_are_located_like_one_by_one(localizer, monkeypatch):
 
 
 def test_each_of_many_photos_has_its_own_prior_and_look(localizer, monkeypatch):
-    monkeypatch.setattr("addressvlm.inference.PHOTOS_AT_ONCE", 2)
+    monkeypatch.setattr("addressvlm.inference.BATCH_SIZE", 2)
     images = [picture(seed) for seed in (31, 32, 33, 34, 35)]
     priors = [
         Prior(districts=("Harbour",)), None, Prior(streets=("Oak Avenue",)), Prior(weights={"Mill Street": 9}), Prior()
@@ -156,7 +156,7 @@ def test_questions_about_one_image_share_it(localizer, monkeypatch):
     hook.remove()
     assert passes == [2]
     assert together == [localizer.answer([i], [q], max_new_tokens=6)[0] for i, q in zip(images, questions, strict=True)]
-    monkeypatch.setattr("addressvlm.answers.generate.share_image_features", lambda model, inputs, images: dict(inputs))
+    monkeypatch.setattr("addressvlm.answers.generate.share_image_prefixes", lambda model, inputs, images: dict(inputs))
     assert together == localizer.answer(images, questions, max_new_tokens=6)
     assert len(set(together)) > 2
 
@@ -165,11 +165,11 @@ def test_generation_stops_at_the_end_token(localizer):
     inputs = localizer.inputs([localizer.prompt([user_turn("Yes?")])], [[picture(1)]])
     free = localizer.model.generate(**inputs, max_new_tokens=4)
     second = free[0, -3].item()
-    ends, localizer.ends = localizer.ends, {second}
+    ends, localizer.end_tokens = localizer.end_tokens, {second}
     try:
         answer = localizer.answer([picture(1)], ["Yes?"], max_new_tokens=4)[0]
     finally:
-        localizer.ends = ends
+        localizer.end_tokens = ends
     assert answer == localizer.tokenizer.decode(free[0, -4:-2], skip_special_tokens=True).strip()
 
 
@@ -195,8 +195,8 @@ def test_chat_over_several_turns(localizer):
     ]
     sampling = Sampling(max_tokens=6)
     inputs = localizer.inputs([localizer.prompt([m | {"content": parts(m["content"])} for m in messages])], [[picture(1)]])
-    ids = localizer.model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=sorted(localizer.ends))
-    expected = localizer.text(ids[0, inputs["input_ids"].shape[1] :]).strip()
+    ids = localizer.model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=sorted(localizer.end_tokens))
+    expected = localizer.decode(ids[0, inputs["input_ids"].shape[1] :]).strip()
     assert [c.text for c in localizer.chat(messages, [picture(1)], sampling)] == [expected]
     assert localizer.chat(messages, [picture(1)], sampling)[0].text == expected  # from what is kept of the photo
     assert localizer.chat([{"role": "user", "content": "Yes?"}], sampling=Sampling(max_tokens=3))[0].tokens <= 3

@@ -33,7 +33,7 @@ def localizer(request, tmp_path_factory):
 
 def read(localizer, images=IMAGES):
     prompt = localizer.prompt([user_turn(QUESTION)])
-    return localizer.read(localizer.inputs([prompt] * len(images), [[image] for image in images]))
+    return localizer.prefill(localizer.inputs([prompt] * len(images), [[image] for image in images]))
 
 
 @pytest.mark.parametrize("texts", FORMATS)
@@ -42,7 +42,7 @@ def test_scores_are_the_log_likelihoods_of_each_answer(localizer, texts):
     found = SequenceScorer(localizer, trie).score(read(localizer))
     naive = torch.tensor([[naive_log_likelihood(localizer, i, QUESTION, text) for text in texts] for i in IMAGES])
     assert torch.allclose(found, naive.double(), rtol=1e-5, atol=1e-4)
-    assert torch.allclose(SequenceScorer(localizer, trie, beside=True).score(read(localizer)), found, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(SequenceScorer(localizer, trie, as_batch=True).score(read(localizer)), found, rtol=1e-5, atol=1e-4)
 
 
 def test_the_tree_equals_one_answer_after_another(localizer, monkeypatch):
@@ -52,7 +52,7 @@ def test_the_tree_equals_one_answer_after_another(localizer, monkeypatch):
     try:
         trie, prefix = localizer.trie(TEXTS), read(localizer)
         together = SequenceScorer(localizer, trie).score(prefix)
-        apart = torch.cat([SequenceScorer(localizer, localizer.trie([t]), beside=True).score(prefix) for t in TEXTS], dim=1)
+        apart = torch.cat([SequenceScorer(localizer, localizer.trie([t]), as_batch=True).score(prefix) for t in TEXTS], dim=1)
         assert (together - apart).abs().max() < 1e-5
         monkeypatch.setattr("addressvlm.answers.sequence_scorer.NODES_AT_ONCE", 9)
         assert (SequenceScorer(localizer, trie).score(prefix) - together).abs().max() < 1e-5
@@ -64,7 +64,7 @@ def test_the_tree_equals_one_answer_after_another(localizer, monkeypatch):
 def test_attention_that_takes_no_mask_scores_beside(localizer, monkeypatch):
     trie, prefix = localizer.trie(TEXTS), read(localizer)
     expected = SequenceScorer(localizer, trie).score(prefix)
-    monkeypatch.setattr("addressvlm.answers.sequence_scorer.cache_grew", lambda cache, length: False)
+    monkeypatch.setattr("addressvlm.answers.sequence_scorer.keeps_all_tokens", lambda cache, length: False)
     monkeypatch.setattr(SequenceScorer, "_logits", None)
     assert torch.allclose(SequenceScorer(localizer, trie).score(prefix), expected, atol=1e-3)
 
@@ -87,8 +87,8 @@ def test_greedy_takes_the_best_way_at_each_fork_and_skips_the_rest(localizer):
     texts = ["Mill Street, Harbour", "Mill Street, Old Town", "Oak Avenue, Harbour", "Oak Avenue, Old Town"]
     trie = localizer.trie(texts)
     found = localizer.answer_from(IMAGES, [QUESTION] * 3, [trie] * 3)
-    assert [(d.number, d.passes) for d in found] == [greedy(localizer, image, trie) for image in IMAGES]
-    assert all(d.passes == 2 < len(localizer.continuation([user_turn(QUESTION)], texts[d.number])) for d in found)
+    assert [(d.index, d.passes) for d in found] == [greedy(localizer, image, trie) for image in IMAGES]
+    assert all(d.passes == 2 < len(localizer.answer_tokens([user_turn(QUESTION)], texts[d.index])) for d in found)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -96,24 +96,24 @@ def test_greedy_takes_the_best_way_at_each_fork_and_skips_the_rest(localizer):
 def test_answers_that_begin_alike_part_after_their_beginning(localizer, texts, beams):
     trie = localizer.trie(texts)
     assert trie.forced(0)
-    sequences = [localizer.continuation([user_turn("")], text) for text in texts]
+    sequences = [localizer.answer_tokens([user_turn("")], text) for text in texts]
     looked_ahead = localizer.answer_from(IMAGES, [QUESTION] * 3, [trie] * 3, beams)
     followed = beam_decode(localizer, read(localizer), [trie] * 3, beams)
     for image, *found in zip(IMAGES, looked_ahead, followed, strict=True):
         expected = [decided(localizer, image, trie, sequence) for sequence in sequences]
         best = greedy(localizer, image, trie)[0] if beams == 1 else max(range(len(texts)), key=expected.__getitem__)
-        assert [d.number for d in found] == [best, best]
+        assert [d.index for d in found] == [best, best]
         assert [d.log_p for d in found] == pytest.approx([expected[best]] * 2, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("ahead", [0, 2, 32])
 def test_a_look_ahead_changes_nothing_but_the_passes(localizer, monkeypatch, ahead):
-    monkeypatch.setattr("addressvlm.answers.constrained_decoding.AHEAD", ahead)
+    monkeypatch.setattr("addressvlm.answers.constrained_decoding.LOOKAHEAD", ahead)
     tries = [localizer.trie(texts) for texts in (TEXTS, FORMATS[1], ["Yes"], TEXTS[:2])]
     images = [*IMAGES, IMAGES[0]]
     found = localizer.answer_from(images, [QUESTION] * 4, tries)
     followed = beam_decode(localizer, read(localizer, images), tries)
-    assert [d.number for d in found] == [d.number for d in followed]
+    assert [d.index for d in found] == [d.index for d in followed]
     assert [d.log_p for d in found] == pytest.approx([d.log_p for d in followed], rel=1e-3, abs=1e-3)
     assert all(d.passes <= f.passes for d, f in zip(found, followed, strict=True))
     assert ahead < 32 or max(d.passes for d in found) <= 2
@@ -126,9 +126,9 @@ def test_each_question_has_its_own_answers(localizer):
     tries = [localizer.trie(c) for c in choices]
     together = localizer.answer_from(IMAGES, questions, tries, beams=2)
     alone = [localizer.answer_from([i], [q], [t], beams=2)[0] for i, q, t in zip(IMAGES, questions, tries, strict=True)]
-    assert [d.number for d in together] == [d.number for d in alone]
+    assert [d.index for d in together] == [d.index for d in alone]
     assert [d.log_p for d in together] == pytest.approx([d.log_p for d in alone], rel=1e-3)
-    assert together[2].number == 0
+    assert together[2].index == 0
     assert localizer.answer_from([], [], []) == []
 
 
@@ -150,7 +150,7 @@ def test_questions_about_one_image_share_it(localizer):
     trie, images = localizer.trie(TEXTS), [IMAGES[0], IMAGES[1]] * 4
     together = localizer.answer_from(images, questions, [trie] * 8)
     alone = [localizer.answer_from([i], [q], [trie])[0] for i, q in zip(images, questions, strict=True)]
-    assert [d.number for d in together] == [d.number for d in alone]
+    assert [d.index for d in together] == [d.index for d in alone]
     assert [d.log_p for d in together] == pytest.approx([d.log_p for d in alone], rel=1e-3)
 
 
@@ -162,4 +162,4 @@ def test_enough_beams_find_the_best_decisions(localizer):
     for image, decoded in zip(IMAGES, found, strict=True):
         expected = [decided(localizer, image, trie, sequence) for sequence in sequences]
         assert decoded.log_p == pytest.approx(max(expected), rel=1e-3, abs=1e-3)
-        assert expected[decoded.number] == pytest.approx(max(expected), rel=1e-3, abs=1e-3)
+        assert expected[decoded.index] == pytest.approx(max(expected), rel=1e-3, abs=1e-3)

@@ -43,11 +43,11 @@ class Table:
     """A model whose next token depends on the last one alone, by logits (letters, letters)."""
 
     def __init__(self, logits, repetition_penalty=None):
-        self.logits, self.fed, self.ends = logits, [], {END}
-        self.tokenizer = SimpleNamespace(decode=self.text)
+        self.logits, self.fed, self.end_tokens = logits, [], {END}
+        self.tokenizer = SimpleNamespace(decode=self.decode)
         self.model = Forward(self.forward, SimpleNamespace(repetition_penalty=repetition_penalty))
 
-    def text(self, ids):
+    def decode(self, ids):
         return "".join(LETTERS[i] for i in ids)
 
     def forward(self, input_ids, attention_mask, position_ids, **given):
@@ -180,28 +180,28 @@ def test_a_seed_draws_the_same_again_and_leaves_torchs_own_state_alone():
 )
 def test_how_often_a_token_is_drawn(temperature, top_p, expected):
     logits = torch.log(torch.tensor([0.2, 0.5, 0.3])).expand(20_000, -1)
-    drawn = generate._choose(logits, Sampling(temperature=temperature, top_p=top_p), torch.Generator().manual_seed(0))
+    drawn = generate.sample_tokens(logits, Sampling(temperature=temperature, top_p=top_p), torch.Generator().manual_seed(0))
     shares = (torch.bincount(drawn, minlength=3) / 20_000)[[1, 2, 0]]
     assert shares.tolist() == pytest.approx(expected, abs=0.015)
     assert [share > 0 for share in shares.tolist()] == [share > 0 for share in expected]
 
 
 def test_photos_that_were_asked_about_last_are_kept():
-    sights = PhotoCaches(3 * 10_000)
+    caches = PhotoCaches(3 * 10_000)
     for seed in (0, 1):
-        sights.of(picture(seed)).scores = torch.zeros(1000, dtype=torch.float64)
-    assert sights.of(picture(0)).scores is not None  # so that 1 is the one that was not asked about for longest
-    sights.of(picture(2)).scores = torch.zeros(1000, dtype=torch.float64)
-    sights.of(picture(2))
-    assert sights.of(picture(0)).scores is not None
-    assert sights.of(picture(1)).scores is None
+        caches.get(picture(seed)).scores = torch.zeros(1000, dtype=torch.float64)
+    assert caches.get(picture(0)).scores is not None  # so that 1 is the one that was not asked about for longest
+    caches.get(picture(2)).scores = torch.zeros(1000, dtype=torch.float64)
+    caches.get(picture(2))
+    assert caches.get(picture(0)).scores is not None
+    assert caches.get(picture(1)).scores is None
 
 
 def test_photos_of_the_same_bytes_and_another_shape_are_others():
-    sights, wide = PhotoCaches(1_000_000), picture(1, (20, 10))
-    sights.of(wide).scores = torch.zeros(3)
-    assert sights.of(wide.copy()).scores is not None
-    assert sights.of(Image.frombytes("RGB", (10, 20), wide.tobytes())).scores is None
+    caches, wide = PhotoCaches(1_000_000), picture(1, (20, 10))
+    caches.get(wide).scores = torch.zeros(3)
+    assert caches.get(wide.copy()).scores is not None
+    assert caches.get(Image.frombytes("RGB", (10, 20), wide.tobytes())).scores is None
     nothing = PhotoCaches(0)
-    nothing.of(wide).scores = torch.zeros(3)
-    assert nothing.of(wide).scores is None
+    nothing.get(wide).scores = torch.zeros(3)
+    assert nothing.get(wide).scores is None

@@ -54,7 +54,7 @@ def test_what_answers_share_is_there_once(sequences):
 @given(TOKENS)
 @settings(deadline=None)
 def test_beginnings_are_as_long_as_it_takes_to_tell_answers_apart(sequences):
-    beginnings = Trie.build(sequences).beginnings()
+    beginnings = Trie.build(sequences).unique_prefixes()
     for sequence, end in zip(sequences, beginnings.ends.tolist(), strict=True):
         said, others = beginnings.path(end), [other for other in sequences if other != sequence]
         assert said == sequence[: len(said)]
@@ -66,7 +66,7 @@ def test_beginnings_are_as_long_as_it_takes_to_tell_answers_apart(sequences):
 @settings(deadline=None)
 def test_parts_cover_it(sequences, most):
     trie = Trie.build(sequences)
-    parts = list(trie.parts(most))
+    parts = list(trie.chunks(most))
     assert np.concatenate([part.ends for part in parts]).tolist() == sorted(set(trie.ends.tolist()))
     for part in parts:
         assert len(part.nodes) <= most or len(part.ends) == 1
@@ -107,5 +107,5 @@ def test_what_can_be_no_trie():
 def test_ten_thousand_addresses():
     sequences = [[i % 7, 100 + i % 50, 1000 + i, 5, 6, 9] for i in range(10_000)]
     trie = Trie.build(sequences)
-    assert sum(len(part.ends) for part in trie.parts(256)) == 10_000
+    assert sum(len(part.ends) for part in trie.chunks(256)) == 10_000
     assert trie.tokens.dtype == np.int64

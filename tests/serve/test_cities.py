@@ -85,14 +85,14 @@ class Scored(VllmModel):
 
     async def _address_scores(self, photo: str, answers: Sequence[str]) -> np.ndarray:
         scores = self.localizer.address_scores([Image.open(BytesIO(decode_base64(photo)))])[0]
-        of_text = dict(zip([address.text() for address in self.localizer.known_city().addresses], scores, strict=True))
+        of_text = dict(zip([address.text() for address in self.localizer.require_gazetteer().addresses], scores, strict=True))
         return np.array([of_text[answer] for answer in answers])
 
 
 def test_vllm_reads_addresses_as_far_as_transformers_does(systems: list[Path]) -> None:
     localizer = Localizer(systems[0] / "merged")
-    texts = [address.text() for address in localizer.known_city().addresses]
-    trie = localizer.trie(texts).beginnings()
+    texts = [address.text() for address in localizer.require_gazetteer().addresses]
+    trie = localizer.trie(texts).unique_prefixes()
     assert list(unique_prefix_lengths(systems[0] / "merged", texts).values()) == trie.depths[trie.ends].tolist()
 
 

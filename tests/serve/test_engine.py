@@ -191,4 +191,4 @@ def test_memory_for_photos_is_shared_by_the_cities_of_a_replica(systems: list[Pa
     given = service.ServiceSettings(cities=[str(s) for s in systems], dtype="float32", photo_memory_mb=8, cities_per_replica=4)
     engine = Engine(given, find_cities(given))
     engine.add_city("toytown")
-    assert engine.localizers["toytown"]._sights.most_bytes == 2 * 2**20
+    assert engine.localizers["toytown"].photo_caches.max_bytes == 2 * 2**20

@@ -114,7 +114,7 @@ def picture(seed, size=(40, 30)):
 @torch.inference_mode()
 def log_likelihoods(localizer, image, question, answers):
     """ln p(answer and its end | image, question) of each answer, float64 (answers,), by the package's own scorer."""
-    prefix = localizer.read_one(localizer.prompt([user_turn(question)]), [image])
+    prefix = localizer.prefill_prompt(localizer.prompt([user_turn(question)]), [image])
     return SequenceScorer(localizer, localizer.trie(answers)).score(prefix)[0]
 
 
