@@ -1,8 +1,8 @@
-"""What the districts of a city are: polygons of a table, or what an OpenStreetMap extract offers.
+"""Which areas are the districts of a city, and which district a point is in.
 
-An extract offers administrative areas of several levels, areas of parts of the town (`place=suburb`, `quarter`, …), and the
-middles of such parts as nodes; of nodes the district of a point is the nearest one (Voronoi cells, cut off at the edge of
-the extract).
+An OpenStreetMap extract has administrative areas of several levels, areas of parts of the town (`place=suburb`, `quarter`,
+…), and the centres of such parts as nodes; of nodes the district of a point is the nearest one (Voronoi cells, cut off at the
+edge of the extract).
 """
 
 from collections import Counter
@@ -17,24 +17,40 @@ from shapely.geometry.base import BaseGeometry
 from addressvlm.dataset.geo_files import DISTRICT_PLACES, GeoExtract, GeoFeature, is_district
 from addressvlm.errors import InputError
 
-Source = Literal["auto", "polygons", "admin", "place"]
+DistrictSource = Literal["auto", "polygons", "admin", "place"]
 Layer = list[GeoFeature]  # areas that are districts together
 
-COVERS = 0.9  # share of the streets that the districts of a layer must cover to be chosen by themselves
+MIN_COVERAGE = 0.9  # share of the streets that a layer must cover to be chosen
+Floats = NDArray[np.float64]
+
+DISTRICT_TOLERANCE_M = 50.0  # a point in a gap or just off the edge (a quay, a bridge) belongs to the polygon beside it
+CELL_DEG = 0.0006  # 67 m from south to north
+MAX_CELLS = 1 << 22  # of a whole country they are larger
+METRE_DEG = 1 / 110_574  # the most degrees of latitude that a metre is
+FAR_M = 1e9  # coordinate of a point that can't be projected
+# Codes of a grid cell besides the district that covers it.
+NO_DISTRICT = -1  # none is near
+MIXED = -2  # depends on the point
+UNCLASSIFIED = -3
 
 
 def choose_districts(
-    extract: GeoExtract, streets: NDArray[np.object_], path: str, source: Source = "auto", admin_level: int | None = None
+    extract: GeoExtract,
+    streets: NDArray[np.object_],
+    path: str,
+    source: DistrictSource = "auto",
+    admin_level: int | None = None,
 ) -> Layer:
-    """The areas that are the districts, from a file of which all named objects have been read.
+    """The areas that are the districts, from the named objects of a file.
 
-    `auto` takes the first of these that covers nine of ten streets with two districts or more, yet fewer than half as many
-    as there are streets: administrative areas from the finest level, areas of parts of the town from the finest, cells around
-    the middles of such parts. Where none does, the layer that covers most. A table without such tags is all districts.
+    `auto` takes the first layer that covers nine of ten streets with two districts or more, yet fewer than half as many as
+    there are streets: administrative areas from the finest level, areas of parts of the town from the finest, cells around
+    the centres of such parts. Where none does, the layer that covers most. In a table without such tags all areas are
+    districts.
 
     Args:
         streets: a point in degrees (lon, lat) on each named street.
-        path: of the file, for errors.
+        path: for errors.
 
     Raises:
         InputError: the file has no named district of that source or level.
@@ -53,13 +69,17 @@ def choose_districts(
     layers["auto"] = admin + parts + layers["place"] or layers["polygons"]
     candidates = layers[source]
     if not candidates:
-        raise InputError(_nothing(path, source, admin_level, extract, areas))
+        raise InputError(_no_districts(path, source, admin_level, extract, areas))
     if len(streets) == 0:
         return candidates[0]
-    shares = [_share(layer, streets) for layer in candidates]
-    several = [2 <= len(layer) < max(len(streets) / 2, 3) for layer in candidates]
-    best = max(range(len(candidates)), key=lambda i: (shares[i] >= COVERS and several[i], min(shares[i], COVERS), -i))
-    return candidates[best]
+
+    def score(i: int) -> tuple[bool, float, int]:
+        inside = shapely.STRtree([f.shape for f in candidates[i]]).query(streets, predicate="intersects")[0]
+        coverage = len(np.unique(inside)) / len(streets)
+        plausible = 2 <= len(candidates[i]) < max(len(streets) / 2, 3)
+        return coverage >= MIN_COVERAGE and plausible, min(coverage, MIN_COVERAGE), -i
+
+    return candidates[max(range(len(candidates)), key=score)]
 
 
 def _admin_layers(areas: Sequence[GeoFeature], admin_level: int | None) -> list[Layer]:
@@ -73,39 +93,35 @@ def _admin_layers(areas: Sequence[GeoFeature], admin_level: int | None) -> list[
 
 
 def _cell_layers(extract: GeoExtract) -> list[Layer]:
-    """Cells around the middles of parts of the town, the kind of part with the most of them first."""
+    """Cells around the centres of parts of the town, the kind of part with the most of them first."""
     points = [f for f in extract.features if f.dimension == 0]
     layers = [layer for place in DISTRICT_PLACES if (layer := [f for f in points if f.tags.get("place") == place])]
     return [district_cells(layer, shapely.box(*extract.bounds)) for layer in sorted(layers, key=len, reverse=True)]
 
 
 def district_cells(points: Sequence[GeoFeature], within: BaseGeometry) -> Layer:
-    """The part of `within` that is nearer to each of the points (degrees) than to any other; of two at one spot the first."""
-    squeeze = np.array([np.cos(np.radians(np.mean([p.shape.y for p in points]))), 1])
+    """Voronoi cells: the part of `within` nearer to a point (degrees) than to any other; of points at one spot the first."""
+    scale = np.array([np.cos(np.radians(np.mean([p.shape.y for p in points]))), 1])
     first = {p.shape.coords[0]: p for p in reversed(points)}
-    sites = shapely.MultiPoint(np.array(list(first)) * squeeze)
-    area = shapely.transform(within, lambda c: c * squeeze)
+    sites = shapely.MultiPoint(np.array(list(first)) * scale)
+    area = shapely.transform(within, lambda c: c * scale)
     if len(first) == 1:
         return [GeoFeature(point.tags, within) for point in first.values()]
-    found = shapely.get_parts(shapely.voronoi_polygons(sites, extend_to=area, ordered=True))
-    cut = shapely.transform(shapely.intersection(found, area), lambda c: c / squeeze)
-    return [GeoFeature(p.tags, cell) for p, cell in zip(first.values(), cut, strict=True) if not cell.is_empty]
+    voronoi = shapely.get_parts(shapely.voronoi_polygons(sites, extend_to=area, ordered=True))
+    cells = shapely.transform(shapely.intersection(voronoi, area), lambda c: c / scale)
+    return [GeoFeature(p.tags, cell) for p, cell in zip(first.values(), cells, strict=True) if not cell.is_empty]
 
 
-def _share(layer: Layer, streets: NDArray[np.object_]) -> float:
-    """Share of the points that are in some area of the layer."""
-    inside = shapely.STRtree([f.shape for f in layer]).query(streets, predicate="intersects")[0]
-    return len(np.unique(inside)) / len(streets)
-
-
-def _nothing(path: str, source: Source, admin_level: int | None, extract: GeoExtract, areas: Sequence[GeoFeature]) -> str:
-    """The sentence for a file without districts."""
+def _no_districts(
+    path: str, source: DistrictSource, admin_level: int | None, extract: GeoExtract, areas: Sequence[GeoFeature]
+) -> str:
+    """The error for a file without districts."""
     if source == "admin":
         counts = Counter(f.tags["admin_level"] for f in areas if f.tags.get("admin_level"))
         offer = ", ".join(f"{level} ({n})" for level, n in sorted(counts.items())) or "none"
         level = "" if admin_level is None else f" of level {admin_level}"
         return (
-            f"{path} has no whole administrative area{level}: set city.admin_level to one of the levels it has ({offer}), or "
+            f"{path} has no complete administrative area{level}: set city.admin_level to a level that it has ({offer}), or "
             f"city.district_source to place."
         )
     if source == "place":
@@ -118,22 +134,8 @@ def _nothing(path: str, source: Source, admin_level: int | None, extract: GeoExt
     )
 
 
-Floats = NDArray[np.float64]
-
-DISTRICT_TOLERANCE_M = 50.0  # a point in a gap or just off the edge (a quay, a bridge) belongs to the polygon beside it
-CELL_DEG = 0.0006  # 67 m from south to north
-MOST_CELLS = 1 << 22  # of a whole country they are larger
-METRE_DEG = 1 / 110_574  # the most degrees of latitude that a metre is
-FAR_M = 1e9  # where a point is that the projection can't place
-NO_DISTRICT, SEVERAL_DISTRICTS, UNKNOWN_DISTRICT = (
-    -1,
-    -2,
-    -3,
-)  # of a cell: no district near, points must be looked at, cell hasn't been looked at
-
-
 class DistrictIndex:
-    """Polygons under a grid of degrees: most points are in a cell that is in one polygon altogether."""
+    """Polygons under a grid of degrees: most points are in a cell that one polygon covers completely."""
 
     def __init__(
         self, degrees: NDArray[np.object_], metres: NDArray[np.object_], to_metres: Callable[..., tuple[Floats, Floats]]
@@ -144,15 +146,15 @@ class DistrictIndex:
         shapely.prepare(degrees)
         self._tree, self._tree_metres = shapely.STRtree(degrees), shapely.STRtree(metres)
         west, south, east, north = shapely.total_bounds(degrees) if len(degrees) else (0.0, 0.0, 0.0, 0.0)
-        squeeze = np.cos(np.radians(max(abs(south), abs(north))))
-        self._margin = DISTRICT_TOLERANCE_M * METRE_DEG / max(squeeze, 0.01)  # in degrees, too much rather than too little
+        scale = np.cos(np.radians(max(abs(south), abs(north))))
+        self._margin = DISTRICT_TOLERANCE_M * METRE_DEG / max(scale, 0.01)  # in degrees, at least the tolerance
         self._corner = np.array([west, south])
-        self._side = max(CELL_DEG, float(np.sqrt((east - west) * (north - south) / MOST_CELLS)))
+        self._side = max(CELL_DEG, float(np.sqrt((east - west) * (north - south) / MAX_CELLS)))
         shape = [int(length / self._side) + 1 for length in (east - west, north - south)]
-        self._cells = np.full(shape, UNKNOWN_DISTRICT, np.int32)
+        self._cells = np.full(shape, UNCLASSIFIED, np.int32)
 
     def codes(self, lat: Floats, lon: Floats) -> NDArray[np.int32]:
-        """For N points the position of the polygon around each, the smallest if they overlap, or of the one beside it.
+        """For N points the position of the polygon that contains each (the smallest if they overlap), else of the nearest one.
 
         -1 for a point further than the tolerance from all of them.
         """
@@ -162,18 +164,18 @@ class DistrictIndex:
         column, row = ((v - c) / self._side for v, c in zip((lon, lat), (*self._corner,), strict=True))
         inside = (column >= 0) & (row >= 0) & (column < columns) & (row < rows)
         cell = np.where(inside, column, 0).astype(np.int64) * rows + np.where(inside, row, 0).astype(np.int64)
-        self._look_at(cell)
-        codes = np.where(inside, self._cells.ravel()[cell], np.int32(SEVERAL_DISTRICTS))
-        rest = np.flatnonzero(codes == SEVERAL_DISTRICTS)
-        codes[rest] = self._around(lat[rest], lon[rest])
-        beside = rest[codes[rest] < 0]
-        codes[beside] = self._beside(lat[beside], lon[beside])
+        self._classify(cell)
+        codes = np.where(inside, self._cells.ravel()[cell], np.int32(MIXED))
+        rest = np.flatnonzero(codes == MIXED)
+        codes[rest] = self._containing(lat[rest], lon[rest])
+        outside = rest[codes[rest] < 0]
+        codes[outside] = self._nearest(lat[outside], lon[outside])
         return codes
 
-    def _look_at(self, cell: NDArray[np.int64]) -> None:
-        """Find what there is to know about the cells that haven't been looked at."""
-        known = self._cells.ravel()
-        new = np.unique(cell[known[cell] == UNKNOWN_DISTRICT])
+    def _classify(self, cell: NDArray[np.int64]) -> None:
+        """Fill in the codes of cells that are used for the first time."""
+        codes = self._cells.ravel()
+        new = np.unique(cell[codes[cell] == UNCLASSIFIED])
         if not len(new):
             return
         column, row = np.divmod(new, self._cells.shape[1])
@@ -186,14 +188,14 @@ class DistrictIndex:
         cell, polygon = cell[near], polygon[near]
         inside = shapely.intersects(self._degrees[polygon], cells[cell])
         alone = np.bincount(cell, inside, len(new))[cell] == 1
-        whole = shapely.contains_properly(self._degrees[polygon], cells[cell]) & alone
-        found = np.full(len(new), NO_DISTRICT, dtype=np.int32)
-        found[cell] = SEVERAL_DISTRICTS
-        found[cell[whole]] = polygon[whole]
-        known[new] = found
+        covered = shapely.contains_properly(self._degrees[polygon], cells[cell]) & alone
+        new_codes = np.full(len(new), NO_DISTRICT, dtype=np.int32)
+        new_codes[cell] = MIXED
+        new_codes[cell[covered]] = polygon[covered]
+        codes[new] = new_codes
 
-    def _around(self, lat: Floats, lon: Floats) -> NDArray[np.int32]:
-        """The smallest polygon around each point, -1 where there is none."""
+    def _containing(self, lat: Floats, lon: Floats) -> NDArray[np.int32]:
+        """The smallest polygon that contains each point, -1 where there is none."""
         points = shapely.points(lon, lat)
         point, polygon = self._tree.query(points)  # by bounding box
         inside = shapely.intersects(self._degrees[polygon], points[point])
@@ -203,7 +205,7 @@ class DistrictIndex:
         codes[point[smallest_last]] = polygon[smallest_last]
         return codes
 
-    def _beside(self, lat: Floats, lon: Floats) -> NDArray[np.int32]:
+    def _nearest(self, lat: Floats, lon: Floats) -> NDArray[np.int32]:
         """The nearest polygon within the tolerance, of equally near ones the smallest; -1 where there is none."""
         xy = np.column_stack(self._to_metres(lat, lon))
         points = shapely.points(np.where(np.isfinite(xy).all(axis=1, keepdims=True), xy, FAR_M))

@@ -315,7 +315,7 @@ def _reason(spots: _PlacePositions, i: int, near: _Near, streets: StreetMap, cit
     if not no_street:
         return f"outside all districts: {lat:.5f}, {lon:.5f}"
     if city.geocoder is not None:
-        return f"no geocoded street: none for {lat:.5f}, {lon:.5f}, nor within {external_geocoder.FILL_M:g} m of it"
+        return f"no geocoded street: none for {lat:.5f}, {lon:.5f}, nor within {external_geocoder.MAX_FILL_M:g} m of it"
     distance = f"{nearest} is {near.metres[i]:.0f} m away" if nearest else "none is near"
     return f"no street near: {distance}, the limit is {city.max_distance_m:g} m"
 

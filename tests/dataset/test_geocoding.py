@@ -267,7 +267,7 @@ def test_a_city_without_maps_takes_the_geocoders_district(tmp_path: Path) -> Non
         city = CityConfig(manifest="m.csv", geocoder=geocoder)
         places, _, rejects = assign_addresses(photos, StreetMap.load(None, centre=(NORTH, EAST)), city)
     assert [p.address.text() for p in places.values()] == ["Mill Street, Oakland"]
-    limit = f"{external_geocoder.FILL_M:g} m"
+    limit = f"{external_geocoder.MAX_FILL_M:g} m"
     assert [r["reason"] for r in rejects] == [f"no geocoded street: none for 0.02698, 30.00000, nor within {limit} of it"]
 
 
@@ -296,7 +296,7 @@ def test_the_geocoder_is_asked_by_the_settings(town: StreetMap, monkeypatch: pyt
 
 
 def test_ties_of_the_geocoder_are_ambiguous(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(external_geocoder.KEY, "k")
+    monkeypatch.setenv(external_geocoder.API_KEY_VARIABLE, "k")
     route = {"types": ["route"]}
     results = [
         {"address_components": [{"long_name": name, **route}, {"long_name": "Oakland", "types": ["neighborhood"]}]}

@@ -1,15 +1,18 @@
-"""Photos as they come"""
+"""Photos of all formats, and views cut out of panoramas"""
 
 import io
+import math
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from addressvlm.dataset.photos import check_photo
+from addressvlm.dataset.photos import check_photo, cut_view, is_equirectangular, useful_width, view_positions
 
 
 def encoded(kind: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (40, 20), **options: Any) -> bytes:
@@ -117,3 +120,129 @@ def test_a_photo_at_an_address(tmp_path: Path) -> None:
     path.write_bytes(encoded())
     assert check_photo(path.as_uri(), 1) == path.read_bytes()
     assert str(check_photo("nowhere://bucket/photo.jpg", 1)).startswith("photo unreadable: ")
+
+
+# views of panoramas
+
+
+def noise(width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (width // 2, width, 3), dtype=np.uint8))
+
+
+def ramp(width: int) -> np.ndarray:
+    """A panorama in which red tells the column and green the row, both as a share of 250."""
+    column, row = np.meshgrid(np.arange(width) / width, np.arange(width // 2) / (width // 2))
+    return np.stack([column * 250, row * 250, column * 0], axis=-1)
+
+
+@given(st.floats(20, 140), st.integers(1, 200), st.integers(16, 2000))
+@settings(max_examples=60, deadline=None)
+def test_the_middle_of_a_view_is_the_middle_of_the_panorama(fov_deg: float, half: int, width: int) -> None:
+    column, row = view_positions(fov_deg, 2 * half + 1, width, width // 2)
+    assert column[half, half] == pytest.approx(width / 2 - 0.5, abs=1e-3)
+    assert row[half, half] == pytest.approx(width // 2 / 2 - 0.5, abs=1e-3)
+
+
+@given(st.floats(20, 140), st.integers(8, 300))
+@settings(max_examples=60, deadline=None)
+def test_the_edges_of_a_view_are_half_its_field_apart(fov_deg: float, pixels: int) -> None:
+    width = 3600
+    column, row = view_positions(fov_deg, pixels, width, width // 2)
+    per_degree = width / 360
+    focal = pixels / 2 / math.tan(math.radians(fov_deg / 2))
+    last = math.degrees(math.atan((pixels / 2 - 0.5) / focal))  # of the outermost pixel's middle
+    middle = pixels // 2
+    right = (column[middle, -1] - (width / 2 - 0.5)) / per_degree
+    assert right == pytest.approx(last, abs=0.01)
+    assert column[middle, 0] - (width / 2 - 0.5) == pytest.approx(-right * per_degree, abs=0.05)
+    if pixels % 2:
+        assert ((width / 4 - 0.5) - row[0, middle]) / per_degree == pytest.approx(last, abs=0.01)
+    assert row.min() >= 0
+    assert row.max() <= width // 2 - 1
+
+
+@given(st.integers(0, 63), st.sampled_from([60.0, 90.0, 120.0]))
+@settings(max_examples=30, deadline=None)
+def test_turning_the_heading_rolls_the_panorama(columns: int, fov_deg: float) -> None:
+    panorama = noise(64)
+    rolled = Image.fromarray(np.roll(np.asarray(panorama), -columns, axis=1))
+    turned = cut_view(panorama, columns * 360 / 64, fov_deg, 24)
+    straight = cut_view(rolled, 0, fov_deg, 24)
+    assert np.abs(np.asarray(turned, int) - np.asarray(straight, int)).max() <= 1
+
+
+def test_headings_are_cyclic_and_wrap_around_the_seam() -> None:
+    panorama = noise(64)
+    for heading in (-90.0, 0.0, 180.0):
+        assert np.array_equal(cut_view(panorama, heading, 90, 16), cut_view(panorama, heading + 360, 90, 16))
+    flat = np.full((32, 64, 3), 10, np.uint8)
+    flat[:, :4] = flat[:, -4:] = 200  # a stripe behind the camera
+    behind = np.asarray(cut_view(Image.fromarray(flat), 180, 90, 33))
+    assert behind[16, 16].tolist() == [200] * 3
+    assert np.array_equal(behind, behind[:, ::-1])
+
+
+def test_golden_view_of_a_ramp() -> None:
+    view = np.asarray(cut_view(Image.fromarray(ramp(360).astype(np.uint8)), 60, 90, 5)).astype(int)
+    degrees = [math.degrees(math.atan(x / 2.5)) for x in (-2, -1, 0, 1, 2)]
+    assert view[2, :, 0].tolist() == pytest.approx([(180 + 60 + d - 0.5) / 360 * 250 for d in degrees], abs=1.2)
+    assert view[:, 2, 1].tolist() == pytest.approx([(90 + d - 0.5) / 180 * 250 for d in degrees], abs=1.2)
+    corner = math.degrees(math.atan(2 / math.hypot(2, 2.5)))  # lines of equal height bend towards the horizon
+    assert view[0, 0, 1] == pytest.approx((90 - corner - 0.5) / 180 * 250, abs=1.2)
+
+
+def test_a_fine_panorama_is_shrunk_before_it_is_sampled() -> None:
+    checked = np.indices((512, 1024)).sum(axis=0) % 2 * 255
+    panorama = Image.fromarray(np.repeat(checked[..., None], 3, axis=2).astype(np.uint8))
+    assert panorama.width > 2 * useful_width(90, 64)
+    assert np.abs(np.asarray(cut_view(panorama, 10, 90, 64), int) - 127.5).max() < 20  # picked out, pixels are 127.5 off
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((4096, 2048), True), ((4000, 2001), True), ((3328, 512), False), ((4000, 3000), False), ((2048, 4096), False)],
+)
+def test_only_two_to_one_is_a_panorama(size: tuple[int, int], expected: bool) -> None:
+    assert is_equirectangular(*size) is expected
+
+
+def test_a_photo_checked_as_a_panorama_gives_its_view(tmp_path: Path) -> None:
+    path = tmp_path / "round.png"
+    panorama = Image.fromarray(ramp(128).astype(np.uint8))
+    panorama.save(path)
+    data = check_photo(path, 1, view=45.0, fov_deg=90.0, pixels=32)
+    assert isinstance(data, bytes)
+    with Image.open(io.BytesIO(data)) as view:
+        assert (view.format, view.size, view.mode) == ("JPEG", (32, 32), "RGB")
+        difference = np.asarray(view, int) - np.asarray(cut_view(panorama, 45, 90, 32), int)
+    assert np.abs(difference).max() <= 8  # the loss of one JPEG
+    assert check_photo(path, 1, view=135.0, fov_deg=90.0, pixels=32) != data
+
+
+def test_a_scaled_jpeg_shows_the_same_as_a_whole_one(tmp_path: Path) -> None:
+    smooth = Image.fromarray(ramp(2048).astype(np.uint8))
+    smooth.save(tmp_path / "round.jpg", quality=95)
+    data = check_photo(tmp_path / "round.jpg", 10, view=30.0, fov_deg=90.0, pixels=64)
+    assert isinstance(data, bytes)
+    with Image.open(io.BytesIO(data)) as view:
+        difference = np.asarray(view, int) - np.asarray(cut_view(smooth, 30, 90, 64), int)
+    assert np.abs(difference).max() <= 8
+
+
+@pytest.mark.parametrize(("size", "reason"), [((96, 64), "not a panorama: "), ((40, 8), "photo too small: ")])
+def test_what_is_no_panorama_is_told(tmp_path: Path, size: tuple[int, int], reason: str) -> None:
+    path = tmp_path / "flat.jpg"
+    Image.new("RGB", size).save(path)
+    answer = check_photo(path, 1, view=0.0, fov_deg=90.0, pixels=32)
+    assert isinstance(answer, str)
+    assert answer.startswith(reason)
+    assert f"{size[0]}x{size[1]}" in answer
+
+
+def test_a_damaged_panorama_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "round.jpg"
+    noise(512).save(path)
+    path.write_bytes(path.read_bytes()[:20_000])
+    answer = check_photo(path, 1, view=0.0, fov_deg=90.0, pixels=32)
+    assert isinstance(answer, str)
+    assert answer.startswith("photo damaged: ")

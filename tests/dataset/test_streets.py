@@ -1,4 +1,4 @@
-"""Nearest streets and districts of many points at once"""
+"""Streets and districts near many points at once, and names of streets"""
 
 import math
 
@@ -9,9 +9,11 @@ import shapely
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from addressvlm.dataset.streets import StreetMap
+from addressvlm.dataset.geo_files import GeoExtract, GeoFeature
+from addressvlm.dataset.streets import StreetMap, select_streets
 from addressvlm.gazetteer import spatial_index
 from addressvlm.gazetteer.spatial_index import NearestStreets
+from tests.support.osm_writer import STEP
 
 coordinate = st.integers(-150, 150)
 point = st.tuples(coordinate, coordinate)
@@ -195,3 +197,52 @@ def test_a_square_is_a_street_with_an_area() -> None:
     streets = StreetMap(["Plaza", "Mill Street"], [square, shapely.LineString([(0, 0), (0.01, 0)])])
     assert streets.around([-0.0005], [-0.0005], 80)[0] == [("Plaza", 0.0), ("Mill Street", pytest.approx(78.4, abs=0.5))]
     assert streets.street_shapes(["Plaza", "None"])["Plaza"].equals(square)
+
+
+# names
+
+
+def named_line(name: str, *points: tuple[float, float]) -> GeoFeature:
+    return GeoFeature({"name": name}, shapely.LineString(np.array(points) * STEP))
+
+
+def test_spellings_of_one_street_are_one_and_of_two_streets_two() -> None:
+    found = select_streets(
+        GeoExtract.from_features(
+            [
+                named_line("Forbes Ave", (0, 0), (1, 0)),
+                named_line("Forbes Avenue", (1, 0), (2, 0)),
+                named_line("Forbes Avenue", (2, 0), (3, 0)),
+                named_line("FORBES AVE", (3, 0), (4, 0)),
+                named_line("Forbes Ave", (50, 0), (51, 0)),  # elsewhere, and part of it all the same: it has the spelling
+                named_line("Mill Road", (0, 3), (1, 3)),
+                named_line("Mill Rd", (90, 3), (91, 3)),
+                named_line("E Street", (0, 5), (5, 5)),
+                named_line("East Street", (2, 4), (2, 6)),
+            ]
+        ),
+        "streets.geojson",
+    )
+    assert sorted(set(found.names)) == ["E Street", "East Street", "Forbes Avenue", "Mill Rd", "Mill Road"]
+    assert found.variants == {"Forbes Avenue": ["Forbes Ave", "FORBES AVE"]}
+
+
+def test_areas_and_points_of_a_table_count_unless_openstreetmap_says_otherwise() -> None:
+    square, stop = (
+        GeoFeature({"name": "Plaza"}, shapely.box(0, 0, STEP, STEP)),
+        GeoFeature({"name": "Stop"}, shapely.Point(0, 0)),
+    )
+    street = named_line("Mill Road", (0, 3), (1, 3))
+    assert select_streets(GeoExtract.from_features([square, stop, street]), "t").names == ["Plaza", "Stop", "Mill Road"]
+    tagged = GeoFeature({"name": "Plaza", "highway": "pedestrian"}, square.shape)
+    assert select_streets(GeoExtract.from_features([tagged, stop, street]), "t").names == ["Plaza", "Mill Road"]
+
+
+@pytest.mark.parametrize(("azimuth", "metres", "streets"), [(90, 45, 1), (90, 55, 2), (0, 45, 1), (0, 55, 2)])
+@pytest.mark.parametrize("lat", [0.0, 60.0, -60.0])
+def test_spellings_belong_together_up_to_50_m_of_the_globe(lat: float, azimuth: float, metres: float, streets: int) -> None:
+    """The gap between two ways of one name, to the east or the north."""
+    globe = pyproj.Geod(ellps="WGS84")
+    at = [globe.fwd(25.0, lat, azimuth, d)[:2] for d in (0, 100, 100 + metres, 200 + metres)]
+    ways = [GeoFeature({"name": name}, shapely.LineString(at[i : i + 2])) for i, name in ((0, "Mill Rd"), (2, "Mill Road"))]
+    assert len(set(select_streets(GeoExtract.from_features(ways), "t").names)) == streets
