@@ -81,9 +81,11 @@ def test_photos_of_one_batch_are_located_as_each_alone(engine: Engine) -> None:
 
 
 def test_photos_of_one_city_go_through_the_model_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, beliefs = [], Localizer.beliefs
+    sizes, distributions = [], Localizer.address_distributions
     monkeypatch.setattr(
-        Localizer, "beliefs", lambda self, images, priors: sizes.append(len(images)) or beliefs(self, images, priors)
+        Localizer,
+        "address_distributions",
+        lambda self, images, priors: sizes.append(len(images)) or distributions(self, images, priors),
     )
     engine.localize(
         [LocalizeQuery(city, pixels(3), 1, Prior(), None) for city in ("toytown", "st-alder", "toytown", "toytown")]
