@@ -1,8 +1,8 @@
-"""The address of each place: from the table where it says so, else by the rules of paper 002 (Sec. 5.1 and A.2) and offline.
+"""The address of each place: from the table where it has one, else by the rules of paper 002 (Sec. 5.1 and A.2), offline.
 
-The street is the nearest named one within a limit, lines of the street map only: buildings and their addresses are set
-aside. Neighbours may vote (addressvlm/dataset/geocoding.py), an external geocoder may be asked instead
-(addressvlm/dataset/external_geocoder.py), corners are marked ambiguous, the district is the polygon around.
+The street is the nearest named one within a limit, by the lines of the street map only: buildings and their addresses are
+ignored. Neighbours may vote, an external geocoder may replace the map (addressvlm/dataset/external_geocoder.py), corners are
+marked ambiguous, the district is the polygon that contains the place.
 """
 
 from collections import Counter, defaultdict
@@ -23,7 +23,131 @@ from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import Address
 from addressvlm.gazetteer.name_matcher import normalize_name
 
-ROWS_AT_A_TIME = 1 << 18  # bounds the memory beside the columns themselves
+CROSS_STREET_M = 200.0  # how far a street may be and still be called the nearest other one
+MAX_VOTERS = 64  # to each side
+CHUNK_ROWS = 1 << 18  # bounds the memory besides the columns themselves
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one or several photos were taken (one panorama), and its address."""
+
+    id: str
+    lat: float  # mean of its photos, degrees
+    lon: float
+    x: float  # the same in metres on the plane of the street map
+    y: float
+    address: Address
+    distance_m: float | None  # to the street, None if the map does not have it near
+    cross_street: str | None  # nearest street of another name
+    ambiguous: bool  # that other street is so near that the address may be judged wrong
+    source: str = "map"  # of the street: manifest, map, nominatim, google, or neighbour (a geocoder's answer from next to it)
+    margin_m: float | None = None  # distance to the other street minus that to its own; below 0 if the other is nearer
+    second_street: str | None = None  # that other street
+    sub_street: str | None = None  # None without city.partition, unless the table has it
+
+
+@dataclass(frozen=True)
+class _Places:
+    """The places as N rows, in the order of the table."""
+
+    ids: list[str]
+    photos: list[list[Photo]]
+    lat: NDArray[np.float64]
+    lon: NDArray[np.float64]
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+
+    def column(self, name: str) -> list[str | None]:
+        """The value of most photos of each place, None where there is none."""
+        return [_majority(photos, name) for photos in self.photos]
+
+
+@dataclass(frozen=True)
+class _StreetChoice:
+    """The street of a place and its source; a geocoder has more to say."""
+
+    street: str | None
+    source: str
+    district: str | None = None
+    second: str | None = None
+    tie: bool = False
+
+
+def assign_addresses(
+    photos: Sequence[Photo], streets: StreetMap, city: CityConfig, seed: int = 0, cache_file: Path | None = None
+) -> tuple[dict[str, Place], list[Photo], list[dict[str, Any]]]:
+    """Addresses of all places: (places by id, the photos that have one, rows of `tables.REJECTS` for the others).
+
+    Args:
+        photos: in the order of the table, which is that of the drive if the neighbours are to vote.
+        seed: draws the places that are sent to an external geocoder.
+        cache_file: that geocoder's answers, unless city.geocoder.cache is set.
+
+    Raises:
+        InputError: rows lack a street (or district) and the city has no streets (or districts) file, latitude and longitude
+            are swapped, or the geocoder can't be used.
+    """
+    _check_inputs(photos, streets, city)
+    rejects: list[dict[str, Any]] = []
+    rows = _group_by_place(photos, streets, city, rejects)
+    if not rows.ids:
+        return {}, [], rejects
+    nearby = annotate_coordinates(rows.lat, rows.lon, streets, CROSS_STREET_M)
+    choices = _choose_streets(rows, nearby, streets, city, seed, cache_file)
+    distances = _measure([choice.street for choice in choices], rows, nearby, streets)
+    district_names = [*streets.district_names, None]
+    given_districts, sub_streets = rows.column("district"), rows.column("sub_street")
+    places: dict[str, Place] = {}
+    addressed: list[Photo] = []
+    for i, (choice, (metres, second, second_metres)) in enumerate(zip(choices, distances, strict=True)):
+        district = given_districts[i] or district_names[nearby.district[i]] or choice.district
+        if choice.street is None or district is None:
+            reason = _reject_reason(rows, i, nearby, streets, city, choice.street is None)
+            rejects += [photo.reject(reason) for photo in rows.photos[i]]
+            continue
+        second = second or choice.second
+        places[rows.ids[i]] = Place(
+            id=rows.ids[i],
+            lat=float(rows.lat[i]),
+            lon=float(rows.lon[i]),
+            x=float(rows.x[i]),
+            y=float(rows.y[i]),
+            address=Address(choice.street, district),
+            distance_m=metres,
+            cross_street=second,
+            ambiguous=choice.tie or (second_metres is not None and second_metres <= city.ambiguous_m),
+            source=choice.source,
+            margin_m=None if metres is None or second_metres is None else second_metres - metres,
+            second_street=second,
+            sub_street=sub_streets[i],
+        )
+        addressed += rows.photos[i]
+    if city.partition is not None:
+        places = with_sub_streets(places, addressed, streets, city.partition)[0]
+    return places, addressed, rejects
+
+
+def with_sub_streets(
+    places: Mapping[str, Place],
+    photos: Sequence[Photo],
+    streets: StreetMap,
+    config: PartitionConfig,
+    counted: Collection[str] | None = None,
+) -> tuple[dict[str, Place], SubStreets]:
+    """The places with the sub-streets of a partition made for them, and the partition; sub-streets of the table stay.
+
+    Args:
+        photos: of these places.
+        counted: ids of the places that count for `min_places` (the training places); default: all.
+    """
+    given = {place: _majority(group, "sub_street") for place, group in _photos_by_place(photos).items()}
+    missing = [p for p in places.values() if not given.get(p.id)]
+    counts = [counted is None or p.id in counted for p in missing]
+    names = [p.address.street for p in missing]
+    partition = SubStreets(streets, config, names, [p.x for p in missing], [p.y for p in missing], counts)
+    computed = {p.id: name for p, name in zip(missing, partition.names, strict=True)}
+    return {i: replace(p, sub_street=computed.get(i, given.get(i))) for i, p in places.items()}, partition
 
 
 @dataclass(frozen=True)
@@ -53,260 +177,125 @@ def annotate_coordinates(lat: ArrayLike, lon: ArrayLike, streets: StreetMap, lim
     rows = len(lat)
     street, second, district = (np.full(rows, -1, dtype=np.int32) for _ in range(3))
     distance, second_distance = (np.full(rows, np.inf, dtype=np.float32) for _ in range(2))
-    for start in range(0, rows, ROWS_AT_A_TIME):
-        part = slice(start, start + ROWS_AT_A_TIME)
-        points, row = np.unique(lat[part] + 1j * lon[part], return_inverse=True)
-        here = np.ascontiguousarray(points.real), np.ascontiguousarray(points.imag)
-        first, metres, other, other_metres = streets.nearest_two(*here, limit_m)
-        street[part], distance[part] = first[row], metres[row]
-        second[part], second_distance[part] = other[row], other_metres[row]
-        district[part] = streets.district_codes(*here)[row]
+    for start in range(0, rows, CHUNK_ROWS):
+        chunk = slice(start, start + CHUNK_ROWS)
+        points, row = np.unique(lat[chunk] + 1j * lon[chunk], return_inverse=True)
+        position = np.ascontiguousarray(points.real), np.ascontiguousarray(points.imag)
+        first, metres, other, other_metres = streets.nearest_two(*position, limit_m)
+        street[chunk], distance[chunk] = first[row], metres[row]
+        second[chunk], second_distance[chunk] = other[row], other_metres[row]
+        district[chunk] = streets.district_codes(*position)[row]
     return Annotation(street, distance, second, second_distance, district)
 
 
-MOST_VOTERS = 64  # to each side
-
-
 def neighbour_vote(
-    x: NDArray[np.float64], y: NDArray[np.float64], own: NDArray[np.int32], rival: NDArray[np.int32], reach_m: float
+    x: NDArray[np.float64], y: NDArray[np.float64], nearest: NDArray[np.int32], alternative: NDArray[np.int32], radius_m: float
 ) -> NDArray[np.int32]:
-    """The street of each place after its neighbours have voted.
+    """The street of each place after a vote of its neighbours.
 
     A photo taken in passing a corner is often nearer to the crossing street than to the one it was taken on. The places
     before and after it on the same drive tell. They are those that come next to it in the order of the rows, to each side as
-    long as they stay within reach; each votes for its own nearest street. The rival wins if most voters of one side are for
-    it and those of the other side are not against it: a drive that goes straight on has it on both sides, one that turns
-    the corner has not. A tie, or no voter, keeps the own. Neighbours from elsewhere in the table have no vote, since those
-    on the crossing street would carry the corner as often as not; so rows in a random order are left as they are.
+    long as they stay within the radius; each votes for its own nearest street. The alternative wins if most voters of one
+    side are for it and those of the other side are not against it: a drive that goes straight on has it on both sides, one
+    that turns the corner has not. A tie, or no voter, keeps the nearest. Neighbours from elsewhere in the table have no vote,
+    since those on the crossing street would carry the corner as often as not; so rows in a random order stay as they are.
 
     Args:
         x, y: (N,) metres, in the order of the rows.
-        own: (N,) code of the nearest street of each place, -1 where there is none (that place has no vote).
-        rival: (N,) code of the other street that a place may be on, -1 where its own is beyond doubt.
-        reach_m: how far a voter may be.
+        nearest: (N,) code of the nearest street of each place, -1 where there is none (that place has no vote).
+        alternative: (N,) code of the other street that a place may be on, -1 where the nearest is certain.
+        radius_m: how far a voter may be.
     """
-    before, after = (_lead(x, y, own, rival, reach_m, side) for side in (-1, 1))
-    return np.where((before >= 0) & (after >= 0) & (before + after > 0), rival, own)
+    before, after = (_alternative_lead(x, y, nearest, alternative, radius_m, side) for side in (-1, 1))
+    return np.where((before >= 0) & (after >= 0) & (before + after > 0), alternative, nearest)
 
 
-def _lead(
-    x: NDArray[np.float64], y: NDArray[np.float64], own: NDArray[np.int32], rival: NDArray[np.int32], reach_m: float, side: int
+def _alternative_lead(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    nearest: NDArray[np.int32],
+    alternative: NDArray[np.int32],
+    radius_m: float,
+    side: int,
 ) -> NDArray[np.int64]:
-    """By how many votes of one side (-1 before, 1 after) the rival is ahead of each place's own street."""
+    """By how many votes of one side (-1 before, 1 after) the alternative of each place is ahead of its nearest street."""
     lead = np.zeros(len(x), dtype=np.int64)
-    place = np.flatnonzero(rival >= 0)
-    for step in range(1, MOST_VOTERS + 1):
+    place = np.flatnonzero(alternative >= 0)
+    for step in range(1, MAX_VOTERS + 1):
         voter = place + side * step
         inside = (voter >= 0) & (voter < len(x))
         place, voter = place[inside], voter[inside]
-        near = np.hypot(x[place] - x[voter], y[place] - y[voter]) <= reach_m
+        near = np.hypot(x[place] - x[voter], y[place] - y[voter]) <= radius_m
         place, voter = place[near], voter[near]
         if not len(place):
             break
-        lead[place] += (own[voter] == rival[place]).astype(np.int64) - (own[voter] == own[place])
+        lead[place] += (nearest[voter] == alternative[place]).astype(np.int64) - (nearest[voter] == nearest[place])
     return lead
 
 
-CROSS_STREET_M = 200.0  # how far a street may be and still be called the nearest other one
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one or several photos were taken (one panorama), and its address."""
-
-    id: str
-    lat: float  # mean of its photos, degrees
-    lon: float
-    x: float  # the same in metres on the plane of the street map
-    y: float
-    address: Address
-    distance_m: float | None  # to the street, None if the map does not have it near
-    cross_street: str | None  # nearest street of another name
-    ambiguous: bool  # that other street is so near that the address may be judged wrong
-    source: str = "map"  # of the street: manifest, map, nominatim, google, or neighbour (a geocoder's answer from next to it)
-    margin_m: float | None = None  # distance to the other street less that to its own; below 0 if the other is nearer
-    second_street: str | None = None  # that other street
-    sub_street: str | None = None  # None without city.partition, unless the table gives it
-
-
-@dataclass(frozen=True)
-class _AddressClaim:
-    """The street that a place is said to be on, and by whom; a geocoder says more."""
-
-    street: str | None
-    source: str
-    district: str | None = None
-    second: str | None = None
-    tie: bool = False
-
-
-@dataclass(frozen=True)
-class _PlacePositions:
-    """The places as columns, in the order of the rows."""
-
-    ids: list[str]
-    groups: list[list[Photo]]
-    lat: NDArray[np.float64]
-    lon: NDArray[np.float64]
-    x: NDArray[np.float64]
-    y: NDArray[np.float64]
-
-
-def assign_addresses(
-    photos: Sequence[Photo], streets: StreetMap, city: CityConfig, seed: int = 0, cache: Path | None = None
-) -> tuple[dict[str, Place], list[Photo], list[dict[str, Any]]]:
-    """Addresses of all places: (places by id, the photos that have one, rows of `tables.REJECTS` for the others).
-
-    Args:
-        photos: in the order of the table, which is that of the drive if the neighbours are to vote.
-        seed: draws the places that an external geocoder is asked about.
-        cache: file of that geocoder's answers where the city's settings name none.
-
-    Raises:
-        InputError: rows lack a street (or district) and the city has no streets (or districts) file, latitude and longitude
-            are swapped, or the geocoder can't be used.
-    """
-    _require_maps(photos, city)
-    _refuse_swapped(photos, streets, city)
-    rejects: list[dict[str, Any]] = []
-    spots = _spots(photos, streets, city, rejects)
-    if not spots.ids:
-        return {}, [], rejects
-    found = annotate_coordinates(spots.lat, spots.lon, streets, CROSS_STREET_M)
-    near = _Near(spots, streets, found)
-    claims = _claims(spots, near, streets, city, seed, cache)
-    district_names = [*streets.district_names, None]
-    measured = near.to([claim.street for claim in claims])
-    places: dict[str, Place] = {}
-    addressed: list[Photo] = []
-    for i, (claim, (metres, second, second_metres)) in enumerate(zip(claims, measured, strict=True)):
-        district = _given(spots.groups[i], "district") or district_names[found.district[i]] or claim.district
-        if claim.street is None or district is None:
-            reason = _reason(spots, i, near, streets, city, claim.street is None)
-            rejects += [photo.reject(reason) for photo in spots.groups[i]]
-            continue
-        second = second or claim.second
-        places[spots.ids[i]] = Place(
-            id=spots.ids[i],
-            lat=float(spots.lat[i]),
-            lon=float(spots.lon[i]),
-            x=float(spots.x[i]),
-            y=float(spots.y[i]),
-            address=Address(claim.street, district),
-            distance_m=metres,
-            cross_street=second,
-            ambiguous=claim.tie or (second_metres is not None and second_metres <= city.ambiguous_m),
-            source=claim.source,
-            margin_m=None if metres is None or second_metres is None else second_metres - metres,
-            second_street=second,
-            sub_street=_given(spots.groups[i], "sub_street"),
-        )
-        addressed += spots.groups[i]
-    if city.partition is not None:
-        places = with_sub_streets(places, addressed, streets, city.partition)[0]
-    return places, addressed, rejects
-
-
-def with_sub_streets(
-    places: Mapping[str, Place],
-    photos: Sequence[Photo],
-    streets: StreetMap,
-    config: PartitionConfig,
-    counted: Collection[str] | None = None,
-) -> tuple[dict[str, Place], SubStreets]:
-    """The places with the sub-streets of a partition made for them, and the partition; what the table gives stays.
-
-    Args:
-        photos: of these places.
-        counted: ids of the places that count for `min_places` (the training places); default: all.
-    """
-    given = {place: _given(group, "sub_street") for place, group in _by_place(photos).items()}
-    open_ = [p for p in places.values() if not given.get(p.id)]
-    counts = [counted is None or p.id in counted for p in open_]
-    parts = SubStreets(streets, config, [p.address.street for p in open_], [p.x for p in open_], [p.y for p in open_], counts)
-    names = {p.id: name for p, name in zip(open_, parts.names, strict=True)}
-    return {i: replace(p, sub_street=names.get(i, given.get(i))) for i, p in places.items()}, parts
-
-
-class _Near:
-    """The two nearest streets of every place, and any other street that is asked for."""
-
-    def __init__(self, spots: _PlacePositions, streets: StreetMap, found: Annotation) -> None:
-        self._spots, self._streets = spots, streets
-        self.first, self.metres, self.second, self.second_metres = (
-            found.street, found.distance_m, found.second, found.second_distance_m
-        )  # fmt: skip
-        self._names = [*streets.street_names, None]
-
-    def name(self, code: int) -> str | None:
-        """The street with this code, None for -1."""
-        return self._names[code]
-
-    def to(self, names: Sequence[str | None]) -> list[tuple[float | None, str | None, float | None]]:
-        """For the named street of each place: metres to it, the nearest street of another name, metres to that."""
-        found: list[tuple[float | None, str | None, float | None]] = []
-        others = []
-        for i, name in enumerate(names):
-            both = [
-                (self.name(self.first[i]), float(self.metres[i])),
-                (self.name(self.second[i]), float(self.second_metres[i])),
-            ]
-            found.append(_measured(name, [(n, d) for n, d in both if n is not None]))
-            if name is not None and name not in (both[0][0], both[1][0]):
-                others.append(i)
-        if others:
-            around = self._streets.around(self._spots.lat[others], self._spots.lon[others], CROSS_STREET_M)
-            for i, streets in zip(others, around, strict=True):
-                found[i] = _measured(names[i], streets)
-        return found
-
-
-def _measured(name: str | None, near: Sequence[tuple[str, float]]) -> tuple[float | None, str | None, float | None]:
-    """Metres to the named street, the first other one and metres to that, None where there is none."""
-    metres = next((d for n, d in near if n == name), None)
-    other, other_metres = next(((n, d) for n, d in near if n != name), (None, None))
-    return metres, other, other_metres
-
-
-def _claims(
-    spots: _PlacePositions, near: _Near, streets: StreetMap, city: CityConfig, seed: int, cache: Path | None
-) -> list[_AddressClaim]:
-    """Who says what about the street of each place: the table, else the geocoder if there is one, else the map."""
-    given = [_given(group, "street") for group in spots.groups]
-    claims = [_AddressClaim(street, "manifest") for street in given]
+def _choose_streets(
+    rows: _Places, nearby: Annotation, streets: StreetMap, city: CityConfig, seed: int, cache_file: Path | None
+) -> list[_StreetChoice]:
+    """The street of each place by the table, else by the geocoder if there is one, else by the map."""
+    given = rows.column("street")
+    choices = [_StreetChoice(street, "manifest") for street in given]
     if city.geocoder is None:
-        own = np.where(near.metres <= city.max_distance_m, near.first, -1)
+        nearest = np.where(nearby.distance_m <= city.max_distance_m, nearby.street, -1)
         if city.neighbour_vote_radius_m > 0:
             code = {name: i for i, name in enumerate(streets.street_names)}
-            voters = np.array([o if g is None else code.get(g, -1) for g, o in zip(given, own, strict=True)], dtype=np.int32)
-            rivals = np.where(near.second_metres <= min(city.ambiguous_m, city.max_distance_m), near.second, -1)
-            own = neighbour_vote(spots.x, spots.y, voters, rivals, city.neighbour_vote_radius_m)
-        return [c if c.street else _AddressClaim(near.name(o), "map") for c, o in zip(claims, own.tolist(), strict=True)]
-    file = Path(city.geocoder.cache).expanduser() if city.geocoder.cache else cache
-    if file is None:
+            voters = [n if name is None else code.get(name, -1) for name, n in zip(given, nearest, strict=True)]
+            near_corner = nearby.second_distance_m <= min(city.ambiguous_m, city.max_distance_m)
+            alternative = np.where(near_corner, nearby.second, -1)
+            radius_m = city.neighbour_vote_radius_m
+            nearest = neighbour_vote(rows.x, rows.y, np.array(voters, dtype=np.int32), alternative, radius_m)
+        names = [*streets.street_names, None]
+        return [c if c.street else _StreetChoice(names[n], "map") for c, n in zip(choices, nearest.tolist(), strict=True)]
+    cache_file = Path(city.geocoder.cache).expanduser() if city.geocoder.cache else cache_file
+    if cache_file is None:
         raise InputError("the geocoder's answers have no file to be kept in: set city.geocoder.cache.")
-    open_ = [i for i, street in enumerate(given) if street is None]
-    ids, where = [spots.ids[i] for i in open_], (spots.lat[open_], spots.lon[open_], spots.x[open_], spots.y[open_])
-    answers, sources = external_geocoder.locate_by_geocoder(ids, *where, city.geocoder, file, seed, city.language)
-    spelling = _spelling(streets)
-    for i, answer, source in zip(open_, answers, sources, strict=True):
-        claims[i] = _AddressClaim(None, source)
+    missing = [i for i, street in enumerate(given) if street is None]
+    positions = (rows.lat[missing], rows.lon[missing], rows.x[missing], rows.y[missing])
+    answers, sources = external_geocoder.locate_by_geocoder(
+        [rows.ids[i] for i in missing], *positions, city.geocoder, cache_file, seed, city.language
+    )
+    on_map = {normalize_name(other): name for name in streets.street_names for other in streets.variants.get(name, [])}
+    on_map |= {normalize_name(name): name for name in streets.street_names}  # normal form -> spelling of the map
+    for i, answer, source in zip(missing, answers, sources, strict=True):
+        choices[i] = _StreetChoice(None, source)
         if answer:
-            street, second = (name and spelling.get(normalize_name(name), name) for name in (answer.street, answer.second))
-            claims[i] = _AddressClaim(street, source, answer.district, second if second != street else None, answer.tie)
-    return claims
+            street, second = (name and on_map.get(normalize_name(name), name) for name in (answer.street, answer.second))
+            choices[i] = _StreetChoice(street, source, answer.district, second if second != street else None, answer.tie)
+    return choices
 
 
-def _spelling(streets: StreetMap) -> dict[str, str]:
-    """Normal form of the names and their variants -> the name as the map writes it."""
-    forms = {normalize_name(other): name for name in streets.street_names for other in streets.variants.get(name, [])}
-    return forms | {normalize_name(name): name for name in streets.street_names}
+def _measure(
+    names: Sequence[str | None], rows: _Places, nearby: Annotation, streets: StreetMap
+) -> list[tuple[float | None, str | None, float | None]]:
+    """For the named street of each place: metres to it, the nearest street of another name, metres to that."""
+    street_names = [*streets.street_names, None]
+    candidates: list[list[tuple[str, float]]] = []
+    far = []  # places whose street is neither of the two nearest
+    for i, name in enumerate(names):
+        first, second = street_names[nearby.street[i]], street_names[nearby.second[i]]
+        both = [(first, float(nearby.distance_m[i])), (second, float(nearby.second_distance_m[i]))]
+        candidates.append([(street, metres) for street, metres in both if street is not None])
+        if name is not None and name not in (first, second):
+            far.append(i)
+    if far:
+        for i, around in zip(far, streets.around(rows.lat[far], rows.lon[far], CROSS_STREET_M), strict=True):
+            candidates[i] = around
+    distances = []
+    for name, near in zip(names, candidates, strict=True):
+        metres = next((d for street, d in near if street == name), None)
+        other, other_metres = next(((street, d) for street, d in near if street != name), (None, None))
+        distances.append((metres, other, other_metres))
+    return distances
 
 
-def _reason(spots: _PlacePositions, i: int, near: _Near, streets: StreetMap, city: CityConfig, no_street: bool) -> str:
+def _reject_reason(rows: _Places, i: int, nearby: Annotation, streets: StreetMap, city: CityConfig, no_street: bool) -> str:
     """Why a place has no address."""
-    lat, lon = float(spots.lat[i]), float(spots.lon[i])
-    nearest = near.name(near.first[i])
+    lat, lon = float(rows.lat[i]), float(rows.lon[i])
+    nearest = [*streets.street_names, None][nearby.street[i]]
     if streets.bounds is not None and nearest is None:
         west, south, east, north = streets.bounds
         if not (west <= lon <= east and south <= lat <= north):
@@ -316,11 +305,12 @@ def _reason(spots: _PlacePositions, i: int, near: _Near, streets: StreetMap, cit
         return f"outside all districts: {lat:.5f}, {lon:.5f}"
     if city.geocoder is not None:
         return f"no geocoded street: none for {lat:.5f}, {lon:.5f}, nor within {external_geocoder.MAX_FILL_M:g} m of it"
-    distance = f"{nearest} is {near.metres[i]:.0f} m away" if nearest else "none is near"
+    distance = f"{nearest} is {nearby.distance_m[i]:.0f} m away" if nearest else "none is near"
     return f"no street near: {distance}, the limit is {city.max_distance_m:g} m"
 
 
-def _require_maps(photos: Sequence[Photo], city: CityConfig) -> None:
+def _check_inputs(photos: Sequence[Photo], streets: StreetMap, city: CityConfig) -> None:
+    """Raise InputError if an address can't be had from table or map, or if the coordinates are swapped."""
     for column, path in (("street", city.streets), ("district", city.districts)):
         row = next((p.row for p in photos if not getattr(p, column)), None)
         if row is not None and not path and city.geocoder is None:
@@ -328,9 +318,6 @@ def _require_maps(photos: Sequence[Photo], city: CityConfig) -> None:
                 f"row {row} of {city.manifest or city.photos} gives no {column} and city.{column}s is not set: set it to a "
                 f"GeoJSON or OpenStreetMap file, or add a column {column} to every row."
             )
-
-
-def _refuse_swapped(photos: Sequence[Photo], streets: StreetMap, city: CityConfig) -> None:
     if streets.bounds is not None and looks_swapped(photos, streets.bounds):
         raise InputError(
             f"latitude and longitude look swapped in {city.manifest or city.photos}: most photos lie outside of "
@@ -338,44 +325,46 @@ def _refuse_swapped(photos: Sequence[Photo], streets: StreetMap, city: CityConfi
         )
 
 
-def _spots(photos: Sequence[Photo], streets: StreetMap, city: CityConfig, rejects: list[dict[str, Any]]) -> _PlacePositions:
-    """The places of the photos, in the order of their first rows; photos that don't fit their place are rejected."""
-    groups = {place: _consistent(place, group, streets, city, rejects) for place, group in _by_place(photos).items()}
+def _group_by_place(photos: Sequence[Photo], streets: StreetMap, city: CityConfig, rejects: list[dict[str, Any]]) -> _Places:
+    """The places of the photos, in the order of their first rows; photos that don't fit their place become rejects."""
+    groups = {
+        place: _consistent_photos(place, group, streets, city, rejects) for place, group in _photos_by_place(photos).items()
+    }
     groups = {place: group for place, group in groups.items() if group}
     lat = np.array([np.mean([p.lat for p in group]) for group in groups.values()])
     lon = np.array([np.mean([p.lon for p in group]) for group in groups.values()])
-    return _PlacePositions(list(groups), list(groups.values()), lat, lon, *streets.to_metres(lat, lon))
+    return _Places(list(groups), list(groups.values()), lat, lon, *streets.to_metres(lat, lon))
 
 
-def _by_place(photos: Sequence[Photo]) -> dict[str, list[Photo]]:
+def _photos_by_place(photos: Sequence[Photo]) -> dict[str, list[Photo]]:
     groups = defaultdict(list)
     for photo in photos:
         groups[photo.place].append(photo)
     return groups
 
 
-def _consistent(
+def _consistent_photos(
     place: str, group: list[Photo], streets: StreetMap, city: CityConfig, rejects: list[dict[str, Any]]
 ) -> list[Photo]:
-    """The photos that agree with most of their place on where it is and what its address is called."""
+    """The photos that agree with most of their place on its position and address."""
     if len(group) == 1:
         return group
     x, y = streets.to_metres([p.lat for p in group], [p.lon for p in group])
-    off = np.hypot(x - np.median(x), y - np.median(y))
-    names = {column: _given(group, column) for column in ("street", "district")}
-    kept = []
-    for photo, metres in zip(group, off, strict=True):
+    offset_m = np.hypot(x - np.median(x), y - np.median(y))
+    names = {column: _majority(group, column) for column in ("street", "district")}
+    consistent = []
+    for photo, metres in zip(group, offset_m, strict=True):
         other = next((c for c, name in names.items() if getattr(photo, c) not in ("", name)), None)
         if metres > city.max_distance_m:
             rejects.append(photo.reject(f"place torn apart: {metres:.0f} m from the other photos of place '{place}'"))
         elif other:
             rejects.append(photo.reject(f"place with two addresses: most photos of '{place}' have the {other} {names[other]}"))
         else:
-            kept.append(photo)
-    return kept
+            consistent.append(photo)
+    return consistent
 
 
-def _given(group: list[Photo], column: str) -> str | None:
-    """What most photos of the group say in the column, the first on a tie; None if none says anything."""
-    said = Counter(getattr(p, column) for p in group if getattr(p, column))
-    return said.most_common(1)[0][0] if said else None
+def _majority(photos: list[Photo], column: str) -> str | None:
+    """The most frequent value of the column, the first on a tie; None without any."""
+    counts = Counter(getattr(p, column) for p in photos if getattr(p, column))
+    return counts.most_common(1)[0][0] if counts else None

@@ -163,34 +163,34 @@ def test_a_place_that_is_clearly_on_a_street_is_not_voted_on(town: StreetMap) ->
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(-1, 3), st.integers(-1, 3)), max_size=30), st.integers(0, 40))
-def test_votes_choose_between_own_and_rival(rows: list[tuple[int, int, int]], reach: int) -> None:
-    x, own, rival = (np.array([r[i] for r in rows], dtype=d) for i, d in enumerate((float, np.int32, np.int32)))
-    voted = neighbour_vote(x, 0 * x, own, rival, reach)
-    assert ((voted == own) | ((voted == rival) & (rival >= 0))).all()
-    for i, (mine, other) in enumerate(zip(own, rival, strict=True)):
+def test_votes_choose_between_the_nearest_street_and_the_alternative(rows: list[tuple[int, int, int]], radius_m: int) -> None:
+    x, nearest, alternative = (np.array([r[i] for r in rows], dtype=d) for i, d in enumerate((float, np.int32, np.int32)))
+    voted = neighbour_vote(x, 0 * x, nearest, alternative, radius_m)
+    assert ((voted == nearest) | ((voted == alternative) & (alternative >= 0))).all()
+    for i, (first, other) in enumerate(zip(nearest, alternative, strict=True)):
         sides = []
         for side in (range(i - 1, -1, -1), range(i + 1, len(x))):
             near = []
             for j in side:
-                if abs(x[j] - x[i]) > reach:
+                if abs(x[j] - x[i]) > radius_m:
                     break
-                near.append(own[j])
-            sides.append(near.count(other) - near.count(mine))
-        assert voted[i] == (other if other >= 0 and min(sides) >= 0 and sum(sides) > 0 else mine)
+                near.append(nearest[j])
+            sides.append(near.count(other) - near.count(first))
+        assert voted[i] == (other if other >= 0 and min(sides) >= 0 and sum(sides) > 0 else first)
 
 
 def test_no_more_than_64_neighbours_of_a_side_vote() -> None:
     """The place in the middle; the 65th voter of a side would turn the vote."""
-    own = np.array([1, *[1] * 32, *[2] * 32, 1, *[2] * 64, 1], dtype=np.int32)
-    rival = np.full(len(own), -1, dtype=np.int32)
-    rival[65] = 2
-    voted = neighbour_vote(np.zeros(len(own)), np.zeros(len(own)), own, rival, 1.0)
+    nearest = np.array([1, *[1] * 32, *[2] * 32, 1, *[2] * 64, 1], dtype=np.int32)
+    alternative = np.full(len(nearest), -1, dtype=np.int32)
+    alternative[65] = 2
+    voted = neighbour_vote(np.zeros(len(nearest)), np.zeros(len(nearest)), nearest, alternative, 1.0)
     assert voted[65] == 2  # 32 against 32 before, 64 after
-    own[32] = 2
-    own[33] = 1
-    assert neighbour_vote(np.zeros(len(own)), np.zeros(len(own)), own, rival, 1.0)[65] == 2
-    own[34] = 1
-    assert neighbour_vote(np.zeros(len(own)), np.zeros(len(own)), own, rival, 1.0)[65] == 1
+    nearest[32] = 2
+    nearest[33] = 1
+    assert neighbour_vote(np.zeros(len(nearest)), np.zeros(len(nearest)), nearest, alternative, 1.0)[65] == 2
+    nearest[34] = 1
+    assert neighbour_vote(np.zeros(len(nearest)), np.zeros(len(nearest)), nearest, alternative, 1.0)[65] == 1
 
 
 # what doesn't fit
@@ -230,7 +230,7 @@ def test_other_cities_with_swapped_rows_are_not_a_swap(town: StreetMap) -> None:
 
 def geocoded(photos: list[Photo], town: StreetMap, server: Server, folder: Path, **config: Any) -> Any:
     geocoder = GeocoderConfig(**{"url": server.url, "share": 1.0, "per_second": 1000.0, "retries": 0, **config})
-    return assign_addresses(photos, town, CITY.model_copy(update={"geocoder": geocoder}), cache=folder / "answers.sqlite")
+    return assign_addresses(photos, town, CITY.model_copy(update={"geocoder": geocoder}), cache_file=folder / "answers.sqlite")
 
 
 def test_the_geocoder_names_the_street_in_the_spelling_of_the_map(town: StreetMap, tmp_path: Path) -> None:
@@ -272,22 +272,22 @@ def test_a_city_without_maps_takes_the_geocoders_district(tmp_path: Path) -> Non
 
 
 def test_the_geocoder_is_asked_by_the_settings(town: StreetMap, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Seed, language and the settings' own file of answers reach it; places whose street is given are not asked about."""
-    asked: list[Any] = []
+    """Seed, language and the settings' own file of answers reach it; places whose street is given are not requested."""
+    calls: list[Any] = []
 
     def locate(ids: list[str], lat: Any, lon: Any, x: Any, y: Any, *rest: Any) -> Any:
-        asked.append((ids, [*zip(lat, lon, strict=True)], [*zip(x, y, strict=True)], rest))
+        calls.append((ids, [*zip(lat, lon, strict=True)], [*zip(x, y, strict=True)], rest))
         return [external_geocoder.GeocoderAnswer("Mill Street") for _ in ids], ["nominatim"] * len(ids)
 
     monkeypatch.setattr(external_geocoder, "locate_by_geocoder", locate)
     photos = [photo(1, 50, 4), photo(2, 70, 4, street="Low Street"), photo(3, 90, 4)]
     geocoder = GeocoderConfig(share=0.5, cache=str(tmp_path / "own.sqlite"))
     city = CITY.model_copy(update={"geocoder": geocoder, "language": "de"})
-    assign_addresses(photos, town, city, seed=5, cache=tmp_path / "other.sqlite")
+    assign_addresses(photos, town, city, seed=5, cache_file=tmp_path / "other.sqlite")
     assign_addresses(
-        photos, town, city.model_copy(update={"geocoder": GeocoderConfig()}), seed=6, cache=tmp_path / "other.sqlite"
+        photos, town, city.model_copy(update={"geocoder": GeocoderConfig()}), seed=6, cache_file=tmp_path / "other.sqlite"
     )
-    (ids, at, metres, rest), (*_, other) = asked
+    (ids, at, metres, rest), (*_, other) = calls
     assert ids == ["p1", "p3"]
     assert at == [(photos[i].lat, photos[i].lon) for i in (0, 2)]
     assert metres == [tuple(float(v[0]) for v in town.to_metres([photos[i].lat], [photos[i].lon])) for i in (0, 2)]
@@ -364,7 +364,7 @@ def test_columns_say_what_single_lookups_say(town: StreetMap, points: list[tuple
 def test_columns_come_in_parts(town: StreetMap, monkeypatch: pytest.MonkeyPatch) -> None:
     lon, lat = degrees([(x, 3.0) for x in range(-300, 300, 7)] * 2).T
     whole = annotate_coordinates(lat, lon, town, 40)
-    monkeypatch.setattr("addressvlm.dataset.geocoding.ROWS_AT_A_TIME", 10)
+    monkeypatch.setattr("addressvlm.dataset.geocoding.CHUNK_ROWS", 10)
     parts = annotate_coordinates(lat, lon, town, 40)
     for name, column in vars(whole).items():
         np.testing.assert_array_equal(column, getattr(parts, name))
