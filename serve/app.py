@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from serve.backend import Backend, broadcast_collect
 from serve.cities import City
 from serve.errors import LOGGING_CONFIG
-from serve.metrics import ServiceMetrics
+from serve.metrics import MetricsReplica, ServiceMetrics
 from serve.routes import Routes
 from serve.settings import ServiceSettings
 
@@ -26,7 +26,7 @@ from serve.settings import ServiceSettings
     logging_config=LOGGING_CONFIG,
 )
 @serve.ingress()
-class HttpApi:
+class HttpApi(MetricsReplica):
     """The HTTP front.
 
     Args:
@@ -55,10 +55,6 @@ class HttpApi:
     def __serve_build_asgi_app__(self) -> FastAPI:
         wait = self.rate_limit.wait.remote if self.rate_limit else None
         return self.routes.app(self.key_hashes, wait=wait, set_request_id=False)
-
-    async def collect(self) -> tuple[str, list[Metric]]:
-        """This replica's name and metrics."""
-        return str(self.context.replica_tag), self.metrics.collect()
 
     async def _collect_metrics(self) -> Mapping[str, Sequence[Metric]]:
         """Metrics of all replicas of all deployments, by replica."""

@@ -19,14 +19,13 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 import aiohttp
 import numpy as np
 from aiohttp.abc import AbstractResolver, ResolveResult
-from prometheus_client.core import Metric
 from ray import serve
 
 import addressvlm
 from addressvlm import InputError
 from addressvlm.image_decode_worker import MAX_SIDE, DecodedImage
 from serve.errors import LOGGING_CONFIG, ApiError, overloaded, return_user_errors
-from serve.metrics import ServiceMetrics
+from serve.metrics import MetricsReplica, ServiceMetrics
 from serve.settings import ServiceSettings
 
 MAX_REDIRECTS = 3
@@ -72,14 +71,10 @@ class Images:
 
 
 @serve.deployment(name="Images", logging_config=LOGGING_CONFIG)
-class ImagesDeployment(Images):
+class ImagesDeployment(Images, MetricsReplica):
     """`Images` as a deployment."""
 
     read = return_user_errors(Images.read)
-
-    async def collect(self) -> tuple[str, list[Metric]]:
-        """This replica's name and metrics."""
-        return str(serve.get_replica_context().replica_tag), self.metrics.collect()
 
     def __del__(self) -> None:
         self.decode_pool.kill()

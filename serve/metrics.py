@@ -7,6 +7,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import Metric
+from ray import serve
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 PROBABILITIES = tuple(n / 10 for n in range(1, 11))
@@ -60,6 +61,16 @@ class ServiceMetrics:
     def collect(self) -> list[Metric]:
         """The current values, without metrics that are zero."""
         return [metric for metric in self.registry.collect() if any(s.value for s in metric.samples if "created" not in s.name)]
+
+
+class MetricsReplica:
+    """A deployment class with `metrics: ServiceMetrics`."""
+
+    metrics: ServiceMetrics
+
+    async def collect(self) -> tuple[str, list[Metric]]:
+        """This replica's name and metrics."""
+        return str(serve.get_replica_context().replica_tag), self.metrics.collect()
 
 
 def render_metrics(replicas: Mapping[str, Sequence[Metric]]) -> bytes:

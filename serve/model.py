@@ -9,7 +9,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from prometheus_client.core import Metric
 from ray import serve
 
 from addressvlm import InputError
@@ -17,7 +16,7 @@ from addressvlm.answers.address_distribution import Localization
 from addressvlm.answers.types import Completion, TextChunk
 from serve.cities import City
 from serve.errors import LOGGING_CONFIG, return_user_errors
-from serve.metrics import ServiceMetrics
+from serve.metrics import MetricsReplica, ServiceMetrics
 from serve.requests import ChatQuery, LocalizeQuery
 from serve.settings import ServiceSettings
 
@@ -131,12 +130,11 @@ class Model:
 
 
 @serve.deployment(name="Localizer", logging_config=LOGGING_CONFIG)
-class LocalizerDeployment(Model):
+class LocalizerDeployment(Model, MetricsReplica):
     """`Model` as a deployment whose replicas hold the most recently used cities."""
 
     def __init__(self, settings: ServiceSettings, cities: Sequence[City]) -> None:
         super().__init__(settings, cities)
-        self.name = str(serve.get_replica_context().replica_tag)
         self.adapter_cities = {city.id for city in cities if city.adapter}
 
         @serve.multiplexed(max_num_models_per_replica=settings.cities_per_replica)
@@ -153,10 +151,6 @@ class LocalizerDeployment(Model):
         """Load a city's adapter, or mark it as used."""
         if city in self.adapter_cities:
             await self.load(city)
-
-    async def collect(self) -> tuple[str, list[Metric]]:
-        """This replica's name and metrics."""
-        return self.name, self.metrics.collect()
 
 
 class _LoadedCity:

@@ -59,14 +59,14 @@ TOP_K = 5
 ERRORS = {
     400: "Something in the request is wrong",
     401: "No valid key",
-    404: "No such city or model",
+    404: "No such city or model, or it has no gazetteer",
     408: "It took too long to arrive",
     413: "Too large",
     415: "Another content type",
     429: "More requests than allowed",
     500: "The service failed",
     501: "Too many addresses for the engine that is served",
-    503: "Busy: try again",
+    503: "Busy, or no model replica runs: try again",
 }
 READ_ERRORS = (429, 500, 503)
 POST_ERRORS = (400, 404, 408, 413, 415, *READ_ERRORS)
@@ -78,25 +78,20 @@ CHAT_PARTS = [{"type": "image_url", "image_url": {"url": GREY}}, {"type": "text"
 CHAT_EXAMPLE = {"model": MODEL_ALIAS, "messages": [{"role": "user", "content": CHAT_PARTS}], "max_tokens": 8}
 CITY_PARAMETER = {"name": "city", "in": "query", "required": False, "schema": {"type": "string"}}
 EVENT = {"type": "object", "properties": {"data": {"type": "string", "description": "a chat.completion.chunk, or [DONE]"}}}
+SCHEMA_PATH = "#/components/schemas/{model}"
 REQUESTS = (LocalizeFields, LocalizeRequest, LocalizeForm, ChatRequest)
 
 
-def _errors(statuses: Sequence[int], **descriptions: str) -> dict[int | str, dict[str, Any]]:
-    """Error responses of a route; `http_404="…"` describes a status in the route's own words."""
-    return {s: {"model": Error, "description": descriptions.get(f"http_{s}", ERRORS[s])} for s in statuses}
+def _responses(statuses: Sequence[int], media_type: str = "", schema: Any = None) -> dict[int | str, dict[str, Any]]:
+    """The error responses of a route, and its 200 response if that is of another type than JSON."""
+    responses: dict[int | str, dict[str, Any]] = {s: {"model": Error, "description": ERRORS[s]} for s in statuses}
+    return responses | ({200: {"content": {media_type: {"schema": schema}}}} if media_type else {})
 
 
-def _content(media_type: str, schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    """A 200 response of another type than JSON."""
-    return {200: {"content": {media_type: {"schema": schema}}}}
-
-
-def _request_body(example: dict[str, Any], **media_types: type[BaseModel]) -> dict[str, Any]:
+def _request_body(example: dict[str, Any], **schemas: type[BaseModel]) -> dict[str, Any]:
     """A request body as JSON (`json=`, with the example) and as a form (`form=`)."""
-    names = {"json": "application/json", "form": "multipart/form-data"}
-    content: dict[str, Any] = {
-        names[key]: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}} for key, model in media_types.items()
-    }
+    types = {"json": "application/json", "form": "multipart/form-data"}
+    content = {types[key]: {"schema": {"$ref": SCHEMA_PATH.format(model=s.__name__)}} for key, s in schemas.items()}
     content["application/json"]["example"] = example
     return {"requestBody": {"required": True, "content": content}}
 
@@ -154,41 +149,37 @@ class Routes:
 
     def _add_routes(self, app: FastAPI, keys: bool) -> None:
         """Add the API with its documentation; `keys`: callers need one, which `AccessMiddleware` checks."""
-        security = {"dependencies": [Security(HTTPBearer(scheme_name="key", auto_error=False))], "responses": _errors([401])}
+        security = {"dependencies": [Security(HTTPBearer(scheme_name="key", auto_error=False))], "responses": _responses([401])}
         api = APIRouter(**(security if keys else {}))
         api.post(
             "/v1/localize",
             response_model=LocalizeAnswer,
-            responses=_errors([*POST_ERRORS, 501]),
+            responses=_responses([*POST_ERRORS, 501]),
             openapi_extra=_request_body({"image": GREY, "top_k": 3}, json=LocalizeRequest, form=LocalizeForm),
         )(self.localize)
         api.post(
             "/v1/chat/completions",
             response_model=ChatCompletion,
-            responses=_content("text/event-stream", EVENT) | _errors(POST_ERRORS),
+            responses=_responses(POST_ERRORS, "text/event-stream", EVENT),
             openapi_extra=_request_body(CHAT_EXAMPLE, json=ChatRequest),
         )(self.chat)
-        api.get("/v1/models", responses=_errors(READ_ERRORS))(self.list_models)
-        api.get("/v1/cities", responses=_errors(READ_ERRORS))(self.list_cities)
-        map_errors = {"http_400": "No city named, and there are several", "http_404": "No such city, or it has no map"}
+        api.get("/v1/models", responses=_responses(READ_ERRORS))(self.list_models)
+        api.get("/v1/cities", responses=_responses(READ_ERRORS))(self.list_cities)
         api.get(
             "/v1/map",
             response_class=Response,
-            responses=_content("application/geo+json", {"type": "object"}) | _errors([400, 404, *READ_ERRORS], **map_errors),
+            responses=_responses([400, 404, *READ_ERRORS], "application/geo+json", {"type": "object"}),
             openapi_extra={"parameters": [CITY_PARAMETER]},
         )(self.city_map)
-        api.get(
-            "/metrics",
-            response_class=Response,
-            responses=_content("text/plain", {"type": "string"}) | _errors([500]),
-        )(self.export_metrics)
+        metrics_responses = _responses([500], "text/plain", {"type": "string"})
+        api.get("/metrics", response_class=Response, responses=metrics_responses)(self.export_metrics)
         app.include_router(api)
-        app.get("/healthz", responses=_errors([500, 503], http_503="No model replica is running"))(self.health)
+        app.get("/healthz", responses=_responses([500, 503]))(self.health)
         generate = app.openapi
 
         def openapi() -> dict[str, Any]:
             modes: Any = [(model, "validation") for model in REQUESTS]
-            document, (_, schemas) = generate(), models_json_schema(modes, ref_template="#/components/schemas/{model}")
+            document, (_, schemas) = generate(), models_json_schema(modes, ref_template=SCHEMA_PATH)
             document["components"]["schemas"] |= schemas["$defs"]
             return document
 

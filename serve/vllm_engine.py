@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 from PIL import Image
-from prometheus_client.core import Metric
 from ray import serve
 from transformers import AutoTokenizer
 
@@ -34,7 +33,7 @@ from addressvlm.storage.files import local_model_copy
 from addressvlm.tools.export_vllm import for_vllm
 from serve.cities import City
 from serve.errors import LOGGING_CONFIG, ApiError, overloaded, return_user_errors
-from serve.metrics import ServiceMetrics
+from serve.metrics import MetricsReplica, ServiceMetrics
 from serve.requests import ChatQuery, LocalizeQuery
 from serve.settings import ServiceSettings
 
@@ -159,12 +158,8 @@ class VllmModel:
 
 
 @serve.deployment(name="Localizer", logging_config=LOGGING_CONFIG)
-class VllmDeployment(VllmModel):
+class VllmDeployment(VllmModel, MetricsReplica):
     """`VllmModel` as a deployment."""
-
-    async def collect(self) -> tuple[str, list[Metric]]:
-        """This replica's name and metrics."""
-        return str(serve.get_replica_context().replica_tag), self.metrics.collect()
 
     def __del__(self) -> None:
         self.resources.close()
