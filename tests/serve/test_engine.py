@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import serve as service
 from addressvlm import InputError
@@ -16,7 +17,7 @@ from addressvlm.answers.priors import Circle, Prior
 from addressvlm.answers.types import Sampling
 from addressvlm.inference import Localizer
 from serve.cities import find_cities
-from serve.engine import Engine
+from serve.engine import Engine, input_size
 from serve.requests import ChatQuery, LocalizeQuery
 from tests.support.running_service import two_cities
 
@@ -194,3 +195,103 @@ def test_memory_for_photos_is_shared_by_the_cities_of_a_replica(systems: list[Pa
     engine = Engine(given, find_cities(given))
     engine.add_city("toytown")
     assert engine.localizers["toytown"].photo_caches.max_bytes == 2 * 2**20
+
+
+# ---- adapters of several cities
+
+
+PIXELS = np.random.default_rng(1).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+
+
+def settings(systems: list[Path], **more: object) -> service.ServiceSettings:
+    return service.ServiceSettings(cities=[str(system) for system in systems], dtype="float32", **more)
+
+
+def test_each_city_answers_as_its_merged_model(systems: list[Path]) -> None:
+    given = settings(systems)
+    engine = Engine(given, find_cities(given))
+    words = ChatQuery(
+        "", [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Tell."}]}], [PIXELS], Sampling(6)
+    )
+    for city in ("toytown", "st-alder", "toytown"):
+        merged = Localizer(systems[0 if city == "toytown" else 1] / "merged")
+        expected = merged.localize(Image.fromarray(PIXELS), top_k=None)
+        (found,) = engine.localize([LocalizeQuery(city, PIXELS, 9, Prior(), None)])
+        assert [c.street for c in found.candidates] == [c.street for c in expected.candidates]
+        assert found.confidence == pytest.approx(expected.confidence, rel=1e-3)
+        (told,) = merged.chat(words.messages, [Image.fromarray(PIXELS)], words.sampling)
+        (answer,) = engine.chat([ChatQuery(city, words.messages, words.images, words.sampling)])
+        assert answer[0].text == told.text
+
+
+def test_cities_in_one_batch_do_not_mix(systems: list[Path]) -> None:
+    given = settings(systems)
+    engine = Engine(given, find_cities(given))
+    cities = ["toytown", "st-alder", "toytown", "st-alder"]
+    photos = np.random.default_rng(2).integers(0, 255, (4, 40, 60, 3), dtype=np.uint8)
+    asked = [LocalizeQuery(city, pixels, 9, Prior(), None) for city, pixels in zip(cities, photos, strict=True)]
+    apart = [engine.localize([where])[0] for where in asked]
+    engine = Engine(given, find_cities(given))  # that remembers no photo
+    together = engine.localize(asked)
+    assert [t.confidence for t in together] == pytest.approx([a.confidence for a in apart], rel=1e-4)
+    assert len({round(a.confidence, 4) for a in apart}) == 4
+    bad = LocalizeQuery("toytown", PIXELS, 9, Prior(streets=("Elm Row",)), None)
+    refused, fine = engine.localize([bad, asked[0]])
+    assert isinstance(refused, InputError)
+    assert fine.confidence == pytest.approx(apart[0].confidence, rel=1e-4)
+
+
+def test_a_city_makes_room_and_comes_back(systems: list[Path]) -> None:
+    given = settings(systems)
+    engine = Engine(given, find_cities(given))
+    where = LocalizeQuery("toytown", PIXELS, 9, Prior(), None)
+    before = engine.localize([where])[0]
+    engine.remove_city("toytown")
+    engine.remove_city("toytown")
+    engine.add_city("st-alder")
+    assert list(engine.localizers) == ["st-alder"]
+    assert engine.localize([where])[0].confidence == pytest.approx(before.confidence, rel=1e-5)
+    assert set(engine.localizers) == {"toytown", "st-alder"}
+    engine.settings = settings(systems, cities_per_replica=1)
+    assert engine.localize([where])[0].confidence == pytest.approx(before.confidence, rel=1e-5)
+    assert list(engine.localizers) == ["toytown"]
+    engine.localize([LocalizeQuery("st-alder", PIXELS, 1, Prior(), None)])
+    assert list(engine.localizers) == ["st-alder"]
+
+
+def test_a_question_that_is_too_long_fails_alone(systems: list[Path]) -> None:
+    given = settings(systems)
+    engine = Engine(given, find_cities(given))
+
+    def question(text: str, most: int) -> ChatQuery:
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        return ChatQuery("toytown", [turn], [PIXELS], Sampling(most))
+
+    short = question("Tell.", 6)
+    alone = engine.chat([short])[0]
+    engine.context_length = engine._prompt_length(short) + 6
+    (told,), refused, (cut,) = engine.chat([short, question("Tell. " * 50, 6), question("Tell me.", 6)])
+    assert told.text == alone[0].text
+    assert isinstance(refused, InputError)
+    assert cut.tokens < 6
+
+
+def test_a_stream_goes_on_while_another_city_answers(systems: list[Path]) -> None:
+    given = settings(systems)
+    engine = Engine(given, find_cities(given))
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Tell."}]}]
+    question = ChatQuery("toytown", turn, [PIXELS], Sampling(8))
+    alone = "".join(piece.text for piece in engine.stream_chat(question))
+    pieces, between = engine.stream_chat(question), []
+    while (piece := next(pieces, None)) is not None:
+        between.append(piece.text)
+        engine.localize([LocalizeQuery("st-alder", PIXELS, 1, Prior(), None)])
+    assert "".join(between) == alone
+
+
+@pytest.mark.parametrize(
+    ("size", "side"),
+    [({"height": 32, "width": 48}, 48), ({"shortest_edge": 3136, "longest_edge": 12_845_056}, 2048), ({}, 2048)],
+)
+def test_the_side_of_a_models_input(size: dict[str, int], side: int) -> None:
+    assert input_size(type("Processor", (), {"size": size, "crop_size": None})) == side

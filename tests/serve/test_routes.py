@@ -1,33 +1,37 @@
-"""What a request says reaches the model, and what the model says reaches the caller: the routes over a double of the model."""
+"""The routes over a double of the model: requests reach the model, its results reach the caller."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import shapely
-from fastapi import Request
 from fastapi.testclient import TestClient
 
 from addressvlm.answers.address_distribution import Candidate, Localization
 from addressvlm.answers.priors import Circle, Prior
-from addressvlm.answers.types import Completion, Sampling, TextChunk, TokenScore
+from addressvlm.answers.types import Completion, TextChunk
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
-from serve.chat import ChatResponse, conversation, parse_chat
 from serve.cities import City, CityGeometry
-from serve.errors import ApiError
 from serve.metrics import ServiceMetrics
-from serve.requests import ChatQuery, LocalizeQuery, read_body
+from serve.requests import ChatQuery, LocalizeQuery
 from serve.routes import Routes
-from serve.schemas import ChatRequest, CircleFields, PriorFields
+from serve.schemas import CircleFields, PriorFields
 from serve.settings import ServiceSettings
 from tests.support.running_service import STREETS, check_error, save_gazetteer
 
 pytestmark = pytest.mark.xdist_group("serve")
+
+
+def user(*parts: str) -> dict[str, Any]:
+    """A turn; what begins with `data:` is an image."""
+    content = [
+        {"type": "image_url", "image_url": {"url": part}} if part.startswith("data:") else {"type": "text", "text": part}
+        for part in parts
+    ]
+    return {"role": "user", "content": content}
 
 
 class Double:
@@ -81,9 +85,6 @@ def client(tmp_path: Path, double: Double) -> TestClient:
         return {"front": metrics.collect()}
 
     return TestClient(Routes(ServiceSettings(max_tokens=100), cities, double, metrics, up, counts).app())
-
-
-# ---- addresses
 
 
 def test_all_that_is_asked_of_a_photo_reaches_the_model(client: TestClient, double: Double) -> None:
@@ -158,107 +159,6 @@ def test_each_part_of_a_prior_is_its_own() -> None:
     assert PriorFields(circle=circle).prior() == Prior(circle=Circle(1, 2, 3, soft=False))
 
 
-# ---- bodies
-
-
-def sent(chunks: list[bytes], **headers: str) -> Request:
-    """A request whose body comes in these chunks, and then never ends."""
-    left = list(chunks)
-
-    async def receive() -> dict[str, Any]:
-        if not left:
-            return await asyncio.get_running_loop().create_future()
-        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left) or chunks[-1] == b""}
-
-    named = [(key.replace("_", "-").encode(), value.encode()) for key, value in headers.items()]
-    return Request({"type": "http", "method": "POST", "headers": named}, receive)
-
-
-def test_a_body_may_be_as_large_as_is_allowed_and_no_larger() -> None:
-    assert asyncio.run(read_body(sent([b"a" * 600, b"b" * 400], content_length="1000"), 0.001)) == b"a" * 600 + b"b" * 400
-    for chunks, headers in (([b"a" * 600, b"b" * 401], {}), ([b"a", b""], {"content_length": "1001"})):
-        with pytest.raises(ApiError) as caught:
-            asyncio.run(read_body(sent(chunks, **headers), 0.001))
-        assert (caught.value.status, caught.value.code) == (413, "too_large")
-
-
-def test_a_body_that_does_not_come_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.requests.BODY_TIMEOUT_S", 0.01)
-    with pytest.raises(ApiError) as caught:
-        asyncio.run(read_body(sent([b"a", b""]), 1))
-    assert caught.value.status == 408
-
-
-# ---- chats
-
-
-def user(*parts: str) -> dict[str, Any]:
-    """A turn; what begins with `data:` is an image."""
-    content = [
-        {"type": "image_url", "image_url": {"url": part}} if part.startswith("data:") else {"type": "text", "text": part}
-        for part in parts
-    ]
-    return {"role": "user", "content": content}
-
-
-def test_a_conversation_keeps_its_order() -> None:
-    turns = [
-        {"role": "developer", "content": "Be short."},
-        user("first", "data:1", "second", "data:22"),
-        {"role": "assistant", "content": None},
-        user("data:333", "third"),
-    ]
-    messages, urls = conversation(parse_chat({"model": "x", "messages": turns}))
-    assert urls == ["data:1", "data:22", "data:333"]
-    image, text = {"type": "image"}, lambda said: {"type": "text", "text": said}
-    assert messages == [
-        {"role": "system", "content": [text("Be short.")]},
-        {"role": "user", "content": [image, image, text("first"), text("second")]},
-        {"role": "assistant", "content": []},
-        {"role": "user", "content": [image, text("third")]},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("turns", "fine"),
-    [
-        ([user("a" * 50_000), user("b" * 50_000)], True),
-        ([user("a" * 50_000), user("b" * 50_001)], False),
-        ([user(*["data:"] * 5), user(*["data:"] * 3)], True),
-        ([user(*["data:"] * 5), user(*["data:"] * 4)], False),
-    ],
-)
-def test_the_most_of_a_conversation_counts_all_its_turns(turns: list[dict[str, Any]], fine: bool) -> None:
-    def read() -> Any:
-        return conversation(parse_chat({"model": "x", "messages": turns}))
-
-    if fine:
-        assert read()
-        return
-    with pytest.raises(ApiError, match="at most"):
-        read()
-
-
-@pytest.mark.parametrize(
-    ("asked", "meant"),
-    [
-        ({}, Sampling(100)),
-        ({"max_tokens": 7}, Sampling(7)),
-        ({"max_tokens": 7, "max_completion_tokens": 9}, Sampling(9)),
-        ({"max_completion_tokens": 101}, Sampling(100)),
-        ({"temperature": 0.5, "top_p": 0.25, "n": 3, "seed": 0}, Sampling(100, 0.5, 0.25, 3, seed=0)),
-        ({"stop": "ab"}, Sampling(100, stop=["ab"])),
-        ({"stop": ["a", "", "b"]}, Sampling(100, stop=["a", "b"])),
-        ({"logprobs": True}, Sampling(100, logprobs=0)),
-        ({"logprobs": True, "top_logprobs": 4}, Sampling(100, logprobs=4)),
-        ({"logprobs": False}, Sampling(100)),
-    ],
-)
-def test_how_the_model_is_to_draw(asked: dict[str, Any], meant: Sampling) -> None:
-    found = ChatRequest.model_validate({"model": "x", "messages": [user("a")], **asked}).sampling(100)
-    assert replace(found, stop=tuple(found.stop)) == replace(meant, stop=tuple(meant.stop))
-
-
 def test_all_that_is_asked_in_a_chat_reaches_the_model(client: TestClient, double: Double) -> None:
     body = {"model": "run/alder", "messages": [user("Where?", "data:1", "data:22")], "max_tokens": 7, "temperature": 0.5}
     told = client.post("/v1/chat/completions", json=body).json()
@@ -277,58 +177,3 @@ def test_all_that_is_asked_in_a_chat_reaches_the_model(client: TestClient, doubl
     assert 'addressvlm_tokens_total{kind="prompt",replica="front"} 80.0' in text
     assert 'addressvlm_tokens_total{kind="completion",replica="front"} 11.0' in text
     check_error(client.post("/v1/chat/completions", json=body | {"model": "addressvlm"}), 404, "'run/toytown', 'run/alder'")
-
-
-def events(reply: ChatResponse, *pieces: TextChunk | Exception, usage: bool = True) -> list[Any]:
-    async def come() -> AsyncIterator[TextChunk]:
-        for piece in pieces:
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
-
-    async def listen() -> list[str]:
-        return [event async for event in reply.events(come(), usage)]
-
-    lines = [event.removeprefix("data: ").strip() for event in asyncio.run(listen())]
-    return [line if line == "[DONE]" else json.loads(line) for line in lines]
-
-
-def test_two_answers_that_come_by_turns() -> None:
-    reply = ChatResponse("x", logprobs=True)
-    score = TokenScore("é", float("-inf"), (("a", -0.5),))
-    *chunks, usage, done = events(
-        reply,
-        TextChunk(0, " A ", None, (), 9, 1),
-        TextChunk(1, "  ", None, (), 9, 1),
-        TextChunk(0, "b ", None, (score,), 9, 2),
-        TextChunk(1, " C", "stop", (), 9, 3),
-        TextChunk(0, "", "length", (), 9, 4),
-    )
-    told = [(c["choices"][0]["index"], c["choices"][0]["delta"], c["choices"][0]["finish_reason"]) for c in chunks]
-    assert told == [
-        (0, {"role": "assistant", "content": ""}, None),
-        (0, {"content": "A"}, None),
-        (1, {"role": "assistant", "content": ""}, None),
-        (0, {"content": " b"}, None),
-        (1, {"content": "C"}, None),
-        (1, {}, "stop"),
-        (0, {}, "length"),
-    ]
-    assert chunks[3]["choices"][0]["logprobs"]["content"] == [
-        {
-            "token": "é",
-            "logprob": -9999.0,
-            "bytes": [195, 169],
-            "top_logprobs": [{"token": "a", "logprob": -0.5, "bytes": [97]}],
-        }
-    ]
-    assert (usage["choices"], usage["usage"]["prompt_tokens"], usage["usage"]["completion_tokens"]) == ([], 9, 7)
-    assert done == "[DONE]"
-    assert reply.usage == (9, 7)
-    assert len({chunk["id"] for chunk in (*chunks, usage)}) == 1
-
-
-def test_a_stream_that_breaks_off_says_so_and_is_not_done() -> None:
-    *_, last = events(ChatResponse("x", logprobs=False), TextChunk(0, "A", None, (), 9, 1), RuntimeError("secret"))
-    assert last["error"]["type"] == "server_error"
-    assert "secret" not in str(last)

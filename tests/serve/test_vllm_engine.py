@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,22 @@ import httpx
 import numpy as np
 import pytest
 from openai import APIStatusError, AsyncOpenAI
+from PIL import Image
 
 from addressvlm import InputError
 from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.priors import Prior
 from addressvlm.answers.types import Completion, Sampling, TextChunk, TokenScore
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
+from addressvlm.image_decode_worker import decode_image
+from addressvlm.inference import Localizer
 from addressvlm.questions import ADDRESS_QUESTION
+from serve.errors import ApiError
+from serve.images import decode_base64
 from serve.metrics import ServiceMetrics
 from serve.requests import ChatQuery, LocalizeQuery
-from serve.vllm_engine import VllmModel, _end_tokens, _image_size
+from serve.vllm_engine import VllmModel, _end_tokens, _image_size, answer_logprobs, openai_request, unique_prefix_lengths
+from tests.support.running_service import two_cities
 
 pytestmark = pytest.mark.xdist_group("serve")
 PHOTO = np.zeros((20, 30, 3), np.uint8)
@@ -172,3 +180,92 @@ def test_a_models_ends_and_side_are_read_from_its_files(tmp_path: Path) -> None:
     ):
         (tmp_path / "config.json").write_text(json.dumps({"vision_config": vision}))
         assert _image_size(tmp_path) == side
+
+
+PIXELS = np.random.default_rng(1).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def systems(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return two_cities(tmp_path_factory.mktemp("cities"))
+
+
+class Scored(VllmModel):
+    """The vLLM engine with a merged model of transformers in vLLM's place, which tests don't have."""
+
+    def __init__(self, merged: Path) -> None:
+        self.localizer = Localizer(merged)
+        self.gazetteer, self.calibration, self.metrics = (
+            self.localizer.gazetteer,
+            Calibration(temperature=2.0),
+            ServiceMetrics(),
+        )
+
+    async def _address_scores(self, photo: str, answers: Sequence[str]) -> np.ndarray:
+        scores = self.localizer.address_scores([Image.open(BytesIO(decode_base64(photo)))])[0]
+        of_text = dict(zip([address.text() for address in self.localizer.require_gazetteer().addresses], scores, strict=True))
+        return np.array([of_text[answer] for answer in answers])
+
+
+def test_vllm_reads_addresses_as_far_as_transformers_does(systems: list[Path]) -> None:
+    localizer = Localizer(systems[0] / "merged")
+    texts = [address.text() for address in localizer.require_gazetteer().addresses]
+    trie = localizer.trie(texts).unique_prefixes()
+    assert list(unique_prefix_lengths(systems[0] / "merged", texts).values()) == trie.depths[trie.ends].tolist()
+
+
+def test_vllms_scores_make_the_same_ranking(systems: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Scored(systems[0] / "merged")
+    model.localizer.calibration = model.calibration
+    for prior in (Prior(), Prior(streets=("Mill Street", "Quay Lane"), weights={"Quay Lane": 3})):
+        expected = model.localizer.localize(Image.fromarray(PIXELS), top_k=9, prior=prior)
+        found = asyncio.run(model.localize(LocalizeQuery("toytown", PIXELS, 9, prior, None)))
+        assert [c.street for c in found.candidates] == [c.street for c in expected.candidates]
+        assert found.confidence == pytest.approx(expected.confidence, rel=1e-4)
+    model.calibration = Calibration(2.0, 0.8, {"0.8": 0.9999})
+    for threshold, known in ((None, False), (0.0, True), (1.0, False)):
+        found = asyncio.run(model.localize(LocalizeQuery("toytown", PIXELS, 2, Prior(), threshold)))
+        least = 0.9999 if threshold is None else threshold
+        assert (found.known, found.threshold, len(found.candidates)) == (known, least, 2)
+    monkeypatch.setattr("serve.vllm_engine.MAX_ADDRESSES", 2)
+    two = Prior(streets=("Mill Street", "Quay Lane"))
+    assert len(asyncio.run(model.localize(LocalizeQuery("toytown", PIXELS, 9, two, None))).candidates) == 2
+    refused = asyncio.run(model.localize(LocalizeQuery("toytown", PIXELS, 9, Prior(), None)))
+    assert (refused.status, refused.code) == (501, "not_implemented")
+
+
+def test_an_addresss_score_is_that_of_its_tokens_up_to_the_end() -> None:
+    def told(token: int, log_p: float) -> dict[str, dict[str, float]]:
+        return {str(token): {"logprob": log_p}, "999": {"logprob": -1.0}}
+
+    log_p = [None, told(2, -9), told(7, -0.5), told(8, -0.25), told(3, -0.125), told(4, -9)]
+    assert answer_logprobs([1, 2], [1, 2, 7, 8, 3, 4], log_p, {3}) == [-0.5, -0.25, -0.125]
+    assert answer_logprobs([1, 2], [1, 2, 7, 8, 3, 4], log_p, set()) == [-0.5, -0.25, -0.125, -9]
+    assert answer_logprobs([1, 5], [1, 2, 7, 8, 3, 4], log_p, {3}) == [-9, -0.5, -0.25, -0.125]  # the boundary is another token
+
+
+def test_what_vllm_is_asked() -> None:
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]}
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    photos = [pixels, pixels + 9]
+    asked = openai_request(ChatQuery("x", [turn, turn], photos, Sampling(9, 0.5, 0.25, 2, ["."], logprobs=0, seed=0)))
+    for message, shown in zip(asked.pop("messages"), photos, strict=True):
+        image, text = message["content"]
+        assert decode_image(decode_base64(image["image_url"]["url"]), 50).rgb == shown.tobytes()
+        assert text == turn["content"][1]
+    assert asked == {
+        "max_tokens": 9, "temperature": 0.5, "top_p": 0.25, "n": 2, "stop": ["."], "seed": 0,
+        "logprobs": True, "top_logprobs": 0,
+    }  # fmt: skip
+    plain = openai_request(ChatQuery("x", [turn], [pixels], Sampling(9)))
+    assert {key: plain.get(key) for key in ("temperature", "stop", "seed", "logprobs", "top_logprobs")} == {
+        "temperature": 0.0, "stop": None, "seed": None, "logprobs": False, "top_logprobs": None
+    }  # fmt: skip
+
+
+def test_a_vllm_server_that_is_gone_is_no_defect() -> None:
+    model = VllmModel.__new__(VllmModel)
+    model.name, model.client = "x", AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="none", max_retries=0)
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(model._create(messages=[{"role": "user", "content": "?"}]))
+    assert caught.value.status == 503

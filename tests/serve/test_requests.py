@@ -1,5 +1,6 @@
-"""Whatever comes in, the service says what is wrong with it and stays up. The routes without Ray, over a real tiny model."""
+"""Wrong requests of every kind are answered with what is wrong, and the service stays up. Routes without Ray, a tiny model."""
 
+import asyncio
 import base64
 import json
 from collections.abc import Iterator
@@ -7,13 +8,44 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import Request
 from fastapi.testclient import TestClient
 
+from serve.errors import ApiError
+from serve.requests import read_body
 from tests.support.images import BAD, GOOD
 from tests.support.in_process_service import api
 from tests.support.running_service import check_error, photo
 
 pytestmark = pytest.mark.xdist_group("serve")
+
+
+def sent(chunks: list[bytes], **headers: str) -> Request:
+    """A request whose body comes in these chunks, and then never ends."""
+    left = list(chunks)
+
+    async def receive() -> dict[str, Any]:
+        if not left:
+            return await asyncio.get_running_loop().create_future()
+        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left) or chunks[-1] == b""}
+
+    named = [(key.replace("_", "-").encode(), value.encode()) for key, value in headers.items()]
+    return Request({"type": "http", "method": "POST", "headers": named}, receive)
+
+
+def test_a_body_may_be_as_large_as_is_allowed_and_no_larger() -> None:
+    assert asyncio.run(read_body(sent([b"a" * 600, b"b" * 400], content_length="1000"), 0.001)) == b"a" * 600 + b"b" * 400
+    for chunks, headers in (([b"a" * 600, b"b" * 401], {}), ([b"a", b""], {"content_length": "1001"})):
+        with pytest.raises(ApiError) as caught:
+            asyncio.run(read_body(sent(chunks, **headers), 0.001))
+        assert (caught.value.status, caught.value.code) == (413, "too_large")
+
+
+def test_a_body_that_does_not_come_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.requests.BODY_TIMEOUT_S", 0.01)
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(read_body(sent([b"a", b""]), 1))
+    assert caught.value.status == 408
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +65,9 @@ def asks(text: str, *images: str) -> list[dict[str, Any]]:
 
 
 PHOTO = data_url(photo())
+
+
 CHAT = {"model": "addressvlm", "messages": asks("Where?", PHOTO), "max_tokens": 4}
-
-
-# ---- images
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -71,8 +102,6 @@ def test_images_that_are_none(client: TestClient, image: str, words: str) -> Non
     check_error(client.post("/v1/localize", json={"image": image}), 400, words)
     check_error(client.post("/v1/chat/completions", json=CHAT | {"messages": asks("Where?", image)}), 400, words)
 
-
-# ---- /v1/localize
 
 WRONG_JSON: list[tuple[Any, str]] = [
     ({"image": 3}, "image"),
@@ -170,8 +199,6 @@ def test_the_map_travels_compressed_to_those_who_read_that(client: TestClient) -
     assert "content-encoding" not in plain.headers
     assert (zipped.headers["content-encoding"], zipped.headers["vary"]) == ("gzip", "Accept-Encoding")
 
-
-# ---- /v1/chat/completions
 
 WRONG_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),

@@ -1,7 +1,7 @@
-"""What the service does against what its OpenAPI document says, by schemathesis. Routes without Ray, over HTTP.
+"""The service does what its OpenAPI document says, tested by schemathesis. Routes without Ray, over HTTP.
 
 More examples, and all of schemathesis' own cases:
-    SCHEMATHESIS_EXAMPLES=1000 python -m pytest tests/serve/test_openapi.py
+    SCHEMATHESIS_EXAMPLES=1000 python -m pytest tests/serve/test_schemas.py
 """
 
 import os
@@ -23,13 +23,23 @@ from tests.support.in_process_service import application
 
 pytestmark = pytest.mark.xdist_group("serve")
 EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "5"))
+
+
 FITTING = ["2xx", "400", "404", "413"]  # what fits the schema may still be no photo, or no model that is served
+
+
 CONFIG: dict[str, Any] = {
     "checks": {"positive_data_acceptance": {"expected-statuses": FITTING}},
     "phases": {"coverage": {"enabled": EXAMPLES > 100}},
 }
+
+
 document = Routes(ServiceSettings(), [], None, ServiceMetrics(), None, None).app().openapi()  # type: ignore[arg-type]
+
+
 schema = schemathesis.openapi.from_dict(document, config=SchemathesisConfig.from_dict(CONFIG))
+
+
 tried: Counter[int] = Counter()
 
 

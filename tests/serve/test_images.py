@@ -1,8 +1,9 @@
-"""Images from web addresses: allowed hosts only, no private network, no end without a limit. A real server in this process."""
+"""Images of the service: decoding processes, base64, and fetching from allowed hosts only. A real HTTP server in-process."""
 
 import asyncio
 import gzip
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,13 +12,130 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import serve as service
+from addressvlm import InputError
+from addressvlm.image_decode_worker import limit_resources
 from serve.errors import ApiError
-from serve.images import ImageFetcher, Images, is_public
+from serve.images import WORKER_COMMAND, DecodePool, ImageFetcher, Images, decode_base64, is_public
+from tests.support.images import encoded
 from tests.support.running_service import photo
 
 pytestmark = pytest.mark.xdist_group("serve")
+# ---- decoding
+
+
+IMPORT = f"from {limit_resources.__module__} import {limit_resources.__name__} as limit"  # for processes of their own
+
+
+@given(st.one_of(st.text(), st.text().map(lambda text: f"data:image/png;base64,{text}"), st.binary().map(repr)))
+@settings(max_examples=100, deadline=None)
+def test_texts_are_images_or_refused(text: str) -> None:
+    try:
+        found = decode_base64(text)
+    except InputError:
+        return
+    assert isinstance(found, bytes)
+
+
+def run(work: object) -> object:
+    return asyncio.run(work)  # type: ignore[arg-type]
+
+
+def test_a_decoder_that_hangs_is_ended_and_the_next_photo_is_read() -> None:
+    hangs = [
+        sys.executable,
+        "-c",
+        f"{IMPORT}; limit(0)\nwhile True: pass",
+    ]
+
+    async def both() -> None:
+        decoders = DecodePool(1, cpu_s=20, max_megapixels=4)
+        decoders.command = hangs
+        with pytest.raises(InputError, match="too long to decode"):
+            await decoders.decode(photo(), 336)
+        decoders.command = WORKER_COMMAND
+        assert (await decoders.decode(photo(), 336))[:2] == (320, 240)
+        with pytest.raises(InputError, match="damaged"):
+            await decoders.decode(photo()[:1000], 336)
+        assert len(decoders.idle) == 1
+        await decoders.close()
+
+    run(both())
+
+
+def test_a_decoder_gets_no_more_memory_than_allowed() -> None:
+    greedy = f'{IMPORT}; limit(9, 1 << 27); x = bytearray(1 << 29); print(\'{{"refused": "got it"}}\')'
+
+    async def decode_greedily() -> None:
+        with pytest.raises(InputError, match="too long to decode"):
+            await DecodePool(1, 20, 4, [sys.executable, "-c", greedy]).decode(photo(), 336)
+
+    run(decode_greedily())
+
+
+def test_decoders_see_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADDRESSVLM_API_KEYS", "a-key-that-is-secret")
+    tells = "import os, sys; sys.stdout.write('{\"refused\": \"' + ' '.join(os.environ) + '\"}\\n')"
+
+    async def decode_once() -> None:
+        decoders = DecodePool(1, 20, 4, [sys.executable, "-c", tells])
+        with pytest.raises(InputError, match="PYTHONPATH") as caught:
+            await decoders.decode(b"", 336)
+        await decoders.close()
+        assert "KEYS" not in str(caught.value)
+
+    run(decode_once())
+
+
+def test_a_turn_that_does_not_come_is_the_services_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.images.WALL_TIME_FACTOR", 0.01)
+
+    async def wait_for_a_turn() -> None:
+        decoders = DecodePool(1, 1, 4)
+        async with decoders.slots:
+            with pytest.raises(ApiError) as caught:
+                await decoders.decode(photo(), 336)
+        assert caught.value.status == 503
+        assert not decoders.slots.locked()
+
+    run(wait_for_a_turn())
+
+
+def test_a_process_that_can_not_be_had_is_the_services_trouble() -> None:
+    async def decode_without() -> None:
+        with pytest.raises(ApiError) as caught:
+            await DecodePool(1, 20, 4, ["/no/such/program"]).decode(photo(), 336)
+        assert caught.value.status == 503
+
+    run(decode_without())
+
+
+def test_a_process_that_died_while_it_waited_is_not_asked() -> None:
+    async def decode_twice() -> None:
+        decoders = DecodePool(1, 20, 4)
+        await decoders.decode(photo(), 336)
+        (process,) = decoders.idle
+        process.kill()
+        await process.wait()
+        assert (await decoders.decode(photo(), 60))[:2] == (160, 120)  # twice the side that the model looks at
+        assert process not in decoders.idle
+        (other,) = decoders.idle
+        sizes = [(60, 40), (40, 60), (50, 50)]
+        photos = [encoded(Image.new("RGB", size), "PNG") for size in sizes]
+        found = await asyncio.gather(*(decoders.decode(data, 336) for data in photos))
+        assert [one[:2] for one in found] == sizes
+        assert decoders.idle == [other]  # one process, as many as it was told
+        await decoders.close()
+        assert other.returncode is not None
+
+    run(decode_twice())
+
+
+# ---- fetching
+
+
 SECRET = b"what only this network may see"
 
 

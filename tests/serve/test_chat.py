@@ -1,0 +1,149 @@
+"""The OpenAI chat format: conversations, sampling parameters, responses and streams."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from addressvlm.answers.types import Sampling, TextChunk, TokenScore
+from serve.chat import ChatResponse, conversation, parse_chat, strip_stream
+from serve.errors import ApiError
+from serve.schemas import ChatRequest
+
+pytestmark = pytest.mark.xdist_group("serve")
+
+
+def user(*parts: str) -> dict[str, Any]:
+    """A turn; what begins with `data:` is an image."""
+    content = [
+        {"type": "image_url", "image_url": {"url": part}} if part.startswith("data:") else {"type": "text", "text": part}
+        for part in parts
+    ]
+    return {"role": "user", "content": content}
+
+
+def test_a_conversation_keeps_its_order() -> None:
+    turns = [
+        {"role": "developer", "content": "Be short."},
+        user("first", "data:1", "second", "data:22"),
+        {"role": "assistant", "content": None},
+        user("data:333", "third"),
+    ]
+    messages, urls = conversation(parse_chat({"model": "x", "messages": turns}))
+    assert urls == ["data:1", "data:22", "data:333"]
+    image, text = {"type": "image"}, lambda said: {"type": "text", "text": said}
+    assert messages == [
+        {"role": "system", "content": [text("Be short.")]},
+        {"role": "user", "content": [image, image, text("first"), text("second")]},
+        {"role": "assistant", "content": []},
+        {"role": "user", "content": [image, text("third")]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("turns", "fine"),
+    [
+        ([user("a" * 50_000), user("b" * 50_000)], True),
+        ([user("a" * 50_000), user("b" * 50_001)], False),
+        ([user(*["data:"] * 5), user(*["data:"] * 3)], True),
+        ([user(*["data:"] * 5), user(*["data:"] * 4)], False),
+    ],
+)
+def test_the_most_of_a_conversation_counts_all_its_turns(turns: list[dict[str, Any]], fine: bool) -> None:
+    def read() -> Any:
+        return conversation(parse_chat({"model": "x", "messages": turns}))
+
+    if fine:
+        assert read()
+        return
+    with pytest.raises(ApiError, match="at most"):
+        read()
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ({}, Sampling(100)),
+        ({"max_tokens": 7}, Sampling(7)),
+        ({"max_tokens": 7, "max_completion_tokens": 9}, Sampling(9)),
+        ({"max_completion_tokens": 101}, Sampling(100)),
+        ({"temperature": 0.5, "top_p": 0.25, "n": 3, "seed": 0}, Sampling(100, 0.5, 0.25, 3, seed=0)),
+        ({"stop": "ab"}, Sampling(100, stop=["ab"])),
+        ({"stop": ["a", "", "b"]}, Sampling(100, stop=["a", "b"])),
+        ({"logprobs": True}, Sampling(100, logprobs=0)),
+        ({"logprobs": True, "top_logprobs": 4}, Sampling(100, logprobs=4)),
+        ({"logprobs": False}, Sampling(100)),
+    ],
+)
+def test_how_the_model_is_to_draw(asked: dict[str, Any], meant: Sampling) -> None:
+    found = ChatRequest.model_validate({"model": "x", "messages": [user("a")], **asked}).sampling(100)
+    assert replace(found, stop=tuple(found.stop)) == replace(meant, stop=tuple(meant.stop))
+
+
+def events(reply: ChatResponse, *pieces: TextChunk | Exception, usage: bool = True) -> list[Any]:
+    async def come() -> AsyncIterator[TextChunk]:
+        for piece in pieces:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+    async def listen() -> list[str]:
+        return [event async for event in reply.events(come(), usage)]
+
+    lines = [event.removeprefix("data: ").strip() for event in asyncio.run(listen())]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def test_two_answers_that_come_by_turns() -> None:
+    reply = ChatResponse("x", logprobs=True)
+    score = TokenScore("é", float("-inf"), (("a", -0.5),))
+    *chunks, usage, done = events(
+        reply,
+        TextChunk(0, " A ", None, (), 9, 1),
+        TextChunk(1, "  ", None, (), 9, 1),
+        TextChunk(0, "b ", None, (score,), 9, 2),
+        TextChunk(1, " C", "stop", (), 9, 3),
+        TextChunk(0, "", "length", (), 9, 4),
+    )
+    told = [(c["choices"][0]["index"], c["choices"][0]["delta"], c["choices"][0]["finish_reason"]) for c in chunks]
+    assert told == [
+        (0, {"role": "assistant", "content": ""}, None),
+        (0, {"content": "A"}, None),
+        (1, {"role": "assistant", "content": ""}, None),
+        (0, {"content": " b"}, None),
+        (1, {"content": "C"}, None),
+        (1, {}, "stop"),
+        (0, {}, "length"),
+    ]
+    assert chunks[3]["choices"][0]["logprobs"]["content"] == [
+        {
+            "token": "é",
+            "logprob": -9999.0,
+            "bytes": [195, 169],
+            "top_logprobs": [{"token": "a", "logprob": -0.5, "bytes": [97]}],
+        }
+    ]
+    assert (usage["choices"], usage["usage"]["prompt_tokens"], usage["usage"]["completion_tokens"]) == ([], 9, 7)
+    assert done == "[DONE]"
+    assert reply.usage == (9, 7)
+    assert len({chunk["id"] for chunk in (*chunks, usage)}) == 1
+
+
+def test_a_stream_that_breaks_off_says_so_and_is_not_done() -> None:
+    *_, last = events(ChatResponse("x", logprobs=False), TextChunk(0, "A", None, (), 9, 1), RuntimeError("secret"))
+    assert last["error"]["type"] == "server_error"
+    assert "secret" not in str(last)
+
+
+@given(st.lists(st.text(alphabet="ab \n", max_size=4)))
+def test_pieces_without_blanks_around_are_the_stripped_text(pieces: list[str]) -> None:
+    said, held = "", ""
+    for piece in pieces:
+        text, held = strip_stream(held, piece, not said)
+        said += text
+    assert said == "".join(pieces).strip()

@@ -1,0 +1,53 @@
+"""Every error becomes the OpenAI error object with its status."""
+
+import pickle
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import BackPressureError
+
+from addressvlm import InputError
+from serve.errors import ApiError, add_exception_handlers, error_response, to_api_error
+from tests.support.running_service import check_error
+
+pytestmark = pytest.mark.xdist_group("serve")
+
+
+def test_defects_show_nothing_of_the_inside() -> None:
+    app = FastAPI()
+    add_exception_handlers(app)
+
+    @app.get("/")
+    def broken() -> None:
+        raise RuntimeError("secret")
+
+    response = TestClient(app, raise_server_exceptions=False).get("/")
+    check_error(response, 500, "operator's log")
+    assert "secret" not in response.text
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InputError("x"), 400),
+        (ApiError(404, "x"), 404),
+        (TimeoutError(), 503),
+        (BackPressureError(num_queued_requests=1, max_queued_requests=1), 503),
+        (RayTaskError("f", "trace", InputError("x")), 400),
+        (RayTaskError("f", "trace", KeyError("x")), 500),
+        (KeyError("x"), 500),
+    ],
+)
+def test_what_went_wrong_decides_the_status(error: Exception, status: int) -> None:
+    told = to_api_error(error)
+    assert told.status == status
+    answer = error_response(told)
+    assert answer.status_code == status
+    assert ("retry-after" in answer.headers) == (status == 503)
+
+
+def test_errors_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(ApiError(429, "Wait.", "x", "y", 7)))
+    assert (error.status, error.message, error.param, error.code, error.retry_after_s) == (429, "Wait.", "x", "y", 7)
