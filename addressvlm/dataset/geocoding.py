@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from addressvlm.config.city import CityConfig, PartitionConfig
 from addressvlm.dataset import external_geocoder
-from addressvlm.dataset.partition import SubStreets
+from addressvlm.dataset.partition import StreetPartition
 from addressvlm.dataset.photos import Photo, looks_swapped
 from addressvlm.dataset.streets import StreetMap
 from addressvlm.errors import InputError
@@ -134,7 +134,7 @@ def with_sub_streets(
     streets: StreetMap,
     config: PartitionConfig,
     counted: Collection[str] | None = None,
-) -> tuple[dict[str, Place], SubStreets]:
+) -> tuple[dict[str, Place], StreetPartition]:
     """The places with the sub-streets of a partition made for them, and the partition; sub-streets of the table stay.
 
     Args:
@@ -145,7 +145,7 @@ def with_sub_streets(
     missing = [p for p in places.values() if not given.get(p.id)]
     counts = [counted is None or p.id in counted for p in missing]
     names = [p.address.street for p in missing]
-    partition = SubStreets(streets, config, names, [p.x for p in missing], [p.y for p in missing], counts)
+    partition = StreetPartition(streets, config, names, [p.x for p in missing], [p.y for p in missing], counts)
     computed = {p.id: name for p, name in zip(missing, partition.names, strict=True)}
     return {i: replace(p, sub_street=computed.get(i, given.get(i))) for i, p in places.items()}, partition
 

@@ -334,9 +334,9 @@ def test_places_get_sub_streets_and_keep_given_ones(town: StreetMap) -> None:
         *["Mill Street from Low Street on"] * 5,
         *["Mill Street between Low Street and High Street"] * 5,
     ]
-    again, parts = with_sub_streets(places, addressed, town, PartitionConfig(), counted={p.place for p in photos[:6]})
+    again, partition = with_sub_streets(places, addressed, town, PartitionConfig(), counted={p.place for p in photos[:6]})
     assert again["p1"].sub_street == "Mill Street by the mill"
-    assert [(p.name, p.places) for p in parts.parts] == [("Mill Street from High Street on", 5)]
+    assert [(p.name, p.places) for p in partition.sub_streets] == [("Mill Street from High Street on", 5)]
 
 
 # many rows
