@@ -267,7 +267,7 @@ def _count(config: Config, stage: str, table: RowSource | None, photos: int | No
 
 def _per_step(config: Config, stage: str) -> int:
     made = config.train.stages[stage]
-    return made.batch_size * made.accumulate * config.train.workers
+    return made.batch_size * made.gradient_accumulation_steps * config.train.workers
 
 
 def _steps(config: Config, name: str, table: RowSource | None, photos: int | None) -> int | None:

@@ -33,7 +33,7 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
                 raise error
 
     monkeypatch.setattr(ray_train, "TorchTrainer", Trainer)
-    monkeypatch.setattr(ray_train.failures, "notice", lambda: "notice")
+    monkeypatch.setattr(ray_train, "make_notice", lambda: "notice")
     monkeypatch.setattr(ray_train, "noticed_error", lambda notice: None)
     monkeypatch.setattr(ray_train, "PLACE_TIMEOUT_SET", None)
     monkeypatch.setenv(ray_train.PLACE_TIMEOUT, "")
@@ -137,8 +137,8 @@ RESULT = [
     ("model.llm.rank", 3), ("model.llm.alpha", 3.0), ("model.vision.dropout", 0.5), ("model.lora_dropout", 0.5),
     ("model.dtype", "bfloat16"), ("labels.prompt", "grounded"), ("city.manifest", "other.csv"),
     *[(f"train.stages.localization.{name}", value) for name, value in (
-        ("parts", ["llm"]), ("rounds", "apart"), ("epochs", 9.0), ("max_steps", 9), ("batch_size", 9), ("gradient_accumulation_steps", 9),
-        ("learning_rate", 9.0), ("learning_rates", {"llm": 9.0}), ("warmup_ratio", 0.9), ("weight_decay", 9.0), ("clip", 9.0),
+        ("parts", ["llm"]), ("isolate_questions", True), ("epochs", 9.0), ("max_steps", 9), ("batch_size", 9), ("gradient_accumulation_steps", 9),
+        ("learning_rate", 9.0), ("learning_rates", {"llm": 9.0}), ("warmup_ratio", 0.9), ("weight_decay", 9.0), ("max_grad_norm", 9.0),
         ("augment", {"colour": 0.5}),
     )],
     ("train.stages.alignment.epochs", 9.0),
@@ -172,7 +172,7 @@ def test_what_changes_no_model_does_not(tmp_path: Path, path: str, value: Any) -
 
 @pytest.mark.parametrize("name", ["validate_every", "validate_photos"])
 def test_a_model_that_validated_best_depends_on_how_it_was_validated(tmp_path: Path, name: str) -> None:
-    config = config_of(tmp_path, merge="best", validate_every=5)
+    config = config_of(tmp_path, checkpoint_to_merge="best", validate_every=5)
     before = train.settings(config, config.train.systems[-1])
     setattr(config.train, name, 9)
     assert train.settings(config, config.train.systems[-1]) != before

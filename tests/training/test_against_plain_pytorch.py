@@ -137,13 +137,13 @@ def plain_training(config: Config, base: Path) -> Iterator[tuple[float, float, A
         for step, share in enumerate(SHARES):
             order = stage.schedule.indices(step)
             assert len(order) == PER_STEP
-            of_rows = [of_row(model, processor, table[i], "rounds" in given) for i in order]
+            of_rows = [of_row(model, processor, table[i], "isolate_questions" in given) for i in order]
             loss = torch.cat([losses for row in of_rows for losses in row]).mean()
             loss.backward()
             gradients = [weights.grad for group in groups for weights in group["params"] if weights.grad is not None]
             norm = sum(float((gradient**2).sum()) for gradient in gradients) ** 0.5
             for gradient in gradients:
-                gradient.mul_(min(1.0, given["clip"] / norm))
+                gradient.mul_(min(1.0, given["max_grad_norm"] / norm))
             for group in optimizer.param_groups:
                 group["lr"] = share * group["rate"]
             optimizer.step()
@@ -173,7 +173,7 @@ def test_two_stages_are_those_of_plain_pytorch(
     for number, (loss, norm, model, optimizer) in enumerate(plain_training(config, base)):
         assert curve[number]["loss"] == pytest.approx(loss, rel=2e-3)
         assert curve[number]["gradient_norm"] == pytest.approx(norm, rel=2e-2)
-        clipped.append(norm > STAGES["alignment" if number < STEPS else "localization"]["clip"])
+        clipped.append(norm > STAGES["alignment" if number < STEPS else "localization"]["max_grad_norm"])
         snapshot, named = held[number], dict(adapter_weights(model))
         learnt = {name for name in named if named[name] in optimizer.state}
         assert snapshot.adapter.keys() == named.keys()

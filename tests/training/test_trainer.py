@@ -177,7 +177,7 @@ def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine() -> None:
 
 def test_stages_have_seeds_changes_of_photos_and_steps_of_their_own(tmp_path: Path, base: Path) -> None:
     config = trained_config(tmp_path, base, workers=3)
-    config.train.stages["alignment"].accumulate = 2  # 24 rows, two epochs: 24 a step, then 12
+    config.train.stages["alignment"].gradient_accumulation_steps = 2  # 24 rows, two epochs: 24 a step, then 12
     config.train.stages["localization"].augment = AugmentConfig(colour=0.2)
     systems = {made.name: build_stages(config, made) for made in config.train.systems if made.stages}
     first, second = systems["AddressVLM"]
