@@ -1,4 +1,4 @@
-"""Load, a replica that dies and an update, on a real Ray Serve"""
+"""Overload, a replica that dies and an update under load, on a real Ray Serve."""
 
 import threading
 from collections import Counter
@@ -43,7 +43,7 @@ def load(url: str, clients: int = 4) -> Iterator[Counter[int]]:
     statuses: Counter[int] = Counter()
     over = threading.Event()
 
-    def ask(number: int) -> None:
+    def send(number: int) -> None:
         while not over.is_set():
             try:
                 answer = httpx.post(f"{url}/v1/localize", files={"file": ("p.jpg", photo(number))}, timeout=120)
@@ -52,13 +52,13 @@ def load(url: str, clients: int = 4) -> Iterator[Counter[int]]:
                 statuses[0] += 1
 
     with ThreadPoolExecutor(clients) as pool:
-        asking = [pool.submit(ask, number) for number in range(clients)]
+        clients_running = [pool.submit(send, number) for number in range(clients)]
         try:
             yield statuses
         finally:
             over.set()
-        for one in asking:
-            one.result()
+        for client in clients_running:
+            client.result()
 
 
 def wait_for(statuses: Counter[int], more: int) -> None:
@@ -75,15 +75,15 @@ def replicas() -> list[Any]:
     return [ray.get_actor(actor["name"], namespace=actor["namespace"]) for actor in names]
 
 
-def test_beyond_the_queue_callers_are_told_to_come_back(url: str) -> None:
+def test_beyond_the_queue_requests_are_refused_with_retry_after(url: str) -> None:
     messages = [{"role": "user", "content": "Tell me all."}]
     body = {"model": "addressvlm", "messages": messages, "max_tokens": 400, "temperature": 1}
 
-    def ask(number: int) -> httpx.Response:
+    def send(number: int) -> httpx.Response:
         return httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": number % 2 == 0}, timeout=300)
 
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(ask, range(16)))
+        answers = list(pool.map(send, range(16)))
     refused = [r for r in answers if r.status_code != 200]
     assert 0 < len(refused) < len(answers)
     for response in refused:

@@ -78,15 +78,15 @@ def page(opened: Open) -> Page:
 def test_photo_to_address_and_map(page: Page) -> None:
     expect(page.locator("#result")).to_be_hidden()
     expect(page.locator("#attribution")).to_have_text("Made up")
-    found = located(page, lambda: give(page, photo()))
+    result = located(page, lambda: give(page, photo()))
     assert sent(page, "city") == "toytown"
     assert sent(page, "prior") is None
-    expect(page.locator("#street")).to_have_text(found["address"]["street"])
-    expect(page.locator("#candidates li")).to_have_count(len(found["candidates"]))
+    expect(page.locator("#street")).to_have_text(result["address"]["street"])
+    expect(page.locator("#candidates li")).to_have_count(len(result["candidates"]))
     names = page.locator("#candidates .name").all_inner_texts()
-    assert names == [f"{c['street']} {c['district']}" for c in found["candidates"]]
-    expect(page.locator("#verdict")).to_contain_text(f"{100 * found['confidence']:.0f} %")
-    assert page.locator("#status").inner_text().endswith(f"{found['address']['street']}, {found['address']['district']}.")
+    assert names == [f"{c['street']} {c['district']}" for c in result["candidates"]]
+    expect(page.locator("#verdict")).to_contain_text(f"{100 * result['confidence']:.0f} %")
+    assert page.locator("#status").inner_text().endswith(f"{result['address']['street']}, {result['address']['district']}.")
     expect(page.locator(".candidates path")).to_have_count(len(STREETS))
     assert sorted(page.locator("#map .badge").all_inner_texts()) == [str(n + 1) for n in range(len(STREETS))]
     heats = page.locator(".candidates path").evaluate_all("paths => paths.map((p) => getComputedStyle(p).stroke)")
@@ -95,8 +95,8 @@ def test_photo_to_address_and_map(page: Page) -> None:
 
 def test_below_the_threshold_it_says_so(opened: Open) -> None:
     page = opened("/?threshold=1&top_k=2")
-    found = located(page, lambda: give(page, photo()))
-    assert (sent(page, "threshold"), found["known"], found["address"]) == ("1", False, None)
+    result = located(page, lambda: give(page, photo()))
+    assert (sent(page, "threshold"), result["known"], result["address"]) == ("1", False, None)
     expect(page.locator("#plate")).to_have_text("I don't knowthese are the likeliest")
     expect(page.locator("#verdict")).to_contain_text("Not sure enough")
     expect(page.locator("body")).to_contain_text("It is never sure enough to name an address.")
@@ -141,21 +141,21 @@ def test_keyboard_alone_is_enough(page: Page) -> None:
     page.locator("#candidates button").first.focus()
     expect(page.locator(".candidates path.lit")).to_have_count(1)
 
-    def seen() -> list[float]:
+    def viewport() -> list[float]:
         return [float(v) for v in page.locator("#map svg").get_attribute("viewBox").split()]
 
     page.locator("#map").focus()
     page.keyboard.press("0")
-    x, _, wide, _ = seen()
+    x, _, wide, _ = viewport()
     page.keyboard.press("+")
-    assert seen()[2] < wide
+    assert viewport()[2] < wide
     page.keyboard.press("ArrowRight")
-    assert seen()[0] > x
+    assert viewport()[0] > x
     page.locator("#where summary").focus()
     page.keyboard.press("Enter")
     page.locator("#map").focus()
     located(page, lambda: page.keyboard.press("Enter"))
-    x, y, wide, high = seen()
+    x, y, wide, high = viewport()
     circle = json.loads(sent(page, "prior"))["circle"]
     assert circle["radius_m"] == 200
     expect(page.locator(".circle circle")).to_have_count(2)
@@ -177,24 +177,24 @@ def test_what_the_user_knows_is_a_prior(page: Page) -> None:
         return [at.x, at.y];
     }""")
     at = {"x": (spot[0] - view[0]) / view[2] * box["width"], "y": (spot[1] - view[1]) / view[3] * box["height"]}
-    found = located(page, lambda: page.locator("#map").click(position=at))
+    result = located(page, lambda: page.locator("#map").click(position=at))
     circle = json.loads(sent(page, "prior"))["circle"]
     assert circle["lat"] == pytest.approx(52.0, abs=2e-4)
     assert circle["lon"] == pytest.approx(0.002, abs=2e-4)
-    assert "Mill Street" in [c["street"] for c in found["candidates"]]
-    assert "Oak Avenue" not in [c["street"] for c in found["candidates"]]
+    assert "Mill Street" in [c["street"] for c in result["candidates"]]
+    assert "Oak Avenue" not in [c["street"] for c in result["candidates"]]
     expect(page.locator("#only")).to_have_text("only in the circle of 200 m")
 
-    found = located(page, lambda: page.locator("#in").select_option("Harbour"))
+    result = located(page, lambda: page.locator("#in").select_option("Harbour"))
     assert json.loads(sent(page, "prior"))["districts"] == ["Harbour"]
-    assert {c["district"] for c in found["candidates"]} == {"Harbour"}
+    assert {c["district"] for c in result["candidates"]} == {"Harbour"}
     nowhere = {"x": box["width"] - 3, "y": box["height"] - 3}
     located(page, lambda: page.locator("#map").click(position=nowhere))
     expect(page.locator("#status.bad")).to_be_visible()
     expect(page.locator("#result")).to_be_hidden()
-    found = located(page, lambda: page.locator("#clear").click())
+    result = located(page, lambda: page.locator("#clear").click())
     assert sent(page, "prior") is None
-    assert len(found["candidates"]) == len(STREETS)
+    assert len(result["candidates"]) == len(STREETS)
     expect(page.locator("#status.bad")).to_have_count(0)
 
 
@@ -203,16 +203,16 @@ def test_another_city_is_looked_at_with_its_own_streets(opened: Open) -> None:
     assert page.locator("#city option").all_inner_texts() == ["Toytown", "St. Alder"]
     assert located(page, lambda: give(page, photo()))["city"] == "Toytown"
     expect(page.locator("#ask")).to_be_visible()
-    found = located(page, lambda: page.locator("#city").select_option("St. Alder"))
-    assert found["city"] == "St. Alder"
-    expect(page.locator("#model")).to_have_text(found["model"])
+    result = located(page, lambda: page.locator("#city").select_option("St. Alder"))
+    assert result["city"] == "St. Alder"
+    expect(page.locator("#model")).to_have_text(result["model"])
     expect(page.locator("#intro")).to_contain_text("St. Alder")
     expect(page.locator(".streets path")).to_have_count(2)
     assert set(page.locator("#candidates .name").all_inner_texts()) == {"Elm Row Harbour", "Oak Avenue Harbour"}
-    with page.expect_request("**/v1/chat/completions") as asked:
+    with page.expect_request("**/v1/chat/completions") as chat_request:
         page.get_by_role("button", name="Which street is this? Name it.").click()
-    assert asked.value.post_data_json["model"] == found["model"]
-    expect(page.locator("#talk .it")).to_contain_text(found["address"]["street"])
+    assert chat_request.value.post_data_json["model"] == result["model"]
+    expect(page.locator("#talk .it")).to_contain_text(result["address"]["street"])
     linked = opened(f"/?city={page.locator('#city').input_value()}")
     expect(linked.locator("#intro")).to_contain_text("St. Alder")
 
@@ -224,10 +224,10 @@ def test_follow_up_questions_carry_the_conversation(page: Page) -> None:
     expect(page.locator("#send")).to_be_enabled()
     first = page.locator("#talk .it").inner_text()
     page.locator("#question").fill("What colour is the sky?")
-    with page.expect_request("**/v1/chat/completions") as asked:
+    with page.expect_request("**/v1/chat/completions") as chat_request:
         page.keyboard.press("Enter")
     expect(page.locator("#send")).to_be_enabled()
-    body = asked.value.post_data_json
+    body = chat_request.value.post_data_json
     assert body["stream"] is True
     assert [m["role"] for m in body["messages"]] == ["user", "assistant", "user"]
     assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")

@@ -1,4 +1,4 @@
-"""The service on a real Ray Serve, two cities in one replica, asked by real clients"""
+"""The service on a real Ray Serve, two cities in one replica, called by real clients."""
 
 import base64
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def data_url(data: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
 
-def asks(text: str, *images: str) -> list[dict]:
+def chat_messages(text: str, *images: str) -> list[dict]:
     parts = [{"type": "image_url", "image_url": {"url": image}} for image in images]
     return [{"role": "user", "content": [{"type": "text", "text": text}, *parts]}]
 
@@ -60,24 +60,24 @@ def client(url: str) -> openai.OpenAI:
 
 
 def test_localize_ranks_the_gazetteer(url: str) -> None:
-    found = localize(url, photo(), top_k="3").raise_for_status().json()
-    shares = [c["probability"] for c in found["candidates"]]
+    result = localize(url, photo(), top_k="3").raise_for_status().json()
+    shares = [c["probability"] for c in result["candidates"]]
     assert len(shares) == 3
     assert shares == sorted(shares, reverse=True)
     assert 0 < sum(shares) <= 1
-    assert found["known"]
-    assert found["address"] == {key: found["candidates"][0][key] for key in ("street", "district")}
-    assert {c["street"] for c in found["candidates"]} <= set(STREETS)
-    assert (found["city"], found["model"]) == ("Toytown", MODEL)
+    assert result["known"]
+    assert result["address"] == {key: result["candidates"][0][key] for key in ("street", "district")}
+    assert {c["street"] for c in result["candidates"]} <= set(STREETS)
+    assert (result["city"], result["model"]) == ("Toytown", MODEL)
 
 
 def test_cities_answer_as_their_merged_models_and_take_turns(url: str, systems: list[Path]) -> None:
     photos = [photo(seed) for seed in range(6)]
     cities = ["toytown", "St. Alder"] * 3
     with ThreadPoolExecutor(6) as pool:
-        found = [r.raise_for_status().json() for r in pool.map(lambda p, c: localize(url, p, c), photos, cities)]
+        result = [r.raise_for_status().json() for r in pool.map(lambda p, c: localize(url, p, c), photos, cities)]
     merged = {city: Localizer(systems[n] / "merged") for n, city in enumerate(("toytown", "St. Alder"))}
-    for data, city, answer in zip(photos, cities, found, strict=True):
+    for data, city, answer in zip(photos, cities, result, strict=True):
         expected = merged[city].localize(Image.open(BytesIO(data)), top_k=None).candidates
         assert [c["street"] for c in answer["candidates"]] == [c.street for c in expected]
         assert [c["probability"] for c in answer["candidates"]] == pytest.approx(
@@ -94,12 +94,13 @@ def test_cities_are_listed_and_others_refused(url: str) -> None:
     assert "Elm Row" in streets
 
 
-def test_form_and_json_mean_the_same(url: str) -> None:
+def test_form_and_json_are_equivalent(url: str) -> None:
     form = localize(url, photo()).json()
     for image in (data_url(photo()), base64.b64encode(photo()).decode()):
-        got = httpx.post(f"{url}/v1/localize", json={"image": image, "city": "toytown"}, timeout=120).raise_for_status().json()
-        assert got.pop("request_id") != form["request_id"]
-        assert got == {key: value for key, value in form.items() if key != "request_id"}
+        response = httpx.post(f"{url}/v1/localize", json={"image": image, "city": "toytown"}, timeout=120)
+        answer = response.raise_for_status().json()
+        assert answer.pop("request_id") != form["request_id"]
+        assert answer == {key: value for key, value in form.items() if key != "request_id"}
 
 
 # ---- chat, with the real client
@@ -107,21 +108,21 @@ def test_form_and_json_mean_the_same(url: str) -> None:
 
 def test_openai_client_plain_and_stream(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL, "run1/addressvlm"]
-    asked = {"model": MODEL, "messages": asks("Tell me a story.", data_url(photo())), "max_tokens": 8}
-    plain = client.chat.completions.create(**asked, logprobs=True, top_logprobs=1)
+    request = {"model": MODEL, "messages": chat_messages("Tell me a story.", data_url(photo())), "max_tokens": 8}
+    plain = client.chat.completions.create(**request, logprobs=True, top_logprobs=1)
     assert plain.choices[0].finish_reason in ("stop", "length")
     assert plain.usage.total_tokens == plain.usage.prompt_tokens + plain.usage.completion_tokens
     assert plain.usage.prompt_tokens > 16  # the image's 16 patches and the text
     assert len(plain.choices[0].logprobs.content) == plain.usage.completion_tokens
-    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
-    said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    assert said == plain.choices[0].message.content
+    chunks = list(client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True}))
+    streamed = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert streamed == plain.choices[0].message.content
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == plain.choices[0].finish_reason
     assert chunks[-1].usage == plain.usage
 
 
-def test_a_conversation_goes_on(client: openai.OpenAI) -> None:
-    first = asks("What do you see?", data_url(photo()))
+def test_a_conversation_of_several_turns(client: openai.OpenAI) -> None:
+    first = chat_messages("What do you see?", data_url(photo()))
     turns = [{"role": "assistant", "content": "A street."}, {"role": "user", "content": "And what else?"}]
     short = client.chat.completions.create(model=MODEL, messages=first, max_tokens=4)
     long = client.chat.completions.create(model=MODEL, messages=first + turns, max_tokens=4, temperature=0.7, n=2, seed=1)
@@ -130,11 +131,11 @@ def test_a_conversation_goes_on(client: openai.OpenAI) -> None:
 
 
 def test_stop_cuts_the_answer(client: openai.OpenAI) -> None:
-    asked = {"model": MODEL, "messages": asks("Tell me a story.", data_url(photo())), "max_tokens": 8}
-    whole = client.chat.completions.create(**asked).choices[0].message.content
-    assert len(whole) > 1
-    cut = client.chat.completions.create(**asked, stop=[whole[1]]).choices[0]
-    assert cut.message.content == whole[: whole.index(whole[1])].strip()
+    request = {"model": MODEL, "messages": chat_messages("Tell me a story.", data_url(photo())), "max_tokens": 8}
+    full = client.chat.completions.create(**request).choices[0].message.content
+    assert len(full) > 1
+    cut = client.chat.completions.create(**request, stop=[full[1]]).choices[0]
+    assert cut.message.content == full[: full.index(full[1])].strip()
     assert cut.finish_reason == "stop"
 
 
@@ -142,21 +143,21 @@ def test_stop_cuts_the_answer(client: openai.OpenAI) -> None:
     ("change", "kind", "param"),
     [
         ({"messages": []}, openai.BadRequestError, "messages"),
-        ({"messages": asks("Where?", "https://example.org/a.jpg")}, openai.BadRequestError, None),
-        ({"messages": asks("Where?", data_url(b"no photo"))}, openai.BadRequestError, None),
-        ({"messages": asks("word " * 15_000), "stream": True}, openai.BadRequestError, None),
+        ({"messages": chat_messages("Where?", "https://example.org/a.jpg")}, openai.BadRequestError, None),
+        ({"messages": chat_messages("Where?", data_url(b"no photo"))}, openai.BadRequestError, None),
+        ({"messages": chat_messages("word " * 15_000), "stream": True}, openai.BadRequestError, None),
         ({"temperature": 3}, openai.BadRequestError, "temperature"),
         ({"model": "gpt-4o"}, openai.NotFoundError, "model"),
     ],
 )
-def test_openai_client_sees_its_own_errors(client: openai.OpenAI, change: dict, kind: type, param: str | None) -> None:
-    request = {"model": MODEL, "messages": asks("Where?", data_url(photo())), "max_tokens": 4}
+def test_openai_client_raises_its_own_errors(client: openai.OpenAI, change: dict, kind: type, param: str | None) -> None:
+    request = {"model": MODEL, "messages": chat_messages("Where?", data_url(photo())), "max_tokens": 4}
     with pytest.raises(kind) as caught:
         client.chat.completions.create(**{**request, **change})
     assert caught.value.param == param
 
 
-# ---- around it
+# ---- page, health, metrics, errors
 
 
 def test_page_and_health(url: str) -> None:
@@ -173,13 +174,13 @@ def test_page_and_health(url: str) -> None:
     assert {"/v1/localize", "/v1/chat/completions"} <= httpx.get(f"{url}/openapi.json").json()["paths"].keys()
 
 
-def test_request_ids_and_counts_of_all_replicas(url: str) -> None:
+def test_request_ids_and_metrics_of_all_replicas(url: str) -> None:
     answer = httpx.get(f"{url}/v1/models", headers={"X-Request-Id": "ours-7"})
     assert answer.headers.get_list("x-request-id") == ["ours-7"]
     localize(url, photo())
-    found = {f.name: f.samples for f in text_string_to_metric_families(httpx.get(f"{url}/metrics").text)}
+    result = {f.name: f.samples for f in text_string_to_metric_families(httpx.get(f"{url}/metrics").text)}
     front, decoder, model = (
-        {sample.labels["replica"] for sample in found[name]}
+        {sample.labels["replica"] for sample in result[name]}
         for name in ("addressvlm_requests", "addressvlm_decode_seconds", "addressvlm_batch_size")
     )
     assert len(front | decoder | model) == 3

@@ -36,7 +36,7 @@ def test_a_conversation_keeps_its_order() -> None:
     ]
     messages, urls = conversation(parse_chat({"model": "x", "messages": turns}))
     assert urls == ["data:1", "data:22", "data:333"]
-    image, text = {"type": "image"}, lambda said: {"type": "text", "text": said}
+    image, text = {"type": "image"}, lambda content: {"type": "text", "text": content}
     assert messages == [
         {"role": "system", "content": [text("Be short.")]},
         {"role": "user", "content": [image, image, text("first"), text("second")]},
@@ -54,7 +54,7 @@ def test_a_conversation_keeps_its_order() -> None:
         ([user(*["data:"] * 5), user(*["data:"] * 4)], False),
     ],
 )
-def test_the_most_of_a_conversation_counts_all_its_turns(turns: list[dict[str, Any]], fine: bool) -> None:
+def test_limits_of_a_conversation_count_all_its_turns(turns: list[dict[str, Any]], fine: bool) -> None:
     def read() -> Any:
         return conversation(parse_chat({"model": "x", "messages": turns}))
 
@@ -66,7 +66,7 @@ def test_the_most_of_a_conversation_counts_all_its_turns(turns: list[dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("asked", "meant"),
+    ("fields", "expected"),
     [
         ({}, Sampling(100)),
         ({"max_tokens": 7}, Sampling(7)),
@@ -80,17 +80,17 @@ def test_the_most_of_a_conversation_counts_all_its_turns(turns: list[dict[str, A
         ({"logprobs": False}, Sampling(100)),
     ],
 )
-def test_how_the_model_is_to_draw(asked: dict[str, Any], meant: Sampling) -> None:
-    found = ChatRequest.model_validate({"model": "x", "messages": [user("a")], **asked}).sampling(100)
-    assert replace(found, stop=tuple(found.stop)) == replace(meant, stop=tuple(meant.stop))
+def test_sampling_parameters(fields: dict[str, Any], expected: Sampling) -> None:
+    sampling = ChatRequest.model_validate({"model": "x", "messages": [user("a")], **fields}).sampling(100)
+    assert replace(sampling, stop=tuple(sampling.stop)) == replace(expected, stop=tuple(expected.stop))
 
 
-def events(reply: ChatResponse, *pieces: TextChunk | Exception, usage: bool = True) -> list[Any]:
+def events(reply: ChatResponse, *chunks: TextChunk | Exception, usage: bool = True) -> list[Any]:
     async def come() -> AsyncIterator[TextChunk]:
-        for piece in pieces:
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
+        for chunk in chunks:
+            if isinstance(chunk, Exception):
+                raise chunk
+            yield chunk
 
     async def listen() -> list[str]:
         return [event async for event in reply.events(come(), usage)]
@@ -99,7 +99,7 @@ def events(reply: ChatResponse, *pieces: TextChunk | Exception, usage: bool = Tr
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
-def test_two_answers_that_come_by_turns() -> None:
+def test_two_answers_in_turns() -> None:
     reply = ChatResponse("x", logprobs=True)
     score = TokenScore("é", float("-inf"), (("a", -0.5),))
     *chunks, usage, done = events(
@@ -110,8 +110,8 @@ def test_two_answers_that_come_by_turns() -> None:
         TextChunk(1, " C", "stop", (), 9, 3),
         TextChunk(0, "", "length", (), 9, 4),
     )
-    told = [(c["choices"][0]["index"], c["choices"][0]["delta"], c["choices"][0]["finish_reason"]) for c in chunks]
-    assert told == [
+    choices = [(c["choices"][0]["index"], c["choices"][0]["delta"], c["choices"][0]["finish_reason"]) for c in chunks]
+    assert choices == [
         (0, {"role": "assistant", "content": ""}, None),
         (0, {"content": "A"}, None),
         (1, {"role": "assistant", "content": ""}, None),
@@ -134,16 +134,16 @@ def test_two_answers_that_come_by_turns() -> None:
     assert len({chunk["id"] for chunk in (*chunks, usage)}) == 1
 
 
-def test_a_stream_that_breaks_off_says_so_and_is_not_done() -> None:
+def test_a_stream_that_fails_ends_with_an_error_event() -> None:
     *_, last = events(ChatResponse("x", logprobs=False), TextChunk(0, "A", None, (), 9, 1), RuntimeError("secret"))
     assert last["error"]["type"] == "server_error"
     assert "secret" not in str(last)
 
 
 @given(st.lists(st.text(alphabet="ab \n", max_size=4)))
-def test_pieces_without_blanks_around_are_the_stripped_text(pieces: list[str]) -> None:
-    said, held = "", ""
-    for piece in pieces:
-        text, held = strip_stream(held, piece, not said)
-        said += text
-    assert said == "".join(pieces).strip()
+def test_a_stripped_stream_is_the_stripped_text(chunks: list[str]) -> None:
+    text_so_far, blanks = "", ""
+    for chunk in chunks:
+        text, blanks = strip_stream(blanks, chunk, not text_so_far)
+        text_so_far += text
+    assert text_so_far == "".join(chunks).strip()

@@ -42,7 +42,7 @@ def _copy(system: Path) -> Path:
     return other
 
 
-def test_cities_that_can_not_be_served_are_refused_in_words(systems: list[Path], tmp_path: Path) -> None:
+def test_cities_that_can_not_be_served_are_input_errors(systems: list[Path], tmp_path: Path) -> None:
     cities = find_cities(settings(systems))
     config = systems[0] / "adapter" / "adapter_config.json"
     other = tmp_path / "adapter_config.json"
@@ -51,7 +51,7 @@ def test_cities_that_can_not_be_served_are_refused_in_words(systems: list[Path],
         base_model([City("x", "X", "x", tmp_path, tmp_path)], None)
     with pytest.raises(InputError, match="serve them apart"):
         base_model([cities[0], City("x", "X", "x", tmp_path, tmp_path)], None)
-    assert base_model([City("x", "X", "x", tmp_path, tmp_path)], "given") == "given"
+    assert base_model([City("x", "X", "x", tmp_path, tmp_path)], "other/base") == "other/base"
     engine = Engine(
         settings(systems, base=str(systems[0].parents[2] / "base")), [*cities, City("x", "X", "x", tmp_path, tmp_path)]
     )
@@ -63,9 +63,9 @@ def test_the_city_of_a_request(systems: list[Path]) -> None:
     cities = find_cities(settings(systems))
     assert pick_city(cities, "st. alder") is pick_city(cities, "ST-ALDER") is cities[1]
     assert pick_city(cities[:1], None) is cities[0]
-    for wanted, status in (("Atlantis", 404), (None, 400)):
+    for name, status in (("Atlantis", 404), (None, 400)):
         with pytest.raises(ApiError, match=r"'toytown', 'st-alder'") as caught:
-            pick_city(cities, wanted)
+            pick_city(cities, name)
         assert caught.value.status == status
 
 
@@ -77,10 +77,10 @@ def test_the_newest_of_two_last_models_is_served(tmp_path: Path, monkeypatch: py
         (runs / "merged" / "config.json").write_text("{}")
         (runs / "last-model").write_text(str(runs / "merged"))
         os.utime(runs / "last-model", (number, number))
-    asked = service.ServiceSettings(storage=str(here))
-    assert model_folder(asked) == jobs / "merged"
+    settings_of_storage = service.ServiceSettings(storage=str(here))
+    assert model_folder(settings_of_storage) == jobs / "merged"
     os.utime(here / "last-model", (2, 2))
-    assert model_folder(asked) == here / "merged"
+    assert model_folder(settings_of_storage) == here / "merged"
 
 
 def test_the_last_trained_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What comes together is answered as if each came alone, in order: two cities on one tiny base, without Ray."""
+"""Requests of one batch are answered as each alone, in order: two cities on one tiny base, without Ray."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,8 +35,8 @@ def systems(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def engine(systems: list[Path]) -> Engine:
     """One that remembers no photo, so that nothing but the question decides."""
-    given = service.ServiceSettings(cities=[str(system) for system in systems], dtype="float32", photo_memory_mb=0)
-    return Engine(given, find_cities(given))
+    config = service.ServiceSettings(cities=[str(system) for system in systems], dtype="float32", photo_memory_mb=0)
+    return Engine(config, find_cities(config))
 
 
 def pixels(seed: int) -> np.ndarray:
@@ -51,19 +51,19 @@ def ask(text: str, *photos: int, city: str = "toytown", before: Sequence[dict[st
     return ChatQuery(city, turns, [pixels(seed) for seed in photos], Sampling(**{"max_tokens": 6, **sampling}))
 
 
-def same(found: Localization | Exception, alone: Localization | Exception) -> None:
-    assert isinstance(found, Localization)
-    assert isinstance(alone, Localization)
-    assert (found.known, found.threshold) == (alone.known, alone.threshold)
-    assert [c.street for c in found.candidates] == [c.street for c in alone.candidates]
-    assert [c.probability for c in found.candidates] == pytest.approx([c.probability for c in alone.candidates], rel=1e-3)
+def same(result: Localization | Exception, single: Localization | Exception) -> None:
+    assert isinstance(result, Localization)
+    assert isinstance(single, Localization)
+    assert (result.known, result.threshold) == (single.known, single.threshold)
+    assert [c.street for c in result.candidates] == [c.street for c in single.candidates]
+    assert [c.probability for c in result.candidates] == pytest.approx([c.probability for c in single.candidates], rel=1e-3)
 
 
 # ---- addresses
 
 
-def test_photos_of_one_batch_are_located_as_each_alone(engine: Engine) -> None:
-    asked = [
+def test_photos_of_one_batch_are_localized_as_each_alone(engine: Engine) -> None:
+    queries = [
         LocalizeQuery("toytown", pixels(1), 4, Prior(), None),
         LocalizeQuery("st-alder", pixels(2), 1, Prior(), 0.0),
         LocalizeQuery("toytown", pixels(3), 2, Prior(streets=("Mill Street", "Quay Lane")), 0.0),
@@ -71,13 +71,13 @@ def test_photos_of_one_batch_are_located_as_each_alone(engine: Engine) -> None:
         LocalizeQuery("st-alder", pixels(5), 9, Prior(weights={"Elm Row": 0.2}), 0.3),
         LocalizeQuery("toytown", pixels(6), 9, Prior(circle=Circle(52.01, 0.0, 300, soft=True)), 0.2),
     ]
-    alone = [engine.localize([where])[0] for where in asked]
-    assert len({str(found) for found in alone}) == len(asked)
-    assert [found.threshold for found in alone if isinstance(found, Localization)] == [0.9, 0.0, 0.0, 1.0, 0.3, 0.2]
-    assert [len(found.candidates) for found in alone if isinstance(found, Localization)] == [4, 1, 2, 3, 2, 4]
-    for one, other in zip(engine.localize(asked), alone, strict=True):
+    single = [engine.localize([query])[0] for query in queries]
+    assert len({str(result) for result in single}) == len(queries)
+    assert [result.threshold for result in single if isinstance(result, Localization)] == [0.9, 0.0, 0.0, 1.0, 0.3, 0.2]
+    assert [len(result.candidates) for result in single if isinstance(result, Localization)] == [4, 1, 2, 3, 2, 4]
+    for one, other in zip(engine.localize(queries), single, strict=True):
         same(one, other)
-    for one, other in zip(engine.localize(asked[::-1]), alone[::-1], strict=True):
+    for one, other in zip(engine.localize(queries[::-1]), single[::-1], strict=True):
         same(one, other)
 
 
@@ -96,18 +96,18 @@ def test_photos_of_one_city_go_through_the_model_together(engine: Engine, monkey
 
 def test_a_bad_prior_fails_alone_and_moves_no_other_answer(engine: Engine) -> None:
     fine = [LocalizeQuery("toytown", pixels(seed), 2, Prior(), None) for seed in (1, 2, 3)]
-    alone = [engine.localize([where])[0] for where in fine]
+    single = [engine.localize([query])[0] for query in fine]
     first, refused, second, third = engine.localize(
         [fine[0], LocalizeQuery("toytown", pixels(4), 2, Prior(streets=("Elm Row",)), None), *fine[1:]]
     )
     assert isinstance(refused, InputError)
-    for found, expected in zip((first, second, third), alone, strict=True):
-        same(found, expected)
+    for result, expected in zip((first, second, third), single, strict=True):
+        same(result, expected)
 
 
 def test_a_threshold_of_0_counts_every_answer_of_a_calibrated_model(engine: Engine) -> None:
-    found = [engine.localize([LocalizeQuery("toytown", pixels(1), 1, Prior(), least)])[0] for least in (None, 0.0)]
-    assert [(f.known, f.threshold) for f in found if isinstance(f, Localization)] == [(False, 0.9), (True, 0.0)]
+    result = [engine.localize([LocalizeQuery("toytown", pixels(1), 1, Prior(), threshold)])[0] for threshold in (None, 0.0)]
+    assert [(f.known, f.threshold) for f in result if isinstance(f, Localization)] == [(False, 0.9), (True, 0.0)]
 
 
 # ---- chats
@@ -135,12 +135,12 @@ MIXED = [
 
 
 def test_chats_of_one_batch_are_answered_as_each_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = [engine.chat([question])[0] for question in MIXED]
-    assert not [found for found in alone if isinstance(found, Exception)]
-    assert len({found[0].text for found in alone if not isinstance(found, Exception)}) > len(MIXED) / 2
+    single = [engine.chat([question])[0] for question in MIXED]
+    assert not [result for result in single if isinstance(result, Exception)]
+    assert len({result[0].text for result in single if not isinstance(result, Exception)}) > len(MIXED) / 2
     together = engine.chat(MIXED)
-    for question, found, expected in zip(MIXED, together, alone, strict=True):
-        assert found == expected, question.messages
+    for question, result, expected in zip(MIXED, together, single, strict=True):
+        assert result == expected, question.messages
     assert engine.chat(MIXED[::-1]) == together[::-1]
 
 
@@ -191,8 +191,8 @@ def test_a_prompts_length_is_known_before_it_is_read(engine: Engine, monkeypatch
 
 
 def test_memory_for_photos_is_shared_by_the_cities_of_a_replica(systems: list[Path]) -> None:
-    given = service.ServiceSettings(cities=[str(s) for s in systems], dtype="float32", photo_memory_mb=8, cities_per_replica=4)
-    engine = Engine(given, find_cities(given))
+    config = service.ServiceSettings(cities=[str(s) for s in systems], dtype="float32", photo_memory_mb=8, cities_per_replica=4)
+    engine = Engine(config, find_cities(config))
     engine.add_city("toytown")
     assert engine.localizers["toytown"].photo_caches.max_bytes == 2 * 2**20
 
@@ -208,85 +208,85 @@ def settings(systems: list[Path], **more: object) -> service.ServiceSettings:
 
 
 def test_each_city_answers_as_its_merged_model(systems: list[Path]) -> None:
-    given = settings(systems)
-    engine = Engine(given, find_cities(given))
-    words = ChatQuery(
+    config = settings(systems)
+    engine = Engine(config, find_cities(config))
+    query = ChatQuery(
         "", [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Tell."}]}], [PIXELS], Sampling(6)
     )
     for city in ("toytown", "st-alder", "toytown"):
         merged = Localizer(systems[0 if city == "toytown" else 1] / "merged")
         expected = merged.localize(Image.fromarray(PIXELS), top_k=None)
-        (found,) = engine.localize([LocalizeQuery(city, PIXELS, 9, Prior(), None)])
-        assert [c.street for c in found.candidates] == [c.street for c in expected.candidates]
-        assert found.confidence == pytest.approx(expected.confidence, rel=1e-3)
-        (told,) = merged.chat(words.messages, [Image.fromarray(PIXELS)], words.sampling)
-        (answer,) = engine.chat([ChatQuery(city, words.messages, words.images, words.sampling)])
-        assert answer[0].text == told.text
+        (result,) = engine.localize([LocalizeQuery(city, PIXELS, 9, Prior(), None)])
+        assert [c.street for c in result.candidates] == [c.street for c in expected.candidates]
+        assert result.confidence == pytest.approx(expected.confidence, rel=1e-3)
+        (expected_answer,) = merged.chat(query.messages, [Image.fromarray(PIXELS)], query.sampling)
+        (answer,) = engine.chat([ChatQuery(city, query.messages, query.images, query.sampling)])
+        assert answer[0].text == expected_answer.text
 
 
 def test_cities_in_one_batch_do_not_mix(systems: list[Path]) -> None:
-    given = settings(systems)
-    engine = Engine(given, find_cities(given))
+    config = settings(systems)
+    engine = Engine(config, find_cities(config))
     cities = ["toytown", "st-alder", "toytown", "st-alder"]
     photos = np.random.default_rng(2).integers(0, 255, (4, 40, 60, 3), dtype=np.uint8)
-    asked = [LocalizeQuery(city, pixels, 9, Prior(), None) for city, pixels in zip(cities, photos, strict=True)]
-    apart = [engine.localize([where])[0] for where in asked]
-    engine = Engine(given, find_cities(given))  # that remembers no photo
-    together = engine.localize(asked)
-    assert [t.confidence for t in together] == pytest.approx([a.confidence for a in apart], rel=1e-4)
-    assert len({round(a.confidence, 4) for a in apart}) == 4
+    queries = [LocalizeQuery(city, pixels, 9, Prior(), None) for city, pixels in zip(cities, photos, strict=True)]
+    separate = [engine.localize([query])[0] for query in queries]
+    engine = Engine(config, find_cities(config))  # that remembers no photo
+    together = engine.localize(queries)
+    assert [t.confidence for t in together] == pytest.approx([a.confidence for a in separate], rel=1e-4)
+    assert len({round(a.confidence, 4) for a in separate}) == 4
     bad = LocalizeQuery("toytown", PIXELS, 9, Prior(streets=("Elm Row",)), None)
-    refused, fine = engine.localize([bad, asked[0]])
+    refused, fine = engine.localize([bad, queries[0]])
     assert isinstance(refused, InputError)
-    assert fine.confidence == pytest.approx(apart[0].confidence, rel=1e-4)
+    assert fine.confidence == pytest.approx(separate[0].confidence, rel=1e-4)
 
 
-def test_a_city_makes_room_and_comes_back(systems: list[Path]) -> None:
-    given = settings(systems)
-    engine = Engine(given, find_cities(given))
-    where = LocalizeQuery("toytown", PIXELS, 9, Prior(), None)
-    before = engine.localize([where])[0]
+def test_a_city_is_evicted_and_loaded_again(systems: list[Path]) -> None:
+    config = settings(systems)
+    engine = Engine(config, find_cities(config))
+    query = LocalizeQuery("toytown", PIXELS, 9, Prior(), None)
+    before = engine.localize([query])[0]
     engine.remove_city("toytown")
     engine.remove_city("toytown")
     engine.add_city("st-alder")
     assert list(engine.localizers) == ["st-alder"]
-    assert engine.localize([where])[0].confidence == pytest.approx(before.confidence, rel=1e-5)
+    assert engine.localize([query])[0].confidence == pytest.approx(before.confidence, rel=1e-5)
     assert set(engine.localizers) == {"toytown", "st-alder"}
     engine.settings = settings(systems, cities_per_replica=1)
-    assert engine.localize([where])[0].confidence == pytest.approx(before.confidence, rel=1e-5)
+    assert engine.localize([query])[0].confidence == pytest.approx(before.confidence, rel=1e-5)
     assert list(engine.localizers) == ["toytown"]
     engine.localize([LocalizeQuery("st-alder", PIXELS, 1, Prior(), None)])
     assert list(engine.localizers) == ["st-alder"]
 
 
 def test_a_question_that_is_too_long_fails_alone(systems: list[Path]) -> None:
-    given = settings(systems)
-    engine = Engine(given, find_cities(given))
+    config = settings(systems)
+    engine = Engine(config, find_cities(config))
 
-    def question(text: str, most: int) -> ChatQuery:
+    def question(text: str, max_tokens: int) -> ChatQuery:
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        return ChatQuery("toytown", [turn], [PIXELS], Sampling(most))
+        return ChatQuery("toytown", [turn], [PIXELS], Sampling(max_tokens))
 
     short = question("Tell.", 6)
-    alone = engine.chat([short])[0]
+    single = engine.chat([short])[0]
     engine.context_length = engine._prompt_length(short) + 6
-    (told,), refused, (cut,) = engine.chat([short, question("Tell. " * 50, 6), question("Tell me.", 6)])
-    assert told.text == alone[0].text
+    (expected_answer,), refused, (cut,) = engine.chat([short, question("Tell. " * 50, 6), question("Tell me.", 6)])
+    assert expected_answer.text == single[0].text
     assert isinstance(refused, InputError)
     assert cut.tokens < 6
 
 
 def test_a_stream_goes_on_while_another_city_answers(systems: list[Path]) -> None:
-    given = settings(systems)
-    engine = Engine(given, find_cities(given))
+    config = settings(systems)
+    engine = Engine(config, find_cities(config))
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Tell."}]}]
     question = ChatQuery("toytown", turn, [PIXELS], Sampling(8))
-    alone = "".join(piece.text for piece in engine.stream_chat(question))
-    pieces, between = engine.stream_chat(question), []
-    while (piece := next(pieces, None)) is not None:
-        between.append(piece.text)
+    single = "".join(chunk.text for chunk in engine.stream_chat(question))
+    chunks, between = engine.stream_chat(question), []
+    while (chunk := next(chunks, None)) is not None:
+        between.append(chunk.text)
         engine.localize([LocalizeQuery("st-alder", PIXELS, 1, Prior(), None)])
-    assert "".join(between) == alone
+    assert "".join(between) == single
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.support.running_service import check_error
 pytestmark = pytest.mark.xdist_group("serve")
 
 
-def test_defects_show_nothing_of_the_inside() -> None:
+def test_unexpected_errors_show_no_internals() -> None:
     app = FastAPI()
     add_exception_handlers(app)
 
@@ -40,14 +40,14 @@ def test_defects_show_nothing_of_the_inside() -> None:
         (KeyError("x"), 500),
     ],
 )
-def test_what_went_wrong_decides_the_status(error: Exception, status: int) -> None:
-    told = to_api_error(error)
-    assert told.status == status
-    answer = error_response(told)
+def test_the_error_decides_the_status(error: Exception, status: int) -> None:
+    api_error = to_api_error(error)
+    assert api_error.status == status
+    answer = error_response(api_error)
     assert answer.status_code == status
     assert ("retry-after" in answer.headers) == (status == 503)
 
 
-def test_errors_travel_between_processes() -> None:
+def test_errors_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(ApiError(429, "Wait.", "x", "y", 7)))
     assert (error.status, error.message, error.param, error.code, error.retry_after_s) == (429, "Wait.", "x", "y", 7)

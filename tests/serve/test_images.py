@@ -31,12 +31,12 @@ IMPORT = f"from {limit_resources.__module__} import {limit_resources.__name__} a
 
 @given(st.one_of(st.text(), st.text().map(lambda text: f"data:image/png;base64,{text}"), st.binary().map(repr)))
 @settings(max_examples=100, deadline=None)
-def test_texts_are_images_or_refused(text: str) -> None:
+def test_any_text_is_decoded_or_refused(text: str) -> None:
     try:
-        found = decode_base64(text)
+        result = decode_base64(text)
     except InputError:
         return
-    assert isinstance(found, bytes)
+    assert isinstance(result, bytes)
 
 
 def run(work: object) -> object:
@@ -51,16 +51,16 @@ def test_a_decoder_that_hangs_is_ended_and_the_next_photo_is_read() -> None:
     ]
 
     async def both() -> None:
-        decoders = DecodePool(1, cpu_s=20, max_megapixels=4)
-        decoders.command = hangs
+        pool = DecodePool(1, cpu_s=20, max_megapixels=4)
+        pool.command = hangs
         with pytest.raises(InputError, match="too long to decode"):
-            await decoders.decode(photo(), 336)
-        decoders.command = WORKER_COMMAND
-        assert (await decoders.decode(photo(), 336))[:2] == (320, 240)
+            await pool.decode(photo(), 336)
+        pool.command = WORKER_COMMAND
+        assert (await pool.decode(photo(), 336))[:2] == (320, 240)
         with pytest.raises(InputError, match="damaged"):
-            await decoders.decode(photo()[:1000], 336)
-        assert len(decoders.idle) == 1
-        await decoders.close()
+            await pool.decode(photo()[:1000], 336)
+        assert len(pool.idle) == 1
+        await pool.close()
 
     run(both())
 
@@ -80,30 +80,30 @@ def test_decoders_see_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     tells = "import os, sys; sys.stdout.write('{\"refused\": \"' + ' '.join(os.environ) + '\"}\\n')"
 
     async def decode_once() -> None:
-        decoders = DecodePool(1, 20, 4, [sys.executable, "-c", tells])
+        pool = DecodePool(1, 20, 4, [sys.executable, "-c", tells])
         with pytest.raises(InputError, match="PYTHONPATH") as caught:
-            await decoders.decode(b"", 336)
-        await decoders.close()
+            await pool.decode(b"", 336)
+        await pool.close()
         assert "KEYS" not in str(caught.value)
 
     run(decode_once())
 
 
-def test_a_turn_that_does_not_come_is_the_services_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_free_process_in_time_is_overloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.images.WALL_TIME_FACTOR", 0.01)
 
     async def wait_for_a_turn() -> None:
-        decoders = DecodePool(1, 1, 4)
-        async with decoders.slots:
+        pool = DecodePool(1, 1, 4)
+        async with pool.slots:
             with pytest.raises(ApiError) as caught:
-                await decoders.decode(photo(), 336)
+                await pool.decode(photo(), 336)
         assert caught.value.status == 503
-        assert not decoders.slots.locked()
+        assert not pool.slots.locked()
 
     run(wait_for_a_turn())
 
 
-def test_a_process_that_can_not_be_had_is_the_services_trouble() -> None:
+def test_a_process_that_can_not_start_is_overloaded() -> None:
     async def decode_without() -> None:
         with pytest.raises(ApiError) as caught:
             await DecodePool(1, 20, 4, ["/no/such/program"]).decode(photo(), 336)
@@ -112,22 +112,22 @@ def test_a_process_that_can_not_be_had_is_the_services_trouble() -> None:
     run(decode_without())
 
 
-def test_a_process_that_died_while_it_waited_is_not_asked() -> None:
+def test_a_process_that_died_while_idle_is_not_used() -> None:
     async def decode_twice() -> None:
-        decoders = DecodePool(1, 20, 4)
-        await decoders.decode(photo(), 336)
-        (process,) = decoders.idle
+        pool = DecodePool(1, 20, 4)
+        await pool.decode(photo(), 336)
+        (process,) = pool.idle
         process.kill()
         await process.wait()
-        assert (await decoders.decode(photo(), 60))[:2] == (160, 120)  # twice the side that the model looks at
-        assert process not in decoders.idle
-        (other,) = decoders.idle
+        assert (await pool.decode(photo(), 60))[:2] == (160, 120)  # twice the side that the model looks at
+        assert process not in pool.idle
+        (other,) = pool.idle
         sizes = [(60, 40), (40, 60), (50, 50)]
         photos = [encoded(Image.new("RGB", size), "PNG") for size in sizes]
-        found = await asyncio.gather(*(decoders.decode(data, 336) for data in photos))
-        assert [one[:2] for one in found] == sizes
-        assert decoders.idle == [other]  # one process, as many as it was told
-        await decoders.close()
+        result = await asyncio.gather(*(pool.decode(data, 336) for data in photos))
+        assert [one[:2] for one in result] == sizes
+        assert pool.idle == [other]  # one process, as many as configured
+        await pool.close()
         assert other.returncode is not None
 
     run(decode_twice())
@@ -211,8 +211,8 @@ def get(url: str, *domains: str, private: bool = True, max_mb: float = 1, timeou
     return asyncio.run(ImageFetcher(domains, private, max_mb, timeout_s).fetch(url))
 
 
-def refused(url: str, *domains: str, words: str, **options: Any) -> None:
-    with pytest.raises(ApiError, match=words) as caught:
+def refused(url: str, *domains: str, message: str, **options: Any) -> None:
+    with pytest.raises(ApiError, match=message) as caught:
         get(url, *domains, **options)
     assert caught.value.status == 400
 
@@ -224,7 +224,7 @@ def test_an_allowed_image_is_fetched(port: int, names: dict[str, list[str]]) -> 
     assert get(f"http://IMAGES.test:{port}/photo", f"images.test:{port}") == photo()
     assert get(f"http://images.test:{port}/to-photo-by-3", f"images.test:{port}") == photo()  # as often as is allowed
     assert get(f"http://images.test:{port}/photo", f"images.test:{port}", max_mb=(len(photo()) + 0.5) / 1e6) == photo()
-    refused(f"http://images.test:{port}/photo", f"images.test:{port}", words="larger", max_mb=(len(photo()) - 0.5) / 1e6)
+    refused(f"http://images.test:{port}/photo", f"images.test:{port}", message="larger", max_mb=(len(photo()) - 0.5) / 1e6)
 
 
 def test_a_name_is_resolved_once_and_that_address_is_judged(port: int, names: dict[str, list[str]]) -> None:
@@ -233,17 +233,17 @@ def test_a_name_is_resolved_once_and_that_address_is_judged(port: int, names: di
     assert names[""] == ["images.test"]
     for addresses in (["127.0.0.1"], ["93.184.216.34", "10.0.0.1"], ["169.254.169.254"], ["::1"], ["::ffff:127.0.0.1"]):
         names["images.test"] = addresses
-        refused(f"http://images.test:{port}/secret", f"images.test:{port}", words="private network", private=False)
+        refused(f"http://images.test:{port}/secret", f"images.test:{port}", message="private network", private=False)
 
 
 @pytest.mark.parametrize("path", ["to-loopback", "to-decimal", "to-metadata", "to-other"])
 def test_redirects_are_judged_anew(port: int, names: dict[str, list[str]], path: str) -> None:
     names["images.test"] = ["127.0.0.1"]
-    refused(f"http://images.test:{port}/{path}", f"images.test:{port}", words="not fetched from this host")
+    refused(f"http://images.test:{port}/{path}", f"images.test:{port}", message="not fetched from this host")
 
 
 @pytest.mark.parametrize(
-    ("path", "words"),
+    ("path", "message"),
     [
         ("to-file", "http and https only"),
         ("to-itself", "redirects more than 3 times"),
@@ -252,13 +252,13 @@ def test_redirects_are_judged_anew(port: int, names: dict[str, list[str]], path:
         ("silent", "took more than"),
     ],
 )
-def test_bad_servers(port: int, names: dict[str, list[str]], path: str, words: str) -> None:
+def test_bad_servers(port: int, names: dict[str, list[str]], path: str, message: str) -> None:
     names["images.test"] = ["127.0.0.1"]
     limit = 0.2 if path == "silent" else 20
-    refused(f"http://images.test:{port}/{path}", f"images.test:{port}", words=words, timeout_s=limit)
+    refused(f"http://images.test:{port}/{path}", f"images.test:{port}", message=message, timeout_s=limit)
 
 
-def test_what_is_packed_is_not_unpacked(port: int, names: dict[str, list[str]]) -> None:
+def test_compressed_bodies_are_not_decompressed(port: int, names: dict[str, list[str]]) -> None:
     names["images.test"] = ["127.0.0.1"]
     assert len(get(f"http://images.test:{port}/packed", f"images.test:{port}")) < 100_000
 
@@ -335,12 +335,12 @@ def test_which_addresses_are_public(address: str, public: bool) -> None:
 
 def test_the_service_fetches_when_it_may(port: int, names: dict[str, list[str]]) -> None:
     names["images.test"] = ["127.0.0.1"]
-    given_settings = service.ServiceSettings(image_domains=f"images.test:{port}", private_addresses=True)
+    config = service.ServiceSettings(image_domains=f"images.test:{port}", private_addresses=True)
 
     async def read() -> Any:
-        images = Images(given_settings)
-        found = await images.read(f" http://images.test:{port}/photo")
+        images = Images(config)
+        result = await images.read(f" http://images.test:{port}/photo")
         await images.decode_pool.close()
-        return found
+        return result
 
     assert asyncio.run(read()).shape == (240, 320, 3)

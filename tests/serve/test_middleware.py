@@ -1,4 +1,4 @@
-"""Who may ask, how often, and what is noted about it; the routes without Ray, over a real tiny model."""
+"""API keys, rate limit, access log and metrics; the routes without Ray, over a real tiny model."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def client(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
-    """A service that nobody has asked yet: every key has its one request a hundred seconds."""
+    """A new service; every key may send one request per hundred seconds."""
     monkeypatch.setenv("ADDRESSVLM_API_KEYS", ", ".join(KEYS))
     with api(tmp_path, model=model, rate_limit=0.6, allowed_origins="https://maps.example.org") as client:
         yield client
@@ -64,11 +64,11 @@ def test_each_key_has_its_own_rate(client: TestClient) -> None:
     assert client.get("/metrics", headers=bearer(KEYS[0])).status_code == 200
 
 
-def test_other_origins_are_told_apart(client: TestClient) -> None:
-    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-    allowed = client.options("/v1/localize", headers={"Origin": "https://maps.example.org", **asks})
+def test_only_allowed_origins_may_call(client: TestClient) -> None:
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    allowed = client.options("/v1/localize", headers={"Origin": "https://maps.example.org", **preflight})
     assert allowed.headers["access-control-allow-origin"] == "https://maps.example.org"
-    assert client.options("/v1/localize", headers={"Origin": "https://evil.example", **asks}).status_code == 400
+    assert client.options("/v1/localize", headers={"Origin": "https://evil.example", **preflight}).status_code == 400
     refused = client.get("/healthz", headers={"Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in refused.headers
 
@@ -88,18 +88,18 @@ def test_the_log_has_a_line_for_each_request_and_no_image(client: TestClient, ca
     assert not any(secret in text for secret in (*KEYS, "secret.jpg", "JFIF", "base64"))
 
 
-def test_what_is_counted(client: TestClient) -> None:
+def test_metrics_of_requests(client: TestClient) -> None:
     for _ in range(2):
         client.get("/v1/models", headers=bearer(KEYS[3]))
     client.post("/v1/localize", files={"file": ("photo.jpg", photo())}, headers=bearer(KEYS[4]))
     text = client.get("/metrics", headers=bearer(KEYS[1]))
     assert text.headers["content-type"].startswith("text/plain")
-    found = {f.name: f.samples for f in text_string_to_metric_families(text.text)}
-    counted = {(s.labels["route"], s.labels["status"]): s.value for s in found["addressvlm_requests"]}
+    families = {f.name: f.samples for f in text_string_to_metric_families(text.text)}
+    counted = {(s.labels["route"], s.labels["status"]): s.value for s in families["addressvlm_requests"]}
     assert counted == {("/v1/models", "200"): 1, ("/v1/models", "429"): 1, ("/v1/localize", "200"): 1}
-    assert {s.labels["city"] for s in found["addressvlm_localized"]} == {"toytown"}
+    assert {s.labels["city"] for s in families["addressvlm_localized"]} == {"toytown"}
     for name in ("addressvlm_request_seconds", "addressvlm_confidence", "addressvlm_batch_size", "addressvlm_decode_seconds"):
-        assert any(s.name.endswith("_count") and s.value >= 1 for s in found[name])
+        assert any(s.name.endswith("_count") and s.value >= 1 for s in families[name])
     client.request("BREW", "/nowhere")
     text = client.get("/metrics", headers=bearer(KEYS[1]))
     assert 'method="other",replica="front",route="other",status="401"' in text.text  # callers can't make up labels
@@ -134,7 +134,7 @@ def test_short_keys_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert key_hashes() == []
 
 
-def test_keys_are_asked_for_under_a_prefix(client: TestClient) -> None:
+def test_keys_are_required_under_a_route_prefix(client: TestClient) -> None:
     under = TestClient(client.app, root_path="/geo")
     for path in ("/geo/v1/models", "/geo/metrics", "/geo/v1/models/", "/v1/models", "/geo/nothing"):
         check_error(under.get(path), 401, "asks for a key")
@@ -175,12 +175,12 @@ def test_callers_behind_a_proxy(lines: list[str], caller: str) -> None:
     assert Around(fine).client().get("/v1/x", headers=headers).text == caller
 
 
-def test_without_a_proxy_nobody_says_who_they_are() -> None:
+def test_without_a_proxy_forwarded_addresses_are_ignored() -> None:
     headers = [("X-Forwarded-For", "1.2.3.4")]
     assert Around(fine, forwarded=False).client().get("/v1/x", headers=headers).text == "10.0.0.9"
 
 
-def test_the_rate_is_that_of_the_caller_and_the_wait_is_told() -> None:
+def test_the_rate_limit_is_per_caller_and_says_how_long_to_wait() -> None:
     callers = []
 
     async def wait(caller: str) -> float:
@@ -194,7 +194,7 @@ def test_the_rate_is_that_of_the_caller_and_the_wait_is_told() -> None:
     assert callers == ["1.2.3.4", "1.2.3.5", "1.2.3.6"]
 
 
-def test_a_peer_is_known_by_its_network() -> None:
+def test_an_ipv6_peer_is_its_network() -> None:
     assert Around(fine).client("2001:db8::1").get("/v1/x").text == "2001:db8::/64"
 
 
@@ -207,7 +207,7 @@ def test_a_rate_limit_that_does_not_answer_stops_nobody(monkeypatch: pytest.Monk
     assert Around(fine, never).client().get("/v1/x").status_code == 200
 
 
-def test_a_question_too_many_is_refused_at_the_door() -> None:
+def test_a_request_beyond_the_limit_is_refused_at_once() -> None:
     inside, over = asyncio.Event(), asyncio.Event()
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
@@ -233,7 +233,7 @@ def test_a_question_too_many_is_refused_at_the_door() -> None:
     asyncio.run(ask())
 
 
-def test_a_place_is_given_back_whatever_becomes_of_the_question() -> None:
+def test_a_concurrency_slot_is_released_whatever_happens() -> None:
     ends: list[type[BaseException]] = [RuntimeError, InputError, ClientDisconnect, asyncio.CancelledError]
 
     async def fails(scope: Any, receive: Any, send: Any) -> None:
@@ -257,7 +257,7 @@ def test_a_place_is_given_back_whatever_becomes_of_the_question() -> None:
     asyncio.run(ask())
 
 
-def test_failures_are_not_taken_for_callers_that_left(caplog: pytest.LogCaptureFixture) -> None:
+def test_failures_are_not_logged_as_callers_that_left(caplog: pytest.LogCaptureFixture) -> None:
     async def broken(*_: Any) -> None:
         raise RuntimeError("secret")
 
@@ -279,6 +279,6 @@ def test_failures_are_not_taken_for_callers_that_left(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO, "addressvlm.access"):
         for app in (broken, breaks_off, left):
             asyncio.run(ask(app))
-    told = [json.loads(r.message)["status"] for r in caplog.records if r.name == "addressvlm.access"]
-    assert told == [500, 500, 499]
+    statuses = [json.loads(r.message)["status"] for r in caplog.records if r.name == "addressvlm.access"]
+    assert statuses == [500, 500, 499]
     check_error(Around(broken).client().get("/v1/x"), 500, "operator's log")

@@ -13,7 +13,7 @@ def run(work: object) -> object:
     return asyncio.run(work)  # type: ignore[arg-type]
 
 
-def test_what_waits_while_the_model_works_goes_together() -> None:
+def test_items_that_wait_while_the_model_runs_form_one_batch() -> None:
     async def ask() -> tuple[list[int], list[list[int]]]:
         free, batches = asyncio.Event(), []
 
@@ -38,7 +38,7 @@ def test_what_waits_while_the_model_works_goes_together() -> None:
     assert str(answers[3]) == "three"
 
 
-def test_a_batch_that_fails_fails_each_of_it_and_not_the_next() -> None:
+def test_a_failed_batch_fails_each_of_its_items_and_not_the_next_batch() -> None:
     async def ask() -> list[object]:
         async def work(items: list[int]) -> list[int]:
             return [1 // item for item in items]

@@ -59,7 +59,7 @@ def data_url(data: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
 
-def asks(text: str, *images: str) -> list[dict[str, Any]]:
+def chat_messages(text: str, *images: str) -> list[dict[str, Any]]:
     parts = [{"type": "image_url", "image_url": {"url": image}} for image in images]
     return [{"role": "user", "content": [{"type": "text", "text": text}, *parts]}]
 
@@ -67,15 +67,17 @@ def asks(text: str, *images: str) -> list[dict[str, Any]]:
 PHOTO = data_url(photo())
 
 
-CHAT = {"model": "addressvlm", "messages": asks("Where?", PHOTO), "max_tokens": 4}
+CHAT = {"model": "addressvlm", "messages": chat_messages("Where?", PHOTO), "max_tokens": 4}
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_images(client: TestClient, case: str) -> None:
-    data, words = BAD[case]
-    check_error(client.post("/v1/localize", files={"file": ("photo.jpg", data)}), 400, words)
-    check_error(client.post("/v1/localize", json={"image": data_url(data)}), 400, words)
-    check_error(client.post("/v1/chat/completions", json=CHAT | {"messages": asks("Where?", data_url(data))}), 400, words)
+    data, message = BAD[case]
+    check_error(client.post("/v1/localize", files={"file": ("photo.jpg", data)}), 400, message)
+    check_error(client.post("/v1/localize", json={"image": data_url(data)}), 400, message)
+    check_error(
+        client.post("/v1/chat/completions", json=CHAT | {"messages": chat_messages("Where?", data_url(data))}), 400, message
+    )
 
 
 @pytest.mark.parametrize("case", GOOD)
@@ -84,7 +86,7 @@ def test_unusual_images(client: TestClient, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "words"),
+    ("image", "message"),
     [
         ("%%%not base64%%%", "not valid base64"),
         ("abc", "not valid base64"),
@@ -98,9 +100,9 @@ def test_unusual_images(client: TestClient, case: str) -> None:
         ("\x00" * 100, "not valid base64"),
     ],
 )
-def test_images_that_are_none(client: TestClient, image: str, words: str) -> None:
-    check_error(client.post("/v1/localize", json={"image": image}), 400, words)
-    check_error(client.post("/v1/chat/completions", json=CHAT | {"messages": asks("Where?", image)}), 400, words)
+def test_images_that_are_none(client: TestClient, image: str, message: str) -> None:
+    check_error(client.post("/v1/localize", json={"image": image}), 400, message)
+    check_error(client.post("/v1/chat/completions", json=CHAT | {"messages": chat_messages("Where?", image)}), 400, message)
 
 
 WRONG_JSON: list[tuple[Any, str]] = [
@@ -135,9 +137,9 @@ WRONG_JSON: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("body", "words"), WRONG_JSON)
-def test_wrong_json(client: TestClient, body: Any, words: str) -> None:
-    check_error(client.post("/v1/localize", json=body), 400, words)
+@pytest.mark.parametrize(("body", "message"), WRONG_JSON)
+def test_wrong_json(client: TestClient, body: Any, message: str) -> None:
+    check_error(client.post("/v1/localize", json=body), 400, message)
 
 
 @pytest.mark.parametrize(
@@ -150,19 +152,19 @@ def test_what_is_no_json(client: TestClient, body: bytes) -> None:
 
 
 def test_a_prior_is_used(client: TestClient) -> None:
-    asked = {"prior": json.dumps({"streets": ["Quay Lane"]}), "threshold": "0.5", "top_k": "3"}
-    found = client.post("/v1/localize", files={"file": photo()}, data=asked).json()
-    assert [(c["street"], c["probability"]) for c in found["candidates"]] == [("Quay Lane", 1.0)]
-    assert (found["known"], found["threshold"]) == (True, 0.5)
-    assert found["candidates"][0]["geometry"]["type"] == "LineString"
-    assert found["candidates"][0]["lon"] == pytest.approx(0.01)
+    fields = {"prior": json.dumps({"streets": ["Quay Lane"]}), "threshold": "0.5", "top_k": "3"}
+    result = client.post("/v1/localize", files={"file": photo()}, data=fields).json()
+    assert [(c["street"], c["probability"]) for c in result["candidates"]] == [("Quay Lane", 1.0)]
+    assert (result["known"], result["threshold"]) == (True, 0.5)
+    assert result["candidates"][0]["geometry"]["type"] == "LineString"
+    assert result["candidates"][0]["lon"] == pytest.approx(0.01)
 
 
 def test_below_the_threshold_no_address_is_named(client: TestClient) -> None:
-    found = client.post("/v1/localize", json={"image": PHOTO, "threshold": 1}).json()
-    assert (found["known"], found["address"]) == (False, None)
-    assert len(found["candidates"]) == 4
-    assert found["confidence"] == found["candidates"][0]["probability"]
+    result = client.post("/v1/localize", json={"image": PHOTO, "threshold": 1}).json()
+    assert (result["known"], result["address"]) == (False, None)
+    assert len(result["candidates"]) == 4
+    assert result["confidence"] == result["candidates"][0]["probability"]
 
 
 def test_forms_and_types(client: TestClient) -> None:
@@ -215,9 +217,12 @@ WRONG_CHATS: list[tuple[dict[str, Any], str]] = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": PHOTO}]}]},
         "messages.0.content.0.image_url",
     ),
-    ({"messages": [{"role": "system", "content": asks("", PHOTO)[0]["content"]}, *asks("x")]}, "messages.0.content"),
-    ({"messages": asks("Where?", *[PHOTO] * 9)}, "messages"),
-    ({"messages": asks("word " * 30_000)}, "messages"),
+    (
+        {"messages": [{"role": "system", "content": chat_messages("", PHOTO)[0]["content"]}, *chat_messages("x")]},
+        "messages.0.content",
+    ),
+    ({"messages": chat_messages("Where?", *[PHOTO] * 9)}, "messages"),
+    ({"messages": chat_messages("word " * 30_000)}, "messages"),
     ({"temperature": 3}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
     ({"max_tokens": 0}, "max_tokens"),
@@ -253,7 +258,7 @@ def test_another_model(client: TestClient) -> None:
 
 
 def test_longer_than_the_context(client: TestClient) -> None:
-    body = CHAT | {"messages": asks("word " * 19_000)}
+    body = CHAT | {"messages": chat_messages("word " * 19_000)}
     check_error(client.post("/v1/chat/completions", json=body), 400, "tokens and the model reads")
     check_error(client.post("/v1/chat/completions", json=body | {"stream": True}), 400, "tokens and the model reads")
 
@@ -265,41 +270,43 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 
 
 def test_what_a_stream_says_is_the_whole_answer(client: TestClient) -> None:
-    body = CHAT | {"messages": asks("Tell me a story.", PHOTO), "max_tokens": 12, "logprobs": True, "top_logprobs": 2}
-    whole = client.post("/v1/chat/completions", json=body).json()
-    told = events(client.post("/v1/chat/completions", json=body | {"stream": True, "stream_options": {"include_usage": True}}))
-    choices = [event["choices"][0] for event in told[:-1]]
-    assert "".join(c["delta"].get("content", "") for c in choices) == whole["choices"][0]["message"]["content"]
-    assert choices[-1]["finish_reason"] == whole["choices"][0]["finish_reason"] == "length"
-    assert told[-1]["usage"] == whole["usage"]
+    body = CHAT | {"messages": chat_messages("Tell me a story.", PHOTO), "max_tokens": 12, "logprobs": True, "top_logprobs": 2}
+    full = client.post("/v1/chat/completions", json=body).json()
+    streamed = events(
+        client.post("/v1/chat/completions", json=body | {"stream": True, "stream_options": {"include_usage": True}})
+    )
+    choices = [event["choices"][0] for event in streamed[:-1]]
+    assert "".join(c["delta"].get("content", "") for c in choices) == full["choices"][0]["message"]["content"]
+    assert choices[-1]["finish_reason"] == full["choices"][0]["finish_reason"] == "length"
+    assert streamed[-1]["usage"] == full["usage"]
     assert len(choices) > 4  # piece by piece
-    streamed = [token for c in choices if c["logprobs"] for token in c["logprobs"]["content"]]
-    scores = whole["choices"][0]["logprobs"]["content"]
-    assert [token["token"] for token in streamed] == [token["token"] for token in scores]
+    tokens = [token for c in choices if c["logprobs"] for token in c["logprobs"]["content"]]
+    scores = full["choices"][0]["logprobs"]["content"]
+    assert [token["token"] for token in tokens] == [token["token"] for token in scores]
     assert len(scores) == 12
     assert all(token["top_logprobs"][0]["logprob"] == pytest.approx(token["logprob"]) for token in scores)  # greedy
 
 
 def test_several_answers_and_seeds(client: TestClient) -> None:
-    body = CHAT | {"messages": asks("Tell me a story.", PHOTO), "temperature": 1.5, "n": 3, "seed": 5}
+    body = CHAT | {"messages": chat_messages("Tell me a story.", PHOTO), "temperature": 1.5, "n": 3, "seed": 5}
     first, second = (client.post("/v1/chat/completions", json=body).json() for _ in range(2))
     texts = [choice["message"]["content"] for choice in first["choices"]]
     assert texts == [choice["message"]["content"] for choice in second["choices"]]
     assert len(set(texts)) > 1
-    told = events(client.post("/v1/chat/completions", json=body | {"stream": True}))
-    assert {event["choices"][0]["index"] for event in told} == {0, 1, 2}
+    streamed = events(client.post("/v1/chat/completions", json=body | {"stream": True}))
+    assert {event["choices"][0]["index"] for event in streamed} == {0, 1, 2}
 
 
 def test_chats_about_the_address_agree_with_the_ranking(client: TestClient) -> None:
     best = client.post("/v1/localize", json={"image": PHOTO}).json()["candidates"][0]["street"]
 
-    def said(text: str) -> str:
-        body = CHAT | {"messages": asks(text, PHOTO), "max_tokens": 20}
-        told = events(client.post("/v1/chat/completions", json=body | {"stream": True}))
-        whole = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
-        assert "".join(event["choices"][0]["delta"].get("content", "") for event in told) == whole
-        return whole
+    def answer(text: str) -> str:
+        body = CHAT | {"messages": chat_messages(text, PHOTO), "max_tokens": 20}
+        streamed = events(client.post("/v1/chat/completions", json=body | {"stream": True}))
+        full = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+        assert "".join(event["choices"][0]["delta"].get("content", "") for event in streamed) == full
+        return full
 
-    assert said("Which street is this?") == best
-    assert said(f"Is this {best}?") == "Yes"
-    assert said(f"Is this {'Mill Street' if best != 'Mill Street' else 'Oak Avenue'}?") == "No"
+    assert answer("Which street is this?") == best
+    assert answer(f"Is this {best}?") == "Yes"
+    assert answer(f"Is this {'Mill Street' if best != 'Mill Street' else 'Oak Avenue'}?") == "No"

@@ -35,28 +35,28 @@ def user(*parts: str) -> dict[str, Any]:
 
 
 class Double:
-    """Notes what it is asked and gives what it is told to."""
+    """Records the queries and returns a fixed result."""
 
     def __init__(self) -> None:
-        self.asked: list[Any] = []
-        self.found = Localization(
+        self.requests: list[Any] = []
+        self.result = Localization(
             [Candidate("Oak Avenue", "Harbour", 0.625), Candidate("Quay Lane", "Harbour", 0.25)], True, 0.625, 0.5
         )
 
     async def read_image(self, source: bytes | str) -> np.ndarray:
-        """Of the source, its length: a picture that can be told from others."""
+        """An image of one pixel whose value is the length of the source."""
         return np.full((1, 1, 3), len(source), np.uint8)
 
-    async def localize(self, where: LocalizeQuery) -> Localization:
-        self.asked.append(where)
-        return self.found
+    async def localize(self, query: LocalizeQuery) -> Localization:
+        self.requests.append(query)
+        return self.result
 
     async def chat(self, question: ChatQuery) -> list[Completion]:
-        self.asked.append(question)
+        self.requests.append(question)
         return [Completion("One.", "stop", (), 40, 3), Completion("Two", "length", (), 40, 5)]
 
     async def stream_chat(self, question: ChatQuery) -> AsyncIterator[TextChunk]:
-        self.asked.append(question)
+        self.requests.append(question)
 
         async def pieces() -> AsyncIterator[TextChunk]:
             yield TextChunk(0, "One.", "stop", (), 40, 3)
@@ -87,38 +87,38 @@ def client(tmp_path: Path, double: Double) -> TestClient:
     return TestClient(Routes(ServiceSettings(max_tokens=100), cities, double, metrics, up, counts).app())
 
 
-def test_all_that_is_asked_of_a_photo_reaches_the_model(client: TestClient, double: Double) -> None:
+def test_every_field_of_a_localize_request_reaches_the_model(client: TestClient, double: Double) -> None:
     prior = {
         "districts": ["Harbour"],
         "streets": ["Oak Avenue"],
         "circle": {"lat": 52.5, "lon": 0.25, "radius_m": 300, "soft": True},
         "weights": {"Quay Lane": 2.5},
     }
-    meant = Prior(("Harbour",), ("Oak Avenue",), Circle(52.5, 0.25, 300, soft=True), {"Quay Lane": 2.5})
-    asked = {"city": "alder", "top_k": 50, "threshold": 0, "prior": prior}
-    assert client.post("/v1/localize", json={"image": "abcd", **asked}).status_code == 200
-    form = {key: value if key == "city" else json.dumps(value) for key, value in asked.items()}
+    expected = Prior(("Harbour",), ("Oak Avenue",), Circle(52.5, 0.25, 300, soft=True), {"Quay Lane": 2.5})
+    fields = {"city": "alder", "top_k": 50, "threshold": 0, "prior": prior}
+    assert client.post("/v1/localize", json={"image": "abcd", **fields}).status_code == 200
+    form = {key: value if key == "city" else json.dumps(value) for key, value in fields.items()}
     assert client.post("/v1/localize", files={"file": b"abcd"}, data=form).status_code == 200
-    for where in double.asked:
-        assert (where.city, where.pixels[0, 0, 0], where.top_k, where.threshold) == ("alder", 4, 50, 0)
-        assert where.threshold is not None
-        assert where.prior == meant
+    for query in double.requests:
+        assert (query.city, query.pixels[0, 0, 0], query.top_k, query.threshold) == ("alder", 4, 50, 0)
+        assert query.threshold is not None
+        assert query.prior == expected
     assert client.post("/v1/localize", json={"image": "abcd", "city": "toytown"}).status_code == 200
-    where = double.asked[-1]
-    assert (where.city, where.top_k, where.threshold, where.prior) == ("toytown", 5, None, Prior())
+    query = double.requests[-1]
+    assert (query.city, query.top_k, query.threshold, query.prior) == ("toytown", 5, None, Prior())
 
 
-def test_all_that_the_model_finds_reaches_the_caller(client: TestClient, double: Double) -> None:
+def test_the_whole_localization_reaches_the_caller(client: TestClient, double: Double) -> None:
     body = {"image": "abcd", "city": "toytown"}
-    told = client.post("/v1/localize", json=body).json()
-    assert (told["known"], told["confidence"], told["threshold"]) == (True, 0.625, 0.5)
-    assert told["address"] == {"street": "Oak Avenue", "district": "Harbour"}
-    assert [(c["street"], c["probability"]) for c in told["candidates"]] == [("Oak Avenue", 0.625), ("Quay Lane", 0.25)]
-    assert [(c["lat"], c["lon"]) for c in told["candidates"]] == [pytest.approx((52.01, 0.01))] * 2
-    assert (told["city"], told["model"]) == ("Toytown", "run/toytown")
-    double.found = Localization(double.found.candidates, False, 0.625, 0.7)
-    told = client.post("/v1/localize", json=body).json()
-    assert (told["known"], told["address"], len(told["candidates"])) == (False, None, 2)
+    response = client.post("/v1/localize", json=body).json()
+    assert (response["known"], response["confidence"], response["threshold"]) == (True, 0.625, 0.5)
+    assert response["address"] == {"street": "Oak Avenue", "district": "Harbour"}
+    assert [(c["street"], c["probability"]) for c in response["candidates"]] == [("Oak Avenue", 0.625), ("Quay Lane", 0.25)]
+    assert [(c["lat"], c["lon"]) for c in response["candidates"]] == [pytest.approx((52.01, 0.01))] * 2
+    assert (response["city"], response["model"]) == ("Toytown", "run/toytown")
+    double.result = Localization(double.result.candidates, False, 0.625, 0.7)
+    response = client.post("/v1/localize", json=body).json()
+    assert (response["known"], response["address"], len(response["candidates"])) == (False, None, 2)
     text = client.get("/metrics").text
     for known in ("true", "false"):
         assert f'addressvlm_localized_total{{city="toytown",known="{known}",replica="front"}} 1.0' in text
@@ -151,7 +151,7 @@ def test_a_street_is_placed_on_its_longest_part(tmp_path: Path) -> None:
     assert three == {"street": "Three", "district": "A", "probability": 0.5, "lat": None, "lon": None, "geometry": None}
 
 
-def test_each_part_of_a_prior_is_its_own() -> None:
+def test_parts_of_a_prior_are_independent() -> None:
     assert PriorFields().prior() == Prior()
     assert PriorFields(districts=["a"]).prior() == Prior(districts=("a",))
     assert PriorFields(weights={"a": 0}).prior() == Prior(weights={"a": 0})
@@ -159,19 +159,19 @@ def test_each_part_of_a_prior_is_its_own() -> None:
     assert PriorFields(circle=circle).prior() == Prior(circle=Circle(1, 2, 3, soft=False))
 
 
-def test_all_that_is_asked_in_a_chat_reaches_the_model(client: TestClient, double: Double) -> None:
+def test_every_field_of_a_chat_request_reaches_the_model(client: TestClient, double: Double) -> None:
     body = {"model": "run/alder", "messages": [user("Where?", "data:1", "data:22")], "max_tokens": 7, "temperature": 0.5}
-    told = client.post("/v1/chat/completions", json=body).json()
+    response = client.post("/v1/chat/completions", json=body).json()
     streamed = client.post("/v1/chat/completions", json=body | {"stream": True}).text
-    for question in double.asked:
+    for question in double.requests:
         assert (question.city, question.sampling.max_tokens, question.sampling.temperature) == ("alder", 7, 0.5)
         assert [image[0, 0, 0] for image in question.images] == [6, 7]
-    assert [(c["index"], c["message"]["content"], c["finish_reason"]) for c in told["choices"]] == [
+    assert [(c["index"], c["message"]["content"], c["finish_reason"]) for c in response["choices"]] == [
         (0, "One.", "stop"),
         (1, "Two", "length"),
     ]
-    assert told["usage"] == {"prompt_tokens": 40, "completion_tokens": 8, "total_tokens": 48}
-    assert told["model"] == "run/alder"
+    assert response["usage"] == {"prompt_tokens": 40, "completion_tokens": 8, "total_tokens": 48}
+    assert response["model"] == "run/alder"
     assert "usage" not in streamed
     text = client.get("/metrics").text
     assert 'addressvlm_tokens_total{kind="prompt",replica="front"} 80.0' in text

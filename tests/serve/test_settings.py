@@ -15,7 +15,7 @@ pytestmark = pytest.mark.xdist_group("serve")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ({"modle": "x"}, "nearest known is 'model'"),
         ({"min_replicas": "many"}, "'min_replicas' is 'many'"),
@@ -32,13 +32,13 @@ pytestmark = pytest.mark.xdist_group("serve")
         ({"rate_limit": "-1"}, "'rate_limit' is '-1'"),
     ],
 )
-def test_wrong_arguments_are_one_sentence(arguments: dict[str, str], words: str) -> None:
-    with pytest.raises(InputError, match=words) as caught:
+def test_wrong_arguments_are_one_sentence(arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
         service.config(service.ServiceSettings.model_validate(arguments))
     assert "\n" not in str(caught.value)
 
 
-def test_settings_of_others_start_no_model_anew() -> None:
+def test_settings_of_other_deployments_do_not_restart_the_model() -> None:
     one = service.ServiceSettings(batch_size=4, image_domains="example.org")
     other = one.model_copy(update={"rate_limit": 5.0, "max_replicas": 9, "allowed_origins": ["https://example.org"]})
     for part in (MODEL_SETTINGS, IMAGE_SETTINGS):
@@ -47,13 +47,13 @@ def test_settings_of_others_start_no_model_anew() -> None:
     assert one.subset(IMAGE_SETTINGS).image_domains == ["example.org"]
 
 
-def test_vllm_is_asked_for_in_words(tmp_path: Path) -> None:
+def test_a_missing_vllm_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="install it here, or give vllm_python="):
         service.config(service.ServiceSettings(model=str(tmp_path), engine="vllm"))
 
 
-def test_the_production_file_is_one_that_serve_deploys() -> None:
+def test_serve_can_deploy_the_production_file() -> None:
     tree = yaml.safe_load((Path(service.__file__).parent / "production.yaml").read_text())
     (application,) = ServeDeploySchema.model_validate(tree).applications
     module, _, builder = application.import_path.partition(":")
@@ -61,7 +61,7 @@ def test_the_production_file_is_one_that_serve_deploys() -> None:
     assert service.ServiceSettings.model_validate(application.args).min_replicas == 2
 
 
-def test_as_many_questions_are_taken_in_as_may_wait_and_be_worked_on() -> None:
+def test_requests_in_flight_are_those_that_may_queue_and_be_processed() -> None:
     some = service.ServiceSettings(max_queued_requests=5, max_replicas=3, max_ongoing_requests=10)
     assert some.max_in_flight == 35
     assert some.model_copy(update={"max_queued_requests": 0}).max_in_flight == 30
@@ -69,5 +69,5 @@ def test_as_many_questions_are_taken_in_as_may_wait_and_be_worked_on() -> None:
 
 
 def test_lists_come_as_text_or_lists() -> None:
-    for given_as in ("example.org, .example.net:8443,", ["example.org", ".example.net:8443"]):
-        assert service.ServiceSettings(image_domains=given_as).image_domains == ["example.org", ".example.net:8443"]
+    for value in ("example.org, .example.net:8443,", ["example.org", ".example.net:8443"]):
+        assert service.ServiceSettings(image_domains=value).image_domains == ["example.org", ".example.net:8443"]

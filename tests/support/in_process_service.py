@@ -35,10 +35,10 @@ class Handle:
 
 def application(root: Path, **settings: Any) -> FastAPI:
     """The routes of a service with these settings."""
-    given = service.ServiceSettings(**({"model": str(model_folder(root))} | settings))
-    cities, metrics = find_cities(given), ServiceMetrics()
-    model, images = Model(given, cities), Images(given)
-    backend = Backend(Handle(model), Handle(images), metrics, len(cities) > 1, given.request_s)
+    config = service.ServiceSettings(**({"model": str(model_folder(root))} | settings))
+    cities, metrics = find_cities(config), ServiceMetrics()
+    model, images = Model(config, cities), Images(config)
+    backend = Backend(Handle(model), Handle(images), metrics, len(cities) > 1, config.request_s)
 
     async def up() -> int:
         return 1
@@ -51,8 +51,8 @@ def application(root: Path, **settings: Any) -> FastAPI:
         yield
         await images.decode_pool.close()
 
-    wait = RateLimit(given.rate_limit).wait if given.rate_limit else None
-    app = Routes(given, cities, backend, metrics, up, counts).app(key_hashes=key_hashes(), wait=wait)
+    wait = RateLimit(config.rate_limit).wait if config.rate_limit else None
+    app = Routes(config, cities, backend, metrics, up, counts).app(key_hashes=key_hashes(), wait=wait)
     app.router.lifespan_context = lifespan
     return app
 

@@ -37,13 +37,13 @@ def photo(seed: int = 0) -> bytes:
     return out.getvalue()
 
 
-def check_error(response: httpx.Response, status: int, words: str) -> None:
+def check_error(response: httpx.Response, status: int, message: str) -> None:
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     assert error["type"] == ("server_error" if status >= 500 else kinds.get(status, "invalid_request_error"))
-    assert words in error["message"], error["message"]
+    assert message in error["message"], error["message"]
     assert "Traceback" not in response.text
     assert ".py" not in response.text
 
@@ -89,8 +89,8 @@ def running_service(root: Path, **settings: Any) -> Iterator[str]:
         port = free.getsockname()[1]
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
-        given = settings if "cities" in settings else {"model": str(model_folder(root)), **settings}
-        ray_serve.run(service.config(service.ServiceSettings(num_cpus=0.5, dtype="float32", **given)))
+        config = settings if "cities" in settings else {"model": str(model_folder(root)), **settings}
+        ray_serve.run(service.config(service.ServiceSettings(num_cpus=0.5, dtype="float32", **config)))
         yield f"http://127.0.0.1:{port}"
     finally:
         ray_serve.shutdown()
