@@ -121,22 +121,22 @@ class Bench:
     def ours(self, seed: int) -> tuple[Clock, float, int]:
         """Clock, last loss and number of parameters."""
         encoder = build_dual_encoder(str(self.folder), "", "float32", seed)
-        rival = AddressClipConfig.model_validate(
+        system = AddressClipConfig.model_validate(
             {
                 "name": "bench", "kind": "addressclip", "captions": "none", "weights": {"caption": 0, "geography": 0},
                 "batch_size": self.batch, "max_steps": self.steps, "learning_rate": RATE, "projection_learning_rate": RATE,
                 "warmup": WARMUP,
             }
         )  # fmt: skip
-        lessons = ClipData(self.photos, self.batch, seed, Captions("none"), encoder)
+        data = ClipData(self.photos, self.batch, seed, Captions("none"), encoder)
         stage, context = (
-            addressclip.clip_stage(Config(), rival, lessons),
+            addressclip.clip_stage(Config(), system, data),
             autocast(torch.device("cpu"), torch.float32, "float32"),
         )
-        towers = addressclip.DualEncoderTowers(encoder, rival, lessons)
-        learner = addressclip.ClipLearner(towers, lessons.batch(0, most=2), CLIP_NORM, context)
+        towers = addressclip.DualEncoderTowers(encoder, system, data)
+        learner = addressclip.ClipLearner(towers, data.batch(0, most=2), CLIP_NORM, context)
         clock, loss = Clock(), math.nan
-        for number, batch in lessons.batches(0, self.steps, 0, 1):
+        for number, batch in data.batches(0, self.steps, 0, 1):
             clock.tick()
             loss = addressclip.clip_step(learner, stage, number, batch, (0, 1), context).loss
         clock.tick()

@@ -1,6 +1,7 @@
-"""AddressCLIP (paper 002): train a dual encoder on a city's photos, addresses and captions, and score addresses with it.
+"""AddressCLIP (paper 002): train a dual encoder on a city's photos, addresses and captions.
 
-Under torch.distributed each worker runs `train_addressclip` on its share of every step; all workers' photos are each other's negatives.
+Under torch.distributed each worker runs `train_addressclip` on its share of every step, and the photos of all workers are each
+other's negatives.
 """
 
 import json
@@ -42,11 +43,11 @@ from addressvlm.training.strategy.ddp import Ddp
 
 
 def contrastive_loss(images_ND: torch.Tensor, texts_ND: torch.Tensor, scale: torch.Tensor, names_N: torch.Tensor) -> Any:  # noqa: N803
-    """Image-text contrastive loss of unit vectors in both directions (eqs. 1 and 2), a scalar.
+    """Image-text contrastive loss of unit vectors (N, D) in both directions (eqs. 1 and 2), a scalar.
 
-    The paper takes every other photo of the batch as a negative, also one of the same address, whose text is the very same:
-    one and the same pair of vectors would be pulled together and pushed apart. Here all photos with the same text are right
-    answers in equal parts; where no two texts are alike this is the paper's loss.
+    In the paper every other photo of the batch is a negative, also one of the same address, so that the same pair of vectors
+    is pulled together and pushed apart. Here all photos with the same text are positives in equal parts; where no two texts
+    are equal this is the paper's loss.
 
     Args:
         scale: 1 / temperature.
@@ -69,12 +70,12 @@ def pairwise_distances(positions_N2: torch.Tensor) -> torch.Tensor:  # noqa: N80
 
 
 def geography_loss(images_ND: torch.Tensor, positions_N2: torch.Tensor) -> torch.Tensor:  # noqa: N803
-    """Image-geography matching loss (eqs. 3 to 5): the cosine similarity of two photos shall follow their distance D.
+    """Image-geography matching loss (eqs. 3 to 5): the cosine similarity of two photos follows their distance D.
 
     As printed, eq. 5 draws the similarity towards D itself, so that photos of opposite ends of the city become alike and
-    neighbours differ, which is the opposite of what Sec. 4.3 says it is for. Here the target is 1 - D/2: 1 for photos of one
-    place, 0 for opposite corners. It is the mean of two triangular kernels, 1 - |east| and 1 - |north|, so unit vectors with
-    exactly these similarities exist.
+    neighbours differ, the opposite of its purpose in Sec. 4.3. Here the target is 1 - D/2: 1 for photos of one place, 0 for
+    opposite corners. It is the mean of two triangular kernels, 1 - |east| and 1 - |north|, so unit vectors with exactly these
+    similarities exist.
 
     Args:
         images_ND: unit vectors.
@@ -92,7 +93,7 @@ def total_loss(features: Mapping[str, torch.Tensor], weights: LossWeights) -> tu
 
     Args:
         features: `images`, `addresses` and `captions` as unit vectors (N, D), `scale`, `positions` (N, 2), and the numbers
-            of the texts `address_names` and `caption_names` (N,); what weighs nothing may be absent.
+            of the texts `address_names` and `caption_names` (N,); those of a loss with weight 0 may be absent.
     """
     images, scale = features["images"], features["scale"]
     parts = {}
@@ -109,16 +110,16 @@ def total_loss(features: Mapping[str, torch.Tensor], weights: LossWeights) -> tu
 class _Gather(torch.autograd.Function):
     """All workers' rows in the order of their ranks.
 
-    Every worker computes the same loss of the same rows, so the gradient of its own rows is a slice of what it has already and
-    needs no exchange. It is multiplied by the number of workers because gradients of weights are averaged over them later.
+    Every worker computes the same loss of the same rows, so the gradient of its own rows is a slice of the gradient that it
+    has and needs no exchange. It is multiplied by the number of workers because gradients of weights are averaged later.
     """
 
     @staticmethod
-    def forward(ctx: Any, mine: torch.Tensor) -> torch.Tensor:
-        ctx.first, ctx.count = dist.get_rank() * len(mine), len(mine)
-        found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(found, mine.contiguous())
-        return torch.cat(found)
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        ctx.first, ctx.count = dist.get_rank() * len(rows), len(rows)
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
@@ -126,63 +127,14 @@ class _Gather(torch.autograd.Function):
 
 
 def all_gather_features(features: Mapping[str, torch.Tensor], shared: Sequence[str] = ("scale",)) -> dict[str, torch.Tensor]:
-    """The features of all workers' photos, so that each is the others' negative; `shared` are the same on every worker.
+    """The features of all workers' photos, so that they are each other's negatives; `shared` are equal on all workers.
 
-    With weights averaged over workers, as DistributedDataParallel does, gradients are those of the joint batch on one worker.
-    Workers must bring equally many photos.
+    With gradients averaged over workers, as DistributedDataParallel does, they are those of the joint batch on one worker.
+    Workers must have equally many photos.
     """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return dict(features)
     return {name: value if name in shared else _Gather.apply(value) for name, value in features.items()}
-
-
-USE = """from pathlib import Path
-
-from PIL import Image
-
-from addressvlm.gazetteer.gazetteer import Gazetteer
-from addressvlm.answers.address_distribution import Beliefs
-from addressvlm.baselines.dual_encoder import Candidates
-from addressvlm.baselines.dual_encoder import open_encoder
-
-folder = Path("<this folder>")
-city = Gazetteer.load(folder / "gazetteer.geojson")
-scores = Candidates(open_encoder(folder), city.addresses).scores([Image.open("photo.jpg").convert("RGB")])
-print(Beliefs(city.addresses, scores[0]).ranked(3))"""
-
-
-def clip_licence(config: Config, rival: AddressClipConfig) -> str | None:
-    """The licence of the model that it was made of, as its own card says."""
-    base = rival.base or config.model.base
-    return base_licence(config.model_copy(update={"model": config.model.model_copy(update={"base": base})}))
-
-
-def clip_card(config: Config, rival: AddressClipConfig, steps: int, parameters: int) -> str:
-    """The card's text."""
-    run = Run(config)
-    gazetteer, base = Gazetteer.load(run.gazetteer), rival.base or config.model.base
-    city = gazetteer.city or config.name
-    head = {"library_name": "transformers", "base_model": base, "tags": ["addressvlm", "image-geolocation", "addressclip"]}
-    trained = " and ".join(name for name, on in (("image", rival.train_image), ("text", rival.train_text)) if on) or "neither"
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in rival.weights.model_dump().items())
-    lines = [
-        front_matter(head, clip_licence(config, rival)),
-        f"# {city}: a photo and its address as neighbouring vectors",
-        f"`{base}`, taught {city} by AddressCLIP's losses ({weights}; captions: {rival.captions}). It compares a photo with "
-        f"the texts of the {len(gazetteer.addresses):,} addresses that it is given. It knows no other city.",
-        "## Data",
-        f"{tables.count_rows(run.photos, 'train'):,} photos. {attributed(gazetteer.attribution)}",
-        "## Training",
-        f"{steps:,} steps of {rival.batch_size * config.train.workers:,} photos, encoders trained: {trained}, learning rate "
-        f"{rival.learning_rate:g}, of new projections {rival.projection_learning_rate:g}; {parameters:,} numbers learnt, seed "
-        f"{config.training_seed}. All settings are in `_done.json`.",
-        "## Metrics",
-        no_metrics_section("compare"),
-        "## Use",
-        f"```python\n{USE}\n```",
-        f"{ELSEWHERE}. {PEOPLE}",
-    ]
-    return "\n\n".join(lines) + "\n"
 
 
 BETAS = (0.9, 0.98)  # paper 002, App. B
@@ -191,102 +143,104 @@ TRAINED_FILE = "learnt.json"
 
 
 class DualEncoderTowers(nn.Module):
-    """A step's features. What a frozen encoder makes of a photo or a text is computed once and kept."""
+    """Computes a step's features; a frozen encoder's output is computed once for each photo or text and cached."""
 
-    def __init__(self, encoder: DualEncoder, rival: AddressClipConfig, lessons: ClipData) -> None:
+    def __init__(self, encoder: DualEncoder, system: AddressClipConfig, data: ClipData) -> None:
         super().__init__()
-        self.encoder, self.rival, self.lessons = encoder, rival, lessons
-        self.of_photos: dict[int, torch.Tensor] = {}
-        self.of_texts: dict[str, torch.Tensor] = {}
-        self.tokens = 0  # of texts, encoded at the last step
+        self.encoder, self.system, self.data = encoder, system, data
+        self.photo_states: dict[int, torch.Tensor] = {}
+        self.text_states: dict[str, torch.Tensor] = {}
+        self.tokens = 0  # of texts, encoded in the last step
 
     def forward(self, batch: ClipBatch) -> Tensors:
-        """What `total_loss` takes."""
+        """The features that `total_loss` takes."""
         self.tokens = 0
-        lessons, encoder, weights = batch.lessons, self.encoder, self.rival.weights
+        samples, encoder, weights = batch.samples, self.encoder, self.system.weights
         features = {
-            "images": encoder.project_images(self._photo_states(batch)),
+            "images": encoder.project_images(self._encode_photos(batch)),
             "scale": encoder.scale.float(),
             "positions": batch.positions.to(encoder.device),
         }
         if weights.address:
-            features |= self._texts("address", [lesson.address for lesson in lessons])
-        if weights.caption and lessons[0].caption is not None:
-            features |= self._texts("caption", [lesson.caption or lesson.address for lesson in lessons])
+            texts = [sample.address for sample in samples]
+            features["addresses"], features["address_names"] = self._text_features(texts)
+        if weights.caption and samples[0].caption is not None:
+            texts = [sample.caption or sample.address for sample in samples]
+            features["captions"], features["caption_names"] = self._text_features(texts)
         return features
 
-    def _texts(self, kind: str, texts: Sequence[str]) -> Tensors:
-        """Each different text is encoded once."""
-        different = list(dict.fromkeys(texts))
-        at = {text: number for number, text in enumerate(different)}
-        vectors = self.encoder.project_texts(self._text_states(different))[[at[text] for text in texts]]
-        names = torch.tensor([text_number(text) for text in texts], device=self.encoder.device)
-        return {f"{kind}es" if kind == "address" else f"{kind}s": vectors, f"{kind}_names": names}
+    def _text_features(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit vectors (N, D), each distinct text encoded once, and the texts' numbers (N,)."""
+        distinct = list(dict.fromkeys(texts))
+        row = {text: number for number, text in enumerate(distinct)}
+        vectors = self.encoder.project_texts(self._encode_texts(distinct))[[row[text] for text in texts]]
+        return vectors, torch.tensor([text_number(text) for text in texts], device=self.encoder.device)
 
-    def _photo_states(self, batch: ClipBatch) -> torch.Tensor:
+    def _encode_photos(self, batch: ClipBatch) -> torch.Tensor:
         pixels = batch.pixels and {name: value.to(self.encoder.device) for name, value in batch.pixels.items()}
-        if self.rival.train_image and pixels:
+        if self.system.train_image and pixels:
             return self.encoder.image_states(pixels)
-        fresh = [lesson for lesson in batch.lessons if lesson.image is not None]
         if pixels:
             with torch.no_grad():
                 states = self.encoder.image_states(pixels)
-            for lesson, state in zip(fresh, states, strict=True):
-                self.of_photos[lesson.index] = state
-                self.lessons.keep(lesson)
-        return torch.stack([self.of_photos[lesson.index] for lesson in batch.lessons])
+            new = [sample for sample in batch.samples if sample.image is not None]
+            for sample, state in zip(new, states, strict=True):
+                self.photo_states[sample.index] = state
+                self.data.drop_image(sample)
+        return torch.stack([self.photo_states[sample.index] for sample in batch.samples])
 
-    def _text_states(self, texts: Sequence[str]) -> torch.Tensor:
-        if self.rival.train_text:
-            return self._encoded(texts)
-        if fresh := [text for text in texts if text not in self.of_texts]:
+    def _encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        if self.system.train_text:
+            return self._new_text_states(texts)
+        if new := [text for text in texts if text not in self.text_states]:
             with torch.no_grad():
-                self.of_texts |= zip(fresh, self._encoded(fresh), strict=True)
-        return torch.stack([self.of_texts[text] for text in texts])
+                self.text_states |= zip(new, self._new_text_states(new), strict=True)
+        return torch.stack([self.text_states[text] for text in texts])
 
-    def _encoded(self, texts: Sequence[str]) -> torch.Tensor:
+    def _new_text_states(self, texts: Sequence[str]) -> torch.Tensor:
         tokens = self.encoder.tokens(texts)
         self.tokens += int(tokens.get("attention_mask", tokens["input_ids"]).count_nonzero())
         return self.encoder.text_states({name: value.to(self.encoder.device) for name, value in tokens.items()})
 
 
 class ClipLearner(Ddp):
-    """What learns, and its optimizer; see `training.strategy.Strategy`."""
+    """The trainable weights and their optimizer; see `training.strategy.Strategy`."""
 
-    def __init__(self, towers: DualEncoderTowers, first: ClipBatch, clip: float, context: Any) -> None:
-        """Weights that the features of the `first` photos do not depend on are left as they are.
+    def __init__(self, towers: DualEncoderTowers, batch: ClipBatch, max_grad_norm: float, context: Any) -> None:
+        """Weights that get no gradient from a first `batch` stay frozen.
 
         Raises:
             InputError: nothing can learn.
         """
-        encoder, rival = towers.encoder, towers.rival
-        old, new = encoder.learning(rival.train_image, rival.train_text)
+        encoder, system = towers.encoder, towers.system
+        pretrained, new = encoder.trainable(system.train_image, system.train_text)
         encoder.requires_grad_(False)
-        for weights in (*old, *new):
+        for weights in (*pretrained, *new):
             weights.requires_grad = True
         encoder.train()
-        for module in [*([] if rival.train_image else encoder.eyes()), *([] if rival.train_text else encoder.reader())]:
+        frozen = [] if system.train_image else encoder.image_modules()
+        for module in frozen if system.train_text else [*frozen, *encoder.text_modules()]:
             module.eval()
         freeze_batchnorm(encoder)
         with context:
-            loss, _ = total_loss(towers(first), rival.weights)
+            loss, _ = total_loss(towers(batch), system.weights)
         if loss.requires_grad:
             loss.backward()
-        for weights in (*old, *new):
+        for weights in (*pretrained, *new):
             weights.requires_grad, weights.grad = weights.grad is not None, None
         groups = [
-            {"params": [w for w in old if w.requires_grad], "share": 1.0, "weight_decay": rival.weight_decay},
+            {"params": [w for w in pretrained if w.requires_grad], "share": 1.0, "weight_decay": system.weight_decay},
             {
                 "params": [w for w in new if w.requires_grad],
-                "share": rival.projection_learning_rate / rival.learning_rate,
+                "share": system.projection_learning_rate / system.learning_rate,
                 "weight_decay": 0.0,
             },
         ]
-        self.model, self.towers, self.clip = encoder, towers, clip
+        self.model, self.towers, self.clip = encoder, towers, max_grad_norm
         self.learning = trainable_params(encoder)
         if not self.learning:
             raise InputError(
-                f"{rival.name}: nothing learns: switch on train_image or train_text, and give one of its losses a weight "
+                f"{system.name}: nothing learns: switch on train_image or train_text, and give one of its losses a weight "
                 "above 0."
             )
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS)
@@ -297,24 +251,24 @@ class ClipLearner(Ddp):
         return {name: weights.detach().cpu().clone() for name, weights in self.learning.items()}
 
 
-def clip_stage(config: Config, rival: AddressClipConfig, schedule: Schedule) -> trainer.Stage:
-    """The training as a stage."""
+def clip_stage(config: Config, system: AddressClipConfig, schedule: Schedule) -> trainer.Stage:
+    """The training as a stage of `training.trainer`."""
     settings = StageConfig(
-        data="photos", epochs=rival.epochs, max_steps=rival.max_steps, batch_size=rival.batch_size,
-        learning_rate=rival.learning_rate, warmup_ratio=rival.warmup_ratio, weight_decay=rival.weight_decay,
+        data="photos", epochs=system.epochs, max_steps=system.max_steps, batch_size=system.batch_size,
+        learning_rate=system.learning_rate, warmup_ratio=system.warmup_ratio, weight_decay=system.weight_decay,
     )  # fmt: skip
-    steps = count_steps(len(schedule.rows), schedule.per_step, rival.epochs, rival.max_steps)
+    steps = count_steps(len(schedule.rows), schedule.per_step, system.epochs, system.max_steps)
     return trainer.Stage(STAGE, settings, schedule, steps, schedule.seed)
 
 
 def train_addressclip(
-    config: Config, rival: AddressClipConfig, checkpoint: Path | None, report: Report, device: str | torch.device = "cpu"
+    config: Config, system: AddressClipConfig, checkpoint: Path | None, report: Report, device: str | torch.device = "cpu"
 ) -> None:
     """Train from the beginning or from a checkpoint and save; every worker of the process group calls it.
 
     Args:
-        checkpoint: folder into which an earlier run's snapshot was written.
-        report: called by all workers together, by the first with a snapshot.
+        checkpoint: folder of an earlier run's checkpoint.
+        report: called by all workers together, by the first with a checkpoint.
 
     Raises:
         InputError: the model or the captions are missing, nothing can learn, or the loss is not finite.
@@ -322,60 +276,62 @@ def train_addressclip(
     run, device = Run(config), torch.device(device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     encoder = build_dual_encoder(
-        rival.base, config.model.base, config.model.dtype, config.training_seed, config.model.trust_remote_code
+        system.base, config.model.base, config.model.dtype, config.training_seed, config.model.trust_remote_code
     )
     encoder = to_device(encoder, device)
-    captions, seed = caption_texts(run, rival.captions), config.training_seed * 101
-    lessons = ClipData(
-        TableRows(run.photos, "train", COLUMNS), rival.batch_size * config.train.workers, seed, captions, encoder
-    )
-    stage = clip_stage(config, rival, lessons)
+    captions, seed = caption_texts(run, system.captions), config.training_seed * 101
+    data = ClipData(TableRows(run.photos, "train", COLUMNS), system.batch_size * config.train.workers, seed, captions, encoder)
+    stage = clip_stage(config, system, data)
     context = autocast(device, torch.float32, config.train.precision)
-    towers = DualEncoderTowers(encoder, rival, lessons)
-    learner = ClipLearner(towers, lessons.batch(0, rank, world, most=2), stage.config.max_grad_norm, context)
+    towers = DualEncoderTowers(encoder, system, data)
+    learner = ClipLearner(towers, data.batch(0, rank, world, most=2), stage.config.max_grad_norm, context)
     start = 0
     if checkpoint:
-        found = TrainingCheckpoint.read(checkpoint)
-        start = found.step
-        encoder.load_state_dict(found.adapter, strict=False)
-        learner.restore(found.moments)
-    rejects = SkippedRows(run.rejects / f"train-{slug(rival.name)}.parquet", resumed=start > 0)
-    account = (run.training_dir(rival.name), rival.name, start, stage.steps, config.train.loggers, config.name)
-    journal = MetricsLogger(*account) if rank == 0 else None
-    if journal and captions.missing:
-        print(f"train: {rival.name}: {captions.missing:,} photos without an explanation: their address alone", flush=True)
+        saved = TrainingCheckpoint.read(checkpoint)
+        start = saved.step
+        encoder.load_state_dict(saved.adapter, strict=False)
+        learner.restore(saved.moments)
+    rejects = SkippedRows(run.rejects / f"train-{slug(system.name)}.parquet", resumed=start > 0)
+    logger = None
+    if rank == 0:
+        logger = MetricsLogger(
+            run.training_dir(system.name), system.name, start, stage.steps, config.train.loggers, config.name
+        )
+    if logger and captions.missing:
+        print(f"train: {system.name}: {captions.missing:,} photos without an explanation: their address alone", flush=True)
 
-    for number, batch in lessons.batches(start, stage.steps, rank, world):
+    for number, batch in data.batches(start, stage.steps, rank, world):
         progress = clip_step(learner, stage, number, batch, (rank, world), context)
-        if journal:
-            journal.note(progress)
+        if logger:
+            logger.note(progress)
         last = progress.step == stage.steps
         if progress.step % config.train.checkpoint_every and not last:
             continue
         rejects.write([stage])
-        if journal:
-            journal.keep()
+        if logger:
+            logger.keep()
         snapshot = TrainingCheckpoint(0, progress.step, learner.weights(), learner.moments()) if rank == 0 else None
         report(progress.as_dict(), snapshot)
     left_out = rejects.write([stage])
     if rank == 0:
         if left_out:
-            print(f"train: {rival.name}: {left_out:,} photos were left out: see {rejects.file}", flush=True)
+            print(f"train: {system.name}: {left_out:,} photos were left out: see {rejects.file}", flush=True)
         parameters = sum(weights.numel() for weights in learner.learning.values())
         save_dual_encoder(
-            config, rival, encoder, {"parameters": parameters, "steps": stage.steps, "without_caption": captions.missing}
+            config, system, encoder, {"parameters": parameters, "steps": stage.steps, "without_caption": captions.missing}
         )
 
 
 def clip_step(
-    learner: ClipLearner, stage: trainer.Stage, number: int, batch: ClipBatch, of: tuple[int, int], context: Any
+    learner: ClipLearner, stage: trainer.Stage, number: int, batch: ClipBatch, worker: tuple[int, int], context: Any
 ) -> trainer.StepMetrics:
-    """One optimizer step of all workers."""
+    """One optimizer step of all workers; `worker` is this one's rank and their number."""
     began = time.perf_counter()
-    torch.manual_seed((stage.seed * 1_000_003 + number) * 1_009 + of[0])
+    rank, world = worker
+    torch.manual_seed((stage.seed * 1_000_003 + number) * 1_009 + rank)
     with context:
         features = learner.module(batch)
-    loss, parts = total_loss(all_gather_features(features), learner.towers.rival.weights)
+    loss, parts = total_loss(all_gather_features(features), learner.towers.system.weights)
     learner.backward(loss, last=True)
     rate = learning_rate(number, stage.steps, stage.config.learning_rate, stage.config.warmup_ratio)
     norm = learner.step(rate)
@@ -387,24 +343,74 @@ def clip_step(
         )
     took = time.perf_counter() - began
     kinds = {name: float(part.detach()) for name, part in parts.items()}
-    tokens = learner.towers.tokens * of[1]
+    tokens = learner.towers.tokens * world
     return trainer.StepMetrics(
         STAGE, number + 1, stage.steps, mean, rate, norm, stage.schedule.per_step / took, tokens, tokens / took, None,
         memory_gib(features["images"].device), kinds, len(stage.schedule.rejected),
     )  # fmt: skip
 
 
-def save_dual_encoder(config: Config, rival: AddressClipConfig, encoder: DualEncoder, learnt: dict[str, int]) -> None:
-    """Write the model's folder: the encoder, the city's gazetteer, the card, and how much was `learnt` from what."""
+def save_dual_encoder(config: Config, system: AddressClipConfig, encoder: DualEncoder, trained: dict[str, int]) -> None:
+    """Write the model's folder: the encoder, the city's gazetteer, the card, and the numbers of `trained_parameters`."""
     run = Run(config)
-    with atomic_replace_dir(run.model_dir(rival.name)) as partial:
+    with atomic_replace_dir(run.model_dir(system.name)) as partial:
         encoder.save(partial)
         Gazetteer.load(run.gazetteer).save(partial / GAZETTEER_FILE)
-        (partial / TRAINED_FILE).write_text(json.dumps(learnt))
-        (partial / "README.md").write_text(clip_card(config, rival, learnt["steps"], learnt["parameters"]), encoding="utf-8")
+        (partial / TRAINED_FILE).write_text(json.dumps(trained))
+        (partial / "README.md").write_text(clip_card(config, system, trained["steps"], trained["parameters"]), encoding="utf-8")
 
 
 def trained_parameters(folder: AnyPath) -> dict[str, int]:
     """`parameters`, `steps` and photos `without_caption` of a folder that `save_dual_encoder` wrote."""
-    found: dict[str, int] = json.loads((folder / TRAINED_FILE).read_text(encoding="utf-8"))
-    return found
+    trained: dict[str, int] = json.loads((folder / TRAINED_FILE).read_text(encoding="utf-8"))
+    return trained
+
+
+USE = """from pathlib import Path
+
+from PIL import Image
+
+from addressvlm.answers.address_distribution import AddressDistribution
+from addressvlm.baselines.dual_encoder import AddressIndex, open_encoder
+from addressvlm.gazetteer.gazetteer import Gazetteer
+
+folder = Path("<this folder>")
+city = Gazetteer.load(folder / "gazetteer.geojson")
+scores = AddressIndex(open_encoder(folder), city.addresses).scores([Image.open("photo.jpg").convert("RGB")])
+print(AddressDistribution(city.addresses, scores[0]).ranked(3))"""
+
+
+def clip_licence(config: Config, system: AddressClipConfig) -> str | None:
+    """The licence of the base model, as its card says."""
+    base = system.base or config.model.base
+    return base_licence(config.model_copy(update={"model": config.model.model_copy(update={"base": base})}))
+
+
+def clip_card(config: Config, system: AddressClipConfig, steps: int, parameters: int) -> str:
+    """The model card."""
+    run = Run(config)
+    gazetteer, base = Gazetteer.load(run.gazetteer), system.base or config.model.base
+    city = gazetteer.city or config.name
+    head = {"library_name": "transformers", "base_model": base, "tags": ["addressvlm", "image-geolocation", "addressclip"]}
+    trained = (
+        " and ".join(name for name, train in (("image", system.train_image), ("text", system.train_text)) if train) or "neither"
+    )
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in system.weights.model_dump().items())
+    lines = [
+        front_matter(head, clip_licence(config, system)),
+        f"# {city}: a photo and its address as neighbouring vectors",
+        f"`{base}`, trained on {city} with AddressCLIP's losses ({weights}; captions: {system.captions}). It compares a photo "
+        f"with the texts of the city's {len(gazetteer.addresses):,} addresses. It knows no other city.",
+        "## Data",
+        f"{tables.count_rows(run.photos, 'train'):,} photos. {attributed(gazetteer.attribution)}",
+        "## Training",
+        f"{steps:,} steps of {system.batch_size * config.train.workers:,} photos, encoders trained: {trained}, learning rate "
+        f"{system.learning_rate:g}, of new projections {system.projection_learning_rate:g}; {parameters:,} weights trained, "
+        f"seed {config.training_seed}. All settings are in `_done.json`.",
+        "## Metrics",
+        no_metrics_section("compare"),
+        "## Use",
+        f"```python\n{USE}\n```",
+        f"{ELSEWHERE}. {PEOPLE}",
+    ]
+    return "\n\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""What AddressCLIP sees at each step: photos with their address, caption and position, cut into steps as all training is."""
+"""AddressCLIP's training data (paper 002): photos with their address, caption and position, in steps."""
 
 import hashlib
 import math
@@ -25,18 +25,18 @@ Row = dict[str, Any]
 
 
 class Captions:
-    """Captions of one kind, see `compare.systems` `captions`.
+    """Captions of one kind, see the setting `captions` of `compare.systems`.
 
     Attributes:
-        missing: training photos that have no explanation, and for which the address alone stands.
+        missing: number of training photos without an explanation, whose caption is the address alone.
     """
 
     def __init__(self, kind: str, explanations: Mapping[str, str] | None = None, photos: int = 0) -> None:
         self.kind, self.explanations = kind, explanations or {}
         self.missing = photos - len(self.explanations) if kind == "alignment" else 0
 
-    def of(self, row: Row, address: str, image: Image.Image) -> str | None:
-        """The caption of a row of `tables.PHOTOS`: the address, which is never cut off in front, then what the photo shows."""
+    def caption(self, row: Row, address: str, image: Image.Image) -> str | None:
+        """The caption of a row of `tables.PHOTOS`: the address, first so that it is never cut off, and what the photo shows."""
         if self.kind == "none":
             return None
         if self.kind == "template":
@@ -48,7 +48,7 @@ def caption_texts(run: Run, kind: str) -> Captions:
     """The captions of a run's training photos.
 
     Raises:
-        InputError: explanations are wanted and there are none.
+        InputError: the kind is `alignment` and there are no explanations.
     """
     if kind != "alignment":
         return Captions(kind)
@@ -57,21 +57,21 @@ def caption_texts(run: Run, kind: str) -> Captions:
             f"captions are to be the explanations of {run.alignment}, which are not there: run ray_jobs/label.py first, or set "
             "captions to template."
         )
-    wanted = set(tables.read_table(run.photos, "train", ["id"])["id"].to_pylist())
+    photos = set(tables.read_table(run.photos, "train", ["id"])["id"].to_pylist())
     rows = tables.iter_rows(run.alignment, "train", ["id", "rounds"])
-    found = {row["id"]: row["rounds"][-1]["answer"] for row in rows if row["id"] in wanted and row["rounds"]}
-    return Captions(kind, found, len(wanted))
+    explanations = {row["id"]: row["rounds"][-1]["answer"] for row in rows if row["id"] in photos and row["rounds"]}
+    return Captions(kind, explanations, len(photos))
 
 
 COLUMNS = ("id", "image", "street", "district", "lat", "lon")  # of tables.PHOTOS
 
 
 @dataclass(frozen=True)
-class ClipExample:
+class ClipSample:
     """One training photo.
 
     Attributes:
-        image: None if what the encoder makes of it is already known.
+        image: None if the frozen encoder's output for it is cached.
         lonlat: degrees; NaN if unknown.
     """
 
@@ -84,58 +84,58 @@ class ClipExample:
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """A worker's photos of a step; `pixels` are those of the photos that have an image, in order."""
+    """A worker's photos of a step; `pixels` are those of the samples that have an image, in order."""
 
-    lessons: list[ClipExample]
+    samples: list[ClipSample]
     pixels: Tensors | None
 
     @property
     def positions(self) -> torch.Tensor:
         """Longitudes and latitudes in degrees (N, 2), float64."""
-        return torch.tensor([lesson.lonlat for lesson in self.lessons], dtype=torch.float64)
+        return torch.tensor([sample.lonlat for sample in self.samples], dtype=torch.float64)
 
 
 class ClipData(Schedule):
     """The photos of every step.
 
     Attributes:
-        known: lessons whose photo need not be looked at again, by row.
+        without_image: samples whose image is not needed again, by row.
     """
 
     def __init__(self, rows: RowSource, per_step: int, seed: int, captions: Captions, encoder: DualEncoder) -> None:
         super().__init__(rows, per_step, seed)
         self.captions, self.encoder = captions, encoder
-        self.known: dict[int, ClipExample] = {}
+        self.without_image: dict[int, ClipSample] = {}
 
     def sample(self, index: int) -> Any:
-        """The lesson of a row.
+        """The sample of a row.
 
         Raises:
             UnusableError: its image can't be decoded.
         """
-        if index in self.known:
-            return self.known[index]
+        if index in self.without_image:
+            return self.without_image[index]
         row = self.rows[index]
         image, address = image_from_row(row), Address(row["street"], row["district"]).text()
         lon, lat = (math.nan if row[axis] is None else float(row[axis]) for axis in ("lon", "lat"))
-        return ClipExample(index, image, address, self.captions.of(row, address, image), (lon, lat))
+        return ClipSample(index, image, address, self.captions.caption(row, address, image), (lon, lat))
 
-    def encode(self, lesson: ClipExample) -> ClipExample:
-        """A lesson is what is collated; see `Schedule.encoded`."""
-        return lesson
+    def encode(self, sample: ClipSample) -> ClipSample:
+        """The sample itself, as `Schedule.encoded` needs an encoder."""
+        return sample
 
-    def keep(self, lesson: ClipExample) -> None:
-        """Its photo will not be needed again."""
-        self.known[lesson.index] = replace(lesson, image=None)
+    def drop_image(self, sample: ClipSample) -> None:
+        """Decode this sample's photo no more."""
+        self.without_image[sample.index] = replace(sample, image=None)
 
     def batch(self, step: int, rank: int = 0, world: int = 1, most: int | None = None) -> ClipBatch:
         """The worker's share of a step, at most the first `most` photos."""
-        lessons: list[ClipExample] = self.encoded(self, step, rank, world)[:most]
-        images = [lesson.image for lesson in lessons if lesson.image is not None]
-        return ClipBatch(lessons, self.encoder.pixels(images) if images else None)
+        samples: list[ClipSample] = self.encoded(self, step, rank, world)[:most]
+        images = [sample.image for sample in samples if sample.image is not None]
+        return ClipBatch(samples, self.encoder.pixels(images) if images else None)
 
     def batches(self, start: int, steps: int, rank: int, world: int) -> Iterator[tuple[int, ClipBatch]]:
-        """Every step's number and batch, the next one's being made while this one is computed."""
+        """Every step's number and batch; the next batch is prepared meanwhile."""
         with ThreadPoolExecutor(1) as pool:
             pending = pool.submit(self.batch, start, rank, world) if start < steps else None
             for number in range(start, steps):

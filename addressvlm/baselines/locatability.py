@@ -28,7 +28,7 @@ from transformers import (
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
 
-from addressvlm.baselines.dual_encoder import ClipLike, clip_like
+from addressvlm.baselines.dual_encoder import ClipLike, load_clip_like
 from addressvlm.errors import InputError
 from addressvlm.models.loading import dtype_of, local
 
@@ -116,7 +116,7 @@ class Locatability:
         self.device, self.clues = torch.device(device), len(texts.clues)
         self.model, self.processor = _segmenter(segmentation, dtype)
         self.model.to(self.device)
-        self.clip = ClipLike(*clip_like(clip, dtype)).eval().to(self.device)
+        self.clip = ClipLike(*load_clip_like(clip, dtype)).eval().to(self.device)
         self._texts_TD = self.clip.encode_texts([*texts.clues, *texts.others])
 
     def scores(self, photos: Sequence[Image.Image]) -> list[float]:

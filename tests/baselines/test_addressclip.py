@@ -34,7 +34,7 @@ from addressvlm.storage.run_dir import Run
 from addressvlm.tools import similarity_map
 from addressvlm.training.dataset import TableRows
 from addressvlm.training.loss import learning_rate
-from tests.support.dual_encoders import photo_run, rival, tiny_clip
+from tests.support.dual_encoders import addressclip_config, photo_run, tiny_clip
 from tests.support.families import picture, tiny_fastvlm
 from tests.support.tiny import tiny_llava
 from tests.support.training_tables import keeping
@@ -184,7 +184,7 @@ def test_a_dual_encoder_is_the_same_after_saving(kind: str, tmp_path: Path) -> N
     encoder = build_dual_encoder(str(made) if kind in ("clip", "siglip") else None, str(made), "float32", seed=3)
     encoder.log_scale.data.fill_(1.5)
     photos, texts = [picture(1), picture(2)], ["Mill Street, Harbour", "Oak Avenue " * 60]
-    images, words = encoder.encode_images(photos), encoder.encode_texts(texts, at_once=1)
+    images, words = encoder.encode_images(photos), encoder.encode_texts(texts, batch_size=1)
     assert images.norm(dim=-1) == pytest.approx([1, 1], abs=1e-5)
     assert images.shape[1] == words.shape[1]
     assert torch.allclose(words, encoder.encode_texts(texts), atol=1e-5)  # whatever it is padded with
@@ -192,7 +192,7 @@ def test_a_dual_encoder_is_the_same_after_saving(kind: str, tmp_path: Path) -> N
     encoder.save(tmp_path / "saved")
     again = open_encoder(tmp_path / "saved")
     assert torch.equal(again.encode_images(photos), images)
-    assert torch.equal(again.encode_texts(texts, at_once=1), words)
+    assert torch.equal(again.encode_texts(texts, batch_size=1), words)
     assert again.scale == encoder.scale
 
 
@@ -205,18 +205,21 @@ def test_image_and_text_encoder_learn_each_by_its_own_switch(base: Path, tmp_pat
         name_of = {id(weights): name for name, weights in encoder.model.named_parameters()}
 
         def names(image: bool, text: bool, encoder: DualEncoder = encoder, name_of: dict = name_of) -> set[str]:
-            return {name_of[id(weights)] for weights in encoder.learning(image, text)[0]}
+            return {name_of[id(weights)] for weights in encoder.trainable(image, text)[0]}
 
         ours = {name for name in name_of.values() if name not in ("logit_scale", "lm_head.weight")}
         assert names(image=False, text=True) == {name for name in ours if name.startswith(reads)}
         assert names(image=True, text=False) == {name for name in ours if not name.startswith(reads)}
         assert names(image=True, text=True) == ours
         assert names(image=False, text=False) == set()
-        inside = [{name_of[id(w)] for part in of for w in part.parameters()} for of in (encoder.eyes(), encoder.reader())]
+        inside = [
+            {name_of[id(w)] for part in of for w in part.parameters()}
+            for of in (encoder.image_modules(), encoder.text_modules())
+        ]
         assert [{name.startswith(reads) for name in of} for of in inside] == [{False}, {True}]
-    assert [id(weights) for weights in clip.learning(image=True, text=False)[1]] == [id(clip.log_scale)]
-    assert clip.learning(image=False, text=False)[1] == []
-    assert len(halves.learning(image=False, text=False)[1]) == 3  # both projections and the temperature
+    assert [id(weights) for weights in clip.trainable(image=True, text=False)[1]] == [id(clip.log_scale)]
+    assert clip.trainable(image=False, text=False)[1] == []
+    assert len(halves.trainable(image=False, text=False)[1]) == 3  # both projections and the temperature
 
 
 def test_the_temperature_has_a_floor_and_projections_are_drawn_by_seed(base: Path) -> None:
@@ -229,26 +232,26 @@ def test_the_temperature_has_a_floor_and_projections_are_drawn_by_seed(base: Pat
     assert float(one.scale) == pytest.approx(100.0)
 
 
-def lessons_of(config: Config, encoder: DualEncoder, per_step: int = 4, seed: int = 5) -> ClipData:
+def clip_data(config: Config, encoder: DualEncoder, per_step: int = 4, seed: int = 5) -> ClipData:
     return ClipData(TableRows(Run(config).photos, "train", COLUMNS), per_step, seed, Captions("template"), encoder)
 
 
 def test_batches_depend_on_seed_and_step_alone_and_workers_share_them(base: Path, tmp_path: Path) -> None:
     config, encoder = photo_run(tmp_path, base), build_dual_encoder(None, str(base), "float32", 0)
-    lessons = lessons_of(config, encoder)
-    steps = [[lesson.index for lesson in lessons.batch(number).lessons] for number in range(6)]
+    data = clip_data(config, encoder)
+    steps = [[sample.index for sample in data.batch(number).samples] for number in range(6)]
     assert sorted(index for step in steps for index in step) == list(range(24))  # an epoch has each photo once
-    afresh = lessons_of(config, encoder)
+    afresh = clip_data(config, encoder)
     later = list(afresh.batches(start=2, steps=6, rank=0, world=1))
     assert [number for number, _ in later] == [2, 3, 4, 5]
-    assert [[lesson.index for lesson in batch.lessons] for _, batch in later] == steps[2:]
+    assert [[sample.index for sample in batch.samples] for _, batch in later] == steps[2:]
     assert list(afresh.batches(start=6, steps=6, rank=0, world=1)) == []
-    other = lessons_of(config, encoder, seed=6)
-    assert [[lesson.index for lesson in other.batch(number).lessons] for number in range(6)] != steps
-    shares = [[lesson.index for lesson in lessons.batch(3, rank, 2).lessons] for rank in (0, 1)]
+    other = clip_data(config, encoder, seed=6)
+    assert [[sample.index for sample in other.batch(number).samples] for number in range(6)] != steps
+    shares = [[sample.index for sample in data.batch(3, rank, 2).samples] for rank in (0, 1)]
     assert sorted(shares[0] + shares[1]) == sorted(steps[3])
     assert [len(share) for share in shares] == [2, 2]
-    assert [lesson.index for lesson in lessons.batch(3, most=2).lessons] == steps[3][:2]
+    assert [sample.index for sample in data.batch(3, most=2).samples] == steps[3][:2]
 
 
 def test_a_lesson_is_what_its_own_row_says(base: Path, tmp_path: Path) -> None:
@@ -257,19 +260,19 @@ def test_a_lesson_is_what_its_own_row_says(base: Path, tmp_path: Path) -> None:
     rows = list(tables.iter_rows(photos, "train"))
     rows[3]["lat"] = None
     tables.write_table(photos, "train", rows, tables.read_table_file(next(photos.glob("train-*"))).schema)
-    lessons = lessons_of(config, encoder, per_step=24)
-    batch = lessons.batch(0)
-    for lesson, position, pixels in zip(batch.lessons, batch.positions.tolist(), batch.pixels["pixel_values"], strict=True):
-        row = rows[lesson.index]
-        assert lesson.address == f"{row['street']}, {row['district']}"
-        assert lesson.caption.startswith(f"{lesson.address}. ")
+    data = clip_data(config, encoder, per_step=24)
+    batch = data.batch(0)
+    for sample, position, pixels in zip(batch.samples, batch.positions.tolist(), batch.pixels["pixel_values"], strict=True):
+        row = rows[sample.index]
+        assert sample.address == f"{row['street']}, {row['district']}"
+        assert sample.caption.startswith(f"{sample.address}. ")
         lon, lat = position
         assert lon == row["lon"]
         assert lat == row["lat"] or (row["lat"] is None and np.isnan(lat))
-        assert torch.equal(pixels, encoder.pixels([lesson.image])["pixel_values"][0])
-    lessons.keep(batch.lessons[1])
-    again = lessons.batch(0)
-    assert [lesson.image is None for lesson in again.lessons[:3]] == [False, True, False]
+        assert torch.equal(pixels, encoder.pixels([sample.image])["pixel_values"][0])
+    data.drop_image(batch.samples[1])
+    again = data.batch(0)
+    assert [sample.image is None for sample in again.samples[:3]] == [False, True, False]
     assert len(again.pixels["pixel_values"]) == 23  # of those that are not known yet, in order
     assert torch.equal(again.pixels["pixel_values"][1], batch.pixels["pixel_values"][2])
     assert text_number("Mill Street, Harbour") == 8159133416030511998  # on every worker, whatever its hash seed
@@ -279,46 +282,46 @@ def test_a_lesson_is_what_its_own_row_says(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("learns", [True, False])
 def test_a_step_has_the_features_of_its_own_photos_and_texts(learns: bool, base: Path, tmp_path: Path) -> None:
     config, encoder = photo_run(tmp_path, base), build_dual_encoder(None, str(base), "float32", 0)
-    lessons = lessons_of(config, encoder)
-    towers = addressclip.DualEncoderTowers(encoder, rival(train_image=learns, train_text=learns), lessons)
+    data = clip_data(config, encoder)
+    towers = addressclip.DualEncoderTowers(encoder, addressclip_config(train_image=learns, train_text=learns), data)
     with torch.no_grad():
         for number in (0, 1, 0, 7):  # the third time from what is kept; the epoch after that mixes known and new photos
-            batch = lessons.batch(number)
+            batch = data.batch(number)
             found = towers(batch)
-            for at, lesson in enumerate(batch.lessons):
-                image = lesson.image or lessons_of(config, encoder).sample(lesson.index).image
-                alone = encoder.encode_images([image])[0], *encoder.encode_texts([lesson.address, lesson.caption])
+            for at, sample in enumerate(batch.samples):
+                image = sample.image or clip_data(config, encoder).sample(sample.index).image
+                alone = encoder.encode_images([image])[0], *encoder.encode_texts([sample.address, sample.caption])
                 for name, vector in zip(("images", "addresses", "captions"), alone, strict=True):
                     assert torch.allclose(found[name][at], vector, atol=1e-5), (name, number, at)
-                assert found["address_names"][at] == text_number(lesson.address)
-                assert found["caption_names"][at] == text_number(lesson.caption)
+                assert found["address_names"][at] == text_number(sample.address)
+                assert found["caption_names"][at] == text_number(sample.caption)
             assert torch.equal(found["positions"], batch.positions)
             assert float(found["scale"]) == pytest.approx(float(encoder.scale))
 
 
 def test_new_projections_have_a_rate_of_their_own_and_no_decay(base: Path, tmp_path: Path) -> None:
     config, encoder = photo_run(tmp_path, base), build_dual_encoder(None, str(base), "float32", 0)
-    lessons = lessons_of(config, encoder)
-    settings = rival(
+    data = clip_data(config, encoder)
+    settings = addressclip_config(
         learning_rate=1e-3, projection_learning_rate=4e-3, weight_decay=0.1, warmup_ratio=0.5, epochs=3, max_steps=None
     )
     learner = addressclip.ClipLearner(
-        addressclip.DualEncoderTowers(encoder, settings, lessons), lessons.batch(0, most=2), 1.0, nullcontext()
+        addressclip.DualEncoderTowers(encoder, settings, data), data.batch(0, most=2), 1.0, nullcontext()
     )
     old, new = learner.optimizer.param_groups
-    assert {id(weights) for weights in new["params"]} == {id(weights) for weights in encoder.learning(True, True)[1]}
-    assert {id(weights) for weights in old["params"]} <= {id(weights) for weights in encoder.learning(True, True)[0]}
+    assert {id(weights) for weights in new["params"]} == {id(weights) for weights in encoder.trainable(True, True)[1]}
+    assert {id(weights) for weights in old["params"]} <= {id(weights) for weights in encoder.trainable(True, True)[0]}
     assert (old["weight_decay"], new["weight_decay"]) == (0.1, 0.0)
     assert old["betas"] == new["betas"] == (0.9, 0.98)  # paper 002, App. B
     assert all(weights.grad is None for weights in encoder.parameters())
-    stage = addressclip.clip_stage(config, settings, lessons)
+    stage = addressclip.clip_stage(config, settings, data)
     assert (stage.steps, stage.config.learning_rate, stage.config.warmup_ratio) == (18, 1e-3, 0.5)
     seeds = []
     with pytest.MonkeyPatch.context() as patch:
         seed = torch.manual_seed
         patch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
         for number, rank in ((8, 0), (9, 0), (8, 1)):
-            addressclip.clip_step(learner, stage, number, lessons.batch(number), (rank, 2), nullcontext())
+            addressclip.clip_step(learner, stage, number, data.batch(number), (rank, 2), nullcontext())
             assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx(
                 [learning_rate(number, 18, 1e-3, 0.5), learning_rate(number, 18, 4e-3, 0.5)]
             )
@@ -342,16 +345,16 @@ def test_what_is_no_dual_encoder_says_so(base: Path, tmp_path: Path) -> None:
 def test_captions_begin_with_the_address_and_tell_only_what_the_photo_shows(base: Path, tmp_path: Path) -> None:
     run = Run(photo_run(tmp_path, base))
     row, red = {"id": "train1", "street": "Mill Street", "district": "Harbour"}, Image.new("RGB", (32, 32), "red")
-    template = caption_texts(run, "template").of(row, "Mill Street, Harbour", red)
+    template = caption_texts(run, "template").caption(row, "Mill Street, Harbour", red)
     assert template is not None
     assert template.startswith("Mill Street, Harbour. ")
     assert "red" in template
     assert template.count("Mill Street") == 1
     explained = caption_texts(run, "alignment")
     assert explained.missing == 1
-    assert explained.of(row, "A, B", red) == "A, B. Yes"
-    assert explained.of(row | {"id": "train0"}, "A, B", red) == "A, B"
-    assert caption_texts(run, "none").of(row, "A, B", red) is None
+    assert explained.caption(row, "A, B", red) == "A, B. Yes"
+    assert explained.caption(row | {"id": "train0"}, "A, B", red) == "A, B"
+    assert caption_texts(run, "none").caption(row, "A, B", red) is None
     for file in run.alignment.glob("*.parquet"):
         file.unlink()
     with pytest.raises(InputError, match="which are not there"):
@@ -376,13 +379,13 @@ def test_a_listed_twice_address_is_encoded_once_and_scored_alike(base: Path) -> 
         AddressIndex(encoder, [])
 
 
-def test_it_learns_the_colours_and_says_what_it_is(base: Path, tmp_path: Path) -> None:
+def test_it_learns_the_colours_and_says_what_it_is(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = photo_run(tmp_path, base)
     photos = Run(config).photos
     rows = list(tables.iter_rows(photos, "train"))
     rows[5]["image"] = {"bytes": b"no picture", "path": None}
     tables.write_table(photos, "train", rows, tables.read_table_file(next(photos.glob("train-*"))).schema)
-    addressclip.train_addressclip(config, rival(epochs=20.0, max_steps=80, captions="alignment"), None, ignored)
+    addressclip.train_addressclip(config, addressclip_config(epochs=20.0, max_steps=80, captions="alignment"), None, ignored)
     run = Run(config)
     found = losses(config)
     assert len(found) == 80
@@ -397,14 +400,18 @@ def test_it_learns_the_colours_and_says_what_it_is(base: Path, tmp_path: Path) -
     assert [city.addresses[int(np.argmax(row["scores"]))].street for row in scored] == [row["street"] for row in scored]
     assert addressclip.trained_parameters(folder)["without_caption"] == 1
     assert "# Toytown: a photo and its address" in (folder / "README.md").read_text()
+    (tmp_path / "photo.png").write_bytes(rows[0]["image"]["bytes"])
+    snippet = addressclip.USE.replace("<this folder>", str(folder)).replace("photo.jpg", str(tmp_path / "photo.png"))
+    exec(snippet, {})
+    assert rows[0]["street"] in capsys.readouterr().out.split("district=")[0]
     assert load_model(str(folder))  # also an ordinary model
 
 
 def test_going_on_from_a_checkpoint_ends_in_equal_weights(base: Path, tmp_path: Path) -> None:
     config, kept = photo_run(tmp_path, base), []
-    addressclip.train_addressclip(config, rival(), None, keeping(kept, tmp_path))
+    addressclip.train_addressclip(config, addressclip_config(), None, keeping(kept, tmp_path))
     whole, curve = weights(config), losses(config)
-    addressclip.train_addressclip(config, rival(), kept[0], ignored)
+    addressclip.train_addressclip(config, addressclip_config(), kept[0], ignored)
     assert losses(config) == curve
     again = weights(config)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
@@ -415,18 +422,18 @@ def test_frozen_encoders_stay_as_they_are_and_see_each_photo_once(tmp_path: Path
     config, seen = photo_run(tmp_path, fast, rows=6), []
     encode = addressclip.DualEncoder.pixels
     monkeypatch.setattr(addressclip.DualEncoder, "pixels", lambda self, images: seen.extend(images) or encode(self, images))
-    addressclip.train_addressclip(config, rival(train_image=False, train_text=False, max_steps=6), None, ignored)
+    addressclip.train_addressclip(config, addressclip_config(train_image=False, train_text=False, max_steps=6), None, ignored)
     assert len(seen) <= 6 + 4 + 2  # those of the first look, and those being made ready meanwhile, twice
     before, after = load_file(fast / "model.safetensors"), weights(config)
     assert all(torch.equal(after[name], before[name]) for name in before)
-    addressclip.train_addressclip(config, rival(max_steps=2), None, ignored)
+    addressclip.train_addressclip(config, addressclip_config(max_steps=2), None, ignored)
     statistics = [name for name in before if "running_mean" in name]
     assert statistics
     assert all(torch.equal(weights(config)[name], before[name]) for name in statistics)  # batch statistics are not learnt
 
 
 def test_nothing_to_learn_is_an_error(base: Path, tmp_path: Path) -> None:
-    clip = rival(base=str(tiny_clip(tmp_path / "clip")), train_image=False, train_text=False)
+    clip = addressclip_config(base=str(tiny_clip(tmp_path / "clip")), train_image=False, train_text=False)
     with pytest.raises(InputError, match="AddressCLIP: nothing learns"):
         addressclip.train_addressclip(photo_run(tmp_path, base), clip, None, ignored)
 
@@ -434,14 +441,14 @@ def test_nothing_to_learn_is_an_error(base: Path, tmp_path: Path) -> None:
 def pair(rank: int, folder: Path, config: Config) -> None:
     """What each of two workers does."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    addressclip.train_addressclip(config, rival(batch_size=2), None, ignored)
+    addressclip.train_addressclip(config, addressclip_config(batch_size=2), None, ignored)
     dist.destroy_process_group()
 
 
 def test_two_workers_learn_what_one_does_from_the_joint_batch(base: Path, tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     one, two = photo_run(tmp_path / "one", base, workers=1), photo_run(tmp_path / "two", base, workers=2)
-    addressclip.train_addressclip(one, rival(batch_size=4), None, ignored)
+    addressclip.train_addressclip(one, addressclip_config(batch_size=4), None, ignored)
     mp.spawn(pair, (tmp_path / "two", two), nprocs=2)
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     alone, shared = weights(one), weights(two)

@@ -26,7 +26,7 @@ from addressvlm.baselines.place_recognition import Aggregation, interpolate_posi
 from addressvlm.models.loading import resolve_model
 from addressvlm.storage.run_dir import Run
 from tests.support.baselines import tiny_dino
-from tests.support.dual_encoders import photo_run, rival
+from tests.support.dual_encoders import addressclip_config, photo_run
 from tests.support.encoder_formats import (
     PLAIN_CFG,
     SHORTEST,
@@ -113,7 +113,7 @@ def test_texts_are_cleaned_as_open_clip_does(tmp_path: Path) -> None:
 def test_addressclip_learns_from_open_clip(tmp_path: Path) -> None:
     config = photo_run(tmp_path, tiny_llava(tmp_path / "llava"))
     clip = write_open_clip(tmp_path / "clip")
-    addressclip.train_addressclip(config, rival(base=str(clip), max_steps=2), None, lambda metrics, snapshot: None)
+    addressclip.train_addressclip(config, addressclip_config(base=str(clip), max_steps=2), None, lambda metrics, snapshot: None)
     folder = Run(config).model_dir("AddressCLIP")
     learnt = load_file(folder / "model.safetensors")["visual_projection.weight"]
     assert (learnt - load_file(clip / "open_clip_model.safetensors")["visual.proj"].T).abs().max() > 0

@@ -10,7 +10,7 @@ from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
 from ray_jobs.baselines import addressclip
 from ray_jobs.baselines.context import ComparisonContext
-from tests.support.dual_encoders import photo_run, rival
+from tests.support.dual_encoders import addressclip_config, photo_run
 from tests.support.tiny import tiny_llava
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -23,7 +23,7 @@ def test_a_row_is_trained_and_scored_once(ray_local: None, tmp_path: Path, capsy
     run = Run(config)
     ids = {split: tables.read_table(run.photos, split, ["id"])["id"].to_pylist() for split in ("val", "test")}
     work = ComparisonContext(config, run, ids, Gazetteer.load(run.gazetteer), run.folder / "costs")
-    outcome = addressclip.run(work, rival(max_steps=2))
+    outcome = addressclip.run(work, addressclip_config(max_steps=2))
     assert {split: [row["id"] for row in rows] for split, rows in outcome.scores.items()} == ids
     assert all(np.isfinite(row["scores"]).all() and len(row["scores"]) == 3 for row in outcome.scores["test"])
     assert outcome.parameters > 0
@@ -32,5 +32,5 @@ def test_a_row_is_trained_and_scored_once(ray_local: None, tmp_path: Path, capsy
     assert outcome.notes == {"steps": 2, "photos without a caption": 0}
     assert work.noted("AddressCLIP").keys() == {"training", "answering"}
     capsys.readouterr()
-    assert addressclip.run(work, rival(max_steps=2)) == outcome
+    assert addressclip.run(work, addressclip_config(max_steps=2)) == outcome
     assert "starting" not in capsys.readouterr().out

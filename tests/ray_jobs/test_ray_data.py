@@ -17,7 +17,7 @@ from addressvlm.storage.shards import Rows, ShardResult, ShardWork, plan_shards,
 from ray_jobs import common, graft, label, prepare, ray_data, ray_train
 from ray_jobs.baselines import addressclip
 from ray_jobs.ray_data import STOP, to_input_error
-from tests.support.dual_encoders import rival
+from tests.support.dual_encoders import addressclip_config
 
 IDS = tables.pa.schema([("id", tables.pa.string())])
 
@@ -154,7 +154,7 @@ def test_a_step_is_made_again_for_the_settings_that_it_depends_on_alone(key: str
     value, made_again = MAKES[key]
     steps = {
         "p": prepare.settings, "g": graft.settings, "l": label.settings,
-        "a": lambda config: addressclip.settings(config, rival(captions="template")),
+        "a": lambda config: addressclip.settings(config, addressclip_config(captions="template")),
     }  # fmt: skip
     before, after = ASKED, changed(key, value)
     assert "".join(name for name, settings in steps.items() if settings(before) != settings(after)) == made_again
@@ -166,7 +166,7 @@ def test_labels_of_facts_alone_are_others() -> None:
 
 def test_a_dual_encoder_is_trained_again_for_its_own_settings_and_its_captions() -> None:
     def settings(config: Config | None = None, **changes: object) -> dict[str, object]:
-        return addressclip.settings(config or ASKED, rival(**changes))
+        return addressclip.settings(config or ASKED, addressclip_config(**changes))
 
     weights = {"address": 1.0, "caption": 0.5, "geography": 0.8}
     for changes in ({"weights": weights}, {"batch_size": 9}, {"train_text": False}, {"captions": "none"}, {"epochs": 3.0}):

@@ -68,7 +68,7 @@ def photo_run(folder: Path, base: Path, rows: int = 24, **train: Any) -> Config:
     return config
 
 
-def rival(**settings: Any) -> AddressClipConfig:
+def addressclip_config(**settings: Any) -> AddressClipConfig:
     """AddressCLIP's settings for a tiny model."""
-    given = {"batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "projection_learning_rate": 1e-2, **settings}
-    return AddressClipConfig(name="AddressCLIP", kind="addressclip", **given)
+    settings = {"batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "projection_learning_rate": 1e-2, **settings}
+    return AddressClipConfig(name="AddressCLIP", kind="addressclip", **settings)
