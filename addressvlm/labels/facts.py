@@ -1,10 +1,10 @@
-"""What can be said about a grafted image without a model: read off the street network, the tile and the photo."""
+"""Facts about a grafted image, measured without a model on the street network, the tile and the photo."""
 
 import colorsys
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import shapely
@@ -12,102 +12,28 @@ from PIL import Image
 from shapely.geometry.base import BaseGeometry
 
 from addressvlm.gazetteer.name_matcher import normalize_name
+from addressvlm.labels.lexicon import COMPASS, DIRECTIONS
 
-# Upper hue in degrees of each chromatic word; beyond the last, hues are red again.
-HUES = [(14, "red"), (42, "orange"), (70, "yellow"), (165, "green"), (255, "blue"), (335, "purple"), (360, "red")]
-THUMBNAIL = (48, 48)
-
-
-def colour_word(red: int, green: int, blue: int) -> str:
-    """The word for one sRGB colour (0 to 255): red, orange, brown, yellow, cream, green, blue, purple, grey, white or dark."""
-    hue, saturation, value = colorsys.rgb_to_hsv(red / 255, green / 255, blue / 255)
-    if value < 0.22:
-        return "dark"
-    if saturation < 0.16:
-        return "white" if value > 0.86 else "grey"
-    word = next(name for upper, name in HUES if hue * 360 <= upper)
-    if word in ("orange", "yellow") and saturation < 0.38 and value > 0.6:
-        return "cream"
-    greyish = {"red": 0.5, "orange": 0.75}  # a dark orange is brown, a dark red only if it is dull
-    return "brown" if value < 0.62 and saturation < greyish.get(word, 0) else word
-
-
-# Word of every colour with 4 bits a channel, so that a thumbnail is named by one look-up.
-_TABLE = np.array(
-    [colour_word(17 * r, 17 * g, 17 * b) for r in range(16) for g in range(16) for b in range(16)]
-)  # fmt: skip
-
-
-def dominant_colours(pixels: np.ndarray, mask: np.ndarray, least: float) -> list[str]:
-    """The words that cover at least a share `least` of the pixels that count, the largest share first.
-
-    Args:
-        pixels: uint8 (H, W, 3), RGB.
-        mask: bool (H, W), the pixels that count.
-    """
-    fine = pixels[mask].astype(np.uint16) >> 4
-    names, counts = np.unique(_TABLE[fine[:, 0] << 8 | fine[:, 1] << 4 | fine[:, 2]], return_counts=True)
-    return [str(names[i]) for i in np.argsort(-counts, kind="stable") if counts[i] >= least * counts.sum()]
-
-
-def photo_colours(photo: Image.Image) -> list[str]:
-    """Up to two colours of the middle band of a street-view photo, where the buildings are, less the sky."""
-    pixels = _thumbnail(photo)
-    row = np.arange(len(pixels))[:, None] / len(pixels)
-    return dominant_colours(pixels, (row >= 0.25) & (row < 0.55) & ~_sky(pixels), least=0.12)[:2]
-
-
-def tile_colours(tile: Image.Image, delta: float) -> list[str]:
-    """Up to three colours around the place on its tile, less the corner that the photo covers; roads' don't count."""
-    row, column = np.mgrid[0 : THUMBNAIL[1], 0 : THUMBNAIL[0]] / THUMBNAIL[0]
-    near = (abs(row - 0.5) < 0.3) & (abs(column - 0.5) < 0.3) & ~((row < delta) & (column >= 1 - delta))
-    return [c for c in dominant_colours(_thumbnail(tile), near, least=0.06) if c not in ("grey", "white", "dark")][:3]
-
-
-def sky_share(photo: Image.Image) -> float:
-    """Share of the upper half of a street view that is sky."""
-    return float(_sky(_thumbnail(photo))[: THUMBNAIL[1] // 2].mean())
-
-
-def green_share(photo: Image.Image) -> float:
-    """Share of what is not sky that is green."""
-    pixels = _thumbnail(photo)
-    fine = pixels[~_sky(pixels)].astype(np.uint16) >> 4
-    return float((_TABLE[fine[:, 0] << 8 | fine[:, 1] << 4 | fine[:, 2]] == "green").mean()) if len(fine) else 0.0
-
-
-def _sky(pixels: np.ndarray) -> np.ndarray:
-    """Bool (H, W): bright blue or white from the top edge down to the first pixel that is neither."""
-    red, blue = pixels[..., 0].astype(int), pixels[..., 2].astype(int)
-    brightest, darkest = pixels.max(axis=-1).astype(int), pixels.min(axis=-1).astype(int)
-    bright = (brightest > 175) & (((blue == brightest) & (red == darkest)) | (brightest - darkest < 30))
-    return np.logical_and.accumulate(bright, axis=0)
-
-
-def _thumbnail(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("RGB").resize(THUMBNAIL, Image.Resampling.BOX))
-
-
-if TYPE_CHECKING:  # labels are written and checked without any map
+if TYPE_CHECKING:  # labels are written and validated without any map
     from addressvlm.tiles.renderer import Tile
     from addressvlm.tiles.roads import Roads
 
-COMPASS = ["north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest"]
-DIRECTIONS = ["north-south", "northeast-southwest", "east-west", "northwest-southeast"]
+# Upper hue in degrees of each chromatic word; after the last, hues are red again.
+HUES = [(14, "red"), (42, "orange"), (70, "yellow"), (165, "green"), (255, "blue"), (335, "purple"), (360, "red")]
+THUMBNAIL = (48, 48)
 TANGENT_M = 15.0  # the street's direction is that of the stretch this far to both sides
 MEETING_M = 12.0  # lines that end this near to each other meet (dual carriageways, gaps in the data)
-
-SKY = {"wide": 0.25, "narrow": 0.03, "hidden": 0.0}  # word -> from this share of the upper half on
-GREENERY = {"much": 0.25, "some": 0.05, "little": 0.0}  # word -> from this share of the picture below the sky on
+SKY = {"wide": 0.25, "narrow": 0.03, "hidden": 0.0}  # word -> minimum share of the upper half
+GREENERY = {"much": 0.25, "some": 0.05, "little": 0.0}  # word -> minimum share of the photo below the sky
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts on one photo and its tile; None or empty where nothing is known."""
+    """Facts about one photo and its tile; None or empty where unknown."""
 
     street: str
     district: str
-    names: tuple[str, ...] = ()  # that can be read on the tile
+    names: tuple[str, ...] = ()  # readable on the tile
     direction: str | None = None  # of the street at the place, one of DIRECTIONS
     view: str | None = None  # along, across or oblique to the street
     facing: str | None = None  # compass word of the camera
@@ -117,8 +43,8 @@ class Facts:
     photo_colours: tuple[str, ...] = ()
     tile_colours: tuple[str, ...] = ()  # empty for a drawn map, whose colours mean nothing
     city: str = ""
-    sky: str | None = None  # how much of it the photo shows, one of SKY
-    greenery: str | None = None  # how much of it the photo shows, one of GREENERY
+    sky: str | None = None  # one of SKY
+    greenery: str | None = None  # one of GREENERY
     main_street: str | None = None  # what the map calls it where `street` is a part of it or another spelling
 
     @property
@@ -131,11 +57,9 @@ class Facts:
 
     @classmethod
     def from_json(cls, text: str) -> "Facts":
-        """What `to_json` wrote."""
-        values = json.loads(text)
-        known = {f.name for f in fields(cls)}
-        kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
-        return cls(**kept)
+        """Parse what `to_json` wrote; unknown fields are ignored."""
+        values, names = json.loads(text), {f.name for f in fields(cls)}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names})
 
 
 def facts_of(
@@ -183,15 +107,14 @@ def facts_of(
 
 
 def photo_facts(street: str, district: str, photo: Image.Image, city: str = "") -> Facts:
-    """What a street view shows without any map: its colours, how much sky and how much greenery."""
-    sky, greenery = sky_share(photo), green_share(photo)
+    """Facts about a street view without any map: its colours, how much sky and how much greenery."""
     return Facts(
-        street=street,
-        district=district,
+        street,
+        district,
         photo_colours=tuple(photo_colours(photo)),
         city=city,
-        sky=_step(sky, SKY),
-        greenery=_step(greenery, GREENERY),
+        sky=_step(sky_share(photo), SKY),
+        greenery=_step(green_share(photo), GREENERY),
     )
 
 
@@ -237,7 +160,7 @@ def _nearest_crossing(
     own: BaseGeometry, others: dict[str, BaseGeometry], here: shapely.Point, half: float
 ) -> tuple[str, shapely.Point] | None:
     """The street that meets `own` nearest to `here`, and where, within `half` metres; None if none does."""
-    found: list[tuple[float, str, shapely.Point]] = []
+    crossings: list[tuple[float, str, shapely.Point]] = []
     for name, line in others.items():
         meeting = own.intersection(line)
         if meeting.is_empty and own.distance(line) <= MEETING_M:
@@ -245,6 +168,76 @@ def _nearest_crossing(
         if meeting.is_empty:
             continue
         point = shapely.get_point(shapely.shortest_line(here, meeting), 1)
-        found.append((point.distance(here), name, point))
-    nearest = min(found, key=lambda f: (f[0], f[1]), default=None)
+        crossings.append((point.distance(here), name, point))
+    nearest = min(crossings, key=lambda crossing: crossing[:2], default=None)
     return (nearest[1], nearest[2]) if nearest and nearest[0] <= half else None
+
+
+def colour_word(red: int, green: int, blue: int) -> str:
+    """The word for one sRGB colour (0 to 255): red, orange, brown, yellow, cream, green, blue, purple, grey, white or dark."""
+    hue, saturation, value = colorsys.rgb_to_hsv(red / 255, green / 255, blue / 255)
+    if value < 0.22:
+        return "dark"
+    if saturation < 0.16:
+        return "white" if value > 0.86 else "grey"
+    word = next(name for upper, name in HUES if hue * 360 <= upper)
+    if word in ("orange", "yellow") and saturation < 0.38 and value > 0.6:
+        return "cream"
+    greyish = {"red": 0.5, "orange": 0.75}  # a dark orange is brown, a dark red only if it is dull
+    return "brown" if value < 0.62 and saturation < greyish.get(word, 0) else word
+
+
+# The word of every colour with 4 bits per channel: a lookup table for thumbnails.
+_TABLE = np.array(
+    [colour_word(17 * r, 17 * g, 17 * b) for r in range(16) for g in range(16) for b in range(16)]
+)  # fmt: skip
+
+
+def dominant_colours(pixels: np.ndarray, mask: np.ndarray, least: float) -> list[str]:
+    """The words that cover at least a share `least` of the masked pixels, the largest share first.
+
+    Args:
+        pixels: uint8 (H, W, 3), RGB.
+        mask: bool (H, W).
+    """
+    fine = pixels[mask].astype(np.uint16) >> 4
+    names, counts = np.unique(_TABLE[fine[:, 0] << 8 | fine[:, 1] << 4 | fine[:, 2]], return_counts=True)
+    return [str(names[i]) for i in np.argsort(-counts, kind="stable") if counts[i] >= least * counts.sum()]
+
+
+def photo_colours(photo: Image.Image) -> list[str]:
+    """Up to two colours of the middle band of a street-view photo, where the buildings are, without the sky."""
+    pixels = _thumbnail(photo)
+    row = np.arange(len(pixels))[:, None] / len(pixels)
+    return dominant_colours(pixels, (row >= 0.25) & (row < 0.55) & ~_sky(pixels), least=0.12)[:2]
+
+
+def tile_colours(tile: Image.Image, delta: float) -> list[str]:
+    """Up to three colours around the place on its tile, without the corner that the photo covers and without road colours."""
+    row, column = np.mgrid[0 : THUMBNAIL[1], 0 : THUMBNAIL[0]] / THUMBNAIL[0]
+    near = (abs(row - 0.5) < 0.3) & (abs(column - 0.5) < 0.3) & ~((row < delta) & (column >= 1 - delta))
+    return [c for c in dominant_colours(_thumbnail(tile), near, least=0.06) if c not in ("grey", "white", "dark")][:3]
+
+
+def sky_share(photo: Image.Image) -> float:
+    """Share of the upper half of a street view that is sky."""
+    return float(_sky(_thumbnail(photo))[: THUMBNAIL[1] // 2].mean())
+
+
+def green_share(photo: Image.Image) -> float:
+    """Share of the photo without its sky that is green."""
+    pixels = _thumbnail(photo)
+    fine = pixels[~_sky(pixels)].astype(np.uint16) >> 4
+    return float((_TABLE[fine[:, 0] << 8 | fine[:, 1] << 4 | fine[:, 2]] == "green").mean()) if len(fine) else 0.0
+
+
+def _sky(pixels: np.ndarray) -> np.ndarray:
+    """Bool (H, W): bright blue or white from the top edge down to the first pixel that is neither."""
+    red, blue = pixels[..., 0].astype(int), pixels[..., 2].astype(int)
+    brightest, darkest = pixels.max(axis=-1).astype(int), pixels.min(axis=-1).astype(int)
+    bright = (brightest > 175) & (((blue == brightest) & (red == darkest)) | (brightest - darkest < 30))
+    return np.logical_and.accumulate(bright, axis=0)
+
+
+def _thumbnail(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB").resize(THUMBNAIL, Image.Resampling.BOX))

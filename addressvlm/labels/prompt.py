@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.errors import InputError
 from addressvlm.labels.facts import Facts
-from addressvlm.labels.templates import join_words
+from addressvlm.labels.lexicon import join_words
 
 FOLDER = Path(__file__).with_name("prompts")
 SLOTS = {"street", "district", "city", "question", "facts"}

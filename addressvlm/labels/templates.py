@@ -1,11 +1,13 @@
-"""Labels without a language model: facts put into sentences, first the evidence, then the address."""
+"""Labels without a model: facts put into sentences, first the evidence, then the address."""
 
 import random
-import re
-from collections.abc import Sequence
 
 from addressvlm.gazetteer.name_matcher import normalize_name
-from addressvlm.labels.facts import COMPASS, Facts
+from addressvlm.labels.facts import Facts
+from addressvlm.labels.lexicon import join_words
+
+MAX_NAMES = 3
+CORNER_M = 10  # a street nearer than this is met "right here"
 
 CONCLUSIONS = [
     "So this is {street} in {district}.",
@@ -127,99 +129,23 @@ GREENERY = {
 }
 
 
-AXES = {"north": "north-south", "northeast": "northeast-southwest", "east": "east-west", "northwest": "northwest-southeast"}
-
-COLOURS = {
-    "red": ["red", "reddish", "crimson", "scarlet", "maroon"],
-    "orange": ["orange"],
-    "brown": ["brown", "brownish", "tan"],
-    "yellow": ["yellow", "yellowish", "golden"],
-    "cream": ["cream", "beige", "ivory"],
-    "green": ["green", "greenish"],
-    "blue": ["blue", "bluish"],
-    "purple": ["purple", "violet"],
-    "grey": ["grey", "gray", "greyish", "grayish", "silver"],
-    "white": ["white", "whitish"],
-    "dark": ["dark", "black", "darker"],
-}
-COLOUR_OF = {word: colour for colour, words in COLOURS.items() for word in words}
-
-_ONES = (
-    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-    "nineteen"
-)
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-NUMBERS = {word: i for i, word in enumerate(_ONES.split(), 1)} | {word: 10 * i for i, word in enumerate(_TENS.split(), 2)}
-METRES = {"m": 1.0, "metre": 1.0, "meter": 1.0, "km": 1000.0, "kilometre": 1000.0, "kilometer": 1000.0, "foot": 0.3048,
-          "feet": 0.3048, "ft": 0.3048, "yard": 0.9144, "mile": 1609.0}  # fmt: skip
-
-_HUNDREDS = rf"(?:(a|{'|'.join(NUMBERS)})[ -]hundred(?: and)? ?)?"
-_AMOUNT = re.compile(rf"\b{_HUNDREDS}(\d[\d.,]*|[a-z]+(?:-[a-z]+)?)?[ -]?(?:(?<=\d)|\b)({'|'.join(METRES)})s?\b")
-
-_VISIBLE = """
-    alley arch architecture asphalt awning balcon bank bench bicycle bike bin block bollard brick bridge building bus bush cafe
-    camera car chimney church cobble college concrete cottage crossroad crosswalk curb curve cyclist dome door facade façade
-    fence flag flat flower footpath fountain front garage garden gate glass grass greenery ground hedge hill hotel house
-    intersection ivy junction kerb lamp lane lawn leaf leaves letter line lot map marking monument narrow office parking park
-    path pavement paving pedestrian people pillar plaster playground pole pub railing restaurant river road roof row school
-    shade shop shrub sidewalk sign sky slope square stair statue steeple steps stone store storey stories street surface
-    terrace tile tower track traffic tree truck van vegetation vehicle wall warehouse window wood
-"""
-_SEEN = re.compile(
-    rf"\b((?:{'|'.join(_VISIBLE.split())})(?:s|es|ed|n|ies|y)?|{'|'.join(COLOUR_OF)}|{'|'.join(COMPASS)})\b", re.IGNORECASE
-)
-_FRAME = re.compile(r"\b(on|in|along|from|of) (this|the|that|a|which) (street|road|lane|square|map|district)\b", re.IGNORECASE)
-
-
-def join_words(words: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`; empty for none."""
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
-
-
-def cites_something(text: str) -> bool:
-    """Whether a text without names speaks of two different things that a picture can show."""
-    seen = (match.group().lower() for match in _SEEN.finditer(_FRAME.sub("", text)))
-    first = next(seen, None)
-    return any(word != first for word in seen)
-
-
-def amounts(text: str) -> list[tuple[str, float]]:
-    """Every distance in a text in lower case: as it is said, and in metres."""
-    found = []
-    for match in _AMOUNT.finditer(text):
-        hundreds, word, unit = match.group(1), match.group(2), match.group(3)
-        value = _number(word) if word else 0.0
-        if value is not None and (word or hundreds):
-            found.append((match.group(), (100 * NUMBERS.get(hundreds or "", 1 if hundreds else 0) + value) * METRES[unit]))
-    return found
-
-
-def _number(word: str) -> float | None:
-    """The number that a word stands for: `40`, `1,200`, `forty`, `forty-five`; None if it is none."""
-    if re.fullmatch(r"\d{1,3}(,\d{3})+|\d+(\.\d+)?", word):
-        return float(word.replace(",", ""))
-    parts = [NUMBERS.get(part) for part in word.split("-")]
-    return None if None in parts else float(sum(part for part in parts if part))
-
-
-MOST_NAMES = 3
-CORNER_M = 10
-
-
 def explain(facts: Facts, rng: random.Random) -> str:
     """A label of about 35 to 60 words for a grafted image: what the photo shows, what the map shows, then the address."""
     return " ".join([*_photo(facts, rng), *_map(facts, rng), *_crossing(facts, rng), _conclusion(facts, rng)])
 
 
 def reason(facts: Facts, rng: random.Random) -> str:
-    """A label for a street view alone: what it shows, then the address; nothing that only a map tells."""
+    """A label for a street view alone: what it shows, then the address, without what only a map shows."""
     return f"{describe(facts, rng)} {_conclusion(facts, rng)}"
 
 
 def describe(facts: Facts, rng: random.Random) -> str:
     """What a street view shows, without its address."""
-    seen = [*_photo(facts, rng), *_drawn(SKY, facts.sky, rng), *_drawn(GREENERY, facts.greenery, rng)]
-    return " ".join(seen)
+    sentences = _photo(facts, rng)
+    for templates, fact in ((SKY, facts.sky), (GREENERY, facts.greenery)):
+        if fact:
+            sentences.append(rng.choice(templates[fact]))
+    return " ".join(sentences)
 
 
 def _conclusion(facts: Facts, rng: random.Random) -> str:
@@ -227,38 +153,34 @@ def _conclusion(facts: Facts, rng: random.Random) -> str:
 
 
 def _photo(facts: Facts, rng: random.Random) -> list[str]:
-    """What is visible in the photo: colours and where the camera looks."""
+    """The photo: colours, and where the camera looks."""
     colours = join_words(facts.photo_colours)
     if facts.facing is None:
-        forms = PHOTO_COLOURS_ONLY if colours else PHOTO_BARE
-        return [rng.choice(forms).format(colours=colours)]
+        templates = PHOTO_COLOURS_ONLY if colours else PHOTO_BARE
+        return [rng.choice(templates).format(colours=colours)]
     view = rng.choice(VIEWS[facts.view]).format(facing=facts.facing)
     return [rng.choice(PHOTO if colours else PHOTO_VIEW_ONLY).format(view=view, colours=colours)]
 
 
 def _map(facts: Facts, rng: random.Random) -> list[str]:
-    """What the tile shows: names, the street's direction, colours of what lies around."""
+    """The tile: names, the street's direction, colours of what lies around."""
     own = [name for name in facts.names if normalize_name(name) == normalize_name(facts.on_map)]
-    names = [*([facts.on_map] if own else []), *(name for name in facts.names if name not in own)][:MOST_NAMES]
+    names = [*([facts.on_map] if own else []), *(name for name in facts.names if name not in own)][:MAX_NAMES]
     sentences = []
     if names:
-        one = NAME if own else [form for form in NAME if "centre" not in form]
+        one = NAME if own else [template for template in NAME if "centre" not in template]
         sentences.append(rng.choice(NAMES if len(names) > 1 else one).format(names=join_words(names)))
     if facts.direction:
-        forms = OWN_DIRECTION if own else UNREAD_DIRECTION
-        sentences.append(rng.choice(forms).format(street=facts.on_map, direction=facts.direction))
+        templates = OWN_DIRECTION if own else UNREAD_DIRECTION
+        sentences.append(rng.choice(templates).format(street=facts.on_map, direction=facts.direction))
     if facts.tile_colours:
         sentences.append(rng.choice(FROM_ABOVE).format(colours=join_words(facts.tile_colours[:2])))
     return sentences
 
 
 def _crossing(facts: Facts, rng: random.Random) -> list[str]:
-    """The nearest street that meets the photo's own."""
+    """The nearest crossing street."""
     if not facts.cross_street or facts.cross_distance_m is None:
         return []
-    forms = CORNER if facts.cross_distance_m < CORNER_M else CROSSING
-    return [rng.choice(forms).format(cross=facts.cross_street, metres=facts.cross_distance_m, way=facts.cross_direction)]
-
-
-def _drawn(forms: dict[str, list[str]], fact: str | None, rng: random.Random) -> list[str]:
-    return [rng.choice(forms[fact])] if fact else []
+    templates = CORNER if facts.cross_distance_m < CORNER_M else CROSSING
+    return [rng.choice(templates).format(cross=facts.cross_street, metres=facts.cross_distance_m, way=facts.cross_direction)]

@@ -11,8 +11,6 @@ from PIL import Image
 
 from addressvlm.config import TilesConfig
 from addressvlm.labels.facts import (
-    COMPASS,
-    DIRECTIONS,
     GREENERY,
     SKY,
     Facts,
@@ -26,6 +24,7 @@ from addressvlm.labels.facts import (
     sky_share,
     tile_colours,
 )
+from addressvlm.labels.lexicon import COMPASS, DIRECTIONS
 from addressvlm.tiles.renderer import TileRenderer
 from tests.support import town
 

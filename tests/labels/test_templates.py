@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from addressvlm.config.labels import LabelsConfig
-from addressvlm.labels.facts import COMPASS, DIRECTIONS, GREENERY, SKY, Facts
+from addressvlm.labels.facts import GREENERY, SKY, Facts
 from addressvlm.labels.labelers import Request, make_labeler
+from addressvlm.labels.lexicon import COLOURS, COMPASS, DIRECTIONS
 from addressvlm.labels.prompt import load_prompt
-from addressvlm.labels.templates import COLOURS, explain, reason
+from addressvlm.labels.templates import explain, reason
 from addressvlm.labels.validator import LabelValidator
 from addressvlm.storage import tables
 from addressvlm.tools.label_diversity import distinct_ngrams, main

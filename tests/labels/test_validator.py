@@ -6,7 +6,8 @@ import pytest
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.gazetteer.name_matcher import MentionFinder, normalize_name
-from addressvlm.labels.facts import DIRECTIONS, Facts
+from addressvlm.labels.facts import Facts
+from addressvlm.labels.lexicon import DIRECTIONS
 from addressvlm.labels.prompt import load_prompt
 from addressvlm.labels.validator import LabelValidator, make_validator
 from tests.support.label_texts import CORRUPTIONS, DISTRICTS, STREETS, corrupted, good

@@ -5,8 +5,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from addressvlm.labels.facts import COMPASS, DIRECTIONS, Facts
-from addressvlm.labels.templates import COLOURS, explain
+from addressvlm.labels.facts import Facts
+from addressvlm.labels.lexicon import COLOURS, COMPASS, DIRECTIONS
+from addressvlm.labels.templates import explain
 
 STREETS = [
     "Mill Street", "Old Mill Street", "King Street", "St. Mary's Passage", "Hint Street", "North Terrace", "5th Avenue",

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from addressvlm.config import Config
 from addressvlm.labels.audit.sheet import CRITERIA, LEVELS, Item, Rating
+from addressvlm.labels.fact_checker import Problem
 from addressvlm.labels.facts import Facts
 from addressvlm.labels.labelers import Request, RetryState, label_source
 from addressvlm.labels.prompt import configured_prompt
 from addressvlm.labels.request_scheduler import OpenAILabeler
 from addressvlm.labels.response_cache import open_for_writing
-from addressvlm.labels.validator import LabelValidator, Problem
+from addressvlm.labels.validator import LabelValidator
 
 JUDGE_PROMPT = Path(__file__).with_name("judge.md")
 _LINE = re.compile(rf"\b({'|'.join(CRITERIA)})\b\W{{0,6}}({'|'.join(LEVELS)})\b", re.IGNORECASE)
