@@ -1,4 +1,4 @@
-"""The page in a real Chromium, over the real service"""
+"""The page in a real Chromium, with the real service."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.support.pages import contrast, file, give, located, sent
+from tests.support.pages import choose_photo, contrast, data_transfer, localize_after, sent_field
 from tests.support.running_service import STREETS, photo, running_service, two_cities
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -26,7 +26,7 @@ REMEMBER_FORMS = """
         if (options?.body instanceof FormData) window.sent = options.body;
         return ask(path, options);
     };
-"""  # the browser tells no test what is in a form with a file
+"""  # the browser API does not show a form with a file
 Open = Callable[..., Page]
 
 
@@ -47,18 +47,18 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def opened(browser: Browser, url: str) -> Iterator[Open]:
-    """Opens the page; whatever is done with it, it must not fail inside and must not ask other servers."""
+    """Opens the page; at the end it must have no script errors and no requests to other servers."""
     expect.set_options(timeout=PATIENCE)
-    contexts, defects, elsewhere = [], [], []
+    contexts, errors, foreign_requests = [], [], []
 
     def visit(query: str = "", **device: Any) -> Page:
         contexts.append(context := browser.new_context(reduced_motion="reduce", **device))
         context.set_default_timeout(PATIENCE)
         context.add_init_script(REMEMBER_FORMS)
         page = context.new_page()
-        page.on("pageerror", lambda error: defects.append(str(error)))
-        page.on("console", lambda line: defects.append(line.text) if "Content Security Policy" in line.text else None)
-        page.on("request", lambda r: None if r.url.startswith((url, "blob:", "data:")) else elsewhere.append(r.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda line: errors.append(line.text) if "Content Security Policy" in line.text else None)
+        page.on("request", lambda r: None if r.url.startswith((url, "blob:", "data:")) else foreign_requests.append(r.url))
         page.goto(url + query)
         expect(page.locator("#map .district")).not_to_have_count(0)
         return page
@@ -66,8 +66,8 @@ def opened(browser: Browser, url: str) -> Iterator[Open]:
     yield visit
     for context in contexts:
         context.close()
-    assert defects == []
-    assert elsewhere == []
+    assert errors == []
+    assert foreign_requests == []
 
 
 @pytest.fixture
@@ -78,9 +78,9 @@ def page(opened: Open) -> Page:
 def test_photo_to_address_and_map(page: Page) -> None:
     expect(page.locator("#result")).to_be_hidden()
     expect(page.locator("#attribution")).to_have_text("Made up")
-    result = located(page, lambda: give(page, photo()))
-    assert sent(page, "city") == "toytown"
-    assert sent(page, "prior") is None
+    result = localize_after(page, lambda: choose_photo(page, photo()))
+    assert sent_field(page, "city") == "toytown"
+    assert sent_field(page, "prior") is None
     expect(page.locator("#street")).to_have_text(result["address"]["street"])
     expect(page.locator("#candidates li")).to_have_count(len(result["candidates"]))
     names = page.locator("#candidates .name").all_inner_texts()
@@ -93,10 +93,10 @@ def test_photo_to_address_and_map(page: Page) -> None:
     assert len(set(heats)) > 1
 
 
-def test_below_the_threshold_it_says_so(opened: Open) -> None:
+def test_below_the_threshold_no_address_is_named(opened: Open) -> None:
     page = opened("/?threshold=1&top_k=2")
-    result = located(page, lambda: give(page, photo()))
-    assert (sent(page, "threshold"), result["known"], result["address"]) == ("1", False, None)
+    result = localize_after(page, lambda: choose_photo(page, photo()))
+    assert (sent_field(page, "threshold"), result["known"], result["address"]) == ("1", False, None)
     expect(page.locator("#plate")).to_have_text("I don't knowthese are the likeliest")
     expect(page.locator("#verdict")).to_contain_text("Not sure enough")
     expect(page.locator("body")).to_contain_text("It is never sure enough to name an address.")
@@ -105,20 +105,20 @@ def test_below_the_threshold_it_says_so(opened: Open) -> None:
 
 
 def test_paste_and_drop(page: Page) -> None:
-    data = file(page, photo(2))
-    dropped = located(page, lambda: page.dispatch_event("#drop", "drop", {"dataTransfer": data}))
+    data = data_transfer(page, photo(2))
+    dropped = localize_after(page, lambda: page.dispatch_event("#drop", "drop", {"dataTransfer": data}))
     expect(page.locator("#plate")).to_be_visible()
     paste = "d => document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: d}))"
-    pasted = located(page, lambda: page.evaluate(paste, data))
+    pasted = localize_after(page, lambda: page.evaluate(paste, data))
     assert [c["street"] for c in pasted["candidates"]] == [c["street"] for c in dropped["candidates"]]
 
 
-def test_photos_travel_small_upright_and_without_exif(page: Page) -> None:
+def test_photos_are_uploaded_small_upright_and_without_exif(page: Page) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "where I live"  # shot with the camera turned
     out = BytesIO()
     Image.new("RGB", (4000, 1000), "grey").save(out, "JPEG", exif=exif)
-    located(page, lambda: give(page, out.getvalue()))
+    localize_after(page, lambda: choose_photo(page, out.getvalue()))
     uploaded = bytes(page.evaluate("async () => [...new Uint8Array(await window.sent.get('file').arrayBuffer())]"))
     assert b"where I live" not in uploaded
     with Image.open(BytesIO(uploaded)) as image:
@@ -136,7 +136,7 @@ def test_keyboard_alone_is_enough(page: Page) -> None:
         }""")
         assert ring == "solid", order
     assert order == ["city", "choose", "map", "closer", "further", "all", "SUMMARY"]
-    give(page, photo())
+    choose_photo(page, photo())
     expect(page.locator("#plate")).to_be_visible()
     page.locator("#candidates button").first.focus()
     expect(page.locator(".candidates path.lit")).to_have_count(1)
@@ -154,17 +154,17 @@ def test_keyboard_alone_is_enough(page: Page) -> None:
     page.locator("#where summary").focus()
     page.keyboard.press("Enter")
     page.locator("#map").focus()
-    located(page, lambda: page.keyboard.press("Enter"))
+    localize_after(page, lambda: page.keyboard.press("Enter"))
     x, y, wide, high = viewport()
-    circle = json.loads(sent(page, "prior"))["circle"]
+    circle = json.loads(sent_field(page, "prior"))["circle"]
     assert circle["radius_m"] == 200
     expect(page.locator(".circle circle")).to_have_count(2)
     assert float(page.locator(".circle circle").first.get_attribute("cx")) == pytest.approx(x + wide / 2, abs=1)
     assert float(page.locator(".circle circle").first.get_attribute("cy")) == pytest.approx(y + high / 2, abs=1)
 
 
-def test_what_the_user_knows_is_a_prior(page: Page) -> None:
-    give(page, photo())
+def test_district_and_circle_are_the_prior(page: Page) -> None:
+    choose_photo(page, photo())
     expect(page.locator("#candidates li")).to_have_count(len(STREETS))
     page.locator("#where summary").click()
     page.locator("#map").focus()
@@ -177,33 +177,33 @@ def test_what_the_user_knows_is_a_prior(page: Page) -> None:
         return [at.x, at.y];
     }""")
     at = {"x": (spot[0] - view[0]) / view[2] * box["width"], "y": (spot[1] - view[1]) / view[3] * box["height"]}
-    result = located(page, lambda: page.locator("#map").click(position=at))
-    circle = json.loads(sent(page, "prior"))["circle"]
+    result = localize_after(page, lambda: page.locator("#map").click(position=at))
+    circle = json.loads(sent_field(page, "prior"))["circle"]
     assert circle["lat"] == pytest.approx(52.0, abs=2e-4)
     assert circle["lon"] == pytest.approx(0.002, abs=2e-4)
     assert "Mill Street" in [c["street"] for c in result["candidates"]]
     assert "Oak Avenue" not in [c["street"] for c in result["candidates"]]
     expect(page.locator("#only")).to_have_text("only in the circle of 200 m")
 
-    result = located(page, lambda: page.locator("#in").select_option("Harbour"))
-    assert json.loads(sent(page, "prior"))["districts"] == ["Harbour"]
+    result = localize_after(page, lambda: page.locator("#in").select_option("Harbour"))
+    assert json.loads(sent_field(page, "prior"))["districts"] == ["Harbour"]
     assert {c["district"] for c in result["candidates"]} == {"Harbour"}
     nowhere = {"x": box["width"] - 3, "y": box["height"] - 3}
-    located(page, lambda: page.locator("#map").click(position=nowhere))
+    localize_after(page, lambda: page.locator("#map").click(position=nowhere))
     expect(page.locator("#status.bad")).to_be_visible()
     expect(page.locator("#result")).to_be_hidden()
-    result = located(page, lambda: page.locator("#clear").click())
-    assert sent(page, "prior") is None
+    result = localize_after(page, lambda: page.locator("#clear").click())
+    assert sent_field(page, "prior") is None
     assert len(result["candidates"]) == len(STREETS)
     expect(page.locator("#status.bad")).to_have_count(0)
 
 
-def test_another_city_is_looked_at_with_its_own_streets(opened: Open) -> None:
+def test_changing_the_city_localizes_in_its_streets(opened: Open) -> None:
     page = opened("/?threshold=0")
     assert page.locator("#city option").all_inner_texts() == ["Toytown", "St. Alder"]
-    assert located(page, lambda: give(page, photo()))["city"] == "Toytown"
+    assert localize_after(page, lambda: choose_photo(page, photo()))["city"] == "Toytown"
     expect(page.locator("#ask")).to_be_visible()
-    result = located(page, lambda: page.locator("#city").select_option("St. Alder"))
+    result = localize_after(page, lambda: page.locator("#city").select_option("St. Alder"))
     assert result["city"] == "St. Alder"
     expect(page.locator("#model")).to_have_text(result["model"])
     expect(page.locator("#intro")).to_contain_text("St. Alder")
@@ -218,7 +218,7 @@ def test_another_city_is_looked_at_with_its_own_streets(opened: Open) -> None:
 
 
 def test_follow_up_questions_carry_the_conversation(page: Page) -> None:
-    give(page, photo())
+    choose_photo(page, photo())
     with page.expect_request("**/v1/chat/completions"):
         page.get_by_role("button", name="Which street is this? Name it.").click()
     expect(page.locator("#send")).to_be_enabled()
@@ -237,16 +237,16 @@ def test_follow_up_questions_carry_the_conversation(page: Page) -> None:
     assert page.locator("#talk").get_attribute("aria-busy") == "false"
 
 
-def test_what_goes_wrong_is_said_and_can_be_mended(page: Page) -> None:
-    refused = located(page, lambda: give(page, b"<html>not a photo</html>"))
+def test_errors_are_shown_and_can_be_retried(page: Page) -> None:
+    refused = localize_after(page, lambda: choose_photo(page, b"<html>not a photo</html>"))
     expect(page.locator("#status.bad")).to_have_text(refused["error"]["message"])
     expect(page.locator("#again")).to_be_hidden()
     page.context.set_offline(True)
-    give(page, photo(1))
+    choose_photo(page, photo(1))
     expect(page.locator("#status.bad")).to_contain_text("can't be reached")
     expect(page.locator("#result")).to_be_hidden()
     page.context.set_offline(False)
-    located(page, page.locator("#again").click)
+    localize_after(page, page.locator("#again").click)
     expect(page.locator("#plate")).to_be_visible()
     expect(page.locator("#status.bad")).to_have_count(0)
     page.context.set_offline(True)
@@ -267,14 +267,14 @@ def test_on_a_phone(opened: Open) -> None:
         assert min(box["width"], box["height"]) >= 24, target
     page.locator("#where summary").tap()
     page.locator("#map").scroll_into_view_if_needed()
-    located(page, lambda: page.locator("#map").tap(position={"x": 80, "y": 150}))
-    assert "circle" in json.loads(sent(page, "prior"))
+    localize_after(page, lambda: page.locator("#map").tap(position={"x": 80, "y": 150}))
+    assert "circle" in json.loads(sent_field(page, "prior"))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_readable_by_day_and_by_night(opened: Open, scheme: str) -> None:
+def test_contrast_in_light_and_dark_mode(opened: Open, scheme: str) -> None:
     page = opened("/?threshold=0", color_scheme=scheme)
-    give(page, photo())
+    choose_photo(page, photo())
     expect(page.locator("#plate")).to_be_visible()
     light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(244, 242, 236)"
     assert light == (scheme == "light")

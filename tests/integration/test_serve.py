@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import serve as service
 from addressvlm.inference import Localizer
-from tests.support.running_service import STREETS, check_error, photo, running_service, two_cities
+from tests.support.running_service import STREETS, chat_messages, check_error, data_url, photo, running_service, two_cities
 
 pytestmark = pytest.mark.xdist_group("ray")
 MODEL = "run0/addressvlm"
@@ -36,15 +36,6 @@ def url(ray_local: None, systems: list[Path], tmp_path_factory: pytest.TempPathF
     }
     with running_service(tmp_path_factory.mktemp("service"), **settings) as address:
         yield address
-
-
-def data_url(data: bytes) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
-
-
-def chat_messages(text: str, *images: str) -> list[dict]:
-    parts = [{"type": "image_url", "image_url": {"url": image}} for image in images]
-    return [{"role": "user", "content": [{"type": "text", "text": text}, *parts]}]
 
 
 def localize(url: str, data: bytes, city: str = "toytown", **fields: str) -> httpx.Response:

@@ -45,7 +45,9 @@ def pixels(seed: int) -> np.ndarray:
     return (random.integers(0, 200, 3) + random.integers(0, 55, (40, 60, 3))).astype(np.uint8)
 
 
-def ask(text: str, *photos: int, city: str = "toytown", before: Sequence[dict[str, Any]] = (), **sampling: Any) -> ChatQuery:
+def chat_query(
+    text: str, *photos: int, city: str = "toytown", before: Sequence[dict[str, Any]] = (), **sampling: Any
+) -> ChatQuery:
     parts = [*[{"type": "image"}] * len(photos), {"type": "text", "text": text}]
     turns = [*before, {"role": "user", "content": parts}]
     return ChatQuery(city, turns, [pixels(seed) for seed in photos], Sampling(**{"max_tokens": 6, **sampling}))
@@ -114,23 +116,23 @@ def test_a_threshold_of_0_counts_every_answer_of_a_calibrated_model(engine: Engi
 
 
 MIXED = [
-    ask("Tell me a story.", 1),
-    ask("Which street is this?", 2),
-    ask("Tell me a story.", 2),
-    ask("Tell me a story.", 2, max_tokens=3),
-    ask("What do you see in the picture?", 3),
-    ask("Tell me a story.", 1, city="st-alder"),
-    ask("Is this Mill Street?", 3),
-    ask("What do you see in the picture?", 1, city="st-alder"),
-    ask("Tell me a story.", 1, stop=["e"]),
-    ask("Hello.", 4),
-    ask("Which street is this?", 4),
-    ask("Which street is this?", 2, city="st-alder"),
-    ask("Tell me a story.", 4, n=2, seed=3, temperature=2.0),
-    ask("Tell me a story."),
-    ask("And what else?", before=[{"role": "user", "content": [{"type": "text", "text": "Hello."}]}]),
-    ask("Do they differ?", 1, 2),
-    ask("Tell me a story.", 3, logprobs=1),
+    chat_query("Tell me a story.", 1),
+    chat_query("Which street is this?", 2),
+    chat_query("Tell me a story.", 2),
+    chat_query("Tell me a story.", 2, max_tokens=3),
+    chat_query("What do you see in the picture?", 3),
+    chat_query("Tell me a story.", 1, city="st-alder"),
+    chat_query("Is this Mill Street?", 3),
+    chat_query("What do you see in the picture?", 1, city="st-alder"),
+    chat_query("Tell me a story.", 1, stop=["e"]),
+    chat_query("Hello.", 4),
+    chat_query("Which street is this?", 4),
+    chat_query("Which street is this?", 2, city="st-alder"),
+    chat_query("Tell me a story.", 4, n=2, seed=3, temperature=2.0),
+    chat_query("Tell me a story."),
+    chat_query("And what else?", before=[{"role": "user", "content": [{"type": "text", "text": "Hello."}]}]),
+    chat_query("Do they differ?", 1, 2),
+    chat_query("Tell me a story.", 3, logprobs=1),
 ]
 
 
@@ -154,7 +156,10 @@ def test_alike_chats_go_through_the_model_together(engine: Engine, monkeypatch: 
 
 
 def test_a_temperature_is_of_its_own_question(engine: Engine) -> None:
-    cold, hot = ask("Tell me a story.", 1, max_tokens=8), ask("Tell me a story.", 1, max_tokens=8, temperature=9.0)
+    cold, hot = (
+        chat_query("Tell me a story.", 1, max_tokens=8),
+        chat_query("Tell me a story.", 1, max_tokens=8, temperature=9.0),
+    )
     (greedy,) = engine.chat([cold])[0]
     for seed in range(2):
         torch.manual_seed(seed)
@@ -164,22 +169,27 @@ def test_a_temperature_is_of_its_own_question(engine: Engine) -> None:
 
 
 def test_only_plain_questions_are_answered_by_probabilities(engine: Engine) -> None:
-    plain = engine.chat([ask("Which street is this?", 1, max_tokens=1)])[0][0]
+    plain = engine.chat([chat_query("Which street is this?", 1, max_tokens=1)])[0][0]
     assert plain.finish == "stop"
     assert plain.text in {"Mill Street", "Oak Avenue", "Quay Lane", "Station Road"}
     for free in (
-        ask("Which street is this?", 1, max_tokens=1, temperature=0.1),
-        ask("Which street is this?", 1, max_tokens=1, stop=["?"]),
-        ask("Which street is this?", 1, max_tokens=1, logprobs=0),
-        ask("Which street is this?", 1, max_tokens=1, n=2),
-        ask("Which street is this?", 1, 2, max_tokens=1),
-        ask("Which street is this?", max_tokens=1),
+        chat_query("Which street is this?", 1, max_tokens=1, temperature=0.1),
+        chat_query("Which street is this?", 1, max_tokens=1, stop=["?"]),
+        chat_query("Which street is this?", 1, max_tokens=1, logprobs=0),
+        chat_query("Which street is this?", 1, max_tokens=1, n=2),
+        chat_query("Which street is this?", 1, 2, max_tokens=1),
+        chat_query("Which street is this?", max_tokens=1),
     ):
         assert engine.chat([free])[0][0].tokens == 1
 
 
 def test_a_prompts_length_is_known_before_it_is_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    for question in (ask("Hello."), ask("Hello.", 1), ask("Hello.", 1, 2), ask("Which street is this?", 1, stop=["x"])):
+    for question in (
+        chat_query("Hello."),
+        chat_query("Hello.", 1),
+        chat_query("Hello.", 1, 2),
+        chat_query("Which street is this?", 1, stop=["x"]),
+    ):
         (read,) = engine.chat([question])[0]
         monkeypatch.setattr(engine, "context_length", read.prompt_tokens + 2)
         assert engine.chat([question])[0][0].tokens <= 2

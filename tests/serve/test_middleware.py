@@ -108,17 +108,17 @@ def test_metrics_of_requests(client: TestClient) -> None:
 def test_the_rate_limit_counts_time_and_forgets_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = RateLimit(60)
 
-    def ask(now: float, caller: str = "a") -> float:
+    def wait(now: float, caller: str = "a") -> float:
         return asyncio.run(limit.wait(caller, now))
 
-    assert [ask(0) for _ in range(10)] == [0] * 10  # ten seconds' worth at once
-    assert ask(0) == pytest.approx(1)
-    assert ask(0.5) == pytest.approx(0.5)
-    assert ask(1) == 0
-    assert ask(1, "b") == 0
-    assert [ask(1000) for _ in range(11)] == [*[0] * 10, pytest.approx(1)]  # no more than that after any time
+    assert [wait(0) for _ in range(10)] == [0] * 10  # ten seconds' worth at once
+    assert wait(0) == pytest.approx(1)
+    assert wait(0.5) == pytest.approx(0.5)
+    assert wait(1) == 0
+    assert wait(1, "b") == 0
+    assert [wait(1000) for _ in range(11)] == [*[0] * 10, pytest.approx(1)]  # no more than that after any time
     monkeypatch.setattr("serve.middleware.MAX_CALLERS", 2)
-    assert ask(1000, "c") == 0  # in place of b, who has not asked for longest
+    assert wait(1000, "c") == 0  # in place of b, the least recent caller
     assert list(limit.buckets) == ["a", "c"]
 
 
@@ -144,7 +144,7 @@ def test_keys_are_required_under_a_route_prefix(client: TestClient) -> None:
 
 
 class Around:
-    """`AccessMiddleware` around an application of a few lines."""
+    """`AccessMiddleware` around a small application."""
 
     def __init__(self, app: Any, wait: Any = None, forwarded: bool = True, **more: Any) -> None:
         settings = ServiceSettings(forwarded=forwarded, rate_limit=1, **more)
@@ -216,7 +216,7 @@ def test_a_request_beyond_the_limit_is_refused_at_once() -> None:
             await over.wait()
         await fine(scope, receive, send)
 
-    async def ask() -> None:
+    async def send_requests() -> None:
         around = Around(slow, max_queued_requests=0, max_replicas=1, max_ongoing_requests=1, target_ongoing_requests=0.5)
         transport = httpx.ASGITransport(around.access)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -230,7 +230,7 @@ def test_a_request_beyond_the_limit_is_refused_at_once() -> None:
             assert (await first).status_code == 200
             assert (await client.post("/v1/localize")).status_code == 200
 
-    asyncio.run(ask())
+    asyncio.run(send_requests())
 
 
 def test_a_concurrency_slot_is_released_whatever_happens() -> None:
@@ -244,7 +244,7 @@ def test_a_concurrency_slot_is_released_whatever_happens() -> None:
     async def none(*_: Any) -> Any:
         return {}
 
-    async def ask() -> None:
+    async def send_requests() -> None:
         room = {"max_queued_requests": 0, "max_replicas": 1, "max_ongoing_requests": 1, "target_ongoing_requests": 0.5}
         around = Around(fails, **room)
         while ends:
@@ -254,7 +254,7 @@ def test_a_concurrency_slot_is_released_whatever_happens() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(around.access), base_url="http://test") as client:
             assert (await client.post("/v1/localize")).status_code == 200
 
-    asyncio.run(ask())
+    asyncio.run(send_requests())
 
 
 def test_failures_are_not_logged_as_callers_that_left(caplog: pytest.LogCaptureFixture) -> None:
@@ -271,14 +271,14 @@ def test_failures_are_not_logged_as_callers_that_left(caplog: pytest.LogCaptureF
     async def none(*_: Any) -> Any:
         return {}
 
-    async def ask(app: Any) -> None:
+    async def send_requests(app: Any) -> None:
         with suppress(RuntimeError):
             scope = {"type": "http", "method": "GET", "path": "/v1/x", "headers": []}
             await Around(app).access(scope, none, none)
 
     with caplog.at_level(logging.INFO, "addressvlm.access"):
         for app in (broken, breaks_off, left):
-            asyncio.run(ask(app))
+            asyncio.run(send_requests(app))
     statuses = [json.loads(r.message)["status"] for r in caplog.records if r.name == "addressvlm.access"]
     assert statuses == [500, 500, 499]
     check_error(Around(broken).client().get("/v1/x"), 500, "operator's log")

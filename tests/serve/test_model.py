@@ -14,7 +14,7 @@ def run(work: object) -> object:
 
 
 def test_items_that_wait_while_the_model_runs_form_one_batch() -> None:
-    async def ask() -> tuple[list[int], list[list[int]]]:
+    async def submit_all() -> tuple[list[int], list[list[int]]]:
         free, batches = asyncio.Event(), []
 
         async def work(items: list[int]) -> list[int | Exception]:
@@ -32,14 +32,14 @@ def test_items_that_wait_while_the_model_runs_form_one_batch() -> None:
         free.set()
         return await asyncio.gather(*tasks, return_exceptions=True), batches
 
-    answers, batches = run(ask())  # type: ignore[misc]
+    answers, batches = run(submit_all())  # type: ignore[misc]
     assert batches == [[0], [1, 2, 3, 4], [6, 7]]
     assert [a for a in answers if isinstance(a, int)] == [0, -1, -2, -4, -6, -7]
     assert str(answers[3]) == "three"
 
 
 def test_a_failed_batch_fails_each_of_its_items_and_not_the_next_batch() -> None:
-    async def ask() -> list[object]:
+    async def submit_all() -> list[object]:
         async def work(items: list[int]) -> list[int]:
             return [1 // item for item in items]
 
@@ -47,5 +47,5 @@ def test_a_failed_batch_fails_each_of_its_items_and_not_the_next_batch() -> None
         first = await asyncio.gather(batcher.submit(0), batcher.submit(1), return_exceptions=True)
         return [*first, *await asyncio.gather(batcher.submit(1), batcher.submit(1))]
 
-    answers = run(ask())
+    answers = run(submit_all())
     assert [type(answer) for answer in answers] == [ZeroDivisionError, ZeroDivisionError, int, int]  # type: ignore[attr-defined]

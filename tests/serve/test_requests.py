@@ -1,7 +1,6 @@
 """Wrong requests of every kind are answered with what is wrong, and the service stays up. Routes without Ray, a tiny model."""
 
 import asyncio
-import base64
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +14,7 @@ from serve.errors import ApiError
 from serve.requests import read_body
 from tests.support.images import BAD, GOOD
 from tests.support.in_process_service import api
-from tests.support.running_service import check_error, photo
+from tests.support.running_service import chat_messages, check_error, data_url, photo
 
 pytestmark = pytest.mark.xdist_group("serve")
 
@@ -53,15 +52,6 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     with api(tmp_path_factory.mktemp("input"), max_body_mb=2, max_megapixels=4) as client:
         yield client
         assert client.post("/v1/localize", files={"file": photo()}).status_code == 200  # still there
-
-
-def data_url(data: bytes) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
-
-
-def chat_messages(text: str, *images: str) -> list[dict[str, Any]]:
-    parts = [{"type": "image_url", "image_url": {"url": image}} for image in images]
-    return [{"role": "user", "content": [{"type": "text", "text": text}, *parts]}]
 
 
 PHOTO = data_url(photo())

@@ -20,18 +20,9 @@ from serve.requests import ChatQuery, LocalizeQuery
 from serve.routes import Routes
 from serve.schemas import CircleFields, PriorFields
 from serve.settings import ServiceSettings
-from tests.support.running_service import STREETS, check_error, save_gazetteer
+from tests.support.running_service import STREETS, chat_messages, check_error, save_gazetteer
 
 pytestmark = pytest.mark.xdist_group("serve")
-
-
-def user(*parts: str) -> dict[str, Any]:
-    """A turn; what begins with `data:` is an image."""
-    content = [
-        {"type": "image_url", "image_url": {"url": part}} if part.startswith("data:") else {"type": "text", "text": part}
-        for part in parts
-    ]
-    return {"role": "user", "content": content}
 
 
 class Double:
@@ -78,13 +69,13 @@ def client(tmp_path: Path, double: Double) -> TestClient:
         cities.append(City(city.lower(), city, f"run/{city.lower()}", tmp_path / city))
     metrics = ServiceMetrics()
 
-    async def up() -> int:
+    async def running_replicas() -> int:
         return 0
 
-    async def counts() -> Any:
+    async def collect_metrics() -> Any:
         return {"front": metrics.collect()}
 
-    return TestClient(Routes(ServiceSettings(max_tokens=100), cities, double, metrics, up, counts).app())
+    return TestClient(Routes(ServiceSettings(max_tokens=100), cities, double, metrics, running_replicas, collect_metrics).app())
 
 
 def test_every_field_of_a_localize_request_reaches_the_model(client: TestClient, double: Double) -> None:
@@ -160,7 +151,7 @@ def test_parts_of_a_prior_are_independent() -> None:
 
 
 def test_every_field_of_a_chat_request_reaches_the_model(client: TestClient, double: Double) -> None:
-    body = {"model": "run/alder", "messages": [user("Where?", "data:1", "data:22")], "max_tokens": 7, "temperature": 0.5}
+    body = {"model": "run/alder", "messages": chat_messages("Where?", "data:1", "data:22"), "max_tokens": 7, "temperature": 0.5}
     response = client.post("/v1/chat/completions", json=body).json()
     streamed = client.post("/v1/chat/completions", json=body | {"stream": True}).text
     for question in double.requests:

@@ -1,4 +1,4 @@
-"""The service's routes over a tiny model in this process, without Ray: for tests that ask many things."""
+"""The service's routes over a tiny model in this process, without Ray: for tests with many requests."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -20,7 +20,7 @@ from tests.support.running_service import model_folder
 
 
 class Handle:
-    """The part of a `DeploymentHandle` that is used, over an object of this process."""
+    """A `DeploymentHandle` of an object in this process, as far as `Backend` uses it."""
 
     def __init__(self, served: Any) -> None:
         self.served = served
@@ -40,10 +40,10 @@ def application(root: Path, **settings: Any) -> FastAPI:
     model, images = Model(config, cities), Images(config)
     backend = Backend(Handle(model), Handle(images), metrics, len(cities) > 1, config.request_s)
 
-    async def up() -> int:
+    async def running_replicas() -> int:
         return 1
 
-    async def counts() -> Any:
+    async def collect_metrics() -> Any:
         return {"front": metrics.collect(), "model": model.metrics.collect(), "images": images.metrics.collect()}
 
     @asynccontextmanager
@@ -52,7 +52,7 @@ def application(root: Path, **settings: Any) -> FastAPI:
         await images.decode_pool.close()
 
     wait = RateLimit(config.rate_limit).wait if config.rate_limit else None
-    app = Routes(config, cities, backend, metrics, up, counts).app(key_hashes=key_hashes(), wait=wait)
+    app = Routes(config, cities, backend, metrics, running_replicas, collect_metrics).app(key_hashes=key_hashes(), wait=wait)
     app.router.lifespan_context = lifespan
     return app
 

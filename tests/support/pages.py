@@ -1,4 +1,4 @@
-"""What tests do with the page in a browser, and read from it."""
+"""Actions on the page in a browser."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,23 +6,23 @@ from typing import Any
 from playwright.sync_api import Locator, Page
 
 
-def give(page: Page, data: bytes) -> None:
+def choose_photo(page: Page, data: bytes) -> None:
     page.set_input_files("#choose", {"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": data})
 
 
-def located(page: Page, act: Callable[[], Any]) -> dict[str, Any]:
-    """What the service answered to the photo after `act`."""
-    with page.expect_response("**/v1/localize") as answered:
+def localize_after(page: Page, act: Callable[[], Any]) -> dict[str, Any]:
+    """The response of `/v1/localize` to a request that `act` causes."""
+    with page.expect_response("**/v1/localize") as response:
         act()
-    return answered.value.json()
+    return response.value.json()
 
 
-def sent(page: Page, field: str) -> str | None:
-    """A field of the form that was sent last."""
+def sent_field(page: Page, field: str) -> str | None:
+    """A field of the last form."""
     return page.evaluate("field => window.sent.get(field)", field)
 
 
-def file(page: Page, data: bytes) -> Any:
+def data_transfer(page: Page, data: bytes) -> Any:
     """A photo as a browser's DataTransfer."""
     make = """bytes => {
         const data = new DataTransfer();

@@ -1,5 +1,6 @@
-"""A running service over a tiny model, for the tests of the API and of the page."""
+"""A running service with a tiny model, for tests of the API and the page."""
 
+import base64
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,16 @@ def photo(seed: int = 0) -> bytes:
     out = BytesIO()
     Image.fromarray(pixels).resize((320, 240)).save(out, "JPEG")
     return out.getvalue()
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
+def chat_messages(text: str, *images: str) -> list[dict[str, Any]]:
+    """The user's turn of a chat request: a text and the URLs of images."""
+    parts = [{"type": "image_url", "image_url": {"url": image}} for image in images]
+    return [{"role": "user", "content": [{"type": "text", "text": text}, *parts]}]
 
 
 def check_error(response: httpx.Response, status: int, message: str) -> None:
@@ -83,7 +94,7 @@ def two_cities(root: Path) -> list[Path]:
 
 @contextmanager
 def running_service(root: Path, **settings: Any) -> Iterator[str]:
-    """Deploy on the Ray of this process, give the address, and take everything down again."""
+    """Deploy on this process's Ray, yield the URL, and shut down."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
