@@ -1,9 +1,9 @@
-"""Train, validation and test places, in blocks, with a distance between them so that neighbouring views can't leak.
+"""Train, validation and test places, in blocks, with a buffer between them so that neighbouring views can't leak.
 
-Blocks (square cells of the city) go to the test split, then to validation, in an order drawn by seed. A block is taken
-only if every address (street and district) in it keeps a training place, for no answer can be right that was never
-learnt; where whole blocks fail, halves and quarters of them are tried.
-What is left for training can be thinned, by place and by view, to see what density does (paper 001, Fig. 5).
+Blocks (square cells of the city) go to the test split, then to validation, in an order drawn by seed. A block is moved only
+if every address (street and district) in it keeps a training place, for no answer can be right that was never learnt; where
+blocks as large as the settings say fail, halves and quarters of them are tried.
+What is left for training can be thinned, by place and by view, to study the effect of density (paper 001, Fig. 5).
 """
 
 import random
@@ -14,24 +14,23 @@ from typing import Literal
 
 import numpy as np
 import shapely
-from numpy.typing import NDArray
 
 from addressvlm.config.city import CityConfig
 from addressvlm.dataset.geocoding import Place
 from addressvlm.dataset.photos import Photo
 from addressvlm.gazetteer.gazetteer import Address
 
-SMALLEST_BLOCK_M = 5.0
+MIN_BLOCK_M = 5.0
 
 Part = Literal["train", "val", "test", "aside"]
 
 
 @dataclass(frozen=True)
 class PlaceSplit:
-    """What became of each place.
+    """The split of each place.
 
     Attributes:
-        part: place id -> its part; "aside" places are in no split.
+        part: place id -> its split; "aside" places are in none.
         reason: place id -> why it is aside.
         min_distance_m: the smallest distance from a training place to a validation or test place, None without either.
     """
@@ -41,32 +40,32 @@ class PlaceSplit:
     min_distance_m: float | None
 
     def count(self, part: Part) -> int:
-        """Number of places in the part."""
+        """Number of places in a split."""
         return sum(p == part for p in self.part.values())
 
 
 def split_places(places: Sequence[Place], city: CityConfig, seed: int) -> PlaceSplit:
-    """Split by the shares, block, guard and density of the city's settings; the same places and seed give the same split.
+    """Split by the shares, block, buffer and density of the city's settings; the same places and seed give the same split.
 
     Every address of a held-out place keeps a training place.
     Density is applied last and with draws of its own, so that the held-out places do not depend on it.
     """
     places = sorted(places, key=lambda p: p.id)
-    state = _State(places, city.split_buffer_m)
+    splitter = _Splitter(places, city.split_buffer_m)
     rng = random.Random(seed)
-    state.fill("test", round(city.split.test * len(places)), city.split_block_m, rng)
-    state.fill("val", round(city.split.val * len(places)), city.split_block_m, rng)
-    state.thin(city.density.places, random.Random(f"{seed}:density"))
+    splitter.fill("test", round(city.split.test * len(places)), city.split_block_m, rng)
+    splitter.fill("val", round(city.split.val * len(places)), city.split_block_m, rng)
+    splitter.thin(city.density.places, random.Random(f"{seed}:density"))
     ids = [p.id for p in places]
     return PlaceSplit(
-        part=dict(zip(ids, state.part, strict=True)),
-        reason={ids[i]: reason for i, reason in sorted(state.reason.items())},
-        min_distance_m=_gap(state.points, state.part),
+        part=dict(zip(ids, splitter.part, strict=True)),
+        reason={ids[i]: reason for i, reason in sorted(splitter.reason.items())},
+        min_distance_m=splitter.min_distance(),
     )
 
 
 def thin_views(photos: Sequence[Photo], part: Mapping[str, Part], share: float, seed: int) -> list[Photo]:
-    """The photos with only this share of the views of each training place, at least one; held-out places keep all.
+    """The photos with a share of the views of each training place, at least one; held-out places keep all.
 
     Args:
         photos: of places in `part`, in any order, which is kept.
@@ -85,8 +84,8 @@ def thin_views(photos: Sequence[Photo], part: Mapping[str, Part], share: float, 
     return [photo for photo in photos if photo.id not in dropped]
 
 
-class _State:
-    """The split while it is being made; places are known by their index."""
+class _Splitter:
+    """The split in progress; places are identified by their index."""
 
     def __init__(self, places: Sequence[Place], split_buffer_m: float) -> None:
         self.xy = np.array([[p.x, p.y] for p in places]).reshape(-1, 2)
@@ -95,21 +94,26 @@ class _State:
         self.split_buffer_m = split_buffer_m
         self.part: list[Part] = ["train"] * len(places)
         self.reason: dict[int, str] = {}
-        self.trained = Counter(self.addresses)  # address -> its training places
-        self.near = self._neighbours()
+        self.train_counts = Counter(self.addresses)  # address -> number of its training places
+        self.near: list[list[int]] = [[] for _ in places]  # the others within the buffer
+        if split_buffer_m > 0 and places:
+            tree = shapely.STRtree(self.points)
+            for i, j in tree.query(self.points, predicate="dwithin", distance=split_buffer_m).T:
+                if i != j and np.hypot(*(self.xy[i] - self.xy[j])) < split_buffer_m:
+                    self.near[i].append(int(j))
 
-    def fill(self, part: Literal["val", "test"], wanted: int, split_block_m: float, rng: random.Random) -> None:
-        """Move blocks to the part until it has about the wanted number of places."""
-        side, have = split_block_m, 0
-        while side >= max(SMALLEST_BLOCK_M, min(self.split_buffer_m, split_block_m)):
+    def fill(self, part: Literal["val", "test"], target: int, split_block_m: float, rng: random.Random) -> None:
+        """Move blocks to the split until it has about `target` places."""
+        side, count = split_block_m, 0
+        while side >= max(MIN_BLOCK_M, min(self.split_buffer_m, split_block_m)):
             for block in self._blocks(side, rng):
-                missing = wanted - have
+                missing = target - count
                 if missing <= 0:
                     return
-                members = [i for i in block if self._may_become(i, part)]
-                if members and len(members) < 2 * missing and self._addresses_stay_trained(members):
+                members = [i for i in block if self._can_move(i, part)]
+                if members and len(members) < 2 * missing and self._keeps_addresses_trained(members):
                     self._move(members, part)
-                    have += len(members)
+                    count += len(members)
             side /= 2
 
     def thin(self, share: float, rng: random.Random) -> None:
@@ -119,23 +123,22 @@ class _State:
         """
         order = [i for i, part in enumerate(self.part) if part == "train"]
         rng.shuffle(order)
-        kept = round(share * len(order))
-        seen: set[Address] = set()
+        target = round(share * len(order))
+        trained: set[Address] = set()
         for rank, i in enumerate(order):
-            if rank >= kept and self.addresses[i] in seen:
+            if rank >= target and self.addresses[i] in trained:
                 self.part[i] = "aside"
                 self.reason[i] = f"thinned to {share:g} of the training places"
-            seen.add(self.addresses[i])
+            trained.add(self.addresses[i])
 
-    def _neighbours(self) -> list[list[int]]:
-        """For each place the others nearer than the guard."""
-        near: list[list[int]] = [[] for _ in self.points]
-        if self.split_buffer_m > 0 and len(self.points):
-            tree = shapely.STRtree(self.points)
-            for i, j in tree.query(self.points, predicate="dwithin", distance=self.split_buffer_m).T:
-                if i != j and np.hypot(*(self.xy[i] - self.xy[j])) < self.split_buffer_m:
-                    near[i].append(int(j))
-        return near
+    def min_distance(self) -> float | None:
+        """Smallest distance between training and held-out places."""
+        train = self.points[[p == "train" for p in self.part]]
+        held_out = self.points[[p in ("val", "test") for p in self.part]]
+        if not len(train) or not len(held_out):
+            return None
+        _, distances = shapely.STRtree(train).query_nearest(held_out, return_distance=True, all_matches=False)
+        return float(distances.min())
 
     def _blocks(self, side: float, rng: random.Random) -> list[list[int]]:
         """Places by cells of this side, the grid and the order drawn by rng."""
@@ -147,35 +150,25 @@ class _State:
         rng.shuffle(blocks)
         return blocks
 
-    def _may_become(self, i: int, part: Part) -> bool:
-        """Whether it is still in training, or aside for this very part, and no place of the other held-out part is near."""
+    def _can_move(self, i: int, part: Part) -> bool:
+        """Whether it is in training, or in the buffer of this very split, and no place of the other held-out split is near."""
         held_out = {self.part[j] for j in self.near[i]} - {"train", "aside", part}
         return self.part[i] in ("train", "aside") and not held_out
 
-    def _addresses_stay_trained(self, members: list[int]) -> bool:
-        """Whether each address in the block, and each that its guard takes places from, keeps a training place."""
+    def _keeps_addresses_trained(self, members: list[int]) -> bool:
+        """Whether each address in the block, and each that its buffer takes places from, keeps a training place."""
         leaving = {i for m in members for i in (m, *self.near[m]) if self.part[i] == "train"}
         loss = Counter(self.addresses[i] for i in leaving)
         touched = set(loss) | {self.addresses[m] for m in members}
-        return all(self.trained[address] > loss[address] for address in touched)
+        return all(self.train_counts[address] > loss[address] for address in touched)
 
     def _move(self, members: list[int], part: Part) -> None:
         for m in members:
             if self.part[m] == "train":
-                self.trained[self.addresses[m]] -= 1
+                self.train_counts[self.addresses[m]] -= 1
             self.part[m] = part
             self.reason.pop(m, None)
         for i in sorted({j for m in members for j in self.near[m] if self.part[j] == "train"}):
-            self.trained[self.addresses[i]] -= 1
+            self.train_counts[self.addresses[i]] -= 1
             self.part[i] = "aside"
             self.reason[i] = f"nearer than {self.split_buffer_m:g} m to a {part} place"
-
-
-def _gap(points: NDArray, part: Sequence[Part]) -> float | None:
-    """Smallest distance between training and held-out places."""
-    train = points[[p == "train" for p in part]]
-    held_out = points[[p in ("val", "test") for p in part]]
-    if not len(train) or not len(held_out):
-        return None
-    _, distances = shapely.STRtree(train).query_nearest(held_out, return_distance=True, all_matches=False)
-    return float(distances.min())
