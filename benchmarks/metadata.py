@@ -26,7 +26,15 @@ import pyarrow.parquet as pq
 
 from addressvlm.config.city import CityConfig
 from addressvlm.dataset import readers
-from addressvlm.dataset.build import LISTED, SPLITS, answering, check_photos, finish_rows, gazetteer_of, photo_table
+from addressvlm.dataset.build import (
+    LISTING_SCHEMA,
+    SPLITS,
+    add_conversations,
+    answer_places,
+    build_gazetteer,
+    check_photos,
+    listing_rows,
+)
 from addressvlm.dataset.geocoding import assign_addresses
 from addressvlm.dataset.readers.base import list_photos
 from addressvlm.dataset.split import split_places, thin_views
@@ -34,7 +42,7 @@ from addressvlm.dataset.streets import StreetMap
 from addressvlm.storage import tables
 from addressvlm.storage.shards import plan_shards, sources_fingerprint
 from benchmarks.annotation import strewn
-from ray_jobs.prepare import CHECKED_AT_A_TIME
+from ray_jobs.prepare import CHECK_SHARD
 
 VIEWS = 9  # photos of a place, as in SF-IAL-Large (paper 002, Table 1: 1.96 million of 233,820)
 ROWS_AT_A_TIME = 1 << 18
@@ -81,28 +89,30 @@ def measure(city: CityConfig, rows: int, sample: int, folder: Path) -> None:
         streets = StreetMap.load(city.streets, city.districts, with_roads=True)
     with step("addresses", rows):
         places, photos, without = assign_addresses(photos, streets, city)
-        answers = answering(places, city)
+        answers = answer_places(places, city)
     with step("list for the workers written", rows):
-        tables.write_table(folder / "listed", "photos", photo_table(photos, places, answers), LISTED, CHECKED_AT_A_TIME)
+        tables.write_table(folder / "listed", "photos", listing_rows(photos, places, answers), LISTING_SCHEMA, CHECK_SHARD)
     with step("split with its guard", rows):
-        divided = split_places([answers[p] for p in sorted({photo.place for photo in photos})], city, seed=0)
+        split = split_places([answers[p] for p in sorted({photo.place for photo in photos})], city, seed=0)
     with step("views thinned, gazetteer", rows):
-        photos = thin_views(photos, divided.part, city.density.views, 0)
-        train = [photo for photo in photos if divided.part[photo.place] == "train"]
-        gazetteer = gazetteer_of(city, streets, answers, train)
+        photos = thin_views(photos, split.part, city.density.views, 0)
+        train = [photo for photo in photos if split.part[photo.place] == "train"]
+        gazetteer = build_gazetteer(city, streets, answers, train)
         gazetteer.save(folder / "gazetteer.geojson")
     with step("split of every photo", rows):
         position = {part: number for number, part in enumerate(SPLITS)}
-        parts = np.array([position.get(divided.part[photo.place], -1) for photo in photos], dtype=np.int8)
-    counts = ", ".join(f"{part} {divided.count(part):,}" for part in ("train", "val", "test", "aside"))
+        parts = np.array([position.get(split.part[photo.place], -1) for photo in photos], dtype=np.int8)
+    counts = ", ".join(f"{part} {split.count(part):,}" for part in ("train", "val", "test", "aside"))
     print(f"{len(photos):,} photos of {len(places):,} places: {counts}; {len(rejects) + len(without):,} rejected", flush=True)
     done, names = 0, (str(folder / "gazetteer.geojson"), sources_fingerprint(str(folder / "gazetteer.geojson")))
-    chosen = plan_shards(folder / "listed", "photos", CHECKED_AT_A_TIME)[: -(-sample // CHECKED_AT_A_TIME)]
-    finish_rows(parts, names, city.model_dump_json(), 0, next(chosen[0].batches()))  # loads the gazetteer
+    chosen = plan_shards(folder / "listed", "photos", CHECK_SHARD)[: -(-sample // CHECK_SHARD)]
+    add_conversations(parts, names, city.model_dump_json(), 0, next(chosen[0].batches()))  # loads the gazetteer
     with step(f"questions of {sample:,} rows", sample):
         for shard in chosen:
             for batch in shard.batches():
-                done += sum(len(rows) for rows in finish_rows(parts, names, city.model_dump_json(), 0, batch).tables.values())
+                done += sum(
+                    len(rows) for rows in add_conversations(parts, names, city.model_dump_json(), 0, batch).tables.values()
+                )
 
 
 def time_photo_checks(folder: str, count: int) -> None:

@@ -4,9 +4,9 @@
     python ray_jobs/prepare.py --config demo
     python ray_jobs/prepare.py --config my_city.yaml --set city.split_buffer_m=30
 
-Writes below <storage>/<name>: photos/{train,val,test}-*.parquet, photos/gazetteer.geojson, photos/roads.fgb (what tiles
-are drawn from), the dataset card (photos/card.json, README.md, card.html), rejects/prepare.parquet (rows that can't be used,
-with the reason), aside.parquet (places that are in no split, with the reason). Run it again after an interruption: it goes on.
+Writes below <storage>/<name>: photos/{train,val,test}-*.parquet, photos/gazetteer.geojson, photos/roads.fgb (the roads on
+tiles), the dataset card (photos/card.json, README.md, card.html), rejects/prepare.parquet (rows that can't be used, with the
+reason), aside.parquet (places that are in no split, with the reason). Rerun it to resume.
 """
 
 from collections import Counter
@@ -25,15 +25,15 @@ from addressvlm.config import Config
 from addressvlm.config.city import CityConfig
 from addressvlm.dataset import readers
 from addressvlm.dataset.build import (
-    CHECKED,
-    LISTED,
+    CHECKED_SCHEMA,
+    LISTING_SCHEMA,
     SPLITS,
-    answering,
+    add_conversations,
+    answer_places,
+    build_gazetteer,
     check_photos,
-    files_of,
-    finish_rows,
-    gazetteer_of,
-    photo_table,
+    listing_rows,
+    photos_fingerprint,
     resolve_city_files,
 )
 from addressvlm.dataset.card import count_questions, make_card, write_card
@@ -52,8 +52,8 @@ from addressvlm.tiles.roads import write_roads
 from ray_jobs.common import Heartbeat, connect, job_parser, load_config, run_main
 from ray_jobs.ray_data import run_shards
 
-CHECKED_AT_A_TIME = 256  # photos
-SHARD = 2048  # photos of all splits
+CHECK_SHARD = 256  # photos
+WRITE_SHARD = 2048  # photos of all splits
 CHECKED_FOLDER = f"{WORK_DIR}/checked"
 ASIDE = pa.schema(
     [("place", pa.string()), ("lat", pa.float64()), ("lon", pa.float64()), ("street", pa.string()),
@@ -62,10 +62,14 @@ ASIDE = pa.schema(
 
 
 @dataclass(frozen=True)
-class Found:
-    """What there is: the street map, places by id, photos with an address, the ids of those that can't be used.
+class CityData:
+    """Photos with an address and their places, before the split.
 
-    `answers` are the places with the addresses that questions name, `sub_streets` the shapes of those that the map lacks.
+    Attributes:
+        places: by id.
+        answers: the same with the addresses that questions are about.
+        sub_streets: shapes of streets in `answers` that the map does not have.
+        unusable: ids of photos that can't be read.
     """
 
     streets: StreetMap
@@ -73,21 +77,21 @@ class Found:
     answers: dict[str, Place]
     sub_streets: dict[str, BaseGeometry]
     photos: list[Photo]
-    bad: set[str]
+    unusable: set[str]
     rejects: list[dict[str, Any]]
 
     @property
-    def good(self) -> list[Photo]:
-        return [photo for photo in self.photos if photo.id not in self.bad]
+    def usable(self) -> list[Photo]:
+        return [photo for photo in self.photos if photo.id not in self.unusable]
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """What the dataset depends on; later steps add theirs to it."""
+    """The settings that the dataset depends on; later steps add theirs to it."""
     return {"seed": config.seed, "city": config.city.model_dump()}
 
 
 def run_step(config: Config, redo: bool = False) -> None:
-    """Make the dataset of the run unless it is there.
+    """Write the dataset of the run unless it is there.
 
     Raises:
         InputError: an input file can't be used, too many rows are bad, or the city is too small to be split.
@@ -96,29 +100,29 @@ def run_step(config: Config, redo: bool = False) -> None:
     if is_done(run.photos, settings(config), redo):
         print("prepare: already done", flush=True)
         return
-    with Heartbeat(lambda: "prepare: drawing, working", 10.0):
+    with Heartbeat(lambda: "prepare: preparing the input files", 10.0):
         filled = resolve_city_files(config, run)
     imagery = filled.tiles.imagery and open_imagery(filled.tiles.imagery, "EPSG:3857", filled.tiles).attribution
     with resumable_dir(run.photos, settings(config), redo) as folder:
-        found = _find(filled, folder, run.rejects / "prepare.parquet")
-        divided = split_places(
-            [found.answers[p] for p in sorted({photo.place for photo in found.good})], filled.city, config.seed
+        data = _load_city(filled, folder, run.rejects / "prepare.parquet")
+        split = split_places(
+            [data.answers[p] for p in sorted({photo.place for photo in data.usable})], filled.city, config.seed
         )
         for part in ("train", "test"):
-            if not divided.count(part):
+            if not split.count(part):
                 raise InputError(
-                    f"{len(divided.part)} places are too few for a {part} split in blocks of {filled.city.split_block_m:g} m: add "
-                    "photos of more places, or lower city.split_block_m and city.split_buffer_m."
+                    f"{len(split.part)} places are too few for a {part} split in blocks of {filled.city.split_block_m:g} m: "
+                    "add photos of more places, or lower city.split_block_m and city.split_buffer_m."
                 )
-        photos = thin_views(found.good, divided.part, filled.city.density.views, config.seed)
-        train = [photo for photo in photos if divided.part[photo.place] == "train"]
-        gazetteer = gazetteer_of(filled.city, found.streets, found.answers, train, found.sub_streets)
-        _write_tables(config, folder, found, photos, divided, gazetteer)
-        if found.streets.roads:
+        photos = thin_views(data.usable, split.part, filled.city.density.views, config.seed)
+        train = [photo for photo in photos if split.part[photo.place] == "train"]
+        gazetteer = build_gazetteer(filled.city, data.streets, data.answers, train, data.sub_streets)
+        _write_tables(config, folder, data, photos, split, gazetteer)
+        if data.streets.roads:
             where = np.array([(photo.lat, photo.lon) for photo in photos]).T
-            write_roads(folder / run.roads.name, found.streets.roads, *where)
-        _write_aside(run.folder / "aside.parquet", found.places, divided)
-        card = _write_card(filled, folder, found, photos, divided, gazetteer, [imagery] if imagery else [])
+            write_roads(folder / run.roads.name, data.streets.roads, *where)
+        _write_aside(run.folder / "aside.parquet", data.places, split)
+        card = _write_card(filled, folder, data, photos, split, gazetteer, [imagery] if imagery else [])
     _print_card(card)
 
 
@@ -131,19 +135,19 @@ def prepare_test(config: Config, folder: AnyPath, gazetteer: Gazetteer | None = 
         InputError: an input file can't be used, or too many rows are bad.
     """
     filled = resolve_city_files(config, Run(config))
-    with resumable_dir(folder, settings(config)) as inside:
-        found = _find(filled, inside, folder.with_name(f"{folder.name}-rejects.parquet"))
-        divided = PlaceSplit({photo.place: "test" for photo in found.good}, {}, None)
-        gazetteer = gazetteer or gazetteer_of(filled.city, found.streets, found.answers, found.good, found.sub_streets)
-        _write_tables(config, inside, found, found.good, divided, gazetteer)
-        card = _write_card(filled, inside, found, found.good, divided, gazetteer)
+    with resumable_dir(folder, settings(config)) as work:
+        data = _load_city(filled, work, folder.with_name(f"{folder.name}-rejects.parquet"))
+        split = PlaceSplit({photo.place: "test" for photo in data.usable}, {}, None)
+        gazetteer = gazetteer or build_gazetteer(filled.city, data.streets, data.answers, data.usable, data.sub_streets)
+        _write_tables(config, work, data, data.usable, split, gazetteer)
+        card = _write_card(filled, work, data, data.usable, split, gazetteer)
     _print_card(card)
 
 
-def _find(config: Config, folder: AnyPath, rejects_file: AnyPath) -> Found:
-    """Read the photos' table or folder, give addresses, check the photos; bad rows go to the rejects table."""
+def _load_city(config: Config, folder: AnyPath, rejects_file: AnyPath) -> CityData:
+    """Read the photos' table or folder, assign addresses, check the photos; bad rows go to the rejects table."""
     city, source = config.city, readers.source_path(config.city)
-    with Heartbeat(lambda: "prepare: finding addresses, working"):
+    with Heartbeat(lambda: "prepare: assigning addresses"):
         rows, rejects = readers.read(city)
         total = len(rows) + len(rejects)
         streets = _street_map(city, rows)
@@ -153,23 +157,23 @@ def _find(config: Config, folder: AnyPath, rejects_file: AnyPath) -> Found:
         sub_streets = {}
         if city.answer == "sub_street" and city.partition is not None:
             sub_streets = with_sub_streets(places, photos, streets, city.partition)[1].shapes()
-    answers = answering(places, city)
-    made = _check_photos(photos, places, answers, city, folder)
-    unusable = [reject for summary in made for reject in summary["rejects"]]
+    answers = answer_places(places, city)
+    summaries = _check_photos(photos, places, answers, city, folder)
+    unusable = [reject for summary in summaries for reject in summary["rejects"]]
     rejects = sorted(rejects + without_address + unusable, key=lambda reject: reject["row"])
     write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), rejects_file)
-    found = Found(streets, places, answers, sub_streets, photos, {reject["id"] for reject in unusable}, rejects)
-    if len(rejects) > city.max_reject_share * total or not found.good:
-        invalidate_shards(folder / CHECKED_FOLDER, [summary for summary in made if summary["rejects"]])
+    data = CityData(streets, places, answers, sub_streets, photos, {reject["id"] for reject in unusable}, rejects)
+    if len(rejects) > city.max_reject_share * total or not data.usable:
+        invalidate_shards(folder / CHECKED_FOLDER, [summary for summary in summaries if summary["rejects"]])
         kinds = Counter(str(reject["reason"]).partition(":")[0] for reject in rejects)
         top = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(3))
         first = f"row {rejects[0]['row']}, {rejects[0]['reason']}"
-        more = ", or raise city.max_reject_share" if found.good else ""
+        more = ", or raise city.max_reject_share" if data.usable else ""
         raise InputError(
-            f"{len(rejects)} of {total} rows of {source} are bad ({top}; the first is {first}): mend the rows listed in "
+            f"{len(rejects)} of {total} rows of {source} are bad ({top}; the first is {first}): fix the rows listed in "
             f"{rejects_file}{more}."
         )
-    return found
+    return data
 
 
 def _street_map(city: CityConfig, photos: list[Photo]) -> StreetMap:
@@ -189,40 +193,39 @@ def _street_map(city: CityConfig, photos: list[Photo]) -> StreetMap:
 def _check_photos(
     photos: list[Photo], places: dict[str, Place], answers: dict[str, Place], city: CityConfig, folder: AnyPath
 ) -> list[Summary]:
-    """Read and check all photos on the cluster; the good ones go to a table of their own, the others are rejects."""
+    """Read and check all photos on the cluster; the good ones go to a table of their own, the others become rejects."""
     if not photos:
         return []
-    base = readers.photos_folder(city)
-    work = ShardWork(partial(check_photos, base, city.model_dump_json()), CHECKED, row_fingerprint=partial(files_of, base))
-    wanted = folder / WORK_DIR / "listed"
-    remove_tree(wanted)
-    tables.write_table(wanted, "photos", photo_table(photos, places, answers), LISTED, CHECKED_AT_A_TIME)
-    return run_shards(
-        "prepare: photos checked", plan_shards(wanted, "photos", CHECKED_AT_A_TIME), folder / CHECKED_FOLDER, work
-    )
+    source = readers.photos_folder(city)
+    function = partial(check_photos, source, city.model_dump_json())
+    work = ShardWork(function, CHECKED_SCHEMA, row_fingerprint=partial(photos_fingerprint, source))
+    listing = folder / WORK_DIR / "listed"
+    remove_tree(listing)
+    tables.write_table(listing, "photos", listing_rows(photos, places, answers), LISTING_SCHEMA, CHECK_SHARD)
+    return run_shards("prepare: photos checked", plan_shards(listing, "photos", CHECK_SHARD), folder / CHECKED_FOLDER, work)
 
 
 def _write_tables(
-    config: Config, folder: AnyPath, found: Found, photos: list[Photo], divided: PlaceSplit, gazetteer: Gazetteer
+    config: Config, folder: AnyPath, data: CityData, photos: list[Photo], split: PlaceSplit, gazetteer: Gazetteer
 ) -> None:
     """Save the gazetteer and write the tables of all splits, conversations included, on the cluster."""
     file = folder / "gazetteer.geojson"
     gazetteer.save(file)
-    part_of = {photo.id: divided.part[photo.place] for photo in photos}
+    part_of = {photo.id: split.part[photo.place] for photo in photos}
     position = {part: number for number, part in enumerate(SPLITS)}
-    parts = np.array([position.get(part_of.get(photo.id, "none"), -1) for photo in found.photos], dtype=np.int8)
+    parts = np.array([position.get(part_of.get(photo.id, "none"), -1) for photo in data.photos], dtype=np.int8)
     names = sources_fingerprint(str(file))
-    function = partial(finish_rows, parts, (str(file), names), config.city.model_dump_json(), config.seed)
+    function = partial(add_conversations, parts, (str(file), names), config.city.model_dump_json(), config.seed)
     work = ShardWork(function, tables.PHOTOS, fingerprint=names + sha256(parts).hexdigest())
-    run_shards("prepare: photos written", plan_shards(folder / CHECKED_FOLDER, "photos", SHARD), folder, work)
+    run_shards("prepare: photos written", plan_shards(folder / CHECKED_FOLDER, "photos", WRITE_SHARD), folder, work)
 
 
-def _write_aside(path: AnyPath, places: dict[str, Place], divided: PlaceSplit) -> None:
+def _write_aside(path: AnyPath, places: dict[str, Place], split: PlaceSplit) -> None:
     """The places that are in no split and why."""
     items = [
         {"place": p, "lat": places[p].lat, "lon": places[p].lon, "street": places[p].address.street,
          "district": places[p].address.district, "reason": reason}
-        for p, reason in divided.reason.items()
+        for p, reason in split.reason.items()
     ]  # fmt: skip
     write_parquet(pa.Table.from_pylist(items, schema=ASIDE), path)
 
@@ -230,19 +233,19 @@ def _write_aside(path: AnyPath, places: dict[str, Place], divided: PlaceSplit) -
 def _write_card(
     config: Config,
     folder: AnyPath,
-    found: Found,
+    data: CityData,
     photos: list[Photo],
-    divided: PlaceSplit,
+    split: PlaceSplit,
     gazetteer: Gazetteer,
     attribution: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Count what is in the tables and write the card beside them."""
-    with Heartbeat(lambda: "prepare: drawing the dataset card, working"):
+    with Heartbeat(lambda: "prepare: drawing the dataset card"):
         questions = {split: count_questions(folder, split) for split in SPLITS}
         asked = {split: counted for split, counted in questions.items() if counted}
-        card = make_card(config, found.places, photos, divided, gazetteer, found.rejects, asked, attribution)
+        card = make_card(config, data.places, photos, split, gazetteer, data.rejects, asked, attribution)
         used = {photo.place for photo in photos}
-        write_card(folder, card, [place for place in found.places.values() if place.id in used], divided, gazetteer)
+        write_card(folder, card, [place for place in data.places.values() if place.id in used], split, gazetteer)
     return card
 
 

@@ -10,7 +10,7 @@ from shapely.geometry import LineString
 
 from addressvlm import questions
 from addressvlm.config.city import CityConfig
-from addressvlm.dataset.build import SPLITS, finish_rows
+from addressvlm.dataset.build import SPLITS, add_conversations
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from tests.gazetteer.test_gazetteer import gazetteer
 
@@ -150,9 +150,9 @@ def test_a_dataset_does_not_call_the_ambiguous_street_wrong(tmp_path: Path) -> N
         city = CityConfig(hard_negative_share=1.0, ambiguous_m=ambiguous_m).model_dump_json()
         gazetteer = (str(tmp_path / "gazetteer.geojson"), "1")
         for part in (0, 2):
-            made = finish_rows(np.array([part], dtype=np.int8), gazetteer, city, 0, rows)
+            result = add_conversations(np.array([part], dtype=np.int8), gazetteer, city, 0, rows)
             wrong: dict[str, set[str]] = {"a": set(), "b": set()}
-            for row in made.tables[SPLITS[part]]:
+            for row in result.tables[SPLITS[part]]:
                 wrong[row["id"][0]] |= {name for r in row["rounds"] for name in r["options"]} - {"Street 7", "Town"}
             near_names = {f"Street {i}" for i in (5, 6, 8, 9)}
             assert {kind: near_names - names for kind, names in wrong.items()} == spared

@@ -1,4 +1,4 @@
-"""From checked photos with addresses to the rows of a city dataset; every function works on some rows at a time."""
+"""The rows of a city dataset: photos with addresses are listed, checked, and given their split and conversation."""
 
 import random
 from collections import Counter
@@ -24,12 +24,12 @@ from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.questions import test_rounds, training_rounds
 from addressvlm.storage import remote_path, tables
 from addressvlm.storage.files import local_folder_for, upload
-from addressvlm.storage.remote_path import RemotePath, path_of
+from addressvlm.storage.remote_path import path_of
 from addressvlm.storage.run_dir import Run, storage_dir
 from addressvlm.storage.shards import Rows, ShardResult, files_fingerprint
 
 SPLITS = ("train", "val", "test")
-LISTED = pa.schema(
+LISTING_SCHEMA = pa.schema(
     [
         ("index", pa.int64()),  # of the photo among those with an address
         ("row", pa.int64()),
@@ -38,11 +38,13 @@ LISTED = pa.schema(
         *[field for field in tables.PHOTOS if field.name not in ("image", "rounds")],
     ]
 )
-CHECKED = pa.schema([*LISTED, tables.PHOTOS.field("image")])
+CHECKED_SCHEMA = pa.schema([*LISTING_SCHEMA, tables.PHOTOS.field("image")])
 
 
-def photo_table(photos: Iterable[Photo], places: Mapping[str, Place], answers: Mapping[str, Place]) -> Iterator[dict[str, Any]]:
-    """Rows of LISTED: everything about the photos but their pixels; `answers` are the places as `answering` gives them."""
+def listing_rows(
+    photos: Iterable[Photo], places: Mapping[str, Place], answers: Mapping[str, Place]
+) -> Iterator[dict[str, Any]]:
+    """Rows of LISTING_SCHEMA: all of the photos but their pixels; `answers` are the places from `answer_places`."""
     for index, photo in enumerate(photos):
         place, answer = places[photo.place], answers[photo.place]
         yield {
@@ -68,18 +70,18 @@ def photo_table(photos: Iterable[Photo], places: Mapping[str, Place], answers: M
         }
 
 
-def check_photos(base: str, city: str, rows: Rows) -> ShardResult:
-    """Rows of LISTED -> rows of CHECKED in the split `photos`; photos that can't be used are rejects.
+def check_photos(folder: str, city: str, rows: Rows) -> ShardResult:
+    """Rows of LISTING_SCHEMA -> rows of CHECKED_SCHEMA in the split `photos`; photos that can't be used become rejects.
 
     Args:
-        base: folder or URI that files are relative to.
+        folder: path or URI that files are relative to.
         city: a CityConfig as JSON.
     """
-    config = _city(city)
+    config = _parse_city(city)
     fov_deg, pixels = (config.panorama.fov_deg, config.panorama.pixels) if config.panorama else (None, None)
     good, rejects = [], []
     for row in rows:
-        checked = check_photo(remote_path.join(base, row["file"]), config.max_megapixels, row["view"], fov_deg, pixels)
+        checked = check_photo(remote_path.join(folder, row["file"]), config.max_megapixels, row["view"], fov_deg, pixels)
         if isinstance(checked, bytes):
             good.append({**row, "image": {"bytes": checked, "path": row["file"]}})
         else:
@@ -87,47 +89,47 @@ def check_photos(base: str, city: str, rows: Rows) -> ShardResult:
     return ShardResult({"photos": good}, rejects)
 
 
-def files_of(base: str, rows: Iterable[dict[str, Any]]) -> str:
-    """Fingerprint of the files that rows of LISTED name."""
-    return files_fingerprint(remote_path.join(base, row["file"]) for row in rows)
+def photos_fingerprint(folder: str, rows: Iterable[dict[str, Any]]) -> str:
+    """Fingerprint of the files of rows of LISTING_SCHEMA."""
+    return files_fingerprint(remote_path.join(folder, row["file"]) for row in rows)
 
 
-def finish_rows(part: NDArray[np.int8], gazetteer: tuple[str, str], city: str, seed: int, rows: Rows) -> ShardResult:
-    """Rows of CHECKED -> rows of `tables.PHOTOS` in their splits, with conversations.
+def add_conversations(part: NDArray[np.int8], gazetteer: tuple[str, str], city: str, seed: int, rows: Rows) -> ShardResult:
+    """Rows of CHECKED_SCHEMA -> rows of `tables.PHOTOS` in their splits, with conversations.
 
     The conversation about a photo depends on the seed and the photo's id alone, besides address and gazetteer.
 
     Args:
         part: (photos,) position of the photo's split in SPLITS by `index`, -1 if it is in none.
-        gazetteer: path and fingerprint of where the wrong names come from.
+        gazetteer: path and fingerprint of the gazetteer that wrong names are drawn from.
         city: a CityConfig as JSON.
     """
-    names, config = _kept_gazetteer(*gazetteer), _city(city)
-    made: dict[str, Rows] = {split: [] for split in SPLITS}
+    names, config = _load_gazetteer(*gazetteer), _parse_city(city)
+    splits: dict[str, Rows] = {split: [] for split in SPLITS}
     for row in rows:
         if part[row["index"]] < 0:
             continue
         split = SPLITS[part[row["index"]]]
         address, rng = Address(row["street"], row["district"]), random.Random(f"{seed}:{row['id']}")
-        doubtful = names.around(row["lat"], row["lon"], config.ambiguous_m)  # as near to the camera as an ambiguous street is
+        uncertain = names.around(row["lat"], row["lon"], config.ambiguous_m)  # may be right as well, so no wrong answers
         if row["ambiguous"]:
-            doubtful.add(row["second_street"])
+            uncertain.add(row["second_street"])
         if split == "train":
-            rounds = training_rounds(address, names, rng, config.rounds, config.hard_negative_share, doubtful)
+            rounds = training_rounds(address, names, rng, config.rounds, config.hard_negative_share, uncertain)
         else:
-            rounds = test_rounds(address, names, rng, config.hard_negative_share, doubtful)
-        made[split].append({**row, "rounds": rounds})
-    return ShardResult(made)
+            rounds = test_rounds(address, names, rng, config.hard_negative_share, uncertain)
+        splits[split].append({**row, "rounds": rounds})
+    return ShardResult(splits)
 
 
-def answering(places: Mapping[str, Place], city: CityConfig) -> dict[str, Place]:
-    """The places with the address that questions are about: that of the sub-street where the settings say so."""
+def answer_places(places: Mapping[str, Place], city: CityConfig) -> dict[str, Place]:
+    """The places with the address that questions are about: with city.answer sub_street its street is the sub-street."""
     if city.answer == "street":
         return dict(places)
     return {i: replace(p, address=Address(p.sub_street or p.address.street, p.address.district)) for i, p in places.items()}
 
 
-def gazetteer_of(
+def build_gazetteer(
     city: CityConfig,
     streets: StreetMap,
     places: Mapping[str, Place],
@@ -137,19 +139,19 @@ def gazetteer_of(
     """The addresses of these photos with the shapes of their streets and districts.
 
     Args:
-        places: see `answering`.
+        places: from `answer_places`.
         sub_streets: shapes of sub-streets, where the addresses name them.
     """
-    photos_at = Counter(photo.place for photo in photos)
-    addresses = [places[place].address for place in sorted(photos_at)]
-    on_street: Counter[str] = Counter()
-    for place, count in photos_at.items():
-        on_street[places[place].address.street] += count
+    photo_counts = Counter(photo.place for photo in photos)
+    addresses = [places[place].address for place in sorted(photo_counts)]
+    street_photos: Counter[str] = Counter()
+    for place, count in photo_counts.items():
+        street_photos[places[place].address.street] += count
     return Gazetteer(
         addresses,
         {**streets.street_shapes([a.street for a in addresses]), **(sub_streets or {})},
         streets.district_shapes([a.district for a in addresses]),
-        on_street,
+        street_photos,
         Counter(a.street for a in addresses),
         city.name,
         city.attribution,
@@ -158,56 +160,51 @@ def gazetteer_of(
 
 
 @lru_cache(maxsize=2)
-def _kept_gazetteer(path: str, fingerprint: str) -> Gazetteer:
+def _load_gazetteer(path: str, fingerprint: str) -> Gazetteer:
     return Gazetteer.load(path_of(path))
 
 
 @lru_cache(maxsize=2)
-def _city(city: str) -> CityConfig:
+def _parse_city(city: str) -> CityConfig:
     return CityConfig.model_validate_json(city)
 
 
-NO_IMAGERY = "none"  # of tiles.imagery
-
-
 def resolve_city_files(config: Config, run: Run) -> Config:
-    """The settings with the paths filled in; a toy city is drawn into the run's `input` folder if it is not there.
+    """The settings with all paths set; a toy city is drawn into the run's `input` folder unless it is there.
 
-    Tiles of an XYZ server are kept for all runs of the storage.
+    Tiles of an XYZ server are shared by all runs of the storage.
 
     Raises:
         InputError: neither manifest nor photos are set, there is no such toy city, or the folder can't be written.
     """
+    city, imagery = config.city, config.tiles.imagery
+    if not city.toy:
+        readers.source_path(city)
+    else:
+        paths = _draw_toy_city(city.toy, run)
+        city = city.model_copy(update={key: paths[key] for key in ("manifest", "photos", "streets", "districts")})
+        imagery = imagery or paths["imagery"]
     cache = config.tiles.cache or str(local_folder_for(storage_dir(config.storage)) / "tile-cache")
-    config = config.model_copy(update={"tiles": config.tiles.model_copy(update={"cache": cache})})
-    if not config.city.toy:
-        readers.source_path(config.city)
-        return _with_imagery(config, config.tiles.imagery)
+    tiles = config.tiles.model_copy(update={"cache": cache, "imagery": None if imagery == "none" else imagery})
+    return config.model_copy(update={"city": city, "tiles": tiles})
+
+
+def _draw_toy_city(name: str, run: Run) -> dict[str, str]:
+    """The paths of a toy city's files; in a store they are drawn on this machine, and the manifest is uploaded last."""
     from addressvlm.demo.city import write_city
 
-    folder = run.input / config.city.toy
+    folder = run.input / name
     if not (folder / "manifest.csv").is_file():
-        print(f"prepare: drawing the toy city {config.city.toy}", flush=True)
+        print(f"prepare: drawing the toy city {name}", flush=True)
     try:
-        paths = write_city(config.city.toy, folder) if isinstance(folder, Path) else _in_store(config.city.toy, folder)
+        if isinstance(folder, Path):
+            return write_city(name, folder)
+        local = local_folder_for(folder)
+        paths = {key: Path(path) for key, path in write_city(name, local).items()}
+        manifest = paths["manifest"]
+        if not (folder / manifest.name).is_file():
+            for file in sorted((f for f in local.rglob("*") if f.is_file()), key=lambda file: file == manifest):
+                upload(file, folder / file.relative_to(local).as_posix())
+        return {key: str(folder / path.name) for key, path in paths.items()}
     except OSError as error:
         raise InputError(f"{folder} can't be written ({error.strerror}): set storage to a folder with room.") from None
-    city = config.city.model_copy(update={key: paths[key] for key in ("manifest", "photos", "streets", "districts")})
-    return _with_imagery(config.model_copy(update={"city": city}), config.tiles.imagery or paths["imagery"])
-
-
-def _with_imagery(config: Config, imagery: str | None) -> Config:
-    tiles = config.tiles.model_copy(update={"imagery": None if imagery == NO_IMAGERY else imagery})
-    return config.model_copy(update={"tiles": tiles})
-
-
-def _in_store(name: str, folder: RemotePath) -> dict[str, str]:
-    """The paths of a toy city in a store; it is drawn on this machine, and its manifest is sent last."""
-    from addressvlm.demo.city import write_city
-
-    drawn = local_folder_for(folder)
-    paths = {key: Path(path) for key, path in write_city(name, drawn).items()}
-    if not (folder / paths["manifest"].name).is_file():
-        for file in sorted((f for f in drawn.rglob("*") if f.is_file()), key=lambda file: file == paths["manifest"]):
-            upload(file, folder / file.relative_to(drawn).as_posix())
-    return {key: str(folder / path.name) for key, path in paths.items()}

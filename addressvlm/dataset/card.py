@@ -1,8 +1,8 @@
-"""The dataset card: what is in a city's dataset, how it was split, where it comes from and on which terms.
+"""The dataset card: the content, split, sources and licences of a city's dataset.
 
 Counts as in paper 001 (Table 6) and paper 002 (Table 8), the long tail before and after the partition (its Fig. 10), the
-map of streets in colours (its Fig. 4). `make_card` counts, `write_card` writes three forms of the same: card.json for
-programs, README.md for people and the Hugging Face hub, card.html with the pictures inside.
+map of streets in colours (its Fig. 4). `make_card` counts, `write_card` writes card.json for programs, README.md for people and
+the Hugging Face hub, and card.html with the figures embedded.
 """
 
 import base64
@@ -22,7 +22,8 @@ import yaml
 
 from addressvlm.config import Config, TilesConfig
 from addressvlm.config.city import CityConfig
-from addressvlm.dataset.card_figures import CityPicture, long_tail
+from addressvlm.dataset.card_figures import CityFigures, long_tail
+from addressvlm.dataset.geo_files import OSM_SUFFIXES
 from addressvlm.dataset.geocoding import Place
 from addressvlm.dataset.photos import Photo
 from addressvlm.dataset.split import PlaceSplit
@@ -41,14 +42,13 @@ COUNTS = {"area_km2": "area, km²", "places": "places", "districts": "districts"
 TAIL = {"names": "names", "largest": "most on one", "median": "median", "with_fewer_than_5": "names with fewer than 5",
         "share_of_largest_tenth": "share of the largest tenth"}  # fmt: skip
 ADDRESS_SOURCES = {
-    "manifest": "given with the photos",
+    "manifest": "from the table of photos",
     "map": "the nearest named street of the map",
     "nominatim": "answers of Nominatim",
     "google": "answers of Google's geocoder",
     "neighbour": "the answer for a neighbouring place",
 }
-OSM = "© OpenStreetMap contributors, ODbL 1.0, https://www.openstreetmap.org/copyright"
-OSM_ENDINGS = (".osm", ".pbf", ".osm.gz", ".osm.bz2")
+OSM_ATTRIBUTION = "© OpenStreetMap contributors, ODbL 1.0, https://www.openstreetmap.org/copyright"
 
 Questions = Mapping[str, Mapping[str, Mapping[str, int]]]  # split -> level -> kind -> number
 
@@ -57,22 +57,22 @@ def make_card(
     config: Config,
     places: Mapping[str, Place],
     photos: Sequence[Photo],
-    divided: PlaceSplit,
+    split: PlaceSplit,
     gazetteer: Gazetteer,
     rejects: Iterable[Mapping[str, Any]],
     questions: Questions,
     attribution: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What card.json holds.
+    """The content of card.json.
 
     Args:
-        config: with the paths of the city filled in.
+        config: with all paths of the city set.
         photos: those in the dataset or aside, all of places in `places`.
         rejects: rows of `tables.REJECTS`.
-        questions: what `count_questions` found in each split.
-        attribution: of sources that the settings do not tell, such as the imagery's own.
+        questions: `count_questions` of each split.
+        attribution: of sources that are not in the settings, such as the imagery's own.
     """
-    by_part = {p: [photo for photo in photos if divided.part[photo.place] == p] for p in PARTS}
+    by_part = {p: [photo for photo in photos if split.part[photo.place] == p] for p in PARTS}
     used = {photo.place: places[photo.place] for photo in photos}
     counts = _counts(photos, places, questions.values())
     return {
@@ -87,31 +87,29 @@ def make_card(
         **counts,
         "ambiguous_share": round(counts["ambiguous_photos"] / max(counts["photos"], 1), 4),
         "gazetteer": {"streets": len(gazetteer.streets), "addresses": len(gazetteer.addresses)},
-        "splits": {p: _counts(chosen, places, [questions.get(p, {})]) for p, chosen in by_part.items() if chosen},
-        "questions_by_kind": {p: {level: dict(kinds) for level, kinds in asked.items()} for p, asked in questions.items()},
-        "places_per": {
-            what: _tail(names) for what, names in places_per(used.values()).items() if names
-        },
+        "splits": {p: _counts(group, places, [questions.get(p, {})]) for p, group in by_part.items() if group},
+        "questions_by_kind": {p: {level: dict(kinds) for level, kinds in levels.items()} for p, levels in questions.items()},
+        "places_per": {unit: _tail(counts) for unit, counts in places_per(used.values()).items() if counts},
         "address_sources": dict(Counter(place.source for place in used.values()).most_common()),
         "rejected": dict(Counter(str(r["reason"]).partition(":")[0] for r in rejects).most_common()),
-        "aside": dict(Counter(divided.reason.values()).most_common()),
-        "min_train_to_held_out_m": divided.min_distance_m,
+        "aside": dict(Counter(split.reason.values()).most_common()),
+        "min_train_to_held_out_m": split.min_distance_m,
     }  # fmt: skip
 
 
 def count_questions(folder: AnyPath, split: str) -> dict[str, dict[str, int]]:
     """Level -> kind -> number of questions in a split of `tables.PHOTOS`; reads no images."""
-    counted: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     for file in list_files(folder, f"{split}-*.parquet"):
         with open_parquet(file) as opened:
             for batch in opened.iter_batches(columns=["rounds.list.element.level", "rounds.list.element.kind"]):
-                asked = batch["rounds"].flatten()
-                levels, kinds = (pc.struct_field(asked, field).to_pylist() for field in ("level", "kind"))
-                counted.update(zip(levels, kinds, strict=True))
+                rounds = batch["rounds"].flatten()
+                levels, kinds = (pc.struct_field(rounds, field).to_pylist() for field in ("level", "kind"))
+                counts.update(zip(levels, kinds, strict=True))
     return {
-        level: {kind: counted[level, kind] for kind in KINDS if counted[level, kind]}
+        level: {kind: counts[level, kind] for kind in KINDS if counts[level, kind]}
         for level in LEVELS
-        if any(counted[level, kind] for kind in KINDS)
+        if any(counts[level, kind] for kind in KINDS)
     }
 
 
@@ -125,36 +123,36 @@ def places_per(places: Iterable[Place]) -> dict[str, dict[str, int]]:
 
 
 def write_card(
-    folder: AnyPath, card: Mapping[str, Any], places: Iterable[Place], divided: PlaceSplit, gazetteer: Gazetteer
+    folder: AnyPath, card: Mapping[str, Any], places: Iterable[Place], split: PlaceSplit, gazetteer: Gazetteer
 ) -> None:
-    """Write card.json, README.md, card.html and the pictures (figures/*.png) into the folder of the tables.
+    """Write card.json, README.md, card.html and figures/*.png into the folder of the tables.
 
     Args:
         card: from `make_card`.
-        places: those to be drawn, all in `divided`.
+        places: those to draw, all in `split`.
     """
     places = list(places)
     (folder / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    picture, counted = CityPicture(places, gazetteer), places_per(places)
+    city, counts = CityFigures(places, gazetteer), places_per(places)
     figures = {
-        "streets": picture.street_map(),
-        "splits": picture.split_map(divided.part),
-        "long-tail": long_tail(counted["street"], counted["sub_street"]),
+        "streets": city.street_map(),
+        "splits": city.split_map(split.part),
+        "long-tail": long_tail(counts["street"], counts["sub_street"]),
     }
     (folder / "figures").mkdir(exist_ok=True)
     for name, png in figures.items():
         (folder / "figures" / f"{name}.png").write_bytes(png)
-    facts = _facts(card)
+    values = _template_values(card)
     header = _header(card, [part for part in HUB_SPLITS if tables.count_rows(folder, part)])
-    (folder / "README.md").write_text(_render("card.md", header=header, **facts), encoding="utf-8")
-    pictures = {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in figures.items()}
-    (folder / "card.html").write_text(_render("card.html", pictures=pictures, **facts), encoding="utf-8")
+    (folder / "README.md").write_text(_render("card.md", header=header, **values), encoding="utf-8")
+    embedded = {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in figures.items()}
+    (folder / "card.html").write_text(_render("card.html", figures=embedded, **values), encoding="utf-8")
 
 
-def _counts(photos: Sequence[Photo], places: Mapping[str, Place], asked: Iterable[Mapping[str, Mapping[str, int]]]) -> Any:
+def _counts(photos: Sequence[Photo], places: Mapping[str, Place], questions: Iterable[Mapping[str, Mapping[str, int]]]) -> Any:
     """The numbers of one column of the table."""
-    chosen = [places[photo.place] for photo in photos]
-    distinct = list({place.id: place for place in chosen}.values())
+    photo_places = [places[photo.place] for photo in photos]
+    distinct = list({place.id: place for place in photo_places}.values())
     sub_streets = {place.sub_street for place in distinct if place.sub_street}
     return {
         "area_km2": _area_km2(distinct),
@@ -163,8 +161,8 @@ def _counts(photos: Sequence[Photo], places: Mapping[str, Place], asked: Iterabl
         "streets": len({place.address.street for place in distinct}),
         **({"sub_streets": len(sub_streets)} if sub_streets else {}),
         "photos": len(photos),
-        "questions": sum(n for levels in asked for kinds in levels.values() for n in kinds.values()),
-        "ambiguous_photos": sum(place.ambiguous for place in chosen),
+        "questions": sum(n for levels in questions for kinds in levels.values() for n in kinds.values()),
+        "ambiguous_photos": sum(place.ambiguous for place in photo_places),
     }
 
 
@@ -174,9 +172,9 @@ def _area_km2(places: Sequence[Place]) -> float:
     return round(abs(pyproj.Geod(ellps="WGS84").geometry_area_perimeter(hull)[0]) / 1e6, 3)
 
 
-def _tail(counted: Mapping[str, int]) -> dict[str, float]:
-    """How unevenly places are spread over names."""
-    counts = np.sort(np.array(list(counted.values())))[::-1]
+def _tail(places_per_name: Mapping[str, int]) -> dict[str, float]:
+    """The long tail of places over names."""
+    counts = np.sort(np.array(list(places_per_name.values())))[::-1]
     top = counts[: max(1, round(0.1 * len(counts)))]
     return {
         "names": len(counts),
@@ -188,46 +186,45 @@ def _tail(counted: Mapping[str, int]) -> dict[str, float]:
 
 
 def _attribution(config: Config, more: Sequence[str]) -> list[str]:
-    """What is given, and OpenStreetMap's where its data is used and nobody said so; each once."""
+    """That of the settings and sources, and OpenStreetMap's where its data is used and the settings lack it; each once."""
     city = config.city
-    given = [*city.attribution, *([config.tiles.attribution] if config.tiles.attribution else []), *more]
-    uses_osm = any(str(path or "").lower().endswith(OSM_ENDINGS) for path in (city.streets, city.districts))
+    lines = [*city.attribution, *([config.tiles.attribution] if config.tiles.attribution else []), *more]
+    uses_osm = any(str(path or "").lower().endswith(OSM_SUFFIXES) for path in (city.streets, city.districts))
     uses_osm |= city.geocoder is not None and city.geocoder.service == "nominatim"
-    if uses_osm and not any("openstreetmap" in line.lower() for line in given):
-        given.append(OSM)
-    return list(dict.fromkeys(given))
+    if uses_osm and not any("openstreetmap" in line.lower() for line in lines):
+        lines.append(OSM_ATTRIBUTION)
+    return list(dict.fromkeys(lines))
 
 
 def _sources(city: CityConfig, tiles: TilesConfig) -> dict[str, str]:
-    """What the dataset was made from, by file name or host only: addresses may hold keys, paths may hold names."""
-    named = {
+    """The sources by file name or host only: addresses may contain keys, paths may contain names."""
+    paths = {
         "photos": city.manifest or city.photos,
         "streets": city.streets,
         "districts": city.districts,
         "imagery": tiles.imagery,
     }
-    sources = {what: _short(text) for what, text in named.items() if text}
+    sources = {}
+    for name, path in paths.items():
+        if path:
+            url = urlsplit(path)
+            sources[name] = str(url.hostname) if url.scheme in ("http", "https") else path.rstrip("/").rpartition("/")[2]
     if city.geocoder:
         sources["geocoder"] = city.geocoder.service
     return sources
 
 
-def _short(text: str) -> str:
-    address = urlsplit(text)
-    return str(address.hostname) if address.scheme in ("http", "https") else text.rstrip("/").rpartition("/")[2]
-
-
-def _facts(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What both templates show, in order."""
-    asked = {part: levels for part, levels in card["questions_by_kind"].items() if levels}
+def _template_values(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of both templates, in order."""
+    questions = {part: levels for part, levels in card["questions_by_kind"].items() if levels}
     return {
         "card": card,
         "parts": [part for part in PARTS if part in card["splits"]],
-        "rows": [(key, words) for key, words in COUNTS.items() if key in card],
+        "rows": [(key, label) for key, label in COUNTS.items() if key in card],
         "tail_rows": list(TAIL.items()),
-        "asked": asked,
+        "questions": questions,
         "question_rows": [
-            (level, kind) for level in LEVELS for kind in KINDS if any(kind in a.get(level, {}) for a in asked.values())
+            (level, kind) for level in LEVELS for kind in KINDS if any(kind in q.get(level, {}) for q in questions.values())
         ],
         "address_sources": ADDRESS_SOURCES,
     }
@@ -237,7 +234,7 @@ def _header(card: Mapping[str, Any], parts: Iterable[str]) -> str:
     """The YAML that the Hugging Face hub and `datasets.load_dataset` read."""
     n = card["photos"]
     bounds = [(10**power, f"{_thousands(10 ** (power - 1))}<n<{_thousands(10**power)}") for power in range(4, 10)]
-    size = "n<1K" if n < 1000 else next(words for bound, words in bounds if n < bound)
+    size = "n<1K" if n < 1000 else next(size for bound, size in bounds if n < bound)
     header = {
         "pretty_name": card["city"],
         "license": card["license"],
@@ -257,7 +254,7 @@ def _thousands(n: int) -> str:
     return next(f"{n // unit}{letter}" for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")) if n >= unit)
 
 
-def _render(name: str, **facts: Any) -> str:
+def _render(name: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=name.endswith(".html"),
@@ -270,4 +267,4 @@ def _render(name: str, **facts: Any) -> str:
     environment.filters["of"] = lambda number, noun: f"{number:,} {noun}{'' if number == 1 else 's'}"
     environment.filters["cell"] = lambda text: " ".join(str(text).replace("|", "\\|").replace("<", "&lt;").split())
     environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
-    return environment.get_template(name).render(**facts)
+    return environment.get_template(name).render(**values)

@@ -34,12 +34,12 @@ PHOTOS = [
 
 
 def rows(answers: dict[str, Place] = PLACES) -> list[dict[str, Any]]:
-    return list(build.photo_table(PHOTOS, PLACES, answers))
+    return list(build.listing_rows(PHOTOS, PLACES, answers))
 
 
 def test_listed_rows_keep_what_is_of_the_photo_and_what_of_the_place() -> None:
     city = CityConfig(answer="sub_street", partition=PartitionConfig())
-    answers = build.answering(PLACES, city)
+    answers = build.answer_places(PLACES, city)
     listed = rows(answers)
     assert [row["index"] for row in listed] == list(range(len(PHOTOS)))
     for row, photo in zip(listed, PHOTOS, strict=True):
@@ -47,8 +47,8 @@ def test_listed_rows_keep_what_is_of_the_photo_and_what_of_the_place() -> None:
         assert (row["lat"], row["lon"], row["heading"], row["view"]) == (photo.lat, photo.lon, photo.heading, photo.view)
         assert (row["street"], row["main_street"]) == (place.sub_street, place.address.street)
         assert (row["second_street"], row["cross_street"], row["ambiguous"]) == ("Oak Road", "Mill Street", place.id == "p1")
-        assert set(row) == set(build.LISTED.names)
-    assert build.answering(PLACES, CityConfig()) == PLACES
+        assert set(row) == set(build.LISTING_SCHEMA.names)
+    assert build.answer_places(PLACES, CityConfig()) == PLACES
 
 
 def test_each_panorama_is_cut_where_its_row_says(tmp_path: Path) -> None:
@@ -57,23 +57,25 @@ def test_each_panorama_is_cut_where_its_row_says(tmp_path: Path) -> None:
     panorama = Image.fromarray(noise).resize((256, 128))
     for photo in PHOTOS[:4]:
         panorama.save(tmp_path / photo.file)
-    made = build.check_photos(str(tmp_path), city.model_dump_json(), rows()[:5])
-    for row in made.tables["photos"]:
+    result = build.check_photos(str(tmp_path), city.model_dump_json(), rows()[:5])
+    for row in result.tables["photos"]:
         expected = np.asarray(cut_view(panorama, row["view"], 70, 64)).astype(int)
         assert abs(np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).astype(int) - expected).mean() < 4
-    assert [(r["id"], r["row"]) for r in made.rejects] == [(PHOTOS[4].id, PHOTOS[4].row)]
+    assert [(r["id"], r["row"]) for r in result.rejects] == [(PHOTOS[4].id, PHOTOS[4].row)]
     alone = [build.check_photos(str(tmp_path), city.model_dump_json(), [row]).tables["photos"] for row in rows()[:4]]
-    assert made.tables["photos"] == [row for found in alone for row in found]
+    assert result.tables["photos"] == [row for found in alone for row in found]
 
 
 def test_conversations_depend_on_the_seed_and_the_photo_alone(tmp_path: Path) -> None:
     city = CityConfig(rounds=3)
-    gazetteer = build.gazetteer_of(city, StreetMap([], []), PLACES, PHOTOS)
+    gazetteer = build.build_gazetteer(city, StreetMap([], []), PLACES, PHOTOS)
     gazetteer.save(tmp_path / "gazetteer.geojson")
     part = np.array([index % 4 - 1 for index in range(len(PHOTOS))], dtype=np.int8)
 
     def finished(some: list[dict[str, Any]], seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-        return build.finish_rows(part, (str(tmp_path / "gazetteer.geojson"), "x"), city.model_dump_json(), seed, some).tables
+        return build.add_conversations(
+            part, (str(tmp_path / "gazetteer.geojson"), "x"), city.model_dump_json(), seed, some
+        ).tables
 
     together = finished(rows())
     assert {split: [row["index"] % 4 - 1 for row in made] for split, made in together.items()} == {
@@ -89,6 +91,6 @@ def test_conversations_depend_on_the_seed_and_the_photo_alone(tmp_path: Path) ->
 
 
 def test_the_gazetteer_counts_photos_and_places_of_each_street() -> None:
-    gazetteer = build.gazetteer_of(CityConfig(name="Town"), StreetMap([], []), PLACES, PHOTOS)
+    gazetteer = build.build_gazetteer(CityConfig(name="Town"), StreetMap([], []), PLACES, PHOTOS)
     assert gazetteer._photos == {s: sum(PLACES[p.place].address.street == s for p in PHOTOS) for s in STREETS}
     assert gazetteer._places == dict.fromkeys(STREETS, 2)

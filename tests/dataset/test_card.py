@@ -19,7 +19,7 @@ from PIL import Image
 from addressvlm.config import Config, TilesConfig
 from addressvlm.config.city import CityConfig, DensityConfig, GeocoderConfig
 from addressvlm.dataset import card
-from addressvlm.dataset.card_figures import HUES, CityPicture, _colours, long_tail
+from addressvlm.dataset.card_figures import HUES, CityFigures, _colours, long_tail
 from addressvlm.dataset.geocoding import Place
 from addressvlm.dataset.photos import Photo
 from addressvlm.dataset.split import PlaceSplit
@@ -49,14 +49,14 @@ class City:
         self.places = {p.id: p for p in along + across}
         self.photos = [Photo(2 * i + j, f"{p}-{j}", "", p, 0, 0) for i, p in enumerate(self.places) for j in range(2)]
         part = {p: ("train", "train", "val", "test", "aside")[i % 5] for i, p in enumerate(self.places)}
-        self.divided = PlaceSplit(part, {"p4": "nearer than 25 m to a test place", "p9": "thinned to 0.5"}, 51.25)
+        self.split = PlaceSplit(part, {"p4": "nearer than 25 m to a test place", "p9": "thinned to 0.5"}, 51.25)
         lines = {MILL: shapely.LineString([(-0.001, 0), (0.001, 0)]), HIGH: shapely.LineString([(0, -0.001), (0, 0.001)])}
         self.gazetteer = Gazetteer(
             [Address(MILL, "Harbour"), Address(HIGH, "Harbour")], lines, {"Harbour": shapely.box(-0.002, -0.002, 0.002, 0.002)}
         )
 
     def card(self, questions: card.Questions | None = None, **given: Any) -> dict[str, Any]:
-        found = (self.config, self.places, self.photos, self.divided, self.gazetteer, REJECTS)
+        found = (self.config, self.places, self.photos, self.split, self.gazetteer, REJECTS)
         return card.make_card(*found, questions or {}, **given)
 
     def write(self, folder: Path) -> dict[str, Any]:
@@ -64,13 +64,11 @@ class City:
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
         for part in ("train", "val", "test"):
-            rows = [
-                self._row(photo, part, buffer.getvalue()) for photo in self.photos if self.divided.part[photo.place] == part
-            ]
+            rows = [self._row(photo, part, buffer.getvalue()) for photo in self.photos if self.split.part[photo.place] == part]
             tables.write_table(folder, part, rows, tables.PHOTOS)
         asked = {part: card.count_questions(folder, part) for part in ("train", "val", "test")}
         written = self.card(asked)
-        card.write_card(folder, written, self.places.values(), self.divided, self.gazetteer)
+        card.write_card(folder, written, self.places.values(), self.split, self.gazetteer)
         return written
 
     def _row(self, photo: Photo, part: str, image: bytes) -> dict[str, Any]:
@@ -108,7 +106,7 @@ def test_areas_are_those_on_the_globe(lat: float) -> None:
     at = [globe.fwd(25, lat, azimuth, 2000**0.5 * 1000**0.5)[:2] for azimuth in (45, 135, 225, 315)]
     corners = [place(i, 0, 0, MILL, lat=y, lon=x) for i, (x, y) in enumerate(at)]
     assert card._area_km2(corners) == pytest.approx(4, abs=0.002)
-    picture = CityPicture(corners, Gazetteer([Address(MILL, "Harbour")]))
+    picture = CityFigures(corners, Gazetteer([Address(MILL, "Harbour")]))
     assert np.abs(picture.xy) == pytest.approx(np.full((4, 2), 1000), abs=1)
     assert np.sign(picture.xy).tolist() == [[1, 1], [1, -1], [-1, -1], [-1, 1]]
 
@@ -171,9 +169,9 @@ def test_the_page_needs_nothing_else_and_escapes_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("city", "tiles", "expected"),
     [
-        ({"streets": "/data/town.osm.pbf"}, {}, [card.OSM]),
+        ({"streets": "/data/town.osm.pbf"}, {}, [card.OSM_ATTRIBUTION]),
         ({"streets": "town.osm.pbf", "attribution": ["Map: OpenStreetMap, ODbL"]}, {}, ["Map: OpenStreetMap, ODbL"]),
-        ({"streets": "roads.geojson", "geocoder": GeocoderConfig()}, {}, [card.OSM]),
+        ({"streets": "roads.geojson", "geocoder": GeocoderConfig()}, {}, [card.OSM_ATTRIBUTION]),
         ({"streets": "roads.geojson", "geocoder": GeocoderConfig(service="google")}, {}, []),
         ({"attribution": ["a", "a"]}, {"attribution": "© tiles"}, ["a", "© tiles", "© imagery"]),
     ],
@@ -199,13 +197,13 @@ def test_a_dataset_of_one_split_and_one_place(tmp_path: Path) -> None:
     town = City(density=DensityConfig(views=0.5))
     town.places = {"p0": place(0, 0, 0, MILL)}
     town.photos = town.photos[:1]
-    town.divided = PlaceSplit({"p0": "test"}, {}, None)
+    town.split = PlaceSplit({"p0": "test"}, {}, None)
     town.gazetteer = Gazetteer([Address(MILL, "Harbour")])
     written = town.write(tmp_path)
     assert list(written["splits"]) == ["test"]
     assert written["area_km2"] == 0
     assert "sub_streets" not in written
-    assert "find out before you pass this dataset on" in (tmp_path / "README.md").read_text()
+    assert "clarify them before you publish this dataset" in (tmp_path / "README.md").read_text()
 
 
 def test_neighbouring_streets_differ_in_colour() -> None:
@@ -225,8 +223,8 @@ def test_pictures_are_the_same_every_time_and_draw_no_missing_glyphs() -> None:
     gazetteer = Gazetteer([Address(street, "中央区"), Address(MILL, "Harbour")], shapes, town.gazetteer.district_geometry)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        drawn = [CityPicture(places, gazetteer).street_map() for _ in range(2)]
-        CityPicture(places, gazetteer).split_map(part)
+        drawn = [CityFigures(places, gazetteer).street_map() for _ in range(2)]
+        CityFigures(places, gazetteer).split_map(part)
         long_tail({street: 3, MILL: 1}, {})
     assert drawn[0] == drawn[1]
     assert Image.open(io.BytesIO(drawn[0])).width > 1000

@@ -160,9 +160,9 @@ def scattered(seed: int, number: int, addresses: int) -> list[Place]:
 @given(
     st.integers(0, 10**6), st.integers(1, 150), st.integers(1, 20), st.sampled_from([0.0, 10.0, 25.0, 60.0]), st.integers(0, 5)
 )
-def test_split_keeps_its_promises(scatter: int, number: int, addresses: int, guard: float, seed: int) -> None:
+def test_split_keeps_its_promises(scatter: int, number: int, addresses: int, split_buffer_m: float, seed: int) -> None:
     places = scattered(scatter, number, addresses)
-    city = CityConfig(split_buffer_m=guard)
+    city = CityConfig(split_buffer_m=split_buffer_m)
     result = split_places(places, city, seed)
     shuffled = list(places)
     random.Random(1).shuffle(shuffled)
@@ -173,10 +173,10 @@ def test_split_keeps_its_promises(scatter: int, number: int, addresses: int, gua
     held_out = [p for p in places if result.part[p.id] in ("val", "test")]
     assert {p.address for p in held_out} <= {p.address for p in train}
     gaps = [math.dist((a.x, a.y), (b.x, b.y)) for a in train for b in held_out]
-    assert min(gaps, default=math.inf) >= guard
+    assert min(gaps, default=math.inf) >= split_buffer_m
     assert result.min_distance_m == (pytest.approx(min(gaps)) if gaps else None)
     val, test = ([p for p in held_out if result.part[p.id] == part] for part in ("val", "test"))
-    assert all(math.dist((a.x, a.y), (b.x, b.y)) >= guard for a in val for b in test)
+    assert all(math.dist((a.x, a.y), (b.x, b.y)) >= split_buffer_m for a in val for b in test)
 
 
 def test_split_reaches_its_shares() -> None:
@@ -191,7 +191,7 @@ def grid(*at: tuple[float, float]) -> list[Place]:
 
 
 @pytest.mark.parametrize(("apart", "aside"), [(24.99, True), (25.0, False)])
-def test_the_guard_puts_aside_what_is_nearer_and_no_more(apart: float, aside: bool) -> None:
+def test_the_buffer_puts_aside_what_is_nearer_and_no_more(apart: float, aside: bool) -> None:
     """Pairs of places far from each other: where one is held out, the other is set aside or trains on."""
     pairs = grid(*((1000.0 * (i // 2), apart * (i % 2)) for i in range(40)))
     city = CityConfig(split_buffer_m=25, split_block_m=20, split=SplitShares(train=0.8, val=0.0, test=0.2))
@@ -205,7 +205,7 @@ def test_the_guard_puts_aside_what_is_nearer_and_no_more(apart: float, aside: bo
 
 
 def test_held_out_places_come_in_blocks() -> None:
-    """Of the neighbours in a row of 10 m most share the part: the guard costs a block's edge, not each place."""
+    """Of the neighbours in a row of 10 m most share the part: the buffer costs a block's edge, not each place."""
     row = grid(*((10.0 * (i % 40), 10.0 * (i // 40)) for i in range(1600)))
     shares = []
     for side in (100.0, 10.0):
