@@ -1,9 +1,9 @@
-"""How near the labeler comes to what an endpoint can give: python benchmarks/labelling.py
+"""Throughput of the labeler as a share of what the endpoint allows: python benchmarks/labelling.py
 
-An OpenAI-compatible server of this file, in a process of its own, answers after 200 ms and refuses (429) what is more than C
-in flight; nothing can be faster than C / 0.2 s. Rows come from a Parquet table with images, answers go into a cache on disk,
-both as in the job. Then 5 % of the requests get a 429 and 2 % a 500, and the server counts what it was asked. Each round is a
-process of its own, so that its peak memory is its own.
+An OpenAI-compatible server in a separate process answers after 200 ms and refuses (429) more than C requests in flight, so the
+upper bound is C / 0.2 s. Rows come from a Parquet table with images and answers go into a response cache, as in the job.
+Then 5 % of the requests get a 429 and 2 % a 500, and the server counts its requests. Each round is a separate process, so that
+its peak memory can be measured.
 """
 
 import argparse
@@ -37,7 +37,7 @@ TEXT = (
 IMAGES = {336: 84, 1024: 84}  # side in pixels, JPEG quality
 
 
-# The server: bytes in, bytes out, as little else as possible, since it shares the processor with what is measured
+# The server does as little as possible, since it shares the processor with the labeler
 
 
 def answer(status: int, body: dict[str, Any]) -> bytes:
@@ -58,11 +58,11 @@ BROKEN = answer(500, {"error": {"message": "oops"}})
 class Server(asyncio.Protocol):
     """One connection."""
 
-    most, faults = 64, 0.0
-    in_flight = highest = 0
+    limit, faults = 64, 0.0
+    in_flight = max_in_flight = 0
     statuses: ClassVar[Counter[int]] = Counter()
-    asked: ClassVar[dict[int, list[int]]] = {}  # checksum of a request -> the statuses it got
-    chance = random.Random(0)
+    statuses_of: ClassVar[dict[int, list[int]]] = {}  # checksum of a request -> statuses of its answers
+    rng = random.Random(0)
 
     def connection_made(self, transport: Any) -> None:
         self.transport, self.head, self.left, self.sum = transport, b"", 0, 0
@@ -88,14 +88,14 @@ class Server(asyncio.Protocol):
     def reply(self) -> None:
         cls = type(self)
         cls.in_flight += 1
-        cls.highest = max(cls.highest, cls.in_flight)
-        lot, status, data = cls.chance.random(), 200, GOOD
-        if cls.in_flight > cls.most or lot < cls.faults * 5 / 7:
+        cls.max_in_flight = max(cls.max_in_flight, cls.in_flight)
+        draw, status, data = cls.rng.random(), 200, GOOD
+        if cls.in_flight > cls.limit or draw < cls.faults * 5 / 7:
             status, data = 429, BUSY
-        elif lot < cls.faults:
+        elif draw < cls.faults:
             status, data = 500, BROKEN
         cls.statuses[status] += 1
-        cls.asked.setdefault(self.sum, []).append(status)
+        cls.statuses_of.setdefault(self.sum, []).append(status)
         asyncio.get_running_loop().call_later(LATENCY_S if status == 200 else 0.01, self.send, data)
 
     def send(self, data: bytes) -> None:
@@ -103,19 +103,20 @@ class Server(asyncio.Protocol):
         self.transport.write(data)
 
     def counts(self) -> dict[str, Any]:
-        without_cause = sum(len(got) - 1 - got[:-1].count(429) - got[:-1].count(500) for got in self.asked.values())
-        done = sum(200 in got for got in self.asked.values())
-        return {"highest": self.highest, "statuses": self.statuses, "done": done, "without_cause": without_cause}
+        requests = self.statuses_of.values()
+        needless = sum(len(statuses) - 1 - statuses[:-1].count(429) - statuses[:-1].count(500) for statuses in requests)
+        answered = sum(200 in statuses for statuses in requests)
+        return {"in_flight": self.max_in_flight, "statuses": self.statuses, "answered": answered, "needless": needless}
 
 
-async def serve(most: int, faults: float) -> None:
-    Server.most, Server.faults = most, faults
+async def serve(limit: int, faults: float) -> None:
+    Server.limit, Server.faults = limit, faults
     server = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
 
-# The client: the labeler as the job runs it
+# The labeler, as in the job
 
 
 def write_grafts(folder: Path, side: int, rows: int) -> int:
@@ -135,17 +136,17 @@ def write_grafts(folder: Path, side: int, rows: int) -> int:
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=IMAGES[side])
         pictures.append(buffer.getvalue())
 
-    def made() -> Iterator[dict[str, Any]]:
+    def grafts() -> Iterator[dict[str, Any]]:
         for i in range(rows):
             image = pictures[i % 16] + i.to_bytes(4, "big")  # after the end of the picture, so that no two rows are the same
             yield {"id": str(i), "facts": facts.to_json(), "image": {"bytes": image, "path": None}}
 
-    tables.write_table(folder, "train", made(), tables.GRAFTS)
+    tables.write_table(folder, "train", grafts(), tables.GRAFTS)
     return sum(map(len, pictures)) // 16
 
 
 def label(grafts: str, rows: int, url: str, concurrency: int) -> None:
-    """One round; prints seconds, processor seconds and peak memory."""
+    """One round; prints wall time and processor time in seconds, and peak memory in MB."""
     from addressvlm.config.labels import LabelsConfig
     from addressvlm.labels.facts import Facts
     from addressvlm.labels.labelers import Request, state_factory
@@ -154,28 +155,28 @@ def label(grafts: str, rows: int, url: str, concurrency: int) -> None:
     from addressvlm.storage.shards import plan_shards
 
     config = LabelsConfig(labeler="openai", model="m", base_url=url, concurrency=concurrency)
-    begin = state_factory(config)
+    new_state = state_factory(config)
 
     def requests() -> Iterator[Request]:
         batches = (shard.batches(["id", "image", "facts"]) for shard in plan_shards(Path(grafts), "train", 2048))
         for row in islice(chain.from_iterable(chain.from_iterable(batches)), rows):
             yield Request(row["id"], row["image"]["bytes"], Facts.from_json(row["facts"]))
 
-    assert begin(next(requests())).add_answer(TEXT) is not None  # what the checks load once is loaded
+    assert new_state(next(requests())).add_answer(TEXT) is not None  # the validator has loaded its models
     with tempfile.TemporaryDirectory() as folder, open_for_writing(Path(folder) / "cache") as cache:
         start, cpu = time.perf_counter(), time.process_time()
-        tally = OpenAILabeler(config, begin, cache).run(requests(), rows)
+        stats = OpenAILabeler(config, new_state, cache).run(requests(), rows)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        kept = sum(cache.answers.values())
+        answers = cache.answers.total()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_mb": peak, "kept": kept, **tally.to_dict()}))
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_mb": peak, "answers": answers, **stats.to_dict()}))
 
 
 # Rounds
 
 
 @contextlib.contextmanager
-def server(concurrency: int, faults: float) -> Iterator[str]:
+def running_server(concurrency: int, faults: float) -> Iterator[str]:
     command = [sys.executable, __file__, "--serve", "--concurrency", str(concurrency), "--fault-share", str(faults)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -185,13 +186,13 @@ def server(concurrency: int, faults: float) -> Iterator[str]:
             process.kill()
 
 
-def one(grafts: Path, rows: int, concurrency: int, faults: float = 0.0) -> dict[str, Any]:
-    """A round against a server of its own; what client and server say."""
-    with server(concurrency, faults) as url:
+def run_round(grafts: Path, rows: int, concurrency: int, faults: float = 0.0) -> dict[str, Any]:
+    """A round against a new server; the results of both."""
+    with running_server(concurrency, faults) as url:
         command = [sys.executable, __file__, "--label", str(grafts), "--rows", str(rows), "--url", f"{url}/v1"]
         done = subprocess.run([*command, "--concurrency", str(concurrency)], capture_output=True, text=True, check=True)
-        with urllib.request.urlopen(url) as said:
-            return {**json.loads(done.stdout.splitlines()[-1]), "server": json.load(said)}
+        with urllib.request.urlopen(url) as response:
+            return {**json.loads(done.stdout.splitlines()[-1]), "server": json.load(response)}
 
 
 def main() -> None:
@@ -218,23 +219,23 @@ def compare(rows: int, rounds: int, concurrency: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for side in IMAGES:
             size = write_grafts(Path(folder) / str(side), side, max(2 * rows, 4000) if side == 336 else rows)
-            found = [one(Path(folder) / str(side), rows, concurrency) for _ in range(rounds)]
-            assert all(f["kept"] == rows and f["server"]["highest"] <= concurrency for f in found), found
-            ratios = sorted(rows / f["seconds"] / bound for f in found)
-            cpu, peak = (median(f[key] for f in found) for key in ("cpu", "peak_mb"))
+            results = [run_round(Path(folder) / str(side), rows, concurrency) for _ in range(rounds)]
+            assert all(r["answers"] == rows and r["server"]["in_flight"] <= concurrency for r in results), results
+            ratios = sorted(rows / result["seconds"] / bound for result in results)
+            cpu, peak = (median(result[key] for result in results) for key in ("cpu", "peak_mb"))
             each = ", ".join(f"{ratio:.1%}" for ratio in ratios)
             print(
                 f"{side} px, {size / 1000:.0f} KB: {median(ratios):.1%} of the bound ({each}), {cpu / rows * 1000:.2f} ms of "
                 f"processor a row, peak {peak:.0f} MB"
             )
-        few, many = (one(Path(folder) / "336", n, concurrency)["peak_mb"] for n in (1000, 4000))
+        few, many = (run_round(Path(folder) / "336", n, concurrency)["peak_mb"] for n in (1000, 4000))
         print(f"peak memory at 1,000 rows {few:.0f} MB, at 4,000 rows {many:.0f} MB: ratio {many / few:.2f}")
-        bad = one(Path(folder) / "336", rows, concurrency, faults=0.07)
-        got, seen = bad["server"], {int(k): n for k, n in bad["server"]["statuses"].items()}
+        faulty = run_round(Path(folder) / "336", rows, concurrency, faults=0.07)
+        server, statuses = faulty["server"], {int(status): n for status, n in faulty["server"]["statuses"].items()}
         print(
-            f"with faults: {bad['kept']:,} of {rows:,} rows answered, {got['done']:,} by the server's count, "
-            f"{seen.get(429, 0)} times 429, {seen.get(500, 0)} times 500, {got['without_cause']} asked twice without cause, "
-            f"{rows / bad['seconds'] / bound:.1%} of the bound"
+            f"with faults: {faulty['answers']:,} of {rows:,} rows answered, {server['answered']:,} by the server's count, "
+            f"{statuses.get(429, 0)} times 429, {statuses.get(500, 0)} times 500, {server['needless']} needless retries, "
+            f"{rows / faulty['seconds'] / bound:.1%} of the bound"
         )
 
 

@@ -4,7 +4,7 @@ import colorsys
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
@@ -59,10 +59,11 @@ class Facts:
     def from_json(cls, text: str) -> "Facts":
         """Parse what `to_json` wrote; unknown fields are ignored."""
         values, names = json.loads(text), {f.name for f in fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names})
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+        return cls(**arguments)
 
 
-def facts_of(
+def graft_facts(
     street: str,
     district: str,
     lat: float,

@@ -149,7 +149,7 @@ def _parse_message(message: dict[str, Any]) -> tuple[dict[str, Any], list[Image.
     """An OpenAI chat message as a turn for a chat template, and its images."""
     content = message["content"]
     parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    images = []
+    images: list[Image.Image] = []
     for part in parts:
         if part["type"] == "image_url":
             data = part["image_url"]["url"].partition(",")[2]

@@ -8,7 +8,7 @@ from typing import Any
 from addressvlm.config import TilesConfig
 from addressvlm.errors import InputError
 from addressvlm.grafting import encode_pair, graft_photo
-from addressvlm.labels.facts import facts_of
+from addressvlm.labels.facts import graft_facts
 from addressvlm.storage.shards import Rows, ShardResult
 from addressvlm.tiles.renderer import Tile, TileRenderer
 
@@ -82,7 +82,7 @@ class Grafter:
             image, beneath, small = encode_pair(tile.image, encoded, config.jpeg_quality)
         else:
             image, small = graft_photo(tile.image, encoded, config.covered, config.jpeg_quality)
-        facts = facts_of(
+        facts = graft_facts(
             photo["street"],
             photo["district"],
             photo["lat"],

@@ -24,7 +24,7 @@ from addressvlm.demo.city import address_at, compass_heading, street_places, to_
 from addressvlm.demo.world import Character, World, district_at, generate
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.grafting import encode_jpeg, graft
-from addressvlm.labels.facts import facts_of
+from addressvlm.labels.facts import graft_facts
 from addressvlm.labels.prompt import load_prompt
 from addressvlm.labels.templates import explain
 from addressvlm.questions import OPTIONS, SUFFIXES, training_rounds
@@ -73,7 +73,7 @@ def _place(
     tile = renderer.tile(lat, lon, street.name)
     for heading in rng.sample(view_headings(street, rng), 2):
         photo = photograph(world, x, y, heading, rng.uniform(0.8, 1.12))
-        facts = facts_of(
+        facts = graft_facts(
             address.street,
             address.district,
             lat,

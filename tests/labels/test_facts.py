@@ -17,7 +17,7 @@ from addressvlm.labels.facts import (
     _step,
     colour_word,
     compass,
-    facts_of,
+    graft_facts,
     green_share,
     photo_colours,
     photo_facts,
@@ -34,7 +34,7 @@ def test_facts_of_a_known_place(tmp_path: Path) -> None:
     here = town.degrees(0, -5)
     photo = Image.new("RGB", (60, 40), (200, 30, 30))
     tile = renderer.tile(*here, street="Mill Street")
-    facts = facts_of("Mill Street", "Harbour", *here, 85.0, photo, tile, renderer.roads, imagery=False)
+    facts = graft_facts("Mill Street", "Harbour", *here, 85.0, photo, tile, renderer.roads, imagery=False)
     assert facts == Facts(
         street="Mill Street",
         district="Harbour",
@@ -49,10 +49,10 @@ def test_facts_of_a_known_place(tmp_path: Path) -> None:
         tile_colours=(),
     )
     assert Facts.from_json(facts.to_json()) == facts
-    blind = facts_of("mill st", "Harbour", *here, None, photo, tile, renderer.roads, imagery=False)
+    blind = graft_facts("mill st", "Harbour", *here, None, photo, tile, renderer.roads, imagery=False)
     assert (blind.view, blind.facing) == (None, None)
     assert blind.direction == "east-west"  # the street is found under another spelling
-    stranger = facts_of("Elm Road", "Harbour", *here, 85.0, photo, tile, renderer.roads, imagery=False)
+    stranger = graft_facts("Elm Road", "Harbour", *here, 85.0, photo, tile, renderer.roads, imagery=False)
     assert (stranger.direction, stranger.view, stranger.cross_street) == (None, None, None)
 
 
@@ -63,7 +63,7 @@ def test_view_relative_to_the_street(tmp_path: Path, heading: float, view: str) 
     renderer = TileRenderer(town.write_streets(tmp_path / "s.geojson"), None, TilesConfig())
     tile = renderer.tile(*town.degrees(0, 0))
     photo = Image.new("RGB", (8, 8))
-    facts = facts_of("Mill Street", "Harbour", *town.degrees(0, 0), heading, photo, tile, renderer.roads)
+    facts = graft_facts("Mill Street", "Harbour", *town.degrees(0, 0), heading, photo, tile, renderer.roads)
     assert facts.view == view
 
 
@@ -130,7 +130,7 @@ def north(folder: Path, streets: dict[str, Line], side_m: float = 200) -> Callab
 
     def facts(at: tuple[float, float] = (0, 0), heading: float | None = None) -> Facts:
         lon, lat = NORTH(*at, inverse=True)
-        return facts_of("Mill Street", "Harbour", lat, lon, heading, photo, tile(lat, lon), renderer.roads, imagery=False)
+        return graft_facts("Mill Street", "Harbour", lat, lon, heading, photo, tile(lat, lon), renderer.roads, imagery=False)
 
     return facts
 

@@ -13,7 +13,7 @@ from addressvlm.labels.prompt import load_prompt
 from addressvlm.labels.templates import explain, reason
 from addressvlm.labels.validator import LabelValidator
 from addressvlm.storage import tables
-from addressvlm.tools.label_diversity import distinct_ngrams, main
+from addressvlm.tools.label_diversity import distinct_n, main
 from tests.support.label_texts import DISTRICTS, STREETS, facts
 
 COLOUR = st.lists(st.sampled_from(sorted(COLOURS)), unique=True, max_size=3).map(tuple)
@@ -84,7 +84,7 @@ def test_wording_varies_within_its_length() -> None:
     texts = [explain(known, random.Random(seed)) for seed in range(200)]
     assert len(set(texts)) > 190
     assert all(30 <= len(text.split()) <= 75 for text in texts)
-    assert distinct_ngrams(texts, 4) > 0.015  # of one place: names and facts are the same in all of them
+    assert distinct_n(texts, 4) > 0.015  # of one place: names and facts are the same in all of them
 
 
 def test_labels_depend_on_the_row_alone() -> None:
@@ -100,9 +100,9 @@ def test_labels_depend_on_the_row_alone() -> None:
 
 
 def test_distinct() -> None:
-    assert distinct_ngrams(["a b c", "a b d"], 1) == 4 / 6
-    assert distinct_ngrams(["a b c", "a b d"], 2) == 3 / 4
-    assert distinct_ngrams([""], 2) == 0
+    assert distinct_n(["a b c", "a b d"], 1) == 4 / 6
+    assert distinct_n(["a b c", "a b d"], 2) == 3 / 4
+    assert distinct_n([""], 2) == 0
 
 
 def test_variety_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
