@@ -130,13 +130,13 @@ class Routes:
         )
         add_exception_handlers(app)
         self._add_routes(app, bool(key_hashes))
-        pages = {"/" if file.name == "index.html" else f"/{file.name}": file for file in sorted(PAGE.iterdir())}
-        for path, file in pages.items():
-            app.get(path, include_in_schema=False)(_page_file(file))
+        pages = ["/" if file.name == "index.html" else f"/{file.name}" for file in sorted(PAGE.iterdir())]
+        for path in pages:
+            app.get(path, include_in_schema=False)(self.page_file)
         routes = [route.path for route in app.routes if isinstance(route, Route)]
         app.add_middleware(GZipMiddleware, minimum_size=4096)
         access |= {"settings": self.settings, "metrics": self.metrics, "key_hashes": key_hashes}
-        app.add_middleware(AccessMiddleware, routes=routes, pages=list(pages), **access)
+        app.add_middleware(AccessMiddleware, routes=routes, pages=pages, **access)
         if self.settings.allowed_origins:
             app.add_middleware(
                 CORSMiddleware,
@@ -278,11 +278,8 @@ class Routes:
         """The metrics of all replicas as Prometheus text."""
         return Response(render_metrics(await self.collect_metrics()), media_type=CONTENT_TYPE_LATEST)
 
-
-def _page_file(file: Path) -> Callable[[], Awaitable[Response]]:
-    media_type = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
-
-    async def page_file() -> Response:
+    async def page_file(self, request: Request) -> Response:
+        """A file of the page, by the path of its route."""
+        file = PAGE / (request.scope["route"].path[1:] or "index.html")
+        media_type = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
         return Response(file.read_bytes(), media_type=media_type, headers=PAGE_HEADERS)
-
-    return page_file
