@@ -1,4 +1,4 @@
-"""One street-view photo of a city, as every reader gives it."""
+"""A street-view photo of a city: its row, the check of its file, views cut from panoramas."""
 
 import io
 import math
@@ -15,10 +15,18 @@ from PIL import Image, ImageOps
 from addressvlm.errors import InputError
 from addressvlm.storage import remote_path
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # none that runs programs
+UNCHANGED_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # an MPO begins with a plain JPEG
+ORIENTATION = 0x0112
+MIN_SIDE = 16
+JPEG_QUALITY = 95
+ASPECT_TOLERANCE = 0.01  # how far from 2:1 a panorama's sides may be
+OVERSAMPLING = 2.0  # panorama pixels per pixel of the view, beyond which sampling gains nothing
+
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """A good row; `id` is its key, since the views of one panorama share its row. "" stands for not given."""
+    """One photo; `id` is its key, since the views of one panorama share a row. "" stands for unknown."""
 
     row: int  # of the table, 1 is the first below the header; of a folder, the place in its sorted list
     id: str
@@ -34,101 +42,19 @@ class Photo:
     view: float | None = None  # cut `file`, a panorama, this many degrees clockwise of its centre; None: `file` is the photo
 
     def reject(self, reason: str) -> dict[str, Any]:
-        """This photo as a row of `tables.REJECTS`; what stands before the colon in the reason is what gets counted."""
+        """This photo as a row of `tables.REJECTS`; the part of the reason before the colon is what gets counted."""
         return {"file": self.file, "row": self.row, "id": self.id, "reason": reason}
-
-
-def looks_swapped(photos: Sequence[Photo], bounds: tuple[float, float, float, float]) -> bool:
-    """Whether the whole table has latitude and longitude the wrong way round.
-
-    `bounds` is what the street map covers, (west, south, east, north) in degrees as shapely gives it. True when more than
-    half of the photos lie outside of it and more than half lie inside once swapped. Single rows whose latitude is out of
-    range are found by the reader; this is for cities where both numbers pass as a latitude.
-    """
-    if not photos:
-        return False
-    west, south, east, north = bounds
-    lat, lon = np.array([(photo.lat, photo.lon) for photo in photos]).T
-
-    def inside(x: np.ndarray, y: np.ndarray) -> float:
-        return float(np.mean((x >= west) & (x <= east) & (y >= south) & (y <= north)))
-
-    return inside(lon, lat) < 0.5 < inside(lat, lon)
-
-
-SLACK = 0.01  # how far from 2:1 a panorama's sides may be
-FINER = 2.0  # sampling needs no more than this many panorama pixels per pixel of the view
-
-
-def is_equirectangular(width: int, height: int) -> bool:
-    """Whether a picture of these sides can be a full panorama: twice as wide as high."""
-    return abs(width / (2 * height) - 1) <= SLACK
-
-
-def useful_width(fov_deg: float, pixels: int) -> int:
-    """Width of the panorama beyond which the middle of a view gains nothing, in pixels."""
-    return math.ceil(FINER * 2 * math.pi * _focal(fov_deg, pixels))
-
-
-def cut_view(panorama: Image.Image, heading_deg: float, fov_deg: float, pixels: int) -> Image.Image:
-    """The square view of `pixels` a side whose middle looks `heading_deg` clockwise of the panorama's middle column.
-
-    The camera is level and has the horizontal and vertical field of view `fov_deg` (below 180). A panorama much finer than
-    the view is shrunk first, so that nothing flickers; pixels between its columns and rows are bilinear, and columns wrap.
-    """
-    width = useful_width(fov_deg, pixels)
-    if panorama.width > width:
-        panorama = panorama.resize((width, max(2, round(panorama.height * width / panorama.width))), Image.Resampling.BOX)
-    source = np.asarray(panorama.convert("RGB"), dtype=np.float32)
-    height, width, _ = source.shape
-    column, row = view_positions(fov_deg, pixels, width, height)
-    column = (column + heading_deg / 360 * width) % width
-    left, top = np.floor(column).astype(np.intp), np.floor(row).astype(np.intp)
-    right_share, low_share = (column - left)[..., None], (row - top)[..., None]
-    left %= width  # a column a rounding error below the width is column 0
-    right, low = (left + 1) % width, np.minimum(top + 1, height - 1)
-    upper = source[top, left] * (1 - right_share) + source[top, right] * right_share
-    lower = source[low, left] * (1 - right_share) + source[low, right] * right_share
-    return Image.fromarray(np.rint(upper * (1 - low_share) + lower * low_share).astype(np.uint8))
-
-
-@lru_cache(maxsize=8)
-def view_positions(fov_deg: float, pixels: int, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each pixel of a view at heading 0 lies in a panorama: (column, row), float32 of shape (pixels, pixels).
-
-    0 is the middle of the first column or row; rows stay inside, columns may be negative.
-    """
-    focal = _focal(fov_deg, pixels)
-    offset = np.arange(pixels) + 0.5 - pixels / 2
-    right, down = np.meshgrid(offset, offset)
-    longitude = np.arctan2(right, focal)
-    latitude = np.arctan2(-down, np.hypot(right, focal))
-    column = (longitude / (2 * np.pi) + 0.5) * width - 0.5
-    row = (0.5 - latitude / np.pi) * height - 0.5
-    return column.astype(np.float32), np.clip(row, 0, height - 1).astype(np.float32)
-
-
-def _focal(fov_deg: float, pixels: int) -> float:
-    """Distance of the picture plane, in its pixels."""
-    return pixels / 2 / math.tan(math.radians(fov_deg) / 2)
-
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # none that runs programs
-KEPT = ("JPEG", "MPO", "PNG", "WEBP")  # an MPO begins with a plain JPEG
-ORIENTATION = 0x0112
-SMALLEST_SIDE = 16
-QUALITY = 95
 
 
 def check_photo(
     path: Path | str, max_megapixels: float, view: float | None = None, fov_deg: float | None = None, pixels: int | None = None
 ) -> bytes | str:
-    """The encoded photo, or the reason why it can't be used (what stands before the colon is its kind).
+    """The encoded photo, or the reason why it can't be used (its kind is before the colon).
 
-    `path` may be a URI as text. The size is checked before anything is decoded, then the whole picture is decoded once.
-    Bytes stay as they are unless the picture must be turned by its EXIF orientation, has another format than JPEG, PNG or
-    WebP, or other channels than grey or RGB; then they are a new JPEG. With `view` the file is a panorama, and the answer
-    is the square JPEG of `pixels` a side that looks `view` degrees clockwise of its middle and is `fov_deg` wide.
+    `path` may be a URI. The size is checked before anything is decoded, then the picture is decoded once. Bytes stay as they
+    are unless the picture must be rotated by its EXIF orientation, has another format than JPEG, PNG or WebP, or other
+    channels than grey or RGB; then they are a new JPEG. With `view` the file is a panorama, and the result is the square JPEG
+    of `pixels` a side that looks `view` degrees clockwise of its middle and is `fov_deg` wide.
     """
     try:
         data = remote_path.path_of(path).read_bytes()
@@ -149,13 +75,13 @@ def check_bytes(
     fov_deg: float | None = None,
     pixels: int | None = None,
 ) -> bytes | str:
-    """The same of a photo that was read already; `path` is what to call it."""
+    """`check_photo` of a file that was read already; `path` is its name in reasons."""
     if not data:
         return f"photo empty: {path} has zero bytes"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=_formats())
+            image = Image.open(io.BytesIO(data), formats=_supported_formats())
     except Image.DecompressionBombError:
         return f"photo too large: {path} has more than {max_megapixels:g} megapixels"
     except Exception:  # decoders raise anything on arbitrary bytes
@@ -164,38 +90,38 @@ def check_bytes(
         width, height = image.size
         if width * height > max_megapixels * 1e6:
             return f"photo too large: {path} has {width * height / 1e6:.0f} megapixels, the limit is {max_megapixels:g}"
-        if min(width, height) < SMALLEST_SIDE:
-            return f"photo too small: {path} is {width}x{height} pixels, both sides must be {SMALLEST_SIDE} at least"
+        if min(width, height) < MIN_SIDE:
+            return f"photo too small: {path} is {width}x{height} pixels, both sides must be {MIN_SIDE} at least"
         try:
             if view is not None and fov_deg is not None and pixels is not None:
-                return _view(image, path, view, fov_deg, pixels)
+                return _panorama_view(image, path, view, fov_deg, pixels)
             image.load()
-            if image.format in KEPT and image.mode in ("RGB", "L") and image.getexif().get(ORIENTATION, 1) == 1:
+            if image.format in UNCHANGED_FORMATS and image.mode in ("RGB", "L") and image.getexif().get(ORIENTATION, 1) == 1:
                 return data
-            return _encoded(_upright(image))
+            return _encode_jpeg(_upright(image))
         except Exception as error:  # decoders raise anything on arbitrary bytes
             return f"photo damaged: {path} ends early or is corrupt ({error})"
 
 
 @lru_cache
-def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this build of Pillow has a decoder for."""
+def _supported_formats() -> tuple[str, ...]:
+    """Those of FORMATS that this build of Pillow can decode."""
     Image.init()
     return tuple(f for f in FORMATS if f in Image.OPEN)
 
 
-def _view(image: Image.Image, path: str, view: float, fov_deg: float, pixels: int) -> bytes | str:
-    """One view of a panorama, decoded at the coarsest scale that still holds all of its detail."""
+def _panorama_view(image: Image.Image, path: str, view: float, fov_deg: float, pixels: int) -> bytes | str:
+    """One view of a panorama, decoded at the coarsest scale that has all of its detail."""
     width, height = image.size if image.getexif().get(ORIENTATION, 1) < 5 else image.size[::-1]
     if not is_equirectangular(width, height):
         return f"not a panorama: {path} is {width}x{height} pixels, an equirectangular one is twice as wide as high"
     needed = useful_width(fov_deg, pixels)
     image.draft("RGB", (needed, needed // 2))
-    return _encoded(cut_view(_upright(image), view, fov_deg, pixels))
+    return _encode_jpeg(cut_view(_upright(image), view, fov_deg, pixels))
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF orientation says, opaque on white, in RGB."""
+    """The picture rotated by its EXIF orientation, opaque on white, in RGB."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I;16"):
         upright = upright.point(lambda value: value / 256, "L")
@@ -206,7 +132,78 @@ def _upright(image: Image.Image) -> Image.Image:
     return upright.convert("RGB")
 
 
-def _encoded(image: Image.Image) -> bytes:
+def _encode_jpeg(image: Image.Image) -> bytes:
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=QUALITY)
+    image.save(out, "JPEG", quality=JPEG_QUALITY)
     return out.getvalue()
+
+
+def is_equirectangular(width: int, height: int) -> bool:
+    """Whether a picture of these sides can be a full panorama: twice as wide as high."""
+    return abs(width / (2 * height) - 1) <= ASPECT_TOLERANCE
+
+
+def useful_width(fov_deg: float, pixels: int) -> int:
+    """Width of the panorama beyond which the middle of a view gains nothing, in pixels."""
+    return math.ceil(OVERSAMPLING * 2 * math.pi * _focal(fov_deg, pixels))
+
+
+def cut_view(panorama: Image.Image, heading_deg: float, fov_deg: float, pixels: int) -> Image.Image:
+    """The square view of `pixels` a side whose middle looks `heading_deg` clockwise of the panorama's middle column.
+
+    The camera is level and has the horizontal and vertical field of view `fov_deg` (below 180). A panorama much finer than
+    the view is shrunk first against aliasing; pixels between its columns and rows are bilinear, and columns wrap.
+    """
+    width = useful_width(fov_deg, pixels)
+    if panorama.width > width:
+        panorama = panorama.resize((width, max(2, round(panorama.height * width / panorama.width))), Image.Resampling.BOX)
+    source = np.asarray(panorama.convert("RGB"), dtype=np.float32)
+    height, width, _ = source.shape
+    column, row = view_positions(fov_deg, pixels, width, height)
+    column = (column + heading_deg / 360 * width) % width
+    left, top = np.floor(column).astype(np.intp), np.floor(row).astype(np.intp)
+    right_weight, bottom_weight = (column - left)[..., None], (row - top)[..., None]
+    left %= width  # a column a rounding error below the width is column 0
+    right, bottom = (left + 1) % width, np.minimum(top + 1, height - 1)
+    upper = source[top, left] * (1 - right_weight) + source[top, right] * right_weight
+    lower = source[bottom, left] * (1 - right_weight) + source[bottom, right] * right_weight
+    return Image.fromarray(np.rint(upper * (1 - bottom_weight) + lower * bottom_weight).astype(np.uint8))
+
+
+@lru_cache(maxsize=8)
+def view_positions(fov_deg: float, pixels: int, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each pixel of a view at heading 0 lies in a panorama: (column, row), float32 of shape (pixels, pixels).
+
+    0 is the middle of the first column or row; rows stay inside, columns may be negative.
+    """
+    focal = _focal(fov_deg, pixels)
+    offset = np.arange(pixels) + 0.5 - pixels / 2
+    right, down = np.meshgrid(offset, offset)
+    longitude = np.arctan2(right, focal)
+    latitude = np.arctan2(-down, np.hypot(right, focal))
+    column = (longitude / (2 * np.pi) + 0.5) * width - 0.5
+    row = (0.5 - latitude / np.pi) * height - 0.5
+    return column.astype(np.float32), np.clip(row, 0, height - 1).astype(np.float32)
+
+
+def _focal(fov_deg: float, pixels: int) -> float:
+    """Focal length in pixels."""
+    return pixels / 2 / math.tan(math.radians(fov_deg) / 2)
+
+
+def looks_swapped(photos: Sequence[Photo], bounds: tuple[float, float, float, float]) -> bool:
+    """Whether the whole table has latitude and longitude the wrong way round.
+
+    `bounds` is what the street map covers, (west, south, east, north) in degrees. True when more than half of the photos lie
+    outside of it and more than half lie inside once swapped. Single rows whose latitude is out of range are rejected by the
+    reader; this is for cities where both numbers pass as a latitude.
+    """
+    if not photos:
+        return False
+    west, south, east, north = bounds
+    lat, lon = np.array([(photo.lat, photo.lon) for photo in photos]).T
+
+    def inside(x: np.ndarray, y: np.ndarray) -> float:
+        return float(np.mean((x >= west) & (x <= east) & (y >= south) & (y <= north)))
+
+    return inside(lon, lat) < 0.5 < inside(lat, lon)
