@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Coordinates -> street, second street and district, against a loop that looks them up row by row.
+"""Coordinates -> street, second street and district, compared with a loop over the rows.
 
     python benchmarks/annotation.py streets.geojson districts.geojson
 
-As many coordinates as SF-IAL-Large has photos (paper 002, Table 1) are strewn along the streets of the file by seed. The
-loop does the same with the same library on a sample of the rows, in turn with ours: first the nearest street alone, then
-all columns, then all columns where several rows share a place, as the views of a panorama do. Speeds are of CPU time.
+As many coordinates as SF-IAL-Large has photos (paper 002, Table 1) are drawn along the streets of the file by seed. The loop
+uses the same library on a sample of the rows, alternating with ours: first the nearest street alone, then all columns, then
+all columns where several rows share a place, as the views of a panorama do. Speeds are CPU time.
 """
 
 import argparse
@@ -31,8 +31,8 @@ LIMIT_M = 40.0
 Columns = tuple[NDArray, NDArray]  # code of the street, metres
 
 
-def strewn(streets: StreetMap, rows: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Latitude and longitude of points along the streets, as dense everywhere, some metres beside the line."""
+def sample_points(streets: StreetMap, rows: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Latitude and longitude of points along the streets, uniform by length, some metres beside the line."""
     rng = np.random.default_rng(seed)
     lines = np.array([line for line in streets.lines if shapely.get_dimensions(line) == 1], dtype=object)
     length = shapely.length(lines)
@@ -43,7 +43,7 @@ def strewn(streets: StreetMap, rows: int, seed: int) -> tuple[NDArray[np.float64
 
 
 class Row(NamedTuple):
-    """What the loop says of one row."""
+    """The loop's result for one row."""
 
     street: str | None = None
     metres: float = np.inf
@@ -52,8 +52,8 @@ class Row(NamedTuple):
     district: str | None = None
 
 
-class Loop:
-    """One row after the other."""
+class RowLoop:
+    """Looks up one row after the other."""
 
     def __init__(self, streets: StreetMap) -> None:
         self.names, self.lines, self.tree = streets.names, streets.lines, shapely.STRtree(streets.lines)
@@ -65,17 +65,17 @@ class Loop:
 
     def nearest(self, lat: NDArray[np.float64], lon: NDArray[np.float64]) -> list[Row]:
         """The nearest street."""
-        found = []
+        rows = []
         for row_lat, row_lon in zip(lat.tolist(), lon.tolist(), strict=True):
             point = shapely.Point(self.project(row_lon, row_lat))
             line = self.tree.nearest(point)
             metres = self.lines[line].distance(point)
-            found.append(Row(self.names[line], metres) if metres <= LIMIT_M else Row())
-        return found
+            rows.append(Row(self.names[line], metres) if metres <= LIMIT_M else Row())
+        return rows
 
     def columns(self, lat: NDArray[np.float64], lon: NDArray[np.float64]) -> list[Row]:
         """The nearest street, the nearest of another name, the district."""
-        found = []
+        rows = []
         for row_lat, row_lon in zip(lat.tolist(), lon.tolist(), strict=True):
             point = shapely.Point(self.project(row_lon, row_lat))
             best: dict[str, float] = {}
@@ -86,8 +86,8 @@ class Loop:
             inside = self.district_tree.query(point, predicate="intersects")
             smallest = min(inside, key=lambda i: self.polygons[i].area, default=None)
             district = None if smallest is None else self.district_names[smallest]
-            found.append(Row(*two[0], *two[1], district))
-        return found
+            rows.append(Row(*two[0], *two[1], district))
+        return rows
 
 
 def agreement(streets: StreetMap, ours: Columns, rows: list[Row]) -> float:
@@ -98,22 +98,22 @@ def agreement(streets: StreetMap, ours: Columns, rows: list[Row]) -> float:
 
 
 def compare(
-    name: str, streets: StreetMap, where: tuple[NDArray, NDArray], loop: Callable[..., list[Row]],
+    name: str, streets: StreetMap, points: tuple[NDArray, NDArray], loop: Callable[..., list[Row]],
     ours: Callable[..., Columns], sample: int, rounds: int,
 ) -> None:  # fmt: skip
-    """Run both in turn, print the time of a row and the ratio."""
-    lat, lon = where
-    chosen = np.sort(np.random.default_rng(0).choice(len(lat), min(sample, len(lat)), replace=False))
+    """Run both alternately, print the time per row and the ratio."""
+    lat, lon = points
+    subset = np.sort(np.random.default_rng(0).choice(len(lat), min(sample, len(lat)), replace=False))
     ours_us, loop_us = [], []
     for _ in range(rounds):
         started = time.process_time()
-        rows = loop(lat[chosen], lon[chosen])
-        loop_us.append((time.process_time() - started) / len(chosen) * 1e6)
+        rows = loop(lat[subset], lon[subset])
+        loop_us.append((time.process_time() - started) / len(subset) * 1e6)
         started = time.process_time()
         columns = ours(lat, lon)
         ours_us.append((time.process_time() - started) / len(lat) * 1e6)
     ratios = [a / b for a, b in zip(loop_us, ours_us, strict=True)]
-    same = agreement(streets, (columns[0][chosen], columns[1][chosen]), rows)
+    same = agreement(streets, (columns[0][subset], columns[1][subset]), rows)
     print(
         f"{name:33}  loop {min(loop_us):5.1f} us/row  ours {min(ours_us):5.2f} us/row {1e6 / min(ours_us):9,.0f} rows/s   "
         f"ratio {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})   same street {100 * same:.2f} %",
@@ -128,27 +128,27 @@ def main() -> None:
     parser.add_argument("districts", nargs="?", help="file of named polygons, as city.districts")
     parser.add_argument("--rows", type=int, default=ROWS, help=f"coordinates (default: {ROWS:,})")
     parser.add_argument("--sample", type=int, default=20_000, help="rows of the loop (default: 20,000)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions (default: 3)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     streets = StreetMap.load(args.streets, args.districts)
-    lat, lon = strewn(streets, args.rows, args.seed)
+    lat, lon = sample_points(streets, args.rows, args.seed)
     before = psutil.Process().memory_info().rss
     print(f"{len(lat):,} coordinates, {len(streets.lines):,} lines, {before / 2**20:,.0f} MiB in use", flush=True)
-    loop, turns = Loop(streets), (args.sample, args.rounds)
+    loop, repeats = RowLoop(streets), (args.sample, args.rounds)
 
     def nearest(lat: NDArray, lon: NDArray) -> Columns:
         return streets.nearest_two(lat, lon, LIMIT_M)[:2]
 
     def columns(lat: NDArray, lon: NDArray) -> Columns:
-        found = annotate_coordinates(lat, lon, streets, LIMIT_M)
-        return found.street, found.distance_m
+        annotation = annotate_coordinates(lat, lon, streets, LIMIT_M)
+        return annotation.street, annotation.distance_m
 
     views = -(-ROWS // PLACES)
     same_place = np.repeat(np.arange(0, len(lat), views), views)[: len(lat)]
-    compare("nearest street", streets, (lat, lon), loop.nearest, nearest, *turns)
-    compare("street, second street, district", streets, (lat, lon), loop.columns, columns, *turns)
-    compare(f"the same, {views} views a place", streets, (lat[same_place], lon[same_place]), loop.columns, columns, *turns)
+    compare("nearest street", streets, (lat, lon), loop.nearest, nearest, *repeats)
+    compare("street, second street, district", streets, (lat, lon), loop.columns, columns, *repeats)
+    compare(f"the same, {views} views a place", streets, (lat[same_place], lon[same_place]), loop.columns, columns, *repeats)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak memory {peak / 2**20:,.0f} MiB, {(peak - before) / 2**20:,.0f} MiB above what was in use before", flush=True)
 

@@ -1,13 +1,12 @@
 #!/usr/bin/env python
-"""What prepare does with a city's table, at ten million photos: seconds and peak memory of every step; no picture is read.
+"""Time and peak memory of every step of prepare on a city's table, at ten million photos; no picture is read.
 
     python benchmarks/metadata.py streets.geojson districts.geojson --rows 10000000
-    python benchmarks/metadata.py --photos data/photos        # only what reading and checking a picture takes
+    python benchmarks/metadata.py --photos data/photos        # only reading and checking pictures
 
-A manifest of so many photos (Parquet; id, file, place, coordinates along the streets of the file, heading) is written by seed,
-then read, given addresses, split with the distance guard, and written as prepare does it: what its driver does at once, in its
-order, and on `--sample` rows what its workers do row by row. Each step says the seconds it took, its CPU seconds, what was in
-use after it and the peak so far.
+A manifest (Parquet; id, file, place, coordinates along the streets of the file, heading) is written by seed, then read, given
+addresses, split with its buffer, and written as prepare does it: the steps of its driver in order, and on `--sample` rows the
+work of its workers. Each line has wall and CPU seconds, memory after the step and the peak so far.
 """
 
 import argparse
@@ -41,17 +40,17 @@ from addressvlm.dataset.split import split_places, thin_views
 from addressvlm.dataset.streets import StreetMap
 from addressvlm.storage import tables
 from addressvlm.storage.shards import plan_shards, sources_fingerprint
-from benchmarks.annotation import strewn
+from benchmarks.annotation import sample_points
 from ray_jobs.prepare import CHECK_SHARD
 
 VIEWS = 9  # photos of a place, as in SF-IAL-Large (paper 002, Table 1: 1.96 million of 233,820)
-ROWS_AT_A_TIME = 1 << 18
+CHUNK_ROWS = 1 << 18
 MIB = 1 << 20
 
 
 @contextmanager
 def step(name: str, rows: int) -> Iterator[None]:
-    """Print what the block took."""
+    """Print the cost of the block."""
     wall, cpu = time.perf_counter(), time.process_time()
     yield
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -66,15 +65,15 @@ def step(name: str, rows: int) -> Iterator[None]:
 def write_manifest(path: Path, maps: tuple[str, str], rows: int, seed: int) -> None:
     """A drive along all streets inside the districts: `VIEWS` photos a place."""
     streets, places = StreetMap.load(*maps), -(-rows // VIEWS)
-    lat, lon = strewn(streets, 2 * places, seed)
+    lat, lon = sample_points(streets, 2 * places, seed)
     inside = np.flatnonzero(streets.district_codes(lat, lon) >= 0)
     inside = np.sort(np.random.default_rng(seed).choice(inside, places, replace=False))
     lat, lon = lat[inside], lon[inside]
     schema = pa.schema([("id", pa.string()), ("file", pa.string()), ("place", pa.string()), ("lat", pa.float64()),
                         ("lon", pa.float64()), ("heading", pa.float64())])  # fmt: skip
     with pq.ParquetWriter(path, schema) as writer:
-        for start in range(0, rows, ROWS_AT_A_TIME):
-            n = np.arange(start, min(start + ROWS_AT_A_TIME, rows))
+        for start in range(0, rows, CHUNK_ROWS):
+            n = np.arange(start, min(start + CHUNK_ROWS, rows))
             place, view = n // VIEWS, n % VIEWS
             ids = [f"{p:08d}_{v}" for p, v in zip(place.tolist(), view.tolist(), strict=True)]
             columns = [ids, [f"{i[:4]}/{i}.jpg" for i in ids], [i[:8] for i in ids], lat[place], lon[place], 40.0 * view]
@@ -92,7 +91,7 @@ def measure(city: CityConfig, rows: int, sample: int, folder: Path) -> None:
         answers = answer_places(places, city)
     with step("list for the workers written", rows):
         tables.write_table(folder / "listed", "photos", listing_rows(photos, places, answers), LISTING_SCHEMA, CHECK_SHARD)
-    with step("split with its guard", rows):
+    with step("split with its buffer", rows):
         split = split_places([answers[p] for p in sorted({photo.place for photo in photos})], city, seed=0)
     with step("views thinned, gazetteer", rows):
         photos = thin_views(photos, split.part, city.density.views, 0)
@@ -105,10 +104,10 @@ def measure(city: CityConfig, rows: int, sample: int, folder: Path) -> None:
     counts = ", ".join(f"{part} {split.count(part):,}" for part in ("train", "val", "test", "aside"))
     print(f"{len(photos):,} photos of {len(places):,} places: {counts}; {len(rejects) + len(without):,} rejected", flush=True)
     done, names = 0, (str(folder / "gazetteer.geojson"), sources_fingerprint(str(folder / "gazetteer.geojson")))
-    chosen = plan_shards(folder / "listed", "photos", CHECK_SHARD)[: -(-sample // CHECK_SHARD)]
-    add_conversations(parts, names, city.model_dump_json(), 0, next(chosen[0].batches()))  # loads the gazetteer
+    shards = plan_shards(folder / "listed", "photos", CHECK_SHARD)[: -(-sample // CHECK_SHARD)]
+    add_conversations(parts, names, city.model_dump_json(), 0, next(shards[0].batches()))  # loads the gazetteer
     with step(f"questions of {sample:,} rows", sample):
-        for shard in chosen:
+        for shard in shards:
             for batch in shard.batches():
                 done += sum(
                     len(rows) for rows in add_conversations(parts, names, city.model_dump_json(), 0, batch).tables.values()
@@ -116,12 +115,12 @@ def measure(city: CityConfig, rows: int, sample: int, folder: Path) -> None:
 
 
 def time_photo_checks(folder: str, count: int) -> None:
-    """What a worker of prepare does to each photo."""
+    """Time what a worker of prepare does with each photo."""
     files = list_photos(folder)[:count]
     rows = [{"file": file, "row": n, "id": file, "view": None} for n, file in enumerate(files, start=1)]
     with step(f"{len(rows):,} photos checked", len(rows)):
-        made = check_photos(folder, CityConfig(photos=folder).model_dump_json(), rows)
-    print(f"{len(made.rejects):,} rejected", flush=True)
+        result = check_photos(folder, CityConfig(photos=folder).model_dump_json(), rows)
+    print(f"{len(result.rejects):,} rejected", flush=True)
 
 
 def main() -> None:
@@ -142,8 +141,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         manifest = folder / "photos.parquet"
-        given = (manifest, (args.streets, args.districts), args.rows, args.seed)
-        writer = multiprocessing.get_context("spawn").Process(target=write_manifest, args=given)  # its memory is its own
+        arguments = (manifest, (args.streets, args.districts), args.rows, args.seed)
+        writer = multiprocessing.get_context("spawn").Process(target=write_manifest, args=arguments)  # its memory is its own
         writer.start()
         writer.join()
         print(f"{args.rows:,} rows, {manifest.stat().st_size / MIB:,.0f} MiB", flush=True)
