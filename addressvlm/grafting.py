@@ -1,48 +1,44 @@
-"""Street-view photo + tile -> grafted image (paper 001, equation 3): I = M * tile + (1 - M) * photo.
+"""Graft a street-view photo onto a map tile (paper 001, equation 3): I = M * tile + (1 - M) * photo.
 
 M is 0 in a rectangle in the upper right corner, where the shrunken photo goes, and 1 elsewhere.
 
     graft_photo(tile, photo_jpeg, delta=0.5, quality=92)
 
-A place's tile is opened once and serves all photos of the place. Photos are decoded no larger than they are shown: a JPEG at
-1/2, 1/4 or 1/8 of its size, by its own cosine transform.
+Photos are decoded no larger than needed: a JPEG at 1/2, 1/4 or 1/8 of its size, by scaling its cosine transform.
 """
 
 import io
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from addressvlm.errors import InputError
 
-# No worse to see at these sizes than LANCZOS and BICUBIC, in about half their time.
-FILTER = Image.Resampling.HAMMING
-HALF = 0.5  # of the width, for each of two images beside each other
-QUALITY = 92  # of a JPEG that is only looked at
+FILTER = Image.Resampling.HAMMING  # at these sizes as good as LANCZOS and BICUBIC, in about half the time
+HALF = 0.5  # of the width, for each of two images side by side
+DISPLAY_QUALITY = 92  # of a JPEG that is only displayed
 
 
 def graft_photo(tile: Image.Image, photo: bytes, delta: float, quality: int) -> tuple[bytes, Image.Image]:
-    """JPEG bytes of an encoded photo grafted onto a tile, which stays as it is; and the photo, decoded at a reduced size.
+    """Graft an encoded photo onto a tile: the grafted image as JPEG bytes, and the photo, decoded at a reduced size.
 
     Args:
-        tile: square RGB image.
-        delta: longer side of the pasted photo / side of the tile, in (0, 1); 0: the two beside each other.
+        tile: square RGB image; it is not changed.
+        delta: longer side of the pasted photo / side of the tile, in (0, 1); 0: the two side by side.
 
     Raises:
-        InputError: the bytes of the photo are not a whole image.
+        InputError: the photo can't be decoded.
     """
     small = decode_photo(photo, round((delta or HALF) * tile.width))
     return encode_jpeg(graft(tile, small, delta) if delta else side_by_side(tile, small), quality), small
 
 
 def encode_pair(tile: Image.Image, photo: bytes, quality: int) -> tuple[bytes, bytes, Image.Image]:
-    """JPEG bytes of an encoded photo by itself, no larger than the tile, and of the tile; and the photo, decoded.
+    """JPEG bytes of the photo, no larger than the tile, and of the tile; and the decoded photo.
 
     Raises:
-        InputError: the bytes of the photo are not a whole image.
+        InputError: the photo can't be decoded.
     """
     decoded = decode_photo(photo, tile.width)
     small = decoded.copy()
@@ -51,10 +47,9 @@ def encode_pair(tile: Image.Image, photo: bytes, quality: int) -> tuple[bytes, b
 
 
 def display_image(row: dict[str, Any]) -> bytes:
-    """The one picture that people and labelers see of a row of GRAFTS or ALIGNMENT.
+    """The image that people and labelers see of a row of GRAFTS or ALIGNMENT, encoded.
 
-    It is the row's image; of one that has its tile as an image of its own, left the tile and right the photo, both as large as
-    they are.
+    This is the row's image; if the tile is an image of its own, the tile on the left and the photo on the right.
 
     Raises:
         InputError: one of the two can't be decoded.
@@ -68,7 +63,7 @@ def display_image(row: dict[str, Any]) -> bytes:
     for image in images:
         both.paste(image, (left, (both.height - image.height) // 2))
         left += image.width
-    return encode_jpeg(both, QUALITY)
+    return encode_jpeg(both, DISPLAY_QUALITY)
 
 
 def graft(tile: Image.Image, photo: Image.Image, delta: float) -> Image.Image:
@@ -77,17 +72,17 @@ def graft(tile: Image.Image, photo: Image.Image, delta: float) -> Image.Image:
     Args:
         tile: square RGB image.
         photo: image of any size.
-        delta: longer side of the pasted photo / side of the tile, in (0, 1); the paper takes up to 0.7.
+        delta: longer side of the pasted photo / side of the tile, in (0, 1); the paper tries up to 0.7.
     """
     size = pasted_size(photo.size, tile.width, delta)
     grafted = tile.convert("RGB")
-    colours = photo if photo.mode == "RGB" else photo.convert("RGB")
-    grafted.paste(colours.resize(size, FILTER, reducing_gap=3.0), (tile.width - size[0], 0))
+    rgb = photo if photo.mode == "RGB" else photo.convert("RGB")
+    grafted.paste(rgb.resize(size, FILTER, reducing_gap=3.0), (tile.width - size[0], 0))
     return grafted
 
 
 def side_by_side(tile: Image.Image, photo: Image.Image) -> Image.Image:
-    """A new RGB image of the tile's size: left the tile, right the photo, each shrunk to half the width, black around."""
+    """A new RGB image of the tile's size: left the tile, right the photo, each shrunk to half the width, on black."""
     half = round(HALF * tile.width)
     both = Image.new("RGB", tile.size)
     for left, image in ((0, tile), (half, photo)):
@@ -98,7 +93,7 @@ def side_by_side(tile: Image.Image, photo: Image.Image) -> Image.Image:
 
 
 def pasted_size(photo: tuple[int, int], side: int, delta: float) -> tuple[int, int]:
-    """Width and height of the pasted photo: longer side delta * side, aspect kept, at least one pixel.
+    """Width and height of the pasted photo: longer side delta * side, aspect ratio kept, at least one pixel.
 
     Raises:
         ValueError: delta is not in (0, 1).
@@ -114,7 +109,7 @@ def pasted_size(photo: tuple[int, int], side: int, delta: float) -> tuple[int, i
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:
     """JPEG bytes of an RGB image."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=0)  # full colour resolution: street names stay crisp
+    image.save(buffer, "JPEG", quality=quality, subsampling=0)  # full colour resolution keeps street names crisp
     return buffer.getvalue()
 
 
@@ -124,24 +119,17 @@ def decode_photo(data: bytes, longest_side: float = math.inf) -> Image.Image:
     A JPEG is decoded at 1/2, 1/4 or 1/8 scale where that is enough.
 
     Raises:
-        InputError: the bytes are not a whole image.
+        InputError: the bytes are not a complete image.
     """
-    with _opened(data) as image:
-        scale = longest_side / max(image.size)
-        if scale < 1:
-            image.draft("RGB", (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-        ImageOps.exif_transpose(image, in_place=True)
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-
-@contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The image, not yet decoded; what goes wrong with it in a sentence."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            yield image
+            scale = longest_side / max(image.size)
+            if scale < 1:
+                image.draft("RGB", (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except UnidentifiedImageError:
-        raise InputError("the photo can't be decoded (it is no picture).") from None
+        raise InputError("the photo can't be decoded (it is not an image).") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"the photo can't be decoded ({' '.join(str(error).split())}).") from None

@@ -1,16 +1,16 @@
-"""Conversations about where a photo was taken (paper 001, Sec. 3.3 and its supplement).
+"""Question rounds about where a photo was taken, to train on and to evaluate (paper 001, Sec. 3.3 and supplement).
 
-Each level (district, street, address) has ten openings; what follows one makes it a question of its kind, so that there
-are ten templates for every level and kind. Wrong names are a mix of near ones, which are hard, and of any in the city.
+Each level (district, street, address) has ten openings; a suffix makes an opening a question of its kind, so that every level
+and kind has ten templates. Negatives, the wrong names of judgments and choices, are partly hard ones from nearby.
 """
 
 import random
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any
 
-from addressvlm.gazetteer.gazetteer import Address, Gazetteer
+from addressvlm.gazetteer.gazetteer import Address, Gazetteer, Level
 
-OPTIONS = 4  # names offered in a choice question
+OPTIONS = 4  # names in a choice question
 
 TEMPLATES = {
     "district": [
@@ -52,11 +52,14 @@ TEMPLATES = {
 }
 CLAIMS = {"district": "Is it in {name}?", "street": "Is it on {name}?"}
 SUFFIXES = {"generation": "Name it.", "judgment": "Answer Yes or No.", "choice": "Options: {options}."}
-ADDRESS_QUESTION = f"{TEMPLATES['address'][0]} {SUFFIXES['generation']}"  # what the service asks
+ADDRESS_QUESTION = f"{TEMPLATES['address'][0]} {SUFFIXES['generation']}"  # the question of the service
+
+
+Round = dict[str, Any]  # a row of `tables.ROUNDS`
 
 
 def templates(level: str, kind: str) -> list[str]:
-    """Ten ways to ask; `{name}` stands in a judgment and `{options}` in a choice. The whole address is only generated."""
+    """The ten templates of a level and kind, with `{name}` in judgments and `{options}` in choices."""
     claim = f" {CLAIMS[level]}" if kind == "judgment" else ""
     return [f"{opening}{claim} {SUFFIXES[kind]}" for opening in TEMPLATES[level]]
 
@@ -67,104 +70,91 @@ def training_rounds(
     rng: random.Random,
     rounds: int = 7,
     hard_negative_share: float = 0.5,
-    doubtful: Collection[str] = (),
-) -> list[dict[str, Any]]:
-    """A conversation of `rounds` questions in random order, rows of `tables.ROUNDS`.
+    ambiguous: Collection[str] = (),
+) -> list[Round]:
+    """A conversation of `rounds` questions in random order.
 
-    The three kinds are equally frequent (1:1:1 over many photos); one generation question asks for the whole address.
-    A level of which the gazetteer knows only one name has no wrong one, so judgments and choices go to the other level, and
-    turn into generation where that has none either. About `hard_negative_share` of the wrong names are among the nearest, the rest
-    from anywhere; none is one of the `doubtful` streets, which may be right as well.
+    The three kinds are equally frequent (1:1:1 over many photos); one generation question is for the full address. Where a
+    level has no negatives (the gazetteer has one name), judgments and choices move to the other level, or become generation
+    questions. About `hard_negative_share` of the negatives are among the nearest names, the rest from anywhere; none is one of
+    the `ambiguous` streets, which may be right as well.
     """
-    wrong = _Wrong(gazetteer, hard_negative_share, rng, doubtful)
+    writer = _RoundWriter(address, gazetteer, rng, hard_negative_share, ambiguous)
     kinds = ["generation", "judgment", "choice"]
     rng.shuffle(kinds)
-    levels = {kind: rng.sample(["street", "district"], 2) for kind in kinds}
+    levels: dict[str, list[Any]] = {kind: rng.sample(["street", "district"], 2) for kind in kinds}
     levels["generation"].insert(0, "address")
     conversation = []
     for i in range(rounds):
         kind = kinds[i % 3]
         turn = i // 3 % len(levels[kind])
-        in_turn = levels[kind][turn:] + levels[kind][:turn]
-        level = next((level for level in in_turn if kind == "generation" or wrong.exists(level, address)), None)
+        rotation = levels[kind][turn:] + levels[kind][:turn]
+        level = next((level for level in rotation if kind == "generation" or writer.has_negatives(level)), None)
         if kind == "generation" or level is None:
-            conversation.append(_generation(in_turn[0], address, rng))
+            conversation.append(writer.generation(rotation[0]))
         elif kind == "judgment":
-            conversation.append(_judgment(level, address, wrong, rng, true=rng.random() < 0.5))
+            conversation.append(writer.judgment(level, is_true=rng.random() < 0.5))
         else:
-            conversation.append(_choice(level, address, wrong, rng))
+            conversation.append(writer.choice(level))
     rng.shuffle(conversation)
     return conversation
 
 
-def test_rounds(
+def evaluation_rounds(
     address: Address,
     gazetteer: Gazetteer,
     rng: random.Random,
-    hard_negative_share: float = 0.5,  # noqa: PT028
-    doubtful: Collection[str] = (),  # noqa: PT028
-) -> list[dict[str, Any]]:
-    """The questions that the metrics are made of, each to be asked on its own, rows of `tables.ROUNDS`.
+    hard_negative_share: float = 0.5,
+    ambiguous: Collection[str] = (),
+) -> list[Round]:
+    """The nine questions that the metrics are computed from, each asked on its own.
 
-    For district and for street: generation, judgment with Yes, judgment with No, choice; then the whole address: nine.
-    A level of which the gazetteer knows only one name has no wrong name to offer, so its last two are left out; so are
-    wrong names that are `doubtful`.
+    For district and street: generation, judgment with Yes, judgment with No, choice; then the full address. A level without
+    negatives has only the first two.
     """
-    wrong = _Wrong(gazetteer, hard_negative_share, rng, doubtful)
-    conversation = []
-    for level in ("district", "street"):
-        conversation.append(_generation(level, address, rng))
-        conversation.append(_judgment(level, address, wrong, rng, true=True))
-        if wrong.exists(level, address):
-            conversation.append(_judgment(level, address, wrong, rng, true=False))
-            conversation.append(_choice(level, address, wrong, rng))
-    conversation.append(_generation("address", address, rng))
-    return conversation
+    writer = _RoundWriter(address, gazetteer, rng, hard_negative_share, ambiguous)
+    rounds = []
+    levels: tuple[Level, Level] = ("district", "street")
+    for level in levels:
+        rounds += [writer.generation(level), writer.judgment(level, is_true=True)]
+        if writer.has_negatives(level):
+            rounds += [writer.judgment(level, is_true=False), writer.choice(level)]
+    return [*rounds, writer.generation("address")]
 
 
-test_rounds.__test__ = False  # type: ignore[attr-defined]  # the name is the domain's, not pytest's
+class _RoundWriter:
+    """Writes questions about one address; `ambiguous` streets are no negatives."""
 
+    def __init__(
+        self, address: Address, gazetteer: Gazetteer, rng: random.Random, hard_negative_share: float, ambiguous: Collection[str]
+    ) -> None:
+        self.gazetteer, self.rng, self.hard_negative_share = gazetteer, rng, hard_negative_share
+        self.truth = {"district": address.district, "street": address.street, "address": address.text()}
+        self.excluded: dict[str, frozenset[str]] = {"street": frozenset(ambiguous), "district": frozenset()}
 
-class _Wrong:
-    """Names of the city that are not the true one."""
-
-    def __init__(self, gazetteer: Gazetteer, hard_negative_share: float, rng: random.Random, doubtful: Collection[str]) -> None:
-        self.gazetteer, self.hard_negative_share, self.rng = gazetteer, hard_negative_share, rng
-        self.doubtful = frozenset(doubtful)
-
-    def exists(self, level: str, address: Address) -> bool:
+    def has_negatives(self, level: Level) -> bool:
         names = self.gazetteer.districts if level == "district" else self.gazetteer.streets
-        return any(name != _true(level, address) and name not in self._spared(level) for name in names)
+        return any(name != self.truth[level] and name not in self.excluded[level] for name in names)
 
-    def draw(self, level: str, address: Address, n: int) -> list[str]:
-        """Up to n of them."""
-        kind: Literal["street", "district"] = "district" if level == "district" else "street"
-        return self.gazetteer.near(_true(level, address), n, self.rng, kind, self.hard_negative_share, self._spared(level))
+    def generation(self, level: str) -> Round:
+        return self._round(level, "generation", self.rng.choice(templates(level, "generation")), self.truth[level], [])
 
-    def _spared(self, level: str) -> frozenset[str]:
-        return self.doubtful if level == "street" else frozenset()
+    def judgment(self, level: Level, is_true: bool) -> Round:
+        name = self.truth[level] if is_true else self._negatives(level, 1)[0]
+        question = self.rng.choice(templates(level, "judgment")).format(name=name)
+        return self._round(level, "judgment", question, "Yes" if is_true else "No", [name])
 
+    def choice(self, level: Level) -> Round:
+        options = [self.truth[level], *self._negatives(level, OPTIONS - 1)]
+        self.rng.shuffle(options)
+        question = self.rng.choice(templates(level, "choice")).format(options="; ".join(options))
+        return self._round(level, "choice", question, self.truth[level], options)
 
-def _true(level: str, address: Address) -> str:
-    return {"district": address.district, "street": address.street, "address": address.text()}[level]
+    def _negatives(self, level: Level, n: int) -> list[str]:
+        return self.gazetteer.sample_negatives(
+            self.truth[level], n, self.rng, level, self.hard_negative_share, self.excluded[level]
+        )
 
-
-def _round(level: str, kind: str, question: str, answer: str, options: list[str]) -> dict[str, Any]:
-    return {"level": level, "kind": kind, "question": question, "answer": answer, "options": options}
-
-
-def _generation(level: str, address: Address, rng: random.Random) -> dict[str, Any]:
-    return _round(level, "generation", rng.choice(templates(level, "generation")), _true(level, address), [])
-
-
-def _judgment(level: str, address: Address, wrong: _Wrong, rng: random.Random, true: bool) -> dict[str, Any]:
-    name = _true(level, address) if true else wrong.draw(level, address, 1)[0]
-    question = rng.choice(templates(level, "judgment")).format(name=name)
-    return _round(level, "judgment", question, "Yes" if true else "No", [name])
-
-
-def _choice(level: str, address: Address, wrong: _Wrong, rng: random.Random) -> dict[str, Any]:
-    options = [_true(level, address), *wrong.draw(level, address, OPTIONS - 1)]
-    rng.shuffle(options)
-    question = rng.choice(templates(level, "choice")).format(options="; ".join(options))
-    return _round(level, "choice", question, _true(level, address), options)
+    @staticmethod
+    def _round(level: str, kind: str, question: str, answer: str, options: list[str]) -> Round:
+        return {"level": level, "kind": kind, "question": question, "answer": answer, "options": options}

@@ -33,7 +33,7 @@ import numpy as np
 from servers import Bare, Ours, Server, transformers_serve, vllm
 
 from addressvlm.gazetteer.gazetteer import Gazetteer
-from addressvlm.questions import ADDRESS_QUESTION, test_rounds
+from addressvlm.questions import ADDRESS_QUESTION, evaluation_rounds
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 SEED = 0
@@ -93,7 +93,7 @@ def requests_of(workload: str, photos: Sequence[Path], gazetteer: Gazetteer, rng
     made: list[Request] = []
     for path in photos:
         photo = path.read_bytes()
-        asked = [turn["question"] for turn in test_rounds(rng.choice(gazetteer.addresses), gazetteer, rng)]
+        asked = [turn["question"] for turn in evaluation_rounds(rng.choice(gazetteer.addresses), gazetteer, rng)]
         if workload == "localize":
             asked = [ADDRESS_QUESTION]
         elif workload == "chat":

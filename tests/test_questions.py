@@ -67,7 +67,7 @@ def test_the_right_option_stands_at_any_place() -> None:
     for _ in range(400):
         for name, asked in (
             ("training", questions.training_rounds(HERE, gazetteer(), rng)),
-            ("test", questions.test_rounds(HERE, gazetteer(), rng)),
+            ("test", questions.evaluation_rounds(HERE, gazetteer(), rng)),
         ):
             chosen = [r for r in asked if r["kind"] == "choice" and r["level"] == "street"]
             stood[name].update(r["options"].index(r["answer"]) for r in chosen)
@@ -87,7 +87,7 @@ def test_a_conversation_comes_in_any_order() -> None:
 
 
 def test_test_rounds_are_the_nine_of_the_metrics() -> None:
-    rounds = questions.test_rounds(HERE, gazetteer(), random.Random(1))
+    rounds = questions.evaluation_rounds(HERE, gazetteer(), random.Random(1))
     assert [(r["level"], r["kind"], r["answer"]) for r in rounds] == [
         ("district", "generation", "Harbour"),
         ("district", "judgment", "Yes"),
@@ -113,7 +113,7 @@ def test_the_mix_of_near_and_any_wrong_names_is_a_setting(hard_negative_share: f
     here, city, wrong = Address("Street 0", "Town"), far_and_wide(), []
     for seed in range(300):
         rng = random.Random(seed)
-        asked = questions.training_rounds(here, city, rng, 7, hard_negative_share) + questions.test_rounds(
+        asked = questions.training_rounds(here, city, rng, 7, hard_negative_share) + questions.evaluation_rounds(
             here, city, rng, hard_negative_share
         )
         wrong += [name for r in asked if r["kind"] == "choice" for name in r["options"] if name != here.street]
@@ -127,12 +127,14 @@ def test_streets_that_may_be_right_are_no_wrong_names() -> None:
     doubtful = {"Street 6", "Street 8", "Elsewhere"}
     for seed in range(100):
         rng = random.Random(seed)
-        asked = questions.training_rounds(here, city, rng, 7, 1.0, doubtful) + questions.test_rounds(
+        asked = questions.training_rounds(here, city, rng, 7, 1.0, doubtful) + questions.evaluation_rounds(
             here, city, rng, 1.0, doubtful
         )
         assert not doubtful & {name for r in asked for name in r["options"]}
     two = Gazetteer([here, Address("Street 8", "Town")])
-    kinds = [r["kind"] for r in questions.test_rounds(here, two, random.Random(0), 1.0, doubtful) if r["level"] == "street"]
+    kinds = [
+        r["kind"] for r in questions.evaluation_rounds(here, two, random.Random(0), 1.0, doubtful) if r["level"] == "street"
+    ]
     assert kinds == ["generation", "judgment"]
 
 
@@ -176,7 +178,7 @@ def test_a_city_of_one_street_asks_what_can_be_asked() -> None:
     training = questions.training_rounds(HERE, city, random.Random(0))
     assert len(training) == 7
     assert {r["kind"] for r in training} == {"generation"}
-    asked = questions.test_rounds(HERE, city, random.Random(0))
+    asked = questions.evaluation_rounds(HERE, city, random.Random(0))
     assert [(r["kind"], r["answer"]) for r in asked if r["level"] == "street"] == [
         ("generation", "Mill Street"),
         ("judgment", "Yes"),

@@ -21,7 +21,7 @@ from addressvlm.dataset.photos import Photo, check_photo
 from addressvlm.dataset.streets import StreetMap
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
-from addressvlm.questions import test_rounds, training_rounds
+from addressvlm.questions import evaluation_rounds, training_rounds
 from addressvlm.storage import remote_path, tables
 from addressvlm.storage.files import local_folder_for, upload
 from addressvlm.storage.remote_path import path_of
@@ -111,13 +111,15 @@ def add_conversations(part: NDArray[np.int8], gazetteer: tuple[str, str], city: 
             continue
         split = SPLITS[part[row["index"]]]
         address, rng = Address(row["street"], row["district"]), random.Random(f"{seed}:{row['id']}")
-        uncertain = names.around(row["lat"], row["lon"], config.ambiguous_m)  # may be right as well, so no wrong answers
+        uncertain = names.streets_within(
+            row["lat"], row["lon"], config.ambiguous_m
+        )  # may be right as well, so no wrong answers
         if row["ambiguous"]:
             uncertain.add(row["second_street"])
         if split == "train":
             rounds = training_rounds(address, names, rng, config.rounds, config.hard_negative_share, uncertain)
         else:
-            rounds = test_rounds(address, names, rng, config.hard_negative_share, uncertain)
+            rounds = evaluation_rounds(address, names, rng, config.hard_negative_share, uncertain)
         splits[split].append({**row, "rounds": rounds})
     return ShardResult(splits)
 

@@ -142,7 +142,7 @@ class StreetMap:
         """For each point the named streets within the limit as (name, metres), the nearest first, each name once."""
         x, y = self.to_metres(np.atleast_1d(lat), np.atleast_1d(lon))
         streets: list[list[tuple[str, float]]] = [[] for _ in x]
-        point, code, metres = self._index.all(x, y, limit_m)
+        point, code, metres = self._index.within(x, y, limit_m)
         for i, street, distance in zip(point.tolist(), code.tolist(), metres.tolist(), strict=True):
             streets[i].append((self.street_names[street], distance))
         return streets
@@ -158,7 +158,7 @@ class StreetMap:
             second code, second distance: the same for the other street. Of two equally near the first by name comes first.
         """
         x, y = self.to_metres(np.atleast_1d(lat), np.atleast_1d(lon))
-        return self._index.two(x, y, limit_m)
+        return self._index.nearest_two(x, y, limit_m)
 
     def nearest(
         self, lat: ArrayLike, lon: ArrayLike, limit_m: float

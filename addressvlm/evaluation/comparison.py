@@ -144,7 +144,7 @@ def neighbours(answers: Sequence[Row], gazetteer: Gazetteer, near: int = 5) -> R
     ]
     if not gazetteer.geometry or not wrong:
         return None
-    close = sum(named in gazetteer.near(true, near) for true, named in wrong if true in gazetteer.geometry)
+    close = sum(named in gazetteer.nearest(true, near) for true, named in wrong if true in gazetteer.geometry)
     return {"wrong": len(wrong), "near": close, "of": near}
 
 

@@ -1,11 +1,11 @@
-"""Addresses of a city: the pair street and district, and the gazetteer of all that there are.
+"""An address (street and district) and the gazetteer of all addresses of a city.
 
-Names stay as the source writes them, in its script; other spellings (`addressvlm.gazetteer.name_matcher`) are for matching only.
+Names keep the spelling and script of their source; normal forms (addressvlm/gazetteer/name_matcher.py) are for matching only.
 """
 
 import json
 import random
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,30 +19,31 @@ from addressvlm.gazetteer.spatial_index import NearestNames
 from addressvlm.storage.remote_path import AnyPath
 
 GAZETTEER_FILE = "gazetteer.geojson"  # in the folder of a dataset or a model
+Level = Literal["street", "district"]
 
 
 @dataclass(frozen=True, order=True)
 class Address:
-    """A street inside a district, both as the source writes them."""
+    """A street in a district, both as the source spells them."""
 
     street: str
     district: str
 
     def text(self) -> str:
-        """As an answer: `Mill Street, Harbour`."""
+        """The answer text: `Mill Street, Harbour`."""
         return f"{self.street}, {self.district}"
 
 
 class Gazetteer:
-    """The streets and districts that an answer can name, with their shapes and how often they were photographed.
+    """The streets and districts that an answer can name, with their geometries and numbers of photos.
 
     Attributes:
         streets, districts: names, sorted.
         addresses: every pair of street and district that occurs, sorted.
-        geometry: street name -> its shape in degrees (lon, lat): lines, or the area or point of a square or block;
-            streets without a known shape are absent.
+        geometry: street name -> geometry in degrees (lon, lat): lines, or the area or point of a square or block; streets
+            without a geometry are absent.
         district_geometry: the same for districts.
-        variants: name of a street or district -> its other names (languages, old and short forms) where it has any.
+        variants: name of a street or district -> its other names (languages, old and short forms), if it has any.
     """
 
     def __init__(
@@ -59,67 +60,68 @@ class Gazetteer:
         self.addresses = sorted(set(addresses))
         self.streets = sorted({a.street for a in self.addresses})
         self.districts = sorted({a.district for a in self.addresses})
-        shapes, district_shapes = geometry or {}, district_geometry or {}
-        self.geometry = {n: shapes[n] for n in self.streets if n in shapes}
-        self.district_geometry = {n: district_shapes[n] for n in self.districts if n in district_shapes}
+        geometry, district_geometry = geometry or {}, district_geometry or {}
+        self.geometry = {name: geometry[name] for name in self.streets if name in geometry}
+        self.district_geometry = {name: district_geometry[name] for name in self.districts if name in district_geometry}
         self.city = city
         self.attribution = list(attribution)
         self._photos = Counter(photos or {})
         self._places = Counter(places or {})
-        self._known = {"street": frozenset(self.streets), "district": frozenset(self.districts)}
-        self._near = {
+        self._names = {"street": frozenset(self.streets), "district": frozenset(self.districts)}
+        self._nearest = {
             "street": NearestNames(self.streets, self.geometry),
             "district": NearestNames(self.districts, self.district_geometry),
         }
-        known = {*self.streets, *self.districts}
-        self.variants = {name: list(others) for name, others in (variants or {}).items() if others and name in known}
+        names = {*self.streets, *self.districts}
+        self.variants = {name: list(others) for name, others in (variants or {}).items() if others and name in names}
         self._street_index = NameIndex(self.streets, self.variants)
         self._district_index = NameIndex(self.districts, self.variants)
 
-    def near(
+    def nearest(self, name: str, n: int, level: Level = "street", exclude: Collection[str] = ()) -> list[str]:
+        """Up to n other names of the level that are not in `exclude`, nearest first; names without a geometry come last."""
+        excluded = self._names[level] & {name, *exclude}
+        candidates = self._nearest[level].nearest(name, n + len(excluded))
+        return [other for other in candidates if other not in excluded][:n]
+
+    def sample_negatives(
         self,
         name: str,
         n: int,
-        rng: random.Random | None = None,
-        level: Literal["street", "district"] = "street",
+        rng: random.Random,
+        level: Level = "street",
         hard_negative_share: float = 0.5,
-        without: Collection[str] = (),
+        exclude: Collection[str] = (),
     ) -> list[str]:
-        """Up to n other names of the level: the nearest first, or with `rng` about `hard_negative_share` near, the rest from anywhere.
+        """Up to n other names of the level that are not in `exclude`, in random order.
 
-        Near means among the nearest 2n by distance of the shapes; names without a shape count as far. Those in `without`
-        are left out.
+        About `hard_negative_share` of them are among the 2n nearest, the others from anywhere.
         """
-        listed = self.streets if level == "street" else self.districts
-        spared = self._known[level] & {name, *without}
-        found = self._near[level].nearest(name, (n if rng is None else 2 * n) + len(spared))
-        pool = [other for other in found if other not in spared][: n if rng is None else 2 * n]
-        if rng is None:
-            return pool
-        chosen = rng.sample(pool, min(sum(rng.random() < hard_negative_share for _ in range(n)), len(pool)))
-        taken = {*spared, *chosen}
-        while len(chosen) < n and len(taken) < len(listed):
-            other = listed[rng.randrange(len(listed))]
-            if other not in taken:
-                taken.add(other)
-                chosen.append(other)
-        rng.shuffle(chosen)
-        return chosen
+        names = self.streets if level == "street" else self.districts
+        pool = self.nearest(name, 2 * n, level, exclude)
+        negatives = rng.sample(pool, min(sum(rng.random() < hard_negative_share for _ in range(n)), len(pool)))
+        used = {*negatives, *(self._names[level] & {name, *exclude})}
+        while len(negatives) < n and len(used) < len(names):
+            other = names[rng.randrange(len(names))]
+            if other not in used:
+                used.add(other)
+                negatives.append(other)
+        rng.shuffle(negatives)
+        return negatives
 
-    def around(self, lat: float, lon: float, metres: float) -> set[str]:
-        """The streets whose shape is that near to a point in degrees."""
-        return self._near["street"].around(lat, lon, metres)
+    def streets_within(self, lat: float, lon: float, metres: float) -> set[str]:
+        """The streets whose geometry is at most that far from a point in degrees."""
+        return self._nearest["street"].within(lat, lon, metres)
 
     def find_street(self, text: str) -> str | None:
-        """The one street named in free text, under any of its names; None if there is none or if there are several."""
+        """The one street that a free text mentions, by any of its names; None if there is none or several."""
         return self._street_index.find(text)
 
     def find_district(self, text: str) -> str | None:
-        """The one district named in free text, under any of its names; None if there is none or if there are several."""
+        """The one district that a free text mentions, by any of its names; None if there is none or several."""
         return self._district_index.find(text)
 
     def save(self, path: AnyPath) -> None:
-        """Write as GeoJSON: one feature a street, one a district; unknown shapes are null."""
+        """Write as GeoJSON: one feature per street and one per district; unknown geometries are null."""
         districts_of = defaultdict(list)
         for address in self.addresses:
             districts_of[address.street].append(address.district)
@@ -138,7 +140,7 @@ class Gazetteer:
 
     @classmethod
     def load(cls, path: AnyPath) -> "Gazetteer":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             InputError: the file is missing or is not a gazetteer.
@@ -162,35 +164,25 @@ class Gazetteer:
                 f"no gazetteer at {path} ({error.strerror}): run prepare, or give a folder that has one."
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError, shapely.errors.ShapelyError) as error:
-            raise InputError(
-                f"{path} is not a gazetteer ({type(error).__name__}: {error}): make it again with prepare."
-            ) from None
+            raise InputError(f"{path} is not a gazetteer ({type(error).__name__}: {error}): rerun prepare.") from None
 
 
-def _feature(shape: BaseGeometry | None, **properties: Any) -> dict[str, Any]:
-    return {
-        "type": "Feature",
-        "properties": properties,
-        "geometry": None if shape is None else shapely.geometry.mapping(shape),
-    }
+def _feature(geometry: BaseGeometry | None, **properties: Any) -> dict[str, Any]:
+    mapping = None if geometry is None else shapely.geometry.mapping(geometry)
+    return {"type": "Feature", "properties": properties, "geometry": mapping}
 
 
 def merge_gazetteers(gazetteers: Sequence[Gazetteer]) -> Gazetteer:
-    """One gazetteer of several cities; a name that two of them have keeps the first one's shape."""
+    """One gazetteer of several cities; a name in two of them keeps the first one's geometry."""
     if len(gazetteers) == 1:
         return gazetteers[0]
-    shapes: dict[str, BaseGeometry] = {}
-    districts: dict[str, BaseGeometry] = {}
-    variants: dict[str, Sequence[str]] = {}
-    for one in reversed(gazetteers):
-        shapes, districts, variants = shapes | one.geometry, districts | one.district_geometry, variants | one.variants
     return Gazetteer(
-        [address for one in gazetteers for address in one.addresses],
-        shapes,
-        districts,
-        sum((one._photos for one in gazetteers), Counter()),
-        sum((one._places for one in gazetteers), Counter()),
-        " + ".join(one.city for one in gazetteers if one.city),
-        list(dict.fromkeys(source for one in gazetteers for source in one.attribution)),
-        variants,
+        [address for city in gazetteers for address in city.addresses],
+        dict(ChainMap(*(city.geometry for city in gazetteers))),
+        dict(ChainMap(*(city.district_geometry for city in gazetteers))),
+        sum((city._photos for city in gazetteers), Counter()),
+        sum((city._places for city in gazetteers), Counter()),
+        " + ".join(city.city for city in gazetteers if city.city),
+        list(dict.fromkeys(source for city in gazetteers for source in city.attribution)),
+        dict(ChainMap(*(city.variants for city in gazetteers))),
     )

@@ -1,4 +1,4 @@
-"""A place from above: map or imagery tiles with street names written on them."""
+"""Map and imagery tiles with street names."""
 
 import os
 

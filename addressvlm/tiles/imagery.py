@@ -1,4 +1,4 @@
-"""Which imagery is meant: a GeoTIFF or COG, an MBTiles or PMTiles archive, or the address of an XYZ server."""
+"""Open the imagery of a setting: a GeoTIFF or COG, an MBTiles or PMTiles archive, or an XYZ server."""
 
 from pathlib import Path
 from typing import Protocol
@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from addressvlm.config import TilesConfig
+from addressvlm.config.tiles import TilesConfig
 from addressvlm.errors import InputError
 from addressvlm.storage.files import local_copy
 from addressvlm.tiles import raster
@@ -18,7 +18,7 @@ ARCHIVES: dict[str, type[MbTiles] | type[PmTiles]] = {".mbtiles": MbTiles, ".pmt
 
 
 class Imagery(Protocol):
-    """The city from above."""
+    """Satellite or aerial images of a city."""
 
     attribution: str
 
@@ -26,22 +26,22 @@ class Imagery(Protocol):
         """The square `bounds` (west, south, east, north in local metres) as an RGB image of pixels x pixels.
 
         Raises:
-            InputError: too little of it is covered, or it can't be had.
+            InputError: the imagery covers too little of it, or can't be read.
         """
         ...
 
 
 def open_imagery(text: str | Path, crs: str, config: TilesConfig) -> Imagery:
-    """Imagery seen in the coordinates `crs`; `text` is a path or an address.
+    """Imagery in the coordinates `crs`; `text` is a path or an address.
 
     Raises:
-        InputError: it is missing, is not what its name says, is an address that is neither http nor https, or is that of a
-            server and tiles.cache is not set.
+        InputError: it is missing or invalid, is an address that is neither http nor https, or is an XYZ server and tiles.cache
+            is not set.
     """
-    name = _local(str(text))
+    name = _local_name(str(text))
     if "{" in name:
         if config.cache is None:
-            raise InputError("the tiles of an XYZ server have no folder to be kept in: set tiles.cache.")
+            raise InputError("there is no folder for the tiles of an XYZ server: set tiles.cache.")
         server = XyzServer(name, Path(config.cache).expanduser(), config.user_agent, config.per_second, config.attribution)
         return Mosaic(server, crs, config.zoom)
     if "://" in name and urlsplit(name).scheme not in ("http", "https"):
@@ -54,8 +54,8 @@ def open_imagery(text: str | Path, crs: str, config: TilesConfig) -> Imagery:
     return GeoTiff(name, crs, config.attribution)
 
 
-def _local(name: str) -> str:
-    """A file in a store as this machine's copy of it; all else as it is."""
+def _local_name(name: str) -> str:
+    """The path of the local copy of a file in an object store; other names are returned unchanged."""
     if name.partition("://")[0] not in STORES or "{" in name:
         return name
     try:
@@ -65,13 +65,13 @@ def _local(name: str) -> str:
 
 
 def imagery_centre(text: str | Path) -> tuple[float, float]:
-    """Latitude and longitude of the middle of the imagery.
+    """Latitude and longitude of the centre of the imagery.
 
     Raises:
-        InputError: it can't be opened, or has no middle.
+        InputError: it can't be opened, or does not say where it lies.
     """
-    name = _local(str(text))
+    name = _local_name(str(text))
     if "{" in name:
-        raise InputError("an XYZ server has no middle of its own: set city.streets as well.")
+        raise InputError("an XYZ server has no centre: set city.streets as well.")
     archive = ARCHIVES.get(Path(name).suffix.lower())
     return archive(name).centre() if archive else raster.geotiff_centre(name)

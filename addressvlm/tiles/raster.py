@@ -1,4 +1,4 @@
-"""Windows of a georeferenced image of the city (satellite, aerial or scanned map), read one at a time."""
+"""Read square windows of georeferenced imagery: GeoTIFF, MBTiles and PMTiles."""
 
 import io
 import math
@@ -22,16 +22,16 @@ from rasterio.windows import Window
 
 from addressvlm.errors import InputError
 
-MIN_COVERED = 0.5  # share of a tile that the imagery must cover
-EDGE = 2  # source pixels read beyond the tile, for interpolation
+MIN_COVERAGE = 0.5  # share of a tile that the imagery must cover
+MARGIN = 2  # source pixels read beyond the tile, for interpolation
 
 Bounds = tuple[float, float, float, float]  # west, south, east, north in local metres
 
 
-def corners_of(bounds: Bounds) -> tuple[np.ndarray, np.ndarray]:
-    """x and y (3,) of the upper left, upper right and lower left corner.
+def three_corners(bounds: Bounds) -> tuple[np.ndarray, np.ndarray]:
+    """x (3,) and y (3,) of the upper left, upper right and lower left corner.
 
-    Over the side of a tile every projection is straight to far less than a pixel, so three corners place it.
+    At the size of a tile every projection is affine to well below a pixel, so three corners are enough.
     """
     west, south, east, north = bounds
     return np.array([west, east, west]), np.array([north, north, south])
@@ -48,27 +48,27 @@ def cut_window(
     """The square of pixels x pixels whose three corners (3, 2) lie at these columns and rows of `values`.
 
     Args:
-        values: RGB source pixels, about as fine as the square's.
-        covered: L, 255 where `values` are known.
-        source: its name, for the error.
+        values: RGB source pixels of about the same resolution.
+        covered: mode L, 255 where `values` are valid.
+        source: name of the source, for the error.
 
     Raises:
-        InputError: less than half of the square is known.
+        InputError: less than half of the square is covered.
     """
     (a, d), (b, e) = (corners[1] - corners[0]) / pixels, (corners[2] - corners[0]) / pixels
     size, affine, place = (pixels, pixels), Image.Transform.AFFINE, (a, b, corners[0, 0], d, e, corners[0, 1])
     share = np.asarray(covered.transform(size, affine, place)).mean() / 255
-    if share < MIN_COVERED:
+    if share < MIN_COVERAGE:
         raise InputError(f"{source} covers only {share:.0%} of the tile.")
     return values.transform(size, affine, place, resampling)
 
 
-# For a COG behind http(s): bounded waits, and no listing of the folder it lies in.
+# For a COG over http(s): time-outs, and no listing of its folder.
 GDAL_OPTIONS = {"GDAL_HTTP_TIMEOUT": 20, "GDAL_HTTP_MAX_RETRY": 3, "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
 
 
 class GeoTiff:
-    """A GeoTIFF or COG (or anything else GDAL reads) seen in the coordinates `crs`; holds no pixels between calls."""
+    """A GeoTIFF or COG (or any other raster that GDAL reads) in the coordinates `crs`; keeps no pixels in memory."""
 
     def __init__(self, path: str | Path, crs: str, attribution: str | None = None) -> None:
         """Open the file.
@@ -79,20 +79,15 @@ class GeoTiff:
         self._source = _open(path)
         self.path, self.crs = path, crs
         self.attribution = attribution or self._source.tags().get("TIFFTAG_COPYRIGHT", "")
-        kind = self._source.dtypes[0]
-        if kind != "uint8":
-            raise InputError(f"{path} has {kind} samples: convert it to 8 bits (gdal_translate -ot Byte -scale).")
+        dtype = self._source.dtypes[0]
+        if dtype != "uint8":
+            raise InputError(f"{path} has {dtype} samples: convert it to 8 bits (gdal_translate -ot Byte -scale).")
         self._to_source = pyproj.Transformer.from_crs(crs, self._source.crs, always_xy=True).transform
-        self._palette = self._read_palette()
-
-    def _read_palette(self) -> np.ndarray | None:
-        """Table (256, 3) of a palette image."""
-        if self._source.colorinterp[0] != ColorInterp.palette:
-            return None
-        table = np.zeros((256, 3), np.uint8)
-        for value, colour in self._source.colormap(1).items():
-            table[value] = colour[:3]
-        return table
+        self._palette: np.ndarray | None = None  # (256, 3)
+        if self._source.colorinterp[0] == ColorInterp.palette:
+            self._palette = np.zeros((256, 3), np.uint8)
+            for value, colour in self._source.colormap(1).items():
+                self._palette[value] = colour[:3]
 
     def read(self, bounds: Bounds, pixels: int) -> Image.Image:
         """The square `bounds` (west, south, east, north in `crs`) as an RGB image of pixels x pixels.
@@ -100,32 +95,32 @@ class GeoTiff:
         Raises:
             InputError: the imagery covers less than half of it, or its file is damaged there.
         """
-        x, y = self._to_source(*corners_of(bounds))
+        x, y = self._to_source(*three_corners(bounds))
         t = ~self._source.transform
         corners = np.column_stack((t.a * x + t.b * y + t.c, t.d * x + t.e * y + t.f))
         if not np.isfinite(corners).all():
             raise InputError(f"{self.path} covers only 0% of the tile.")
         fourth = corners[1] + corners[2] - corners[0]
         square = np.vstack((corners, fourth))
-        first = np.floor(square.min(axis=0) - EDGE).clip(0).astype(int)
-        last = np.ceil(square.max(axis=0) + EDGE).clip(max=(self._source.width, self._source.height)).astype(int)
+        first = np.floor(square.min(axis=0) - MARGIN).clip(0).astype(int)
+        last = np.ceil(square.max(axis=0) + MARGIN).clip(max=(self._source.width, self._source.height)).astype(int)
         if (last <= first).any():
             raise InputError(f"{self.path} covers only 0% of the tile.")
         shrink = max(1.0, float(np.hypot(*(corners[1] - corners[0]))) / pixels)
         values, covered = self._window(first, last, shrink)
         scale = np.array([values.width, values.height]) / (last - first)
-        smooth = Image.Resampling.NEAREST if self._palette is not None else Image.Resampling.BILINEAR
-        return cut_window(values, covered, (corners - first) * scale, pixels, str(self.path), smooth)
+        resampling = Image.Resampling.NEAREST if self._palette is not None else Image.Resampling.BILINEAR
+        return cut_window(values, covered, (corners - first) * scale, pixels, str(self.path), resampling)
 
     def _window(self, first: np.ndarray, last: np.ndarray, shrink: float) -> tuple[Image.Image, Image.Image]:
-        """Source pixels from `first` to `last` (column, row), `shrink` times smaller: RGB, and where there are any (L)."""
+        """Source pixels from `first` to `last` (column, row), `shrink` times smaller: RGB, and their mask (L)."""
         window = Window.from_slices((first[1], last[1]), (first[0], last[0]))
         width, height = np.maximum(1, np.ceil((last - first) / shrink)).astype(int)
         bands = [1, 2, 3] if self._source.count >= 3 else [1]
-        smooth = Resampling.nearest if self._palette is not None else Resampling.average
+        resampling = Resampling.nearest if self._palette is not None else Resampling.average
         try:
             with rasterio.Env(**GDAL_OPTIONS):
-                values = self._source.read(bands, window=window, out_shape=(len(bands), height, width), resampling=smooth)
+                values = self._source.read(bands, window=window, out_shape=(len(bands), height, width), resampling=resampling)
                 mask = self._source.dataset_mask(window=window, out_shape=(height, width))
         except RasterioError as error:
             raise InputError(f"{self.path} can't be read ({' '.join(str(error).split())}): is the file complete?") from None
@@ -135,7 +130,7 @@ class GeoTiff:
 
 
 def geotiff_centre(path: str | Path) -> tuple[float, float]:
-    """Latitude and longitude of the middle of a GeoTIFF.
+    """Latitude and longitude of the centre of a GeoTIFF.
 
     Raises:
         InputError: it can't be opened or has no georeference.
@@ -157,55 +152,55 @@ def _open(path: str | Path) -> rasterio.DatasetReader:
     return source
 
 
-WORLD_M = 2 * math.pi * 6378137.0  # side of the square world of EPSG:3857
-TILE_SIDE = 256  # pixels that a zoom level stands for; servers may send finer ones
-MAX_SIDE = 1024  # pixels; larger "tiles" are refused before they are decoded
+WORLD_M = 2 * math.pi * 6378137.0  # side of the world square of EPSG:3857
+TILE_SIDE = 256  # pixels by which zoom levels are defined; servers may send finer tiles
+MAX_SIDE = 1024  # pixels; larger images are refused before they are decoded
 MAX_BYTES = 8 << 20
-MAX_TILES = 64  # that one square may need
-KEPT = 64  # decoded tiles; neighbouring places share them
+MAX_TILES = 64  # per square
+CACHED_TILES = 64  # decoded; neighbouring places share them
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 class TileSource(Protocol):
-    """Where web mercator tiles come from."""
+    """A source of web mercator tiles."""
 
     name: str  # for errors
     attribution: str
-    zooms: tuple[int, int]  # the coarsest and the finest that there are
+    zooms: tuple[int, int]  # the coarsest and the finest level
 
     def tile(self, z: int, x: int, y: int) -> Image.Image | None:
         """RGBA tile, row y counted from the north; None where there is none.
 
         Raises:
-            InputError: it can't be had, or is not an image.
+            InputError: it can't be read, or is not an image.
         """
         ...
 
 
 class Mosaic:
-    """Imagery in the coordinates `crs` put together from tiles."""
+    """Imagery in the coordinates `crs`, assembled from tiles."""
 
     def __init__(self, source: TileSource, crs: str, zoom: int | None = None) -> None:
-        """`zoom` is the level to read; by default the first that is as fine as what is asked for."""
+        """`zoom` is the level to read; default: the first that is as fine as the requested square."""
         self.attribution = source.attribution
-        self._source, self._fixed = source, zoom
+        self._source, self._fixed_zoom = source, zoom
         self._to_mercator = pyproj.Transformer.from_crs(crs, "EPSG:3857", always_xy=True).transform
-        self._tile = lru_cache(KEPT)(source.tile)
+        self._tile = lru_cache(CACHED_TILES)(source.tile)
 
     def read(self, bounds: Bounds, pixels: int) -> Image.Image:
         """The square `bounds` (west, south, east, north in `crs`) as an RGB image of pixels x pixels.
 
         Raises:
-            InputError: the tiles cover less than half of it, one can't be had, or too many would be needed.
+            InputError: the tiles cover less than half of it, one can't be read, or too many are needed.
         """
-        metres = np.column_stack(self._to_mercator(*corners_of(bounds)))
+        metres = np.column_stack(self._to_mercator(*three_corners(bounds)))
         if not np.isfinite(metres).all() or abs(metres[:, 1]).max() > WORLD_M / 2:
             raise InputError(f"{self._source.name} covers only 0% of the tile.")
         zoom = self._zoom(float(np.hypot(*(metres[1] - metres[0]))) / pixels)
         corners = (metres / WORLD_M * (1, -1) + 0.5) * 2**zoom  # in tiles, from the north-west
         square = np.vstack((corners, corners[1] + corners[2] - corners[0]))
-        first = np.floor(square.min(axis=0) - EDGE / TILE_SIDE).astype(int)
-        last = np.floor(square.max(axis=0) + EDGE / TILE_SIDE).astype(int) + 1
+        first = np.floor(square.min(axis=0) - MARGIN / TILE_SIDE).astype(int)
+        last = np.floor(square.max(axis=0) + MARGIN / TILE_SIDE).astype(int) + 1
         count = int(np.prod(last - first))
         if count > MAX_TILES:
             raise InputError(
@@ -222,11 +217,11 @@ class Mosaic:
 
     def _zoom(self, metres_per_pixel: float) -> int:
         coarsest, finest = self._source.zooms
-        wanted = math.ceil(math.log2(WORLD_M / TILE_SIDE / metres_per_pixel) - 1e-6)
-        return self._fixed if self._fixed is not None else min(max(wanted, coarsest), finest)
+        zoom = math.ceil(math.log2(WORLD_M / TILE_SIDE / metres_per_pixel) - 1e-6)
+        return self._fixed_zoom if self._fixed_zoom is not None else min(max(zoom, coarsest), finest)
 
     def _mosaic(self, zoom: int, first: np.ndarray, last: np.ndarray) -> Image.Image:
-        """Tiles from `first` to before `last` (column, row) side by side (RGBA); transparent where there are none."""
+        """Tiles from `first` to `last` (column, row; exclusive) as one RGBA image, transparent where there are none."""
         n = 2**zoom
         tiles = {
             (x - first[0], y - first[1]): self._tile(zoom, int(x) % n, int(y))
@@ -239,19 +234,19 @@ class Mosaic:
         mosaic = Image.new("RGBA", (int(columns) * side, int(rows) * side))
         for (column, row), tile in tiles.items():
             if tile:
-                whole = tile if tile.size == (side, side) else tile.resize((side, side), Image.Resampling.BILINEAR)
-                mosaic.paste(whole, (int(column) * side, int(row) * side))
+                scaled = tile if tile.size == (side, side) else tile.resize((side, side), Image.Resampling.BILINEAR)
+                mosaic.paste(scaled, (int(column) * side, int(row) * side))
         return mosaic
 
 
-def decode(data: bytes, name: str) -> Image.Image:
+def decode_tile(data: bytes, name: str) -> Image.Image:
     """RGBA pixels of an encoded tile.
 
     Raises:
         InputError: it is not a PNG, JPEG or WebP image, or is larger than a tile can be.
     """
     if len(data) > MAX_BYTES:
-        raise InputError(f"{name} is larger than {MAX_BYTES >> 20} MB: that is no map tile.")
+        raise InputError(f"{name} is larger than {MAX_BYTES >> 20} MB, too large for a map tile.")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if max(image.size) > MAX_SIDE:
@@ -263,8 +258,8 @@ def decode(data: bytes, name: str) -> Image.Image:
         raise InputError(f"{name} is a damaged image ({' '.join(str(error).split())}).") from None
 
 
-VECTOR = "holds vector tiles: give a raster archive (PNG, JPEG or WebP), or the streets alone for a drawn map."
-DAMAGED = (EOFError, OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, zlib.error)
+VECTOR_TILES = "holds vector tiles: give a raster archive (PNG, JPEG or WebP), or the streets alone for a drawn map."
+DAMAGE_ERRORS = (EOFError, OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, zlib.error)
 
 
 class MbTiles:
@@ -280,13 +275,13 @@ class MbTiles:
         if not Path(path).is_file():
             raise InputError(f"{path} does not exist: set tiles.imagery to an MBTiles file.")
         try:
-            self._base = sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
-            self._metadata = dict(self._base.execute("SELECT name, value FROM metadata"))
-            zooms = self._base.execute("SELECT MIN(zoom_level), MAX(zoom_level) FROM tiles").fetchone()
+            self._database = sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
+            self._metadata = dict(self._database.execute("SELECT name, value FROM metadata"))
+            zooms = self._database.execute("SELECT MIN(zoom_level), MAX(zoom_level) FROM tiles").fetchone()
         except sqlite3.Error as error:
             raise InputError(f"{path} is not an MBTiles file ({error}): export the imagery again.") from None
         if self._metadata.get("format", "") in ("pbf", "mvt", "application/x-protobuf"):
-            raise InputError(f"{path} {VECTOR}")
+            raise InputError(f"{path} {VECTOR_TILES}")
         if zooms[0] is None:
             raise InputError(f"{path} has no tiles: export the imagery again.")
         self.zooms = (int(zooms[0]), int(zooms[1]))
@@ -301,21 +296,21 @@ class MbTiles:
         place = (z, x, 2**z - 1 - y)
         query = "SELECT CAST(tile_data AS BLOB) FROM tiles WHERE zoom_level = ? AND tile_column = ? AND tile_row = ?"
         try:
-            row = self._base.execute(query, place).fetchone()
+            row = self._database.execute(query, place).fetchone()
         except sqlite3.Error as error:
             raise InputError(f"{self.name} can't be read ({error}): is the file complete?") from None
-        return decode(row[0], f"{self.name} tile {z}/{x}/{y}") if row and row[0] else None
+        return decode_tile(row[0], f"{self.name} tile {z}/{x}/{y}") if row and row[0] else None
 
     def centre(self) -> tuple[float, float]:
-        """Latitude and longitude of the middle, by the archive's own metadata.
+        """Latitude and longitude of the centre, by the archive's metadata.
 
         Raises:
-            InputError: it does not say.
+            InputError: the metadata has no bounds.
         """
         try:
             west, south, east, north = map(float, str(self._metadata["bounds"]).split(","))
         except (KeyError, ValueError):
-            raise InputError(f"{self.name} does not say its bounds: set city.streets as well.") from None
+            raise InputError(f"{self.name} has no bounds in its metadata: set city.streets as well.") from None
         return (south + north) / 2, (west + east) / 2
 
 
@@ -338,12 +333,12 @@ class PmTiles:
             raise InputError(f"{path} does not exist: set tiles.imagery to a PMTiles file.") from None
         except SpecVersionUnsupported:
             raise InputError(f"{path} is not of PMTiles version 3: convert it (pmtiles convert).") from None
-        except (*DAMAGED, MagicNumberNotFound) as error:
+        except (*DAMAGE_ERRORS, MagicNumberNotFound) as error:
             raise InputError(
-                f"{path} is not a whole PMTiles file ({type(error).__name__}): export the imagery again."
+                f"{path} is not a complete PMTiles file ({type(error).__name__}): export the imagery again."
             ) from None
         if self._header["tile_type"] in (TileType.MVT, TileType.MLT):
-            raise InputError(f"{path} {VECTOR}")
+            raise InputError(f"{path} {VECTOR_TILES}")
         self.zooms = (int(self._header["min_zoom"]), int(self._header["max_zoom"]))
         self.attribution = attribution or str(metadata.get("attribution") or "" if isinstance(metadata, dict) else "")
 
@@ -355,11 +350,11 @@ class PmTiles:
         """
         try:
             data = self._reader.get(z, x, y)
-        except DAMAGED as error:
+        except DAMAGE_ERRORS as error:
             raise InputError(f"{self.name} can't be read ({type(error).__name__}): is the file complete?") from None
-        return decode(data, f"{self.name} tile {z}/{x}/{y}") if data else None
+        return decode_tile(data, f"{self.name} tile {z}/{x}/{y}") if data else None
 
     def centre(self) -> tuple[float, float]:
-        """Latitude and longitude of the middle, by the archive's header."""
+        """Latitude and longitude of the centre, by the archive's header."""
         south, north, west, east = (self._header[key] / 1e7 for key in ("min_lat_e7", "max_lat_e7", "min_lon_e7", "max_lon_e7"))
         return (south + north) / 2, (west + east) / 2

@@ -1,9 +1,8 @@
-"""The tile of a place: the square of ground around it from above, street names written along the streets.
+"""Render the tile of a place: a square of imagery or street map with street names along the streets.
 
     TileRenderer("streets.geojson", "satellite.tif", TilesConfig()).tile(52.2053, 0.1218).image.save("tile.png")
 
-Without imagery the tile is a street map drawn by mapnik. A renderer keeps its styles, its index of the roads and its
-imagery open between calls; it belongs to one thread.
+Mapnik draws the street map and the names. A renderer keeps its files open between calls; it is not thread-safe.
 """
 
 from collections import defaultdict
@@ -22,33 +21,33 @@ from PIL import Image
 from shapely.geometry.base import BaseGeometry
 from shapely.ops import substring
 
-from addressvlm.config import TilesConfig
+from addressvlm.config.tiles import TilesConfig
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.name_matcher import normalize_name
 from addressvlm.tiles.imagery import imagery_centre, open_imagery
 from addressvlm.tiles.raster import Bounds
 from addressvlm.tiles.roads import Road, Roads
 
-UNIT_PX = 64  # size at which letters are measured
+UNIT_PX = 64  # font size at which letters are measured
 GROUND = "#f2efe9"
 CASING = "#bdb6ac"
 STREET = "#ffffff"
 MAIN_STREET = "#fbe3a1"
-MAIN_WIDTH_M = 9.0  # streets at least this wide have the main streets' colour
+MAIN_WIDTH_M = 9.0  # streets at least this wide are drawn as main streets
 TEXT = "#1b1b1b"
 
 
 class Lettering:
-    """The faces that street names are written in: each letter in the first face that has it."""
+    """The fonts of street names; each letter is drawn in the first font that has it."""
 
     def __init__(self, font: str | None = None) -> None:
-        """DejaVu Sans Bold (Latin, Greek, Cyrillic, Arabic and more), then a font file of your own for other scripts.
+        """DejaVu Sans Bold (Latin, Greek, Cyrillic, Arabic and more), then the font file, for other scripts.
 
         Raises:
             InputError: the file is missing or is not a font.
         """
         files = [str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf")), *([font] if font else [])]
-        self._fonts = [_font(file) for file in files]
+        self._fonts = [_load_font(file) for file in files]
         self._letters = [frozenset(map(chr, face.get_charmap())) for face in self._fonts]
         self.faces = [f"{face.family_name} {face.style_name}" for face in self._fonts]
 
@@ -60,14 +59,14 @@ class Lettering:
         """Length of a name that `has` accepts, as a multiple of the font's size."""
         return sum(self._advance(letter) for letter in name)
 
-    @cache  # noqa: B019 - there is one Lettering a renderer, and few letters
+    @cache  # noqa: B019 - there is one Lettering per renderer, and few letters
     def _advance(self, letter: str) -> float:
         number = next((i for i, letters in enumerate(self._letters) if letter in letters), 0)
         glyph = self._fonts[number].load_char(ord(letter), flags=LoadFlags.NO_HINTING)
         return float(glyph.linearHoriAdvance) / 65536 / UNIT_PX
 
 
-def _font(file: str) -> FT2Font:
+def _load_font(file: str) -> FT2Font:
     try:
         face = FT2Font(file)
         face.set_size(UNIT_PX, 72)
@@ -80,7 +79,7 @@ def _font(file: str) -> FT2Font:
 
 
 def map_style(pixels_per_m: float, over_imagery: bool) -> str:
-    """Streets from a source with `width` in metres: casing and fill, or thin lines where imagery shows the rest."""
+    """Mapnik style of streets with an attribute `width` in metres: casing and fill, or thin lines over imagery."""
     if over_imagery:
         line = '<LineSymbolizer stroke="#ffffff" stroke-width="1" stroke-opacity="0.55" stroke-linecap="round"/>'
         return _map("", {"lines": f"<Rule>{line}</Rule>"})
@@ -96,7 +95,7 @@ def map_style(pixels_per_m: float, over_imagery: bool) -> str:
 
 
 def name_style(faces: list[str], font_px: float, on_line: bool) -> str:
-    """A name from a source with `name`: along its line, or level at its point."""
+    """Mapnik style of an attribute `name`: along a line, or horizontal at a point."""
     place = (
         'placement="line" spacing="0" max-char-angle-delta="35" label-position-tolerance="400" margin="2"'
         if on_line
@@ -111,20 +110,20 @@ def name_style(faces: list[str], font_px: float, on_line: bool) -> str:
 
 
 def _map(attributes: str, styles: dict[str, str], fonts: str = "") -> str:
-    """A mapnik map of one layer a style."""
+    """A mapnik map with one layer per style."""
     body = fonts + "".join(f'<Style name="{name}">{rules}</Style>' for name, rules in styles.items())
     layers = "".join(f'<Layer name="{name}" srs="epsg:3857"><StyleName>{name}</StyleName></Layer>' for name in styles)
     return f'<Map srs="epsg:3857" {attributes}>{body}{layers}</Map>'
 
 
-BEND = 0.75  # of a street that its name may ignore, as a multiple of the font's size
-TRIED = 6  # stretches of each street that its name is tried on
-PLANE = "epsg:3857"  # mapnik's word for "already in metres"; map and layers agree, so nothing is projected
+BEND = 0.75  # a name straightens bends of its street up to this multiple of the font size
+MAX_STRETCHES = 6  # of each street that its name is tried on
+PLANE = "epsg:3857"  # coordinates are local metres; map and layers have the same value, so mapnik projects nothing
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A place from above: RGB image (pixels x pixels), the names that can be read on it, its bounds in local metres."""
+    """RGB image (pixels x pixels) of a place, the street names written on it, and its bounds in local metres."""
 
     image: Image.Image
     names: list[str]
@@ -137,12 +136,12 @@ class TileRenderer:
     def __init__(
         self, streets: str | Path | None, imagery: str | Path | None, config: TilesConfig, language: str | None = None
     ) -> None:
-        """Open the sources: a file of streets and imagery (see `sources.open_imagery`); one of the two may be absent.
+        """Open a street file and imagery (see `imagery.open_imagery`); one of the two may be None.
 
-        Names are written in `language` where the file of streets has them in it.
+        Names are in `language`, if the street file has them in it.
 
         Raises:
-            InputError: both are absent, a file is missing or is not what it should be.
+            InputError: both are None, or a file is missing or invalid.
         """
         if not streets and not imagery:
             raise InputError("there is nothing to draw tiles from: set city.streets or tiles.imagery.")
@@ -158,10 +157,10 @@ class TileRenderer:
             mapnik.load_map_from_string(canvas, name_style(self._lettering.faces, config.font_px, on_line))
 
     def tile(self, lat: float, lon: float, street: str = "") -> Tile:
-        """Draw the tile centred on a point given in degrees; `street` is named first, by default the nearest one.
+        """Render the tile around a point in degrees; `street` is labelled first, by default the nearest one.
 
         Raises:
-            InputError: neither a street nor the imagery is there.
+            InputError: there is neither a street nor imagery.
         """
         x, y = self.roads.to_metres(lat, lon)
         street = self.roads.resolve_name(street) or street
@@ -173,17 +172,17 @@ class TileRenderer:
             if not roads:
                 raise InputError(f"no street of the map is within {half:g} m of ({lat:.6f}, {lon:.6f}).")
             self._draw_roads(canvas, bounds, roads)
-            base = None
+            background = None
         else:
-            base = self.imagery.read(bounds, self.config.pixels)
+            background = self.imagery.read(bounds, self.config.pixels)
             if self.config.names:
                 self._draw_roads(canvas, bounds, roads)
         names = self._draw_names(canvas, bounds, roads, street) if self.config.names else []
-        drawn = Image.frombytes("RGBA", (self.config.pixels, self.config.pixels), canvas.to_string())
-        if base is None:
-            return Tile(drawn.convert("RGB"), names, bounds)
-        base.paste(drawn, mask=drawn.getchannel("A"))
-        return Tile(base, names, bounds)
+        drawing = Image.frombytes("RGBA", (self.config.pixels, self.config.pixels), canvas.to_string())
+        if background is None:
+            return Tile(drawing.convert("RGB"), names, bounds)
+        background.paste(drawing, mask=drawing.getchannel("A"))
+        return Tile(background, names, bounds)
 
     def _draw_roads(self, canvas: mapnik.Image, bounds: Bounds, roads: list[Road]) -> None:
         source = mapnik.MemoryDatasource()
@@ -195,27 +194,27 @@ class TileRenderer:
         mapnik.render(self._map, canvas)
 
     def _draw_names(self, canvas: mapnik.Image, bounds: Bounds, roads: list[Road], street: str) -> list[str]:
-        """Write each street's name once where it has room, the place's own street first; return the names written.
+        """Write each street's name once where there is room, the place's street first; return the names written.
 
-        The corner that the photo will cover stays free. One map is rendered per name: only so is it known which names
-        mapnik drew and which it dropped for want of room.
+        The corner that the photo will cover stays free. Each name is rendered as a map of its own, because mapnik does not
+        report which names it dropped for lack of room.
         """
         size, font = self.config.pixels, self.config.font_px
-        metre = size / self.config.side_m
-        free = _free_area(bounds, self.config.covered, margin=0.6 * font / metre)
+        px_per_m = size / self.config.side_m
+        free = _free_area(bounds, self.config.covered, margin=0.6 * font / px_per_m)
         detector = mapnik.LabelCollisionDetector(mapnik.Box2d(0, 0, size, size))
         corner = round(self.config.covered * size)
         detector.insert(mapnik.Box2d(size - corner, 0, size, corner))
         written = []
-        for number, (name, pieces) in enumerate(_labels(roads, bounds, free, street, simplify_m=2 / metre)):
+        for number, (name, pieces) in enumerate(_labels(roads, bounds, free, street, simplify_m=2 / px_per_m)):
             if not self._lettering.has(name):
                 continue
-            length = (self._lettering.width(name) + 1) * font / metre
-            stretches = _stretches(pieces[:3], length, bend_m=BEND * font / metre)
+            length = (self._lettering.width(name) + 1) * font / px_per_m
+            stretches = _stretches(pieces[:3], length, bend_m=BEND * font / px_per_m)
             if any(self._write(canvas, detector, bounds, name, stretch, on_line=True) for stretch in stretches):
                 written.append(name)
-            elif number == 0:  # the place's own street is worth a level name, if it is too short, too bent or hidden
-                points = _beside(name, roads, bounds, font / metre)
+            elif number == 0:  # the place's street is too short, too bent or hidden: write its name horizontally
+                points = _label_points(name, roads, bounds, font / px_per_m)
                 if any(self._write(canvas, detector, bounds, name, point, on_line=False) for point in points):
                     written.append(name)
         return written
@@ -229,7 +228,7 @@ class TileRenderer:
         geometry: BaseGeometry,
         on_line: bool,
     ) -> bool:
-        """Try one name at one place; whether it was drawn (its letters then occupy boxes in the detector)."""
+        """Try to write a name at one place; whether it was drawn (its letters then occupy boxes in the detector)."""
         source = mapnik.MemoryDatasource()
         source.add_feature(_feature(1, geometry, name=name))
         labels = self._names[on_line]
@@ -241,7 +240,7 @@ class TileRenderer:
 
 
 def _free_area(bounds: Bounds, delta: float, margin: float) -> BaseGeometry:
-    """Where names may run: the square less a margin and less the upper right corner, in metres."""
+    """The area for names, in metres: the square without a margin and without the upper right corner."""
     west, south, east, north = bounds
     side = (east - west) * delta
     inner = shapely.box(west + margin, south + margin, east - margin, north - margin)
@@ -251,53 +250,53 @@ def _free_area(bounds: Bounds, delta: float, margin: float) -> BaseGeometry:
 def _labels(
     roads: list[Road], bounds: Bounds, free: BaseGeometry, street: str, simplify_m: float
 ) -> list[tuple[str, list[shapely.LineString]]]:
-    """Names and the pieces of their streets in the free area, the longest first; `street` or the nearest comes first."""
+    """Names and the pieces of their streets in the free area, longest first; `street` or the nearest street comes first."""
     centre = shapely.Point((bounds[0] + bounds[2]) / 2, (bounds[1] + bounds[3]) / 2)
     by_name: dict[str, list[BaseGeometry]] = defaultdict(list)
     for road in roads:
         if road.name:
             by_name[road.name].append(road.line)
-    entries, wanted = [], normalize_name(street)
+    entries, target = [], normalize_name(street)
     for name, lines in by_name.items():
         merged = shapely.line_merge(shapely.union_all(lines))
         inside = shapely.simplify(shapely.intersection(merged, free), simplify_m)
         parts = shapely.get_parts(shapely.line_merge(inside) if inside.geom_type.startswith("Multi") else inside)
         pieces = sorted((p for p in parts if p.geom_type == "LineString" and p.length > 0), key=lambda p: -p.length)
-        own = normalize_name(name) == wanted
-        if pieces or own:
-            entries.append((-1.0 if own else merged.distance(centre), -pieces[0].length if pieces else 0.0, name, pieces))
+        is_target = normalize_name(name) == target
+        if pieces or is_target:
+            entries.append((-1.0 if is_target else merged.distance(centre), -pieces[0].length if pieces else 0.0, name, pieces))
     entries.sort(key=lambda e: (e[0], e[2]))
     ordered = entries[:1] + sorted(entries[1:], key=lambda e: (e[1], e[2]))
     return [(name, pieces) for _, _, name, pieces in ordered]
 
 
 def _stretches(pieces: list[shapely.LineString], length: float, bend_m: float) -> Iterator[BaseGeometry]:
-    """Where to try a name `length` metres long: the straightest stretches of its street first, at last whole pieces.
+    """Lines for a name `length` metres long: the straightest stretches of its street first, full pieces last.
 
-    A stretch that leaves its chord by less than `bend_m` is straightened: level letters are read more easily.
+    Bends below `bend_m` are straightened, which makes letters easier to read.
     """
-    found = []
+    candidates = []
     for piece in pieces:
         starts = np.arange(0, piece.length - length, length / 10)
         for start in starts:
             stretch = shapely.simplify(substring(piece, start, start + length), bend_m)
-            bent = 1 - shapely.Point(stretch.coords[0]).distance(shapely.Point(stretch.coords[-1])) / stretch.length
-            found.append((round(200 * bent), abs(start + length / 2 - piece.length / 2), stretch))
-    yield from (stretch for _, _, stretch in sorted(found, key=lambda f: f[:2])[:TRIED])
+            bend = 1 - shapely.Point(stretch.coords[0]).distance(shapely.Point(stretch.coords[-1])) / stretch.length
+            candidates.append((round(200 * bend), abs(start + length / 2 - piece.length / 2), stretch))
+    yield from (stretch for _, _, stretch in sorted(candidates, key=lambda c: c[:2])[:MAX_STRETCHES])
     yield from pieces
 
 
-def _beside(name: str, roads: list[Road], bounds: Bounds, font_m: float) -> list[BaseGeometry]:
-    """Where to try a level name: around the tile's centre, first where it lies on no other street, then outwards."""
+def _label_points(name: str, roads: list[Road], bounds: Bounds, font_m: float) -> list[BaseGeometry]:
+    """Points for a horizontal name around the tile's centre: first those where it covers no other street, then the nearest."""
     x, y = (bounds[0] + bounds[2]) / 2, (bounds[1] + bounds[3]) / 2
     others = shapely.union_all([road.line for road in roads if road.name != name])
-    half = 0.36 * font_m * len(name)  # half the width of the name, about
+    half = 0.36 * font_m * len(name)  # about half the width of the name
     steps = np.array([(column, row) for column in range(-10, 3) for row in range(-6, 7)])
-    at = np.array([x, y]) + font_m * steps
-    boxes = shapely.box(at[:, 0] - half, at[:, 1] - font_m, at[:, 0] + half, at[:, 1] + font_m)
+    points = np.array([x, y]) + font_m * steps
+    boxes = shapely.box(points[:, 0] - half, points[:, 1] - font_m, points[:, 0] + half, points[:, 1] + font_m)
     covered = shapely.length(shapely.intersection(boxes, others)) // font_m
     distance = abs(steps[:, 0]) / 2 + abs(steps[:, 1])  # a name is wider than it is high
-    return [shapely.Point(at[i]) for i in np.lexsort((distance, covered))]
+    return [shapely.Point(points[i]) for i in np.lexsort((distance, covered))]
 
 
 def _feature(number: int, geometry: BaseGeometry, **attributes: str | float) -> mapnik.Feature:

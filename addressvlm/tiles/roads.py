@@ -1,10 +1,9 @@
-"""The lines of a street file in local metres, found by where they are: what tiles are drawn from."""
+"""The streets that tiles are drawn from: lines of a street file in local metres, with a spatial index."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pyogrio
@@ -21,7 +20,7 @@ from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE
 from addressvlm.storage.files import atomic_write
 from addressvlm.storage.remote_path import AnyPath
 
-# Width of the carriageway in metres by the `highway` value of OpenStreetMap; other values are residential streets.
+# Width of the carriageway in metres by OpenStreetMap's `highway`.
 WIDTHS_M = {
     "motorway": 16.0,
     "trunk": 14.0,
@@ -38,9 +37,9 @@ WIDTHS_M = {
     "path": 2.0,
     "steps": 2.0,
 }
-OTHER_WIDTH_M = 7.5
+DEFAULT_WIDTH_M = 7.5
 COLUMNS = ["name", "highway", "alt_name"]
-NEAR_M = 2100.0  # a road further from every photo is on no tile, since tiles.side_m is 4 km at most
+MAX_DISTANCE_M = 2100.0  # a road further from every photo is on no tile, since tiles.side_m is at most 4 km
 
 
 @dataclass(frozen=True)
@@ -58,27 +57,27 @@ class Roads:
     def __init__(
         self, path: str | AnyPath | None, centre: tuple[float, float] = (0.0, 0.0), language: str | None = None
     ) -> None:
-        """Read the whole file; without one there are no roads and the plane lies around `centre` (lat, lon).
+        """Read a file that `addressvlm.dataset.geo_files` reads; without one there are no roads around `centre` (lat, lon).
 
-        Any kind of file that `addressvlm.dataset.geo_files` reads; names in the language if the file has them in it.
+        Names are in the language, if the file has them in it.
 
         Raises:
             InputError: the file is missing or damaged, or has no lines.
         """
-        found = _read(path) if path else []
-        lines = [f.shape if f.dimension == 1 else shapely.boundary(f.shape) for f in found]  # of a paved area its edge
+        features = _read(path) if path else []
+        lines = [f.shape if f.dimension == 1 else shapely.boundary(f.shape) for f in features]  # the edge of a paved area
         west, south, east, north = shapely.total_bounds(lines or [shapely.Point(centre[::-1])])
         lat, lon = (south + north) / 2, (west + east) / 2
         self.crs = f"+proj=tmerc +lat_0={lat:.6f} +lon_0={lon:.6f} +k=1 +datum=WGS84 +units=m +no_defs"
         self._project = pyproj.Transformer.from_crs("EPSG:4326", self.crs, always_xy=True).transform
         metres = shapely.transform(np.array(lines, dtype=object), lambda xy: np.column_stack(self._project(xy[:, 0], xy[:, 1])))
-        self._others: dict[str, list[str]] = defaultdict(list)
+        self._variants: dict[str, list[str]] = defaultdict(list)
         self.roads: list[Road] = []
-        for feature, line in zip(found, metres, strict=True):
-            name, others = osm_names(feature.tags, language)
-            width = WIDTHS_M.get(feature.tags.get("highway", "").removesuffix("_link"), OTHER_WIDTH_M)
+        for feature, line in zip(features, metres, strict=True):
+            name, variants = osm_names(feature.tags, language)
+            width = WIDTHS_M.get(feature.tags.get("highway", "").removesuffix("_link"), DEFAULT_WIDTH_M)
             self.roads.append(Road(name, width, line))
-            self._others[name] += others
+            self._variants[name] += variants
         self._tree = shapely.STRtree(metres)
 
     def to_metres(self, lat: float, lon: float) -> tuple[float, float]:
@@ -92,49 +91,45 @@ class Roads:
         return [self.roads[i] for i in sorted(self._tree.query(square, predicate="intersects"))]
 
     def resolve_name(self, street: str) -> str | None:
-        """The name on the map that this is a spelling or another name of; None if there is none."""
+        """The name on the map of which this is a spelling or a variant, None if there is none."""
         return self._index.resolve(street)
 
     @cached_property
     def _index(self) -> NameIndex:
-        return NameIndex(sorted(name for name in self._others if name), self._others)
+        return NameIndex(sorted(name for name in self._variants if name), self._variants)
 
 
 def write_roads(path: AnyPath, roads: Sequence[GeoFeature], lat: NDArray[np.float64], lon: NDArray[np.float64]) -> None:
-    """Write those of the roads that a tile of a photo at (N,) lat, lon can show, all if there is none, as a FlatGeobuf file.
+    """Write the roads that a tile of a photo at lat (N,), lon (N,) can show, or all if there is none, as a FlatGeobuf file.
 
-    `Roads` opens it at once, however large the file is that they come from.
+    `Roads` opens it faster than the original file.
     """
-    near = _near(np.array([road.shape for road in roads], dtype=object), lat, lon)
-    kept = [roads[i] for i in near] or roads
-    columns = [np.array([road.tags.get(key, "") for road in kept], dtype=object) for key in COLUMNS]
+    near = _near_points(np.array([road.shape for road in roads], dtype=object), lat, lon)
+    written = [roads[i] for i in near] or roads
+    columns = [np.array([road.tags.get(key, "") for road in written], dtype=object) for key in COLUMNS]
     with atomic_write(path) as temporary:
-        file = temporary.with_suffix(".fgb")  # GDAL would make a folder of another name
-        _write(file, kept, columns)
+        file = temporary.with_suffix(".fgb")  # with another suffix GDAL makes a folder
+        pyogrio.raw.write(
+            file, shapely.to_wkb([road.shape for road in written]), columns, COLUMNS,
+            layer="roads", driver="FlatGeobuf", geometry_type="Unknown", crs="EPSG:4326", SPATIAL_INDEX="NO",
+        )  # fmt: skip
         file.replace(temporary)
 
 
-def _write(file: Path, kept: Sequence[GeoFeature], columns: list[NDArray[np.object_]]) -> None:
-    pyogrio.raw.write(
-        file, shapely.to_wkb([road.shape for road in kept]), columns, COLUMNS,
-        layer="roads", driver="FlatGeobuf", geometry_type="Unknown", crs="EPSG:4326", SPATIAL_INDEX="NO",
-    )  # fmt: skip
-
-
-def _near(shapes: NDArray[np.object_], lat: NDArray[np.float64], lon: NDArray[np.float64]) -> list[int]:
-    """Those that come near to a point: into its square of a grid, or one of the squares around it."""
+def _near_points(shapes: NDArray[np.object_], lat: NDArray[np.float64], lon: NDArray[np.float64]) -> list[int]:
+    """Indices of the shapes in the grid cell of a point or in one of the cells around it."""
     if not len(lat):
         return []
-    side = NEAR_M / METRES_PER_DEGREE * np.array([1 / max(np.cos(np.radians(np.abs(lat).max())), 0.01), 1])
-    squares = np.unique(np.floor(np.column_stack([lon, lat]) / side), axis=0)
-    boxes = shapely.box(*((squares - 1) * side).T, *((squares + 2) * side).T)
+    side = MAX_DISTANCE_M / METRES_PER_DEGREE * np.array([1 / max(np.cos(np.radians(np.abs(lat).max())), 0.01), 1])
+    cells = np.unique(np.floor(np.column_stack([lon, lat]) / side), axis=0)
+    boxes = shapely.box(*((cells - 1) * side).T, *((cells + 2) * side).T)
     return np.unique(shapely.STRtree(shapes).query(boxes, predicate="intersects")[1]).tolist()
 
 
 def _read(path: str | AnyPath) -> list[GeoFeature]:
-    """What there is to walk or drive on, and all lines of a table."""
-    found = geo_files.read_geo_file(path, "city.streets", is_road).features
-    roads = [f for f in found if f.dimension == 1 or (f.dimension == 2 and is_road(f.tags))]
+    """The roads and paths of an OpenStreetMap file, or all lines of another file."""
+    features = geo_files.read_geo_file(path, "city.streets", is_road).features
+    roads = [f for f in features if f.dimension == 1 or (f.dimension == 2 and is_road(f.tags))]
     if not roads:
         raise InputError(f"{path} has no lines: give the file of the city's streets.")
     return roads

@@ -1,8 +1,8 @@
-"""Tiles of an XYZ server (https://host/{z}/{x}/{y}.png), asked for politely and only once.
+"""Download tiles from an XYZ server (https://host/{z}/{x}/{y}.png) once, into a shared cache, within a rate limit.
 
-Every tile lands in a folder that all workers share, so a second run, or another worker, asks for nothing again. Servers
-are asked under the configured name, at a pace that all processes of the machine keep together, and wait times they ask
-for (429 and 5xx with Retry-After) hold for all. A server that keeps failing is left alone and tried again now and then.
+All workers share the cache folder, so no tile is requested twice. All processes of a machine share one rate limit, and each
+respects the waiting time that the server tells any of them (429 and 5xx with Retry-After). After several failures in a row the
+server counts as down and is tried again only every 30 s.
 """
 
 import hashlib
@@ -18,22 +18,22 @@ from PIL import Image
 
 from addressvlm.errors import InputError
 from addressvlm.storage.http_client import HttpClient, SharedRateLimiter, UnavailableError, status_text
-from addressvlm.tiles.raster import MAX_BYTES, decode
+from addressvlm.tiles.raster import MAX_BYTES, decode_tile
 
-TIMEOUT_S = 15.0  # of one request, whole answer included
-TRIES = 4  # of a request that fails for now
-BACKOFF_S = 1.0  # before the second try; doubles; the server's own Retry-After goes first
-LONGEST_WAIT_S = 60.0  # a server that asks for more is left alone
-FAILURES = 3  # tiles in a row that can't be had: then the server counts as down
-DOWN_S = 30.0  # a server that is down is tried once in so many seconds
+TIMEOUT_S = 15.0  # of one request with its full response
+MAX_ATTEMPTS = 4  # of a request that fails with a temporary error
+BACKOFF_S = 1.0  # before the second attempt; doubles; Retry-After takes precedence
+MAX_WAIT_S = 60.0  # a server that asks for a longer wait counts as failing
+MAX_FAILURES = 3  # tiles in a row; then the server counts as down
+DOWN_S = 30.0  # interval of attempts while it is down
 FINEST_ZOOM = 23
-ABSENT = {204, 404, 410}  # the server has no such tile
+NO_TILE_STATUS = {204, 404, 410}
 PLACEHOLDERS = {"z", "x", "y", "-y", "q", "s"}
 HINTS = {401: "is the key in tiles.imagery right?", 403: "is the key in tiles.imagery right, and tiles.user_agent set?"}
 
 
 class XyzServer:
-    """Web mercator tiles behind an address with {z}, {x} and {y} ({-y} counts from the south), or with {q} (quadkey)."""
+    """Web mercator tiles of an address with {z}, {x} and {y} ({-y} counts from the south), or with {q} (quadkey)."""
 
     def __init__(
         self,
@@ -45,12 +45,12 @@ class XyzServer:
         timeout_s: float = TIMEOUT_S,
         backoff_s: float = BACKOFF_S,
     ) -> None:
-        """Make the cache's folder; nothing is asked yet.
+        """Create the cache folder; nothing is requested yet.
 
         Raises:
             InputError: the address is not an XYZ address, or the folder can't be written.
         """
-        host = _check(template)
+        host = _parse_host(template)
         self.name, self.attribution = f"{urlsplit(template).scheme}://{host}", attribution or f"Imagery from {host}"
         self.zooms = (0, FINEST_ZOOM)
         self._template = template
@@ -59,48 +59,50 @@ class XyzServer:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"{self._folder} can't be made ({error.strerror}): set tiles.cache to a folder with room."
+                f"{self._folder} can't be created ({error.strerror}): set tiles.cache to a folder with free space."
             ) from None
         limiter = SharedRateLimiter(self._folder / "pace", per_second)
         headers = {"User-Agent": user_agent, "Accept": "image/*"}
-        self._client = HttpClient(limiter, headers, timeout_s, MAX_BYTES, LONGEST_WAIT_S, backoff_s)  # `decode` checks the size
+        self._client = HttpClient(
+            limiter, headers, timeout_s, MAX_BYTES, MAX_WAIT_S, backoff_s
+        )  # `decode_tile` checks the size
         self._absent: set[tuple[int, int, int]] = set()
-        self._failures, self._try_again = 0, 0.0
+        self._failures, self._retry_at = 0, 0.0
 
     def tile(self, z: int, x: int, y: int) -> Image.Image | None:
         """RGBA tile from the cache or the server; None where the server has none.
 
         Raises:
-            InputError: the server refuses, keeps failing, hangs, or sends something that is not a map tile.
+            InputError: the server denies access, keeps failing, hangs, or sends something that is not a map tile.
         """
         if (z, x, y) in self._absent:
             return None
         file, name = self._folder / str(z) / str(x) / str(y), f"{self.name} tile {z}/{x}/{y}"
         if file.is_file():
             try:
-                return decode(file.read_bytes(), name)
+                return decode_tile(file.read_bytes(), name)
             except InputError:
-                file.unlink(missing_ok=True)  # damaged on disk: ask again
-        data = self._ask(z, x, y, name)
+                file.unlink(missing_ok=True)  # damaged on disk: download it again
+        data = self._download(z, x, y, name)
         if data is None:
             self._absent.add((z, x, y))
             return None
-        image = decode(data, name)
+        image = decode_tile(data, name)
         _write(file, data)
         return image
 
-    def _ask(self, z: int, x: int, y: int, name: str) -> bytes | None:
-        """The bytes of a tile, after several tries if need be, or None if there is none."""
-        down = self._failures >= FAILURES
-        if down and time.monotonic() < self._try_again:
-            raise InputError(f"{self.name} is down (see the rows before): run this step again when it works.")
+    def _download(self, z: int, x: int, y: int, name: str) -> bytes | None:
+        """The bytes of a tile, after several attempts if necessary, or None if there is none."""
+        is_down = self._failures >= MAX_FAILURES
+        if is_down and time.monotonic() < self._retry_at:
+            raise InputError(f"{self.name} is down (see the rows before): rerun this step when it works.")
         try:
-            response = self._client.get(_address(self._template, z, x, y), 1 if down else TRIES)
+            response = self._client.get(_address(self._template, z, x, y), 1 if is_down else MAX_ATTEMPTS)
         except UnavailableError as error:
-            self._failures, self._try_again = self._failures + 1, time.monotonic() + DOWN_S
-            raise InputError(f"{name} can't be had ({error}): run this step again when the server works.") from None
+            self._failures, self._retry_at = self._failures + 1, time.monotonic() + DOWN_S
+            raise InputError(f"{name} can't be downloaded ({error}): rerun this step when the server works.") from None
         self._failures = 0
-        if response.status in ABSENT:
+        if response.status in NO_TILE_STATUS:
             return None
         if response.status != 200:
             hint = HINTS.get(response.status, "check tiles.imagery.")
@@ -111,8 +113,8 @@ class XyzServer:
         return response.body
 
 
-def _check(template: str) -> str:
-    """The host of an XYZ address."""
+def _parse_host(template: str) -> str:
+    """The host of an XYZ address; checks its placeholders."""
     try:
         parts = urlsplit(template)
         fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
@@ -125,7 +127,9 @@ def _check(template: str) -> str:
         )
     unknown = fields - PLACEHOLDERS
     if unknown:
-        raise InputError(f"tiles.imagery has {{{min(unknown)}}}: known are {{z}}, {{x}}, {{y}}, {{-y}}, {{s}} and {{q}}.")
+        raise InputError(
+            f"tiles.imagery has {{{min(unknown)}}}: the placeholders are {{z}}, {{x}}, {{y}}, {{-y}}, {{s}} and {{q}}."
+        )
     if not ({"z", "x"} <= fields and fields & {"y", "-y"}) and "q" not in fields:
         raise InputError("tiles.imagery needs {z}, {x} and {y}, or {q}: for instance https://host/{z}/{x}/{y}.png.")
     return host.replace("{s}", "a")
@@ -138,11 +142,11 @@ def _address(template: str, z: int, x: int, y: int) -> str:
 
 
 def _write(file: Path, data: bytes) -> None:
-    """Put a file where other processes may be looking for it: it is there whole or not at all."""
+    """Write a file atomically: other processes may be reading it."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", delete=False) as part:
             part.write(data)
         os.replace(part.name, file)
     except OSError as error:
-        raise InputError(f"{file} can't be written ({error.strerror}): set tiles.cache to a folder with room.") from None
+        raise InputError(f"{file} can't be written ({error.strerror}): set tiles.cache to a folder with free space.") from None

@@ -24,7 +24,7 @@ from addressvlm.dataset.geocoding import Place
 from addressvlm.dataset.photos import Photo
 from addressvlm.dataset.split import PlaceSplit
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
-from addressvlm.questions import test_rounds, training_rounds
+from addressvlm.questions import evaluation_rounds, training_rounds
 from addressvlm.storage import tables
 
 DEGREE_M = 111_195.0  # of latitude, and of longitude at the equator, about
@@ -73,7 +73,7 @@ class City:
 
     def _row(self, photo: Photo, part: str, image: bytes) -> dict[str, Any]:
         address, rng = self.places[photo.place].address, random.Random(photo.id)
-        rounds = (training_rounds if part == "train" else test_rounds)(address, self.gazetteer, rng)
+        rounds = (training_rounds if part == "train" else evaluation_rounds)(address, self.gazetteer, rng)
         columns = dict.fromkeys(tables.PHOTOS.names)
         return columns | {"id": photo.id, "place": photo.place, "image": {"bytes": image, "path": None}, "rounds": rounds}
 

@@ -44,7 +44,7 @@ def test_nearest_of_every_point_is_what_shapely_measures(
     known = [(code, shape) for code, shape in known if not shape.is_empty]
     index = NearestStreets(np.array([s for _, s in known], dtype=object), np.array([c for c, _ in known], dtype=np.int64))
     x, y = (np.array([p[i] for p in points], dtype=float) for i in (0, 1))
-    first, metres, second, second_metres = index.two(x, y, limit_m)
+    first, metres, second, second_metres = index.nearest_two(x, y, limit_m)
     expected = [by_hand(known, *p, limit_m) for p in points]
     pairs = [(all_of + [(-1, math.inf)] * 2)[:2] for all_of in expected]
     assert metres == pytest.approx([pair[0][1] for pair in pairs], abs=0.0101)
@@ -52,7 +52,7 @@ def test_nearest_of_every_point_is_what_shapely_measures(
     for i, pair in enumerate(pairs):
         if pair[1][1] - pair[0][1] > 0.02 and (len(expected[i]) < 3 or expected[i][2][1] - pair[1][1] > 0.02):
             assert (first[i], second[i]) == (pair[0][0], pair[1][0])
-    of_point, code, away = index.all(x, y, limit_m)
+    of_point, code, away = index.within(x, y, limit_m)
     for i, all_of in enumerate(expected):
         assert sorted(code[of_point == i]) == sorted(c for c, _ in all_of)
         assert away[of_point == i] == pytest.approx([d for _, d in all_of], abs=0.0101)
@@ -67,11 +67,13 @@ def test_parts_of_the_work_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = shapely.linestrings(np.concatenate([starts, starts + rng.normal(0, 80, (300, 1, 2))], axis=1))
     index = NearestStreets(lines, rng.integers(0, 90, 300))
     x, y = rng.uniform(-2500, 2500, (2, 3000))
-    whole = index.two(x, y, 150)
-    monkeypatch.setattr(spatial_index, "CELLS_AT_A_TIME", 7)
-    monkeypatch.setattr(spatial_index, "PAIRS_AT_A_TIME", 13)
-    assert all((a == b).all() for a, b in zip(whole, index.two(x, y, 150), strict=True))
-    alone = [np.concatenate(c) for c in zip(*(index.two(x[i : i + 1], y[i : i + 1], 150) for i in range(60)), strict=True)]
+    whole = index.nearest_two(x, y, 150)
+    monkeypatch.setattr(spatial_index, "CELLS_PER_BATCH", 7)
+    monkeypatch.setattr(spatial_index, "PAIRS_PER_BATCH", 13)
+    assert all((a == b).all() for a, b in zip(whole, index.nearest_two(x, y, 150), strict=True))
+    alone = [
+        np.concatenate(c) for c in zip(*(index.nearest_two(x[i : i + 1], y[i : i + 1], 150) for i in range(60)), strict=True)
+    ]
     assert all((a[:60] == b).all() for a, b in zip(whole, alone, strict=True))
 
 

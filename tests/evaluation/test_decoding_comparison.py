@@ -15,7 +15,7 @@ from addressvlm.evaluation import decoding_comparison, likelihood, text_table
 from addressvlm.evaluation.metrics import share_ci
 from addressvlm.evaluation.plots import reliability_diagram
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
-from addressvlm.questions import test_rounds as rounds_to_test
+from addressvlm.questions import evaluation_rounds
 from addressvlm.storage import tables
 from ray_jobs import evaluation
 
@@ -168,7 +168,9 @@ def test_a_photo_without_coordinates_has_no_fix():
 def test_all_questions_are_answered_from_the_scores():
     given = rows(photos=8)
     rng = random.Random(0)
-    photos = {row["id"]: row | {"rounds": rounds_to_test(Address(row["street"], row["district"]), CITY, rng)} for row in given}
+    photos = {
+        row["id"]: row | {"rounds": evaluation_rounds(Address(row["street"], row["district"]), CITY, rng)} for row in given
+    }
     answers = list(likelihood.answers_from_scores(given, photos, CITY))
     assert len(answers) == 8 * 9
     for row in given:

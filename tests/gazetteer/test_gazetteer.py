@@ -163,10 +163,10 @@ def test_variants_lead_to_the_name_that_is_shown() -> None:
 
 def test_near_orders_by_distance_and_mixes_with_rng() -> None:
     city = gazetteer()
-    assert city.near("Mill Street", 2) == ["Mill Lane", "St. Mary's Road"]
-    assert city.near("Zoo Avenue", 9) == ["Old Mill Street", "St. Mary's Road", "Mill Lane", "Mill Street"]
-    assert city.near("Harbour", 3, level="district") == ["North Gate"]
-    drawn = [city.near("Mill Street", 3, random.Random(seed)) for seed in range(50)]
+    assert city.nearest("Mill Street", 2) == ["Mill Lane", "St. Mary's Road"]
+    assert city.nearest("Zoo Avenue", 9) == ["Old Mill Street", "St. Mary's Road", "Mill Lane", "Mill Street"]
+    assert city.nearest("Harbour", 3, level="district") == ["North Gate"]
+    drawn = [city.sample_negatives("Mill Street", 3, random.Random(seed)) for seed in range(50)]
     assert all(len(set(names)) == 3 and "Mill Street" not in names for names in drawn)
     assert {n for names in drawn for n in names} == set(city.streets) - {"Mill Street"}
 
@@ -192,12 +192,12 @@ def test_near_is_what_measuring_all_of_them_says(places: list[tuple[int, int, in
         return metres[one].distance(metres[other]) if one in metres and other in metres else math.inf
 
     for one in names[:5]:
-        found = [away(one, other) for other in city.near(one, n)]
+        found = [away(one, other) for other in city.nearest(one, n)]
         assert found == pytest.approx(sorted(away(one, other) for other in names if other != one)[:n], rel=0.01, abs=0.01)
-        left = city.near(one, n, without=set(names[::2]))
-        assert left == [other for other in city.near(one, len(names)) if other not in names[::2]][:n]
+        left = city.nearest(one, n, exclude=set(names[::2]))
+        assert left == [other for other in city.nearest(one, len(names)) if other not in names[::2]][:n]
         for share in (0.0, 0.5, 1.0):
-            drawn = city.near(one, n, random.Random(n), hard_negative_share=share, without=set(names[::2]))
+            drawn = city.sample_negatives(one, n, random.Random(n), hard_negative_share=share, exclude=set(names[::2]))
             assert len(set(drawn)) == len(drawn) == min(n, len({*names} - {one, *names[::2]}))
             assert not {*drawn} & {one, *names[::2]}
 
@@ -206,7 +206,7 @@ def test_names_near_to_a_point() -> None:
     city = Gazetteer([Address(n, "Town") for n in ("A", "B", "C")], {
         "A": shapely.LineString([(0, 60), (0.001, 60)]), "B": shapely.LineString([(0.0012, 59), (0.0012, 61)]),
     })  # fmt: skip
-    assert [city.around(60, 0.0005, reach) for reach in (20, 50)] == [{"A"}, {"A", "B"}]
+    assert [city.streets_within(60, 0.0005, reach) for reach in (20, 50)] == [{"A"}, {"A", "B"}]
 
 
 def test_save_and_load_keep_everything(tmp_path: Path) -> None:

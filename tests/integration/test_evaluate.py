@@ -14,7 +14,7 @@ from addressvlm.config import EvaluateConfig, validate
 from addressvlm.evaluation import metrics, run_questions
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.inference import Localizer
-from addressvlm.questions import test_rounds as rounds_to_test
+from addressvlm.questions import evaluation_rounds
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
 from ray_jobs import evaluate, evaluation
@@ -39,7 +39,7 @@ def photo(i):
         "id": f"photo{i}", "place": f"place{i // 2}", "lat": 52.2 + i / 1000, "lon": 0.1 - i / 1000, "heading": None,
         "image": {"bytes": jpeg(i), "path": f"{i}.jpg"}, "street": address.street, "district": address.district,
         "cross_street": None, "distance_m": 3.0, "ambiguous": False,
-        "rounds": rounds_to_test(address, GAZETTEER, random.Random(i)),
+        "rounds": evaluation_rounds(address, GAZETTEER, random.Random(i)),
     }  # fmt: skip
 
 

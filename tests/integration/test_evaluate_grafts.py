@@ -18,7 +18,7 @@ from addressvlm import InputError
 from addressvlm.config import Config
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.inference import Localizer
-from addressvlm.questions import test_rounds as rounds_to_test
+from addressvlm.questions import evaluation_rounds
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run, mark_done
 from ray_jobs import compare, evaluate, prepare
@@ -47,7 +47,7 @@ def config(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     )  # fmt: skip
     run, test = Run(config), photos(places=3, views=2)
     for number, row in enumerate(test):
-        row["rounds"] = rounds_to_test(CITY.addresses[0], CITY, random.Random(number))
+        row["rounds"] = evaluation_rounds(CITY.addresses[0], CITY, random.Random(number))
     for split in ("train", "val"):
         tables.write_table(run.photos, split, [{**row, "id": f"{split}{row['id']}"} for row in test], tables.PHOTOS)
     test[5] |= {"place": "far", "lat": test[5]["lat"] + 0.1}

@@ -220,7 +220,7 @@ def test_a_place_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     drawn = []
     draw = grafter.renderer.tile
     monkeypatch.setattr(grafter.renderer, "tile", lambda *spot: (drawn.append(spot), draw(*spot))[1])
-    found = list(grafter.rows(rows(places=4, views=3)))
+    found = list(grafter.graft_rows(rows(places=4, views=3)))
     assert len(found) == 12
     assert len(drawn) == 4
 
@@ -230,7 +230,9 @@ def test_a_sub_street_has_the_facts_of_its_street(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     part = "Mill Street between Low Street and King Street"
     (photo,) = rows(places=1, views=3)[1:2]
-    (row,) = Grafter(config.city.streets, None, config.tiles).rows([{**photo, "street": part, "main_street": "Mill Street"}])
+    (row,) = Grafter(config.city.streets, None, config.tiles).graft_rows(
+        [{**photo, "street": part, "main_street": "Mill Street"}]
+    )
     facts = Facts.from_json(row["facts"])
     assert (facts.street, facts.main_street, facts.names[0]) == (part, "Mill Street", "Mill Street")
     assert (facts.direction, facts.view, facts.cross_street) == ("east-west", "along", "King Street")
@@ -248,7 +250,7 @@ def test_a_street_in_another_spelling_is_the_same_street(tmp_path: Path) -> None
     photo = {**rows(places=1, views=1)[0], "street": "Muhlenstrasse", "main_street": "Muhlenstrasse"}
     lines = {name: line for name, line in town.STREETS.items() if name == "Mill Street"}
     streets = town.write_streets(tmp_path / "mill.geojson", lines, alt_name="Via del Molino; Mühlenstraße")
-    (row,) = Grafter(str(streets), None, config.tiles).rows([photo])
+    (row,) = Grafter(str(streets), None, config.tiles).graft_rows([photo])
     facts = Facts.from_json(row["facts"])
     assert (facts.direction, facts.names) == ("east-west", ("Mill Street",))
     text = "Plain walls stand on both sides and the map shows one road. So this is the Via del Molino in Harbour, by the mill."

@@ -8,7 +8,7 @@ from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
 
 from addressvlm.config import validate
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
-from addressvlm.questions import test_rounds as rounds_to_test
+from addressvlm.questions import evaluation_rounds
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
 from ray_jobs.baselines.context import ComparisonContext
@@ -41,7 +41,7 @@ def photo(split: str, number: int, known: bool = True) -> dict[str, Any]:
     return {
         "id": f"{split}{number}", "place": f"{split}{number}", "lat": lat, "lon": lon,
         "image": picture(STREETS[ADDRESSES[at].street]), "street": ADDRESSES[at].street, "district": "Harbour",
-        "rounds": rounds_to_test(ADDRESSES[at], GAZETTEER, random.Random(number)),
+        "rounds": evaluation_rounds(ADDRESSES[at], GAZETTEER, random.Random(number)),
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pmtiles.writer import Writer
 
 from addressvlm import InputError
 from addressvlm.config import TilesConfig
-from addressvlm.tiles.raster import decode
+from addressvlm.tiles.raster import decode_tile
 from addressvlm.tiles.renderer import TileRenderer
 from tests.support import town
 from tests.support.tile_server import png, tiles_of_town
@@ -127,7 +127,7 @@ def test_an_archive_of_nothing_and_one_without_bounds(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no tiles"):
         TileRenderer(None, write_mbtiles(tmp_path / "empty.mbtiles", zooms=()), CONFIG)
     lost = write_mbtiles(tmp_path / "lost.mbtiles", {"bounds": "everywhere"})
-    with pytest.raises(InputError, match=r"does not say its bounds: set city\.streets"):
+    with pytest.raises(InputError, match=r"has no bounds in its metadata: set city\.streets"):
         TileRenderer(None, lost, CONFIG)
     assert TileRenderer(town.write_streets(tmp_path / "s.geojson"), lost, CONFIG).tile(*town.degrees(0, 0)).image
 
@@ -147,4 +147,4 @@ def test_pixel_bombs_are_refused_by_their_header() -> None:
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
     with pytest.raises(InputError, match=r"bomb .*(60000|limit)"):
-        decode(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""), "bomb")
+        decode_tile(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""), "bomb")

@@ -46,8 +46,8 @@ PHOTOS = [
 @pytest.mark.parametrize("layout", ["graft", "beside", "two"])
 def test_each_row_alone_is_each_row_among_others(streets: str, layout: str) -> None:
     config = TilesConfig(pixels=160, font_px=10, layout=layout)  # type: ignore[arg-type]
-    together = list(Grafter(streets, None, config).rows(PHOTOS))
-    assert together == [next(Grafter(streets, None, config).rows([row])) for row in PHOTOS]
+    together = list(Grafter(streets, None, config).graft_rows(PHOTOS))
+    assert together == [next(Grafter(streets, None, config).graft_rows([row])) for row in PHOTOS]
     assert [row["id"] for row in together] == [row["id"] for row in PHOTOS]
     assert [row["reason"] is None for row in together] == [True, True, False, True, False, False]
     assert {row["reason"] for row in together if row["id"].startswith("far")} == {together[2]["reason"]}
@@ -67,7 +67,7 @@ def test_a_graft_is_the_tile_with_the_photo_in_its_upper_right_corner(streets: s
     for delta in (0.5, 0.25):
         config = TilesConfig(pixels=160, font_px=10, delta=delta)
         grafter = Grafter(streets, None, config)
-        image = Image.open(io.BytesIO(next(grafter.rows(PHOTOS[:1]))["image"]["bytes"]))
+        image = Image.open(io.BytesIO(next(grafter.graft_rows(PHOTOS[:1]))["image"]["bytes"]))
         pixels, side = np.asarray(image).astype(int), round(delta * 160)
         is_photo = abs(pixels - (200, 0, 0)).max(axis=-1) < 60
         assert is_photo[2 : side * 3 // 4 - 2, 162 - side : -2].all()
@@ -85,7 +85,7 @@ def test_photos_of_a_split_become_their_grafts(streets: str) -> None:
     config = TilesConfig(pixels=160, font_px=10)
     made = graft_photos_batch(streets, None, config.model_dump_json(), "val", PHOTOS)
     assert list(made.tables) == ["val"]
-    whole = {row["id"]: row["image"] for row in Grafter(streets, None, config).rows(PHOTOS)}
+    whole = {row["id"]: row["image"] for row in Grafter(streets, None, config).graft_rows(PHOTOS)}
     kept = [row for row in PHOTOS if row["id"] in ("a", "b", "c")]
     assert made.tables["val"] == [{**row, "image": whole[row["id"]]} for row in kept]
     assert [(reject["id"], reject["file"]) for reject in made.rejects] == [(k, f"{k}.jpg") for k in ("far", "far2", "none")]
@@ -99,11 +99,11 @@ def test_settings_of_another_run_in_the_same_process_are_used(streets: str) -> N
 
 
 def test_the_tiles_of_the_last_places_are_kept(streets: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graft_rows, "KEPT_TILES", 2)
+    monkeypatch.setattr(graft_rows, "CACHED_TILES", 2)
     grafter = Grafter(streets, None, TilesConfig(pixels=64, names=False))
     drawn: list[float] = []
     draw = grafter.renderer.tile
     monkeypatch.setattr(grafter.renderer, "tile", lambda *spot: (drawn.append(spot[1]), draw(*spot))[1])
     spots = [photo(str(x), x, 0, (9, 9, 9)) for x in (0, 50, 0, 100, 0, 50)]  # the one used last is kept
-    list(grafter.rows(spots))
+    list(grafter.graft_rows(spots))
     assert drawn == [spots[i]["lon"] for i in (0, 1, 3, 5)]

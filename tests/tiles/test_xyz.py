@@ -192,7 +192,7 @@ def test_a_server_that_keeps_failing(
     with always(status, **headers).running() as running:
         server = server_of(running, tmp_path)
         for x in range(3):
-            with pytest.raises(InputError, match=rf"tile 18/{x}/5 can't be had \({reason}\): run this step again"):
+            with pytest.raises(InputError, match=rf"tile 18/{x}/5 can't be downloaded \({reason}\): rerun this step"):
                 server.tile(18, x, 5)
         assert len(running.asked) == 3 * asks
         clock.now += 29
@@ -257,7 +257,7 @@ def test_a_server_that_hangs_is_left(tmp_path: Path, clock: Clock, drip_s: float
     """Nothing after the first byte, or a byte now and then: bounded by the time of one request, times the tries."""
     clock.tick = 0.06
     with Server(good, drip_s).running() as running:
-        with pytest.raises(InputError, match=r"can't be had \(no answer within 0.2 s\)"):
+        with pytest.raises(InputError, match=r"can't be downloaded \(no answer within 0.2 s\)"):
             server_of(running, tmp_path, timeout_s=0.2).tile(18, 131159, 86000)
         assert len(running.asked) == 4
 
@@ -266,7 +266,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
     with Server(good).running() as running:
         url = running.url
     server = XyzServer(f"{url}/{{z}}/{{x}}/{{y}}", tmp_path, "tests", 1000)
-    with pytest.raises(InputError, match=r"can't be had \(no connection, Connection refused\)"):
+    with pytest.raises(InputError, match=r"can't be downloaded \(no connection, Connection refused\)"):
         server.tile(1, 0, 0)
 
 
@@ -294,7 +294,7 @@ def test_a_bad_server_rejects_rows_and_the_rest_goes_on(tmp_path: Path, streets:
 
     with Server(answer).running() as running:
         grafter = Grafter(str(streets), f"{running.url}/{{z}}/{{x}}/{{y}}.png", config(tmp_path, side_m=100))
-        reasons = {row["id"]: row["reason"] for row in grafter.rows(photos)}
+        reasons = {row["id"]: row["reason"] for row in grafter.graft_rows(photos)}
     assert reasons["w"] is None
     assert reasons["w2"] is None
     assert "is text/html, not an image" in reasons["e"]
@@ -316,7 +316,7 @@ def test_addresses(z: int, data: st.DataObject) -> None:
     ("template", "reason"),
     [
         ("https://host/{z}/{x}.png", "needs {z}, {x} and {y}"),
-        ("https://host/{z}/{x}/{y}{r}.png", "has {r}: known are"),
+        ("https://host/{z}/{x}/{y}{r}.png", "has {r}: the placeholders are"),
         ("ftp://host/{z}/{x}/{y}", "begins with http"),
         ("file:///tiles/{z}/{x}/{y}.png", "begins with http"),
         ("tiles/{z}/{x}/{y}.png", "begins with http"),

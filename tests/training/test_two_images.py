@@ -58,7 +58,7 @@ def grafts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, list[dict[
     config = config_of(tmp_path_factory.mktemp("two"), tiles={"pixels": 160, "font_px": 10.0, "layout": "two"})
     given = photos(places=2, views=2)
     given[3]["image"]["bytes"] = given[3]["image"]["bytes"][:300]
-    return config, list(Grafter(config.city.streets, None, config.tiles).rows(given))
+    return config, list(Grafter(config.city.streets, None, config.tiles).graft_rows(given))
 
 
 def opened(image: dict[str, Any]) -> Image.Image:
