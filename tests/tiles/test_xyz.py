@@ -122,7 +122,7 @@ def test_429_waits_as_long_as_the_server_says(
         first, second = (server_of(running, tmp_path) for _ in range(2))
         assert first.tile(18, 131159, 86000) is not None
         assert at[1] - at[0] == pytest.approx(60)
-        monkeypatch.setattr(xyz, "TRIES", 1)
+        monkeypatch.setattr(xyz, "MAX_ATTEMPTS", 1)
         with pytest.raises(InputError, match="429"):
             first.tile(18, 131159, 86001)
         assert second.tile(18, 131159, 86001) is not None

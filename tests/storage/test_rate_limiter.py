@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from addressvlm.tiles import xyz
+from addressvlm.storage import http_client
 from tests.support.clock import Clock
 
 
 def _take(file: Path, turns: int, times: "multiprocessing.Queue[float]") -> None:
-    ours = xyz.SharedRateLimiter(file, per_second=50)
+    ours = http_client.SharedRateLimiter(file, per_second=50)
     for _ in range(turns):
         ours.wait()
         times.put(time.time())
@@ -35,8 +35,8 @@ def test_processes_share_one_pace(tmp_path: Path) -> None:
 def test_slots_are_a_step_apart(tmp_path_factory: pytest.TempPathFactory, pauses: list[float], per_second: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()
-        patch.setattr(xyz, "time", clock)
-        ours, slots = xyz.SharedRateLimiter(tmp_path_factory.mktemp("pace") / "pace", per_second), []
+        patch.setattr(http_client, "time", clock)
+        ours, slots = http_client.SharedRateLimiter(tmp_path_factory.mktemp("pace") / "pace", per_second), []
         for pause in [*pauses, 0.0]:
             told = clock.now
             ours.pause(pause)
@@ -48,7 +48,7 @@ def test_slots_are_a_step_apart(tmp_path_factory: pytest.TempPathFactory, pauses
 
 def test_a_clock_set_back_does_not_stop_the_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(xyz, "time", clock)
+    monkeypatch.setattr(http_client, "time", clock)
     (tmp_path / "pace").write_text(repr(clock.now + 1e6))
-    xyz.SharedRateLimiter(tmp_path / "pace", 10).wait()
+    http_client.SharedRateLimiter(tmp_path / "pace", 10).wait()
     assert clock.now == 1000.0
