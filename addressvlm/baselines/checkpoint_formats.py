@@ -1,4 +1,4 @@
-"""Models in other formats than transformers': which format it is, its files, and its tensors by the names they have there."""
+"""Find out a model's format, and load tensors of other formats than transformers' by their names there."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from addressvlm.errors import InputError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-PLACES = re.compile(r"aggregator\.(agg\.)?score\.0\.weight")  # what all SALAD and MegaLoc have
+PLACE_RECOGNITION = re.compile(r"aggregator\.(agg\.)?score\.0\.weight")  # a tensor of every SALAD and MegaLoc
 PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 
 Format = Literal["transformers", "open_clip", "places"]
@@ -24,146 +24,141 @@ Renames = Iterable[tuple[str, str]]
 
 
 class CheckpointWeights:
-    """The tensors of a safetensors file, and which of them were asked for.
+    """The tensors of a safetensors file, and which of them were used.
 
     Attributes:
         name: of the file, for messages.
-        last: the name that was asked for last.
     """
 
     def __init__(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        self.name, self.last, self._tensors, self._used = name, "", tensors, set[str]()
+        self.name, self._tensors, self._used, self._last = name, tensors, set[str](), ""
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """A tensor.
-
-        Raises:
-            InputError: there is none of this name.
-        """
+        """A tensor; InputError if it is missing."""
         if name not in self._tensors:
             raise InputError(f"{self.name} has no '{name}': get the whole file, or give a model of this architecture.")
-        self.last = name
+        self._last = name
         self._used.add(name)
         return self._tensors[name]
 
     def count(self, before: str) -> int:
-        """How many numbers follow `before` in names, such as those of the layers."""
-        return len({found[1] for name in self._tensors if (found := re.match(rf"{re.escape(before)}(\d+)\.", name))})
+        """How many numbers follow `before` in names: the number of layers."""
+        return len({match[1] for name in self._tensors if (match := re.match(rf"{re.escape(before)}(\d+)\.", name))})
 
-    def renamed(self, name: str, renames: Renames, before: str = "") -> torch.Tensor:
-        """The tensor that is `name` in a model here; queries, keys and values (`q_proj`...) are thirds of one, `qkv`.
+    def renamed(self, name: str, renames: Renames, prefix: str = "") -> torch.Tensor:
+        """The tensor of transformers' `name`; queries, keys and values (`q_proj`...) are thirds of one tensor `qkv`.
 
         Args:
-            renames: pairs of words here and words there, replaced one after the other.
-            before: what names begin with there.
-
-        Raises:
-            InputError: there is none.
+            renames: pairs of a part of a name in transformers and in the file, replaced one after the other.
+            prefix: of names in the file.
         """
         third = re.search(r"\.([qkv])_proj\.", name)
-        other = name.replace(third[0], ".qkv.") if third else name
+        file_name = name.replace(third[0], ".qkv.") if third else name
         for ours, theirs in renames:
-            other = other.replace(ours, theirs)
-        found = self[before + other]
-        return found.chunk(3)["qkv".index(third[1])].clone() if third else found
+            file_name = file_name.replace(ours, theirs)
+        tensor = self[prefix + file_name]
+        return tensor.chunk(3)["qkv".index(third[1])].clone() if third else tensor
 
-    def fit(self, shapes: dict[str, torch.Size], source: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A state dict of these shapes.
-
-        Args:
-            source: the tensor for a name of the state dict.
+    def state_dict(self, like: dict[str, torch.Tensor], source: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A state dict with the names and shapes of another, from the `source` of each name's tensor.
 
         Raises:
             InputError: a tensor is missing or has another shape.
         """
-        made = {}
-        for name, shape in shapes.items():
-            made[name] = source(name).contiguous()
-            if made[name].shape != shape:
-                found, wanted = (" x ".join(map(str, size)) or "1" for size in (made[name].shape, shape))
+        state = {}
+        for name, tensor in like.items():
+            state[name] = source(name).contiguous()
+            if state[name].shape != tensor.shape:
+                actual, expected = (" x ".join(map(str, t.shape)) or "1" for t in (state[name], tensor))
                 raise InputError(
-                    f"{self.name}: '{self.last}' makes {found} numbers where its settings or other weights ask for {wanted}: "
-                    "give the settings and weights of one model."
+                    f"{self.name}: '{self._last}' makes {actual} numbers where its settings or other weights ask for "
+                    f"{expected}: give the settings and weights of one model."
                 )
-        return made
+        return state
 
-    def finish(self, ignored: Iterable[str] = ()) -> None:
-        """Make sure that nothing that matters was left over.
+    def require_all_used(self, ignored: Iterable[str] = ()) -> None:
+        """Refuse a file with tensors that the model does not have.
 
         Raises:
-            InputError: something was.
+            InputError: it has one.
         """
-        left = sorted(set(self._tensors) - self._used - set(ignored))
-        if left:
+        unused = sorted(set(self._tensors) - self._used - set(ignored))
+        if unused:
             raise InputError(
-                f"{self.name} has '{left[0]}', which the architecture read here has not: give a model of an architecture that "
+                f"{self.name} has '{unused[0]}', which no supported architecture has: give a model of an architecture that "
                 "docs/comparison.md lists."
             )
 
 
 def checkpoint_format(where: str) -> Format:
-    """The format of a model; what can't be told apart is left to transformers.
+    """The format of a model; an unknown one is left to transformers.
 
     Args:
-        where: folder or hub name.
+        where: folder or Hub name.
 
     Raises:
         InputError: a file is damaged, or the folder has pickled weights only.
     """
-    about = settings_of(where, CONFIG)
-    if about and about.get("model_type") in CONFIG_MAPPING:
+    settings = read_settings(where, CONFIG)
+    if settings and settings.get("model_type") in CONFIG_MAPPING:
         return "transformers"
-    if path_in(where, OPEN_CLIP_CONFIG):
+    if find_file(where, OPEN_CLIP_CONFIG):
         return "open_clip"
-    if about is None or "architecture" in about:  # the latter is timm's
+    if settings is None or "architecture" in settings:  # the latter is timm's
         return "transformers"
-    weights = path_in(where, WEIGHTS)
-    if weights is None:
+    path = find_file(where, WEIGHTS)
+    if path is None:
         _refuse_pickles(where)
-    elif any(PLACES.fullmatch(name) for name in _names(weights)):
+        return "transformers"
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is no safetensors file ({error}): get the file again.") from error
+    if any(PLACE_RECOGNITION.fullmatch(name) for name in names):
         return "places"
     return "transformers"
 
 
-def path_in(where: str, file: str) -> Path | None:
-    """A file of a folder or hub model on this machine, None if it has none or the hub can't be asked."""
+def find_file(where: str, file: str) -> Path | None:
+    """A file of a folder or Hub model on this machine, None if it has none or the Hub can't be reached."""
     if Path(where).is_dir():
         return Path(where, file) if Path(where, file).is_file() else None
     try:
-        found = cached_file(where, file, _raise_exceptions_for_missing_entries=False)
+        path = cached_file(where, file, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):
         return None
-    return Path(found) if found else None
+    return Path(path) if path else None
 
 
-def settings_of(where: str, file: str) -> dict[str, Any] | None:
-    """A JSON file of a folder or hub model, None if it has none.
+def read_settings(where: str, file: str) -> dict[str, Any] | None:
+    """A JSON file of a folder or Hub model, None if it has none.
 
     Raises:
-        InputError: it is no JSON object.
+        InputError: it is not a JSON object.
     """
-    path = path_in(where, file)
+    path = find_file(where, file)
     if path is None:
         return None
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{file} of '{where}' is no JSON ({error}): get the file again.") from error
-    if not isinstance(about, dict):
+    if not isinstance(settings, dict):
         raise InputError(f"{file} of '{where}' is no JSON object: get the file again.")
-    return about
+    return settings
 
 
-def weights_of(where: str, file: str) -> CheckpointWeights:
-    """The tensors of a folder or hub model.
+def read_weights(where: str, file: str) -> CheckpointWeights:
+    """The tensors of a folder or Hub model.
 
     Raises:
-        InputError: the file isn't there or is damaged.
+        InputError: the file is missing or damaged.
     """
-    path = path_in(where, file)
+    path = find_file(where, file)
     if path is None:
         _refuse_pickles(where)
         raise InputError(f"'{where}' has no {file}: get the file, or give a model that has its weights in safetensors.")
@@ -186,22 +181,14 @@ def build_and_load(
         InputError: a tensor is missing or has another shape.
     """
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
-    return kind.from_pretrained(None, config=config, state_dict=weights.fit(shapes, source), dtype=dtype).eval()
-
-
-def _names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is no safetensors file ({error}): get the file again.") from error
+        like = kind(config).state_dict()
+    return kind.from_pretrained(None, config=config, state_dict=weights.state_dict(like, source), dtype=dtype).eval()
 
 
 def _refuse_pickles(where: str) -> None:
-    here = Path(where)
-    pickles = sorted(file.name for file in here.iterdir() if file.suffix in PICKLES) if here.is_dir() else []
-    if pickles and not any(here.glob("*.safetensors")):
+    folder = Path(where)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES) if folder.is_dir() else []
+    if pickles and not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{where} has only pickled weights ({pickles[0]}), which could run code: save them as safetensors "
             "(docs/comparison.md, Encoders)."

@@ -1,14 +1,14 @@
-"""Photos as vectors: any image encoder of transformers, CLIP in open_clip's format, MegaLoc and DINOv2 SALAD, or the vision
+"""Image encoders for retrieval: models of transformers, CLIP in open_clip's format, MegaLoc, DINOv2 SALAD, or the vision
 encoder of a vision-language model.
 
     Encoder("facebook/dinov2-base").encode(photos)  # float32 (N, 768), each of length 1
 
-What a vector is, by kind of model:
+The vector of a photo, by kind of model:
 
-- CLIP, SigLIP and other dual encoders: their own image features, which their texts are compared with;
+- CLIP, SigLIP and other dual encoders: their image features, which are compared with texts;
 - other image encoders (DINOv2, ViT, ResNet): the pooled output, else the class token;
-- a place-recognition model (MegaLoc, SALAD, or one of remote code, `model.trust_remote_code`): the descriptor that it gives;
-- a vision-language model: the mean over what its adapter is given of the photo, before the adapter itself.
+- a place-recognition model (MegaLoc, SALAD, or one of remote code, `model.trust_remote_code`): its descriptor;
+- a vision-language model: the mean of the adapter's inputs.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ from addressvlm.models.loading import dtype_of, load_model, local, to_device
 from addressvlm.models.parts import parts_of
 from addressvlm.storage.shards import Rows, ShardResult
 
-CANT_LOAD = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError)
 OTHER_FORMATS: dict[str, Callable[[str, str], tuple[Any, Any]]] = {
     "open_clip": load_open_clip,
     "places": load_place_recognition,
@@ -43,113 +43,107 @@ class Encoder:
     """An image encoder, loaded.
 
     Args:
-        base: folder, URI or hub name; `toy` is the embedded model.
+        base: folder, URI or Hub name; `toy` is the embedded model.
         dtype: of the weights, see `addressvlm.models.loading.dtype_of`.
         device: `cuda` where there is one, else `cpu`.
 
     Raises:
-        InputError: it is not there, or is no image encoder.
+        InputError: it is missing or not an image encoder.
     """
 
     def __init__(self, base: str, dtype: str = "float32", trust_remote_code: bool = False, device: str | None = None) -> None:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        where, speaks = local(base), False
-        other = OTHER_FORMATS.get(checkpoint_format(where))
-        if other:
-            model, self._processor = other(where, dtype)
+        where = local(base)
+        load = OTHER_FORMATS.get(checkpoint_format(where))
+        is_vlm = load is None and _is_vlm(where, base, trust_remote_code)
+        if load:
+            model, self._processor = load(where, dtype)
+        elif is_vlm:
+            model, processor = load_model(base, dtype, trust_remote_code)
+            model.set_submodule(parts_of(model)["llm"], torch.nn.Identity())
+            self._processor = processor.image_processor
         else:
-            speaks = _config(base, trust_remote_code).model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-            model, self._processor = (_vision_part if speaks else _image_encoder)(base, dtype, trust_remote_code)
+            model, self._processor = _load_image_encoder(where, base, dtype, trust_remote_code)
         self._model = to_device(model, self.device).eval()
-        self._features = self._before_adapter if speaks else self._pooled
+        self._features = self._adapter_inputs if is_vlm else self._pooled
 
     @torch.inference_mode()
     def encode(self, photos: Sequence[Image.Image]) -> np.ndarray:
         """Unit vectors, float32 (photos, D).
 
         Raises:
-            InputError: the model gives something else than one vector a photo.
+            InputError: the model's output is not one vector a photo.
         """
         vectors = self._features([photo.convert("RGB") for photo in photos]).float()
         return torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()
 
     def _inputs(self, photos: Sequence[Image.Image]) -> dict[str, Any]:
-        made = self._processor(images=list(photos), return_tensors="pt").to(self.device)
-        return {k: v.to(self._model.dtype) if torch.is_floating_point(v) else v for k, v in made.items()}
+        inputs = self._processor(images=list(photos), return_tensors="pt").to(self.device)
+        return {k: v.to(self._model.dtype) if torch.is_floating_point(v) else v for k, v in inputs.items()}
 
     def _pooled(self, photos: Sequence[Image.Image]) -> torch.Tensor:
-        """What an image encoder makes of the photos, (N, D)."""
-        inputs = self._inputs(photos)
-        out = getattr(self._model, "get_image_features", self._model)(**inputs)
-        found = out if isinstance(out, torch.Tensor) else getattr(out, "pooler_output", None)
-        if found is None and getattr(out, "last_hidden_state", None) is not None:
-            found = out.last_hidden_state[:, 0]
-        if found is None or len(found) != len(photos) or found.flatten(1).shape != found.shape[:2]:
+        """An image encoder's output, (N, D)."""
+        output = getattr(self._model, "get_image_features", self._model)(**self._inputs(photos))
+        vectors = output if isinstance(output, torch.Tensor) else getattr(output, "pooler_output", None)
+        if vectors is None and getattr(output, "last_hidden_state", None) is not None:
+            vectors = output.last_hidden_state[:, 0]
+        if vectors is None or len(vectors) != len(photos) or vectors.flatten(1).shape != vectors.shape[:2]:
             raise InputError(f"{type(self._model).__name__} gives no vector a photo: name another encoder.base.")
-        return found.flatten(1)
+        return vectors.flatten(1)
 
-    def _before_adapter(self, photos: Sequence[Image.Image]) -> torch.Tensor:
-        """The mean over the photo's patches before the adapter, (N, D)."""
-        seen: list[torch.Tensor] = []
+    def _adapter_inputs(self, photos: Sequence[Image.Image]) -> torch.Tensor:
+        """The mean of the adapter's inputs over each photo's patches, (N, D)."""
+        patches: list[torch.Tensor] = []
         adapter = self._model.get_submodule(parts_of(self._model)["adapter"])
-        hook = adapter.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        hook = adapter.register_forward_pre_hook(lambda _, inputs: patches.append(inputs[0]))
         try:
             self._model.get_image_features(**self._inputs(photos))
-            if seen[0].dim() == 3 and len(seen[0]) == len(photos):
-                return seen[0].float().mean(1)
-            seen.clear()  # all photos' patches in one row, or several views a photo
+            if patches[0].dim() == 3 and len(patches[0]) == len(photos):
+                return patches[0].float().mean(1)
+            patches.clear()  # all photos' patches in one row, or several views a photo
             for photo in photos:
                 self._model.get_image_features(**self._inputs([photo]))
         finally:
             hook.remove()
-        return torch.stack([patches.float().flatten(0, -2).mean(0) for patches in seen])
+        return torch.stack([photo_patches.float().flatten(0, -2).mean(0) for photo_patches in patches])
 
 
-def _config(base: str, trust_remote_code: bool) -> Any:
+def _is_vlm(where: str, base: str, trust_remote_code: bool) -> bool:
     try:
-        return AutoConfig.from_pretrained(local(base), trust_remote_code=trust_remote_code)
-    except CANT_LOAD as error:
-        raise _refused(base, error) from error
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    except LOAD_ERRORS as error:
+        raise _load_error(base, error) from error
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
-def _image_encoder(base: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Model and image processor of an encoder."""
-    where = local(base)
+def _load_image_encoder(where: str, base: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Model and image processor."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        processor = AutoImageProcessor.from_pretrained(where, backend="pil", trust_remote_code=trust_remote_code)
-        model = AutoModel.from_pretrained(
-            where, dtype=dtype_of(dtype), use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-    except CANT_LOAD as error:
-        raise _refused(base, error) from error
+        processor = AutoImageProcessor.from_pretrained(where, backend="pil", **options)
+        model = AutoModel.from_pretrained(where, dtype=dtype_of(dtype), use_safetensors=True, **options)
+    except LOAD_ERRORS as error:
+        raise _load_error(base, error) from error
     return model, processor
 
 
-def _vision_part(base: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """A vision-language model without its language model, and its image processor."""
-    model, processor = load_model(base, dtype, trust_remote_code)
-    model.set_submodule(parts_of(model)["llm"], torch.nn.Identity())
-    return model, processor.image_processor
-
-
-def _refused(base: str, error: Exception) -> InputError:
-    said = " ".join(str(error).split())[:300]
-    return InputError(f"'{base}' can't be loaded as an image encoder ({said}): give a folder or hub name of one.")
+def _load_error(base: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:300]
+    return InputError(f"'{base}' can't be loaded as an image encoder ({reason}): give a folder or hub name of one.")
 
 
 def embed_photos(
     base: str, dtype: str, trust_remote_code: bool, threads: float, batch_size: int, split: str, photos: Rows
 ) -> ShardResult:
-    """Rows of `tables.PHOTOS` -> the same with `vector` instead of `image`; the encoder stays loaded.
+    """Rows of `tables.PHOTOS` -> rows of `split` with `vector` instead of `image`; the encoder stays loaded.
 
     Args:
-        threads: that a worker may use.
-        split: that the rows go to.
+        threads: of torch.
 
     Raises:
         InputError: as Encoder.
     """
-    encoder, rows = _loaded(base, dtype, trust_remote_code, threads), []
+    encoder, rows = _cached_encoder(base, dtype, trust_remote_code, threads), []
     for start in range(0, len(photos), batch_size):
         batch = photos[start : start + batch_size]
         vectors = encoder.encode([photo_image(photo) for photo in batch])
@@ -159,7 +153,7 @@ def embed_photos(
 
 
 @lru_cache(maxsize=1)
-def _loaded(base: str, dtype: str, trust_remote_code: bool, threads: float) -> Encoder:
+def _cached_encoder(base: str, dtype: str, trust_remote_code: bool, threads: float) -> Encoder:
     torch.set_num_threads(max(1, int(threads)))
     disable_progress_bar()
     return Encoder(base, dtype, trust_remote_code)
