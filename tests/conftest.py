@@ -39,7 +39,7 @@ def toy_city(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key for the engine that asks an endpoint, and next to no waits between its tries."""
+    """A key to an endpoint, and next to no waits between retries."""
     from addressvlm.labels import request_scheduler
     from tests.support.label_requests import KEY
 
@@ -49,9 +49,9 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def endpoint() -> "Iterator[Endpoint]":
-    """A server that gives every row the same good label."""
-    from tests.support.label_requests import GOOD
+def endpoint(hurry: None) -> "Iterator[Endpoint]":
+    """A server that gives every row the same good label, and a key to it."""
+    from tests.support.label_texts import GOOD
     from tests.support.openai_endpoint import Endpoint, says
 
     with Endpoint(lambda n, body: says(GOOD)).running() as endpoint:

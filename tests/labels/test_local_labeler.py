@@ -11,7 +11,7 @@ from addressvlm.config.labels import LabelsConfig
 from addressvlm.labels.labelers import Request, make_labeler, state_factory
 from addressvlm.labels.local_labeler import LocalLabeler
 from addressvlm.tools.toy_base import CHAT_TEMPLATE, train_tokenizer
-from tests.labels.test_validator import FACTS, GOOD
+from tests.support.label_texts import FACTS, GOOD
 from tests.support.tiny import tiny_llava
 
 

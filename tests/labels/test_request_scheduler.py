@@ -1,6 +1,8 @@
-"""Rows are paid for once, within limits"""
+"""Rows are paid for once, within the limits, and failed requests are retried."""
 
-from collections.abc import Iterator
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +13,13 @@ from addressvlm import InputError
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.labels import request_scheduler
 from addressvlm.labels.api_client import AsyncRateLimiter, Budget
-from addressvlm.labels.costs import estimate_cost
 from addressvlm.labels.facts import Facts
 from addressvlm.labels.labelers import CachedLabeler, Request, state_factory
 from addressvlm.labels.request_scheduler import OpenAILabeler
-from addressvlm.labels.response_cache import MAX_LINE, MAX_TEXT, CachedAnswer, ResponseCache, open_for_writing
+from addressvlm.labels.response_cache import MAX_LINE, MAX_TEXT, ResponseCache, open_for_writing
 from tests.support.full_disk import disk_of
 from tests.support.label_requests import BAD, FACTS, GOOD, config_of, left, requests, settle
-from tests.support.openai_endpoint import Endpoint, Reply, drops, refuses, says
-
-pytestmark = pytest.mark.usefixtures("hurry")
-
-
-# Paid once
+from tests.support.openai_endpoint import Endpoint, Reply, cuts, drops, refuses, says
 
 
 def test_only_what_is_missing_is_asked(endpoint: Endpoint, tmp_path: Path) -> None:
@@ -41,61 +37,6 @@ def test_only_what_is_missing_is_asked(endpoint: Endpoint, tmp_path: Path) -> No
         CachedLabeler(state_factory(config), ResponseCache(tmp_path)).label(requests(31))
 
 
-# Settings of a labeler that change what an answer may be, each with another value.
-SHAPING = {
-    "labeler": "vllm",
-    "prompt": "grounded",
-    "model": "n",
-    "base_url": "http://h/v1",
-    "send_image": False,
-    "image_pixels": 64,
-    "image_quality": 60,
-    "image_detail": "high",
-    "language": "de",
-    "temperature": 0.5,
-    "max_tokens": 99,
-    "extra_body": {"top_p": 0.5},
-}
-
-
-def test_every_setting_that_shapes_an_answer_is_part_of_what_was_asked_and_no_other(tmp_path: Path) -> None:
-    """A new setting must be put into SHAPING here, or be found not to change any answer."""
-    row, config = requests(1)[0], LabelsConfig(labeler="openai", model="m")
-    plain = state_factory(config)(row).request_key()
-    others = {
-        "words": (9, 99), "distance_tolerance": 0.5, "ask_address": True, "concurrency": 9, "max_attempts": 9, "timeout_s": 9.0,
-        "retries": 9, "requests_per_minute": 9.0, "tokens_per_minute": 9.0, "budget_tokens": 9, "budget_usd": 9.0,
-        "usd_per_million_in": 9.0, "usd_per_million_out": 9.0, "image_rule": "fixed", "image_base": 9, "image_each": 9.0,
-        "workers": 9, "cpus_per_worker": 9.0, "gpus_per_worker": 9.0, "batch_size": 9, "dtype": "float32",
-        "tensor_parallel": 9, "vllm_python": "python9", "vllm_arguments": ["--seed=9"], "vllm_start_s": 9.0,
-    }  # fmt: skip
-    assert SHAPING.keys() | others.keys() == LabelsConfig.model_fields.keys()
-    start = state_factory(config)
-    for changes in (SHAPING, others):
-        for key, value in changes.items():
-            changed = config.model_copy(update={key: value})
-            begin = start if key in ("send_image", "language") else state_factory(changed)  # the prompt would refuse them
-            row_of = begin(row)
-            row_of.config = changed
-            assert (row_of.request_key().cache_key() == plain.cache_key()) == (changes is others), key
-    nested = [config.model_copy(update={"extra_body": {"response_format": {"type": kind}}}) for kind in ("text", "json_object")]
-    assert len({state_factory(c)(row).request_key().cache_key() for c in nested}) == 2
-
-
-def test_another_row_image_fact_or_question_is_another_ask() -> None:
-    row, config = requests(1)[0], LabelsConfig(labeler="openai", model="m", prompt="grounded")
-    begin = state_factory(config)
-    changed = [
-        replace(row, id="other"),
-        replace(row, image=row.image + b"x"),
-        replace(row, facts=replace(FACTS, facing="west")),
-    ]
-    assert len({begin(r).request_key().cache_key() for r in [row, *changed]}) == 4
-    named = LabelsConfig(labeler="openai", model="m")  # its prompt holds the question
-    of_question = {s.question: s.request_key().cache_key() for s in (state_factory(named, seed)(row) for seed in range(9))}
-    assert len(set(of_question.values())) == len(of_question) > 1
-
-
 def test_answers_to_another_prompt_or_model_are_not_used(endpoint: Endpoint, tmp_path: Path) -> None:
     config = config_of(endpoint)
     settle(config, tmp_path / "cache", requests(5))
@@ -109,21 +50,6 @@ def test_answers_to_another_prompt_or_model_are_not_used(endpoint: Endpoint, tmp
     assert "6 rows: 0 have cached answers, 6 will be sent" in text
     assert "5 cached answers are to other prompts or from other models" in text
     assert left(config.model_copy(update={"concurrency": 9, "retries": 0}), tmp_path / "cache", requests(5)).rows_left == 0
-
-
-def test_a_plan_knows_how_long_answers_took(tmp_path: Path) -> None:
-    config = LabelsConfig(labeler="openai", model="m")
-    rows = requests(3)
-    with open_for_writing(tmp_path) as cache:
-        for row, seconds in zip(rows[:2], (2.0, 4.0), strict=True):
-            cache.add(
-                state_factory(config)(row).request_key(),
-                CachedAnswer(GOOD, tokens_in=7, tokens_out=3, usd=0.5, seconds=seconds),
-            )
-        cache.add(state_factory(config)(rows[2]).request_key(), CachedAnswer(failure="500"))
-    plan = estimate_cost(config, state_factory(config), rows, ResponseCache(tmp_path))
-    assert (plan.answer_s, plan.spent_tokens, plan.spent_usd, plan.answered) == (3.0, 20, 1.0, 3)
-    assert estimate_cost(config, state_factory(config), rows, ResponseCache(tmp_path), retry_failed=True).rows_left == 1
 
 
 def test_what_is_sent_is_what_the_settings_say(endpoint: Endpoint, tmp_path: Path) -> None:
@@ -162,20 +88,6 @@ def test_each_row_gets_its_own_answer_whatever_fails_on_the_way(endpoint: Endpoi
     )
 
 
-def test_models_of_one_name_in_two_folders_are_two_and_a_server_of_ours_may_move(tmp_path: Path) -> None:
-    row = requests(1)[0]
-
-    def digest(**settings: str) -> tuple[str, str]:
-        asked = state_factory(LabelsConfig(labeler="vllm", **settings))(row).request_key()  # type: ignore[arg-type]
-        return asked.model, asked.digest
-
-    first, second = digest(model="/a/small"), digest(model="/b/small")
-    assert first[0] == second[0] == "vllm:small"
-    assert first[1] != second[1]
-    assert digest(model="/a/small", base_url="http://127.0.0.1:9/v1") == first
-    assert digest(model="owner/small")[0] == "vllm:owner/small"
-
-
 def test_an_error_of_reading_ends_the_job_as_its_sentence(endpoint: Endpoint, tmp_path: Path) -> None:
     def rows() -> Iterator[Request]:
         yield from requests(40)
@@ -202,9 +114,6 @@ def test_bad_texts_are_asked_again_and_replayed(endpoint: Endpoint, tmp_path: Pa
     one_of_two.write_text("".join(line for line in one_of_two.read_text().splitlines(True) if '"number": 1' in line))
     assert left(config_of(endpoint), tmp_path, requests(2)).partly_answered == 2
     assert settle(config_of(endpoint), tmp_path, requests(2))[1].asked == 2
-
-
-# Money and room
 
 
 def used(text: str, sent: int, written: int) -> Reply:
@@ -287,3 +196,144 @@ def test_every_request_takes_its_turn(endpoint: Endpoint, tmp_path: Path, monkey
     assert len(turns) == tally.asked == 12 + tally.again["500"]
     assert 700 < turns[0] < 1200  # an estimate at first, later what answers took
     assert set(turns[1:]) == {900 + 50}
+
+
+def after(first: Callable[[], Reply], times: int = 1) -> Callable[[int, dict[str, Any]], Reply]:
+    """A few bad replies, then good ones."""
+    return lambda n, body: first() if n <= times else says(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        (lambda: refuses(429, "slow down", Retry_After="0"), "429"),
+        (lambda: refuses(500, "oops"), "500"),
+        (lambda: refuses(408, "took long"), "408"),
+        (lambda: refuses(409, "locked"), "409"),
+        (lambda: refuses(425, "early"), "425"),
+        (lambda: refuses(503, "busy"), "503"),
+        (drops, "connection"),
+        (lambda: cuts(says(GOOD)), "connection"),
+        (lambda: (200, {}, "<html>Bad gateway</html>"), "no JSON"),
+        (lambda: (200, {}, json.dumps(says(GOOD)[2])[:50]), "no JSON"),
+        (lambda: (200, {}, {"error": {"message": "model overloaded", "code": None}}), "500"),
+        (lambda: (200, {}, {"error": {"message": "slow down", "code": 429}}), "429"),
+    ],
+)
+def test_what_fails_for_now_is_tried_again(endpoint: Endpoint, tmp_path: Path, reply: Callable[[], Reply], kind: str) -> None:
+    endpoint.reply = after(reply, times=2)
+    labels, tally = settle(config_of(endpoint, concurrency=1), tmp_path, requests(2))
+    assert {label.source for label in labels.values()} == {"openai:m"}
+    assert (tally.asked, tally.again) == (4, Counter({kind: 2}))
+    assert labels[0].attempts == 1  # the model was asked once
+
+
+def test_a_slow_answer_is_given_up(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint._server.drip_s = 0.01
+    with pytest.raises(InputError, match=r"keeps failing \(no answer within 0.2 s\)"):
+        settle(config_of(endpoint, timeout_s=0.2, retries=0), tmp_path, requests(1))
+
+
+def waits_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that the engine waits between tries, with its usual constants; nobody really waits."""
+    told: list[float] = []
+
+    async def at_once(waiter: Any, seconds: float) -> None:
+        waiter.close()
+        told.append(seconds)
+        raise TimeoutError
+
+    monkeypatch.setattr(request_scheduler, "FIRST_WAIT_S", 0.5)
+    monkeypatch.setattr(request_scheduler, "MAX_WAIT_S", 3.0)
+    monkeypatch.setattr(request_scheduler.asyncio, "wait_for", at_once)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("headers", "asked_s"), [({"Retry_After": "7"}, 7.0), ({"Retry_After_Ms": "1500"}, 1.5), ({"Retry_After": "0"}, 0.0)]
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_the_next_try_waits_as_long_as_the_endpoint_says_and_a_little_more(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, headers: dict[str, str], asked_s: float
+) -> None:
+    told = waits_of(monkeypatch)
+    endpoint.reply = after(lambda: refuses(status, "slow down", **headers), times=3)
+    settle(config_of(endpoint), tmp_path, requests(1))
+    assert len(told) == 3
+    assert all(asked_s <= seconds <= asked_s + 0.5 * step for seconds, step in zip(told, (0.5, 1.0, 2.0), strict=True)), told
+
+
+def test_where_the_endpoint_does_not_say_how_long_the_wait_doubles_up_to_a_limit(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = waits_of(monkeypatch)
+    endpoint.reply = after(lambda: refuses(500, "oops"), times=5)
+    settle(config_of(endpoint), tmp_path, requests(1))
+    assert all(0.5 * most <= seconds <= most for seconds, most in zip(told, (0.5, 1, 2, 3, 3), strict=True)), told
+
+
+@pytest.mark.parametrize(("status", "tries"), [(500, 3), (429, 9)])
+def test_a_busy_endpoint_is_tried_longer_than_one_that_fails(
+    endpoint: Endpoint, tmp_path: Path, status: int, tries: int
+) -> None:
+    (bad,) = requests(1)
+    marked = state_factory(config_of(endpoint))(bad).messages()[1]["content"][0]["image_url"]["url"]
+    endpoint.reply = lambda n, body: refuses(status, "no") if marked in str(body) else says(GOOD)
+    labels, tally = settle(config_of(endpoint, retries=2), tmp_path, requests(3))
+    assert (labels[0].source, tally.again[str(status)]) == ("fallback:template", 2 * tries)
+
+
+def failing(config: LabelsConfig, bad: list[Request]) -> Callable[[int, dict[str, Any]], Reply]:
+    marked = {state_factory(config)(row).messages()[1]["content"][0]["image_url"]["url"] for row in bad}
+    return lambda n, body: refuses(500, "no") if body["messages"][1]["content"][0]["image_url"]["url"] in marked else says(GOOD)
+
+
+def test_an_answer_in_between_shows_that_the_endpoint_works(endpoint: Endpoint, tmp_path: Path) -> None:
+    config = config_of(endpoint, concurrency=1, retries=0)
+    endpoint.reply = failing(config, requests(40)[:30:2])  # 15 rows, each tried in vain twice: more than MAX_FAILED_IN_A_ROW
+    labels, tally = settle(config, tmp_path, requests(40))
+    assert (len(labels), tally.failed, tally.answered) == (40, 15, 25)
+
+
+def test_not_more_rows_than_fit_into_memory_wait_for_the_last_round(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_scheduler, "MAX_POSTPONED", 3)
+    config = config_of(endpoint, concurrency=1, retries=0)
+    endpoint.reply = failing(config, requests(8)[::2][:3])
+    assert settle(config, tmp_path / "three", requests(8))[1].failed == 3
+    endpoint.reply = failing(config, requests(8)[::2])
+    with pytest.raises(InputError, match="keeps failing"):
+        settle(config, tmp_path / "four", requests(8))
+
+
+def test_a_row_that_the_endpoint_fails_for_falls_back_when_others_are_answered(endpoint: Endpoint, tmp_path: Path) -> None:
+    poison = next(iter(requests(1)))
+    marked = state_factory(config_of(endpoint))(poison).messages()[1]["content"][0]["image_url"]["url"]
+    endpoint.reply = lambda n, body: refuses(500, "no") if marked in str(body) else says(GOOD)
+    labels, tally = settle(config_of(endpoint, retries=1), tmp_path, requests(6))
+    assert [labels[n].source for n in range(6)] == ["fallback:template"] + ["openai:m"] * 5
+    assert (labels[0].problems, tally.failed, tally.again["500"]) == (("no answer",), 1, 4)  # two tries, and two at the end
+    assert settle(config_of(endpoint), tmp_path, requests(6))[1].asked == 0
+    endpoint.reply = lambda n, body: says(GOOD)
+    assert settle(config_of(endpoint), tmp_path, requests(6), retry_failed=True)[0][0].source == "openai:m"
+    assert CachedLabeler(state_factory(config_of(endpoint)), ResponseCache(tmp_path)).label(requests(1))[0].text == GOOD
+
+
+def test_an_endpoint_that_keeps_failing_ends_the_job_and_answers_are_kept(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.reply = lambda n, body: says(GOOD) if n <= 10 else refuses(503, "overloaded")
+    with pytest.raises(InputError, match=r"keeps failing \(503: overloaded\): rerun later to resume; all answers"):
+        settle(config_of(endpoint, retries=0), tmp_path, requests(60))
+    assert len(endpoint.asked) < 40
+    assert left(config_of(endpoint), tmp_path, requests(60)).answered == 10
+    endpoint.reply = lambda n, body: says(GOOD)
+    assert settle(config_of(endpoint), tmp_path, requests(60))[1].asked == 50
+
+
+def test_an_endpoint_that_never_answers_gives_no_templates(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.reply = lambda n, body: drops()
+    with pytest.raises(InputError, match="keeps failing"):
+        settle(config_of(endpoint, retries=0), tmp_path, requests(3))
+    gone = config_of(endpoint, retries=0).model_copy(update={"base_url": "http://127.0.0.1:9/v1"})
+    with pytest.raises(InputError, match=r"http://127\.0\.0\.1:9/v1/ keeps failing \(the connection failed"):
+        settle(gone, tmp_path, requests(3))

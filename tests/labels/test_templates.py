@@ -1,22 +1,18 @@
 import random
-from pathlib import Path
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from addressvlm.config.labels import LabelsConfig
 from addressvlm.labels.facts import GREENERY, SKY, Facts
-from addressvlm.labels.labelers import Request, make_labeler
 from addressvlm.labels.lexicon import COLOURS, COMPASS, DIRECTIONS
-from addressvlm.labels.prompt import load_prompt
 from addressvlm.labels.templates import explain, reason
 from addressvlm.labels.validator import LabelValidator
-from addressvlm.storage import tables
-from addressvlm.tools.label_diversity import distinct_n, main
+from addressvlm.tools.label_diversity import distinct_n
 from tests.support.label_texts import DISTRICTS, STREETS, facts
 
 COLOUR = st.lists(st.sampled_from(sorted(COLOURS)), unique=True, max_size=3).map(tuple)
+
+
 MAYBE_FACTS = st.builds(
     Facts,
     street=st.sampled_from(STREETS),
@@ -31,6 +27,8 @@ MAYBE_FACTS = st.builds(
     photo_colours=COLOUR,
     tile_colours=COLOUR,
 )
+
+
 PHOTO_FACTS = st.builds(
     Facts,
     street=st.sampled_from(STREETS),
@@ -85,30 +83,3 @@ def test_wording_varies_within_its_length() -> None:
     assert len(set(texts)) > 190
     assert all(30 <= len(text.split()) <= 75 for text in texts)
     assert distinct_n(texts, 4) > 0.015  # of one place: names and facts are the same in all of them
-
-
-def test_labels_depend_on_the_row_alone() -> None:
-    rng = random.Random(0)
-    requests = [Request(str(i), b"", facts(rng)) for i in range(30)]
-    labeler = make_labeler(LabelsConfig(), seed=3)
-    labels = labeler.label(requests)
-    assert labels == labeler.label(requests[::-1])[::-1]
-    assert {label.question for label in labels} <= set(load_prompt().questions)
-    assert len({label.question for label in labels}) > 2
-    assert {label.source for label in labels} == {"template"}
-    assert labels != make_labeler(LabelsConfig(), seed=4).label(requests)
-
-
-def test_distinct() -> None:
-    assert distinct_n(["a b c", "a b d"], 1) == 4 / 6
-    assert distinct_n(["a b c", "a b d"], 2) == 3 / 4
-    assert distinct_n([""], 2) == 0
-
-
-def test_variety_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = random.Random(0)
-    rows = [{"id": str(i), "facts": facts(rng).to_json()} for i in range(20)]
-    tables.write_table(tmp_path, "train", rows, tables.GRAFTS)
-    monkeypatch.setattr("sys.argv", ["variety", str(tmp_path)])
-    main()
-    assert "20 labels" in capsys.readouterr().out

@@ -12,14 +12,11 @@ from addressvlm.labels.facts import Facts
 from addressvlm.labels.labelers import Label, Request, state_factory
 from addressvlm.labels.request_scheduler import OpenAILabeler
 from addressvlm.labels.response_cache import ResponseCache, open_for_writing
+from tests.support.label_texts import GOOD
 from tests.support.openai_endpoint import Endpoint
 
 KEY = "sk-test-0123456789abcdef"
 FACTS = Facts("Mill Street", "Harbour", ("Mill Street", "King Street"), "east-west", "along", "east", "King Street", 40, "east")
-GOOD = (
-    "A row of red brick houses stands on the left and the camera looks along the road. On the map King Street meets the "
-    "street a little to the east. This is Mill Street in Harbour."
-)
 BAD = GOOD.replace("Mill Street", "some street")
 
 

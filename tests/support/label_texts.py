@@ -9,6 +9,13 @@ from addressvlm.labels.facts import Facts
 from addressvlm.labels.lexicon import COLOURS, COMPASS, DIRECTIONS
 from addressvlm.labels.templates import explain
 
+FACTS = Facts(
+    "Mill Street", "Harbour", ("Mill Street", "King Street"), "east-west", "along", "east", "King Street", 40, "east", ("red",)
+)  # fmt: skip
+GOOD = (
+    "A row of red brick houses stands on the left and the camera looks along the road. On the map King Street meets the "
+    "street a little to the east. This is Mill Street in Harbour."
+)
 STREETS = [
     "Mill Street", "Old Mill Street", "King Street", "St. Mary's Passage", "Hint Street", "North Terrace", "5th Avenue",
     "Rue de l'Évêché", "Broadway", "Green Lane", "Castle Hill", "Elm Road", "Sidney Street", "Corn Exchange Street",

@@ -1,21 +1,21 @@
-"""Limits, budgets and estimates of the labeler"""
+"""Requests to an endpoint, rate limits and the budget."""
 
 import asyncio
-import io
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from addressvlm import InputError
-from addressvlm.config import validate
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.labels.api_client import AsyncRateLimiter, Budget
-from addressvlm.labels.costs import CostEstimate, image_tokens, input_tokens, text_tokens
-from addressvlm.labels.facts import Facts
 from addressvlm.labels.labelers import Request, state_factory
+from addressvlm.labels.request_scheduler import OpenAILabeler
+from tests.support.label_requests import FACTS, GOOD, KEY, config_of, left, requests, settle
+from tests.support.openai_endpoint import Endpoint, Reply, refuses, says
 
 
 class Clock:
@@ -166,84 +166,93 @@ def test_a_budget_is_never_overshot_by_what_costs_no_more_than_was_set_aside(
     assert (budget.tokens if by == "budget_tokens" else budget.usd) <= limit
 
 
-def test_a_budget_in_money_needs_prices() -> None:
-    with pytest.raises(InputError, match="budget_usd needs the prices usd_per_million_in and usd_per_million_out"):
-        validate({"labels": {"budget_usd": 5}}, "test")
+@pytest.mark.parametrize(
+    ("reply", "sentence"),
+    [
+        (refuses(401, f"Incorrect API key provided: {KEY}. Get one."), r"401: Incorrect API key provided: …\. Get one\."),
+        (refuses(403, f"header Bearer {KEY}x is not allowed"), "403: header … is not allowed"),
+        (refuses(400, "no such parameter"), "400: no such parameter"),
+        (refuses(404, "The model `m` does not exist"), "404: The model `m` does not exist.*check .*labels.model"),
+        ((404, {}, "<html><title>Not found</title><p>Nothing here</html>"), "404: Not found Nothing here"),
+        ((200, {}, {"error": {"message": "invalid model", "code": 404}}), "404: invalid model"),
+        (refuses(413, "Payload too large"), "image as too large .413: Payload too large.: lower labels.image_pixels"),
+        (refuses(400, "image exceeds the maximum of 5 MB"), "image as too large .400.*lower labels.image_pixels"),
+        ((429, {}, {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}), "no credit left"),
+        (refuses(429, "come back", Retry_After="4000"), "asks to wait 4,000 s"),
+    ],
+)
+def test_what_ends_the_job_at_once(
+    endpoint: Endpoint, tmp_path: Path, reply: Reply, sentence: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    endpoint.reply = lambda n, body: says(GOOD) if n <= 3 else reply
+    with pytest.raises(InputError, match=sentence) as caught:
+        settle(config_of(endpoint, concurrency=1), tmp_path, requests(20))
+    assert len(endpoint.asked) == 4
+    assert left(config_of(endpoint), tmp_path, requests(20)).answered == 3
+    everything = str(caught.value) + caplog.text + "".join(p.read_text() for p in tmp_path.glob("*.json*"))
+    assert KEY not in everything
+    assert endpoint.keys[0] == f"Bearer {KEY}"
+
+
+def test_the_key_never_gets_into_the_ledger(endpoint: Endpoint, tmp_path: Path) -> None:
+    replies = [says(f"{GOOD} {KEY}"), refuses(400, f"content policy {KEY}"), says(GOOD)]
+    endpoint.reply = lambda n, body: replies[min(n, 3) - 1]
+    settle(config_of(endpoint, concurrency=1), tmp_path, requests(3))
+    assert KEY not in "".join(p.read_text() for p in tmp_path.iterdir())
+
+
+def test_a_label_keeps_its_words(endpoint: Endpoint, tmp_path: Path) -> None:
+    said = GOOD.replace("A row", "The standard bearer stands before a row")
+    endpoint.reply = lambda n, body: says(said)
+    assert settle(config_of(endpoint), tmp_path, requests(1))[0][0].text == said
+
+
+def test_the_key_comes_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    config = LabelsConfig(labeler="openai")
+    with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):
+        OpenAILabeler(config, state_factory(config))
+    with pytest.raises(ValueError, match="keys come from OPENAI_API_KEY alone"):
+        LabelsConfig(base_url="https://me:secret@host/v1")
+
+
+def filtered() -> Reply:
+    reply = says("The street")
+    reply[2]["choices"][0]["finish_reason"] = "content_filter"  # type: ignore[index]
+    return reply
+
+
+def refusal() -> Reply:
+    reply = says("")
+    reply[2]["choices"][0]["message"] = {"role": "assistant", "content": None, "refusal": "I can't help with that."}  # type: ignore[index]
+    return reply
 
 
 @pytest.mark.parametrize(
-    ("rule", "size", "tokens"),
+    ("reply", "problem"),
     [
-        ({"image_base": 85, "image_each": 170}, (336, 336), 85 + 170),
-        ({"image_base": 85, "image_each": 170}, (1024, 1024), 765),
-        ({"image_base": 85, "image_each": 170}, (2048, 4096), 1105),
-        ({"image_base": 85, "image_each": 170, "image_detail": "low"}, (2048, 4096), 85),
-        ({}, (336, 336), 2833 + 5667),
-        ({"image_rule": "patches", "image_each": 1.0}, (1024, 1024), 1024),
-        ({"image_rule": "patches", "image_each": 1.62}, (336, 336), 197),
-        ({"image_rule": "patches", "image_each": 1.0}, (4000, 4000), 1536),
-        ({"image_rule": "fixed", "image_base": 576}, (336, 336), 576),
-        ({"image_base": 85, "image_each": 170, "image_pixels": 512}, (1024, 1024), 85 + 170),
-        ({"send_image": False}, (336, 336), 0),
+        (filtered(), "refused"),
+        (refusal(), "refused"),
+        (refuses(400, "The response was filtered due to the content management policy"), "refused"),
+        (refuses(400, "Could not process image"), "refused"),
+        (says("  "), "empty"),
+        ((200, {}, {"choices": []}), "empty"),
     ],
 )
-def test_tokens_of_an_image(rule: dict[str, Any], size: tuple[int, int], tokens: int) -> None:
-    assert image_tokens(LabelsConfig(**rule), *size) == tokens
+def test_refusals_and_empty_answers_are_recorded(endpoint: Endpoint, tmp_path: Path, reply: Reply, problem: str) -> None:
+    endpoint.reply = lambda n, body: reply
+    labels, tally = settle(config_of(endpoint, max_attempts=2), tmp_path, requests(2))
+    assert {(label.source, label.attempts, label.problems) for label in labels.values()} == {
+        ("fallback:template", 2, (problem, problem))
+    }
+    assert (tally.refused, tally.empty) == ((4, 0) if problem == "refused" else (0, 4))
+    assert settle(config_of(endpoint, max_attempts=2), tmp_path, requests(2))[1].asked == 0
 
 
-def test_tokens_of_a_text() -> None:
-    assert text_tokens("The camera looks along the road.") == 8
-    assert text_tokens("東京都の道") == 5
-
-
-def test_a_plan_says_what_it_costs() -> None:
-    config = LabelsConfig(
-        usd_per_million_in=0.5, usd_per_million_out=2, requests_per_minute=100, tokens_per_minute=60_000, max_tokens=100
-    )
-    plan = CostEstimate(
-        config,
-        rows=1000,
-        answered=400,
-        partly_answered=10,
-        tokens_in=600_000,
-        other_answers=7,
-        spent_tokens=12_345,
-        spent_usd=0.5,
-    )
-    assert (plan.rows_left, plan.tokens_out) == (600, 60_000)
-    assert plan.minutes() == 11  # 660,000 tokens
-    text = plan.text()
-    for part in (
-        "1,000 rows: 400 have cached answers, 600 will be sent (10 of them again)",
-        "7 cached answers are to other prompts",
-        "about 600,000 in (1,000 a row), at most 60,000 out",
-        "at most 0.42 US dollars (0.3 for tokens in, 0.12 for tokens out); spent so far 12,345 tokens, 0.5 US dollars",
-        "about 11.0 min with 16 requests in flight",
-    ):
-        assert part in text
-    assert "cost: unknown without labels.usd_per_million_in" in CostEstimate(LabelsConfig(), rows=1).text()
-    assert "tokens: " not in CostEstimate(LabelsConfig(), rows=1, answered=1).text()
-
-
-@pytest.mark.parametrize(
-    ("limits", "minutes"),
-    [
-        ({}, 5.0),  # 600 rows, ten at a time, 5 s each
-        ({"requests_per_minute": 100}, 6.0),
-        ({"tokens_per_minute": 33_000}, 20.0),
-        ({"requests_per_minute": 1000, "tokens_per_minute": 1e9}, 5.0),
-        ({"requests_per_minute": 20, "tokens_per_minute": 33_000}, 30.0),
-    ],
-)
-def test_the_tightest_limit_decides_how_long_it_takes(limits: dict[str, float], minutes: float) -> None:
-    config = LabelsConfig(concurrency=10, max_tokens=100, **limits)
-    assert CostEstimate(config, rows=1000, answered=400, tokens_in=600_000).minutes() == pytest.approx(minutes)
-
-
-def test_an_estimate_counts_the_prompt_and_the_image() -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (336, 336)).save(buffer, "PNG")
-    config = LabelsConfig(labeler="openai", base_url="http://localhost/v1", image_rule="fixed", image_base=576)
-    row = state_factory(config)(Request("1", buffer.getvalue(), Facts("Mill Street", "Harbour")))
-    said = "".join(m["content"] if isinstance(m["content"], str) else m["content"][1]["text"] for m in row.messages())
-    assert 576 + len(said) / 4 <= input_tokens(row) < 576 + len(said) / 4 + 30
+def test_an_image_that_is_none_is_left_out(endpoint: Endpoint, tmp_path: Path) -> None:
+    rows = [*requests(2), Request("bad", b"no picture", FACTS)]
+    labels, tally = settle(config_of(endpoint), tmp_path, rows)
+    assert (sorted(labels), tally.unreadable, len(endpoint.asked)) == ([0, 1], 1, 2)
+    with pytest.raises(InputError, match="image of row bad can't be decoded"):
+        OpenAILabeler(config_of(endpoint), state_factory(config_of(endpoint))).label(rows)

@@ -1,0 +1,105 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from addressvlm.labels.audit.__main__ import main
+from addressvlm.labels.audit.agreement import ALL, cohen_kappa, krippendorff_alpha, stratified_share, summarize, wilson_share
+from addressvlm.labels.audit.sheet import LEVELS, read_ratings, write_ratings
+from tests.support.audit_sheets import ratings_of, sheet
+
+
+def test_wilson_interval() -> None:
+    found = wilson_share(81, 263)  # Newcombe, Statistics in Medicine 1998, table I
+    assert (round(found.low, 4), round(found.high, 4)) == (0.2553, 0.3662)
+    assert (wilson_share(0, 20).low, round(wilson_share(0, 20).high, 4)) == (0.0, 0.1611)
+    assert wilson_share(0, 0).value is None
+
+
+def test_weighted_share_is_that_of_the_population() -> None:
+    assert stratified_share([(100, 81, 263)]) == wilson_share(81, 263)
+    both = stratified_share([(900, 45, 50), (100, 10, 50), (50, 0, 0)])
+    assert both.value == pytest.approx(0.9 * 0.9 + 0.1 * 0.2)
+    assert both.low < both.value < both.high
+
+
+def test_krippendorffs_alpha_of_his_own_example() -> None:
+    """Four observers, twelve units, with gaps: Computing Krippendorff's Alpha-Reliability (2011), section C."""
+    a = [1, 2, 3, 3, 2, 1, 4, 1, 2, None, None, None]
+    b = [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, None, 3]
+    c = [None, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, None]
+    d = [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, None]
+    units = [[None if r is None else r - 1 for r in row] for row in zip(a, b, c, d, strict=True)]
+    assert round(krippendorff_alpha(units, 5, ordinal=False).value, 3) == 0.743
+    assert round(krippendorff_alpha(units, 5).value, 3) == 0.815
+    assert krippendorff_alpha(units, 5).n == 11
+
+
+def test_cohens_kappa_of_a_known_table() -> None:
+    pairs = [(0, 0)] * 20 + [(0, 1)] * 5 + [(1, 0)] * 10 + [(1, 1)] * 15 + [(None, 1)]
+    found = cohen_kappa(pairs, 2)
+    assert found.value == pytest.approx(0.4)
+    assert found.low < 0.4 < found.high
+    assert found.n == 50
+    assert cohen_kappa([(1, 1)] * 5, 2).value is None  # one level throughout: chance explains it all
+    assert krippendorff_alpha([(1, 1)] * 5, 2).value is None
+
+
+def test_a_weighted_interval_puts_those_of_the_strata_together() -> None:
+    first, second, both = wilson_share(45, 50), wilson_share(10, 50), stratified_share([(900, 45, 50), (100, 10, 50)])
+    assert both.value - both.low == pytest.approx(math.hypot(0.9 * (0.9 - first.low), 0.1 * (0.2 - second.low)))
+    assert both.high - both.value == pytest.approx(math.hypot(0.9 * (first.high - 0.9), 0.1 * (second.high - 0.2)))
+    assert both.n == 100
+
+
+def test_kappa_knows_which_rater_prefers_what_and_alpha_how_far_levels_are() -> None:
+    """Three levels by hand: 6 of 10 alike; chance (5*2 + 3*4 + 2*4) / 100."""
+    pairs = [(0, 0)] * 2 + [(0, 1)] * 2 + [(0, 2)] + [(1, 1)] * 2 + [(1, 2)] + [(2, 2)] * 2
+    assert cohen_kappa(pairs, 3).value == pytest.approx((0.6 - 0.3) / (1 - 0.3))
+    near, far = [(0, 0)] * 4 + [(2, 2)] * 4 + [(1, 1)] * 4 + [(0, 1)], [(0, 0)] * 4 + [(2, 2)] * 4 + [(1, 1)] * 4 + [(0, 2)]
+    assert krippendorff_alpha(near, 3).value > krippendorff_alpha(far, 3).value
+    # nominal alpha of two raters by hand: observed 1/13, expected from 9 zeros, 9 ones and 8 twos of 26
+    assert krippendorff_alpha(near, 3, ordinal=False).value == pytest.approx(
+        1 - (1 / 13) / ((26**2 - 9**2 - 9**2 - 8**2) / (26 * 25))
+    )
+
+
+def test_summary_weighs_by_what_was_drawn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn, items = sheet(tmp_path, **{"template": 2, "openai:m": 98})
+    best = [LEVELS.index("right") if item["source"] == "template" else 0 for item in items]
+    write_ratings(tmp_path / "a.csv", ratings_of(items, "Ann", best), items)
+    write_ratings(tmp_path / "b.csv", ratings_of(items, "Ben", best), items)
+    found = summarize(items, read_ratings([tmp_path / "a.csv", tmp_path / "b.csv"], items))
+    shares = found["criteria"]["truth"]["shares"]["Ann"]
+    assert shares["template"]["right"]["value"] == 1
+    assert shares[ALL]["right"]["value"] == pytest.approx(0.02)
+    (agreed,) = found["criteria"]["truth"]["agreement"]
+    assert (agreed["same"]["value"], agreed["kappa"]["value"], agreed["alpha"]["value"]) == (1, 1, 1)
+    main(
+        ["summary", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--sheet", str(drawn), "--json", str(tmp_path / "s.json")]
+    )
+    assert "Ann and Ben: the same on 100 (51–100) of 4" in capsys.readouterr().out
+    assert json.loads((tmp_path / "s.json").read_text())["rated"] == {"Ann": 4, "Ben": 4}
+
+
+def test_each_two_raters_are_compared_with_each_other_and_all_together(tmp_path: Path) -> None:
+    _, items = sheet(tmp_path, template=4)
+    levels = {"Ann": [0, 0, 2, 2], "Ben": [0, 2, 2, 2], "Cas": [1, 1, 1, 0]}
+    ratings = [rating for rater, given in levels.items() for rating in ratings_of(items, rater, given)]
+    del ratings[-1]  # Cas left one out
+    found = summarize(items, ratings)
+    assert found["rated"] == {"Ann": 4, "Ben": 4, "Cas": 3}
+    first, second, third, together = found["criteria"]["reason"]["agreement"]
+    assert [first["raters"], second["raters"], third["raters"], together["raters"]] == [
+        ["Ann", "Ben"], ["Ann", "Cas"], ["Ben", "Cas"], ["Ann", "Ben", "Cas"],
+    ]  # fmt: skip
+    assert [entry["same"]["value"] for entry in (first, second, third)] == [0.75, 0, 0]
+    assert [entry["same"]["n"] for entry in (first, second, third)] == [4, 3, 3]
+    assert first["kappa"]["value"] == pytest.approx(0.5)
+    two, three = list(zip(levels["Ann"], levels["Ben"], strict=True)), [[0, 0, 1], [0, 2, 1], [2, 2, 1], [2, 2, None]]
+    assert first["alpha"]["value"] == krippendorff_alpha(two, 3, resamples=1).value
+    assert together["alpha"]["value"] == krippendorff_alpha(three, 3, resamples=1).value
+    assert "kappa" not in together
+    shares = found["criteria"]["reason"]["shares"]["Ben"][ALL]
+    assert [(level, shares[level]["value"]) for level in shares] == [("right", 0.75), ("partly", 0), ("wrong", 0.25)]
