@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -101,7 +101,7 @@ async def read_localize(request: Request, max_mb: float) -> tuple[bytes | str, L
         raise ApiError(415, "Send the photo as multipart/form-data (field 'file') or as application/json (key 'image').")
     body = await read_body(request, max_mb)
 
-    async def stream() -> AsyncIterator[bytes]:
+    async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
     try:

@@ -149,8 +149,8 @@ class Routes:
 
     def _add_routes(self, app: FastAPI, keys: bool) -> None:
         """Add the API with its documentation; `keys`: callers need one, which `AccessMiddleware` checks."""
-        security = {"dependencies": [Security(HTTPBearer(scheme_name="key", auto_error=False))], "responses": _responses([401])}
-        api = APIRouter(**(security if keys else {}))
+        bearer = Security(HTTPBearer(scheme_name="key", auto_error=False))
+        api = APIRouter(dependencies=[bearer], responses=_responses([401])) if keys else APIRouter()
         api.post(
             "/v1/localize",
             response_model=LocalizeAnswer,

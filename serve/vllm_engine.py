@@ -96,7 +96,7 @@ class VllmModel:
     async def chat(self, query: ChatQuery) -> list[Completion]:
         """The answers to a conversation. InputError: the prompt is longer than the model's context."""
         response = await self._create(**openai_request(query))
-        usage, answers = response.usage, []
+        usage, answers = response.usage, list[Completion]()
         for choice in response.choices:
             tokens = 0 if answers else usage.completion_tokens  # vLLM counts those of all answers together
             text = (choice.message.content or "").strip()

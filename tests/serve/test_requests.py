@@ -55,8 +55,6 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
 
 
 PHOTO = data_url(photo())
-
-
 CHAT = {"model": "addressvlm", "messages": chat_messages("Where?", PHOTO), "max_tokens": 4}
 
 

@@ -4,7 +4,9 @@ More examples, and all of schemathesis' own cases:
     SCHEMATHESIS_EXAMPLES=1000 python -m pytest tests/serve/test_schemas.py
 """
 
+import json
 import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -23,23 +25,14 @@ from tests.support.in_process_service import application
 
 pytestmark = pytest.mark.xdist_group("serve")
 EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "5"))
-
-
 FITTING = ["2xx", "400", "404", "413"]  # what fits the schema may still be no photo, or no model that is served
-
-
 CONFIG: dict[str, Any] = {
     "checks": {"positive_data_acceptance": {"expected-statuses": FITTING}},
     "phases": {"coverage": {"enabled": EXAMPLES > 100}},
 }
-
-
-document = Routes(ServiceSettings(), [], None, ServiceMetrics(), None, None).app().openapi()  # type: ignore[arg-type]
-
-
+routes = Routes(ServiceSettings(), [], None, ServiceMetrics(), None, None)  # type: ignore[arg-type]
+document = routes.app().openapi()
 schema = schemathesis.openapi.from_dict(document, config=SchemathesisConfig.from_dict(CONFIG))
-
-
 tried: Counter[int] = Counter()
 
 
@@ -63,3 +56,32 @@ def test_the_service_does_as_documented(case: schemathesis.Case, url: str) -> No
     response = case.call(base_url=url, timeout=60)
     tried[response.status_code] += 1
     case.validate_response(response)
+
+
+def test_the_document_has_every_route_its_schemas_and_its_errors() -> None:
+    operations = {
+        (path, *methods): set(*(o["responses"] for o in methods.values())) for path, methods in document["paths"].items()
+    }
+    read = {"200", "429", "500", "503"}
+    post = read | {"400", "404", "408", "413", "415"}
+    assert operations == {
+        ("/v1/localize", "post"): post | {"501"},
+        ("/v1/chat/completions", "post"): post,
+        ("/v1/models", "get"): read,
+        ("/v1/cities", "get"): read,
+        ("/v1/map", "get"): read | {"400", "404"},
+        ("/healthz", "get"): {"200", "500", "503"},
+        ("/metrics", "get"): {"200", "500"},
+    }
+    references = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
+    assert references <= document["components"]["schemas"].keys()
+    assert {"LocalizeRequest", "LocalizeForm", "LocalizeAnswer", "ChatRequest", "ChatCompletion", "Error"} <= references
+
+
+def test_with_keys_all_but_health_needs_one() -> None:
+    paths = routes.app(["hash of a key"]).openapi()["paths"]
+    operations = {path: operation for path, methods in paths.items() for operation in methods.values()}
+    assert {path for path, operation in operations.items() if operation.get("security") == [{"key": []}]} == {*operations} - {
+        "/healthz"
+    }
+    assert {path for path, operation in operations.items() if "401" in operation["responses"]} == {*operations} - {"/healthz"}
