@@ -119,8 +119,8 @@ def run_step(config: Config, redo: bool = False) -> None:
         gazetteer = build_gazetteer(filled.city, data.streets, data.answers, train, data.sub_streets)
         _write_tables(config, folder, data, photos, split, gazetteer)
         if data.streets.roads:
-            where = np.array([(photo.lat, photo.lon) for photo in photos]).T
-            write_roads(folder / run.roads.name, data.streets.roads, *where)
+            lat, lon = np.array([(photo.lat, photo.lon) for photo in photos]).T
+            write_roads(folder / run.roads.name, data.streets.roads, lat, lon)
         _write_aside(run.folder / "aside.parquet", data.places, split)
         card = _write_card(filled, folder, data, photos, split, gazetteer, [imagery] if imagery else [])
     _print_card(card)
@@ -239,11 +239,11 @@ def _write_card(
     gazetteer: Gazetteer,
     attribution: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Count what is in the tables and write the card beside them."""
+    """Count the rows of the tables and write the card into their folder."""
     with Heartbeat(lambda: "prepare: drawing the dataset card"):
-        questions = {split: count_questions(folder, split) for split in SPLITS}
-        asked = {split: counted for split, counted in questions.items() if counted}
-        card = make_card(config, data.places, photos, split, gazetteer, data.rejects, asked, attribution)
+        questions = {part: count_questions(folder, part) for part in SPLITS}
+        questions = {part: counts for part, counts in questions.items() if counts}
+        card = make_card(config, data.places, photos, split, gazetteer, data.rejects, questions, attribution)
         used = {photo.place for photo in photos}
         write_card(folder, card, [place for place in data.places.values() if place.id in used], split, gazetteer)
     return card

@@ -53,7 +53,7 @@ class PartitionConfig(Section):
 
 
 class DensityConfig(Section):
-    """How much of the training data is kept (paper 001, Fig. 5); test places are never thinned."""
+    """How much of the training data is used (paper 001, Fig. 5); test places are never thinned."""
 
     places: float = Field(1.0, gt=0, le=1)  # share of training places
     views: float = Field(1.0, gt=0, le=1)  # share of the views of each training place, at least one
@@ -86,11 +86,11 @@ class CityConfig(Section):
     split: SplitShares = SplitShares()
     density: DensityConfig = DensityConfig()
     rounds: int = Field(7, ge=1)  # questions about each training photo (paper 001: 7)
-    # share of wrong names taken from the nearest ones, the rest from anywhere
+    # share of wrong names taken from the nearest ones, the others from anywhere
     hard_negative_share: float = Field(0.5, ge=0, le=1)
     max_megapixels: float = Field(100.0, gt=0)  # larger photos are rejected unread
     max_reject_share: float = Field(0.1, ge=0, le=1)  # the run stops when more rows than this are bad
-    attribution: list[str] = []  # licences and sources of what goes in; travels with the dataset
+    attribution: list[str] = []  # licences and sources of photos and maps; written into the dataset card
     license: str = "other"  # of the dataset, for its card: an identifier of the Hugging Face hub (cc-by-4.0, odbl, …)
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The rows of a city dataset: photos with addresses are listed, checked, and given their split and conversation."""
+"""The rows of a city dataset: list photos with their addresses, check the files, add split and conversation."""
 
 import random
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Which areas are the districts of a city, and which district a point is in.
+"""The districts of a city: choosing them in a map file, and looking up the district of a point.
 
 An OpenStreetMap extract has administrative areas of several levels, areas of parts of the town (`place=suburb`, `quarter`,
 …), and the centres of such parts as nodes; of nodes the district of a point is the nearest one (Voronoi cells, cut off at the

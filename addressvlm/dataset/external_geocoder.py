@@ -137,7 +137,7 @@ def _request(
     cache: "ReplyCache",
     language: str | None,
 ) -> None:
-    """Request every point and store each reply at once; points that fail for now are left out."""
+    """Request every point and store each reply at once; points that fail for now are skipped."""
     secret, host = service.secret(), urlsplit(url).hostname or url
     limiter = RateLimiter(config.per_second)
     headers = {"User-Agent": config.user_agent, "Accept": "application/json"}
@@ -215,7 +215,7 @@ class ReplyCache:
             self._database.commit()
         except (sqlite3.Error, OSError) as error:
             raise InputError(
-                f"the geocoder's answers can't be kept in {self.path} ({error}): set city.geocoder.cache to another file."
+                f"the geocoder's answers can't be stored in {self.path} ({error}): set city.geocoder.cache to another file."
             ) from None
 
     def get(self, lat: float, lon: float) -> dict[str, Any] | None:
@@ -235,13 +235,13 @@ class ReplyCache:
                 self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         except sqlite3.Error as error:
             raise InputError(
-                f"the geocoder's answer can't be kept in {self.path} ({error}): make room, or set city.geocoder.cache to "
+                f"the geocoder's answer can't be stored in {self.path} ({error}): make room, or set city.geocoder.cache to "
                 "another file."
             ) from None
 
     def __len__(self) -> int:
-        where = "service=? AND server=? AND language=?"
-        return int(self._database.execute(f"SELECT count(*) FROM answers WHERE {where}", self._key).fetchone()[0])
+        query = "SELECT count(*) FROM answers WHERE service=? AND server=? AND language=?"
+        return int(self._database.execute(query, self._key).fetchone()[0])
 
     def close(self) -> None:
         """Close the file."""

@@ -1,4 +1,4 @@
-"""Map files (OpenStreetMap, Overpass, GeoJSON, and what GDAL reads) as features with tags, and which features are what.
+"""Map files (OpenStreetMap, Overpass, GeoJSON, and GDAL formats) as features with tags; which are roads, streets, districts.
 
 An OpenStreetMap file is read in three passes (the selected objects, the ways of selected areas, the nodes of all these), so
 that memory holds the selection and not the file, and the order of its objects does not matter.
@@ -36,7 +36,7 @@ GDAL_SUFFIXES = (".shp", ".gpkg", ".fgb", ".gdb", ".gml", ".kml", ".zip")
 
 # Carriageways of every class, and the ways on foot that houses have their address on: pedestrian zones, living streets,
 # named alleys (`service`), passages (`footway`) and stairs. Trails (`path`, `cycleway`, `bridleway`, `track`) have the names
-# of routes, which no address has and which run beside the street that is meant.
+# of routes, which no address has and which run along the street that is meant.
 STREET_CLASSES = frozenset(
     "motorway trunk primary secondary tertiary unclassified residential living_street pedestrian service footway steps road "
     "motorway_link trunk_link primary_link secondary_link tertiary_link".split()

@@ -97,11 +97,11 @@ def assign_addresses(
     choices = _choose_streets(rows, nearby, streets, city, seed, cache_file)
     distances = _measure([choice.street for choice in choices], rows, nearby, streets)
     district_names = [*streets.district_names, None]
-    given_districts, sub_streets = rows.column("district"), rows.column("sub_street")
+    table_districts, sub_streets = rows.column("district"), rows.column("sub_street")
     places: dict[str, Place] = {}
     addressed: list[Photo] = []
     for i, (choice, (metres, second, second_metres)) in enumerate(zip(choices, distances, strict=True)):
-        district = given_districts[i] or district_names[nearby.district[i]] or choice.district
+        district = table_districts[i] or district_names[nearby.district[i]] or choice.district
         if choice.street is None or district is None:
             reason = _reject_reason(rows, i, nearby, streets, city, choice.street is None)
             rejects += [photo.reject(reason) for photo in rows.photos[i]]
@@ -141,13 +141,13 @@ def with_sub_streets(
         photos: of these places.
         counted: ids of the places that count for `min_places` (the training places); default: all.
     """
-    given = {place: _majority(group, "sub_street") for place, group in _photos_by_place(photos).items()}
-    missing = [p for p in places.values() if not given.get(p.id)]
+    from_table = {place: _majority(group, "sub_street") for place, group in _photos_by_place(photos).items()}
+    missing = [p for p in places.values() if not from_table.get(p.id)]
     counts = [counted is None or p.id in counted for p in missing]
     names = [p.address.street for p in missing]
     partition = StreetPartition(streets, config, names, [p.x for p in missing], [p.y for p in missing], counts)
     computed = {p.id: name for p, name in zip(missing, partition.names, strict=True)}
-    return {i: replace(p, sub_street=computed.get(i, given.get(i))) for i, p in places.items()}, partition
+    return {i: replace(p, sub_street=computed.get(i, from_table.get(i))) for i, p in places.items()}, partition
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def neighbour_vote(
     """The street of each place after a vote of its neighbours.
 
     A photo taken in passing a corner is often nearer to the crossing street than to the one it was taken on. The places
-    before and after it on the same drive tell. They are those that come next to it in the order of the rows, to each side as
+    before and after it on the same drive decide. They are those that come next to it in the order of the rows, to each side as
     long as they stay within the radius; each votes for its own nearest street. The alternative wins if most voters of one
     side are for it and those of the other side are not against it: a drive that goes straight on has it on both sides, one
     that turns the corner has not. A tie, or no voter, keeps the nearest. Neighbours from elsewhere in the table have no vote,
@@ -237,13 +237,13 @@ def _choose_streets(
     rows: _Places, nearby: Annotation, streets: StreetMap, city: CityConfig, seed: int, cache_file: Path | None
 ) -> list[_StreetChoice]:
     """The street of each place by the table, else by the geocoder if there is one, else by the map."""
-    given = rows.column("street")
-    choices = [_StreetChoice(street, "manifest") for street in given]
+    table_streets = rows.column("street")
+    choices = [_StreetChoice(street, "manifest") for street in table_streets]
     if city.geocoder is None:
         nearest = np.where(nearby.distance_m <= city.max_distance_m, nearby.street, -1)
         if city.neighbour_vote_radius_m > 0:
             code = {name: i for i, name in enumerate(streets.street_names)}
-            voters = [n if name is None else code.get(name, -1) for name, n in zip(given, nearest, strict=True)]
+            voters = [n if name is None else code.get(name, -1) for name, n in zip(table_streets, nearest, strict=True)]
             near_corner = nearby.second_distance_m <= min(city.ambiguous_m, city.max_distance_m)
             alternative = np.where(near_corner, nearby.second, -1)
             radius_m = city.neighbour_vote_radius_m
@@ -252,8 +252,8 @@ def _choose_streets(
         return [c if c.street else _StreetChoice(names[n], "map") for c, n in zip(choices, nearest.tolist(), strict=True)]
     cache_file = Path(city.geocoder.cache).expanduser() if city.geocoder.cache else cache_file
     if cache_file is None:
-        raise InputError("the geocoder's answers have no file to be kept in: set city.geocoder.cache.")
-    missing = [i for i, street in enumerate(given) if street is None]
+        raise InputError("there is no file to store the geocoder's answers in: set city.geocoder.cache.")
+    missing = [i for i, street in enumerate(table_streets) if street is None]
     positions = (rows.lat[missing], rows.lon[missing], rows.x[missing], rows.y[missing])
     answers, sources = external_geocoder.locate_by_geocoder(
         [rows.ids[i] for i in missing], *positions, city.geocoder, cache_file, seed, city.language

@@ -61,7 +61,7 @@ class StreetPartition:
         At first a street is cut at each crossing that is at least `gap_m` from the cut before it and from the street's end
         (a crossing nearer to the end names it). Then sub-streets with fewer than `min_places` places are merged, the
         emptiest first and with the emptier neighbour, until there are none or the street is one piece. Parts without any
-        place are left out of that and get no name.
+        place are skipped and get no name.
 
         Args:
             street: (N,) names as in `streets.street_names`; a street without lines there is not cut.
@@ -267,7 +267,7 @@ class StreetAxis:
     """
 
     def __init__(self, shapes: Sequence[BaseGeometry]) -> None:
-        """The lines of one street in metres; shapes that are no lines (a square's area) are left out."""
+        """The lines of one street in metres; shapes that are no lines (a square's area) are skipped."""
         pieces = shapely.get_parts(np.array(shapes, dtype=object))
         lines = [p for p in pieces if shapely.get_dimensions(p) == 1 and p.length > 0]
         self.parts = _align(_drop_parallel(_join_lines(lines))) if lines else []

@@ -192,7 +192,7 @@ def _focal(fov_deg: float, pixels: int) -> float:
 
 
 def looks_swapped(photos: Sequence[Photo], bounds: tuple[float, float, float, float]) -> bool:
-    """Whether the whole table has latitude and longitude the wrong way round.
+    """Whether the table has latitude and longitude the wrong way round.
 
     `bounds` is what the street map covers, (west, south, east, north) in degrees. True when more than half of the photos lie
     outside of it and more than half lie inside once swapped. Single rows whose latitude is out of range are rejected by the

@@ -3,7 +3,7 @@
 Blocks (square cells of the city) go to the test split, then to validation, in an order drawn by seed. A block is moved only
 if every address (street and district) in it keeps a training place, for no answer can be right that was never learnt; where
 blocks as large as the settings say fail, halves and quarters of them are tried.
-What is left for training can be thinned, by place and by view, to study the effect of density (paper 001, Fig. 5).
+The training places can be thinned, by place and by view, to study the effect of density (paper 001, Fig. 5).
 """
 
 import random
@@ -68,9 +68,9 @@ def thin_views(photos: Sequence[Photo], part: Mapping[str, Part], share: float, 
     """The photos with a share of the views of each training place, at least one; held-out places keep all.
 
     Args:
-        photos: of places in `part`, in any order, which is kept.
+        photos: of places in `part`; their order stays.
         part: place id -> its part, as in `PlaceSplit`.
-        share: in (0, 1]; a smaller one leaves a subset of what a larger one leaves.
+        share: in (0, 1]; a smaller share selects a subset of a larger one.
     """
     views = defaultdict(list)
     for photo in photos:
@@ -117,9 +117,9 @@ class _Splitter:
             side /= 2
 
     def thin(self, share: float, rng: random.Random) -> None:
-        """Put training places aside until this share is left, and one more for each address that would have none.
+        """Put training places aside until this share remains, and one more for each address that would have none.
 
-        The order of the places is drawn once: a smaller share leaves a subset of what a larger one leaves.
+        The order of the places is drawn once: a smaller share selects a subset of a larger one.
         """
         order = [i for i, part in enumerate(self.part) if part == "train"]
         rng.shuffle(order)
@@ -151,7 +151,7 @@ class _Splitter:
         return blocks
 
     def _can_move(self, i: int, part: Part) -> bool:
-        """Whether it is in training, or in the buffer of this very split, and no place of the other held-out split is near."""
+        """Whether it is in training, or in the buffer of this same split, and no place of the other held-out split is near."""
         held_out = {self.part[j] for j in self.near[i]} - {"train", "aside", part}
         return self.part[i] in ("train", "aside") and not held_out
 

@@ -169,7 +169,7 @@ class StreetMap:
         return names[first], distance, names[second], second_distance
 
     def district_codes(self, lat: ArrayLike, lon: ArrayLike) -> NDArray[np.int32]:
-        """For N points the district around each (the smallest if they overlap), or the one beside it (see DistrictIndex).
+        """For N points the district around each (the smallest if they overlap), else the nearest (see DistrictIndex).
 
         Returns:
             (N,) positions in `district_names`, -1 for a point outside all of them.
@@ -308,7 +308,7 @@ def _finest_blocks(features: Sequence[GeoFeature], extract: GeoExtract) -> list[
 
 
 def _display_names(features: Sequence[GeoFeature], language: str | None) -> StreetNames:
-    """Shapes by displayed name; a MultiLineString or such is taken apart."""
+    """Shapes by displayed name; multi-part shapes are split into their parts."""
     shapes = [f.shape for f in features]
     spellings = [osm_names(f.tags, language)[0] for f in features]
     local = [f.tags.get("name", "").strip() or spelling for f, spelling in zip(features, spellings, strict=True)]

@@ -206,7 +206,7 @@ def test_what_came_before_a_failure_is_kept(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_cache(tmp_path: Path) -> None:
     (tmp_path / "answers.sqlite").write_text("not a database, certainly not one of answers")
-    with pytest.raises(InputError, match=r"can't be kept in .*answers\.sqlite .*city\.geocoder\.cache"):
+    with pytest.raises(InputError, match=r"can't be stored in .*answers\.sqlite .*city\.geocoder\.cache"):
         query("http://127.0.0.1:9/", tmp_path)
 
 

@@ -127,7 +127,7 @@ def test_districts_of_every_point_are_what_shapely_says(
     to_degrees = pyproj.Transformer.from_crs(plane, 4326, always_xy=True).transform
     shapes = [shapely.box(x, y, x + width, y + height) for x, y, width, height in boxes]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("addressvlm.dataset.districts.MOST_CELLS", cells)
+        patch.setattr("addressvlm.dataset.districts.MAX_CELLS", cells)
         names = [f"{i:02}" for i in range(len(boxes))]
         streets = StreetMap(
             [],

@@ -17,7 +17,7 @@ SAMPLE_ROWS = 20
 
 @dataclass(frozen=True)
 class SourceSample:
-    """What is seen of a source before it is read: enough to recognize its kind."""
+    """A first look at a source, enough to recognize its kind."""
 
     is_folder: bool
     files: list[str]  # all of a folder; of a table the first cells of the column `file`

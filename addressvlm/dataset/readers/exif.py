@@ -39,7 +39,7 @@ class Exif:
             for start in range(0, len(files), CHUNK):
                 chunk = files[start : start + CHUNK]
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # Pillow's about damaged EXIF, which becomes a reject
+                    warnings.simplefilter("ignore")  # of Pillow, about damaged EXIF: it becomes a reject
                     rows = list(pool.map(read_gps, [remote_path.join(folder, file) for file in chunk]))
                 for file, cells in zip(chunk, rows, strict=True):
                     magnetic += cells.pop("magnetic", False)
@@ -57,7 +57,7 @@ def read_gps(file: str) -> Row:
             camera = exif.get_ifd(ExifTags.IFD.Exif)
     except InputError as error:
         return {"PROBLEM": f"photo unreadable: {error}"}
-    except OSError as error:  # also what Pillow raises for a file that is no picture
+    except OSError as error:  # Pillow raises one for a file that is no picture
         if isinstance(error, Image.UnidentifiedImageError):
             return {"PROBLEM": f"not a photo: {file} is not a picture"}
         return {"PROBLEM": f"photo unreadable: {remote_path.error_text(error)}"}

@@ -28,14 +28,14 @@ ALIASES = {
     **dict.fromkeys(("longitude", "lng"), "lon"),
     "heading_deg": "heading",
 }
-RECORD_KEYS = ("data", "result", "osv", "photos", "currentpageitems", "images", "annotations")  # where JSON keeps its records
+RECORD_KEYS = ("data", "result", "osv", "photos", "currentpageitems", "images", "annotations")  # keys of the records in JSON
 
 
 @dataclass
 class Table:
     """A stream of rows under our column names."""
 
-    where: str
+    source: str
     header: list[str]  # the column names as they are in the file, of the first record in JSON
     rows: Iterator[Row]
 
@@ -49,41 +49,41 @@ class Table:
         missing = [column for column in needed if column not in self.columns]
         if missing and any(self.header):
             raise InputError(
-                f"the manifest {self.where} lacks the column {' and '.join(missing)} (it has {', '.join(self.header)}): "
+                f"the manifest {self.source} lacks the column {' and '.join(missing)} (it has {', '.join(self.header)}): "
                 f"add or rename it; photo or image also stand for file{hint}."
             )
 
 
-def open_table(where: str) -> Table:
+def open_table(source: str) -> Table:
     """Open it and read its header.
 
     Raises:
         InputError: there is no such file or it is none of these formats; also while rows are read, when it is damaged.
     """
-    if remote_path.path_of(where).suffix.lower() not in FORMATS:
-        raise InputError(f"the manifest {where} is not a .csv, .tsv, .jsonl, .parquet or .json file: save it as one of them.")
-    rows = _read(where)
-    return Table(where, next(rows, []), rows)
+    if remote_path.path_of(source).suffix.lower() not in FORMATS:
+        raise InputError(f"the manifest {source} is not a .csv, .tsv, .jsonl, .parquet or .json file: save it as one of them.")
+    rows = _read(source)
+    return Table(source, next(rows, []), rows)
 
 
-def _read(where: str) -> Iterator[Any]:
+def _read(source: str) -> Iterator[Any]:
     """The header, then the rows; any failure as an InputError."""
     try:
-        path = remote_path.path_of(where)
+        path = remote_path.path_of(source)
         with path.open("rb") as file:
             yield from FORMATS[path.suffix.lower()](file)
     except FileNotFoundError:
-        raise InputError(f"no manifest at {where}: set city.manifest to a CSV, JSONL or Parquet file that exists.") from None
+        raise InputError(f"no manifest at {source}: set city.manifest to a CSV, JSONL or Parquet file that exists.") from None
     except UnicodeDecodeError:
-        raise InputError(f"the manifest {where} is not UTF-8 text: save it as UTF-8.") from None
+        raise InputError(f"the manifest {source} is not UTF-8 text: save it as UTF-8.") from None
     except RecursionError:
-        raise InputError(f"the manifest {where} is nested too deeply: write it again.") from None
+        raise InputError(f"the manifest {source} is nested too deeply: write it again.") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"the manifest {where} is not JSON ({error}): write it again.") from None
+        raise InputError(f"the manifest {source} is not JSON ({error}): write it again.") from None
     except (csv.Error, pa.ArrowException) as error:
-        raise InputError(f"the manifest {where} can't be read ({str(error).splitlines()[0]}): write it again.") from None
+        raise InputError(f"the manifest {source} can't be read ({str(error).splitlines()[0]}): write it again.") from None
     except OSError as error:
-        raise InputError(f"the manifest {where} can't be read ({remote_path.error_text(error)}): check the file.") from None
+        raise InputError(f"the manifest {source} can't be read ({remote_path.error_text(error)}): check the file.") from None
 
 
 def _csv(file: IO[bytes]) -> Iterator[Any]:
