@@ -21,11 +21,8 @@ import faiss  # noqa: E402
 import numpy as np  # noqa: E402
 import ray  # noqa: E402
 
-from addressvlm.baselines.retrieval import (
-    Neighbours,
-    VectorIndex,  # noqa: E402
-)
-from ray_jobs.baselines.retrieval import Searcher  # noqa: E402
+from addressvlm.baselines.retrieval import Neighbours, VectorIndex  # noqa: E402
+from ray_jobs.baselines.retrieval import GallerySearch  # noqa: E402
 
 
 def vectors(count: int, dimension: int, seed: int) -> np.ndarray:
@@ -69,13 +66,13 @@ def main() -> None:
     ray.init(address="local", num_cpus=CORES, include_dashboard=False, logging_level="warning", runtime_env=one)
     index, queries = bare(args), vectors(args.queries, args.dimension, 10_000)
     loads = [partial(part, args.part, args.dimension, seed) for seed in range(args.photos // args.part)]
-    with Searcher(loads, args.part) as searcher:
-        alone, by_ray = Neighbours(*index.search(queries, args.k)), searcher.search(queries, args.k)
+    with GallerySearch(loads, args.part) as search:
+        alone, by_ray = Neighbours(*index.search(queries, args.k)), search.nearest(queries, args.k)
         same = float(np.mean(alone.position == by_ray.position))
         ways = {
             "FAISS, nearest": lambda: index.search(queries, args.k),
-            "Ray, nearest": lambda: searcher.search(queries, args.k),
-            "Ray, farthest": lambda: searcher.search(queries, args.k, farthest=True),
+            "Ray, nearest": lambda: search.nearest(queries, args.k),
+            "Ray, farthest": lambda: search.nearest(queries, args.k, farthest=True),
         }
         took: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(args.rounds):

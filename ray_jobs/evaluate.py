@@ -1,139 +1,200 @@
 #!/usr/bin/env python
-"""Test photos and trained models -> answers, metrics with intervals, and a report to look at.
+"""Evaluate trained models on test photos: answers, metrics with confidence intervals, and an HTML report.
 
     python ray_jobs/evaluate.py --config demo
     python ray_jobs/evaluate.py --config my_city.yaml --model ours=runs/demo/models/addressvlm/merged --data new_photos.csv
     python ray_jobs/evaluate.py --model runs/a/models/addressvlm/merged --data runs/b
-    python ray_jobs/evaluate.py --config demo --priors     # also constrained answers, for the table of modes
-    python ray_jobs/evaluate.py --config demo --set evaluate.images=grafts    # photos on the tile of their true place
+    python ray_jobs/evaluate.py --config demo --priors     # also constrained answers, for the table of decoding modes
+    python ray_jobs/evaluate.py --config demo --set evaluate.images=grafts    # each photo on the tile of its true place
 
 Writes <run>/answers/<system>/test-*.parquet, <run>/scores/<system>/{val,test}-*.parquet, <run>/metrics.json, <run>/modes.json
-and <run>/report.html; with --model or --data the same into <run>/evaluations/<name of the data>, and with
-evaluate.images=grafts into <run>/evaluations/grafts. Into the folders of the run's trained models, unless they are asked about
-grafts: calibration.json, from the split val.
+and <run>/report.html; with --model or --data the same into <run>/evaluations/<name of the data>, with evaluate.images=grafts
+into <run>/evaluations/grafts. Models trained in the run get a calibration.json, fitted on the split val, unless they are shown
+grafts.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from addressvlm import InputError
+from addressvlm.answers.calibration import Calibration
 from addressvlm.config import Config
-from addressvlm.evaluation import metrics, report, text_table
-from addressvlm.evaluation.parsing import Judge
+from addressvlm.dataset.build import resolve_city_files
+from addressvlm.evaluation.decoding_comparison import BootstrapSettings, compare_decoding
+from addressvlm.evaluation.report import ReportSources, main_system
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
 from addressvlm.models.cards import set_metrics
 from addressvlm.models.loading import resolve_model
-from addressvlm.storage import tables
-from addressvlm.storage.remote_path import path_of
-from addressvlm.storage.run_dir import Run
-from ray_jobs import evaluation, resolve_args
+from addressvlm.storage.remote_path import AnyPath, path_of
+from addressvlm.storage.run_dir import DONE_FILE, Run, is_done, parse_model_flag, slug
+from ray_jobs import evaluation, prepare
 from ray_jobs.common import connect, job_parser, load_config, require_resources, run_main
-from ray_jobs.evaluation import EvaluationTask, files_digest, model_digest
+from ray_jobs.evaluation import TEST, EvaluationTask, Row, Scores
 
 
 def run_step(config: Config, redo: bool, priors: bool = False, only: Sequence[str] | None = None) -> None:
-    """Score every system of the run, or those of these names, on its own test split, and calibrate those that were trained.
+    """Evaluate the systems of the run, or those named, on its own test split, and calibrate those that were trained.
 
     Raises:
         InputError: a system is not trained yet, the data is missing, or the cluster is too small.
     """
     run = Run(config)
-    sources = report.ReportSources(run.photos, run.alignment, run.training, run.rejects)
-    systems, images = resolve_args.systems_of(config, run, only), resolve_args.shown_images(config, run, "test", redo)
-    out = resolve_args.output_folder(run, None) if images else run.folder
-    evaluate(config, EvaluationTask(systems, run.photos, "test", out, sources, not images, priors, images), redo)
+    models = {name: resolve_model(model) for name, model in run_models(config, only).items()}
+    images = evaluation.graft_images(config, run, TEST, redo)
+    require_workers(config)
+    out = output_folder(run, None) if images else run.folder
+    task = evaluation.open_task(config, run.photos, TEST, out, models.values(), images)
+    sources = ReportSources(run.photos, run.alignment, run.training, run.rejects)
+    systems = evaluate(task, models, sources, calibrate=not images, priors=priors, redo=redo)
+    if not images:
+        photos = f"{len(task.ids):,} photos of the split {TEST}"
+        for system in systems:
+            set_metrics(path_of(models[system["name"]]).parent, system["metrics"], photos)
 
 
-def evaluate(config: Config, task: EvaluationTask, redo: bool) -> None:
-    """Answer, judge, write metrics.json and report.html, print the table.
+def evaluate(
+    task: EvaluationTask, models: Mapping[str, str], sources: ReportSources, calibrate: bool, priors: bool, redo: bool
+) -> list[Row]:
+    """Score, calibrate, ask, judge and report; returns each system's `name` and `metrics`.
+
+    Args:
+        models: system -> model folder or hub name.
+        calibrate: fit the calibration of models that know the city.
+        priors: compare the decoding modes of the main system, with priors and constrained answers.
 
     Raises:
-        InputError: as `run_step`, or a model folder does not exist.
+        InputError: a step can't be done, see `ray_jobs.evaluation`.
     """
-    folders = {name: resolve_model(model) for name, model in task.systems.items()}
-    tables.table_files(task.data, task.split)
+    main, answer_mode = main_system(list(models)), task.config.evaluate.answers
+    scores: dict[str, Scores] = {}
+    for name, model in models.items():
+        knows_city = (path_of(model) / GAZETTEER_FILE).is_file()
+        ids = evaluation.calibration_photos(task.config, task.data) if calibrate and knows_city else {}
+        fit = bool(ids)
+        if answer_mode == "likelihood" or (name == main and knows_city and (fit or priors)):
+            ids[task.split] = task.ids
+        scores[name] = evaluation.score(task, name, model, ids, redo=redo) if ids else {}
+        if fit:
+            evaluation.calibrate(task, name, model, scores[name])
+
+    answers = {}
+    for name, model in models.items():
+        answers[name] = evaluation.judge(task, evaluation.ask(task, name, model, scores[name], redo=redo))
+
+    decoding = None
+    if task.split in scores[main]:
+        by_mode = {answer_mode: answers[main]} if answer_mode != "likelihood" else {}
+        if priors and answer_mode != "constrained":
+            by_mode["constrained"] = constrained_answers(task, main, models[main], redo)
+        decoding = compare_modes(task, main, models[main], scores[main][task.split], by_mode)
+    return evaluation.report(task, answers, sources, decoding)
+
+
+def constrained_answers(task: EvaluationTask, name: str, model: str, redo: bool) -> list[Row]:
+    """What a system names when it can only say names of the city; stored beside its own answers."""
+    settings = task.config.evaluate.model_copy(update={"answers": "constrained"})
+    constrained = replace(task, config=task.config.model_copy(update={"evaluate": settings}))
+    return evaluation.judge(task, evaluation.ask(constrained, f"{name} constrained", model, {}, ["generation"], redo))
+
+
+def compare_modes(
+    task: EvaluationTask, name: str, model: str, scores: Sequence[Row], answers: Mapping[str, Sequence[Row]]
+) -> Row:
+    """The decoding modes of one system on the photos that have scores, also written to modes.json.
+
+    Args:
+        scores: rows of `tables.SCORES` of the split.
+        answers: mode -> judged rows.
+    """
+    ids = {row["id"] for row in scores}
+    same = {mode: [row for row in rows if row["id"] in ids] for mode, rows in answers.items()}
+    gazetteer, calibration = evaluation.model_gazetteer(model, task.gazetteer), Calibration.load(path_of(model))
+    settings = BootstrapSettings(task.config.evaluate.bootstrap, task.config.seed)
+    result = {"system": name, **compare_decoding(scores, gazetteer, calibration, same, settings)}
+    (task.out / "modes.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    return result
+
+
+def require_workers(config: Config) -> None:
+    """Refuse more workers than the cluster can hold.
+
+    Raises:
+        InputError: it can't hold them.
+    """
     need = config.evaluate
     require_resources("CPU", need.workers * need.cpus_per_worker, "evaluate", "evaluate.workers or evaluate.cpus_per_worker")
-    ids = evaluation.choose_photos(config, task)
-    judge, gazetteer = evaluation.make_judge(task, folders)
-    main = report.main_system(list(folders))
-    scores = {name: _scores(config, task, name, folder, ids, main, gazetteer, redo) for name, folder in folders.items()}
-    for name, folder in folders.items():
-        evaluation.answer_questions(config, task, name, folder, ids, judge, gazetteer, scores[name], redo)
-    answers = {name: evaluation.read_answers(task, name) for name in folders}
-    scored = {
-        "city": gazetteer.city or config.city.name,
-        "split": task.split,
-        "systems": [
-            {"name": name, "metrics": metrics.compute_metrics(rows, need.bootstrap, config.seed)}
-            for name, rows in answers.items()
-        ],
-    }
-    compared = None
-    if task.split in scores[main]:
-        rows = scores[main][task.split]
-        answered = {need.answers: answers[main]} if need.answers != "likelihood" else {}
-        if task.priors and need.answers != "constrained":
-            answered["constrained"] = _constrained(config, task, main, folders[main], ids, judge, gazetteer, redo)
-        compared = evaluation.compare_decoding_modes(config, task.out, main, folders[main], rows, answered, gazetteer)
-    try:
-        (task.out / "metrics.json").write_text(json.dumps(scored, indent=1, ensure_ascii=False), encoding="utf-8")
-        report.write_report(
-            task.out / "report.html", scored, answers, gazetteer, task.sources, config.seed, need.bootstrap, compared
-        )
-    except OSError as error:
-        raise InputError(f"{task.out} can't be written ({error.strerror}): free room or give another --out.") from error
-    if task.own:
-        photos = f"{len(ids):,} photos of the split {task.split}"
-        for system in scored["systems"]:
-            set_metrics(path_of(folders[system["name"]]).parent, system["metrics"], photos)
-    print(f"\n{text_table.metrics_table(scored['systems'])}\n", flush=True)
-    if compared:
-        print(f"{text_table.decoding_table(compared)}\n", flush=True)
-    print(f"{task.out / 'metrics.json'}\n{task.out / 'report.html'}", flush=True)
 
 
-def _scores(
-    config: Config, task: EvaluationTask, name: str, model: str, ids: list[str], main: str, city: Gazetteer, redo: bool
-) -> dict[str, list[dict[str, Any]]]:
-    """Split -> one system's scores, as far as they are needed: to calibrate it, to answer by them, to compare modes."""
-    own = (path_of(model) / GAZETTEER_FILE).is_file()
-    held = evaluation.calibration_photos(config, task.data) if task.own and own else {}
-    wanted = dict(held)
-    if config.evaluate.answers == "likelihood" or (name == main and own and (held or task.priors)):
-        wanted[task.split] = ids
-    if not wanted:
-        return {}
-    made_from = {split: files_digest(tables.table_files(task.shown, split)) for split in wanted}
-    made_from |= {"model": model_digest(model), "dtype": config.model.dtype, "seed": config.seed}
-    found = evaluation.score_addresses(config, task.out, name, model, task.shown, wanted, made_from, city, redo)
-    if held:
-        evaluation.fit_and_save_calibration(config, name, model, found, city)
-    return found
+def run_models(config: Config, only: Sequence[str] | None = None) -> dict[str, str]:
+    """System -> model folder of all systems of the run, or of those named.
+
+    Raises:
+        InputError: one is not trained yet.
+    """
+    systems = [system for system in config.train.systems if not only or system.name in only]
+    return {system.name: evaluation.trained_model(config, system) for system in systems}
 
 
-def _constrained(
-    config: Config, task: EvaluationTask, name: str, model: str, ids: list[str], judge: Judge, city: Gazetteer, redo: bool
-) -> list[dict[str, Any]]:
-    """What the same system generates in the mode `constrained`, from a folder beside its answers."""
-    name = f"{name} constrained"
-    need = config.evaluate.model_copy(update={"answers": "constrained"})
-    evaluation.answer_questions(
-        config.model_copy(update={"evaluate": need}), task, name, model, ids, judge, city, {}, redo, ["generation"]
-    )
-    return evaluation.read_answers(task, name)
+def named_models(flags: Sequence[str]) -> dict[str, str]:
+    """`name=folder` or `folder` flags as name -> model folder.
+
+    Raises:
+        InputError: two models have one name.
+    """
+    models: dict[str, str] = {}
+    for flag in flags:
+        name, folder = parse_model_flag(flag)
+        if slug(name) in map(slug, models):
+            raise InputError(f"two models are called '{name}': give each a name, --model name=folder.")
+        models[name] = folder
+    return models
+
+
+def photos_folder(
+    config: Config, data: str, photos: str | None, models: Mapping[str, str], out: AnyPath, redo: bool
+) -> AnyPath:
+    """The folder of the photos table that --data means; a manifest is prepared first, into `out`.
+
+    Raises:
+        InputError: there is nothing at the path.
+    """
+    path = path_of(data)
+    if path.is_dir():
+        return path / "photos" if (path / "photos").is_dir() else path
+    if not path.is_file():
+        raise InputError(f"--data {data} does not exist: give a run, a folder with test-*.parquet, or a manifest file.")
+    if config.city.toy:
+        config = resolve_city_files(config, Run(config))
+    city = config.city.model_copy(update={"toy": None, "reader": "auto", "manifest": str(path), "photos": photos})
+    config = config.model_copy(update={"city": city})
+    folder = out / "photos"
+    mark = folder / DONE_FILE
+    changed = mark.is_file() and mark.stat().st_mtime < path.stat().st_mtime
+    if not is_done(folder, prepare.settings(config), redo or changed):
+        files = [path_of(model) / GAZETTEER_FILE for model in models.values()]
+        first = next((file for file in files if file.is_file()), None)
+        prepare.prepare_test(config, folder, Gazetteer.load(first) if first else None)
+    return folder
+
+
+def output_folder(run: Run, data: str | None) -> AnyPath:
+    """<run>/evaluations/<name of the data>; for the run's photos on their tiles, <run>/evaluations/grafts."""
+    if not data and run.config.evaluate.images == "grafts":
+        return run.folder / "evaluations" / "grafts"
+    path = path_of(data).resolve() if data else run.folder
+    return run.folder / "evaluations" / (path.parent.name if path.name == "photos" else path.stem)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = job_parser(__doc__ or "")
-    parser.add_argument("--model", action="append", default=[], metavar="[NAME=]FOLDER", help="score this model; repeatable")
+    parser.add_argument("--model", action="append", default=[], metavar="[NAME=]FOLDER", help="evaluate this model; repeatable")
     parser.add_argument("--data", metavar="PATH", help="a run, a folder with test-*.parquet, or a manifest (default: the run)")
     parser.add_argument("--photos", metavar="FOLDER", help="what `file` in the manifest is relative to (default: its folder)")
-    parser.add_argument("--split", default="test", help="split to score (default: test)")
-    parser.add_argument("--priors", action="store_true", help="compare free, constrained and scored answers, and priors")
-    parser.add_argument("--out", type=path_of, metavar="FOLDER", help="where the result goes (default: <run>/evaluations/…)")
+    parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
+    parser.add_argument("--priors", action="store_true", help="compare free, constrained and likelihood answers, and priors")
+    parser.add_argument("--out", type=path_of, metavar="FOLDER", help="output folder (default: <run>/evaluations/…)")
     return parser
 
 
@@ -147,20 +208,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     run = Run(config)
     if args.data and config.evaluate.images == "grafts":
-        raise InputError(
-            "--data and evaluate.images=grafts don't go together, the run has no map of other photos: leave one out."
-        )
-    systems = resolve_args.named_models(args.model) or resolve_args.systems_of(config, run)
-    for model in systems.values():
-        resolve_model(model)
-    out = (args.out or resolve_args.output_folder(run, args.data)).absolute()
-    data = resolve_args.dataset(config, args.data, args.photos, systems, out, args.redo) if args.data else run.photos
-    images = resolve_args.shown_images(config, run, args.split, args.redo)
-    evaluate(
-        config,
-        EvaluationTask(systems, data, args.split, out, report.ReportSources(photos=data), False, args.priors, images),
-        args.redo,
-    )
+        raise InputError("--data and evaluate.images=grafts don't go together: the run's map does not cover other photos.")
+    models = {name: resolve_model(model) for name, model in (named_models(args.model) or run_models(config)).items()}
+    out = (args.out or output_folder(run, args.data)).absolute()
+    data = photos_folder(config, args.data, args.photos, models, out, args.redo) if args.data else run.photos
+    images = evaluation.graft_images(config, run, args.split, args.redo)
+    require_workers(config)
+    task = evaluation.open_task(config, data, args.split, out, models.values(), images)
+    evaluate(task, models, ReportSources(photos=data), calibrate=False, priors=args.priors, redo=args.redo)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""What evaluate and compare have in common: which photos are asked about, who judges, and a system's answers on disk."""
+"""The steps of an evaluation on Ray Data, in their order: score, calibrate, ask, judge, report.
+
+evaluate.py and compare.py are recipes over these steps. A step whose result is there already reads it. Below the steps: which
+photos are drawn, how work goes to workers that keep a model loaded, and by what models and files are told apart.
+"""
 
 import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -18,252 +22,149 @@ from addressvlm import InputError
 from addressvlm.answers import calibration
 from addressvlm.answers.calibration import CALIBRATION_FILE, Calibration
 from addressvlm.config import Config
-from addressvlm.evaluation import decoding_comparison, likelihood, report, run_questions
-from addressvlm.evaluation.likelihood import answers_from_scores as answers_by_scores
-from addressvlm.evaluation.likelihood import calibrated_rows, scored_photos
+from addressvlm.config.train import SystemConfig
+from addressvlm.evaluation import likelihood, metrics, run_questions
+from addressvlm.evaluation.likelihood import answers_from_scores, calibrated_rows, scored_photos
 from addressvlm.evaluation.parsing import Judge
-from addressvlm.evaluation.run_questions import judge_answers
+from addressvlm.evaluation.report import ReportSources, write_report
+from addressvlm.evaluation.result_tables import decoding_table, metrics_table
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
 from addressvlm.storage import tables
 from addressvlm.storage.files import digest, local_model_copy, open_parquet
 from addressvlm.storage.remote_path import AnyPath, RemotePath, path_of
-from addressvlm.storage.run_dir import DONE_FILE, fresh_dir, is_done, slug
+from addressvlm.storage.run_dir import DONE_FILE, Run, fresh_dir, is_done, slug
 from addressvlm.storage.shards import sources_fingerprint
+from ray_jobs import graft
 from ray_jobs.common import Heartbeat, progress
 from ray_jobs.ray_data import to_input_error
 
-BATCHES_AT_A_TIME = 2  # of questions, given to a worker together and sorted by length
-PHOTOS_SCORED = 16  # given to a worker together
-RAW = pa.schema([field for field in tables.ANSWERS if field.name != "correct"])
+TRAINING, VALIDATION, TEST = "train", "val", "test"
+PHOTO_COLUMNS = [column for column in run_questions.COLUMNS if column != "image"]
+QUESTION_BATCHES = 2  # a unit of work of a worker, sorted by length before it is cut into batches
+SCORED_PHOTOS = 16  # a unit of work of a worker
+UNJUDGED = pa.schema([field for field in tables.ANSWERS if field.name != "correct"])
 
 Row = dict[str, Any]
+Scores = dict[str, list[Row]]  # split -> rows of `tables.SCORES`
 
 
-def distributed_answers(
-    config: Config, name: str, model: str, files: Sequence[AnyPath], ids: Sequence[str], city: Gazetteer, kinds: Sequence[str]
-) -> list[Row]:
-    """What a model answers to the questions of some kinds about the photos `ids` of a table, rows of ANSWERS as they come.
+@dataclass(frozen=True)
+class EvaluationTask:
+    """The photos that systems are evaluated on, and where results go.
 
-    `city` has the names that constrained answers may say, where the model's folder has no gazetteer.
-
-    Raises:
-        InputError: a worker can't load the model.
-    """
-    need = config.evaluate
-    total = _questions(files, set(ids), kinds)
-    at_a_time = BATCHES_AT_A_TIME * need.batch_size * len(ids) // max(total, 1)
-    units = list(work_units(files, set(ids), max(1, min(at_a_time, -(-len(ids) // need.workers)))))
-    return run_workers(config, units, QuestionWorker, (model, city, config, kinds), f"evaluate: {name}, questions", total)
-
-
-def distributed_scores(
-    config: Config, name: str, model: str, files: Sequence[AnyPath], ids: Sequence[str], city: Gazetteer,
-    scorer: "type[ModelWorker] | None" = None,
-) -> list[Row]:  # fmt: skip
-    """The scores that a model gives every address for the photos `ids` of a table, rows of SCORES in the order they come.
-
-    `scorer` holds it where it is no vision-language model.
-
-    Raises:
-        InputError: a worker can't load the model, or neither it nor the data has a gazetteer.
-    """
-    units = list(work_units(files, set(ids), max(1, min(PHOTOS_SCORED, -(-len(ids) // config.evaluate.workers)))))
-    return run_workers(
-        config, units, scorer or ScoringWorker, (model, city, config), f"evaluate: {name}, photos scored", len(ids)
-    )
-
-
-def run_workers(
-    config: Config, units: list[pa.Table], worker: type, given: tuple[Any, ...], step: str, total: int
-) -> list[Row]:
-    """What workers, each made of what is given, make of the units; with progress."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    need = config.evaluate
-    made = ray.data.from_arrow(units).map_batches(
-        worker,
-        fn_constructor_args=given,
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(need.workers, len(units))),
-        num_cpus=need.cpus_per_worker,
-        num_gpus=need.gpus_per_worker,
-    )
-    rows: list[Row] = []
-    try:
-        with Heartbeat(lambda: f"{step}: {len(rows):,}/{total:,}, working"):
-            for batch in made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                rows += batch.to_pylist()
-                progress(step, len(rows), total)
-    except ray.exceptions.RayError as error:
-        raise to_input_error(error) or error from None
-    return rows
-
-
-def _questions(files: Sequence[AnyPath], ids: set[str], kinds: Sequence[str]) -> int:
-    """How many questions of these kinds there are about the photos."""
-    asked = pa.concat_tables([tables.read_table_file(file, ["id", "rounds"]) for file in files])
-    chosen = asked.filter(pc.is_in(asked["id"], pa.array(ids)))
-    found = pc.struct_field(pc.list_flatten(chosen["rounds"].combine_chunks()), "kind")
-    return pc.sum(pc.is_in(found, pa.array(kinds))).as_py() or 0
-
-
-class ModelWorker(ABC):
-    """A worker: a model that stays loaded, and photos that it reads from the table itself.
-
-    It loads the model with the first photos, not when it is made: an error then reaches the job as what it is.
+    Attributes:
+        config: its section `evaluate` says how a model is asked.
+        data: folder of the photos table.
+        split: the split that is judged.
+        out: folder of the results.
+        ids: photos of the split to ask about, in the order of the table.
+        gazetteer: the data's; empty if it has none.
+        judge: knows the names of the data and of every model's city.
+        images: folder of the same table with other images, which models see instead of the photos.
     """
 
-    columns: Sequence[str]
-    schema: pa.Schema
+    config: Config
+    data: AnyPath
+    split: str
+    out: AnyPath
+    ids: list[str]
+    gazetteer: Gazetteer
+    judge: Judge
+    images: AnyPath | None = None
 
-    def __init__(self, model: str, city: Gazetteer, config: Config, kinds: Sequence[str] = run_questions.KINDS) -> None:
-        import torch
-        from transformers.utils.logging import disable_progress_bar
-
-        torch.set_num_threads(max(1, int(config.evaluate.cpus_per_worker)))
-        disable_progress_bar()
-        self.config, self.kinds = config, kinds
-        self.load = lru_cache(partial(self.opened, model, city, config))
-        self.read = lru_cache(maxsize=1)(partial(_row_group, list(self.columns)))  # neighbouring units lie in one row group
-
-    def __call__(self, unit: pa.Table) -> Iterator[pa.Table]:
-        """A unit of `work_units` -> rows of the schema, some at a time."""
-        for file, group, ids in zip(*(unit[name].to_pylist() for name in unit.column_names), strict=True):
-            rows = self.read(file, group)
-            for batch in self.work(rows.filter(pc.is_in(rows["id"], pa.array(ids))).to_pylist()):
-                yield pa.Table.from_pylist(batch, schema=self.schema)
-
-    @staticmethod
-    def opened(model: str, city: Gazetteer, config: Config) -> Any:
-        """The model in a folder, loaded."""
-        return _load(model, city, config)
-
-    @abstractmethod
-    def work(self, photos: list[Row]) -> Iterable[list[Row]]:
-        """What is made of some photos."""
+    @property
+    def shown(self) -> AnyPath:
+        """The table whose images models see."""
+        return self.images or self.data
 
 
-class QuestionWorker(ModelWorker):
-    """Asks all questions about its photos; rows of ANSWERS not judged yet, a batch of questions at a time."""
+@dataclass(frozen=True)
+class Answers:
+    """A system's answers, rows of `tables.ANSWERS`.
 
-    columns, schema = run_questions.COLUMNS, RAW
-
-    def work(self, photos: list[Row]) -> Iterable[list[Row]]:
-        """The answers."""
-        return run_questions.run_questions(self.load(), photos, self.config.evaluate, self.config.seed, self.kinds)
-
-
-class ScoringWorker(ModelWorker):
-    """Scores the addresses for its photos; rows of SCORES."""
-
-    columns, schema = likelihood.COLUMNS, tables.SCORES
-
-    def work(self, photos: list[Row]) -> Iterable[list[Row]]:
-        """The scores."""
-        return likelihood.score_photos(self.load().address_scores, photos, PHOTOS_SCORED)
-
-
-def _load(model: str, city: Gazetteer, config: Config) -> Any:
-    from addressvlm.inference import Localizer
-
-    made = Localizer(model, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code, memory_mb=0)
-    made.gazetteer = made.gazetteer or city
-    return made
-
-
-def _row_group(columns: list[str], file: str, group: int) -> pa.Table:
-    with open_parquet(path_of(file)) as opened:
-        return opened.read_row_group(group, columns=columns)
-
-
-def work_units(files: Sequence[AnyPath], ids: set[str], photos: int) -> Iterator[pa.Table]:
-    """The work in pieces of up to `photos` photos: columns file, group, ids; one row each.
-
-    Workers read the photos themselves: no read task competes with them for CPUs, and no image goes through Ray.
+    Attributes:
+        settings: what new answers depend on; they have no `correct` yet. None: they were judged and stored before.
     """
-    for file in files:
-        with open_parquet(file) as opened:
-            for group in range(opened.num_row_groups):
-                found = [i for i in opened.read_row_group(group, columns=["id"])["id"].to_pylist() if i in ids]
-                for start in range(0, len(found), photos):
-                    yield pa.table({"file": [str(file)], "group": [group], "ids": [found[start : start + photos]]})
+
+    system: str
+    rows: list[Row]
+    settings: Row | None = None
 
 
-VALIDATION, TRAINING = "val", "train"
-
-
-def gazetteer_of(model: str, city: Gazetteer) -> Gazetteer:
-    """The model's own gazetteer, else the city's."""
-    own = path_of(model) / GAZETTEER_FILE
-    return Gazetteer.load(own) if own.is_file() else city
-
-
-def calibration_photos(config: Config, data: AnyPath) -> dict[str, list[str]]:
-    """Split -> the photos to calibrate on, drawn by seed; nothing if there are no validation photos or none are wanted."""
-    if not (config.evaluate.calibration_photos and tables.count_rows(data, VALIDATION)):
-        return {}
-    return {split: _drawn(config, data, split) for split in (VALIDATION, TRAINING)}
-
-
-def _drawn(config: Config, data: AnyPath, split: str) -> list[str]:
-    ids = tables.read_table(data, split, ["id"])["id"].to_pylist()
-    drawn = set(random.Random(config.seed).sample(ids, min(config.evaluate.calibration_photos, len(ids))))
-    return [photo for photo in ids if photo in drawn]
-
-
-def score_addresses(
-    config: Config, folder: AnyPath, name: str, model: str, data: AnyPath, wanted: Mapping[str, Sequence[str]], made_from: Row,
-    city: Gazetteer, redo: bool, scorer: type[ModelWorker] | None = None,
-) -> dict[str, list[Row]]:  # fmt: skip
-    """One system's rows of SCORES for each split of `wanted` (split -> ids), from scores/<slug> or new.
-
-    Splits that are there already are kept, whoever wanted them. `scorer` holds the model where it is no vision-language model.
-
-    Raises:
-        InputError: neither the model nor the data has a gazetteer, or the folder was made otherwise.
-    """
-    folder = folder / "scores" / slug(name)
-    counts = {split: len(ids) for split, ids in wanted.items()}
-    before = {} if redo or not (folder / DONE_FILE).is_file() else json.loads((folder / DONE_FILE).read_text())
-    held = before.get("photos", {})
-    missing = [split for split in wanted if split not in held]
-    kept = {split: before[split] for split in held if split in before}
-    settings = {**kept, **made_from, "photos": {**held, **counts}}
-    if not is_done(folder, _without(missing, settings), redo) or missing:
-        if not gazetteer_of(model, city).addresses:
-            raise InputError(
-                f"neither {model} nor {data} holds a {GAZETTEER_FILE}: addresses can't be scored without their names."
-            )
-        files = [file for split in missing for file in tables.table_files(data, split)]
-        ids = [photo for split in missing for photo in wanted[split]]
-        found = {row["id"]: row for row in distributed_scores(config, name, model, files, ids, city, scorer)}
-        rows = {split: list(tables.iter_rows(folder, split)) for split in held}
-        rows |= {split: [found[photo] for photo in wanted[split]] for split in missing}
-        with fresh_dir(folder, settings) as partial:
-            for split, of_split in rows.items():
-                tables.write_table(partial, split, of_split, tables.SCORES)
-    return {split: list(tables.iter_rows(folder, split)) for split in wanted}
-
-
-def _without(splits: Collection[str], settings: Row) -> Row:
-    """The settings of the other splits alone."""
-    photos = {split: count for split, count in settings["photos"].items() if split not in splits}
-    return {**{key: value for key, value in settings.items() if key not in splits}, "photos": photos}
-
-
-def fit_and_save_calibration(
-    config: Config, name: str, model: str, rows: Mapping[str, Sequence[Row]], city: Gazetteer
-) -> Calibration:
-    """Fit a trained model's calibration and leave it in its folder.
+def open_task(
+    config: Config, data: AnyPath, split: str, out: AnyPath, models: Iterable[str] = (), images: AnyPath | None = None
+) -> EvaluationTask:
+    """Draw the photos to ask about and make the judge.
 
     Args:
-        rows: of SCORES, of the photos of `calibration_photos`.
+        models: model folders whose gazetteers the judge knows too.
+
+    Raises:
+        InputError: the split has no photos.
+    """
+    tables.table_files(data, split)
+    ids = draw_photos(images or data, split, config.evaluate.max_photos, config.seed)
+    if not ids:
+        raise InputError(f"{images or data} has no photos in its split {split}: give another --data or --split.")
+    judge, gazetteer = make_judge(data, split, models)
+    return EvaluationTask(config, data, split, out, ids, gazetteer, judge, images)
+
+
+def score(
+    task: EvaluationTask, name: str, model: str, ids: Mapping[str, Sequence[str]], settings: Row | None = None,
+    worker: "type[ModelWorker] | None" = None, redo: bool = False,
+) -> Scores:  # fmt: skip
+    """The score that a model gives every address for each photo, from <out>/scores/<system> or new.
+
+    Args:
+        ids: split -> photos. Splits that are there already stay, whatever `ids` names.
+        settings: what scores depend on; default: the model, its dtype, the seed and the images of each split.
+        worker: holds a model that is no vision-language model.
+
+    Raises:
+        InputError: neither the model nor the data has a gazetteer, the model can't be loaded, or the scores that are there
+            depend on other settings.
+    """
+    folder = task.out / "scores" / slug(name)
+    before = {} if redo or not (folder / DONE_FILE).is_file() else json.loads((folder / DONE_FILE).read_text())
+    counts = before.get("photos", {})
+    missing = [split for split in ids if split not in counts]
+    photos = {**counts, **{split: len(of_split) for split, of_split in ids.items()}}
+    settings = {
+        **{split: before[split] for split in counts if split in before},
+        **(settings or _score_settings(task, model, ids)),
+        "photos": photos,
+    }
+    stored = {key: value for key, value in settings.items() if key not in missing}
+    stored["photos"] = {split: count for split, count in photos.items() if split not in missing}
+    if not is_done(folder, stored, redo) or missing:
+        if not model_gazetteer(model, task.gazetteer).addresses:
+            raise InputError(
+                f"neither {model} nor {task.shown} holds a {GAZETTEER_FILE}: addresses can't be scored without their names."
+            )
+        rows = {row["id"]: row for row in score_photos(task, name, model, {s: ids[s] for s in missing}, worker)}
+        splits = {split: list(tables.iter_rows(folder, split)) for split in counts}
+        splits |= {split: [rows[photo] for photo in ids[split]] for split in missing}
+        with fresh_dir(folder, settings) as temporary:
+            for split, of_split in splits.items():
+                tables.write_table(temporary, split, of_split, tables.SCORES)
+    return {split: list(tables.iter_rows(folder, split)) for split in ids}
+
+
+def _score_settings(task: EvaluationTask, model: str, splits: Iterable[str]) -> Row:
+    images = {split: files_digest(tables.table_files(task.shown, split)) for split in splits}
+    return {**images, "model": model_digest(model), "dtype": task.config.model.dtype, "seed": task.config.seed}
+
+
+def calibrate(task: EvaluationTask, name: str, model: str, scores: Scores) -> Calibration:
+    """Fit a model's calibration to its scores of the photos of `calibration_photos`, and save it in the model's folder.
 
     Raises:
         InputError: no photo has an address that the model knows, or the folder can't be written.
     """
-    validation, training = (scored_photos(rows[split], gazetteer_of(model, city)) for split in (VALIDATION, TRAINING))
-    fitted = calibration.fit_calibration(validation, config.evaluate.target_precision, training.scores)
+    gazetteer = model_gazetteer(model, task.gazetteer)
+    validation, training = (scored_photos(scores[split], gazetteer) for split in (VALIDATION, TRAINING))
+    fitted = calibration.fit_calibration(validation, task.config.evaluate.target_precision, training.scores)
     try:
         fitted.save(path_of(model))
     except OSError as error:
@@ -281,50 +182,21 @@ def fit_and_save_calibration(
     return fitted
 
 
-def compare_decoding_modes(
-    config: Config, out: AnyPath, name: str, model: str, rows: Sequence[Row], answered: Mapping[str, Sequence[Row]],
-    city: Gazetteer,
-) -> Row:  # fmt: skip
-    """The ways of answering of one model side by side, also written to modes.json."""
-    settings = decoding_comparison.BootstrapSettings(config.evaluate.bootstrap, config.seed)
-    ids = {row["id"] for row in rows}
-    same = {mode: [row for row in given if row["id"] in ids] for mode, given in answered.items()}
-    found = decoding_comparison.compare_decoding(
-        rows, gazetteer_of(model, city), Calibration.load(path_of(model)), same, settings
-    )
-    found = {"system": name, **found}
-    (out / "modes.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
-    return found
+def ask(
+    task: EvaluationTask, name: str, model: str, scores: Scores, kinds: Sequence[str] = run_questions.KINDS, redo: bool = False
+) -> Answers:
+    """A model's answers to the questions of some kinds, from <out>/answers/<system> or new.
 
+    Args:
+        scores: those of `task.split`, from which the answers follow if `evaluate.answers` is likelihood; else not needed.
 
-@dataclass(frozen=True)
-class EvaluationTask:
-    """What is scored, on what, and where the result goes."""
-
-    systems: dict[str, str]  # name -> model folder or hub name
-    data: AnyPath  # folder of the photos table
-    split: str
-    out: AnyPath
-    sources: report.ReportSources
-    own: bool = False  # the run's data and systems: these are calibrated
-    priors: bool = False  # the table of modes gets constrained answers too
-    images: AnyPath | None = None  # folder of the same table with other images, which the model is shown
-
-    @property
-    def shown(self) -> AnyPath:
-        """The table whose images the model is shown."""
-        return self.images or self.data
-
-
-def answer_questions(
-    config: Config, task: EvaluationTask, name: str, model: str, ids: list[str], judge: Judge, city: Gazetteer,
-    scores: dict[str, list[dict[str, Any]]], redo: bool, kinds: Sequence[str] = run_questions.KINDS,
-) -> bool:  # fmt: skip
-    """One system's answers into answers/<slug>; False if they were there. `scores` of the split may decide them."""
-    folder = task.out / "answers" / slug(name)
-    decisive = {"answers", "max_new_tokens", "temperature", "max_photos", *({"images"} if task.images else ())}
+    Raises:
+        InputError: the model can't be loaded, or the answers that are there depend on other settings.
+    """
+    config, folder = task.config, task.out / "answers" / slug(name)
+    keys = {"answers", "max_new_tokens", "temperature", "max_photos", *({"images"} if task.images else ())}
     settings = {
-        "evaluate": config.evaluate.model_dump(include=decisive),
+        "evaluate": config.evaluate.model_dump(include=keys),
         "seed": config.seed,
         "dtype": config.model.dtype,
         "split": task.split,
@@ -332,63 +204,257 @@ def answer_questions(
         "model": model_digest(model),
         "kinds": list(kinds),
     }
-    by_scores = config.evaluate.answers == "likelihood"
-    calibration = Calibration.load(path_of(model)) if by_scores else Calibration()
-    if by_scores:
-        settings["calibration"] = digest([calibration.temperature, *calibration.own_prior])
+    by_likelihood = config.evaluate.answers == "likelihood"
+    fitted = Calibration.load(path_of(model)) if by_likelihood else Calibration()
+    if by_likelihood:
+        settings["calibration"] = digest([fitted.temperature, *fitted.own_prior])
     if is_done(folder, settings, redo):
         print(f"evaluate: {name}: already answered", flush=True)
-        return False
-    files = tables.table_files(task.shown, task.split)
-    with fresh_dir(folder, settings) as partial:
-        if by_scores:
-            columns = [column for column in run_questions.COLUMNS if column != "image"]
-            photos = {row["id"]: row for row in tables.iter_rows(task.data, task.split, columns)}
-            believed = calibrated_rows(scores[task.split], calibration)
-            found = list(answers_by_scores(believed, photos, gazetteer_of(model, city)))
-        else:
-            found = distributed_answers(config, name, model, files, ids, city, kinds)
-        place = {photo: i for i, photo in enumerate(ids)}
-        found.sort(key=lambda row: (place[row["id"]], row["level"], row["kind"], row["question"]))
-        tables.write_table(partial, task.split, judge_answers(found, judge), tables.ANSWERS)
-    return True
+        return Answers(name, list(tables.iter_rows(folder, task.split)))
+    if by_likelihood:
+        rows = scored_answers(task, calibrated_rows(scores[task.split], fitted), model_gazetteer(model, task.gazetteer))
+    else:
+        rows = answer_questions(task, name, model, kinds)
+    order = {photo: number for number, photo in enumerate(task.ids)}
+    rows.sort(key=lambda row: (order[row["id"]], row["level"], row["kind"], row["question"]))
+    return Answers(name, rows, settings)
 
 
-def read_answers(task: EvaluationTask, name: str) -> list[dict[str, Any]]:
-    """The answers that `answer_questions` left, rows of `tables.ANSWERS`."""
-    return list(tables.iter_rows(task.out / "answers" / slug(name), task.split))
+def scored_answers(task: EvaluationTask, rows: Iterable[Row], gazetteer: Gazetteer) -> list[Row]:
+    """Answers to all questions about the photos of rows of `tables.SCORES`, as the scores have them."""
+    photos = {row["id"]: row for row in tables.iter_rows(task.data, task.split, PHOTO_COLUMNS)}
+    return list(answers_from_scores(rows, photos, gazetteer))
 
 
-def choose_photos(config: Config, task: EvaluationTask) -> list[str]:
-    """The photos to ask about, in the order of the table; all, or as many as wanted, drawn by seed.
+def judge(task: EvaluationTask, answers: Answers) -> list[Row]:
+    """The answers with `correct`; new ones are stored in <out>/answers/<system>."""
+    if answers.settings is None:
+        return answers.rows
+    rows = run_questions.judge_answers(answers.rows, task.judge)
+    with fresh_dir(task.out / "answers" / slug(answers.system), answers.settings) as folder:
+        tables.write_table(folder, task.split, rows, tables.ANSWERS)
+    return rows
+
+
+def report(
+    task: EvaluationTask, answers: Mapping[str, Sequence[Row]], sources: ReportSources, decoding: Row | None = None
+) -> list[Row]:
+    """Write metrics.json and report.html, print the tables; returns each system's `name` and `metrics`.
+
+    Args:
+        answers: system -> its judged rows.
+        decoding: how the main system's ways of answering compare, see `decoding_comparison`.
 
     Raises:
-        InputError: the split has no rows.
+        InputError: the folder can't be written.
     """
-    ids = tables.read_table(task.shown, task.split, ["id"])["id"].to_pylist()
-    if not ids:
-        raise InputError(f"{task.shown} has no photos in its split {task.split}: give another --data or --split.")
-    wanted = config.evaluate.max_photos
-    if not wanted or wanted >= len(ids):
-        return ids
-    drawn = set(random.Random(config.seed).sample(ids, wanted))
+    resamples, seed = task.config.evaluate.bootstrap, task.config.seed
+    systems = [{"name": n, "metrics": metrics.compute_metrics(rows, resamples, seed)} for n, rows in answers.items()]
+    result = {"city": task.gazetteer.city or task.config.city.name, "split": task.split, "systems": systems}
+    files = task.out / "metrics.json", task.out / "report.html"
+    try:
+        files[0].write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_report(files[1], result, answers, task.gazetteer, sources, seed, resamples, decoding)
+    except OSError as error:
+        raise InputError(f"{task.out} can't be written ({error.strerror}): free room or give another --out.") from error
+    print(f"\n{metrics_table(systems)}\n", flush=True)
+    if decoding:
+        print(f"{decoding_table(decoding)}\n", flush=True)
+    print(*files, sep="\n", flush=True)
+    return systems
+
+
+def draw_photos(photos: AnyPath, split: str, count: int | None, seed: int) -> list[str]:
+    """Ids of a split in the order of the table: all, or `count` drawn by seed."""
+    ids = tables.read_table(photos, split, ["id"])["id"].to_pylist()
+    drawn = set(random.Random(seed).sample(ids, min(count or len(ids), len(ids))))
     return [photo for photo in ids if photo in drawn]
 
 
-def make_judge(task: EvaluationTask, folders: dict[str, str]) -> tuple[Judge, Gazetteer]:
-    """One judge for all systems, who knows the names of the data and of every model's city, and the data's gazetteer."""
-    truth = tables.read_table(task.data, task.split, ["street", "district"])
+def calibration_photos(config: Config, photos: AnyPath) -> dict[str, list[str]]:
+    """Split -> photos to calibrate on: some for validation, and as many for the model's own prior; none without validation."""
+    count = config.evaluate.calibration_photos
+    if not (count and tables.count_rows(photos, VALIDATION)):
+        return {}
+    return {split: draw_photos(photos, split, count, config.seed) for split in (VALIDATION, TRAINING)}
+
+
+def make_judge(data: AnyPath, split: str, models: Iterable[str] = ()) -> tuple[Judge, Gazetteer]:
+    """A judge that knows the names of the data and of every model's city, and the data's gazetteer."""
+    truth = tables.read_table(data, split, ["street", "district"])
     streets, districts = set(truth["street"].to_pylist()), set(truth["district"].to_pylist())
     variants: dict[str, list[str]] = {}
-    own = Gazetteer([])
-    for folder in [task.data, *map(path_of, folders.values())]:
+    city = Gazetteer([])
+    for folder in [data, *map(path_of, models)]:
         if (folder / GAZETTEER_FILE).is_file():
             gazetteer = Gazetteer.load(folder / GAZETTEER_FILE)
-            own = gazetteer if folder == task.data else own
+            city = gazetteer if folder == data else city
             streets.update(gazetteer.streets)
             districts.update(gazetteer.districts)
             variants |= gazetteer.variants
-    return Judge(sorted(streets), sorted(districts), variants), own
+    return Judge(sorted(streets), sorted(districts), variants), city
+
+
+def trained_model(config: Config, system: SystemConfig) -> str:
+    """The merged model of a system of the run, or the base model of one without stages.
+
+    Raises:
+        InputError: it is not trained yet.
+    """
+    if not system.stages:
+        return config.model.base
+    merged = Run(config).model_dir(system.name) / "merged"
+    if not (merged / "config.json").is_file():
+        raise InputError(f"'{system.name}' is not trained yet (no {merged}): run ray_jobs/train.py first.")
+    return str(merged)
+
+
+def model_gazetteer(model: str, city: Gazetteer) -> Gazetteer:
+    """The gazetteer in a model's folder, else the city's."""
+    file = path_of(model) / GAZETTEER_FILE
+    return Gazetteer.load(file) if file.is_file() else city
+
+
+def graft_images(config: Config, run: Run, split: str, redo: bool = False) -> AnyPath | None:
+    """The photos of a run on the tiles of their places if `evaluate.images` is grafts; None: models see the photos."""
+    return graft.photos_on_tiles(config, run, split, redo) if config.evaluate.images == "grafts" else None
+
+
+def score_photos(
+    task: EvaluationTask, name: str, model: str, ids: Mapping[str, Sequence[str]], worker: "type[ModelWorker] | None" = None
+) -> list[Row]:
+    """Rows of `tables.SCORES` of the photos of some splits, in the order in which they come."""
+    workers, photos = task.config.evaluate.workers, {photo for of_split in ids.values() for photo in of_split}
+    files = [file for split in ids for file in tables.table_files(task.shown, split)]
+    units = list(work_units(files, photos, max(1, min(SCORED_PHOTOS, -(-len(photos) // workers)))))
+    arguments = (model, task.gazetteer, task.config)
+    return run_workers(task.config, units, worker or ScoringWorker, arguments, f"evaluate: {name}, photos scored", len(photos))
+
+
+def answer_questions(task: EvaluationTask, name: str, model: str, kinds: Sequence[str]) -> list[Row]:
+    """Rows of `tables.ANSWERS` without `correct`, in the order in which they come."""
+    need, photos, files = task.config.evaluate, len(task.ids), tables.table_files(task.shown, task.split)
+    total = count_questions(files, set(task.ids), kinds)
+    per_unit = QUESTION_BATCHES * need.batch_size * photos // max(total, 1)
+    units = list(work_units(files, set(task.ids), max(1, min(per_unit, -(-photos // need.workers)))))
+    arguments = (model, task.gazetteer, task.config, kinds)
+    return run_workers(task.config, units, QuestionWorker, arguments, f"evaluate: {name}, questions", total)
+
+
+def count_questions(files: Sequence[AnyPath], ids: set[str], kinds: Sequence[str]) -> int:
+    """How many questions of some kinds there are about some photos."""
+    table = pa.concat_tables([tables.read_table_file(file, ["id", "rounds"]) for file in files])
+    rounds = table.filter(pc.is_in(table["id"], pa.array(ids)))["rounds"].combine_chunks()
+    return pc.sum(pc.is_in(pc.struct_field(pc.list_flatten(rounds), "kind"), pa.array(kinds))).as_py() or 0
+
+
+def work_units(files: Sequence[AnyPath], ids: set[str], photos: int) -> Iterator[pa.Table]:
+    """The work in units of up to `photos` photos: one row each with the columns file, group and ids.
+
+    Workers read the photos themselves: no read task competes with them for CPUs, and no image goes through Ray.
+    """
+    for file in files:
+        with open_parquet(file) as opened:
+            for group in range(opened.num_row_groups):
+                of_group = [i for i in opened.read_row_group(group, columns=["id"])["id"].to_pylist() if i in ids]
+                for start in range(0, len(of_group), photos):
+                    yield pa.table({"file": [str(file)], "group": [group], "ids": [of_group[start : start + photos]]})
+
+
+def run_workers(
+    config: Config, units: list[pa.Table], worker: type, arguments: tuple[Any, ...], step: str, total: int
+) -> list[Row]:
+    """Send units of work through `evaluate.workers` actors of class `worker(*arguments)`; prints progress.
+
+    Raises:
+        InputError: one that a worker raised, such as a model that can't be loaded.
+    """
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    need = config.evaluate
+    dataset = ray.data.from_arrow(units).map_batches(
+        worker,
+        fn_constructor_args=arguments,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(need.workers, len(units))),
+        num_cpus=need.cpus_per_worker,
+        num_gpus=need.gpus_per_worker,
+    )
+    rows: list[Row] = []
+    try:
+        with Heartbeat(lambda: f"{step}: {len(rows):,}/{total:,}, working"):
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                rows += batch.to_pylist()
+                progress(step, len(rows), total)
+    except ray.exceptions.RayError as error:
+        raise to_input_error(error) or error from None
+    return rows
+
+
+class ModelWorker(ABC):
+    """An actor that keeps a model loaded and reads its photos from the table itself.
+
+    It loads the model with the first photos, not in its constructor, so that an InputError reaches the job as one.
+    """
+
+    columns: Sequence[str]  # of the photos
+    schema: pa.Schema  # of the rows it makes
+
+    def __init__(self, model: str, city: Gazetteer, config: Config, kinds: Sequence[str] = run_questions.KINDS) -> None:
+        """`city`: the gazetteer of a model whose folder has none."""
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+
+        torch.set_num_threads(max(1, int(config.evaluate.cpus_per_worker)))
+        disable_progress_bar()
+        self.config, self.kinds = config, kinds
+        self.load = lru_cache(partial(self.load_model, model, city, config))
+        self.read = lru_cache(maxsize=1)(self._read)  # neighbouring units lie in one row group
+
+    def __call__(self, unit: pa.Table) -> Iterator[pa.Table]:
+        """A unit of `work_units` -> rows of the schema, some at a time."""
+        for file, group, ids in zip(*(unit[name].to_pylist() for name in unit.column_names), strict=True):
+            rows = self.read(file, group)
+            for batch in self.work(rows.filter(pc.is_in(rows["id"], pa.array(ids))).to_pylist()):
+                yield pa.Table.from_pylist(batch, schema=self.schema)
+
+    def _read(self, file: str, group: int) -> pa.Table:
+        with open_parquet(path_of(file)) as opened:
+            return opened.read_row_group(group, columns=list(self.columns))
+
+    @staticmethod
+    def load_model(model: str, city: Gazetteer, config: Config) -> Any:
+        """The vision-language model of a folder."""
+        from addressvlm.inference import Localizer
+
+        settings = config.model
+        localizer = Localizer(model, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, memory_mb=0)
+        localizer.gazetteer = localizer.gazetteer or city
+        return localizer
+
+    @abstractmethod
+    def work(self, photos: list[Row]) -> Iterable[list[Row]]:
+        """Rows of the schema for some photos."""
+
+
+class QuestionWorker(ModelWorker):
+    """Asks all questions about its photos; unjudged rows of ANSWERS, a batch of questions at a time."""
+
+    columns, schema = run_questions.COLUMNS, UNJUDGED
+
+    def work(self, photos: list[Row]) -> Iterable[list[Row]]:
+        """The answers."""
+        return run_questions.run_questions(self.load(), photos, self.config.evaluate, self.config.seed, self.kinds)
+
+
+class ScoringWorker(ModelWorker):
+    """Scores the addresses for its photos; rows of SCORES."""
+
+    columns, schema = likelihood.COLUMNS, tables.SCORES
+
+    def work(self, photos: list[Row]) -> Iterable[list[Row]]:
+        """The scores."""
+        return likelihood.score_photos(self.load().address_scores, photos, SCORED_PHOTOS)
 
 
 def model_digest(model: str) -> str:

@@ -1,5 +1,4 @@
-"""The section `compare` of the configuration tree: the systems that a comparison puts beside the run's own models, and
-the variants of an ablation (see addressvlm/config.py)."""
+"""The section `compare` of the configuration: baselines beside the run's own systems, and the variants of an ablation."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from addressvlm.config.base import Section
 
 
 class BaselineConfig(Section):
-    """A row of the table that is not trained by `train.stages`."""
+    """A system that is not trained by `train.stages`."""
 
     name: str
 
@@ -27,8 +26,8 @@ class LikelihoodConfig(BaselineConfig):
 class EncoderConfig(Section):
     """What turns a photo into a vector."""
 
-    # Folder or hub name of a CLIP, SigLIP, DINOv2 or other image encoder of transformers, of a CLIP or SigLIP of open_clip, of
-    # MegaLoc or DINOv2 SALAD, or of a vision-language model, whose vision encoder it then is; default: model.base
+    # Folder or hub name of a CLIP, SigLIP, DINOv2 or other image encoder of transformers, a CLIP or SigLIP of open_clip,
+    # MegaLoc, DINOv2 SALAD, or a vision-language model, whose vision encoder is taken; default: model.base
     base: str | None = None
     batch_size: int = Field(32, ge=1)  # photos at a time
 
@@ -42,13 +41,13 @@ class RetrievalConfig(BaselineConfig):
 
 
 class RagConfig(BaselineConfig):
-    """A language model that sees the photo and what similar and dissimilar photos were taken at (paper 004)."""
+    """A language model that sees the photo and reads where similar and dissimilar photos were taken (paper 004)."""
 
     kind: Literal["rag"]
     encoder: EncoderConfig = EncoderConfig()
     model: str | None = None  # folder, hub name or a system of `train.systems`; default: model.base, never tuned
-    endpoint: str | None = None  # of an OpenAI-compatible server, whose model `model` then names; the key is in OPENAI_API_KEY
-    ask: Literal["coordinates", "addresses"] = "coordinates"  # what the prompt lists and the answer shall be
+    endpoint: str | None = None  # of an OpenAI-compatible server, where `model` names the model; the key is in OPENAI_API_KEY
+    ask: Literal["coordinates", "addresses"] = "coordinates"  # what the prompt lists and asks for
     similar: int = Field(16, ge=0)
     dissimilar: int = Field(16, ge=0)
     strategy: Literal["farthest", "random", "centroid"] = "farthest"  # what dissimilar means
@@ -60,7 +59,7 @@ class RagConfig(BaselineConfig):
 
 
 class LossWeights(Section):
-    """Of AddressCLIP's three losses (paper 002, Sec. 6.1)."""
+    """Weights of AddressCLIP's three losses (paper 002, Sec. 6.1)."""
 
     address: float = Field(1.0, ge=0)
     caption: float = Field(0.2, ge=0)
@@ -72,7 +71,7 @@ class AddressClipConfig(BaselineConfig):
 
     kind: Literal["addressclip"]
     # Folder or hub name of a CLIP- or SigLIP-like model of transformers or open_clip; default: the vision encoder and the
-    # language model of model.base with projections of their own
+    # language model of model.base with new projections
     base: str | None = None
     captions: Literal["template", "alignment", "none"] = "template"  # alignment: the explanations that stage 1 learns from
     weights: LossWeights = LossWeights()
@@ -82,7 +81,7 @@ class AddressClipConfig(BaselineConfig):
     max_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(32, ge=2)  # photos per worker and step; all workers' photos are each other's negatives
     learning_rate: float = Field(2.4e-5, gt=0)  # paper 002, Sec. 6.1
-    projection_learning_rate: float = Field(1e-3, gt=0)  # of projections that begin at random
+    projection_learning_rate: float = Field(1e-3, gt=0)  # of randomly initialised projections
     weight_decay: float = Field(0.0, ge=0)
     warmup_ratio: float = Field(0.05, ge=0, lt=1)  # share of the steps
 
@@ -91,28 +90,27 @@ class FusionConfig(BaselineConfig):
     """Probabilities of several systems as one: a weighted sum of their logarithms, weights fitted on the split `val`."""
 
     kind: Literal["fusion"]
-    of: list[str] = Field(min_length=2)  # rows that have scores: of `train.systems`, or retrieval and addressclip
+    of: list[str] = Field(min_length=2)  # systems that have scores: of `train.systems`, or baselines that stand before it
 
 
-class KnownConfig(Section):
-    """What is known of a photo before it is looked at; restrictions hold together. How it is drawn from the photo's true
-    address: `evaluation.drawn_priors`."""
+class SimulatedPriorConfig(Section):
+    """Prior information about each photo, drawn from its true address (`evaluation.likelihood`); all parts hold together."""
 
     district: bool = False  # the true one
     streets: int | None = Field(None, ge=1)  # W: so many, the true one among them
     gps_m: float | None = Field(None, gt=0, allow_inf_nan=False)  # metres; a position is off by less in 95 of 100 photos
 
 
-class PriorConfig(BaselineConfig, KnownConfig):
-    """Another row that knows something of each photo beforehand (paper 002, D.1, Table 12)."""
+class PriorConfig(BaselineConfig, SimulatedPriorConfig):
+    """Another system with prior information about each photo (paper 002, D.1, Table 12)."""
 
     kind: Literal["prior"]
-    of: str  # a row that has scores: of `train.systems`, or one that stands before it
+    of: str  # a system that has scores: of `train.systems`, or a baseline that stands before it
 
     @model_validator(mode="after")
-    def _something_is_known(self) -> PriorConfig:
+    def _is_a_prior(self) -> PriorConfig:
         if not (self.district or self.streets or self.gps_m):
-            raise ValueError(f"'{self.name}' knows nothing beforehand: set district, streets or gps_m")
+            raise ValueError(f"'{self.name}' has no prior: set district, streets or gps_m")
         return self
 
 
@@ -122,24 +120,24 @@ AnyBaseline = Annotated[
 
 
 class VariantConfig(Section):
-    """A row of an ablation: the run with some settings changed, as a run of its own."""
+    """A system of an ablation: trained in a run of its own with some settings changed."""
 
     name: str
-    config: str | None = None  # a preset or YAML file whose sections labels, model and train are taken instead of the run's own
+    config: str | None = None  # a preset or YAML file whose sections labels, model and train replace the run's
     set: dict[str, Any] = {}  # key -> value, as --set
     system: str = "AddressVLM"  # of `train.systems`, the one that is trained
 
 
 class CompareConfig(Section):
-    """Rows of the table beside those of `train.systems`."""
+    """The systems of a comparison beside those of `train.systems`."""
 
     systems: list[AnyBaseline] = []
     variants: list[VariantConfig] = []
-    main: str = "AddressVLM"  # the row that all others are tested against
+    main: str = "AddressVLM"  # the system that all others are tested against
 
     @model_validator(mode="after")
     def _names_differ(self) -> CompareConfig:
-        twice = [n for n, count in Counter(row.name for row in [*self.systems, *self.variants]).items() if count > 1]
-        if twice:
-            raise ValueError(f"two rows are called '{twice[0]}': give each a name of its own")
+        counts = Counter(system.name for system in [*self.systems, *self.variants])
+        if same := [name for name, count in counts.items() if count > 1]:
+            raise ValueError(f"two systems are called '{same[0]}': give each its own name")
         return self

@@ -1,5 +1,12 @@
-"""What a model holds of each test photo: its score of every address, from which all answers of the mode `scored_photos` follow."""
+"""A model's score of every address for test photos: computed, calibrated, restricted by a prior, and turned into answers.
 
+Simulated priors are those of paper 002 (Table 12) and a rough GPS fix, drawn by seed from a photo's true address: its district,
+the true street among others drawn at random, or a position that is off by a Gaussian error.
+"""
+
+import math
+import random
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,24 +15,29 @@ from PIL import Image
 
 from addressvlm.answers.address_distribution import AddressDistribution
 from addressvlm.answers.calibration import Calibration, ScoredPhotos
+from addressvlm.answers.priors import Circle, Prior
+from addressvlm.config.compare import SimulatedPriorConfig
+from addressvlm.errors import InputError
 from addressvlm.evaluation.run_questions import photo_image, questions_of
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
+from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE
 
 COLUMNS = ["id", "place", "lat", "lon", "street", "district", "image"]  # of tables.PHOTOS, needed to score
+DEVIATIONS_95 = math.sqrt(-2 * math.log(0.05))  # radius that holds 95 % of a two-dimensional Gaussian, in deviations
 
 Row = dict[str, Any]
 
 
 def score_photos(
-    scores_of: Callable[[Sequence[Image.Image]], np.ndarray], photos: Sequence[Row], at_once: int
+    scores_of: Callable[[Sequence[Image.Image]], np.ndarray], photos: Sequence[Row], batch_size: int
 ) -> Iterator[list[Row]]:
-    """Rows of `tables.SCORES`, `at_once` photos at a time, from rows of `tables.PHOTOS` with COLUMNS.
+    """Rows of `tables.SCORES`, a batch at a time, from rows of `tables.PHOTOS` with COLUMNS.
 
     Args:
         scores_of: images -> ln p of all addresses up to a constant, float64 (images, addresses).
     """
-    for start in range(0, len(photos), at_once):
-        batch = photos[start : start + at_once]
+    for start in range(0, len(photos), batch_size):
+        batch = photos[start : start + batch_size]
         scores = scores_of([photo_image(photo) for photo in batch])
         yield [
             {key: photo[key] for key in COLUMNS if key != "image"} | {"scores": row.tolist()}
@@ -42,10 +54,10 @@ def scored_photos(rows: Sequence[Row], gazetteer: Gazetteer) -> ScoredPhotos:
 
 
 def calibrated_rows(rows: Iterable[Row], calibration: Calibration) -> list[Row]:
-    """Rows of `tables.SCORES` as the model's calibration has them.
+    """Rows of `tables.SCORES` with calibrated scores.
 
     Raises:
-        InputError: it is of another number of addresses.
+        InputError: the calibration is of another number of addresses.
     """
     return [{**row, "scores": calibration.apply(np.array(row["scores"])).tolist()} for row in rows]
 
@@ -55,16 +67,82 @@ def answers_from_scores(rows: Iterable[Row], photos: Mapping[str, Row], gazettee
 
     Args:
         rows: of `tables.SCORES`.
-        photos: id -> row of `tables.PHOTOS`, at least its `rounds` and what `questions_of` keeps.
+        photos: id -> row of `tables.PHOTOS`, at least its `rounds` and what `questions_of` needs.
     """
     for row in rows:
-        beliefs = AddressDistribution(gazetteer.addresses, np.array(row["scores"]))
+        distribution = AddressDistribution(gazetteer.addresses, np.array(row["scores"]))
         for question in questions_of(photos[row["id"]]):
-            yield {**question, "answer": _answer(beliefs, question)}
+            level, options = question["level"], question["options"]
+            if question["kind"] == "judgment":
+                answer = "Yes" if distribution.judge(options[0], level) else "No"
+            elif question["kind"] == "choice":
+                answer = distribution.choose(options, level)
+            else:
+                answer = distribution.name(level)
+            yield {**question, "answer": answer}
 
 
-def _answer(beliefs: AddressDistribution, question: Row) -> str:
-    level, options = question["level"], question["options"]
-    if question["kind"] == "judgment":
-        return "Yes" if beliefs.judge(options[0], level) else "No"
-    return beliefs.choose(options, level) if question["kind"] == "choice" else beliefs.name(level)
+def prior_words(prior: SimulatedPriorConfig) -> str:
+    """The prior for a reader: `the district and GPS within 100 m`; empty if it says nothing."""
+    parts = [
+        "the district" if prior.district else "",
+        f"{prior.streets} street{'s' if prior.streets > 1 else ''}" if prior.streets else "",
+        f"GPS within {prior.gps_m:g} m" if prior.gps_m else "",
+    ]
+    return " and ".join(part for part in parts if part)
+
+
+def restrict_scores(rows: Sequence[Row], prior: SimulatedPriorConfig, gazetteer: Gazetteer, seed: int) -> list[Row]:
+    """The same rows of `tables.SCORES` with -inf for each address that the simulated prior rules out.
+
+    A photo without a prior (no coordinates, a street or district that the gazetteer has not), or of which no address would be
+    left, keeps its scores.
+
+    Raises:
+        InputError: the city has fewer streets than the prior, or a circle is to choose among streets without shapes.
+    """
+    city = gazetteer.city or "the city"
+    if prior.streets and prior.streets > len(gazetteer.streets):
+        raise InputError(f"a prior of {prior.streets} streets, but {city} has {len(gazetteer.streets)}: lower streets.")
+    if prior.gps_m and not gazetteer.geometry:
+        raise InputError(f"no street of {city} has a shape, so no circle can choose: leave gps_m out.")
+    restricted = []
+    for row in rows:
+        try:
+            scores = np.array(row["scores"]) + simulated_prior(row, prior, gazetteer, seed).log_weights(gazetteer)
+        except InputError:
+            restricted.append(row)
+            continue
+        restricted.append({**row, "scores": scores.tolist()} if np.isfinite(scores).any() else row)
+    return restricted
+
+
+def simulated_prior(row: Row, prior: SimulatedPriorConfig, gazetteer: Gazetteer, seed: int) -> Prior:
+    """The prior of one photo, drawn from its true address and position."""
+
+    def rng(purpose: str) -> random.Random:
+        return random.Random(zlib.crc32(repr((seed, purpose, row["id"])).encode()))
+
+    streets: tuple[str, ...] = ()
+    if prior.streets:
+        others = [street for street in gazetteer.streets if street != row["street"]]
+        streets = (row["street"], *rng("streets").sample(others, prior.streets - 1))
+    circle = None
+    if prior.gps_m and row["lat"] is not None and row["lon"] is not None:
+        fix, deviation = rng("fix"), prior.gps_m / DEVIATIONS_95
+        east, north = fix.gauss(0, deviation), fix.gauss(0, deviation)
+        lat = row["lat"] + north / METRES_PER_DEGREE
+        lon = row["lon"] + east / (METRES_PER_DEGREE * math.cos(math.radians(row["lat"])))
+        circle = Circle(lat, lon, prior.gps_m)
+    return Prior((row["district"],) if prior.district else (), streets, circle)
+
+
+def restriction_stats(rows: Sequence[Row], gazetteer: Gazetteer) -> dict[str, float]:
+    """Of restricted rows: mean number of addresses left, photos with nothing ruled out, photos without their true address."""
+    photos = scored_photos(rows, gazetteer)
+    left = np.isfinite(photos.scores).sum(axis=1)
+    return {
+        "addresses left": float(left.mean()) if len(rows) else 0.0,
+        "nothing ruled out": int((left == photos.scores.shape[1]).sum()),
+        "true address ruled out": int(((photos.truth >= 0) & ~photos.reachable).sum()),
+    }

@@ -9,8 +9,8 @@ The rule, by kind of question:
 - **choice**: right if exactly one of the options is named and it is the expected one; an answer that names none may give
   the option's letter (`B`, `(b)`, `Option B.`, `The answer is B`), counted in the order of the options.
 
-Names are compared in the normal form of `addressvlm.gazetteer.name_matcher.normalize_name`: case, punctuation and abbreviations such as *St* for
-*Street* make no difference. A variant of a name (another language, an old or short form in the gazetteer) counts as the name.
+Names are compared in the normal form of `normalize_name`: case, punctuation and abbreviations such as *St* for *Street* make no
+difference. A variant of a name (another language, an old or short form in the gazetteer) counts as the name.
 """
 
 import re

@@ -1,6 +1,6 @@
-"""report.html: one self-contained page with the table, the map of right and wrong, the examples, the curves, the data.
+"""report.html: one self-contained page with tables, maps of right and wrong answers, examples, loss curves and the data.
 
-`write_report` takes the metrics and the answers; every folder of the run that is there adds a section, none is required.
+Every folder of the run that is there adds a section; none is required.
 """
 
 import base64
@@ -17,9 +17,10 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from addressvlm.evaluation.comparison import ACCURACIES, HEAD, cells, split_verdicts, whole_addresses
+from addressvlm.evaluation.comparison import split_verdicts, whole_addresses
 from addressvlm.evaluation.metrics import DESCRIPTIONS, MEANS, METRICS, paired_difference_ci
 from addressvlm.evaluation.plots import CityMap, distance_curves, interval_bar, loss_curves, reliability_diagram
+from addressvlm.evaluation.result_tables import ACCURACIES, HEAD, cells
 from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.grafting import display_image
 from addressvlm.labels.costs import report_summary
@@ -28,150 +29,20 @@ from addressvlm.storage.remote_path import AnyPath, list_files
 from addressvlm.storage.run_dir import slug
 from addressvlm.storage.tables import read_table_file
 
+MAIN = "AddressVLM"  # the system that the others are compared with; the last one if there is none of this name
+EXAMPLES = 8
+GRAFTS = 4
+HUES = 12
+DISAGREEMENTS = 3  # photos of each kind of disagreement
+THUMBNAIL = 360  # pixels, longer side
 ONLY_IN_CARD = ("rejected", "sources", "questions_by_kind", "places_per")  # details of card.json that the page leaves there
 
 Row = dict[str, Any]
 
 
-def card_section(photos: AnyPath | None) -> Row:
-    """The dataset card: counts of each split as a table, and the other plain facts in order."""
-    file = photos / "card.json" if photos else None
-    card = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
-    splits = card.pop("splits", {})
-    columns = list(dict.fromkeys(key for counts in splits.values() for key in counts))
-    facts = list(_flat({key: value for key, value in card.items() if key not in ONLY_IN_CARD}))
-    leak = {key: card.get(key) for key in ("min_train_to_held_out_m", "split_buffer_m")}
-    return {"splits": splits, "columns": columns, "facts": facts, "attribution": card.get("attribution", []), **leak}
-
-
-def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """Names and values of numbers and short texts, nested ones under `outer, inner`."""
-    for key, value in tree.items():
-        name = f"{before}{words(key)}"
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}, ")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-        elif isinstance(value, str) and 0 < len(value) <= 80:
-            yield name, value
-
-
-def words(key: str) -> str:
-    """`split_buffer_m` as `guard (m)`."""
-    words = key.replace("_", " ")
-    return f"{words[:-2]} (m)" if words.endswith(" m") else words
-
-
-def rejects_section(folder: AnyPath | None) -> list[tuple[str, str, int]]:
-    """(step, reason, rows), the most frequent first; what follows a colon in a reason tells rows apart and is left out."""
-    counted: Counter[tuple[str, str]] = Counter()
-    for file in list_files(folder, "*.parquet") if folder else []:
-        reasons = read_table_file(file, ["reason"])["reason"].to_pylist()
-        counted.update((file.stem, reason.partition(":")[0]) for reason in reasons)
-    return [(step, reason, n) for (step, reason), n in counted.most_common(20)]
-
-
-THUMBNAIL = 360  # pixels, longer side
-
-
-def thumbnails(folder: Path, split: str, ids: set[str]) -> dict[str, str]:
-    """Data URLs of some photos of a split."""
-    if not ids or not tables.count_rows(folder, split):
-        return {}
-    return {
-        row["id"]: data_url(row["image"]["bytes"])
-        for row in tables.iter_rows(folder, split, ["id", "image"])
-        if row["id"] in ids
-    }
-
-
-def data_url(encoded: bytes) -> str:
-    """Encoded image -> a data URL, a JPEG of at most THUMBNAIL pixels; small files go in as they are."""
-    opened = Image.open(io.BytesIO(encoded))
-    kind = f"image/{(opened.format or 'jpeg').lower()}"
-    if max(opened.size) > THUMBNAIL or len(encoded) > 60_000:
-        opened.draft("RGB", (THUMBNAIL, THUMBNAIL))
-        image = opened.convert("RGB")
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=82)
-        encoded, kind = buffer.getvalue(), "image/jpeg"
-    return f"data:{kind};base64,{base64.b64encode(encoded).decode()}"
-
-
-SHOWN = 3  # photos of each kind of disagreement
-
-
-def comparison_section(
-    tree: Mapping[str, Any], systems: Sequence[Row], answers: Mapping[str, Sequence[Row]], photos: Path | None, seed: int
-) -> Row:
-    """What comparison.html is rendered with.
-
-    Args:
-        tree: what comparison.json holds.
-        systems: the rows that have answers, with their hue.
-        photos: folder of the photos table, for pictures.
-        seed: decides which photos are shown.
-    """
-    hues = {system["name"]: system["hue"] for system in systems}
-    rows = [
-        {**row, "hue": hues.get(row["name"], 0), "cells": cells(row, tree["main"])[ACCURACIES if "metrics" in row else 0 :]}
-        for row in tree["systems"]
-    ]
-    done = [row for row in rows if "metrics" in row]
-    return {
-        "main": tree["main"],
-        "head": HEAD[ACCURACIES:],
-        "rows": rows,
-        "curves": distance_curves([row for row in done if row["by_distance"]]),
-        "bands": next((row["by_distance"] for row in done if row["by_distance"]), []),
-        "trusted": [{**row, "diagram": reliability_diagram(row["trust"]["bins"])} for row in done if row["trust"]],
-        "neighbours": [row for row in done if row["neighbours"]],
-        "apart": [row for row in done if "unseen" in row["by_training"]],
-        "disagreements": _disagreements(tree, done, answers, photos, seed),
-    }
-
-
-def _disagreements(
-    tree: Mapping[str, Any], rows: Sequence[Row], answers: Mapping[str, Sequence[Row]], photos: Path | None, seed: int
-) -> list[Row]:
-    """Photos that only the main system, and only the best other one, got right."""
-    main = tree["main"]
-    others = [row for row in rows if row["name"] != main and row["metrics"]["A_ds"]["value"] is not None]
-    if not photos or main not in answers or not others:
-        return []
-    best = max(others, key=lambda row: row["metrics"]["A_ds"]["value"])["name"]
-    ours, theirs = split_verdicts(answers[main], answers[best])
-    chosen = [*((photo, main) for photo in _some(ours, seed)), *((photo, best) for photo in _some(theirs, seed))]
-    shown = thumbnails(photos, tree["split"], {photo for photo, _ in chosen})
-    said = {name: {row["id"]: row for row in whole_addresses(answers[name])} for name in (main, best)}
-    return [
-        {
-            "picture": shown[photo],
-            "expected": said[main][photo]["expected"],
-            "right": right,
-            "said": [(name, said[name][photo]) for name in (main, best)],
-        }
-        for photo, right in chosen
-        if photo in shown
-    ]
-
-
-def _some(photos: Sequence[str], seed: int) -> list[str]:
-    """Up to SHOWN of them, spread over the list."""
-    step = max(len(photos) // SHOWN, 1)
-    return list(photos)[seed % step :: step][:SHOWN]
-
-
-MAIN = "AddressVLM"  # the system that the others are compared with; the last one if there is none of this name
-EXAMPLES = 8
-GRAFTS = 4
-HUES = 12
-
-
 @dataclass(frozen=True)
 class ReportSources:
-    """Folders of a run that the report shows something of; None or empty ones are left out."""
+    """Folders of a run that the report shows; None or empty ones are left out."""
 
     photos: Path | None = None
     alignment: Path | None = None
@@ -268,10 +139,12 @@ def _metric_name(name: str) -> Any:
 
 
 def _differences(systems: list[Row], main: Row, answers: Mapping[str, Sequence[Row]], resamples: int, seed: int) -> list[Row]:
-    others = [system for system in systems if system is not main]
+    """The main system minus each other one."""
+    ours = answers[main["name"]]
     return [
-        {**other, "gain": paired_difference_ci(answers[main["name"]], answers[other["name"]], resamples=resamples, seed=seed)}
-        for other in others
+        {**other, "gain": paired_difference_ci(ours, answers[other["name"]], resamples=resamples, seed=seed)}
+        for other in systems
+        if other is not main
     ]
 
 
@@ -281,13 +154,9 @@ def _reach(differences: list[Row]) -> float:
     return max(0.1, math.ceil(10 * max(ends, default=0)) / 10)
 
 
-def _address_rows(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["level"] == "address"]
-
-
 def _maps(systems: list[Row], answers: Mapping[str, Sequence[Row]], gazetteer: Gazetteer | None) -> Row | None:
     """A map for each system: at every test place the share of its photos whose address was right."""
-    located = [row for rows in answers.values() for row in _address_rows(rows) if row["lat"] is not None]
+    located = [row for rows in answers.values() for row in whole_addresses(rows) if row["lat"] is not None]
     if not located:
         return None
     city = CityMap([(row["lat"], row["lon"]) for row in located], gazetteer)
@@ -296,55 +165,55 @@ def _maps(systems: list[Row], answers: Mapping[str, Sequence[Row]], gazetteer: G
 
 
 def _places(rows: Sequence[Row]) -> list[Row]:
+    """What `CityMap.draw` takes of each place."""
     by_place: dict[str, list[Row]] = {}
-    for row in _address_rows(rows):
+    for row in whole_addresses(rows):
         if row["lat"] is not None:
             by_place.setdefault(row["place"], []).append(row)
-    return [_place(group) for group in by_place.values()]
-
-
-def _place(group: list[Row]) -> Row:
-    right = sum(row["correct"] for row in group)
-    answered = Counter(row["answer"] for row in group).most_common(1)[0][0]
-    note = f"{group[0]['expected']}: {right} of {len(group)} right; answered “{answered}”"
-    return {"lat": group[0]["lat"], "lon": group[0]["lon"], "share": right / len(group), "note": note}
+    places = []
+    for group in by_place.values():
+        right = sum(row["correct"] for row in group)
+        answer = Counter(row["answer"] for row in group).most_common(1)[0][0]
+        note = f"{group[0]['expected']}: {right} of {len(group)} right; answered “{answer}”"
+        places.append({"lat": group[0]["lat"], "lon": group[0]["lon"], "share": right / len(group), "note": note})
+    return places
 
 
 def _examples(
     systems: list[Row], main: Row, answers: Mapping[str, Sequence[Row]], split: str, photos: Path | None, seed: int
 ) -> list[Row]:
-    """Photos of different places with the address that each system gave; as many right as wrong ones of the main system."""
+    """Photos of different places with each system's address; as many right as wrong ones of the main system."""
     if not photos:
         return []
-    rows = _address_rows(answers[main["name"]])
+    rows = whole_addresses(answers[main["name"]])
     random.Random(seed).shuffle(rows)
-    one_a_place = list({row["place"]: row for row in reversed(rows)}.values())
-    right = [row for row in one_a_place if row["correct"]]
-    wrong = [row for row in one_a_place if not row["correct"]]
+    per_place = list({row["place"]: row for row in reversed(rows)}.values())
+    right = [row for row in per_place if row["correct"]]
+    wrong = [row for row in per_place if not row["correct"]]
     n_right = min(len(right), max(EXAMPLES // 2, EXAMPLES - len(wrong)))
     chosen = [*right[:n_right], *wrong[: EXAMPLES - n_right]]
-    shown = thumbnails(photos, split, {row["id"] for row in chosen})
-    said = {s["name"]: {row["id"]: row for row in _address_rows(answers[s["name"]])} for s in systems}
+    images = thumbnails(photos, split, {row["id"] for row in chosen})
+    rows_of = {s["name"]: {row["id"]: row for row in whole_addresses(answers[s["name"]])} for s in systems}
     return [
         {
             **row,
-            "picture": shown[row["id"]],
-            "answers": [{**s, "row": said[s["name"]][row["id"]]} for s in systems if row["id"] in said[s["name"]]],
+            "thumbnail": images[row["id"]],
+            "answers": [{**s, "row": rows_of[s["name"]][row["id"]]} for s in systems if row["id"] in rows_of[s["name"]]],
         }
         for row in chosen
-        if row["id"] in shown
+        if row["id"] in images
     ]
 
 
 def _confusions(rows: Sequence[Row], top: int = 8) -> list[Row]:
     """The wrong street answers that came most often, counted by photo."""
     wrong = [row for row in rows if row["level"] == "street" and row["kind"] == "generation" and not row["correct"]]
-    counted = Counter((row["expected"], row["answer"]) for row in wrong).most_common(top)
-    return [{"expected": expected, "answer": answer, "n": n} for (expected, answer), n in counted if n > 1]
+    counts = Counter((row["expected"], row["answer"]) for row in wrong).most_common(top)
+    return [{"expected": expected, "answer": answer, "n": n} for (expected, answer), n in counts if n > 1]
 
 
 def _labels(alignment: Path | None) -> str:
-    """Who wrote the labels and what that took, in a few words."""
+    """Who wrote the labels and at what cost, in a few words."""
     file = alignment / "labels.json" if alignment else None
     return report_summary(json.loads(file.read_text(encoding="utf-8"))) if file and file.is_file() else ""
 
@@ -355,35 +224,159 @@ def _grafts(alignment: Path | None, seed: int) -> list[Row]:
         return []
     ids = tables.read_table(alignment, "train", ["id"])["id"].to_pylist()
     chosen = set(random.Random(seed).sample(ids, min(GRAFTS, len(ids))))
-    found = [row for row in tables.iter_rows(alignment, "train") if row["id"] in chosen]
-    return [{**row, "picture": data_url(display_image(row)), "round": row["rounds"][-1]} for row in found]
+    rows = [row for row in tables.iter_rows(alignment, "train") if row["id"] in chosen]
+    return [{**row, "thumbnail": data_url(display_image(row)), "round": row["rounds"][-1]} for row in rows]
 
 
 def _curves(systems: list[Row], training: Path | None) -> list[Row]:
     """A drawing for each system that has a loss curve, all on the same axes."""
-    found = {s["name"]: stages for s in systems if training and (stages := _losses(training / slug(s["name"]) / "loss.jsonl"))}
-    if not found:
+    curves = {s["name"]: stages for s in systems if training and (stages := _losses(training / slug(s["name"]) / "loss.jsonl"))}
+    if not curves:
         return []
-    losses = [loss for stages in found.values() for points in stages.values() for _, loss in points]
+    losses = [loss for stages in curves.values() for points in stages.values() for _, loss in points]
     top = max(min(max(losses), 3 * sorted(losses)[len(losses) * 19 // 20]), 1e-3)
-    steps = max(step for stages in found.values() for points in stages.values() for step, _ in points)
+    steps = max(step for stages in curves.values() for points in stages.values() for step, _ in points)
     return [
-        {**s, "stages": list(found[s["name"]]), "svg": loss_curves(found[s["name"]], top, steps)}
+        {**s, "stages": list(curves[s["name"]]), "svg": loss_curves(curves[s["name"]], top, steps)}
         for s in systems
-        if s["name"] in found
+        if s["name"] in curves
     ]
 
 
 def _losses(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Stage -> (step counted over all stages, loss); of a step logged twice (a resumed run) the later one holds."""
+    """Stage -> (step counted over all stages, loss); of a step logged twice (a resumed run) the later entry counts."""
     if not path.is_file():
         return {}
-    logged: dict[str, dict[int, float]] = {}
+    losses: dict[str, dict[int, float]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
-        logged.setdefault(entry["stage"], {})[entry["step"]] = entry["loss"]
-    before, stages = 0, {}
-    for stage, points in logged.items():
-        stages[stage] = [(float(before + step), points[step]) for step in sorted(points)]
-        before += max(points)
+        losses.setdefault(entry["stage"], {})[entry["step"]] = entry["loss"]
+    first, stages = 0, {}
+    for stage, points in losses.items():
+        stages[stage] = [(float(first + step), points[step]) for step in sorted(points)]
+        first += max(points)
     return stages
+
+
+def comparison_section(
+    comparison: Mapping[str, Any], systems: Sequence[Row], answers: Mapping[str, Sequence[Row]], photos: Path | None, seed: int
+) -> Row:
+    """What comparison.html is rendered with.
+
+    Args:
+        comparison: what comparison.json holds.
+        systems: those that have answers, with their hue.
+        photos: folder of the photos table, for thumbnails.
+        seed: decides which photos are shown.
+    """
+    hues, main = {system["name"]: system["hue"] for system in systems}, comparison["main"]
+    entries = [
+        {**system, "hue": hues.get(system["name"], 0), "cells": cells(system, main)[ACCURACIES if "metrics" in system else 0 :]}
+        for system in comparison["systems"]
+    ]
+    done = [system for system in entries if "metrics" in system]
+    with_trust = [system for system in done if system["trust"]]
+    return {
+        "main": main,
+        "head": HEAD[ACCURACIES:],
+        "systems": entries,
+        "curves": distance_curves([system for system in done if system["by_distance"]]),
+        "calibrated": [{**system, "diagram": reliability_diagram(system["trust"]["bins"])} for system in with_trust],
+        "neighbours": [system for system in done if system["neighbours"]],
+        "unseen": [system for system in done if "unseen" in system["by_training"]],
+        "disagreements": _disagreements(comparison, done, answers, photos, seed),
+    }
+
+
+def _disagreements(
+    comparison: Mapping[str, Any],
+    systems: Sequence[Row],
+    answers: Mapping[str, Sequence[Row]],
+    photos: Path | None,
+    seed: int,
+) -> list[Row]:
+    """Photos that only the main system, and only the best other one, got right; spread over the table."""
+    main = comparison["main"]
+    others = [s for s in systems if s["name"] != main and s["metrics"]["A_ds"]["value"] is not None]
+    if not photos or main not in answers or not others:
+        return []
+    best = max(others, key=lambda system: system["metrics"]["A_ds"]["value"])["name"]
+    chosen: list[tuple[str, str]] = []
+    for winner, ids in zip((main, best), split_verdicts(answers[main], answers[best]), strict=True):
+        step = max(len(ids) // DISAGREEMENTS, 1)
+        chosen += [(photo, winner) for photo in ids[seed % step :: step][:DISAGREEMENTS]]
+    images = thumbnails(photos, comparison["split"], {photo for photo, _ in chosen})
+    rows = {name: {row["id"]: row for row in whole_addresses(answers[name])} for name in (main, best)}
+    return [
+        {
+            "thumbnail": images[photo],
+            "expected": rows[main][photo]["expected"],
+            "right": winner,
+            "answers": [(name, rows[name][photo]) for name in (main, best)],
+        }
+        for photo, winner in chosen
+        if photo in images
+    ]
+
+
+def card_section(photos: AnyPath | None) -> Row:
+    """The dataset card: counts of each split as a table, and the other plain facts in order."""
+    file = photos / "card.json" if photos else None
+    card = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
+    splits = card.pop("splits", {})
+    columns = list(dict.fromkeys(key for counts in splits.values() for key in counts))
+    facts = list(_flat({key: value for key, value in card.items() if key not in ONLY_IN_CARD}))
+    leak = {key: card.get(key) for key in ("min_train_to_held_out_m", "split_buffer_m")}
+    return {"splits": splits, "columns": columns, "facts": facts, "attribution": card.get("attribution", []), **leak}
+
+
+def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values of numbers and short texts, nested ones under `outer, inner`."""
+    for key, value in tree.items():
+        name = f"{before}{words(key)}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}, ")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+        elif isinstance(value, str) and 0 < len(value) <= 80:
+            yield name, value
+
+
+def words(key: str) -> str:
+    """`split_buffer_m` as `split buffer (m)`."""
+    text = key.replace("_", " ")
+    return f"{text[:-2]} (m)" if text.endswith(" m") else text
+
+
+def rejects_section(folder: AnyPath | None) -> list[tuple[str, str, int]]:
+    """(step, reason, rows), the most frequent first; a reason ends at its colon, after which come details of one row."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for file in list_files(folder, "*.parquet") if folder else []:
+        reasons = read_table_file(file, ["reason"])["reason"].to_pylist()
+        counts.update((file.stem, reason.partition(":")[0]) for reason in reasons)
+    return [(step, reason, n) for (step, reason), n in counts.most_common(20)]
+
+
+def thumbnails(folder: Path, split: str, ids: set[str]) -> dict[str, str]:
+    """Data URLs of some photos of a split."""
+    if not ids or not tables.count_rows(folder, split):
+        return {}
+    return {
+        row["id"]: data_url(row["image"]["bytes"])
+        for row in tables.iter_rows(folder, split, ["id", "image"])
+        if row["id"] in ids
+    }
+
+
+def data_url(encoded: bytes) -> str:
+    """Encoded image -> a data URL, a JPEG of at most THUMBNAIL pixels; small files go in as they are."""
+    image = Image.open(io.BytesIO(encoded))
+    kind = f"image/{(image.format or 'jpeg').lower()}"
+    if max(image.size) > THUMBNAIL or len(encoded) > 60_000:
+        image.draft("RGB", (THUMBNAIL, THUMBNAIL))
+        small = image.convert("RGB")
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=82)
+        encoded, kind = buffer.getvalue(), "image/jpeg"
+    return f"data:{kind};base64,{base64.b64encode(encoded).decode()}"

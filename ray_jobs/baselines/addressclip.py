@@ -1,9 +1,11 @@
-"""AddressCLIP (paper 002) as a row of a comparison: trained with Ray Train, then every photo's scores with Ray Data.
+"""AddressCLIP (paper 002) in a comparison: trained with Ray Train, then every photo is scored with Ray Data.
 
-Writes below <storage>/<name>: models/<row> (the dual encoder), training/<row> (checkpoints, loss.jsonl), rivals/scores/<row>.
+Writes below <storage>/<name>: models/<system> (the dual encoder), training/<system> (checkpoints, loss.jsonl) and
+baselines/scores/<system>.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,72 +23,74 @@ from addressvlm.storage import tables
 from addressvlm.storage.remote_path import list_files, path_of
 from addressvlm.storage.run_dir import begin_or_resume, is_done, mark_done, slug
 from ray_jobs import evaluation, label, prepare
-from ray_jobs.baselines.context import ComparisonContext, Row, SystemOutcome
+from ray_jobs.baselines.system import ComparisonContext, System, SystemOutcome, worker_resources
 from ray_jobs.common import absolute_path
-from ray_jobs.evaluation import PHOTOS_SCORED, ModelWorker, model_digest
+from ray_jobs.evaluation import SCORED_PHOTOS, ModelWorker, Row, model_digest
 from ray_jobs.ray_train import CheckpointReporter, require_workers, run_training, run_worker
 
 
-def run(work: ComparisonContext, rival: AddressClipConfig, redo: bool = False) -> SystemOutcome:
-    """Train the dual encoder if it is not, and score the photos.
+class AddressClipSystem(System[AddressClipConfig]):
+    """A dual encoder whose nearest address text is the answer."""
 
-    Raises:
-        InputError: the model or the captions are missing, the cluster is too small, or nothing can be learnt.
-    """
-    config, folder = work.config, work.run.model_dir(rival.name)
-    made_from = settings(config, rival)
-    if not is_done(folder, made_from, redo):
-        _train(work, rival, made_from, redo)
-    need = config.evaluate
-    photos, workers = sum(map(len, work.ids.values())), need.workers
-    out = work.run.folder / "rivals"
-    asked = {"model": model_digest(str(folder)), "gazetteer": [address.text() for address in work.gazetteer.addresses]}
-    given = (config, out, rival.name, str(folder), work.run.photos, work.ids, asked, work.gazetteer)
-    done = is_done(out / "scores" / slug(rival.name), {**asked, "photos": {s: len(ids) for s, ids in work.ids.items()}}, redo)
-    if done:
-        found = evaluation.score_addresses(*given, redo=False, scorer=AddressClipScorer)
-    else:
-        with work.cost(rival.name, "answering", photos, workers * need.cpus_per_worker, workers * need.gpus_per_worker):
-            found = evaluation.score_addresses(*given, redo=redo, scorer=AddressClipScorer)
-    learnt = addressclip.trained_parameters(folder)
-    return SystemOutcome(
-        scores=found,
-        parameters=learnt["parameters"],
-        stored_bytes=sum(file.stat().st_size for file in list_files(folder, "*.safetensors")),
-        licences={rival.base or config.model.base: clip_licence(config, rival) or "not said"},
-        notes={"steps": learnt["steps"], "photos without a caption": learnt["without_caption"]},
-        model=folder,
-    )
+    def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
+        """Train the dual encoder if it is not trained, and score the photos."""
+        config, folder = context.config, context.run.model_dir(self.name)
+        depends_on = settings(config, self.settings)
+        if not is_done(folder, depends_on, redo):
+            self.train(context, depends_on, redo)
+        task = replace(context.task, out=context.run.folder / "baselines")
+        addresses = [address.text() for address in context.gazetteer.addresses]
+        scored = {"model": model_digest(str(folder)), "gazetteer": addresses}
+        arguments = (task, self.name, str(folder), context.ids, scored, AddressClipScorer)
+        counts = {split: len(ids) for split, ids in context.ids.items()}
+        if is_done(task.out / "scores" / slug(self.name), {**scored, "photos": counts}, redo):
+            scores = evaluation.score(*arguments)
+        else:
+            with context.measure_cost(self.name, "answering", sum(counts.values()), worker_resources(config)):
+                scores = evaluation.score(*arguments, redo=redo)
+        trained = addressclip.trained_parameters(folder)
+        return SystemOutcome(
+            scores=scores,
+            parameters=trained["parameters"],
+            stored_bytes=sum(file.stat().st_size for file in list_files(folder, "*.safetensors")),
+            licences={self.settings.base or config.model.base: clip_licence(config, self.settings) or "not said"},
+            notes={"steps": trained["steps"], "photos without a caption": trained["without_caption"]},
+            model=folder,
+        )
+
+    def train(self, context: ComparisonContext, depends_on: Row, redo: bool) -> None:
+        """Train the dual encoder.
+
+        Raises:
+            InputError: the captions are missing, or the cluster is too small.
+        """
+        config, need, run = context.config, context.config.train, context.run
+        require_workers(config, self.name)
+        caption_texts(run, self.settings.captions)
+        begin_or_resume(run.training_dir(self.name), depends_on, redo)
+        base = self.settings.base and absolute_path(self.settings.base)
+        resources = {"cpus": need.workers * need.cpus_per_worker, "gpus": need.workers * need.gpus_per_worker}
+        with context.measure_cost(self.name, "training", tables.count_rows(run.photos, "train"), resources):
+            arguments = {"system": self.settings.model_copy(update={"base": base}).model_dump()}
+            run_training(config, self.name, train_worker, arguments)
+        mark_done(run.model_dir(self.name), depends_on)
 
 
-def settings(config: Config, rival: AddressClipConfig) -> dict[str, Any]:
+def settings(config: Config, system: AddressClipConfig) -> dict[str, Any]:
     """What the trained model depends on."""
-    made_from = (label if rival.captions == "alignment" else prepare).settings(config)
+    data = (label if system.captions == "alignment" else prepare).settings(config)
     train = config.train.model_dump(include={"workers", "precision", "seed"}, exclude_none=True)
-    return {**made_from, "base": config.model.base, "dtype": config.model.dtype, "train": train, "rival": rival.model_dump()}
+    return {**data, "base": config.model.base, "dtype": config.model.dtype, "train": train, "system": system.model_dump()}
 
 
-def _train(work: ComparisonContext, rival: AddressClipConfig, made_from: dict[str, Any], redo: bool) -> None:
-    config, need = work.config, work.config.train
-    require_workers(config, rival.name)
-    caption_texts(work.run, rival.captions)
-    begin_or_resume(work.run.training_dir(rival.name), made_from, redo)
-    given = rival.model_copy(update={"base": rival.base and absolute_path(rival.base)}).model_dump()
-    photos = tables.count_rows(work.run.photos, "train")
-    cpus, gpus = need.workers * need.cpus_per_worker, need.workers * need.gpus_per_worker
-    with work.cost(rival.name, "training", photos, cpus, gpus):
-        run_training(config, rival.name, train_worker, {"rival": given})
-    mark_done(work.run.model_dir(rival.name), made_from)
-
-
-def train_worker(given: dict[str, Any]) -> None:
+def train_worker(arguments: dict[str, Any]) -> None:
     """What each worker of the group runs."""
-    rival = AddressClipConfig.model_validate(given["rival"])
+    system = AddressClipConfig.model_validate(arguments["system"])
 
     def work(config: Config, checkpoint: Path | None, device: torch.device) -> None:
-        addressclip.train_addressclip(config, rival, checkpoint, CheckpointReporter(), device)
+        addressclip.train_addressclip(config, system, checkpoint, CheckpointReporter(), device)
 
-    run_worker(given, work)
+    run_worker(arguments, work)
 
 
 class AddressClipScorer(ModelWorker):
@@ -95,11 +99,11 @@ class AddressClipScorer(ModelWorker):
     columns, schema = likelihood.COLUMNS, tables.SCORES
 
     @staticmethod
-    def opened(model: str, city: Gazetteer, config: Config) -> Any:
-        """The addresses, with the dual encoder that encoded them."""
+    def load_model(model: str, city: Gazetteer, config: Config) -> AddressIndex:
+        """The addresses, encoded by the dual encoder."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return AddressIndex(open_encoder(path_of(model), config.model.dtype, device), city.addresses)
 
     def work(self, photos: list[Row]) -> Iterable[list[Row]]:
         """The scores."""
-        return likelihood.score_photos(self.load().scores, photos, PHOTOS_SCORED)
+        return likelihood.score_photos(self.load().scores, photos, SCORED_PHOTOS)

@@ -1,89 +1,87 @@
-"""Scores of other rows, for a row that is made of them."""
+"""Systems made of other systems' scores: a weighted fusion of several, and one with prior information about each photo."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from addressvlm import InputError
-from addressvlm.baselines import fusion
+from addressvlm.baselines.fusion import fit_fusion, fuse_scores
 from addressvlm.config.compare import FusionConfig, PriorConfig
-from addressvlm.evaluation.decoding_comparison import restrict_scores, ruled_out
-from addressvlm.evaluation.likelihood import scored_photos
-from ray_jobs.baselines.context import TEST, ComparisonContext, Row, SystemOutcome
+from addressvlm.evaluation.likelihood import restrict_scores, restriction_stats, scored_photos
+from ray_jobs.baselines.system import ComparisonContext, System, SystemOutcome
 from ray_jobs.baselines.trained import system_scores
-from ray_jobs.evaluation import VALIDATION
-
-Scores = dict[str, list[Row]]  # split -> rows
+from ray_jobs.evaluation import TEST, VALIDATION, Scores
 
 
-def scores_of_row(work: ComparisonContext, name: str, wanted_by: str) -> Scores:
-    """Those of a row before this one, or of a system of `train.systems`; in the order of the photos.
+class FusionSystem(System[FusionConfig]):
+    """Several systems as one, with weights fitted on the split `val`; it costs what they cost together."""
+
+    def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
+        """Fit the weights and fuse both splits."""
+        names = self.settings.of
+        if VALIDATION not in context.ids:
+            raise InputError(
+                f"{context.run.photos} has no split {VALIDATION}, on which the weights of '{self.name}' are fitted."
+            )
+        scores = {name: scores_of(context, name, f"'{self.name}' fuses") for name in names}
+        truth = scored_photos(scores[names[0]][VALIDATION], context.gazetteer).truth
+        weights = fit_fusion(_arrays(scores, VALIDATION), truth)
+        fused: Scores = {}
+        for split in context.ids:
+            total = fuse_scores(_arrays(scores, split), weights)
+            fused[split] = [{**row, "scores": line.tolist()} for row, line in zip(scores[names[0]][split], total, strict=True)]
+        notes = {f"weight of {name}": weight for name, weight in weights.items()}
+        return replace(combined_stats(context, names), scores=fused, notes=notes)
+
+
+class PriorSystem(System[PriorConfig]):
+    """Another system with prior information about each photo: addresses that it rules out score -inf. Costs are the other's."""
+
+    def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
+        """Restrict the scores of both splits."""
+        other, seed = self.settings.of, context.config.seed
+        scores = scores_of(context, other, f"'{self.name}' is of")
+        restricted = {split: restrict_scores(rows, self.settings, context.gazetteer, seed) for split, rows in scores.items()}
+        if other in context.outcomes and context.outcomes[other].scores:
+            for part, cost in context.costs(other).items():
+                context.save_cost(self.name, part, cost)
+        notes = restriction_stats(restricted[TEST], context.gazetteer)
+        return replace(combined_stats(context, [other]), scores=restricted, notes=notes)
+
+
+def scores_of(context: ComparisonContext, name: str, use: str) -> Scores:
+    """The scores of a system before this one, or of a system of `train.systems`, in the order of the photos.
 
     Args:
-        wanted_by: what begins the sentence if there are none, such as `'Fusion' fuses`.
+        use: begins the error sentence, such as `'Fusion' fuses`.
 
     Raises:
-        InputError: the row has no scores, or is none that stands before this one.
+        InputError: the system has no scores, or does not stand before this one.
     """
-    found = work.outcomes.get(name)
-    scores = found.scores if found and found.scores else None
-    if scores is None:
-        if name not in {system.name for system in work.config.train.systems}:
+    outcome = context.outcomes.get(name)
+    scores = outcome.scores if outcome else {}
+    if not scores:
+        if name not in {system.name for system in context.config.train.systems}:
             raise InputError(
-                f"{wanted_by} '{name}', which has no scores: name systems of train.systems or rows of the kinds likelihood, "
+                f"{use} '{name}', which has no scores: name systems of train.systems, or systems of the kinds likelihood, "
                 "retrieval, addressclip, fusion and prior that stand before it and did not fail."
             )
-        scores = system_scores(work, name)
-    return {split: _in_order(scores[split], ids) for split, ids in work.ids.items()}
+        scores = system_scores(context, name)
+    rows = {split: {row["id"]: row for row in of_split} for split, of_split in scores.items()}
+    return {split: [rows[split][photo] for photo in ids] for split, ids in context.ids.items()}
 
 
-def combined_costs(work: ComparisonContext, names: Iterable[str]) -> SystemOutcome:
-    """What a row needs that is made of these: trained numbers, stored bytes and licences of all of them together."""
-    parts = [work.outcomes[name] for name in names if name in work.outcomes]
+def combined_stats(context: ComparisonContext, names: Iterable[str]) -> SystemOutcome:
+    """Trained parameters, stored bytes and licences of some systems together."""
+    outcomes = [context.outcomes[name] for name in names if name in context.outcomes]
     return SystemOutcome(
-        parameters=sum(part.parameters for part in parts),
-        stored_bytes=sum(part.stored_bytes for part in parts),
-        licences={what: licence for part in parts for what, licence in part.licences.items()},
+        parameters=sum(outcome.parameters for outcome in outcomes),
+        stored_bytes=sum(outcome.stored_bytes for outcome in outcomes),
+        licences={part: licence for outcome in outcomes for part, licence in outcome.licences.items()},
     )
 
 
-def _in_order(rows: Sequence[Row], ids: Sequence[str]) -> list[Row]:
-    by_id = {row["id"]: row for row in rows}
-    return [by_id[photo] for photo in ids]
-
-
-def run_fusion(work: ComparisonContext, rival: FusionConfig, redo: bool = False) -> SystemOutcome:
-    """Fit the weights on the split `val` and fuse both splits.
-
-    Raises:
-        InputError: one of the systems has no scores, or there are no validation photos.
-    """
-    if VALIDATION not in work.ids:
-        raise InputError(f"{work.run.photos} has no split {VALIDATION}, on which the weights of '{rival.name}' are fitted.")
-    given = {name: scores_of_row(work, name, f"'{rival.name}' fuses") for name in rival.of}
-    weights = fusion.fit_fusion(_arrays(given, VALIDATION), scored_photos(given[rival.of[0]][VALIDATION], work.gazetteer).truth)
-    fused: Scores = {}
-    for split in work.ids:
-        total = fusion.fuse_scores(_arrays(given, split), weights)
-        fused[split] = [{**row, "scores": line.tolist()} for row, line in zip(given[rival.of[0]][split], total, strict=True)]
-    weighed = {f"weight of {name}": weight for name, weight in weights.items()}
-    return replace(combined_costs(work, rival.of), scores=fused, notes=weighed)
-
-
-def _arrays(given: Mapping[str, Scores], split: str) -> dict[str, np.ndarray]:
-    return {name: np.array([row["scores"] for row in of[split]], dtype=np.float64) for name, of in given.items()}
-
-
-def run_prior(work: ComparisonContext, rival: PriorConfig, redo: bool = False) -> SystemOutcome:
-    """The other row's scores of every split, -inf where an address is ruled out; its costs are the other row's.
-
-    Raises:
-        InputError: the other row has no scores, or the city can't know so much (see `drawn_priors.restricted`).
-    """
-    given = scores_of_row(work, rival.of, f"'{rival.name}' is of")
-    left = {split: restrict_scores(rows, rival, work.gazetteer, work.config.seed) for split, rows in given.items()}
-    if rival.of in work.outcomes and work.outcomes[rival.of].scores:
-        for what, took in work.noted(rival.of).items():
-            work.note(rival.name, what, took)
-    return replace(combined_costs(work, [rival.of]), scores=left, notes=ruled_out(left[TEST], work.gazetteer))
+def _arrays(scores: Mapping[str, Scores], split: str) -> dict[str, np.ndarray]:
+    """System -> its scores of a split, float64 (photos, addresses)."""
+    return {name: np.array([row["scores"] for row in splits[split]], dtype=np.float64) for name, splits in scores.items()}

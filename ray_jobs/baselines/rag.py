@@ -1,7 +1,7 @@
 """A language model that sees the photo and reads where similar and dissimilar photos were taken (paper 004).
 
-Writes <run>/rag/<row>/test-*.parquet: what was asked about each photo, the reply as it came, and what was made of it. Answers
-of an endpoint are also kept in <run>/rag/<row>-ledger, where nothing is paid for twice.
+Writes <run>/rag/<system>/test-*.parquet: the prompt of each photo, the reply as it came, and what was read from it. Replies of
+an endpoint are also kept in <run>/rag/<system>-response_cache, so that none is paid for twice.
 """
 
 import time
@@ -14,12 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from addressvlm import InputError
-from addressvlm.baselines import rag
-from addressvlm.baselines.rag import rag_prompt
+from addressvlm.baselines.rag import endpoint_replies, parse_coordinates, rag_prompt
 from addressvlm.baselines.retrieval import cluster_representatives, random_neighbours
 from addressvlm.config import Config
 from addressvlm.config.compare import RagConfig
-from addressvlm.evaluation.run_questions import COLUMNS, photo_image, questions_of
+from addressvlm.evaluation.run_questions import photo_image, questions_of
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.inference import user_turn
 from addressvlm.models.cards import base_licence
@@ -27,27 +26,26 @@ from addressvlm.models.loading import context_length, resolve_model
 from addressvlm.storage import tables
 from addressvlm.storage.remote_path import list_files, path_of
 from addressvlm.storage.run_dir import fresh_dir, is_done, slug
-from ray_jobs import resolve_args
-from ray_jobs.baselines.context import TEST, ComparisonContext, Row, SystemOutcome
-from ray_jobs.baselines.retrieval import (
-    Embeddings,
-    Searcher,
-    answering,
-    embed_split,
-    geocoder_of,
-    index_parts,
-    indexed,
-    licences,
-    made_from,
-    stored,
-)
+from ray_jobs.baselines import retrieval
+from ray_jobs.baselines.retrieval import Embeddings, GallerySearch
+from ray_jobs.baselines.system import ComparisonContext, System, SystemOutcome
 from ray_jobs.common import absolute_path
-from ray_jobs.evaluation import ModelWorker, model_digest, run_workers, work_units
+from ray_jobs.evaluation import (
+    PHOTO_COLUMNS,
+    TEST,
+    Answers,
+    ModelWorker,
+    Row,
+    model_digest,
+    run_workers,
+    trained_model,
+    work_units,
+)
 
-PHOTOS = 64  # given to a worker together
-AT_ONCE = 8  # prompts through the model together; they are long
+PHOTOS = 64  # a unit of work of a worker
+BATCH = 8  # prompts that go through the model together; they are long
 REPLY = pa.schema([("id", pa.string()), ("reply", pa.string())])
-READ = tables.with_features(
+REPLIES = tables.with_features(
     pa.schema(
         [
             *(field for field in tables.SCORES if field.name != "scores"),
@@ -64,93 +62,118 @@ READ = tables.with_features(
     )
 )
 
+PhotoLists = list[tuple[list[int], list[int]]]  # positions of the similar and of the dissimilar photos, a pair for each query
 
-def run(work: ComparisonContext, rival: RagConfig, redo: bool = False) -> SystemOutcome:
-    """Answers to the questions of the kind generation, and coordinates where they are asked for.
 
-    Raises:
-        InputError: the encoder or the model is not there, the prompt is longer than the model can read, the endpoint refuses,
-            or no training photo has coordinates.
-    """
-    gallery, files = indexed(work, rival.encoder, rival.name, redo)
-    model = model_of(work, rival)
-    folder = work.run.folder / "rag" / slug(rival.name)
-    settings = {
-        **made_from(work, gallery), "row": rival.model_dump(exclude={"name", "encoder", "model"}), "seed": work.config.seed,
-        "model": rival.model if rival.endpoint else model_digest(resolve_model(model)), "dtype": work.config.model.dtype,
-    }  # fmt: skip
-    if not is_done(folder, settings, redo):
-        everyone = embed_split(work, rival.encoder, TEST, redo)
-        queries, begun = everyone.of(work.ids[TEST]), time.monotonic()
-        with Searcher(index_parts(files, gallery)) as searcher:
-            found = list(_found(work, rival, queries, gallery, searcher))
-        prompts = {
-            query["id"]: rag_prompt(rival, [gallery.photos[i] for i in near], [gallery.photos[i] for i in far])
-            for query, (near, far) in zip(queries.photos, found, strict=True)
+class RagSystem(System[RagConfig]):
+    """Answers to the questions of the kind generation, and coordinates where they are asked for."""
+
+    def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
+        """Search, prompt, and read the replies."""
+        settings, name = self.settings, self.name
+        gallery, files = retrieval.open_gallery(context, settings.encoder, name, redo)
+        model = model_of(context, settings)
+        folder = context.run.folder / "rag" / slug(name)
+        depends_on = {
+            **retrieval.search_settings(context, gallery),
+            "system": settings.model_dump(exclude={"name", "encoder", "model"}),
+            "seed": context.config.seed,
+            "model": settings.model if settings.endpoint else model_digest(resolve_model(model)),
+            "dtype": context.config.model.dtype,
         }
-        replies = _replies(work, rival, model, prompts, redo)
-        with fresh_dir(folder, settings) as partial:
-            rows = _read(work, rival, queries, gallery, found, prompts, replies)
-            tables.write_table(partial, TEST, rows, READ)
-        work.note(rival.name, "answering", answering([everyone], time.monotonic() - begun))
-    return _outcome(work, rival, model, list(tables.iter_rows(folder, TEST)), gallery, stored(work, rival.encoder, files))
+        if not is_done(folder, depends_on, redo):
+            embeddings = retrieval.embed_split(context, settings.encoder, TEST, redo)
+            queries, start = embeddings.select(context.ids[TEST]), time.monotonic()
+            with GallerySearch(retrieval.index_loaders(files, gallery)) as search:
+                lists = list(photo_lists(settings, queries, gallery, search, context.config.seed))
+            prompts = {
+                query["id"]: rag_prompt(settings, [gallery.photos[i] for i in near], [gallery.photos[i] for i in far])
+                for query, (near, far) in zip(queries.photos, lists, strict=True)
+            }
+            replies = model_replies(context, settings, model, prompts, redo)
+            with fresh_dir(folder, depends_on) as temporary:
+                rows = reply_rows(context, settings, queries, gallery, lists, prompts, replies)
+                tables.write_table(temporary, TEST, rows, REPLIES)
+            context.save_cost(name, "answering", retrieval.query_cost([embeddings], time.monotonic() - start))
+
+        rows = list(tables.iter_rows(folder, TEST))
+        problems = Counter(row["why"] for row in rows if row["why"])
+        outcome = SystemOutcome(
+            answers=Answers(name, reply_answers(context, settings, rows), {"system": settings.model_dump()}),
+            coordinates={row["id"]: (row["found_lat"], row["found_lon"]) for row in rows if row["found_lat"] is not None},
+            stored_bytes=retrieval.stored_bytes(context, settings.encoder, files),
+            licences=retrieval.encoder_licence(context, settings.encoder),
+            notes={
+                "gallery": len(gallery.photos),
+                "set_aside": gallery.set_aside,
+                "replies": len(rows),
+                **dict(sorted(problems.items())),
+            },
+        )
+        if not settings.endpoint:
+            base = resolve_model(model)
+            outcome.stored_bytes += sum(file.stat().st_size for file in list_files(path_of(base), "*.safetensors"))
+            config = context.config.model_copy(update={"model": context.config.model.model_copy(update={"base": base})})
+            outcome.licences["model"] = base_licence(config) or "not said"
+        return outcome
 
 
-def model_of(work: ComparisonContext, rival: RagConfig) -> str:
+def model_of(context: ComparisonContext, settings: RagConfig) -> str:
     """The model's folder or hub name; at an endpoint, its name there.
 
     Raises:
         InputError: it is a system of `train.systems` that is not trained yet, or an endpoint's model is not named.
     """
-    systems = {system.name: system for system in work.config.train.systems}
-    if rival.endpoint:
-        if not rival.model:
-            raise InputError(f"compare.systems: '{rival.name}' has an endpoint and no model: name the one to ask there.")
-        return rival.model
-    if rival.model in systems:
-        return resolve_args.model_of(work.config, work.run, systems[rival.model])
-    return absolute_path(rival.model or work.config.model.base)
+    systems = {system.name: system for system in context.config.train.systems}
+    if settings.endpoint:
+        if not settings.model:
+            raise InputError(f"compare.systems: '{settings.name}' has an endpoint and no model: name the one to ask there.")
+        return settings.model
+    if settings.model in systems:
+        return trained_model(context.config, systems[settings.model])
+    return absolute_path(settings.model or context.config.model.base)
 
 
-def _found(
-    work: ComparisonContext, rival: RagConfig, queries: Embeddings, gallery: Embeddings, searcher: Searcher
+def photo_lists(
+    settings: RagConfig, queries: Embeddings, gallery: Embeddings, search: GallerySearch, seed: int
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Positions of the similar and of the dissimilar photos for each query; none is both."""
+    """Positions of the similar and of the dissimilar photos of each query; no photo is in both."""
     vectors, ids = queries.vectors, [photo["id"] for photo in queries.photos]
-    similar, many = rival.similar, len(gallery.photos)
-    near = searcher.search(vectors, max(similar, 1)).position[:, :similar]
-    if not rival.dissimilar:
-        far = np.zeros((len(ids), 0), dtype=np.int64)
-    elif rival.strategy == "random":
-        far = random_neighbours(ids, many, min(rival.dissimilar + similar, many), work.config.seed)
-    elif rival.strategy == "centroid":
-        ordinary = cluster_representatives(gallery.vectors, rival.dissimilar, work.config.seed)
-        far = ordinary[np.argsort(vectors @ gallery.vectors[ordinary].T, axis=1, kind="stable")]
+    similar, dissimilar, count = settings.similar, settings.dissimilar, len(gallery.photos)
+    nearest = search.nearest(vectors, max(similar, 1)).position[:, :similar]
+    if not dissimilar:
+        farthest = np.zeros((len(ids), 0), dtype=np.int64)
+    elif settings.strategy == "random":
+        farthest = random_neighbours(ids, count, min(dissimilar + similar, count), seed)
+    elif settings.strategy == "centroid":
+        representatives = cluster_representatives(gallery.vectors, dissimilar, seed)
+        farthest = representatives[np.argsort(vectors @ gallery.vectors[representatives].T, axis=1, kind="stable")]
     else:
-        far = searcher.search(vectors, rival.dissimilar, farthest=True).position
-    for close, others in zip(near.tolist(), far.tolist(), strict=True):
-        yield close, [i for i in others if i not in close][: rival.dissimilar]
+        farthest = search.nearest(vectors, dissimilar, farthest=True).position
+    for near, far in zip(nearest.tolist(), farthest.tolist(), strict=True):
+        yield near, [position for position in far if position not in near][:dissimilar]
 
 
-def _replies(
-    work: ComparisonContext, rival: RagConfig, model: str, prompts: Mapping[str, str], redo: bool
+def model_replies(
+    context: ComparisonContext, settings: RagConfig, model: str, prompts: Mapping[str, str], redo: bool
 ) -> dict[str, str | None]:
-    """Photo -> what the model wrote, None if it gave nothing."""
-    files = tables.table_files(work.run.photos, TEST)
-    if rival.endpoint:
-        rows = (row for row in tables.iter_rows(work.run.photos, TEST, ["id", "image"]) if row["id"] in prompts)
-        return rag.endpoint_replies(
-            work.config.labels, rival, ((row["id"], row["image"]["bytes"], prompts[row["id"]]) for row in rows), len(prompts),
-            work.run.folder / "rag" / f"{slug(rival.name)}-ledger", again=redo,
-        )  # fmt: skip
-    need = work.config.evaluate.model_copy(update={"max_new_tokens": rival.max_new_tokens, "temperature": rival.temperature})
-    config = work.config.model_copy(update={"evaluate": need})
-    units = list(work_units(files, set(prompts), max(1, min(PHOTOS, -(-len(prompts) // need.workers)))))
-    rows = run_workers(config, units, Replier, (model, work.gazetteer, config, prompts), f"compare: {rival.name}", len(prompts))
+    """Photo -> the reply of the model or of the endpoint, None if it gave none."""
+    photos, need = context.run.photos, context.config.evaluate
+    if settings.endpoint:
+        rows = (row for row in tables.iter_rows(photos, TEST, ["id", "image"]) if row["id"] in prompts)
+        requests = ((row["id"], row["image"]["bytes"], prompts[row["id"]]) for row in rows)
+        cache = context.run.folder / "rag" / f"{slug(settings.name)}-response_cache"
+        return endpoint_replies(context.config.labels, settings, requests, len(prompts), cache, again=redo)
+    need = need.model_copy(update={"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature})
+    config = context.config.model_copy(update={"evaluate": need})
+    per_unit = max(1, min(PHOTOS, -(-len(prompts) // need.workers)))
+    units = list(work_units(tables.table_files(photos, TEST), set(prompts), per_unit))
+    arguments = (model, context.gazetteer, config, prompts)
+    rows = run_workers(config, units, RagWorker, arguments, f"compare: {settings.name}", len(prompts))
     return {row["id"]: row["reply"] for row in rows}
 
 
-class Replier(ModelWorker):
+class RagWorker(ModelWorker):
     """Shows its photos to a model, each with its own prompt; rows of REPLY."""
 
     columns, schema = ("id", "image"), REPLY
@@ -165,83 +188,80 @@ class Replier(ModelWorker):
 
         need, model = self.config.evaluate, self.load()
         photos = sorted(photos, key=lambda photo: (len(self.prompts[photo["id"]]), photo["id"]))
-        for start in range(0, len(photos), AT_ONCE):
-            batch = photos[start : start + AT_ONCE]
+        for start in range(0, len(photos), BATCH):
+            batch = photos[start : start + BATCH]
             texts, images = [self.prompts[photo["id"]] for photo in batch], [photo_image(photo) for photo in batch]
-            _require_room(model, texts[-1], images[-1], need.max_new_tokens)
+            require_context_length(model, texts[-1], images[-1], need.max_new_tokens)
             torch.manual_seed(zlib.crc32(repr((self.config.seed, texts)).encode()))
             replies = model.answer(images, texts, need.max_new_tokens, need.temperature)
             yield [{"id": photo["id"], "reply": reply} for photo, reply in zip(batch, replies, strict=True)]
 
 
-def _require_room(model: Any, text: str, image: Any, more: int) -> None:
-    most = context_length(model.model)
+def require_context_length(model: Any, text: str, image: Any, new_tokens: int) -> None:
+    """Refuse a prompt that does not fit into the model's context with its reply.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    longest = context_length(model.model)
     tokens = model.inputs([model.prompt([user_turn(text)])], [[image]])["input_ids"].shape[1]
-    if most is not None and tokens + more > most:
+    if longest is not None and tokens + new_tokens > longest:
         raise InputError(
-            f"a prompt of {tokens:,} tokens and {more:,} of answer don't fit into the {most:,} that {model.folder} can read: "
-            "lower similar and dissimilar of the row."
+            f"a prompt of {tokens:,} tokens and {new_tokens:,} of answer don't fit into the {longest:,} that {model.folder} "
+            "can read: lower similar and dissimilar of the system."
         )
 
 
-def _read(
-    work: ComparisonContext, rival: RagConfig, queries: Embeddings, gallery: Embeddings, found: Sequence[tuple[list[int], list[int]]],
+def reply_rows(
+    context: ComparisonContext, settings: RagConfig, queries: Embeddings, gallery: Embeddings, lists: PhotoLists,
     prompts: Mapping[str, str], replies: Mapping[str, str | None],
 ) -> list[Row]:  # fmt: skip
-    """Rows of READ."""
-    where = np.array([(photo["lon"], photo["lat"]) for photo in gallery.photos])
-    city = (*where.min(0).tolist(), *where.max(0).tolist())
+    """Rows of REPLIES: what each reply says, and the address of its coordinates."""
+    lonlat = np.array([(photo["lon"], photo["lat"]) for photo in gallery.photos])
+    bounds = (*lonlat.min(0).tolist(), *lonlat.max(0).tolist())
     rows: list[Row] = []
-    for photo, (near, far) in zip(queries.photos, found, strict=True):
+    for photo, (near, far) in zip(queries.photos, lists, strict=True):
         reply = replies.get(photo["id"])
         row = {
             **photo, "similar": [gallery.photos[i]["id"] for i in near], "dissimilar": [gallery.photos[i]["id"] for i in far],
             "prompt": prompts[photo["id"]], "reply": reply, "why": None if reply else "empty",
         }  # fmt: skip
-        if reply and rival.ask == "coordinates":
-            said = rag.parse_coordinates(reply, city)
-            row["why"] = said.why or None
-            row["found_lat"], row["found_lon"] = said.point or (None, None)
-        elif reply and not (work.gazetteer.find_street(reply) or work.gazetteer.find_district(reply)):
+        if reply and settings.ask == "coordinates":
+            parsed = parse_coordinates(reply, bounds)
+            row["why"] = parsed.why or None
+            row["found_lat"], row["found_lon"] = parsed.point or (None, None)
+        elif reply and not (context.gazetteer.find_street(reply) or context.gazetteer.find_district(reply)):
             row["why"] = "refused"
         rows.append(row)
-    placed = [row for row in rows if row.get("found_lat") is not None]
-    if placed:
-        addresses = geocoder_of(work, gallery).addresses(*([row[key] for row in placed] for key in ("found_lat", "found_lon")))
-        for row, address in zip(placed, addresses, strict=True):
+    located = [row for row in rows if row.get("found_lat") is not None]
+    if located:
+        coordinates = ([row[key] for row in located] for key in ("found_lat", "found_lon"))
+        addresses = retrieval.open_geocoder(context, gallery).addresses(*coordinates)
+        for row, address in zip(located, addresses, strict=True):
             row["found_street"], row["found_district"] = address.street, address.district
     return rows
 
 
-def _outcome(
-    work: ComparisonContext, rival: RagConfig, model: str, rows: Sequence[Row], gallery: Embeddings, index_bytes: int
-) -> SystemOutcome:
-    made = SystemOutcome(stored_bytes=index_bytes, licences=licences(work, rival.encoder))
-    if not rival.endpoint:
-        folder = path_of(resolve_model(model))
-        made.stored_bytes += sum(file.stat().st_size for file in list_files(folder, "*.safetensors"))
-        its = work.config.model.model_copy(update={"base": resolve_model(model)})
-        made.licences["model"] = base_licence(work.config.model_copy(update={"model": its})) or "not said"
-    photos = {row["id"]: row for row in tables.iter_rows(work.run.photos, TEST, [c for c in COLUMNS if c != "image"])}
-    for row in rows:
-        for question in questions_of(photos[row["id"]]):
-            if question["kind"] == "generation":
-                made.answers.append({**question, "answer": _answer(row, question["level"], rival.ask)})
-        if row["found_lat"] is not None:
-            made.coordinates[row["id"]] = (row["found_lat"], row["found_lon"])
-    why = Counter(row["why"] for row in rows if row["why"])
-    made.notes = {
-        "gallery": len(gallery.photos),
-        "set_aside": gallery.set_aside,
-        "replies": len(rows),
-        **dict(sorted(why.items())),
-    }
-    return made
+def reply_answers(context: ComparisonContext, settings: RagConfig, rows: Sequence[Row]) -> list[Row]:
+    """Unjudged rows of ANSWERS of the kind generation, from rows of REPLIES."""
+    photos = {row["id"]: row for row in tables.iter_rows(context.run.photos, TEST, PHOTO_COLUMNS)}
+    return [
+        {**question, "answer": answer_text(row, question["level"], settings.ask)}
+        for row in rows
+        for question in questions_of(photos[row["id"]])
+        if question["kind"] == "generation"
+    ]
 
 
-def _answer(row: Row, level: str, asked: str) -> str:
-    """The reply itself, or the part of the coordinates' address that a question is about; blank without an answer."""
-    if asked == "addresses":
+def answer_text(row: Row, level: str, reply_kind: str) -> str:
+    """The reply itself, or the part of the coordinates' address that a question is about; blank without an answer.
+
+    Args:
+        row: of REPLIES.
+        level: street, district or address.
+        reply_kind: coordinates or addresses, as the model was asked.
+    """
+    if reply_kind == "addresses":
         return row["reply"] or ""
     if row["found_street"] is None:
         return ""

@@ -1,142 +1,186 @@
-"""A row of `train.systems`, or a variant of one: trained if it is not, then asked as `evaluate.answers` says."""
+"""Systems that are vision-language models of the project: trained ones, variants of them, and their likelihoods."""
 
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from addressvlm import InputError
 from addressvlm.answers.calibration import Calibration
-from addressvlm.config import Config
-from addressvlm.config.compare import LikelihoodConfig
+from addressvlm.config import Config, load, validate
+from addressvlm.config.compare import LikelihoodConfig, VariantConfig
 from addressvlm.config.train import SystemConfig
+from addressvlm.evaluation.comparison import nearest_training_m
 from addressvlm.evaluation.likelihood import calibrated_rows
-from addressvlm.evaluation.parsing import Judge
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE
 from addressvlm.models.loading import resolve_model
 from addressvlm.storage import tables
-from addressvlm.storage.remote_path import AnyPath, path_of
+from addressvlm.storage.remote_path import path_of
 from addressvlm.storage.run_dir import DONE_FILE, Run, slug
-from ray_jobs import evaluation, resolve_args, train
-from ray_jobs.baselines.context import ComparisonContext, Row, SystemOutcome, model_stats
-from ray_jobs.evaluation import EvaluationTask, files_digest, model_digest
+from addressvlm.training.stages import training_runs
+from ray_jobs import evaluation, prepare, train
+from ray_jobs.baselines.system import ComparisonContext, System, SystemOutcome, model_stats, worker_resources
+from ray_jobs.evaluation import TEST, EvaluationTask, Scores, trained_model
 
 
-def run_likelihood(work: ComparisonContext, rival: LikelihoodConfig, redo: bool = False) -> SystemOutcome:
-    """Scores of the splits `val` and `test`, calibrated as the model's own folder then says.
+class TrainedSystem(System[SystemConfig]):
+    """A system of `train.systems`: trained if it is not, then asked as `evaluate.answers` says."""
+
+    def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
+        """Train, score and ask."""
+        return run_trained(context, self.name, context.config, self.settings, redo)
+
+
+class VariantSystem(System[VariantConfig]):
+    """A system of `train.systems` in a run of its own with other settings, asked about the same photos."""
+
+    def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
+        """Train, score and ask."""
+        config, name = variant_config(context.config, self.settings), self.settings.system
+        system = next((system for system in config.train.systems if system.name == name), None)
+        if system is None:
+            names = ", ".join(system.name for system in config.train.systems)
+            raise InputError(f"compare.variants: '{self.name}' is of {name}: systems of train.systems are {names}.")
+        if system.stages:
+            require_same_split(context, self.name, config)
+        return run_trained(context, self.name, config, system, redo)
+
+
+class LikelihoodSystem(System[LikelihoodConfig]):
+    """A system of `train.systems` that answers by its scores of all addresses, calibrated as the model's folder says."""
+
+    def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
+        """Score the photos."""
+        start = time.monotonic()
+        stored = (context.run.folder / "scores" / slug(self.settings.of) / DONE_FILE).is_file() and not redo
+        scores = system_scores(context, self.settings.of, redo)
+        if not stored:
+            cost = {"seconds": time.monotonic() - start, "photos": sum(map(len, context.ids.values()))}
+            context.save_cost(self.name, "answering", {**cost, **worker_resources(context.config)})
+        system = next(system for system in context.config.train.systems if system.name == self.settings.of)
+        return replace(model_stats(context.config, system), scores=scores)
+
+
+def system_scores(context: ComparisonContext, name: str, redo: bool = False) -> Scores:
+    """Split -> rows of `tables.SCORES` of a system of `train.systems`, calibrated if it was trained.
 
     Raises:
         InputError: there is no such system, it is not trained, or its model has other addresses than the city.
     """
-    begun, known = time.monotonic(), (work.run.folder / "scores" / slug(rival.of) / DONE_FILE).is_file() and not redo
-    scores = system_scores(work, rival.of, redo)
-    if not known:
-        need, photos = work.config.evaluate, sum(map(len, work.ids.values()))
-        held = {"cpus": need.workers * need.cpus_per_worker, "gpus": need.workers * need.gpus_per_worker}
-        work.note(rival.name, "answering", {"seconds": time.monotonic() - begun, "photos": photos, **held})
-    made = model_stats(work.config, next(s for s in work.config.train.systems if s.name == rival.of))
-    return replace(made, scores=scores)
+    config, systems = context.config, {system.name: system for system in context.config.train.systems}
+    if name not in systems:
+        raise InputError(f"compare.systems names {name}: systems of train.systems are {', '.join(systems)}.")
+    model = trained_model(config, systems[name])
+    scores = score_and_calibrate(context.task, name, model, context.ids, redo)
+    calibration = Calibration.load(path_of(model)) if systems[name].stages else Calibration()
+    return {split: calibrated_rows(rows, calibration) for split, rows in scores.items()}
 
 
-def system_scores(work: ComparisonContext, system: str, redo: bool = False) -> dict[str, list[Row]]:
-    """Split -> rows of `tables.SCORES` of a system of `train.systems`, from <run>/scores or new, calibrated if it was trained.
-
-    Raises:
-        InputError: see `run_likelihood`.
-    """
-    config = work.config
-    named = {s.name: s for s in config.train.systems}
-    if system not in named:
-        raise InputError(f"compare.systems names {system}: systems of train.systems are {', '.join(named)}.")
-    model = resolve_args.model_of(config, work.run, named[system])
-    found = uncalibrated_scores(work, config, system, model, work.ids, redo=redo)
-    calibration = Calibration.load(path_of(model)) if named[system].stages else Calibration()
-    return {split: calibrated_rows(rows, calibration) for split, rows in found.items()}
-
-
-def uncalibrated_scores(
-    work: ComparisonContext, config: Config, name: str, model: str, asked: Mapping[str, Sequence[str]], shown: AnyPath | None = None,
-    redo: bool = False,
-) -> dict[str, list[Row]]:  # fmt: skip
-    """Split -> rows of SCORES as the model gives them; a trained model's calibration is left in its folder.
-
-    Args:
-        config: says how it was trained and is asked.
-        name: of the folder below <run>/scores.
-        asked: split -> ids.
-        shown: the table whose images it is shown, which it is then not calibrated on; default: the run's photos.
+def score_and_calibrate(
+    task: EvaluationTask, name: str, model: str, ids: Mapping[str, Sequence[str]], redo: bool = False
+) -> Scores:
+    """Split -> rows of `tables.SCORES`, uncalibrated; a trained model that sees photos gets its calibration.
 
     Raises:
         InputError: the model has other addresses than the city.
     """
-    own, data = evaluation.gazetteer_of(model, work.gazetteer), shown or work.run.photos
-    if own.addresses != work.gazetteer.addresses:
-        raise InputError(f"{name} knows other addresses than {work.run.gazetteer}: it can't be scored on them; train it anew.")
+    if evaluation.model_gazetteer(model, task.gazetteer).addresses != task.gazetteer.addresses:
+        raise InputError(
+            f"{name} knows other addresses than {task.data / GAZETTEER_FILE}: it can't be scored on them; train it anew."
+        )
     trained = (path_of(model) / GAZETTEER_FILE).is_file()
-    held = evaluation.calibration_photos(config, data) if trained and shown is None else {}
-    wanted = {**asked, **held}
-    made_from = {split: files_digest(tables.table_files(data, split)) for split in wanted}
-    made_from |= {"model": model_digest(model), "dtype": config.model.dtype, "seed": config.seed}
-    found = evaluation.score_addresses(config, work.run.folder, name, model, data, wanted, made_from, work.gazetteer, redo)
-    if held:
-        evaluation.fit_and_save_calibration(config, name, model, found, work.gazetteer)
-    return {split: found[split] for split in asked}
-
-
-@dataclass(frozen=True)
-class TrainedSystem:
-    """What is trained, as which settings say, and what its row is called."""
-
-    name: str
-    config: Config
-    system: SystemConfig
+    held_out = evaluation.calibration_photos(task.config, task.data) if trained and not task.images else {}
+    scores = evaluation.score(task, name, model, {**ids, **held_out}, redo=redo)
+    if held_out:
+        evaluation.calibrate(task, name, model, scores)
+    return {split: scores[split] for split in ids}
 
 
 def run_trained(
-    work: ComparisonContext, own: TrainedSystem, task: EvaluationTask, judge: Judge, redo: bool = False
-) -> tuple[SystemOutcome, list[Row]]:
-    """The outcome and its judged answers, rows of `tables.ANSWERS`; they are in answers/<slug> of the comparison's run.
+    context: ComparisonContext, name: str, config: Config, system: SystemConfig, redo: bool = False
+) -> SystemOutcome:
+    """Train a system as `config` says, and ask it about the photos of the comparison.
 
     Raises:
         InputError: it can't be trained, or the model can't be asked.
     """
-    config, system, its_run = own.config, own.system, Run(own.config)
+    run = Run(config)
     if system.stages:
         train.run_step(config, redo, [system.name])
-    model = resolve_model(resolve_args.model_of(config, its_run, system))
-    ids, need = work.ids[task.split], config.evaluate
-    task = replace(task, images=resolve_args.shown_images(config, work.run, task.split, redo))
-    there = set(tables.read_table(task.shown, task.split, ["id"])["id"].to_pylist())
-    without, ids = len(set(ids) - there), [photo for photo in ids if photo in there]
-    begun, scores = time.monotonic(), {}
-    if need.answers == "likelihood":
-        asked = {task.split: ids} if task.images else work.ids
-        scores = uncalibrated_scores(work, config, own.name, model, asked, task.images, redo)
-    if evaluation.answer_questions(config, task, own.name, model, ids, judge, work.gazetteer, scores, redo):
-        held = {"cpus": need.workers * need.cpus_per_worker, "gpus": need.workers * need.gpus_per_worker}
-        work.note(own.name, "answering", {"seconds": time.monotonic() - begun, "photos": len(ids), **held})
-    if system.stages:
-        work.note(own.name, "training", _training(config, system, its_run))
-    notes = {"photos without a tile": without} if without else {}
-    trained = its_run.model_dir(system.name) if system.stages and not task.images else None
+        context.save_cost(name, "training", training_cost(config, system.name))
+    model = resolve_model(trained_model(config, system))
+    images = evaluation.graft_images(config, context.run, TEST, redo)
+    task = replace(context.task, config=config, images=images)
+    with_image = set(tables.read_table(task.shown, TEST, ["id"])["id"].to_pylist())
+    task = replace(task, ids=[photo for photo in task.ids if photo in with_image])
+    missing = len(set(context.task.ids) - with_image)
+    outcome = replace(
+        model_stats(config, system),
+        notes={"photos without a tile": missing} if missing else {},
+        model=run.model_dir(system.name) if system.stages and not images else None,
+    )
+
+    start, scores = time.monotonic(), {}
+    if config.evaluate.answers == "likelihood":
+        scores = score_and_calibrate(task, name, model, {TEST: task.ids} if images else context.ids, redo)
+    answers = evaluation.ask(task, name, model, scores, redo=redo)
+    if answers.settings is not None:
+        cost = {"seconds": time.monotonic() - start, "photos": len(task.ids)}
+        context.save_cost(name, "answering", {**cost, **worker_resources(config)})
     calibration = Calibration.load(path_of(model)) if scores else Calibration()
     ranked = {split: calibrated_rows(rows, calibration) for split, rows in scores.items()}
-    outcome = replace(model_stats(config, system), scores=ranked, notes=notes, model=trained)
-    return outcome, evaluation.read_answers(task, own.name)
+    return replace(outcome, scores=ranked, answers=answers)
 
 
-def _training(config: Config, system: SystemConfig, run: Run) -> dict[str, Any]:
-    """What the steps of a training took, added up from its journal; starting the workers is not among them."""
-    file = run.training_dir(system.name) / "loss.jsonl"
-    train_config, seconds, photos = config.train, 0.0, 0
+def training_cost(config: Config, system: str) -> dict[str, Any]:
+    """Cost of the steps of a training, from its loss.jsonl; without the start of the workers."""
+    file, settings = Run(config).training_dir(system) / "loss.jsonl", config.train
+    seconds, photos = 0.0, 0
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         step = json.loads(line)
-        stage = train_config.stages[step["stage"]]
-        rows = stage.batch_size * stage.gradient_accumulation_steps * train_config.workers
-        seconds, photos = seconds + rows / step["samples_per_s"], photos + rows
-    workers = train_config.workers
-    return {
-        "seconds": seconds, "photos": photos,
-        "cpus": workers * train_config.cpus_per_worker, "gpus": workers * train_config.gpus_per_worker,
-    }  # fmt: skip
+        stage = settings.stages[step["stage"]]
+        batch = stage.batch_size * stage.gradient_accumulation_steps * settings.workers
+        seconds, photos = seconds + batch / step["samples_per_s"], photos + batch
+    cpus, gpus = settings.workers * settings.cpus_per_worker, settings.workers * settings.gpus_per_worker
+    return {"seconds": seconds, "photos": photos, "cpus": cpus, "gpus": gpus}
+
+
+def variant_config(config: Config, variant: VariantConfig) -> Config:
+    """The configuration of a variant's run, `<name>-<variant>`.
+
+    Raises:
+        InputError: there is no such configuration, a key is unknown or a value has the wrong type.
+    """
+    tree = config.model_dump()
+    if variant.config is not None:
+        other = load(variant.config)
+        tree |= {section: getattr(other, section).model_dump() for section in ("labels", "model", "train")}
+    for key, value in variant.set.items():
+        *sections, last = key.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        branch[last] = value
+    tree["name"] = f"{config.name}-{slug(variant.name)}"
+    return validate(tree, f"compare.variants, '{variant.name}'")
+
+
+def require_same_split(context: ComparisonContext, name: str, config: Config) -> None:
+    """Refuse a variant that would be trained on photos near the test photos.
+
+    Raises:
+        InputError: its settings draw another split, or another city that it is trained on is this one.
+    """
+    buffer_m, columns = config.city.split_buffer_m, ["id", "lat", "lon"]
+    test = tables.read_table(context.run.photos, TEST, columns).to_pylist()
+    for run, _ in training_runs(config):
+        if run.folder.name == config.name:
+            prepare.run_step(config)
+        distances = nearest_training_m(test, tables.read_table(run.photos, "train", columns).to_pylist())
+        if distances and (least := min(distances.values())) < buffer_m - 1e-3:
+            raise InputError(
+                f"'{name}' would learn from photos of {run.folder.name} that are {least:.0f} m from test photos, less than "
+                f"split_buffer_m = {buffer_m:g} m: leave seed and city.split, split_buffer_m and split_block_m as they are "
+                "(train.seed draws other weights)."
+            )

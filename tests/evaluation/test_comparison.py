@@ -1,8 +1,5 @@
-"""What a comparison says beyond each system's own metrics, and fusion."""
+"""Statistics of a comparison beyond the metrics of each system, and fusion."""
 
-import csv
-import io
-import json
 import math
 from itertools import pairwise
 
@@ -15,7 +12,7 @@ from hypothesis import strategies as st
 from addressvlm import InputError
 from addressvlm.answers import calibration
 from addressvlm.baselines import fusion
-from addressvlm.evaluation import comparison, report
+from addressvlm.evaluation import comparison, metrics, report
 from addressvlm.evaluation.likelihood import scored_photos
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from tests.support import north
@@ -230,8 +227,6 @@ def tree(rows):
 
 
 def row(name, answers, **more):
-    from addressvlm.evaluation import metrics
-
     return {
         "name": name, "kind": "generated", "failed": "", "metrics": metrics.compute_metrics(answers, 100), "top": {},
         "by_training": comparison.by_training(answers, {ADDRESSES[0]}, 100, 0), "by_distance": [], "against": None,
@@ -243,57 +238,6 @@ def row(name, answers, **more):
     }  # fmt: skip
 
 
-def test_files_say_what_a_row_cost_and_why_one_failed(tmp_path):
-    ours, theirs = ([answer(0, True), answer(1, right, ADDRESSES[1])] for right in (True, False))
-    rows = [
-        row("A", ours), row("B", theirs, against=comparison.paired_difference(ours, theirs, 100, 0)),
-        {"name": "C", "kind": "rag", "failed": "no model folder /nowhere: give one."},
-    ]  # fmt: skip
-    comparison.write_comparison(tmp_path, tree(rows))
-    assert json.loads((tmp_path / "comparison.json").read_text())["systems"][2]["failed"].startswith("no model folder")
-    text = (tmp_path / "comparison.md").read_text()
-    assert "| C | not done: no model folder /nowhere: give one. |" in text
-    assert "2.0 M" in text
-    assert "1 CPU h" in text
-    assert "| 500 |" in text
-    assert "-50.0" in text
-    lines = list(csv.DictReader(io.StringIO((tmp_path / "comparison.csv").read_text())))
-    assert [line["name"] for line in lines] == ["A", "B", "C"]
-    assert float(lines[1]["A_ds_minus_main"]) == -0.5
-    assert lines[2]["A_ds"] == ""
-    assert "not done" in comparison.comparison_text(tree(rows))
-
-
-def test_what_a_row_cost_is_the_sum_of_its_parts():
-    parts = {
-        "training": {"seconds": 3600, "cpus": 4, "gpus": 2},
-        "index": {"seconds": 1800, "cpus": 8, "gpus": 1},
-        "answering": {"seconds": 3, "photos": 12, "cpus": 2, "gpus": 1},
-    }
-    of = {"cost": {"parameters": 1_500_000, "stored_bytes": 2_500_000, **parts}}
-    assert comparison.cost(of) == {
-        "parameters": 1_500_000, "cpu_hours": 8.0, "gpu_hours": 2.5, "ms_per_photo": 250.0, "stored_bytes": 2_500_000
-    }  # fmt: skip
-    assert comparison.costs(of) == ["1.5 M", "2.5 GPU h, 8 CPU h", "250", "2.5 MB"]
-    assert comparison.costs({}) == ["–"] * 4
-
-
-def test_differences_are_those_of_the_other_row():
-    """In the table, in the CSV: the other minus the main one, so that the ends change places."""
-    cell = {"value": 0.25, "low": 0.125, "high": 0.5, "n": 8}
-    against = {"A_ds": cell, "mcnemar": {"better": 3, "worse": 1, "p": 0.0625}}
-    top = {"address-1": {"value": 0.5, "low": 0.4, "high": 0.6}, "address-5": {"value": 0.75, "low": 0.7, "high": 0.8}}
-    other = row("B", [answer(0, True)], against=against, top=top)
-    shown = dict(zip(comparison.HEAD, comparison.cells(other, "A"), strict=True))
-    assert (shown["minus main, A_ds"], shown["p"]) == ("-25.0 (-50.0 to -12.5)", "0.062")
-    assert shown["top 5"] == "75.0 (70–80)"
-    flat = comparison._flat(other)
-    assert [flat[f"A_ds_minus_main{end}"] for end in ("_low", "", "_high")] == [-0.5, -0.25, -0.125]
-    assert (flat["mcnemar_p"], flat["address_5"]) == (0.0625, 0.75)
-    (note,) = comparison._notes(tree([row("B", [answer(0, True), answer(1, False, ADDRESSES[1])])]))[1:]
-    assert "of 1 where training has the address, 0.0 (0–" in note
-
-
 def test_photos_that_systems_disagree_about(monkeypatch):
     """Those that only the main system got right and those that only the best other one did, with what both said."""
     monkeypatch.setattr(report, "thumbnails", lambda folder, split, ids: {photo: f"of {photo}" for photo in ids})
@@ -301,11 +245,11 @@ def test_photos_that_systems_disagree_about(monkeypatch):
     answers = {name: [answer(i, i in right, said=f"{name}{i}") for i in range(6)] for name, right in rights.items()}
     rows = [row(name, of) for name, of in answers.items()]
     made = report.comparison_section(tree(rows), [{**r, "hue": i + 4} for i, r in enumerate(rows)], answers, "photos", 0)
-    assert [r["hue"] for r in made["rows"]] == [4, 5, 6]
+    assert [r["hue"] for r in made["systems"]] == [4, 5, 6]
     told = made["disagreements"]
-    assert [(d["picture"], d["right"]) for d in told] == [("of photo0", "A"), ("of photo2", "B"), ("of photo5", "B")]
+    assert [(d["thumbnail"], d["right"]) for d in told] == [("of photo0", "A"), ("of photo2", "B"), ("of photo5", "B")]
     for d in told:
-        assert [(name, said["answer"]) for name, said in d["said"]] == [(n, n + d["picture"][-1]) for n in "AB"]
+        assert [(name, said["answer"]) for name, said in d["answers"]] == [(n, n + d["thumbnail"][-1]) for n in "AB"]
 
 
 def test_report_shows_the_comparison(tmp_path):
@@ -318,5 +262,5 @@ def test_report_shows_the_comparison(tmp_path):
     report.write_report(page, tree(rows), answers, CITY, comparison=tree([*rows, failed]))
     text = page.read_text()
     assert "no model &lt;folder&gt;" in text
-    assert "How far from what was learnt" in text
+    assert "Accuracy by distance to training photos" in text
     assert text.count("<svg") > 4

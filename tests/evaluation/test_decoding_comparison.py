@@ -1,23 +1,13 @@
-"""Ways of answering compared, from scores alone; the scored answers of all questions."""
-
-import io
-import random
+"""Decoding modes compared from scores alone, and how well confidence is calibrated."""
 
 import numpy as np
 import pytest
 import shapely
-from PIL import Image
 
-from addressvlm import InputError
 from addressvlm.answers.calibration import Calibration, ece
-from addressvlm.config import Config
-from addressvlm.evaluation import decoding_comparison, likelihood, text_table
-from addressvlm.evaluation.metrics import share_ci
+from addressvlm.evaluation import decoding_comparison, likelihood, result_tables
 from addressvlm.evaluation.plots import reliability_diagram
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
-from addressvlm.questions import evaluation_rounds
-from addressvlm.storage import tables
-from ray_jobs import evaluation
 
 ADDRESSES = [Address(f"Street {letter}", f"District {i % 3}") for i, letter in enumerate("ABCDEFGHIJKL")]
 LINES = {a.street: shapely.LineString([(i / 500, 0), (i / 500, 0.001)]) for i, a in enumerate(ADDRESSES)}
@@ -41,9 +31,9 @@ def rows(photos=120, skill=1.5, seed=0):
     return made
 
 
-def compare(answered=None, **kwargs):
+def compare(answers=None, **kwargs):
     return decoding_comparison.compare_decoding(
-        rows(**kwargs), CITY, Calibration(1.0, 0.8, {"0.8": 0.5}), answered or {}, SETTINGS
+        rows(**kwargs), CITY, Calibration(1.0, 0.8, {"0.8": 0.5}), answers or {}, SETTINGS
     )
 
 
@@ -60,7 +50,7 @@ def test_a_model_that_is_divided_by_its_prior_is_shown_with_it_too():
     assert compared["trust"]["own_prior"]
 
 
-def test_what_is_known_beforehand_helps():
+def test_prior_information_helps():
     compared = compare()
     names = [row["name"] for row in compared["table"]]
     assert names == [
@@ -92,7 +82,7 @@ def test_trust():
     assert sum(b["photos"] for b in trust["bins"]) == 120
     drawing = reliability_diagram(trust["bins"])
     assert drawing.count("<circle") == len(trust["bins"])
-    assert "likelihood" in text_table.decoding_table({"system": "AddressVLM", **compare()})
+    assert "likelihood" in result_tables.decoding_table({"system": "AddressVLM", **compare()})
 
 
 def test_trust_is_of_calibrated_scores_and_counts_places():
@@ -140,7 +130,7 @@ def test_nobody_is_sure():
     trust = decoding_comparison.compare_decoding(rows(), CITY, Calibration(1.0, 0.8, {"0.8": 1.0}), {}, SETTINGS)["trust"]
     assert trust["coverage"]["value"] == 0
     assert trust["precision"]["value"] is None
-    assert "–" in text_table.decoding_table({"system": "a", **compare(), "trust": trust})
+    assert "–" in result_tables.decoding_table({"system": "a", **compare(), "trust": trust})
 
 
 def test_generated_answers_beside():
@@ -163,92 +153,3 @@ def test_a_photo_without_coordinates_has_no_fix():
     given = [row | {"lat": None, "lon": None} for row in rows(photos=8)]
     compared = decoding_comparison.compare_decoding(given, CITY, Calibration(), {}, SETTINGS)
     assert accuracy(compared, "+ GPS within 50 m") == accuracy(compared, "likelihood")
-
-
-def test_all_questions_are_answered_from_the_scores():
-    given = rows(photos=8)
-    rng = random.Random(0)
-    photos = {
-        row["id"]: row | {"rounds": evaluation_rounds(Address(row["street"], row["district"]), CITY, rng)} for row in given
-    }
-    answers = list(likelihood.answers_from_scores(given, photos, CITY))
-    assert len(answers) == 8 * 9
-    for row in given:
-        best = CITY.addresses[int(np.argmax(row["scores"]))]
-        of = [answer for answer in answers if answer["id"] == row["id"]]
-        names = {"street": best.street, "district": best.district, "address": best.text()}
-        assert all(a["answer"] == names[a["level"]] for a in of if a["kind"] == "generation")
-        for a in of:
-            if a["kind"] == "judgment":
-                assert a["answer"] == ("Yes" if a["options"][0] == names[a["level"]] else "No")
-            if a["kind"] == "choice":
-                assert a["answer"] == names[a["level"]] or names[a["level"]] not in a["options"]
-
-
-def test_each_photo_has_its_own_scores():
-    """Photos of a colour each, a few at a time; a model that sees the colour."""
-
-    def encoded(red):
-        buffer = io.BytesIO()
-        Image.new("RGB", (8, 8), (red, 0, 0)).save(buffer, "PNG")
-        return {"bytes": buffer.getvalue(), "path": None}
-
-    def scores_of(images):
-        sizes.append(len(images))
-        return np.array([[image.getpixel((0, 0))[0], -1.0] for image in images])
-
-    sizes = []
-    photos = [{**row, "image": encoded(40 * i), "rounds": []} for i, row in enumerate(rows(photos=5))]
-    made = [row for batch in likelihood.score_photos(scores_of, photos, 2) for row in batch]
-    assert sizes == [2, 2, 1]
-    assert made == [{**row, "scores": [40.0 * i, -1.0]} for i, row in enumerate(rows(photos=5))]
-
-
-def test_what_the_terminal_says_of_a_models_confidence():
-    cells = {
-        name: {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 9}
-        for name, value in (("ece", 0.125), ("half", 0.75), ("coverage", 0.5), ("precision", 0.8))
-    }
-    trust = {**cells, "ece_uncalibrated": 0.25, "target": 0.9}
-    lines = text_table.decoding_table({"system": "Ours", "photos": 1234, "table": [], "trust": trust}).splitlines()
-    assert lines[0] == "Ours, ways of answering, 1,234 photos"
-    assert lines[-3:] == [
-        "calibration error 12.5 (2–22) (uncalibrated 25.0)",
-        "right among the surer half 75.0 (65–85)",
-        "for 90% right answers: knows 50.0 (40–60) of the photos, right 80.0 (70–90)",
-    ]
-
-
-def test_shares_of_places():
-    found = share_ci([1, 1, 0, 0], ["a", "a", "b", "b"], resamples=200)
-    assert found["value"] == 0.5
-    assert (found["low"], found["high"], found["n"]) == (0, 1, 4)
-    assert share_ci([], [])["value"] is None
-
-
-def test_scores_of_one_split_are_kept_when_another_is_wanted(tmp_path, monkeypatch):
-    of, asked, data = {row["id"]: row for row in rows(6)}, [], tmp_path / "data"
-
-    def answer(config, name, model, files, ids, city, scorer):
-        asked.append(list(ids))
-        return [of[photo] for photo in ids]
-
-    def score(*splits, **made_from):
-        wanted = {split: {"val": ["0", "1"], "test": ["2", "3", "4"]}[split] for split in splits}
-        made_from = {**{split: f"digest of {split}" for split in splits}, "model": "m", **made_from}
-        return evaluation.score_addresses(Config(), tmp_path, "System", "no-model", data, wanted, made_from, CITY, False)
-
-    monkeypatch.setattr(evaluation, "distributed_scores", answer)
-    for split in ("val", "test"):
-        tables.write_table(data, split, of.values(), tables.SCORES)
-    assert [row["id"] for row in score("val")["val"]] == ["0", "1"]
-    both = score("val", "test")
-    assert [row["id"] for row in both["test"]] == ["2", "3", "4"]
-    assert both["val"] == score("val")["val"]
-    assert asked == [["0", "1"], ["2", "3", "4"]]
-    assert evaluation.score_addresses(Config(), tmp_path, "Other", "m", data, {"val": ["0"]}, {"of": 1}, CITY, False)["val"]
-    assert evaluation.score_addresses(Config(), tmp_path, "Other", "m", data, {"val": ["0"]}, {"of": 1}, CITY, False)["val"]
-    assert len(asked) == 3
-    for other in ({"model": "another"}, {"val": "another digest"}):
-        with pytest.raises(InputError, match="made with other settings"):
-            score("val", "test", **other)

@@ -1,4 +1,4 @@
-"""What counts as right, the metrics and their intervals, the tables."""
+"""What counts as right, the metrics and their intervals, and their table for the terminal."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from addressvlm.evaluation import metrics, text_table
+from addressvlm.evaluation import metrics, result_tables
 from addressvlm.evaluation.parsing import Judge, yes_no
 from addressvlm.gazetteer.name_matcher import NameFinder
 
@@ -335,9 +335,16 @@ SYSTEMS = [
 
 
 def test_plain_table():
-    lines = text_table.metrics_table(SYSTEMS).splitlines()
+    lines = result_tables.metrics_table(SYSTEMS).splitlines()
     assert lines[0].split() == metrics.METRICS
     assert lines[2].split()[:5] == ["zero-shot", "50.0", "75.0", "100.0", "75.0"]
     assert lines[3].split()[-1] == "0–100"
     assert lines[4].split() == ["ours", *["–"] * 10]
     assert max(map(len, lines)) <= 120
+
+
+def test_shares_of_places():
+    found = metrics.share_ci([1, 1, 0, 0], ["a", "a", "b", "b"], resamples=200)
+    assert found["value"] == 0.5
+    assert (found["low"], found["high"], found["n"]) == (0, 1, 4)
+    assert metrics.share_ci([], [])["value"] is None

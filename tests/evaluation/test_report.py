@@ -128,7 +128,7 @@ def test_shows_everything_the_run_has(run):
     page = written(run, all_sources(run))
     for text in (
         "Toytown",
-        "No held-out place is nearer than 27.3 m to a training place (guard 25 m).",
+        "No held-out place is nearer than 27.3 m to a training place (split buffer 25 m).",
         "83.3",
         "Why there?",
         "The bend &amp; the tower.",

@@ -1,4 +1,4 @@
-"""What the card of a row without a model folder says, and metrics in the cards of models."""
+"""Cards of systems without a model folder, and metrics in the cards of models."""
 
 from pathlib import Path
 from typing import get_args
@@ -21,11 +21,11 @@ NOTES = {
     "weight of Image-GPS-Address": 1.5, "addresses left": 2.5, "nothing ruled out": 0, "true address ruled out": 3,
 }  # fmt: skip
 METRICS = {"A_ds": {"value": 0.5, "low": 0.25, "high": 0.75}, "A": {"value": None, "low": None, "high": None}}
-TOLD = {
+RESULT = {
     "metrics": METRICS, "notes": NOTES, "licences": {"encoder": "mit"},
     "cost": {"parameters": 0, "stored_bytes": 5_000_000, "answering": {"seconds": 1, "photos": 4, "cpus": 2, "gpus": 0}},
 }  # fmt: skip
-ROWS = [
+SYSTEMS = [
     ({"kind": "retrieval", "encoder": {"base": "a/dino"}}, ["`a/dino`", "8 training photos (1 set aside", "Sec. 6.5"]),
     ({"kind": "retrieval", "neighbours": 5}, ["`a/base`", "the 5 most similar"]),
     (
@@ -33,7 +33,7 @@ ROWS = [
         ["`a/reader`, at an endpoint", "paper 004", "3 similar and 16 dissimilar (farthest)", "sentences", "refused 2", "sent"],
     ),
     ({"kind": "rag", "model": "zero-shot", "ask": "addresses"}, ["the system zero-shot", "asked for addresses"]),
-    ({"kind": "likelihood", "of": "zero-shot"}, ["zero-shot", "`a/base`, never tuned", "3 addresses"]),
+    ({"kind": "likelihood", "of": "zero-shot"}, ["zero-shot", "`a/base`, not trained", "3 addresses"]),
     ({"kind": "likelihood", "of": "tuned"}, ["`models/tuned/merged`"]),
     (
         {"kind": "fusion", "of": ["AddressCLIP", "zero-shot"]},
@@ -58,14 +58,16 @@ def config(tmp_path: Path) -> Config:
     return made
 
 
-@pytest.mark.parametrize(("settings", "said"), ROWS)
-def test_a_card_says_what_a_row_is_made_of_and_worth(config: Config, settings: dict[str, object], said: list[str]) -> None:
-    (rival,) = validate({"compare": {"systems": [{"name": "Their row", **settings}]}}, "test").compare.systems
-    text = system_cards.system_card(config, rival, TOLD, "4 photos of the split test of Smallville")
+@pytest.mark.parametrize(("settings", "texts"), SYSTEMS)
+def test_a_card_has_the_parts_and_the_metrics_of_a_system(
+    config: Config, settings: dict[str, object], texts: list[str]
+) -> None:
+    (system,) = validate({"compare": {"systems": [{"name": "Their system", **settings}]}}, "test").compare.systems
+    text = system_cards.system_card(config, system, RESULT, "4 photos of the split test of Smallville")
     _, head, body = text.split("---\n", 2)
     assert yaml.safe_load(head) == {"tags": ["addressvlm", "image-geolocation", settings["kind"]], "license": "mit"}
-    assert body.startswith("\n# Smallville: Their row\n")
-    for part in [*said, "Streets: somebody", "5 training photos", "encoder: mit", "5.0 MB", "250 ms"]:
+    assert body.startswith("\n# Smallville: Their system\n")
+    for part in [*texts, "Streets: somebody", "5 training photos", "encoder: mit", "5.0 MB", "250 ms"]:
         assert part in body
     assert "Percent on 4 photos of the split test of Smallville" in body
     assert "| A_ds | 50.0 | 25.0 to 75.0 |" in body
@@ -73,35 +75,35 @@ def test_a_card_says_what_a_row_is_made_of_and_worth(config: Config, settings: d
     assert "http" not in body
 
 
-def test_every_kind_of_row_has_a_card_or_a_model() -> None:
+def test_every_kind_of_system_has_a_card_or_a_model() -> None:
     (union, _) = get_args(AnyBaseline)
     kinds = {kind for row in get_args(union) for kind in get_args(row.model_fields["kind"].annotation)}
-    assert kinds == {settings["kind"] for settings, _ in ROWS} | {"addressclip"}
+    assert kinds == {settings["kind"] for settings, _ in SYSTEMS} | {"addressclip"}
 
 
 @pytest.mark.parametrize("preset", ["demo-compare", "paper-compare"])
-def test_rows_of_the_presets_have_cards_and_stand_after_those_they_are_of(config: Config, preset: str) -> None:
+def test_systems_of_the_presets_have_cards_and_stand_after_those_that_they_need(config: Config, preset: str) -> None:
     made = load(preset)
     before = [system.name for system in made.train.systems]
-    for rival in made.compare.systems:
-        if not isinstance(rival, AddressClipConfig):
-            assert rival.name in system_cards.system_card(config, rival, TOLD, "test photos")
-        if isinstance(rival, PriorConfig):
-            assert rival.of in before
-        before.append(rival.name)
+    for system in made.compare.systems:
+        if not isinstance(system, AddressClipConfig):
+            assert system.name in system_cards.system_card(config, system, RESULT, "test photos")
+        if isinstance(system, PriorConfig):
+            assert system.of in before
+        before.append(system.name)
 
 
 def test_no_licence_is_claimed_where_parts_differ_or_say_none(config: Config) -> None:
-    (rival,) = validate({"compare": {"systems": [{"name": "x", "kind": "retrieval"}]}}, "test").compare.systems
+    (system,) = validate({"compare": {"systems": [{"name": "x", "kind": "retrieval"}]}}, "test").compare.systems
     for licences in ({}, {"encoder": "not said"}, {"encoder": "mit", "model": "apache-2.0"}):
-        head = system_cards.system_card(config, rival, {**TOLD, "licences": licences}, "test photos").split("---\n")[1]
+        head = system_cards.system_card(config, system, {**RESULT, "licences": licences}, "test photos").split("---\n")[1]
         assert "license" not in yaml.safe_load(head)
 
 
 def test_the_dual_encoders_card_takes_metrics(config: Config, tmp_path: Path) -> None:
-    rival = AddressClipConfig(name="AddressCLIP", kind="addressclip")
+    system = AddressClipConfig(name="AddressCLIP", kind="addressclip")
     readme = tmp_path / "README.md"
-    readme.write_text(addressclip.clip_card(config, rival, 10, 1000), encoding="utf-8")
+    readme.write_text(addressclip.clip_card(config, system, 10, 1000), encoding="utf-8")
     assert "Not measured yet: `python ray_jobs/compare.py` writes them here." in readme.read_text(encoding="utf-8")
     for _ in range(2):
         cards.set_metrics(tmp_path, METRICS, "4 test photos")

@@ -1,4 +1,4 @@
-"""The comparison on a real Ray: rows of several kinds, one that fails, table and report"""
+"""The comparison on a real Ray: systems of several kinds, some that fail, table and report"""
 
 import dataclasses
 import json
@@ -18,8 +18,9 @@ from addressvlm.models.parts import part_of
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run, mark_done
 from ray_jobs import compare, prepare
-from ray_jobs.baselines.context import SystemOutcome, model_stats
-from tests.support.baselines import photo, tiny_dino, where, work_in
+from ray_jobs.baselines import system_settings, trained
+from ray_jobs.baselines.system import SystemOutcome, model_stats
+from tests.support.baselines import comparison_in, photo, tiny_dino, where
 from tests.support.tiny import tiny_llava
 from tests.support.training_tables import trained_config
 
@@ -40,17 +41,17 @@ def config(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
         {"name": "Too early", "kind": "prior", "of": "Later", "district": True},
         {"name": "Later", "kind": "likelihood", "of": "zero-shot"},
     ]
-    work = work_in(
+    context = comparison_in(
         folder, tiny_llava(folder / "base"), [photo("train", number) for number in range(9)],
         evaluate={"workers": 1, "max_new_tokens": 4, "bootstrap": 100},
         train={"systems": [{"name": "zero-shot"}]}, compare={"systems": systems, "main": "zero-shot"},
     )  # fmt: skip
-    tables.write_table(work.run.photos, "val", [photo("val", number) for number in range(6)], tables.PHOTOS)
-    mark_done(work.run.photos, prepare.settings(work.config))
-    return work.config
+    tables.write_table(context.run.photos, "val", [photo("val", number) for number in range(6)], tables.PHOTOS)
+    mark_done(context.run.photos, prepare.settings(context.config))
+    return context.config
 
 
-def test_one_table_of_all_rows_and_why_some_are_missing(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_table_of_all_systems_and_why_some_are_missing(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {row["name"]: row for row in compare.run_step(config)["systems"]}
     assert list(rows) == [
         "zero-shot", "Nearest", "Nowhere", "Fused", "Fused in vain", "Two streets", "One street", "Too early", "Later",
@@ -77,7 +78,7 @@ def test_one_table_of_all_rows_and_why_some_are_missing(config: Config, capsys: 
     assert "| A_ds | 100.0 |" in cards["two-streets"]
     folder = Run(config).folder / "comparison"
     assert json.loads((folder / "comparison.json").read_text())["main"] == "zero-shot"
-    assert "What confidence is worth" in (folder / "report.html").read_text()
+    assert "Calibration" in (folder / "report.html").read_text()
 
     capsys.readouterr()
     again = compare.run_step(config, only=["zero-shot", "Nearest"])
@@ -85,7 +86,7 @@ def test_one_table_of_all_rows_and_why_some_are_missing(config: Config, capsys: 
     assert "zero-shot: already answered" in capsys.readouterr().out
 
 
-def test_all_rows_can_answer_by_their_scores(config: Config) -> None:
+def test_all_systems_can_answer_by_their_scores(config: Config) -> None:
     scored = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"answers": "likelihood"})})
     (row,) = compare.run_step(scored, redo=True, only=["zero-shot"])["systems"]
     assert not row["failed"]
@@ -94,70 +95,72 @@ def test_all_rows_can_answer_by_their_scores(config: Config) -> None:
 
 
 def test_a_variant_does_not_learn_from_photos_near_those_asked_about(tmp_path: Path) -> None:
-    work = work_in(tmp_path, "a/base", [photo("train", number) for number in range(60, 63)])
-    near, far = (work_in(tmp_path, "a/base", [photo("train", n)], name=name) for name, n in (("near", 4), ("far", 40)))
-    variant = work.config.model_copy(update={"train": work.config.train.model_copy(update={"cities": {"far": 1.0}})})
-    compare.keep_apart(work, "x", variant)
+    context = comparison_in(tmp_path, "a/base", [photo("train", number) for number in range(60, 63)])
+    near, far = (comparison_in(tmp_path, "a/base", [photo("train", n)], name=name) for name, n in (("near", 4), ("far", 40)))
+    variant = context.config.model_copy(update={"train": context.config.train.model_copy(update={"cities": {"far": 1.0}})})
+    trained.require_same_split(context, "x", variant)
     variant.train.cities["near"] = 0.5
     with pytest.raises(InputError, match=r"'x' would learn from photos of near that are 0 m from test photos, less"):
-        compare.keep_apart(work, "x", variant)
+        trained.require_same_split(context, "x", variant)
     assert {near.config.name, far.config.name} == set(variant.train.cities)
 
 
-def test_a_variant_may_learn_from_photos_just_beyond_the_guard(tmp_path: Path) -> None:
-    work = work_in(tmp_path, "a/base", [photo("train", 40)], city={"manifest": "none.csv", "split_buffer_m": 25})
-    asked = work_in(tmp_path, "a/base", [photo("train", 40)], name="other")
+def test_a_variant_may_learn_from_photos_just_beyond_the_buffer(tmp_path: Path) -> None:
+    context = comparison_in(tmp_path, "a/base", [photo("train", 40)], city={"manifest": "none.csv", "split_buffer_m": 25})
+    asked = comparison_in(tmp_path, "a/base", [photo("train", 40)], name="other")
     geod, rows = pyproj.Geod(ellps="WGS84"), [photo("test", 0)]
     rows[0] |= {"lat": 60.0, "lon": 10.0}
-    tables.write_table(work.run.photos, "test", rows, tables.PHOTOS)
+    tables.write_table(context.run.photos, "test", rows, tables.PHOTOS)
     for metres, apart in ((24.5, False), (25.5, True)):
         lon, lat, _ = geod.fwd(10.0, 60.0, 90, metres)
         tables.write_table(asked.run.photos, "train", [photo("train", 0) | {"lat": lat, "lon": lon}], tables.PHOTOS)
-        variant = work.config.model_copy(update={"train": work.config.train.model_copy(update={"cities": {"other": 1.0}})})
+        variant = context.config.model_copy(
+            update={"train": context.config.train.model_copy(update={"cities": {"other": 1.0}})}
+        )
         if apart:
-            compare.keep_apart(work, "x", variant)
+            trained.require_same_split(context, "x", variant)
         else:
-            with pytest.raises(InputError, match=r"that are 2[45] m from test photos, less than the guard of 25 m"):
-                compare.keep_apart(work, "x", variant)
+            with pytest.raises(InputError, match=r"that are 2[45] m from test photos, less than split_buffer_m = 25 m"):
+                trained.require_same_split(context, "x", variant)
 
 
 def test_only_photos_that_were_asked_about_count_within_a_radius(tmp_path: Path) -> None:
-    work = work_in(tmp_path, "a/base", [photo("train", 0)])
-    some = dataclasses.replace(work, ids={"test": ["test1", "test3"]})
-    found = compare._within(some, SystemOutcome(coordinates={"test1": where(1, 1), "test0": where(0, 0)}), (100, 0))
+    context = comparison_in(tmp_path, "a/base", [photo("train", 0)])
+    some = dataclasses.replace(context, task=dataclasses.replace(context.task, ids=["test1", "test3"]))
+    found = compare.accuracy_within(some, SystemOutcome(coordinates={"test1": where(1, 1), "test0": where(0, 0)}), (100, 0))
     assert (found["25 m"]["n"], found["25 m"]["value"]) == (2, 0.5)
-    assert compare._within(some, SystemOutcome(), (100, 0)) == {}
+    assert compare.accuracy_within(some, SystemOutcome(), (100, 0)) == {}
 
 
-def test_rows_stand_in_the_order_of_the_settings_and_see_photos(tmp_path: Path) -> None:
+def test_systems_stand_in_the_order_of_the_settings_and_see_photos(tmp_path: Path) -> None:
     systems = [{"name": "B", "kind": "likelihood", "of": "z"}, {"name": "A", "kind": "prior", "of": "B", "district": True}]
-    work = work_in(
+    context = comparison_in(
         tmp_path, "a/base", [photo("train", 0)], train={"systems": [{"name": "z"}]},
         compare={"systems": systems, "variants": [{"name": "V", "system": "z"}]},
     )  # fmt: skip
-    plan = compare._plan(work.config, work, None, None, False)
-    assert [(name, kind) for name, kind, _ in plan] == [
-        ("z", "generated"), ("B", "scored"), ("A", "prior"), ("V", "variant"),
+    assert [(settings.name, kind) for kind, settings in system_settings(context.config)] == [
+        ("z", "generated"), ("B", "likelihood"), ("A", "prior"), ("V", "variant"),
     ]  # fmt: skip
-    compare._check(work.config, ["A", "V"])
-    work.config.evaluate.images = "grafts"
-    with pytest.raises(InputError, match=r"rows of compare\.systems see photos"):
-        compare._check(work.config, [])
+    compare.check_names(context.config, ["A", "V"])
+    context.config.evaluate.images = "grafts"
+    with pytest.raises(InputError, match=r"compare\.systems need photos"):
+        compare.check_names(context.config, [])
 
 
 def test_what_is_measured_goes_into_the_cards_of_a_trained_model(tmp_path: Path) -> None:
-    work = work_in(tmp_path, "a/base", [photo("train", number) for number in range(3)])
-    model, answers = work.run.model_dir("AddressVLM"), [{"id": "test0"}, {"id": "test0"}, {"id": "test1"}]
+    context = comparison_in(tmp_path, "a/base", [photo("train", number) for number in range(3)])
+    model, answers = context.run.model_dir("AddressVLM"), [{"id": "test0"}, {"id": "test0"}, {"id": "test1"}]
     (model / "merged").mkdir(parents=True)
     (model / "merged" / "README.md").write_text(cards_module.no_metrics_section("evaluate"))
-    row = compare.SystemResult("AddressVLM", "generated", SystemOutcome(model=model), answers)
-    compare.leave_card(work.config, work, row, {"metrics": {"A_ds": {"value": 0.5, "low": 0.25, "high": 0.75}}})
+    settings = next(system for system in context.config.train.systems if system.name == "AddressVLM")
+    result = compare.SystemResult("generated", settings, SystemOutcome(model=model), answers)
+    compare.write_card(context, result, {"metrics": {"A_ds": {"value": 0.5, "low": 0.25, "high": 0.75}}})
     text = (model / "merged" / "README.md").read_text()
     assert "2 photos of the split test of r" in text
     assert "| A_ds | 50.0 | 25.0 to 75.0 |" in text
-    compare.leave_card(work.config, work, row, {"failed": "no answers"})
+    compare.write_card(context, result, {"failed": "no answers"})
     assert (model / "merged" / "README.md").read_text() == text
-    assert not (work.run.folder / "cards").exists()
+    assert not (context.run.folder / "cards").exists()
 
 
 def test_only_parts_that_learn_count_as_trained(tmp_path: Path) -> None:
@@ -173,8 +176,8 @@ def test_only_parts_that_learn_count_as_trained(tmp_path: Path) -> None:
     assert model_stats(config, system).parameters == sum(learning.values())
 
 
-def test_rows_must_be_told_apart(config: Config) -> None:
-    with pytest.raises(InputError, match=r"--row Nobody: rows are zero-shot, Nearest"):
+def test_systems_must_have_different_folders(config: Config) -> None:
+    with pytest.raises(InputError, match=r"--row Nobody: systems are zero-shot, Nearest"):
         compare.run_step(config, only=["Nobody"])
     twice = config.model_copy(update={"train": config.train.model_copy(deep=True)})
     twice.train.systems[0].name = "nearest"
@@ -183,16 +186,18 @@ def test_rows_must_be_told_apart(config: Config) -> None:
 
 
 def test_a_variant_is_a_run_of_its_own() -> None:
-    changed = compare.changed(Config(), VariantConfig(name="delta 0.3", set={"tiles.delta": 0.3, "train.cities": {"a": 1}}))
+    changed = trained.variant_config(
+        Config(), VariantConfig(name="delta 0.3", set={"tiles.delta": 0.3, "train.cities": {"a": 1}})
+    )
     assert (changed.name, changed.tiles.delta, changed.train.cities) == ("demo-delta-0-3", 0.3, {"a": 1.0})
     base = Config(seed=5)
-    compare.changed(base, VariantConfig(name="x", set={"tiles.delta": 0.25, "seed": 7}))
+    trained.variant_config(base, VariantConfig(name="x", set={"tiles.delta": 0.25, "seed": 7}))
     assert (base.tiles.delta, base.seed, base.name) == (Config().tiles.delta, 5, "demo")  # as it was
-    other = compare.changed(
+    other = trained.variant_config(
         Config(seed=3), VariantConfig(name="GeoReasoner", config="demo-georeasoner", set={"tiles.names": False})
     )
     assert (other.name, other.seed, other.tiles.names, list(other.train.stages)) == (
         "demo-georeasoner", 3, False, ["reasoning", "localization"],
     )  # fmt: skip
     with pytest.raises(InputError, match=r"compare\.variants, 'x': unknown key 'tiles\.dleta'"):
-        compare.changed(Config(), VariantConfig(name="x", set={"tiles.dleta": 0.3}))
+        trained.variant_config(Config(), VariantConfig(name="x", set={"tiles.dleta": 0.3}))

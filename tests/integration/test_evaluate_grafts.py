@@ -103,10 +103,10 @@ def test_models_of_the_run_are_asked_about_grafts_beside_what_they_said_of_photo
 
 
 def test_a_variant_with_the_map_stands_beside_rows_of_photos(config: Config) -> None:
-    rival = {"systems": [{"name": "Nearest", "kind": "retrieval"}]}
-    with_rival = Config.model_validate({**shown(config).model_dump(), "compare": rival})
-    with pytest.raises(InputError, match=r"rows of compare\.systems see photos"):
-        compare.run_step(with_rival)
+    baselines = {"systems": [{"name": "Nearest", "kind": "retrieval"}]}
+    with_baselines = Config.model_validate({**shown(config).model_dump(), "compare": baselines})
+    with pytest.raises(InputError, match=r"compare\.systems need photos"):
+        compare.run_step(with_baselines)
     one = config.model_copy(update={"train": config.train.model_copy(update={"systems": config.train.systems[:1]})})
     rows = {row["name"]: row for row in compare.run_step(one)["systems"]}
     assert list(rows) == ["zero-shot", "with the map"]

@@ -19,9 +19,9 @@ from addressvlm.config import validate
 from addressvlm.config.compare import RagConfig
 from addressvlm.gazetteer.gazetteer import Gazetteer
 from ray_jobs.baselines import combined, rag, retrieval, trained
-from ray_jobs.baselines.context import ComparisonContext, SystemOutcome
-from ray_jobs.baselines.retrieval import Embeddings, IndexPart, Searcher, index_files, index_parts
-from tests.support.baselines import GAZETTEER, photo, work_in
+from ray_jobs.baselines.retrieval import Embeddings, GallerySearch, IndexParts, build_index, index_loaders
+from ray_jobs.baselines.system import ComparisonContext, SystemOutcome
+from tests.support.baselines import GAZETTEER, comparison_in, photo
 from tests.support.label_requests import config_of
 from tests.support.openai_endpoint import Endpoint, says
 
@@ -40,35 +40,35 @@ def embedded(folder: Path, split: str, count: int) -> Embeddings:
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> ComparisonContext:
-    return work_in(tmp_path, "a/base", [photo("train", number) for number in range(9)])
+def context(tmp_path: Path) -> ComparisonContext:
+    return comparison_in(tmp_path, "a/base", [photo("train", number) for number in range(9)])
 
 
-# Vectors and what is found
+# Embeddings and search
 
 
 def test_some_photos_keep_their_own_vectors(tmp_path: Path) -> None:
     everything = embedded(tmp_path, "train", 6)
-    some = everything.of(["train4", "train1"])
+    some = everything.select(["train4", "train1"])
     assert [row["id"] for row in some.photos] == ["train4", "train1"]
     assert np.array_equal(some.vectors, everything.vectors[[4, 1]])
     everything.photos[2]["lat"], everything.photos[3]["lon"] = None, float("nan")
-    known = everything.somewhere()
+    known = everything.with_coordinates()
     assert [row["id"] for row in known.photos] == ["train0", "train1", "train4", "train5"]
     assert np.array_equal(known.vectors, everything.vectors[[0, 1, 4, 5]])
     assert known.set_aside == 2
 
 
-def test_parts_of_an_index_find_what_the_whole_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_an_index_find_what_one_index_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval, "PART", 4)
     gallery, queries, group = embedded(tmp_path, "train", 10), unit(3, 5), np.array([0, 1, 2, -1, 0, 1, 2, 2, 3, 0])
-    files = index_files(gallery)
+    files = build_index(gallery)
     assert [len(VectorIndex.load(file, gallery.encoder, 6)) for file in files] == [4, 4, 2]
     whole, pieces = (
         VectorIndex(gallery.vectors, "dino a1"),
-        IndexPart([(4 * n, load) for n, load in enumerate(index_parts(files, gallery))]),
+        IndexParts([(4 * n, load) for n, load in enumerate(index_loaders(files, gallery))]),
     )
-    assert pieces.ready() == 10
+    assert pieces.size() == 10
     for farthest in (False, True):
         one, many = whole.search(queries, 3, farthest), pieces.search(queries, 3, farthest)
         assert np.array_equal(many.position, one.position)
@@ -76,7 +76,7 @@ def test_parts_of_an_index_find_what_the_whole_finds(tmp_path: Path, monkeypatch
     assert pieces.best(queries, group, 5) == pytest.approx(whole.best(queries, group, 5), abs=1e-6)
     other = embedded(tmp_path, "train", 9)
     with pytest.raises(InputError, match="photos: 10 -> 9"):
-        index_files(other)
+        build_index(other)
 
 
 def test_many_queries_are_answered_each_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,18 +84,18 @@ def test_many_queries_are_answered_each_as_alone(monkeypatch: pytest.MonkeyPatch
     whole = VectorIndex(gallery, "e")
     monkeypatch.setattr(ray, "get", None)  # one part needs no Ray
     monkeypatch.setattr(retrieval, "QUERIES", 2)
-    with Searcher([lambda: whole]) as searcher:
+    with GallerySearch([lambda: whole]) as search:
         for farthest in (False, True):
-            assert np.array_equal(searcher.search(queries, 4, farthest).position, whole.search(queries, 4, farthest).position)
-        assert searcher.best(queries, group, 3) == pytest.approx(whole.best(queries, group, 3), abs=1e-6)
+            assert np.array_equal(search.nearest(queries, 4, farthest).position, whole.search(queries, 4, farthest).position)
+        assert search.best(queries, group, 3) == pytest.approx(whole.best(queries, group, 3), abs=1e-6)
 
 
-def test_rows_of_retrieval_are_each_photos_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matches_of_retrieval_are_each_photos_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gallery, queries, address = embedded(tmp_path, "train", 9), embedded(tmp_path, "test", 5), np.arange(9) % 3
-    with Searcher([lambda: VectorIndex(gallery.vectors, "e")]) as searcher:
-        rows_of = partial(retrieval._rows, gallery=gallery, searcher=searcher, address=address, city=GAZETTEER, neighbours=3)
-        alone = [next(rows_of(queries.of([row["id"]]))) for row in queries.photos]
-        monkeypatch.setattr(retrieval, "AT_A_TIME", 2)
+    with GallerySearch([lambda: VectorIndex(gallery.vectors, "e")]) as search:
+        rows_of = partial(retrieval.match_rows, gallery=gallery, search=search, address=address, city=GAZETTEER, neighbours=3)
+        alone = [next(rows_of(queries.select([row["id"]]))) for row in queries.photos]
+        monkeypatch.setattr(retrieval, "QUERIES", 2)
         together = list(rows_of(queries))
     like = queries.vectors @ gallery.vectors.T
     for number, (one, other) in enumerate(zip(alone, together, strict=True)):
@@ -107,23 +107,23 @@ def test_rows_of_retrieval_are_each_photos_own(tmp_path: Path, monkeypatch: pyte
         assert other["similarity"] == pytest.approx(like[number].max(), abs=1e-6)
 
 
-def test_what_answering_took_is_added_up_over_the_splits(tmp_path: Path) -> None:
-    took = retrieval.answering([embedded(tmp_path, "val", 3), embedded(tmp_path, "test", 4)], 0.5)
+def test_the_cost_of_queries_is_added_up_over_the_splits(tmp_path: Path) -> None:
+    took = retrieval.query_cost([embedded(tmp_path, "val", 3), embedded(tmp_path, "test", 4)], 0.5)
     assert took == {"seconds": 4.5, "photos": 7, "cpus": 1.0}
 
 
-def test_what_is_found_again_is_of_the_same_photos_and_addresses(work: ComparisonContext, tmp_path: Path) -> None:
+def test_matches_that_are_there_are_of_the_same_photos_and_addresses(context: ComparisonContext, tmp_path: Path) -> None:
     gallery = embedded(tmp_path, "train", 4)
     elsewhere = validate({"city": {"manifest": "none.csv", "max_distance_m": 7}}, "test")
     made = [
-        retrieval.made_from(of, photos)
+        retrieval.search_settings(of, photos)
         for of, photos in (
-            (work, gallery),
-            (work, replace(gallery, encoder="clip")),
-            (work, replace(gallery, data="b3")),
-            (replace(work, ids={"test": work.ids["test"][:5]}), gallery),
-            (replace(work, gazetteer=Gazetteer(GAZETTEER.addresses[:2])), gallery),
-            (replace(work, config=elsewhere), gallery),
+            (context, gallery),
+            (context, replace(gallery, encoder="clip")),
+            (context, replace(gallery, data="b3")),
+            (replace(context, ids={"test": context.ids["test"][:5]}), gallery),
+            (replace(context, task=replace(context.task, gazetteer=Gazetteer(GAZETTEER.addresses[:2]))), gallery),
+            (replace(context, task=replace(context.task, config=elsewhere)), gallery),
         )
     ]
     assert len({json.dumps(each) for each in made}) == 6
@@ -133,15 +133,17 @@ def test_what_is_found_again_is_of_the_same_photos_and_addresses(work: Compariso
 
 
 @pytest.mark.parametrize("strategy", ["farthest", "random", "centroid"])
-def test_similar_and_dissimilar_photos_of_each_query(work: ComparisonContext, tmp_path: Path, strategy: str) -> None:
+def test_similar_and_dissimilar_photos_of_each_query(context: ComparisonContext, tmp_path: Path, strategy: str) -> None:
     gallery, queries = embedded(tmp_path, "train", 12), embedded(tmp_path, "test", 5)
-    rival = RagConfig(name="rag", kind="rag", similar=3, dissimilar=2, strategy=strategy)  # type: ignore[arg-type]
-    like = queries.vectors @ gallery.vectors.T
-    with Searcher([lambda: VectorIndex(gallery.vectors, "e")]) as searcher:
-        found = list(rag._found(work, rival, queries, gallery, searcher))
-        one_by_one = [next(iter(rag._found(work, rival, queries.of([row["id"]]), gallery, searcher))) for row in queries.photos]
-        none = rival.model_copy(update={"similar": 0, "dissimilar": 0})
-        assert list(rag._found(work, none, queries, gallery, searcher)) == [([], [])] * 5
+    settings = RagConfig(name="rag", kind="rag", similar=3, dissimilar=2, strategy=strategy)  # type: ignore[arg-type]
+    like, seed = queries.vectors @ gallery.vectors.T, context.config.seed
+    with GallerySearch([lambda: VectorIndex(gallery.vectors, "e")]) as search:
+        found = list(rag.photo_lists(settings, queries, gallery, search, seed))
+        one_by_one = [
+            next(iter(rag.photo_lists(settings, queries.select([row["id"]]), gallery, search, seed))) for row in queries.photos
+        ]
+        none = settings.model_copy(update={"similar": 0, "dissimilar": 0})
+        assert list(rag.photo_lists(none, queries, gallery, search, seed)) == [([], [])] * 5
     assert found == one_by_one
     for (near, far), row in zip(found, like, strict=True):
         assert near == np.argsort(-row)[:3].tolist()
@@ -153,7 +155,7 @@ def test_similar_and_dissimilar_photos_of_each_query(work: ComparisonContext, tm
             assert row[far[0]] <= row[far[1]]
 
 
-def test_each_photo_is_shown_with_its_own_prompt(work: ComparisonContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_photo_is_shown_with_its_own_prompt(context: ComparisonContext, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = [photo("test", number) for number in range(6)]
     prompts = {row["id"]: f"{row['street']} {row['id']}" + "?" * (7 * number % 5) for number, row in enumerate(photos)}
 
@@ -162,12 +164,12 @@ def test_each_photo_is_shown_with_its_own_prompt(work: ComparisonContext, monkey
             assert (most, temperature) == (9, 0.5)
             return [f"{text} {image.getpixel((0, 0))}" for image, text in zip(images, texts, strict=True)]
 
-    need = work.config.evaluate.model_copy(update={"max_new_tokens": 9, "temperature": 0.5})
-    worker = rag.Replier("m", GAZETTEER, work.config.model_copy(update={"evaluate": need}), prompts)
+    need = context.config.evaluate.model_copy(update={"max_new_tokens": 9, "temperature": 0.5})
+    worker = rag.RagWorker("m", GAZETTEER, context.config.model_copy(update={"evaluate": need}), prompts)
     seeds: list[int] = []
     monkeypatch.setattr(worker, "load", Model, raising=False)
-    monkeypatch.setattr(rag, "_require_room", lambda *_: None)
-    monkeypatch.setattr(rag, "AT_ONCE", 4)
+    monkeypatch.setattr(rag, "require_context_length", lambda *_: None)
+    monkeypatch.setattr(rag, "BATCH", 4)
     monkeypatch.setattr(torch, "manual_seed", seeds.append)
     replies = {row["id"]: row["reply"] for batch in worker.work(photos) for row in batch}
     colours = {"Mill Street": (255, 0, 0), "Oak Avenue": (0, 0, 255), "Lake Road": (0, 128, 0)}
@@ -179,7 +181,7 @@ def test_each_photo_is_shown_with_its_own_prompt(work: ComparisonContext, monkey
 
 
 def test_replies_of_an_endpoint_are_those_to_the_photos_own_prompts(tmp_path: Path, hurry: None) -> None:
-    rival = RagConfig(name="rag", kind="rag", model="m", max_new_tokens=33, temperature=0.7)
+    settings = RagConfig(name="rag", kind="rag", model="m", max_new_tokens=33, temperature=0.7)
     texts = {f"photo{number}": f"Where is number {number}?" for number in range(5)}
 
     def parts_of(body: dict[str, Any]) -> tuple[str, str]:
@@ -189,10 +191,10 @@ def test_replies_of_an_endpoint_are_those_to_the_photos_own_prompts(tmp_path: Pa
     with Endpoint(
         lambda number, body: says("" if "2" in parts_of(body)[0] else f"! {parts_of(body)[0]}")
     ).running() as endpoint:
-        labels, rival = config_of(endpoint), rival.model_copy(update={"endpoint": endpoint.url})
+        labels, settings = config_of(endpoint), settings.model_copy(update={"endpoint": endpoint.url})
         images = {name: photo("test", number)["image"]["bytes"] + bytes([number]) for number, name in enumerate(texts)}
         given = [(name, images[name], text) for name, text in texts.items()]
-        found = rag_module.endpoint_replies(labels, rival, given, 5, tmp_path / "cache", show=lambda line: None)
+        found = rag_module.endpoint_replies(labels, settings, given, 5, tmp_path / "ledger", show=lambda line: None)
         asked = dict(map(parts_of, endpoint.asked))
     assert found == {name: None if name == "photo2" else f"! {text}" for name, text in texts.items()}
     assert list(found) == list(texts)
@@ -202,16 +204,16 @@ def test_replies_of_an_endpoint_are_those_to_the_photos_own_prompts(tmp_path: Pa
 
 def test_an_answer_is_the_part_of_the_address_that_was_asked_for() -> None:
     row = {"reply": "Somewhere", "found_street": "Mill Street", "found_district": "Harbour"}
-    said = [rag._answer(row, level, "coordinates") for level in ("street", "district", "address")]
+    said = [rag.answer_text(row, level, "coordinates") for level in ("street", "district", "address")]
     assert said == ["Mill Street", "Harbour", "Mill Street, Harbour"]
-    assert rag._answer(row, "street", "addresses") == "Somewhere"
-    assert rag._answer(row | {"found_street": None}, "address", "coordinates") == ""
+    assert rag.answer_text(row, "street", "addresses") == "Somewhere"
+    assert rag.answer_text(row | {"found_street": None}, "address", "coordinates") == ""
 
 
-# What rows are made of, and what they cost
+# Costs, and systems made of others
 
 
-def test_the_time_of_a_training_is_that_of_its_steps(work: ComparisonContext) -> None:
+def test_the_time_of_a_training_is_that_of_its_steps(context: ComparisonContext) -> None:
     stage = {"data": "photos", "batch_size": 4, "gradient_accumulation_steps": 3}
     train = {
         "workers": 2,
@@ -219,40 +221,42 @@ def test_the_time_of_a_training_is_that_of_its_steps(work: ComparisonContext) ->
         "gpus_per_worker": 0.5,
         "stages": {"a": stage, "b": {"data": "photos", "batch_size": 5}},
     }
-    config = validate({**work.config.model_dump(), "train": {**train, "systems": [{"name": "S", "stages": ["a", "b"]}]}}, "t")
-    journal = work.run.training_dir("S")
+    config = validate(
+        {**context.config.model_dump(), "train": {**train, "systems": [{"name": "S", "stages": ["a", "b"]}]}}, "t"
+    )
+    journal = context.run.training_dir("S")
     journal.mkdir(parents=True)
     lines = [{"stage": "a", "samples_per_s": 8.0}, {"stage": "a", "samples_per_s": 12.0}, {"stage": "b", "samples_per_s": 5.0}]
     (journal / "loss.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    took = trained._training(config, config.train.systems[0], work.run)
+    took = trained.training_cost(config, "S")
     assert took == {"seconds": 24 / 8 + 24 / 12 + 10 / 5, "photos": 58, "cpus": 6, "gpus": 1.0}
 
 
-def test_what_is_noted_stays_until_it_is_noted_again(work: ComparisonContext) -> None:
-    assert work.noted("A row") == {}
-    work.note("A row", "index", {"seconds": 1.0})
-    work.note("A row", "answering", {"seconds": 2.0})
-    work.note("Other", "index", {"seconds": 9.0})
-    work.note("A row", "index", {"seconds": 3.0})
-    with work.cost("A row", "training", 7, cpus=2.0, gpus=1.0):
+def test_a_cost_stays_until_it_is_measured_again(context: ComparisonContext) -> None:
+    assert context.costs("A system") == {}
+    context.save_cost("A system", "index", {"seconds": 1.0})
+    context.save_cost("A system", "answering", {"seconds": 2.0})
+    context.save_cost("Other", "index", {"seconds": 9.0})
+    context.save_cost("A system", "index", {"seconds": 3.0})
+    with context.measure_cost("A system", "training", 7, {"cpus": 2.0, "gpus": 1.0}):
         pass
-    noted = work.noted("A row")
-    assert (noted["index"], noted["answering"]) == ({"seconds": 3.0}, {"seconds": 2.0})
-    assert {**noted["training"], "seconds": 0} == {"seconds": 0, "photos": 7, "cpus": 2.0, "gpus": 1.0}
+    costs = context.costs("A system")
+    assert (costs["index"], costs["answering"]) == ({"seconds": 3.0}, {"seconds": 2.0})
+    assert {**costs["training"], "seconds": 0} == {"seconds": 0, "photos": 7, "cpus": 2.0, "gpus": 1.0}
 
 
-def test_a_row_made_of_others_has_all_that_they_have(work: ComparisonContext) -> None:
-    scores = [{"id": name, "scores": [float(at)]} for at, name in enumerate(work.ids["test"])]
-    work = replace(
-        work,
+def test_a_system_made_of_others_has_all_that_they_have(context: ComparisonContext) -> None:
+    scores = [{"id": name, "scores": [float(at)]} for at, name in enumerate(context.ids["test"])]
+    context = replace(
+        context,
         outcomes={
             "a": SystemOutcome(scores={"test": scores[::-1]}, parameters=3, stored_bytes=10, licences={"model": "mit"}),
             "b": SystemOutcome(parameters=4, stored_bytes=20, licences={"encoder": "apache-2.0"}),
         },
     )
-    assert combined.scores_of_row(work, "a", "'F' fuses") == {"test": scores}  # in the order of the photos
+    assert combined.scores_of(context, "a", "'F' fuses") == {"test": scores}  # in the order of the photos
     with pytest.raises(InputError, match="'F' fuses 'b', which has no scores"):
-        combined.scores_of_row(work, "b", "'F' fuses")
-    made = combined.combined_costs(work, ["a", "b", "a system without a row"])
+        combined.scores_of(context, "b", "'F' fuses")
+    made = combined.combined_stats(context, ["a", "b", "a system that did not run"])
     assert (made.parameters, made.stored_bytes) == (7, 30)
     assert made.licences == {"model": "mit", "encoder": "apache-2.0"}

@@ -11,7 +11,8 @@ from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.questions import evaluation_rounds
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
-from ray_jobs.baselines.context import ComparisonContext
+from ray_jobs import evaluation
+from ray_jobs.baselines.system import ComparisonContext
 from tests.support.training_tables import STREETS, picture
 
 DINO = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8, "mlp_ratio": 2}
@@ -45,15 +46,16 @@ def photo(split: str, number: int, known: bool = True) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def work_in(folder: Path, base: Path | str, learnt: list[dict[str, Any]], **settings: Any) -> ComparisonContext:
-    """A prepared run of coloured photos: six to ask about, and those to learn from."""
+def comparison_in(folder: Path, base: Path | str, training: list[dict[str, Any]], **settings: Any) -> ComparisonContext:
+    """A prepared run of coloured photos: six to ask about, and those to train on."""
     config = validate(
         {"name": "r", "storage": str(folder), "model": {"base": str(base)}, "city": {"manifest": "none.csv"}, **settings},
         "test",
     )
     run = Run(config)
     test = [photo("test", number) for number in range(6)]
-    for split, rows in (("train", learnt), ("test", test)):
+    for split, rows in (("train", training), ("test", test)):
         tables.write_table(run.photos, split, rows, tables.PHOTOS)
     GAZETTEER.save(run.gazetteer)
-    return ComparisonContext(config, run, {"test": [row["id"] for row in test]}, GAZETTEER, run.folder / "costs")
+    task = evaluation.open_task(config, run.photos, "test", run.folder)
+    return ComparisonContext(run, task, {"test": task.ids})
