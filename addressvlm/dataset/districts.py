@@ -50,10 +50,7 @@ def choose_districts(
 
     Args:
         streets: a point in degrees (lon, lat) on each named street.
-        path: for errors.
-
-    Raises:
-        InputError: the file has no named district of that source or level.
+        path: for the error where the file has no district of that source or level.
     """
     if admin_level is not None and source == "auto":
         source = "admin"

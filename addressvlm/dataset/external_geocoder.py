@@ -1,7 +1,8 @@
 """External reverse geocoders: a sample of the places is queried, the rest take the answer of the nearest (paper 002, A.2).
 
-A new service is one class of SERVICES. Google's key comes from GOOGLE_MAPS_API_KEY and from nowhere else; it is in no log,
-error or cache.
+A new service is one class of SERVICES: `parameters` of a request, `secret` ones that are never stored, `check` raises
+InputError, or UnavailableError for another attempt, if a reply is no answer, `parse` reads it. Google's key comes from
+GOOGLE_MAPS_API_KEY and from nowhere else; it is in no log, error or cache.
 """
 
 import json
@@ -11,10 +12,11 @@ import sqlite3
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -49,208 +51,6 @@ class GeocoderAnswer:
     district: str | None = None
     second: str | None = None
     tie: bool = False
-
-
-class GeocoderService(Protocol):
-    """One kind of geocoder."""
-
-    url: str  # its public address
-    access_hint: str  # what to do when it refuses us, as the end of a sentence
-
-    def parameters(self, lat: str, lon: str, language: str | None) -> dict[str, str]:
-        """Query parameters of a request, without the key."""
-
-    def secret(self) -> dict[str, str]:
-        """Query parameters that are never stored; InputError if the key is missing."""
-
-    def check(self, reply: dict[str, Any]) -> None:
-        """Raise InputError, or UnavailableError for another attempt, if the reply is no answer."""
-
-    def parse(self, reply: dict[str, Any]) -> GeocoderAnswer | None:
-        """The answer in a reply, None if there is no address."""
-
-
-def locate_by_geocoder(
-    ids: Sequence[str],
-    lat: NDArray[np.float64],
-    lon: NDArray[np.float64],
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    config: GeocoderConfig,
-    cache_file: Path,
-    seed: int,
-    language: str | None = None,
-) -> tuple[list[GeocoderAnswer | None], list[str]]:
-    """Answers for N places and their sources: the service's name, or "neighbour" for those filled from the nearest.
-
-    `config.share` of the places is drawn by seed, whatever their order, and queried; a place without an answer takes that of
-    the nearest place that has one within MAX_FILL_M, None if there is none.
-
-    Args:
-        ids, lat, lon, x, y: (N,) names, degrees and metres of the places.
-        cache_file: replies of earlier runs, which are not requested again.
-
-    Raises:
-        InputError: the service refuses us, is over its quota, keeps failing, or its key is missing.
-    """
-    order = sorted(range(len(ids)), key=lambda i: ids[i])
-    sample = sorted(random.Random(f"{seed}:geocoder").sample(order, max(1, round(config.share * len(order))))) if order else []
-    answers: list[GeocoderAnswer | None] = [None] * len(ids)
-    for i, answer in zip(sample, _query([(lat[i], lon[i]) for i in sample], config, cache_file, language), strict=True):
-        answers[i] = answer
-    answered = [i for i in sample if answers[i]]
-    sources = ["neighbour"] * len(ids)
-    for i in answered:
-        sources[i] = config.service
-    others = np.setdiff1d(np.arange(len(ids)), answered)
-    if answered and len(others):
-        points = shapely.points(x, y)
-        tree = shapely.STRtree(points[answered])
-        filled, nearest = tree.query_nearest(points[others], max_distance=MAX_FILL_M, all_matches=False)
-        for i, j in zip(others[filled], nearest, strict=True):
-            answers[i] = answers[answered[j]]
-    return answers, sources
-
-
-def _query(
-    points: Sequence[tuple[float, float]], config: GeocoderConfig, cache_file: Path, language: str | None
-) -> list[GeocoderAnswer | None]:
-    """The service's answers about points, from the cache where it has them."""
-    service = SERVICES[config.service]
-    url = config.url or service.url
-    cache = ReplyCache(cache_file, config.service, url, language)
-    try:
-        missing = list(dict.fromkeys(rounded(*p) for p in points if cache.get(*p) is None))[: config.max_requests]
-        if missing:
-            _request(missing, service, url, config, cache, language)
-        replies = [cache.get(*p) for p in points]
-        return [None if reply is None else service.parse(reply) for reply in replies]
-    finally:
-        cache.close()
-
-
-def _request(
-    points: list[tuple[str, str]],
-    service: GeocoderService,
-    url: str,
-    config: GeocoderConfig,
-    cache: "ReplyCache",
-    language: str | None,
-) -> None:
-    """Request every point and store each reply at once; points that fail for now are skipped."""
-    secret, host = service.secret(), urlsplit(url).hostname or url
-    limiter = RateLimiter(config.per_second)
-    headers = {"User-Agent": config.user_agent, "Accept": "application/json"}
-    client = HttpClient(limiter, headers, config.timeout_s, MAX_BYTES, MAX_WAIT_S, jitter=0.5)
-
-    def request(point: tuple[str, str]) -> dict[str, Any]:
-        parameters = service.parameters(*point, language) | secret
-        response = client.get(url, config.retries + 1, parameters, lambda r: service.check(_json(r, host, service)))
-        return _json(response, host, service)
-
-    failures = 0
-    with ThreadPoolExecutor(max(1, min(MAX_THREADS, int(config.per_second)))) as pool:
-        requests = {pool.submit(request, point): point for point in points}
-        try:
-            for done in as_completed(requests):
-                try:
-                    reply = done.result()
-                except UnavailableError as error:
-                    failures += 1
-                    if error.over_quota or failures == MAX_FAILURES:
-                        raise InputError(
-                            f"{host} is not available ({error}): the {len(cache):,} answers so far are in {cache.path}, rerun "
-                            "the same command later, or lower city.geocoder.per_second."
-                        ) from None
-                else:
-                    failures = 0
-                    cache.put(float(requests[done][0]), float(requests[done][1]), reply)
-        except BaseException:
-            limiter.stop()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _json(response: Response, host: str, service: GeocoderService) -> dict[str, Any]:
-    """The JSON object in a response.
-
-    Raises:
-        InputError: the server refuses us, or it is not a geocoder.
-    """
-    if response.status in (401, 403):
-        raise InputError(f"{host} refuses us ({response.status}): {service.access_hint}.")
-    if response.status != 200:
-        raise InputError(f"{host} answers {response.status} instead of an address: check city.geocoder.url.")
-    try:
-        reply = json.loads(response.body)
-    except ValueError:
-        reply = None
-    if not isinstance(reply, dict):
-        html = response.content_type == "text/html" or response.body.lstrip()[:1] == b"<"
-        raise InputError(
-            f"{host} answers with {'a web page' if html else 'something else'} instead of JSON: check city.geocoder.url, and "
-            "that there is no login page in between."
-        )
-    return reply
-
-
-class ReplyCache:
-    """An SQLite file of raw replies, one row a point and service; safe against kills and against several runs at once."""
-
-    def __init__(self, path: Path, service: str, server: str, language: str | None) -> None:
-        """Open or create the file for the replies of one service.
-
-        Raises:
-            InputError: the file can't be written or is something else.
-        """
-        self.path = Path(path)
-        self._key = (service, server, language or "")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(self.path, timeout=60.0)  # another run may be writing
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS answers (service TEXT, server TEXT, language TEXT, lat TEXT, lon TEXT, "
-                "asked_at TEXT, reply TEXT, PRIMARY KEY (service, server, language, lat, lon))"
-            )
-            self._database.commit()
-        except (sqlite3.Error, OSError) as error:
-            raise InputError(
-                f"the geocoder's answers can't be stored in {self.path} ({error}): set city.geocoder.cache to another file."
-            ) from None
-
-    def get(self, lat: float, lon: float) -> dict[str, Any] | None:
-        """The reply about a point, None if it was never requested."""
-        row = self._database.execute(
-            "SELECT reply FROM answers WHERE service=? AND server=? AND language=? AND lat=? AND lon=?",
-            (*self._key, *rounded(lat, lon)),
-        ).fetchone()
-        return json.loads(row[0]) if row else None
-
-    def put(self, lat: float, lon: float, reply: dict[str, Any]) -> None:
-        """Store a reply; it is on disk when this returns."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        row = (*self._key, *rounded(lat, lon), now, json.dumps(reply, ensure_ascii=False))
-        try:
-            with self._database:
-                self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", row)
-        except sqlite3.Error as error:
-            raise InputError(
-                f"the geocoder's answer can't be stored in {self.path} ({error}): make room, or set city.geocoder.cache to "
-                "another file."
-            ) from None
-
-    def __len__(self) -> int:
-        query = "SELECT count(*) FROM answers WHERE service=? AND server=? AND language=?"
-        return int(self._database.execute(query, self._key).fetchone()[0])
-
-    def close(self) -> None:
-        """Close the file."""
-        self._database.close()
-
-
-def rounded(lat: float, lon: float) -> tuple[str, str]:
-    """A point as it is requested and stored."""
-    return f"{lat:.{DECIMALS}f}", f"{lon:.{DECIMALS}f}"
 
 
 class Nominatim:
@@ -337,4 +137,165 @@ class Google:
         return GeocoderAnswer(first, district, second, tie=second_votes == votes)
 
 
-SERVICES: dict[str, GeocoderService] = {"nominatim": Nominatim(), "google": Google()}
+SERVICES: dict[str, Nominatim | Google] = {"nominatim": Nominatim(), "google": Google()}
+
+
+def locate_by_geocoder(
+    ids: Sequence[str],
+    lat: NDArray[np.float64],
+    lon: NDArray[np.float64],
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    config: GeocoderConfig,
+    cache_file: Path,
+    seed: int,
+    language: str | None = None,
+) -> tuple[list[GeocoderAnswer | None], list[str]]:
+    """Answers for N places and their sources: the service's name, or "neighbour" for those filled from the nearest.
+
+    `config.share` of the places is drawn by seed, whatever their order, and queried; a place without an answer takes that of
+    the nearest place that has one within MAX_FILL_M, None if there is none.
+
+    Args:
+        ids, lat, lon, x, y: (N,) names, degrees and metres of the places.
+        cache_file: replies of earlier runs, which are not requested again.
+
+    Raises:
+        InputError: the service refuses us, is over its quota, keeps failing, or its key is missing.
+    """
+    order = sorted(range(len(ids)), key=lambda i: ids[i])
+    sample = sorted(random.Random(f"{seed}:geocoder").sample(order, max(1, round(config.share * len(order))))) if order else []
+    service = SERVICES[config.service]
+    url = config.url or service.url
+    with closing(ReplyCache(cache_file, config.service, url, language)) as cache:
+        missing = list(dict.fromkeys(rounded(lat[i], lon[i]) for i in sample if cache.get(lat[i], lon[i]) is None))
+        if missing:
+            _request(missing[: config.max_requests], service, url, config, cache, language)
+        replies = {i: cache.get(lat[i], lon[i]) for i in sample}
+    answers = [service.parse(reply) if (reply := replies.get(i)) is not None else None for i in range(len(ids))]
+    answered = np.array([i for i in sample if answers[i]], dtype=np.int64)
+    sources = [config.service if answer else "neighbour" for answer in answers]
+    others = np.setdiff1d(np.arange(len(ids)), answered)
+    if len(answered) and len(others):
+        points = shapely.points(x, y)
+        tree = shapely.STRtree(points[answered])
+        filled, nearest = tree.query_nearest(points[others], max_distance=MAX_FILL_M, all_matches=False)
+        for i, j in zip(others[filled], answered[nearest], strict=True):
+            answers[i] = answers[j]
+    return answers, sources
+
+
+def _request(
+    points: list[tuple[str, str]],
+    service: Nominatim | Google,
+    url: str,
+    config: GeocoderConfig,
+    cache: "ReplyCache",
+    language: str | None,
+) -> None:
+    """Request every point and store each reply at once; points that fail for now are skipped."""
+    secret, host = service.secret(), urlsplit(url).hostname or url
+    limiter = RateLimiter(config.per_second)
+    headers = {"User-Agent": config.user_agent, "Accept": "application/json"}
+    client = HttpClient(limiter, headers, config.timeout_s, MAX_BYTES, MAX_WAIT_S, jitter=0.5)
+
+    def request(point: tuple[str, str]) -> dict[str, Any]:
+        parameters = service.parameters(*point, language) | secret
+        response = client.get(url, config.retries + 1, parameters, lambda r: service.check(_json(r, host, service)))
+        return _json(response, host, service)
+
+    failures = 0
+    with ThreadPoolExecutor(max(1, min(MAX_THREADS, int(config.per_second)))) as pool:
+        requests = {pool.submit(request, point): point for point in points}
+        try:
+            for done in as_completed(requests):
+                try:
+                    reply = done.result()
+                except UnavailableError as error:
+                    failures += 1
+                    if error.over_quota or failures == MAX_FAILURES:
+                        raise InputError(
+                            f"{host} is not available ({error}): the {len(cache):,} answers so far are in {cache.path}, rerun "
+                            "the same command later, or lower city.geocoder.per_second."
+                        ) from None
+                else:
+                    failures = 0
+                    cache.put(float(requests[done][0]), float(requests[done][1]), reply)
+        except BaseException:
+            limiter.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _json(response: Response, host: str, service: Nominatim | Google) -> dict[str, Any]:
+    """The JSON object in a response; InputError if the server refuses us or is no geocoder."""
+    if response.status in (401, 403):
+        raise InputError(f"{host} refuses us ({response.status}): {service.access_hint}.")
+    if response.status != 200:
+        raise InputError(f"{host} answers {response.status} instead of an address: check city.geocoder.url.")
+    try:
+        reply = json.loads(response.body)
+    except ValueError:
+        reply = None
+    if not isinstance(reply, dict):
+        html = response.content_type == "text/html" or response.body.lstrip()[:1] == b"<"
+        raise InputError(
+            f"{host} answers with {'a web page' if html else 'something else'} instead of JSON: check city.geocoder.url, and "
+            "that there is no login page in between."
+        )
+    return reply
+
+
+class ReplyCache:
+    """An SQLite file of raw replies, one row a point and service; safe against kills and against several runs at once."""
+
+    def __init__(self, path: Path, service: str, server: str, language: str | None) -> None:
+        """Open or create the file for the replies of one service; InputError if that fails or it is something else."""
+        self.path = Path(path)
+        self._key = (service, server, language or "")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self.path, timeout=60.0)  # another run may be writing
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS answers (service TEXT, server TEXT, language TEXT, lat TEXT, lon TEXT, "
+                "asked_at TEXT, reply TEXT, PRIMARY KEY (service, server, language, lat, lon))"
+            )
+            self._database.commit()
+        except (sqlite3.Error, OSError) as error:
+            raise InputError(
+                f"the geocoder's answers can't be stored in {self.path} ({error}): set city.geocoder.cache to another file."
+            ) from None
+
+    def get(self, lat: float, lon: float) -> dict[str, Any] | None:
+        """The reply about a point, None if it was never requested."""
+        row = self._database.execute(
+            "SELECT reply FROM answers WHERE service=? AND server=? AND language=? AND lat=? AND lon=?",
+            (*self._key, *rounded(lat, lon)),
+        ).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def put(self, lat: float, lon: float, reply: dict[str, Any]) -> None:
+        """Store a reply; it is on disk when this returns."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        row = (*self._key, *rounded(lat, lon), now, json.dumps(reply, ensure_ascii=False))
+        try:
+            with self._database:
+                self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        except sqlite3.Error as error:
+            raise InputError(
+                f"the geocoder's answer can't be stored in {self.path} ({error}): make room, or set city.geocoder.cache to "
+                "another file."
+            ) from None
+
+    def __len__(self) -> int:
+        query = "SELECT count(*) FROM answers WHERE service=? AND server=? AND language=?"
+        return int(self._database.execute(query, self._key).fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+
+def rounded(lat: float, lon: float) -> tuple[str, str]:
+    """A point as it is requested and stored."""
+    return f"{lat:.{DECIMALS}f}", f"{lon:.{DECIMALS}f}"

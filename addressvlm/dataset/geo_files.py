@@ -233,13 +233,14 @@ class _OsmReader:
                 self.areas.append((tags, [(m.role, m.ref) for m in item.members if m.type == "w"]))
                 self.needed.add_references(item)
         if self.areas:
-            for way in self._needed_objects(WAY):
+            for way in osmium.FileProcessor(self.path, WAY).with_filter(self.needed.id_filter()):
                 self._add_refs(way)
 
     def extract(self, bounds: Bounds | None) -> GeoExtract:
         """The third pass: the nodes; then shapes."""
         node_ids, lon, lat = array("q"), array("d"), array("d")
-        for node in self._needed_objects(NODE):
+        nodes: Iterable[Any] = osmium.FileProcessor(self.path, NODE).with_filter(self.needed.id_filter())
+        for node in nodes:
             if node.location.valid():
                 node_ids.append(node.id)
                 lon.append(node.lon)
@@ -258,9 +259,6 @@ class _OsmReader:
         areas = [(tags, [(role, line(way)) for role, way in members]) for tags, members in self.areas]
         return _build_extract(self.points, lines, areas, bounds)
 
-    def _needed_objects(self, kind: Any) -> Iterator[Any]:
-        return iter(osmium.FileProcessor(self.path, kind).with_filter(self.needed.id_filter()))
-
     def _add_refs(self, way: Any) -> None:
         if way.id not in self.refs:
             self.refs[way.id] = np.fromiter((node.ref for node in way.nodes), dtype=np.int64)
@@ -268,11 +266,7 @@ class _OsmReader:
 
 
 def _read_overpass(tree: dict[str, Any], select: TagFilter) -> GeoExtract:
-    """The selected objects of an answer of the Overpass API, with `out geom` or with the nodes as elements of their own.
-
-    Raises:
-        KeyError, TypeError, ValueError: the tree is not such an answer.
-    """
+    """The selected objects of an answer of the Overpass API, with `out geom` or with the nodes as elements of their own."""
     elements = {kind: [e for e in tree["elements"] if e["type"] == kind] for kind in ("node", "way", "relation")}
     nodes = {e["id"]: (e["lon"], e["lat"]) for e in elements["node"]}
 
@@ -334,12 +328,11 @@ def _build_extract(
 
 def _area(border: list[tuple[str, Line]]) -> shapely.Geometry:
     """What the outer rings of an area enclose, without its holes; empty if no ring is complete."""
-
-    def enclosed(inner: bool) -> shapely.Geometry:
+    enclosed = []
+    for inner in (False, True):
         lines = [shapely.linestrings(line) for role, line in border if (role == "inner") == inner and len(line) > 1]
-        return shapely.union_all([make_valid(ring) for ring in shapely.get_parts(shapely.polygonize(lines))])
-
-    return shapely.difference(enclosed(inner=False), enclosed(inner=True))
+        enclosed.append(shapely.union_all([make_valid(ring) for ring in shapely.get_parts(shapely.polygonize(lines))]))
+    return shapely.difference(*enclosed)
 
 
 def make_valid(area: BaseGeometry) -> BaseGeometry:

@@ -194,7 +194,12 @@ def _unique_names(street: str, axis: "StreetAxis", segments: list[_Segment]) -> 
     """
     segments = list(segments)
     while True:
-        names = [_name(street, segment) for segment in segments]
+        names = []
+        for segment in segments:
+            ends = " and ".join(segment.bounds)
+            names.append(
+                f"{street} between {ends}" if len(segment.bounds) == 2 else f"{street} from {ends} on" if ends else street
+            )
         shared = {name for name, n in Counter(names).items() if n > 1}
         for i, segment in enumerate(segments):
             crossing = segment.start_crossing or segment.end_crossing
@@ -206,12 +211,6 @@ def _unique_names(street: str, axis: "StreetAxis", segments: list[_Segment]) -> 
         if repeated is None:
             return segments, names
         _join(segments, repeated, repeated - 1)
-
-
-def _name(street: str, segment: _Segment) -> str:
-    if len(segment.bounds) == 2:
-        return f"{street} between {segment.bounds[0]} and {segment.bounds[1]}"
-    return f"{street} from {segment.bounds[0]} on" if segment.bounds else street
 
 
 class Crossings:
@@ -270,7 +269,10 @@ class StreetAxis:
         """The lines of one street in metres; shapes that are no lines (a square's area) are skipped."""
         pieces = shapely.get_parts(np.array(shapes, dtype=object))
         lines = [p for p in pieces if shapely.get_dimensions(p) == 1 and p.length > 0]
-        self.parts = _align(_drop_parallel(_join_lines(lines))) if lines else []
+        # joined where exactly two meet, the longest first, whatever the order and direction of the input
+        joined = shapely.normalize(shapely.get_parts(shapely.line_merge(shapely.union_all(shapely.normalize(lines)))))
+        longest_first = sorted(joined, key=lambda line: (-round(line.length, 3), line.wkb))
+        self.parts = _align(_drop_parallel(longest_first)) if lines else []
         self.starts: list[float] = []
         self.spans: list[tuple[float, float]] = []
         end = 0.0
@@ -300,12 +302,6 @@ class StreetAxis:
             if begin <= end and start <= begin + part.length
         ]
         return shapely.union_all([p for p in pieces if p.length > 0] or pieces)
-
-
-def _join_lines(lines: Sequence[BaseGeometry]) -> list[BaseGeometry]:
-    """Lines joined where exactly two meet, the longest first; the order and direction of the input don't matter."""
-    joined = shapely.get_parts(shapely.line_merge(shapely.union_all(shapely.normalize(lines))))
-    return sorted(shapely.normalize(joined), key=lambda line: (-round(line.length, 3), line.wkb))
 
 
 def _drop_parallel(lines: list[BaseGeometry]) -> list[BaseGeometry]:

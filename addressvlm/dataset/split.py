@@ -110,7 +110,10 @@ class _Splitter:
                 missing = target - count
                 if missing <= 0:
                     return
-                members = [i for i in block if self._can_move(i, part)]
+                members = [
+                    i for i in block
+                    if self.part[i] in ("train", "aside") and {self.part[j] for j in self.near[i]} <= {"train", "aside", part}
+                ]  # fmt: skip
                 if members and len(members) < 2 * missing and self._keeps_addresses_trained(members):
                     self._move(members, part)
                     count += len(members)
@@ -149,11 +152,6 @@ class _Splitter:
         blocks = [cells[cell] for cell in sorted(cells)]
         rng.shuffle(blocks)
         return blocks
-
-    def _can_move(self, i: int, part: Part) -> bool:
-        """Whether it is in training, or in the buffer of this same split, and no place of the other held-out split is near."""
-        held_out = {self.part[j] for j in self.near[i]} - {"train", "aside", part}
-        return self.part[i] in ("train", "aside") and not held_out
 
     def _keeps_addresses_trained(self, members: list[int]) -> bool:
         """Whether each address in the block, and each that its buffer takes places from, keeps a training place."""

@@ -105,11 +105,13 @@ class StreetMap:
         one_file = streets is not None and districts is not None and Path(streets) == Path(districts)
         names, roads, polygons = StreetNames([], [], {}, {}), [], []
         if streets:
-            extract = read_geo_file(
-                streets,
-                "city.streets",
-                lambda tags: is_relevant(tags) or (one_file and is_district(tags)) or (with_roads and is_road(tags)),
-            )
+
+            def select(tags: Tags) -> bool:  # `select_streets` counts ordinary streets without a name
+                street = is_street(tags) and (has_name(tags) or tags.get("highway") in ORDINARY)
+                block = is_block(tags) and has_name(tags)
+                return street or block or (one_file and is_district(tags)) or (with_roads and is_road(tags))
+
+            extract = read_geo_file(streets, "city.streets", select)
             lines = extract
             if one_file and not extract.osm:  # a table of both: its areas are the districts
                 lines = GeoExtract.from_features([f for f in extract.features if f.dimension < 2], extract.bounds)
@@ -121,7 +123,10 @@ class StreetMap:
             named = [f for f in extract.features if osm_names(f.tags, language)[0]]
             points = shapely.point_on_surface(list(dict(zip(names.names, names.shapes, strict=True)).values()))
             layer = choose_districts(replace(extract, features=named), points, str(districts), district_source, admin_level)
-            polygons = _merge_by_name(layer, language)
+            parts = defaultdict(list)
+            for area in layer:
+                parts[osm_names(area.tags, language)[0]].append(make_valid(area.shape))
+            polygons = [(name, shapely.union_all(shapes)) for name, shapes in parts.items()]
             for name, others in collect_variants(layer, language).items():
                 names.variants[name] = list(dict.fromkeys([*names.variants.get(name, []), *others]))
         street_map = cls(names.names, names.shapes, polygons, centre, names.variants)
@@ -215,11 +220,6 @@ class StreetNames:
     display: dict[str, str]
 
 
-def is_relevant(tags: Tags) -> bool:
-    """Whether `select_streets` needs the object: named streets, named blocks, and ordinary streets without a name."""
-    return (is_street(tags) and (has_name(tags) or tags.get("highway") in ORDINARY)) or (is_block(tags) and has_name(tags))
-
-
 def has_name(tags: Tags) -> bool:
     """Whether there is a name in any language."""
     return any(key == "name" or key.startswith("name:") for key in tags)
@@ -229,10 +229,7 @@ def select_streets(extract: GeoExtract, path: str, language: str | None = None, 
     """The streets (or blocks) of an extract or of a table, each with its displayed name.
 
     All lines of a table count, and its areas and points too unless it has OpenStreetMap's `highway` or `place`, by which
-    these are judged then.
-
-    Raises:
-        InputError: nothing of it has a name.
+    these are judged then. InputError if nothing of it has a name.
     """
     features = [f for f in extract.features if osm_names(f.tags, language)[0]]
     osm_tags = extract.osm or any("highway" in f.tags or "place" in f.tags for f in features)
@@ -369,14 +366,6 @@ def _unify_spellings(names: Sequence[str], shapes: Sequence[BaseGeometry]) -> di
                 rest = [name for name in rest if name not in near]
             display |= dict.fromkeys(street, street[0])
     return display
-
-
-def _merge_by_name(layer: Sequence[GeoFeature], language: str | None) -> list[tuple[str, BaseGeometry]]:
-    """The union of the areas of each displayed name."""
-    parts: dict[str, list[BaseGeometry]] = defaultdict(list)
-    for area in layer:
-        parts[osm_names(area.tags, language)[0]].append(make_valid(area.shape))
-    return [(name, shapely.union_all(shapes)) for name, shapes in parts.items()]
 
 
 def _collect(parts: list[BaseGeometry]) -> BaseGeometry:

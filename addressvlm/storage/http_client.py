@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import requests
 import urllib3
@@ -59,16 +59,6 @@ class UnavailableError(Exception):
     def __init__(self, message: str, wait_s: float | None = None, over_quota: bool = False) -> None:
         super().__init__(message)
         self.wait_s, self.over_quota = wait_s, over_quota
-
-
-class Limiter(Protocol):
-    """A rate limit on requests."""
-
-    def wait(self) -> None:
-        """Return when it is this caller's turn."""
-
-    def pause(self, seconds: float) -> None:
-        """Allow no turn before `seconds` from now, to any caller."""
 
 
 class RateLimiter:
@@ -145,8 +135,8 @@ class HttpClient:
     """GET requests from any number of threads."""
 
     def __init__(
-        self, limiter: Limiter, headers: Mapping[str, str], timeout_s: float, max_bytes: int, max_wait_s: float,
-        backoff_s: float = 1.0, jitter: float = 0.0,
+        self, limiter: RateLimiter | SharedRateLimiter, headers: Mapping[str, str], timeout_s: float, max_bytes: int,
+        max_wait_s: float, backoff_s: float = 1.0, jitter: float = 0.0,
     ) -> None:  # fmt: skip
         """Send nothing yet.
 

@@ -44,10 +44,6 @@ def read(city: CityConfig) -> tuple[list[Photo], list[dict[str, Any]]]:
 
 
 def recognize(city: CityConfig) -> str:
-    """The name of the reader for this city's source.
-
-    Raises:
-        InputError: there is no such source, or it is no table and no folder.
-    """
+    """The name of the reader for this city's source."""
     sample = sample_source(city)
     return next(name for name, reader in READERS.items() if reader.recognizes(sample))

@@ -58,11 +58,7 @@ class Manifest:
 
 
 def source_path(city: CityConfig) -> str:
-    """The table or folder that the photos are read from.
-
-    Raises:
-        InputError: neither is set.
-    """
+    """The table or folder that the photos are read from; InputError if neither is set."""
     source = city.manifest or city.photos
     if not source:
         raise InputError(
@@ -79,11 +75,7 @@ def photos_folder(city: CityConfig) -> str:
 
 
 def sample_source(city: CityConfig) -> SourceSample:
-    """Look at the source.
-
-    Raises:
-        InputError: there is nothing there, or it is no folder and no table.
-    """
+    """Look at the source; InputError if there is none, or it is no folder and no table."""
     source = source_path(city)
     path = path_of(source)
     if not path.suffix and not path.exists():
@@ -96,11 +88,7 @@ def sample_source(city: CityConfig) -> SourceSample:
 
 
 def list_photos(folder: str) -> list[str]:
-    """The photos below a folder, sorted.
-
-    Raises:
-        InputError: there is no such folder or no photo in it.
-    """
+    """The photos below a folder, sorted; InputError if there is no such folder or no photo in it."""
     if not path_of(folder).is_dir():
         raise InputError(f"no folder at {folder}: set city.photos to the folder of your photos.")
     photos = [file for file in walk_files(folder) if is_photo(file)]

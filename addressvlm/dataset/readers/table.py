@@ -55,11 +55,7 @@ class Table:
 
 
 def open_table(source: str) -> Table:
-    """Open it and read its header.
-
-    Raises:
-        InputError: there is no such file or it is none of these formats; also while rows are read, when it is damaged.
-    """
+    """Open it and read its header; InputError if that fails, and while rows are read from a damaged file."""
     if remote_path.path_of(source).suffix.lower() not in FORMATS:
         raise InputError(f"the manifest {source} is not a .csv, .tsv, .jsonl, .parquet or .json file: save it as one of them.")
     rows = _read(source)
