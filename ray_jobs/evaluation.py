@@ -317,7 +317,7 @@ def model_gazetteer(model: str, city: Gazetteer) -> Gazetteer:
 
 def graft_images(config: Config, run: Run, split: str, redo: bool = False) -> AnyPath | None:
     """The photos of a run on the tiles of their places if `evaluate.images` is grafts; None: models see the photos."""
-    return graft.photos_on_tiles(config, run, split, redo) if config.evaluate.images == "grafts" else None
+    return graft.graft_photos(config, run, split, redo) if config.evaluate.images == "grafts" else None
 
 
 def score_photos(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Photos -> grafted images: each training photo in the corner of the tile of its place, street names on the tile.
+"""Graft each training photo onto the map tile of its place.
 
     python ray_jobs/graft.py --config demo
 
@@ -23,14 +23,14 @@ from addressvlm.tiles.graft_rows import Grafter, graft_batch, graft_photos_batch
 from ray_jobs import common, prepare
 from ray_jobs.ray_data import run_shards
 
-SHARD = 256  # photos; a second or two of work
-FETCHING_ONLY = {"cache", "per_second", "user_agent", "attribution"}  # settings that no graft depends on
+SHARD_ROWS = 256  # one or two seconds of work
+DOWNLOAD_SETTINGS = {"cache", "per_second", "user_agent", "attribution"}  # they do not change the grafts
 COLUMNS = ["id", "place", "lat", "lon", "heading", "image", "street", "main_street", "district"]
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """What the grafts depend on."""
-    return {**prepare.settings(config), "tiles": config.tiles.model_dump(exclude=FETCHING_ONLY)}
+    """The settings that the grafts depend on."""
+    return {**prepare.settings(config), "tiles": config.tiles.model_dump(exclude=DOWNLOAD_SETTINGS)}
 
 
 def run_step(config: Config, redo: bool) -> None:
@@ -46,61 +46,63 @@ def run_step(config: Config, redo: bool) -> None:
     files, tiles = _sources(config, run)
     work = ShardWork(partial(graft_batch, *files, tiles), tables.GRAFTS, COLUMNS, sources_fingerprint(*files))
     with resumable_dir(run.grafts, settings(config), redo) as folder:
-        told = _make(run, "train", folder, work, "graft")
-    print(f"graft: {told[0]:,} grafted images in {run.grafts}, {told[1]:,} rejected", flush=True)
+        written, rejected = _graft_split(run, "train", folder, work, "graft")
+    print(f"graft: {written:,} grafted images in {run.grafts}, {rejected:,} rejected", flush=True)
 
 
-def photos_on_tiles(config: Config, of: Run, split: str, redo: bool = False) -> AnyPath:
-    """The photos of a split, each on the tile of its place, for `evaluate.images: grafts`: their table with other images.
+def graft_photos(config: Config, source: Run, split: str, redo: bool = False) -> AnyPath:
+    """Graft the photos of a split for `evaluate.images: grafts`; the folder of their table, with grafts as images.
 
     Args:
-        config: whose tiles they are, and whose run keeps them.
-        of: the run with the photos and their city.
+        config: settings of the tiles, and of the run that stores the result.
+        source: the run with the photos and their city.
 
     Raises:
-        InputError: as `run_step`, or a graft would be two images.
+        InputError: as `run_step`, or tiles.layout is two.
     """
     if config.tiles.layout == "two":
-        raise InputError("evaluate.images is grafts and tiles.layout is two, but one image is asked about: set it to graft.")
+        raise InputError(
+            "evaluate.images is grafts and tiles.layout is two, but questions are about one image: set it to graft."
+        )
     target = Run(config).grafted_photos / split
-    photos = sources_fingerprint(*map(str, tables.table_files(of.photos, split)))
-    made_from = {"photos": photos, "tiles": settings(config)["tiles"]}
-    if is_done(target, made_from, redo):
+    photos = sources_fingerprint(*map(str, tables.table_files(source.photos, split)))
+    inputs = {"photos": photos, "tiles": settings(config)["tiles"]}
+    if is_done(target, inputs, redo):
         return target
-    files, tiles = _sources(of.config.model_copy(update={"tiles": config.tiles}), of)
+    files, tiles = _sources(source.config.model_copy(update={"tiles": config.tiles}), source)
     work = ShardWork(partial(graft_photos_batch, *files, tiles, split), tables.PHOTOS, None, sources_fingerprint(*files))
-    with resumable_dir(target, made_from, redo) as folder:
-        told = _make(of, split, folder, work, f"graft-{Run(config).folder.name}-{split}")
-    print(f"graft: {told[0]:,} photos of the split {split} on their tiles in {target}, {told[1]:,} rejected", flush=True)
+    with resumable_dir(target, inputs, redo) as folder:
+        written, rejected = _graft_split(source, split, folder, work, f"graft-{Run(config).folder.name}-{split}")
+    print(f"graft: {written:,} photos of the split {split} grafted in {target}, {rejected:,} rejected", flush=True)
     return target
 
 
 def _sources(config: Config, run: Run) -> tuple[tuple[str | None, str | None], str]:
-    """The files of streets and imagery, and the settings of tiles as JSON; a missing file is told before Ray is asked."""
+    """The files of streets and imagery, and the tile settings as JSON; opens the files, so that errors come before any task."""
     sources = resolve_city_files(config, run)
     if sources.city.streets and not run.roads.is_file():
-        raise InputError(f"there is no {run.roads} to draw tiles from: run prepare again, with --redo.")
+        raise InputError(f"there is no {run.roads} to draw tiles from: rerun prepare with --redo.")
     files = (str(run.roads) if sources.city.streets else None, sources.tiles.imagery)
     Grafter(*files, sources.tiles)
     return files, sources.tiles.model_dump_json()
 
 
-def _make(run: Run, split: str, folder: AnyPath, work: ShardWork, step: str) -> tuple[int, int]:
-    """Graft a split of a run's photos; how many were written and rejected."""
-    shards = plan_shards(run.photos, split, SHARD)
+def _graft_split(run: Run, split: str, folder: AnyPath, work: ShardWork, step: str) -> tuple[int, int]:
+    """Graft a split of a run's photos; the numbers written and rejected."""
+    shards = plan_shards(run.photos, split, SHARD_ROWS)
     total = sum(shard.rows for shard in shards)
-    made = run_shards("graft", shards, folder, work)
-    written = sum(summary["written"].get(split, 0) for summary in made)
-    rejects = [reject for summary in made for reject in summary["rejects"]]
+    summaries = run_shards("graft", shards, folder, work)
+    written = sum(summary["written"].get(split, 0) for summary in summaries)
+    rejects = [reject for summary in summaries for reject in summary["rejects"]]
     file = run.rejects / f"{step}.parquet"
     write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), file)
     if not written or len(rejects) > run.config.city.max_reject_share * total:
-        invalidate_shards(folder, [summary for summary in made if summary["rejects"]])
+        invalidate_shards(folder, [summary for summary in summaries if summary["rejects"]])
         first = rejects[0]["reason"].rstrip(".") if rejects else f"there are no {split} photos"
-        more = ", or raise city.max_reject_share" if written else ""
+        hint = ", or raise city.max_reject_share" if written else ""
         raise InputError(
-            f"{len(rejects)} of {total} photos have no graft (the first: {first}): mend tiles.imagery or city.streets for "
-            f"the places listed in {file}{more}."
+            f"{len(rejects)} of {total} photos have no graft (the first: {first}): fix tiles.imagery or city.streets for "
+            f"the places listed in {file}{hint}."
         )
     return written, len(rejects)
 

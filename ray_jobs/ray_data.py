@@ -1,7 +1,7 @@
-"""Ray Data as the jobs use it: shards of a table through a plain function, in tasks that write what they make.
+"""Run a function over the shards of a table with Ray Data; the tasks read and write the files themselves.
 
-Image bytes go from file to file inside a task; only the shards' summaries come back. Ray Data's own checkpoints resume by
-row as well, but pass all bytes through the object store and name their files by the order in which tasks end.
+Image bytes stay inside a task; only the shards' summaries return. Ray Data's own checkpoints also resume by row, but pass all
+bytes through the object store and number their files in the order in which tasks end.
 """
 
 import json
@@ -16,8 +16,8 @@ from addressvlm.storage.remote_path import AnyPath
 from addressvlm.storage.shards import MARKS_DIR, Shard, ShardWork, Summary, process_shard, remove_stale_files
 from ray_jobs.common import Heartbeat, progress
 
-STOP = "stop"  # key of the sentence with which a task stops the job; an exception would lose its type on the way
-LONGEST_GROUP = 8  # shards that a task makes; their summaries come back together
+STOP = "stop"  # key of the message with which a task stops the job; Ray does not keep the type of an exception
+MAX_GROUP = 8  # shards per task; their summaries return together
 
 
 def run_shards(
@@ -28,15 +28,15 @@ def run_shards(
     tasks: int | None = None,
     actor: dict[str, float] | None = None,
 ) -> list[Summary]:
-    """Make all shards that are not made yet, at most `tasks` at a time; summaries in the order of the shards.
+    """Process all shards that are not done yet, at most `tasks` at a time; summaries in the order of the shards.
 
     Args:
-        step: what to call it in the lines that are printed.
-        folder: where the files go; all nodes must see it.
-        actor: what each of `tasks` workers needs (`num_cpus`, `num_gpus`) that stay, so that what they load stays loaded.
+        step: its name in the progress lines.
+        folder: output folder, visible to all nodes.
+        actor: resources (`num_cpus`, `num_gpus`) of each of `tasks` actors, which keep their models loaded; None: plain tasks.
 
     Raises:
-        InputError: one that the work raised.
+        InputError: the first one that the work raised.
     """
     remove_stale_files(folder, len(shards))
     total = sum(shard.rows for shard in shards)
@@ -49,12 +49,11 @@ def run_shards(
 
     groups = _groups(len(shards), tasks or int(ray.cluster_resources().get("CPU", 1)))
     items = ray.data.from_items(groups, override_num_blocks=len(groups))
-    given = (shards, folder, work)
     if actor:
-        staying = ray.data.ActorPoolStrategy(size=min(tasks or 1, len(groups)))
-        dataset = items.flat_map(_Maker, fn_constructor_args=given, compute=staying, **actor)
+        pool = ray.data.ActorPoolStrategy(size=min(tasks or 1, len(groups)))
+        dataset = items.flat_map(_GroupWorker, fn_constructor_args=(shards, folder, work), compute=pool, **actor)
     else:
-        dataset = items.flat_map(_Maker(*given).make, concurrency=tasks)
+        dataset = items.flat_map(_GroupWorker(shards, folder, work).__call__, concurrency=tasks)
     done, summaries = 0, []
     with Heartbeat(lambda: f"{step}: {sum(1 for _ in (folder / MARKS_DIR).iterdir()):,} of {len(shards):,} shards, working"):
         for row in dataset.iter_rows():
@@ -64,52 +63,48 @@ def run_shards(
             done += summary["rows"]
             progress(step, done, total)
             summaries.append(summary)
-    remove_stale_files(folder, len(shards), summaries)  # workers of a killed job may have written on for a moment
+    remove_stale_files(folder, len(shards), summaries)  # workers of a killed job may have written for a moment longer
     return sorted(summaries, key=lambda summary: summary["number"])
 
 
-class _Maker:
-    """Makes groups of shards."""
+class _GroupWorker:
+    """Processes groups of shards, in a task or an actor."""
 
     def __init__(self, shards: list[Shard], folder: AnyPath, work: ShardWork) -> None:
         self.shards, self.folder, self.work = shards, folder, work
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, str]]:
-        """As Ray Data asks a worker that stays."""
-        return self.make(row)
-
-    def make(self, row: dict[str, Any]) -> list[dict[str, str]]:
-        """The summaries of a group, as JSON; an InputError ends it and comes as a summary too."""
-        made: list[Summary] = []
+        """The summaries of a group, as JSON; an InputError ends the group and is returned as a summary."""
+        summaries: list[Summary] = []
         try:
             for shard in self.shards[row["first"] : row["last"]]:
-                made.append(process_shard(shard, self.folder, self.work))
+                summaries.append(process_shard(shard, self.folder, self.work))
         except InputError as error:
-            made.append({STOP: str(error)})
-        return [{"summary": json.dumps(summary)} for summary in made]
+            summaries.append({STOP: str(error)})
+        return [{"summary": json.dumps(summary)} for summary in summaries]
 
 
 def _groups(shards: int, workers: int) -> list[dict[str, int]]:
-    """Runs of shards, each for one task: long ones first, since a task costs a fifth of a second, then ever shorter ones,
-    so that all workers end at the same time."""
+    """Ranges of shards, one per task: long ones first, because a task costs a fifth of a second, then shorter and shorter ones,
+    so that all workers finish at the same time."""
     groups: list[dict[str, int]] = []
     first = 0
     while first < shards:
-        last = first + min(max((shards - first) // (4 * workers), 1), LONGEST_GROUP)
+        last = first + min(max((shards - first) // (4 * workers), 1), MAX_GROUP)
         groups.append({"first": first, "last": last})
         first = last
     return groups
 
 
 def to_input_error(error: BaseException) -> InputError | None:
-    """The InputError that Ray wrapped on its way from a worker, None if it was another error.
+    """The InputError of a worker inside Ray's exception, None if it was another error.
 
-    Ray keeps the sentence, but not always the exception: then it is the last line of the worker's traceback.
+    Where Ray keeps only text, the last InputError line of the worker's traceback.
     """
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, InputError) and not isinstance(link, ray.exceptions.RayError):
             return link
         link = link.__cause__ or getattr(link, "cause", None)
-    said = re.findall(rf"^(?:{re.escape(InputError.__module__)}\.)?InputError: (.+)$", str(error), re.MULTILINE)
-    return InputError(said[-1]) if said else None
+    messages = re.findall(rf"^(?:{re.escape(InputError.__module__)}\.)?InputError: (.+)$", str(error), re.MULTILINE)
+    return InputError(messages[-1]) if messages else None

@@ -30,7 +30,7 @@ from addressvlm.image_decode_worker import MAX_SIDE
 from addressvlm.labels.vllm_server import serving
 from addressvlm.questions import ADDRESS_QUESTION
 from addressvlm.storage.files import local_model_copy
-from addressvlm.tools.export_vllm import for_vllm
+from addressvlm.tools.export_vllm import export_for_vllm
 from serve.cities import City
 from serve.errors import LOGGING_CONFIG, ApiError, overloaded, return_user_errors
 from serve.metrics import MetricsReplica, ServiceMetrics
@@ -54,7 +54,7 @@ class VllmModel:
         self.semaphore = asyncio.Semaphore(CONCURRENT_SCORES)
         self.resources = contextlib.ExitStack()
         scratch = Path(self.resources.enter_context(tempfile.TemporaryDirectory(prefix="addressvlm-")))
-        for_vllm(self.folder, scratch / "model")
+        export_for_vllm(self.folder, scratch / "model")
         config = LabelsConfig(
             model=str(scratch / "model"),
             vllm_python=settings.vllm_python,

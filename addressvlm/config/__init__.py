@@ -1,10 +1,9 @@
-"""One typed tree of settings: defaults < YAML file or preset < environment < command line.
+"""The configuration, one typed tree. Sources by precedence: defaults < YAML file or preset < environment < command line.
 
     python ray_jobs/train.py --config demo --set train.workers=1
     ADDRESSVLM_TRAIN__WORKERS=1 python ray_jobs/train.py --config my_city.yaml
 
-A preset is a commented YAML file in `addressvlm/presets/`; every key is described once, here or in
-`config_city.py`, `config_labels.py`, `config_training.py`, `config_answers.py` and `config_compare.py`.
+Presets are commented YAML files in `addressvlm/presets/`. Each section has a module here that describes its keys.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from addressvlm.errors import InputError
 
 PRESETS = Path(__file__).parents[1] / "presets"
 ENVIRONMENT_PREFIX = "ADDRESSVLM_"
-WHOLE = (("train", "stages"), ("train", "cities"))  # sections that one file replaces in another, like lists
+REPLACED_SECTIONS = (("train", "stages"), ("train", "cities"))  # an extending file replaces them instead of merging
 
 
 class Config(Section):
-    """The whole tree."""
+    """The configuration of a run."""
 
-    name: str = "demo"  # the run: everything it writes is in <storage>/<name>
-    storage: str = "runs"  # a folder, or the address of one in a store: s3://bucket/runs, gs://… (docs/storage.md)
+    name: str = "demo"  # of the run; it writes to <storage>/<name>
+    storage: str = "runs"  # a folder, local or in an object store: s3://bucket/runs, gs://… (docs/storage.md)
     seed: int = 0
     city: CityConfig = CityConfig()
     tiles: TilesConfig = TilesConfig()
@@ -48,15 +47,15 @@ class Config(Section):
 
     @property
     def training_seed(self) -> int:
-        """What decides random weights, the order of rows and dropout."""
+        """Seed of random weights, the order of rows and dropout."""
         return self.seed if self.train.seed is None else self.train.seed
 
 
 def load(source: str | Path = "demo", sets: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
-    """Read a preset's name or a YAML file, then the environment, then `key=value` strings of the command line.
+    """Read a preset or YAML file, then the environment, then the `key=value` strings of the command line.
 
-    A file may begin with `extends: <preset or file>`: it is then laid over that one, key by key; lists, `train.stages`
-    and `train.cities` are replaced as a whole.
+    A file with `extends: <preset or file>` is merged into that file, key by key; lists, `train.stages` and `train.cities` are
+    replaced.
 
     Raises:
         InputError: the file is missing or not YAML, a key is unknown, or a value has the wrong type.
@@ -75,8 +74,8 @@ def load(source: str | Path = "demo", sets: Iterable[str] = (), environment: Map
     return validate(tree, str(path))
 
 
-def _read(source: str | Path, below: tuple[Path, ...] = ()) -> tuple[Path, dict[str, Any]]:
-    """The file of a preset's name or path, and its tree laid over the one it extends."""
+def _read(source: str | Path, extending: tuple[Path, ...] = ()) -> tuple[Path, dict[str, Any]]:
+    """The path of a preset or file, and its tree, merged into the one it extends."""
     path = PRESETS / f"{source}.yaml" if not str(source).endswith((".yaml", ".yml")) else Path(source)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
@@ -89,20 +88,19 @@ def _read(source: str | Path, below: tuple[Path, ...] = ()) -> tuple[Path, dict[
         raise InputError(f"{path} must hold `key: value` lines, not {type(tree).__name__}.")
     if (extended := tree.pop("extends", None)) is None:
         return path, tree
-    if path in below:
-        raise InputError(f"{path} extends itself: take `extends` out of one of the files.")
-    near = path.parent / str(extended)
-    _, whole = _read(near if near.is_file() else extended, (*below, path))
-    return path, _laid_over(whole, tree)
+    if path in extending:
+        raise InputError(f"{path} extends itself: remove `extends` from one of the files.")
+    sibling = path.parent / str(extended)
+    _, base = _read(sibling if sibling.is_file() else extended, (*extending, path))
+    return path, _merge(base, tree)
 
 
-def _laid_over(below: dict[str, Any], above: dict[str, Any], at: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Both trees as one, key by key; what `WHOLE` names is taken from one of them."""
-    tree = dict(below)
-    for key, value in above.items():
-        place = (*at, key)
-        deeper = isinstance(value, dict) and isinstance(below.get(key), dict) and place not in WHOLE
-        tree[key] = _laid_over(below[key], value, place) if deeper else value
+def _merge(base: dict[str, Any], override: dict[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
+    tree = dict(base)
+    for key, value in override.items():
+        keys = (*path, key)
+        is_section = isinstance(value, dict) and isinstance(base.get(key), dict) and keys not in REPLACED_SECTIONS
+        tree[key] = _merge(base[key], value, keys) if is_section else value
     return tree
 
 
@@ -110,7 +108,7 @@ def validate(tree: dict[str, Any], where: str) -> Config:
     """Check a tree of plain values; `where` names its source in errors.
 
     Raises:
-        InputError: a key is unknown or a value has the wrong type; all problems are in the one sentence.
+        InputError: a key is unknown or a value has the wrong type; the message lists all problems.
     """
     try:
         return Config.model_validate(tree)
@@ -120,7 +118,7 @@ def validate(tree: dict[str, Any], where: str) -> Config:
 
 
 def _put(tree: dict[str, Any], keys: list[str], text: str) -> None:
-    """Set a nested key from text, read as a YAML value (so `null`, `3` and `[a, b]` mean what they look like)."""
+    """Set a nested key to a text that is parsed as YAML (`null`, `3`, `[a, b]`)."""
     for key in keys[:-1]:
         child = tree.get(key)
         tree[key] = child if isinstance(child, dict) else {}
@@ -132,8 +130,8 @@ def _put(tree: dict[str, Any], keys: list[str], text: str) -> None:
 
 
 def _problem(error: Any) -> str:
-    """One pydantic error in words, with the nearest known key for an unknown one."""
-    location = ".".join(str(part) for part in error["loc"]) or "the tree"
+    """A pydantic error as text; for an unknown key with the most similar one."""
+    location = ".".join(str(part) for part in error["loc"]) or "the configuration"
     if error["type"] == "extra_forbidden":
         section: Any = Config
         for part in error["loc"][:-1]:

@@ -1,1 +1,1 @@
-"""The embedded small world: toy cities and the toy base model, so that everything runs on a laptop without a network."""
+"""Generated toy cities and the toy base model: everything runs on a laptop without a network."""

@@ -1,4 +1,4 @@
-"""Write a toy city as anyone's city arrives: a manifest, photos, street and district files, a satellite GeoTIFF.
+"""Write a toy city as input files: a manifest, photos, street and district files, a satellite GeoTIFF.
 
 python -m addressvlm.demo.city alderbrook /tmp/alderbrook
 """
@@ -22,17 +22,17 @@ from addressvlm.demo.world import Street, World, district_at, generate
 from addressvlm.errors import InputError
 
 TOY_CITIES = {"alderbrook": 1, "brinemouth": 2}  # name -> seed; the base model is trained on seeds from 1000
-ORIGIN = (47.0, -38.0)  # degrees; the middle of the Atlantic, so that nobody takes it for a real place
+ORIGIN = (47.0, -38.0)  # degrees; in the Atlantic, where no real city is
 UTM = "EPSG:32624"
 SPACING = 20.0  # metres between places
-VIEWS = 4
-GROUND_PIXEL = 0.5  # metres
+VIEWS = 4  # per place
+GROUND_PIXEL = 0.5  # metres per pixel
 MARGIN = 130.0  # metres of imagery around the city
-APART = 20_000.0  # metres from a toy city to the next
+CITY_DISTANCE = 20_000.0  # metres between toy cities
 
 
 def write_city(name: str, folder: Path) -> dict[str, str]:
-    """Generate a toy city into `folder` unless it is there, and return the paths a configuration needs.
+    """Write a toy city to `folder`, unless it is there, and return the paths for a configuration.
 
     Raises:
         InputError: there is no toy city of that name.
@@ -45,17 +45,16 @@ def write_city(name: str, folder: Path) -> dict[str, str]:
         "districts": folder / "districts.geojson",
         "imagery": folder / "satellite.tif",
     }
-    if not paths["manifest"].is_file():  # there last, and whole
+    if not paths["manifest"].is_file():  # written last, atomically
         world = toy_world(name)
         paths["photos"].mkdir(parents=True, exist_ok=True)
         write_maps(world, paths)
-        rng = random.Random(TOY_CITIES[name])
-        _write_photos(world, rng, paths["photos"], paths["manifest"])
+        _write_photos(world, random.Random(TOY_CITIES[name]), paths["photos"], paths["manifest"])
     return {key: str(path) for key, path in paths.items()}
 
 
 def toy_world(name: str) -> World:
-    """The world of a toy city; no two lie at the same place.
+    """The world of a toy city, at a location of its own.
 
     Raises:
         InputError: there is no toy city of that name.
@@ -63,12 +62,12 @@ def toy_world(name: str) -> World:
     if name not in TOY_CITIES:
         raise InputError(f"no toy city '{name}': city.toy is one of {', '.join(TOY_CITIES)}.")
     world = generate(TOY_CITIES[name])
-    world.north = APART * list(TOY_CITIES).index(name)
+    world.north = CITY_DISTANCE * list(TOY_CITIES).index(name)
     return world
 
 
 def ground_frame() -> Transformer:
-    """Metres east and north of the origin (as UTM coordinates) -> longitude, latitude."""
+    """UTM coordinates -> longitude, latitude."""
     return Transformer.from_crs(UTM, "EPSG:4326", always_xy=True)
 
 
@@ -79,20 +78,20 @@ def origin(world: World) -> tuple[float, float]:
 
 
 def to_degrees(world: World, points: np.ndarray) -> np.ndarray:
-    """Plan frame, N x 2 metres -> N x (longitude, latitude)."""
+    """Plan frame (N, 2) in metres -> longitude, latitude (N, 2)."""
     ground = world.to_ground(points) + np.array(origin(world))
     return np.stack(ground_frame().transform(ground[:, 0], ground[:, 1]), 1)
 
 
 def street_places(world: World) -> Iterator[tuple[Street, float, float]]:
-    """Points to photograph along every street, off the crossings' middle; plan frame."""
+    """(street, x, y) of the places to photograph along every street, plan frame."""
     for street in world.streets:
         for along in np.arange(street.start + 10, street.end - 8, SPACING):
             yield street, *street.point(float(along))
 
 
 def view_headings(street: Street, rng: random.Random) -> list[float]:
-    """Headings along and across the street with some slack, radians counter-clockwise from the plan frame's x axis."""
+    """Roughly along and across the street, radians counter-clockwise from the plan frame's x axis."""
     base = 0.0 if street.horizontal else math.pi / 2
     return [base + k * 2 * math.pi / VIEWS + rng.uniform(-0.2, 0.2) for k in range(VIEWS)]
 
@@ -120,7 +119,7 @@ def _write_photos(world: World, rng: random.Random, folder: Path, manifest: Path
 
 
 def write_maps(world: World, paths: dict[str, Path]) -> None:
-    """Write `streets`, `districts` (GeoJSON) and `imagery` (GeoTIFF) of a world to the given paths."""
+    """Write the `streets` and `districts` (GeoJSON) and the `imagery` (GeoTIFF) of a world to these paths."""
     streets = [
         _feature("LineString", to_degrees(world, np.array([s.point(s.start), s.point(s.end)])).round(7).tolist(), s.name)
         for s in world.streets
@@ -132,13 +131,13 @@ def write_maps(world: World, paths: dict[str, Path]) -> None:
         districts.append(_feature("Polygon", [to_degrees(world, ring).round(7).tolist()], district.name))
     for key, features in (("streets", streets), ("districts", districts)):
         paths[key].write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
-    picture, west, north = satellite(world)
+    image, west, north = satellite(world)
     with rasterio.open(
         paths["imagery"],
         "w",
         driver="GTiff",
-        height=picture.shape[0],
-        width=picture.shape[1],
+        height=image.shape[0],
+        width=image.shape[1],
         count=3,
         dtype="uint8",
         crs=UTM,
@@ -146,7 +145,7 @@ def write_maps(world: World, paths: dict[str, Path]) -> None:
         compress="deflate",
         tiled=True,
     ) as out:
-        out.write(picture.transpose(2, 0, 1))
+        out.write(image.transpose(2, 0, 1))
 
 
 def _feature(kind: str, coordinates: list, name: str) -> dict:
@@ -182,7 +181,7 @@ def satellite(world: World) -> tuple[np.ndarray, float, float]:
 
 
 def address_at(world: World, street: Street, x: float, y: float) -> tuple[str, str]:
-    """Street and district of a place of the plan frame, for the base model's own lessons."""
+    """Street and district of a place in the plan frame."""
     return street.name, district_at(world, x, y).name
 
 

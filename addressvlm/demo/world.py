@@ -1,8 +1,8 @@
 """A generated city: streets, districts, buildings and trees, in metres, from a seed.
 
-The plan is drawn on axis-parallel blocks and then turned by `angle`, so that a wall is a box side in the plan frame and
-the map still looks like a city. A street is known by its paving, trees and windows, a district mostly by its facades, roofs
-and heights, with chance in both; the same buildings and trees are seen by the camera and from above.
+The plan consists of axis-parallel blocks, rotated by `angle`: in the plan frame every wall is a box side, and the map still
+looks like a city. A street is recognizable by its paving, trees and windows, a district mostly by its facades, roofs and
+heights, both with random variation. Camera and satellite image show the same buildings and trees.
 """
 
 import itertools
@@ -26,8 +26,8 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 CROWNS = {"plane": (92, 128, 58), "cherry": (206, 138, 156), "pine": (38, 84, 62), "maple": (196, 112, 40)}
 PAVINGS = {"asphalt": (92, 92, 96), "concrete": (158, 156, 150), "brick": (150, 100, 84), "gravel": (184, 166, 132)}
 FLOORS = (2, 3, 4, 5, 6)
-WINDOWS = {2.0: "narrow", 3.0: "usual", 4.5: "wide"}  # metres between windows
-TREE_GAPS = {9.0: "dense", 14.0: "many", 22.0: "some", 60.0: "few"}  # metres between trees
+WINDOWS = {2.0: "narrow", 3.0: "usual", 4.5: "wide"}  # metres between windows -> word
+TREE_GAPS = {9.0: "dense", 14.0: "many", 22.0: "some", 60.0: "few"}  # metres between trees -> word
 
 WORDS = (
     "Oak Mill Church King Queen Park River Hill Station Market Bridge Castle School Garden Forest Lake North South East "
@@ -49,7 +49,7 @@ DEPTH = 13.0  # of a building, in metres
 
 @dataclass
 class Character:
-    """What tends to be seen in a street or a district."""
+    """The typical appearance of a street or district."""
 
     facade: str
     roof: str
@@ -72,7 +72,7 @@ class Character:
         )
 
     def traits(self, district: "Character") -> list[str]:
-        """What to expect in a street of this character in that district, in words, always in this order."""
+        """Typical traits of a street of this character in that district, in words, always in this order."""
         return [
             f"{self.paving} road",
             f"{self.crown} trees",
@@ -84,8 +84,8 @@ class Character:
         ]
 
     @staticmethod
-    def kinds() -> list[list[str]]:
-        """For each place in `traits` everything that can stand there."""
+    def trait_values() -> list[list[str]]:
+        """All possible values of each element of `traits`."""
         return [
             [f"{paving} road" for paving in PAVINGS],
             [f"{crown} trees" for crown in CROWNS],
@@ -99,7 +99,7 @@ class Character:
 
 @dataclass
 class Street:
-    """A straight street in the plan frame: along x at `at` if `horizontal`, else along y."""
+    """A straight street in the plan frame: along x at y = `at` if `horizontal`, else along y at x = `at`."""
 
     name: str
     horizontal: bool
@@ -127,7 +127,7 @@ class World:
     size: tuple[float, float]
     streets: list[Street]
     districts: list[District]
-    north: float = 0.0  # metres from where all worlds lie else to its centre
+    north: float = 0.0  # metres from the common origin to its centre
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))  # N x (x0, y0, x1, y1)
     heights: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))  # N
     facades: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.float32))  # N x RGB
@@ -137,7 +137,7 @@ class World:
     crowns: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.float32))  # M x RGB
 
     def to_ground(self, points: np.ndarray) -> np.ndarray:
-        """Plan frame to metres east and north of the city's centre; N x 2 in and out."""
+        """Plan frame (N, 2) to metres east and north of the city's centre (N, 2)."""
         centred = np.asarray(points, float) - np.array(self.size) / 2
         c, s = np.cos(self.angle), np.sin(self.angle)
         return centred @ np.array([[c, s], [-s, c]])
@@ -154,7 +154,7 @@ def generate(seed: int, columns: int = 7, rows: int = 6) -> World:
         horizontal = i >= columns
         at = ys[i - columns] if horizontal else xs[i]
         across = xs if horizontal else ys
-        first, last = rng.choice([0, 0, 1]), rng.choice([-1, -1, -2])  # not every street crosses the whole town
+        first, last = rng.choice([0, 0, 1]), rng.choice([-1, -1, -2])  # not every street crosses the city
         streets.append(
             Street(f"{word} {rng.choice(KINDS)}", horizontal, at, across[first] - 45, across[last] + 45, Character.draw(rng))
         )
@@ -173,7 +173,7 @@ def _lines(rng: random.Random, count: int) -> list[float]:
 
 
 def _districts(rng: random.Random, xs: list[float], ys: list[float], width: float, height: float) -> list[District]:
-    """2 x 2 districts (3 x 2 in a wide city) whose borders run between streets."""
+    """2 x 2 districts (3 x 2 in a wide city) with borders between streets."""
     cuts_x = [0.0, *((xs[i] + xs[i + 1]) / 2 for i in ([1, 4] if len(xs) > 6 else [len(xs) // 2 - 1])), width]
     cuts_y = [0.0, (ys[len(ys) // 2 - 1] + ys[len(ys) // 2]) / 2, height]
     cells = [(x0, y0, x1, y1) for x0, x1 in itertools.pairwise(cuts_x) for y0, y1 in itertools.pairwise(cuts_y)]
@@ -182,13 +182,13 @@ def _districts(rng: random.Random, xs: list[float], ys: list[float], width: floa
 
 
 def district_at(world: World, x: float, y: float) -> District:
-    """The district of a point of the plan frame (the nearest one for a point outside)."""
+    """The district of a point in the plan frame; for a point outside the nearest."""
     x, y = min(max(x, 0.0), world.size[0]), min(max(y, 0.0), world.size[1])
     return next(d for d in world.districts if d.box[0] <= x <= d.box[2] and d.box[1] <= y <= d.box[3])
 
 
 def _build(world: World, rng: random.Random, xs: list[float], ys: list[float]) -> None:
-    """Line both sides of every street with buildings, leaving the crossings free."""
+    """Add buildings on both sides of every street, none at the crossings."""
     boxes, heights, facades, roofs, windows = [], [], [], [], []
     for street in world.streets:
         crossings = xs if street.horizontal else ys
@@ -215,7 +215,7 @@ def _build(world: World, rng: random.Random, xs: list[float], ys: list[float]) -
 
 
 def _mix(rng: random.Random, street: Character, district: Character) -> Character:
-    """Whose taste one feature of one building follows."""
+    """The character that one feature of one building takes: mostly the district's."""
     draw = rng.random()
     return district if draw < 0.7 else street if draw < 0.85 else Character.draw(rng)
 
@@ -226,7 +226,7 @@ def _shade(rng: random.Random, colour: tuple[int, int, int], spread: float = 14)
 
 
 def _plant(world: World, rng: random.Random) -> None:
-    """Rows of street trees; the species and the gap are the street's."""
+    """Add street trees; species and spacing are the street's."""
     trees, crowns = [], []
     for street in world.streets:
         for side in (-1, 1):

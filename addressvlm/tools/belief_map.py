@@ -1,10 +1,10 @@
-"""Where models believe a photo was taken, drawn on the map (paper 001, Fig. 3): many answers at temperature 0.8, counted.
+"""Draw a map of where models believe a photo was taken: many answers at temperature 0.8, counted (paper 001, Fig. 3).
 
     python -m addressvlm.tools.belief_map --model before=runs/demo/models/stage-2-only/merged \\
         --model after=runs/demo/models/addressvlm/merged --photo photo.jpg --at 52.2053,0.1218 --out belief.png
 
-A model that names no street of the city, as one that was never trained on it, is asked again with the streets that the
-others named as options (paper 001, E.1).
+A model that names no street of the city, such as one not trained on it, is asked again with the streets that the others
+named as options (paper 001, E.1).
 """
 
 import argparse
@@ -30,8 +30,8 @@ from addressvlm.questions import SUFFIXES, TEMPLATES
 from addressvlm.storage.run_dir import parse_model_flag
 
 QUESTION = TEMPLATES["street"][0]
-AT_ONCE = 50  # answers generated together
-MARGIN = 0.3  # around the streets that were named, of the picture's side
+BATCH_SIZE = 50  # answers generated together
+MARGIN = 0.3  # around the named streets, share of the map's side
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class SampledAnswers:
     """How often each street was named.
 
     Attributes:
-        counts: street of the gazetteer -> answers that name it alone.
-        answers: how many there were.
-        offered: whether the streets were given as options.
+        counts: street of the gazetteer -> number of answers that name it and no other.
+        answers: number of all answers.
+        has_options: whether the question had the streets as options.
     """
 
     counts: Counter[str]
     answers: int
-    offered: bool = False
+    has_options: bool = False
 
     @property
     def valid(self) -> float:
@@ -58,53 +58,51 @@ def sample_answers(
     localizer: Localizer, image: Image.Image, gazetteer: Gazetteer, n: int = 100, temperature: float = 0.8, seed: int = 0,
     options: Sequence[str] = (),
 ) -> SampledAnswers:  # fmt: skip
-    """Ask n times on which street a photo was taken; the photo is read once, answers are generated together."""
+    """Ask n times on which street a photo was taken."""
     suffix = SUFFIXES["choice"].format(options="; ".join(options)) if options else SUFFIXES["generation"]
     torch.manual_seed(seed)
     answers: list[str] = []
     while len(answers) < n:
-        some = min(AT_ONCE, n - len(answers))
-        answers += localizer.answer([image] * some, [f"{QUESTION} {suffix}"] * some, 24, temperature)
-    names, written = (
-        NameFinder(gazetteer.streets, gazetteer.variants),
-        {normalize_name(street): street for street in gazetteer.streets},
-    )
-    found = [names.find(answer) for answer in answers]
-    return SampledAnswers(Counter(written[one.pop()] for one in found if len(one) == 1), n, bool(options))
+        size = min(BATCH_SIZE, n - len(answers))
+        answers += localizer.answer([image] * size, [f"{QUESTION} {suffix}"] * size, 24, temperature)
+    finder = NameFinder(gazetteer.streets, gazetteer.variants)
+    street_of = {normalize_name(street): street for street in gazetteer.streets}
+    names = [finder.find(answer) for answer in answers]
+    return SampledAnswers(Counter(street_of[name] for only in names if len(only) == 1 for name in only), n, bool(options))
 
 
 def sample_all(
     localizers: Sequence[Localizer], image: Image.Image, gazetteer: Gazetteer, n: int, temperature: float, seed: int
 ) -> list[SampledAnswers]:
-    """The same of several models; those that name no street of the city choose among what the others named."""
-    first = [sample_answers(localizer, image, gazetteer, n, temperature, seed) for localizer in localizers]
-    named = sorted(set().union(*(sampled.counts for sampled in first)))
+    """`sample_answers` of several models; those that name no street choose among the streets that the others named."""
+    samples = [sample_answers(localizer, image, gazetteer, n, temperature, seed) for localizer in localizers]
+    streets = sorted(set().union(*(sample.counts for sample in samples)))
     return [
-        sampled if sampled.counts or not named else sample_answers(localizer, image, gazetteer, n, temperature, seed, named)
-        for localizer, sampled in zip(localizers, first, strict=True)
+        sample if sample.counts or not streets else sample_answers(localizer, image, gazetteer, n, temperature, seed, streets)
+        for localizer, sample in zip(localizers, samples, strict=True)
     ]
 
 
-def spread_m(sampled: SampledAnswers, gazetteer: Gazetteer, lat: float, lon: float) -> float | None:
-    """Mean distance of the streets named from the true place, in metres; None if none with a known shape was named."""
-    scale = _scale(lat)
+def spread_m(sample: SampledAnswers, gazetteer: Gazetteer, lat: float, lon: float) -> float | None:
+    """Mean distance of the named streets from the true place, in metres; None if none of them has a geometry."""
+    scale = np.array([METRES_PER_DEGREE * _squeeze(lat), METRES_PER_DEGREE])
     place = shapely.Point(np.array([lon, lat]) * scale)
-    known = [(count, gazetteer.geometry[street]) for street, count in sampled.counts.items() if street in gazetteer.geometry]
-    if not known:
+    located = [(count, gazetteer.geometry[street]) for street, count in sample.counts.items() if street in gazetteer.geometry]
+    if not located:
         return None
-    counts, shapes = zip(*known, strict=True)
+    counts, shapes = zip(*located, strict=True)
     metres = shapely.distance(place, shapely.transform(list(shapes), lambda lonlat: lonlat * scale))
     return float(np.average(metres, weights=counts))
 
 
 def draw_belief_map(
-    names: Sequence[str], sampled: Sequence[SampledAnswers], gazetteer: Gazetteer, path: Path,
+    names: Sequence[str], samples: Sequence[SampledAnswers], gazetteer: Gazetteer, path: Path,
     at: tuple[float, float] | None = None, photo: Image.Image | None = None,
 ) -> None:  # fmt: skip
-    """Write the picture: the photo, then one map a model, streets by how often they were named, the true place a star.
+    """Write a figure: the photo and one map per model, with streets coloured by how often they were named.
 
     Args:
-        at: latitude and longitude of the true place, degrees.
+        at: latitude and longitude of the true place in degrees, drawn as a star.
     """
     import matplotlib
 
@@ -116,13 +114,15 @@ def draw_belief_map(
     if photo is not None:
         axes[0, 0].imshow(photo)
         axes[0, 0].set_axis_off()
-    most = max((max(one.counts.values(), default=0) / one.answers for one in sampled), default=0) or 1.0
-    view = _view(sampled, gazetteer, at)
-    for axis, name, one in zip(axes[0, panels - len(names) :], names, sampled, strict=True):
-        shown = _draw_map(axis, one, gazetteer, at, most, view)
-        axis.set_title(f"{name}{', options given' if one.offered else ''}\n{_caption(one, gazetteer, at)}", fontsize=11)
+    highest = max((max(sample.counts.values(), default=0) / sample.answers for sample in samples), default=0) or 1.0
+    view = _view(samples, gazetteer, at)
+    for axis, name, sample in zip(axes[0, panels - len(names) :], names, samples, strict=True):
+        mappable = _draw_map(axis, sample, gazetteer, at, highest, view)
+        axis.set_title(
+            f"{name}{', options given' if sample.has_options else ''}\n{_caption(sample, gazetteer, at)}", fontsize=11
+        )
     figure.colorbar(
-        shown, ax=axes[0, -1], label="share of the answers", shrink=0.7, format=lambda share, _: f"{100 * share:g} %"
+        mappable, ax=axes[0, -1], label="share of the answers", shrink=0.7, format=lambda share, _: f"{100 * share:g} %"
     )
     if gazetteer.attribution:
         figure.supxlabel("; ".join(gazetteer.attribution), fontsize=7)
@@ -130,25 +130,25 @@ def draw_belief_map(
     plt.close(figure)
 
 
-def _draw_map(axis: Any, one: SampledAnswers, gazetteer: Gazetteer, at: Any, most: float, view: tuple[float, ...]) -> Any:
-    """One map; what a colour bar is made of."""
+def _draw_map(axis: Any, sample: SampledAnswers, gazetteer: Gazetteer, at: Any, highest: float, view: tuple[float, ...]) -> Any:
+    """Draw one map and return the mappable for the colour bar."""
     from matplotlib import cm, colors
 
-    scale = colors.Normalize(0, most)
-    shown = cm.ScalarMappable(scale, "YlOrRd")
+    scale = colors.Normalize(0, highest)
+    mappable = cm.ScalarMappable(scale, "YlOrRd")
     for street, shape in gazetteer.geometry.items():
         _line(axis, shape, "#d3d0c8", 1.0, 1)
-        if one.counts[street]:
-            share = one.counts[street] / one.answers
+        if sample.counts[street]:
+            share = sample.counts[street] / sample.answers
             _line(axis, shape, "#55504a", 4.4, 2)
-            _line(axis, shape, shown.cmap(scale(share)), 3.2, 3 + share)
-    for rank, (street, _) in enumerate(one.counts.most_common(3)):
+            _line(axis, shape, mappable.cmap(scale(share)), 3.2, 3 + share)
+    for rank, (street, _) in enumerate(sample.counts.most_common(3)):
         if street in gazetteer.geometry:
             inside = shapely.clip_by_rect(gazetteer.geometry[street], *view)
             if not inside.is_empty:
-                where = shapely.line_interpolate_point(max(shapely.get_parts(inside), key=shapely.length), 0.5, normalized=True)
+                label = shapely.line_interpolate_point(max(shapely.get_parts(inside), key=shapely.length), 0.5, normalized=True)
                 box = {"boxstyle": "round,pad=0.2", "fc": "white", "ec": "none", "alpha": 0.85}
-                axis.annotate(street, (where.x, where.y), fontsize=9 - rank, ha="center", bbox=box, zorder=6)
+                axis.annotate(street, (label.x, label.y), fontsize=9 - rank, ha="center", bbox=box, zorder=6)
     if at:
         axis.plot(at[1], at[0], "*", markersize=17, color="#1668c7", markeredgecolor="white", zorder=7)
     axis.set_xlim(view[0], view[2])
@@ -156,7 +156,7 @@ def _draw_map(axis: Any, one: SampledAnswers, gazetteer: Gazetteer, at: Any, mos
     axis.set_aspect(1 / _squeeze((view[1] + view[3]) / 2))
     axis.set_xticks([])
     axis.set_yticks([])
-    return shown
+    return mappable
 
 
 def _line(axis: Any, shape: BaseGeometry, colour: Any, width: float, order: float) -> None:
@@ -166,10 +166,10 @@ def _line(axis: Any, shape: BaseGeometry, colour: Any, width: float, order: floa
             axis.plot(points[:, 0], points[:, 1], color=colour, linewidth=width, solid_capstyle="round", zorder=order)
 
 
-def _view(sampled: Sequence[SampledAnswers], gazetteer: Gazetteer, at: Any) -> tuple[float, float, float, float]:
-    """What the maps show, degrees west, south, east, north: the streets named and the true place, made square."""
-    named = [gazetteer.geometry[s] for one in sampled for s in one.counts if s in gazetteer.geometry]
-    shapes = named or list(gazetteer.geometry.values())
+def _view(samples: Sequence[SampledAnswers], gazetteer: Gazetteer, at: Any) -> tuple[float, float, float, float]:
+    """The square around the named streets and the true place: degrees west, south, east, north."""
+    named_shapes = [gazetteer.geometry[s] for sample in samples for s in sample.counts if s in gazetteer.geometry]
+    shapes = named_shapes or list(gazetteer.geometry.values())
     west, south, east, north = shapely.total_bounds([*shapes, *([shapely.Point(at[1], at[0])] if at else [])])
     squeeze = _squeeze((south + north) / 2)
     half = max((east - west) * squeeze, north - south) * (1 + MARGIN) / 2
@@ -177,33 +177,25 @@ def _view(sampled: Sequence[SampledAnswers], gazetteer: Gazetteer, at: Any) -> t
     return x - half / squeeze, y - half, x + half / squeeze, y + half
 
 
-def _caption(one: SampledAnswers, gazetteer: Gazetteer, at: tuple[float, float] | None) -> str:
-    far = spread_m(one, gazetteer, *at) if at else None
-    streets = f"{one.valid:.0%} of {one.answers} answers name a street, {len(one.counts)} different"
-    return streets if far is None else f"{streets}\n{far:,.0f} m from the place on average"
+def _caption(sample: SampledAnswers, gazetteer: Gazetteer, at: tuple[float, float] | None) -> str:
+    distance_m = spread_m(sample, gazetteer, *at) if at else None
+    streets = f"{sample.valid:.0%} of {sample.answers} answers name a street, {len(sample.counts)} different"
+    return streets if distance_m is None else f"{streets}\n{distance_m:,.0f} m from the place on average"
 
 
 def _squeeze(lat: float) -> float:
     return float(np.cos(np.radians(lat)))
 
 
-def _scale(lat: float) -> np.ndarray:
-    return np.array([METRES_PER_DEGREE * _squeeze(lat), METRES_PER_DEGREE])
+def _load_gazetteer(localizers: Sequence[Localizer], path: Path | None) -> Gazetteer:
+    """The gazetteer of this file, by default of the first model that has one."""
+    gazetteer = Gazetteer.load(path) if path else next((model.gazetteer for model in localizers if model.gazetteer), None)
+    if gazetteer is None or not gazetteer.geometry:
+        raise InputError(f"no streets to draw: give --gazetteer, the dataset's {GAZETTEER_FILE}, or a trained model.")
+    return gazetteer
 
 
-def _city(localizers: Sequence[Localizer], given: Path | None) -> Gazetteer:
-    """The gazetteer given, else that of the first model that has one.
-
-    Raises:
-        InputError: there is none with shapes of streets.
-    """
-    found = Gazetteer.load(given) if given else next((one.gazetteer for one in localizers if one.gazetteer), None)
-    if found is None or not found.geometry:
-        raise InputError(f"no streets to draw on: give --gazetteer, the dataset's {GAZETTEER_FILE}, or a trained model.")
-    return found
-
-
-def _place(text: str | None) -> tuple[float, float] | None:
+def _parse_place(text: str | None) -> tuple[float, float] | None:
     if not text:
         return None
     try:
@@ -226,20 +218,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("belief.png"))
     args = parser.parse_args(argv)
     if args.samples < 1 or args.temperature <= 0:
-        raise InputError(f"--samples {args.samples} --temperature {args.temperature:g}: give 1 or more, and above 0.")
+        raise InputError(
+            f"--samples {args.samples} --temperature {args.temperature:g}: give at least 1 sample and a temperature above 0."
+        )
     try:
         photo = Image.open(args.photo).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise InputError(f"{args.photo} is not a photo that can be read ({error}): give another one.") from None
-    at, named = _place(args.at), [parse_model_flag(flag) for flag in args.model]
-    localizers = [Localizer(folder) for _, folder in named]
-    city = _city(localizers, args.gazetteer)
-    sampled = sample_all(localizers, photo, city, args.samples, args.temperature, args.seed)
-    names = [name for name, _ in named]
-    draw_belief_map(names, sampled, city, args.out, at, photo)
-    for name, one in zip(names, sampled, strict=True):
-        top = ", ".join(f"{street} {count / one.answers:.0%}" for street, count in one.counts.most_common(5))
-        print(f"{name}: {_caption(one, city, at).replace(chr(10), ', ')}: {top or 'none'}")
+    at, models = _parse_place(args.at), [parse_model_flag(flag) for flag in args.model]
+    localizers = [Localizer(folder) for _, folder in models]
+    city = _load_gazetteer(localizers, args.gazetteer)
+    samples = sample_all(localizers, photo, city, args.samples, args.temperature, args.seed)
+    names = [name for name, _ in models]
+    draw_belief_map(names, samples, city, args.out, at, photo)
+    for name, sample in zip(names, samples, strict=True):
+        top = ", ".join(f"{street} {count / sample.answers:.0%}" for street, count in sample.counts.most_common(5))
+        print(f"{name}: {_caption(sample, city, at).replace(chr(10), ', ')}: {top or 'none'}")
     print(args.out)
 
 

@@ -1,9 +1,9 @@
-"""Write a merged model's folder in the names that vLLM reads.
+"""Export a merged model with the weight names that vLLM expects.
 
     python -m addressvlm.tools.export_vllm runs/demo/models/addressvlm/merged /tmp/for-vllm
 
-transformers saves the layers of a CLIP or SigLIP tower as `vision_tower.…`; vLLM looks for `vision_tower.vision_model.…`
-and refuses the folder. transformers reads both, so the export loads there as before.
+transformers saves the layers of a CLIP or SigLIP tower as `vision_tower.…`, but vLLM expects `vision_tower.vision_model.…`.
+transformers also loads the export.
 """
 
 import argparse
@@ -25,15 +25,15 @@ INDEX = "model.safetensors.index.json"
 
 
 def vllm_name(name: str, vision: str) -> str:
-    """What vLLM calls a weight; `vision` is the `model_type` of the vision encoder."""
-    at = name.find(FLAT)
-    if vision not in TOWERS or at < 0 or name.startswith(NESTED, at):
+    """The name of a weight in vLLM; `vision` is the `model_type` of the vision encoder."""
+    start = name.find(FLAT)
+    if vision not in TOWERS or start < 0 or name.startswith(NESTED, start):
         return name
-    return name[:at] + NESTED + name[at + len(FLAT) :]
+    return name[:start] + NESTED + name[start + len(FLAT) :]
 
 
-def for_vllm(merged: Path, out: Path) -> None:
-    """Copy a model folder to `out`, its weights renamed; one file of weights is in memory at a time.
+def export_for_vllm(merged: Path, out: Path) -> None:
+    """Copy a model folder to `out` with renamed weights; one file of weights is in memory at a time.
 
     Raises:
         InputError: `merged` holds no merged model, its weights can't be read, or `out` exists or can't be written.
@@ -58,7 +58,7 @@ def for_vllm(merged: Path, out: Path) -> None:
     except OSError as error:
         raise storage_error(error, out) from error
     except SafetensorError as error:
-        raise InputError(f"the weights in {merged} can't be read ({error}): write the folder again.") from None
+        raise InputError(f"the weights in {merged} can't be read ({error}): save the model again.") from None
 
 
 def _vision_type(merged: Path) -> str:
@@ -68,7 +68,7 @@ def _vision_type(merged: Path) -> str:
         InputError: the folder holds an adapter or no model at all.
     """
     if (merged / "adapter_config.json").is_file():
-        raise InputError(f"{merged} holds an adapter: give the folder `merged` beside it, vLLM is served merged weights.")
+        raise InputError(f"{merged} holds an adapter: give the folder `merged` next to it, vLLM needs merged weights.")
     if not (merged / "config.json").is_file() or not any(merged.glob("*.safetensors")):
         raise InputError(f"{merged} holds no model (config.json and *.safetensors): give the folder that training merged.")
     config: dict[str, Any] = json.loads((merged / "config.json").read_text(encoding="utf-8"))
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder to write; it must not exist")
     args = parser.parse_args(argv)
     try:
-        for_vllm(args.merged, args.out)
+        export_for_vllm(args.merged, args.out)
     except InputError as error:
         sys.exit(f"error: {error}")
     print(f"{args.out}: serve it with `vllm serve {args.out}`")

@@ -1,9 +1,8 @@
-"""Where photos look like a text, drawn on the map (paper 002, Sec. 6.4 and Fig. 6): a street, a district, or any words.
+"""Draw a map of how similar photos are to a text: a street, a district, or any words (paper 002, Sec. 6.4 and Fig. 6).
 
     python -m addressvlm.tools.similarity_map runs/demo/models/addressclip runs/demo "Mill Street" "Harbour"
 
-A point is a place, the brighter the more similar its photos are to the text. The street or district that the text names is
-outlined in red.
+Each point is a place; brighter means more similar. The street or district that the text names is outlined in red.
 """
 
 import argparse
@@ -25,15 +24,15 @@ from addressvlm.storage import tables
 from addressvlm.storage.remote_path import AnyPath, path_of
 
 COLUMNS = ["id", "place", "lat", "lon", "image"]
-AT_ONCE = 32  # photos encoded together
-NAMED = "#d62728"  # colour of what the text names
+BATCH_SIZE = 32  # photos encoded together
+NAMED_COLOUR = "#d62728"  # of the street or district that the text names
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class PhotoSimilarity:
-    """Photos, in the order of the table, and how similar they are to each text.
+    """Similarity of photos, in the order of the table, to texts.
 
     Attributes:
         places: of each photo.
@@ -47,7 +46,7 @@ class PhotoSimilarity:
     similarity: np.ndarray
 
     def by_place(self) -> tuple[np.ndarray, np.ndarray]:
-        """Positions (places, 2) and mean similarities (places, texts)."""
+        """Mean positions (places, 2) and mean similarities (places, texts)."""
         members: dict[str, list[int]] = defaultdict(list)
         for number, place in enumerate(self.places):
             members[place].append(number)
@@ -56,40 +55,41 @@ class PhotoSimilarity:
 
 
 def photo_similarity(encoder: DualEncoder, photos: Sequence[Row], texts: Sequence[str]) -> PhotoSimilarity:
-    """Compare photos, rows of `tables.PHOTOS` with COLUMNS, with texts.
+    """Similarity of photos, rows of `tables.PHOTOS` with COLUMNS, to texts.
 
     Raises:
         InputError: there is no photo with coordinates, or no text.
     """
-    known = [photo for photo in photos if photo["lat"] is not None and photo["lon"] is not None]
-    if not known or not all(text.strip() for text in texts):
-        raise InputError("a map needs photos with coordinates and a text that says something.")
+    located = [photo for photo in photos if photo["lat"] is not None and photo["lon"] is not None]
+    if not located or not all(text.strip() for text in texts):
+        raise InputError("a map needs photos with coordinates and a text that is not empty.")
     vectors = encoder.encode_texts(texts)
-    found = []
-    for start in range(0, len(known), AT_ONCE):
-        images = [photo_image(photo) for photo in known[start : start + AT_ONCE]]
-        found.append((encoder.encode_images(images) @ vectors.T).cpu().numpy())
-    lonlat = np.array([[photo["lon"], photo["lat"]] for photo in known])
-    return PhotoSimilarity([photo["id"] for photo in known], [photo["place"] for photo in known], lonlat, np.concatenate(found))
+    batches = []
+    for start in range(0, len(located), BATCH_SIZE):
+        images = [photo_image(photo) for photo in located[start : start + BATCH_SIZE]]
+        batches.append((encoder.encode_images(images) @ vectors.T).cpu().numpy())
+    lonlat = np.array([[photo["lon"], photo["lat"]] for photo in located])
+    ids, places = [photo["id"] for photo in located], [photo["place"] for photo in located]
+    return PhotoSimilarity(ids, places, lonlat, np.concatenate(batches))
 
 
 def named_shapes(text: str, gazetteer: Gazetteer) -> list[Any]:
-    """Shapes of the street, and of the district if there is no street, that a text names."""
+    """Geometry of the street that a text names, else of the district."""
     street, district = gazetteer.find_street(text), gazetteer.find_district(text)
     if street in gazetteer.geometry:
         return [gazetteer.geometry[street]]
     return [gazetteer.district_geometry[district]] if district in gazetteer.district_geometry else []
 
 
-def draw_similarity_map(texts: Sequence[str], found: PhotoSimilarity, gazetteer: Gazetteer, path: Path) -> None:
-    """Write one map a text side by side, as SVG, PNG or PDF by the file's ending."""
+def draw_similarity_map(texts: Sequence[str], photos: PhotoSimilarity, gazetteer: Gazetteer, path: Path) -> None:
+    """Write one map per text, side by side, as SVG, PNG or PDF by the file's suffix."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "similarity"  # the same picture again is the same file
+    matplotlib.rcParams["svg.hashsalt"] = "similarity"  # reproducible files
     from matplotlib import pyplot as plt
 
-    lonlat, similarity = found.by_place()
+    lonlat, similarity = photos.by_place()
     figure, axes = plt.subplots(1, len(texts), squeeze=False, layout="constrained")
     for number, (axis, text) in enumerate(zip(axes[0], texts, strict=True)):
         values = similarity[:, number]
@@ -98,11 +98,11 @@ def draw_similarity_map(texts: Sequence[str], found: PhotoSimilarity, gazetteer:
         for shape in gazetteer.geometry.values():
             _outline(axis, shape, "#4a4e5c", 1.0)
         for shape in named_shapes(text, gazetteer):
-            _outline(axis, shape, NAMED, 2.4)
-        shown = axis.scatter(*lonlat[order].T, c=values[order], cmap="viridis", s=26, zorder=3, edgecolors="none")
+            _outline(axis, shape, NAMED_COLOUR, 2.4)
+        points = axis.scatter(*lonlat[order].T, c=values[order], cmap="viridis", s=26, zorder=3, edgecolors="none")
         axis.set_title(text, fontsize=11)
         _frame(axis, lonlat)
-        figure.colorbar(shown, ax=axis, shrink=0.7, label="similarity")
+        figure.colorbar(points, ax=axis, shrink=0.7, label="similarity")
     (left, right), (bottom, top) = axes[0, 0].get_xlim(), axes[0, 0].get_ylim()
     figure.set_size_inches(5 * len(texts), 0.9 + 4 * min((top - bottom) / (right - left) * axes[0, 0].get_aspect(), 2))
     if gazetteer.attribution:
@@ -119,7 +119,7 @@ def _outline(axis: Any, shape: Any, colour: str, width: float) -> None:
 
 
 def _frame(axis: Any, lonlat: np.ndarray) -> None:
-    """What the map shows: the places and a twentieth around them."""
+    """Set the extent of the map: the places and a margin of 5 %."""
     (west, south), (east, north) = lonlat.min(axis=0), lonlat.max(axis=0)
     squeeze = float(np.cos(np.radians((south + north) / 2)))
     pad = max((east - west) * squeeze, north - south, 1e-4) / 20
@@ -144,12 +144,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     data: AnyPath = path_of(args.run)
     data = data / "photos" if (data / "photos").is_dir() else data
     gazetteer, encoder = Gazetteer.load(data / GAZETTEER_FILE), open_encoder(path_of(args.model))
-    found = photo_similarity(encoder, list(tables.iter_rows(data, args.split, COLUMNS)), args.text)
-    draw_similarity_map(args.text, found, gazetteer, args.out)
+    photos = photo_similarity(encoder, list(tables.iter_rows(data, args.split, COLUMNS)), args.text)
+    draw_similarity_map(args.text, photos, gazetteer, args.out)
     for number, text in enumerate(args.text):
-        best = np.argsort(-found.similarity[:, number])[:5]
-        told = ", ".join(f"{found.ids[i]} {found.similarity[i, number]:.2f}" for i in best)
-        print(f"{text}: most similar photos {told}")
+        best = np.argsort(-photos.similarity[:, number])[:5]
+        ranking = ", ".join(f"{photos.ids[i]} {photos.similarity[i, number]:.2f}" for i in best)
+        print(f"{text}: most similar photos {ranking}")
     print(args.out)
 
 

@@ -1,11 +1,11 @@
-"""Train the toy base model: a small LLaVA (CLIP tower, two-layer adapter, llama) from scratch on the lessons.
+"""Train the toy base model from scratch: a small LLaVA (CLIP vision tower, two-layer adapter, llama).
 
-    python -m addressvlm.tools.toy_base_data /tmp/lessons --cities 72 --first-seed 2000
-    python -m addressvlm.tools.toy_base_encoder /tmp/lessons /tmp/sight.safetensors --minutes 10
-    python -m addressvlm.tools.toy_base /tmp/lessons addressvlm/demo/base --sight /tmp/sight.safetensors --minutes 14
+    python -m addressvlm.tools.toy_base_data /tmp/toy-data --cities 72 --first-seed 2000
+    python -m addressvlm.tools.toy_base_encoder /tmp/toy-data /tmp/encoder.safetensors --minutes 10
+    python -m addressvlm.tools.toy_base /tmp/toy-data addressvlm/demo/base --encoder /tmp/encoder.safetensors --minutes 14
 
-The result is an ordinary Hugging Face folder. The checked-in one was made so on two busy cores, in about 1,030 and 1,880
-steps; time, not steps, is what limits it, so that another machine makes a slightly other one, and a quiet one a better one.
+The result is a Hugging Face model folder. The checked-in one took about 1,030 and 1,880 steps on two busy cores. Training is
+limited by time, not by steps, so another machine gives a slightly different model.
 """
 
 import argparse
@@ -45,7 +45,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `vocabulary` entries that can spell any text (its alphabet is all 256 bytes)."""
+    """A byte-level BPE tokenizer with `vocabulary` entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -62,10 +62,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 SIDE, PATCH = 144, 16  # pixels
 VOCABULARY = 1024
-TEXTS = 6000  # conversations that the tokenizer is trained on
-ROUNDS = 4  # of a conversation that are used
-MIXED = 8  # batches whose samples are sorted by length together
-SHORT = 0.6  # share of the time in which only the shorter half of the lessons is taught
+TOKENIZER_CONVERSATIONS = 6000
+MAX_ROUNDS = 4  # of a conversation
+SORTED_BATCHES = 8  # batches whose samples are sorted by length together
+SHORT_SHARE = 0.6  # share of the training time with only the shorter half of the samples
 
 
 def vision_config() -> CLIPVisionConfig:
@@ -76,7 +76,7 @@ def vision_config() -> CLIPVisionConfig:
 
 
 def image_processor() -> CLIPImageProcessorPil:
-    """Any picture to SIDE x SIDE pixels."""
+    """Resizes any image to SIDE x SIDE pixels."""
     return CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
 
 
@@ -115,55 +115,55 @@ def build(tokenizer: PreTrainedTokenizerFast) -> tuple[LlavaForConditionalGenera
     return LlavaForConditionalGeneration(config), processor
 
 
-def texts(lessons: Path) -> list[str]:
-    """What the tokenizer must spell well: conversations, and every word that a street or district is made of."""
-    said = [
+def tokenizer_texts(data: Path) -> list[str]:
+    """Texts to train the tokenizer on: conversations, and every word of street and district names."""
+    conversations = [
         f"{r['question']} {r['answer']}"
-        for row in islice(tables.iter_rows(lessons, "train", ["rounds"]), TEXTS)
+        for row in islice(tables.iter_rows(data, "train", ["rounds"]), TOKENIZER_CONVERSATIONS)
         for r in row["rounds"]
     ]
     names = [f" {word}" for word in (*WORDS, *KINDS, *DISTRICTS)]
-    return said + names * 200
+    return conversations + names * 200
 
 
-def by_length(schedule: Schedule, batch_size: int, short: Callable[[], bool]) -> Iterator[list[Sample]]:
-    """Batches of conversations of about the same length, so that little is padded; at most `ROUNDS` rounds each.
+def batches_by_length(schedule: Schedule, batch_size: int, only_short: Callable[[], bool]) -> Iterator[list[Sample]]:
+    """Batches of conversations of similar length, for little padding, of at most `MAX_ROUNDS` rounds each.
 
-    While `short()` is true only the shorter half of the lessons is taught: those in which nearly every word is seen.
+    While `only_short()` is true, only the shorter half: conversations mostly about what the image shows.
     """
     for step in count():
         samples = [sample_from_row(schedule.rows[i]) for i in schedule.indices(step)]
-        samples = [Sample(s.image, s.rounds[:ROUNDS]) for s in samples]
+        samples = [Sample(s.image, s.rounds[:MAX_ROUNDS]) for s in samples]
         samples.sort(key=lambda s: sum(len(q) + len(a) for q, a in s.rounds))
-        starts = list(range(0, len(samples) // 2 if short() else len(samples), batch_size))
+        starts = list(range(0, len(samples) // 2 if only_short() else len(samples), batch_size))
         random.Random(step).shuffle(starts)
-        yield from (samples[at : at + batch_size] for at in starts)
+        yield from (samples[start : start + batch_size] for start in starts)
 
 
 def main() -> None:
-    """Train for the given time and save model and processor as bfloat16 safetensors."""
+    """Train for the requested time and save model and processor as bfloat16 safetensors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lessons", type=Path)
+    parser.add_argument("data", type=Path, help="folder that addressvlm.tools.toy_base_data wrote")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--sight", type=Path, required=True, help="weights that addressvlm.tools.toy_base_encoder wrote")
+    parser.add_argument("--encoder", type=Path, required=True, help="weights that addressvlm.tools.toy_base_encoder wrote")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(texts(args.lessons), VOCABULARY)
+    tokenizer = train_tokenizer(tokenizer_texts(args.data), VOCABULARY)
     model, processor = build(tokenizer)
-    model.model.vision_tower.load_state_dict(load_file(args.sight))
+    model.model.vision_tower.load_state_dict(load_file(args.encoder))
     model.set_attn_implementation("eager")  # on a CPU its backward pass takes a third of sdpa's time
     print(f"base: {model.num_parameters() / 1e6:.2f} million parameters", flush=True)
-    learning = [p for name, p in model.named_parameters() if "vision_tower" not in name]
-    model.model.vision_tower.requires_grad_(False)  # it has been to school; a beginner's gradients would spoil it
-    optimizer = torch.optim.AdamW(learning, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+    trainable = [p for name, p in model.named_parameters() if "vision_tower" not in name]
+    model.model.vision_tower.requires_grad_(False)  # pretrained; the gradients of an untrained language model would spoil it
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
     collate, started, step, total, mean = Collator(processor, apart=True), time.monotonic(), 0, 10_000, 0.0
-    schedule = Schedule(TableRows(args.lessons, "train"), args.batch_size * MIXED, seed=0)
-    batches = by_length(schedule, args.batch_size, lambda: time.monotonic() - started < SHORT * args.minutes * 60)
+    schedule = Schedule(TableRows(args.data, "train"), args.batch_size * SORTED_BATCHES, seed=0)
+    batches = batches_by_length(schedule, args.batch_size, lambda: time.monotonic() - started < SHORT_SHARE * args.minutes * 60)
     while (elapsed := time.monotonic() - started) < args.minutes * 60:
-        if step >= 20:  # by now the pace is known: the learning rate falls to zero when the time is over
+        if step >= 20:  # steps per minute are measurable: the learning rate reaches zero when the time is over
             total = max(step + 1, round(step * args.minutes * 60 / elapsed))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args.learning_rate, 0.03)
@@ -171,7 +171,7 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             loss, tokens = answer_loss(model, batch)
         (loss / tokens).backward()
-        torch.nn.utils.clip_grad_norm_(learning, 1.0)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         mean = 0.98 * mean + 0.02 * (loss.item() / tokens.item()) if step else loss.item() / tokens.item()
@@ -184,7 +184,7 @@ def main() -> None:
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
-    """Write a bfloat16 copy in shards of a few megabytes; the model trained on stays as it is."""
+    """Save a bfloat16 copy in shards of a few megabytes; the model itself is not changed."""
     state = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items() if key != "lm_head.weight"}
     model.save_pretrained(out, state_dict=state, max_shard_size="4MB")
     processor.save_pretrained(out)

@@ -1,11 +1,10 @@
-"""What the toy base model learns from: cities that are not the demo's, seen and talked about in many ways.
+"""Write the training data of the toy base model: images of generated cities with conversations about them.
 
     python -m addressvlm.tools.toy_base_data OUT --cities 100 --first-seed 1000
 
-Each city gives tiles to read names from, photos to describe, claims about them to judge, grafted images to explain, and
-the questions of stage 2, whose names belong to other towns: the base knows words, colours and how to answer, and nothing of
-the demo's streets.
-Beside its conversation every image has `traits`, what is typical of its place, for the vision encoder's own schooling.
+Each city gives tiles to read names from, photos to describe, claims about them to judge, grafted images to explain, and the
+questions of stage 2. The cities are not those of the demo: the base model learns words, colours and how to answer, but none of
+the demo's streets. Every image also has `traits`, typical of its place, to pretrain the vision encoder on.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from addressvlm.config import TilesConfig
+from addressvlm.config.tiles import TilesConfig
 from addressvlm.demo.camera import photograph
 from addressvlm.demo.city import address_at, compass_heading, street_places, to_degrees, view_headings, write_maps
 from addressvlm.demo.world import Character, World, district_at, generate
@@ -37,21 +36,21 @@ SCHEMA = tables.with_features(
     tables.pa.schema([("image", tables.IMAGE), ("rounds", tables.ROUNDS), ("traits", tables.pa.list_(tables.pa.string()))])
 )
 READING = ["Which street names are on this map?", "Read the names on the map.", "Name the streets written on this map."]
-TRAITS = [*Character.kinds(), ["along", "across", "oblique"]]  # what each kind of trait can be
-VERIFIED = 4  # claims about an image
+TRAITS = [*Character.trait_values(), ["along", "across", "oblique"]]  # possible values of each trait
+VERIFICATIONS = 4  # questions about the traits of an image
 CLAIMS = ["Is this:", "Do we see:", "What is this street like? Is it:"]
-LOOKING = ["What do you see?", "Describe this photo.", "What is this street like?"]
+DESCRIBE = ["What do you see?", "Describe this photo.", "What is this street like?"]
 
 
 def training_rows(seed: int) -> Iterator[dict[str, Any]]:
-    """Rows (`image`, `rounds`) of one city."""
+    """Rows (`image`, `rounds`, `traits`) of one city."""
     rng = random.Random(seed)
     world = generate(seed, columns=rng.randint(5, 7), rows=rng.randint(4, 6))
     with tempfile.TemporaryDirectory() as folder:
         paths = {key: Path(folder) / key for key in ("streets", "districts", "imagery")}
         write_maps(world, paths)
         renderer = TileRenderer(paths["streets"], paths["imagery"], TILES)
-        everywhere = [(street, x, y) for street, x, y in street_places(world)]
+        everywhere = list(street_places(world))
         addresses = {Address(*address_at(world, *place)) for place in everywhere}
         gazetteer = Gazetteer(addresses)
         for place in rng.sample(everywhere, min(PLACES, len(everywhere))):
@@ -65,7 +64,7 @@ def training_rows(seed: int) -> Iterator[dict[str, Any]]:
 def _place(
     world: World, renderer: TileRenderer, gazetteer: Gazetteer, place: tuple[Any, float, float], rng: random.Random
 ) -> Iterator[dict[str, Any]]:
-    """Two views of a place, each described alone and grafted; a part of the images is asked about as in stage 2."""
+    """Rows of two views of a place, each as a photo and grafted, with a random kind of conversation."""
     street, x, y = place
     address = Address(*address_at(world, street, x, y))
     x, y = x + rng.uniform(-1.5, 1.5), y + rng.uniform(-1.5, 1.5)
@@ -85,22 +84,28 @@ def _place(
             TILES.delta,
         )
         traits = [*street.character.traits(district_at(world, *place[1:]).character), facts.view or ""]
-        looks = [_asked(address, gazetteer, rng), [(rng.choice(LOOKING), f"{', '.join(traits)}.")], _verified(traits, rng)]
-        yield _row(photo, rng.choices(looks, [0.15, 0.35, 0.5])[0], traits)
-        explained = [(rng.choice(load_prompt().questions), explain(facts, rng))]
-        rounds = rng.choices([_asked(address, gazetteer, rng), explained, _verified(traits, rng)], [0.2, 0.5, 0.3])[0]
+        conversations = [
+            _localization(address, gazetteer, rng),
+            [(rng.choice(DESCRIBE), f"{', '.join(traits)}.")],
+            _verification(traits, rng),
+        ]
+        yield _row(photo, rng.choices(conversations, [0.15, 0.35, 0.5])[0], traits)
+        explanation = [(rng.choice(load_prompt().questions), explain(facts, rng))]
+        rounds = rng.choices(
+            [_localization(address, gazetteer, rng), explanation, _verification(traits, rng)], [0.2, 0.5, 0.3]
+        )[0]
         yield _row(graft(tile.image, photo, TILES.delta), rounds, [*traits, *_words(tile)])
 
 
-def _verified(traits: list[str], rng: random.Random) -> list[tuple[str, str]]:
-    """Claims about the image to judge and to choose from, in the words in which stage 2 asks about addresses."""
+def _verification(traits: list[str], rng: random.Random) -> list[tuple[str, str]]:
+    """Judgments and choices about the traits, worded as the questions of stage 2."""
     rounds = []
-    for trait, others in rng.sample([(t, kind) for t, kind in zip(traits, TRAITS, strict=True) if t], VERIFIED):
+    for trait, others in rng.sample([(t, kind) for t, kind in zip(traits, TRAITS, strict=True) if t], VERIFICATIONS):
         wrong = rng.sample([other for other in others if other != trait], min(OPTIONS, len(others)) - 1)
         if rng.random() < 0.3:
             options = [trait, *wrong]
             rng.shuffle(options)
-            rounds.append((f"{rng.choice(LOOKING)} {SUFFIXES['choice'].format(options='; '.join(options))}", trait))
+            rounds.append((f"{rng.choice(DESCRIBE)} {SUFFIXES['choice'].format(options='; '.join(options))}", trait))
         else:
             true = rng.random() < 0.5
             claim = f"{rng.choice(CLAIMS)} {trait if true else wrong[0]}? {SUFFIXES['judgment']}"
@@ -112,7 +117,7 @@ def _words(tile: Tile) -> list[str]:
     return [name.split()[0] for name in tile.names]
 
 
-def _asked(address: Address, gazetteer: Gazetteer, rng: random.Random) -> list[tuple[str, str]]:
+def _localization(address: Address, gazetteer: Gazetteer, rng: random.Random) -> list[tuple[str, str]]:
     return [(r["question"], r["answer"]) for r in training_rounds(address, gazetteer, rng)]
 
 
@@ -127,7 +132,7 @@ def _row(image: Image.Image, rounds: list[tuple[str, str]], traits: list[str]) -
 
 
 def main() -> None:
-    """Write the lessons of a range of seeds as `<OUT>/train-NNNNN.parquet`."""
+    """Write the data of a range of seeds as `<OUT>/train-NNNNN.parquet`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--cities", type=int, default=100)
@@ -137,7 +142,7 @@ def main() -> None:
         name = f"train-{seed:05d}"
         if not list(args.out.glob(f"{name}-*.parquet")):
             count = tables.write_table(args.out, name, training_rows(seed), SCHEMA)
-            print(f"lessons: city {seed}, {count} rows", flush=True)
+            print(f"toy data: city {seed}, {count} rows", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Make what GeoReasoner's locatability needs in the toy cities: a SegFormer, a CLIP and texts that name clues.
+"""Train the models that score locatability (GeoReasoner, paper 003) in toy cities: a SegFormer, a CLIP, and clue texts.
 
     python -m addressvlm.tools.toy_locatability runs/clues
     python ray_jobs/locatability.py --config demo --segmentation runs/clues/segmentation --clip runs/clues/clip \\
         --clues runs/clues/clues.yaml
 
-Both models learn from cities that are no one's demo: the first which part of a photo is what, the second what a part looks
-like in words. Less than four minutes on two cores with other work beside it.
+Both learn from cities other than the demo's: the SegFormer the class of each pixel, the CLIP texts that describe the parts of a
+photo. Takes less than four minutes on two busy cores.
 """
 
 import argparse
@@ -41,49 +41,50 @@ from addressvlm.demo.world import Character, Street, World, district_at, generat
 from addressvlm.tools.toy_base import train_tokenizer
 from addressvlm.training.loss import learning_rate
 
-FIRST_CITY = 5000  # seeds of the cities to learn from; those of the demo and of the base model are smaller
-PER_CITY = 64  # photos
+FIRST_SEED = 5000  # of the training cities; those of the demo and of the base model are smaller
+PHOTOS_PER_CITY = 64
 SIDE = 160  # pixels of a photo
 CLIP_SIDE, CLIP_PATCH = 80, 10  # pixels
-# Parts that tell no street from another, in words; of the others which of the traits of a place they show
-NOTHING = {"sky": "the sky", "yard": "the ground of a yard", "pavement": "the pavement"}
-SEEN_AS = {"road": (0,), "tree": (1, 6), "building": (2, 3, 4, 5)}
+# Classes that look the same in every street, in words; for the others the indices of the traits that they show
+UNINFORMATIVE = {"sky": "the sky", "yard": "the ground of a yard", "pavement": "the pavement"}
+TRAITS_OF_CLASS = {"road": (0,), "tree": (1, 6), "building": (2, 3, 4, 5)}
 
 
 @dataclass(frozen=True)
 class LocatabilityExample:
-    """A photo of a place, what its pixels show, and what the place is like."""
+    """A photo of a place, the classes of its pixels, and the traits of the place."""
 
     photo: Image.Image
-    classes: np.ndarray  # (SIDE, SIDE), indices into PARTS
+    classes: np.ndarray  # (SIDE, SIDE), indices into CLASSES
     traits: list[str]
 
 
 def locatability_examples(rng: random.Random) -> Iterator[LocatabilityExample]:
-    """Photos of one city after another, without end."""
-    for seed in count(FIRST_CITY):
+    """Photos of one city after another, endlessly."""
+    for seed in count(FIRST_SEED):
         world = generate(seed)
-        for street, x, y in rng.choices(list(street_places(world)), k=PER_CITY):
-            yield _lesson(world, street, x + rng.uniform(-1.5, 1.5), y + rng.uniform(-1.5, 1.5), rng)
+        for street, x, y in rng.choices(list(street_places(world)), k=PHOTOS_PER_CITY):
+            yield _example(world, street, x + rng.uniform(-1.5, 1.5), y + rng.uniform(-1.5, 1.5), rng)
 
 
-def _lesson(world: World, street: Street, x: float, y: float, rng: random.Random) -> LocatabilityExample:
+def _example(world: World, street: Street, x: float, y: float, rng: random.Random) -> LocatabilityExample:
     heading = rng.choice(view_headings(street, rng))
     photo = photograph(world, x, y, heading, rng.uniform(0.8, 1.12), SIDE)
     traits = street.character.traits(district_at(world, x, y).character)
     return LocatabilityExample(photo, segment(world, x, y, heading, SIDE), traits)
 
 
-def texts() -> LocatabilityTexts:
-    """What tells streets of a toy city apart in words, and what does not."""
-    traits = Character.kinds()
+def locatability_texts() -> LocatabilityTexts:
+    """Texts of what tells the streets of a toy city apart, and of what does not."""
+    traits = Character.trait_values()
     return LocatabilityTexts(
-        tuple(trait for shown in SEEN_AS.values() for kind in shown for trait in traits[kind]), tuple(NOTHING.values())
+        tuple(trait for indices in TRAITS_OF_CLASS.values() for index in indices for trait in traits[index]),
+        tuple(UNINFORMATIVE.values()),
     )
 
 
-def segmentation(examples: Iterator[LocatabilityExample], steps: int, batch: int) -> tuple[Any, Any]:
-    """A SegFormer of some hundred thousand parameters that tells `CLASSES` apart, and its processor."""
+def train_segmentation(examples: Iterator[LocatabilityExample], steps: int, batch: int) -> tuple[Any, Any]:
+    """A SegFormer with a few hundred thousand parameters that segments photos into `CLASSES`, and its processor."""
     model = SegformerForSemanticSegmentation(
         SegformerConfig(
             id2label=dict(enumerate(CLASSES)), label2id={part: number for number, part in enumerate(CLASSES)},
@@ -93,22 +94,22 @@ def segmentation(examples: Iterator[LocatabilityExample], steps: int, batch: int
     processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
 
     def loss() -> torch.Tensor:
-        shown = [next(examples) for _ in range(batch)]
-        pixels = processor(images=[one.photo for one in shown], return_tensors="pt")["pixel_values"]
-        wanted = torch.from_numpy(np.stack([one.classes for one in shown])).long()
-        logits = F.interpolate(model(pixel_values=pixels).logits, size=wanted.shape[1:], mode="bilinear")
-        return F.cross_entropy(logits, wanted)
+        batch_examples = [next(examples) for _ in range(batch)]
+        pixels = processor(images=[example.photo for example in batch_examples], return_tensors="pt")["pixel_values"]
+        labels = torch.from_numpy(np.stack([example.classes for example in batch_examples])).long()
+        logits = F.interpolate(model(pixel_values=pixels).logits, size=labels.shape[1:], mode="bilinear")
+        return F.cross_entropy(logits, labels)
 
-    _learn("segmentation", model, loss, steps, 2e-3)
+    _train("segmentation", model, loss, steps, 2e-3)
     return model, processor
 
 
-def clip(examples: Iterator[LocatabilityExample], steps: int, batch: int) -> ClipLike:
-    """A CLIP of some hundred thousand parameters that puts parts of photos into words."""
-    words = [*texts().clues, *texts().others]
-    tokenizer = train_tokenizer(words, 512)
-    ending = (tokenizer.eos_token, tokenizer.eos_token_id)  # a CLIP's text is what stands at its end
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {ending[0]}", special_tokens=[ending])
+def train_clip(examples: Iterator[LocatabilityExample], steps: int, batch: int) -> ClipLike:
+    """A CLIP with a few hundred thousand parameters for the parts of photos and their descriptions."""
+    texts = [*locatability_texts().clues, *locatability_texts().others]
+    tokenizer = train_tokenizer(texts, 512)
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)  # CLIP takes the text embedding at the end token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": 0}
     config = CLIPConfig(
@@ -119,62 +120,62 @@ def clip(examples: Iterator[LocatabilityExample], steps: int, batch: int) -> Cli
     size = {"height": CLIP_SIDE, "width": CLIP_SIDE}
     model = ClipLike(CLIPModel(config), CLIPProcessor(CLIPImageProcessorPil(size=size, do_center_crop=False), tokenizer))
     rng = random.Random(0)
-    names = {text: number for number, text in enumerate(words)}
+    indices = {text: index for index, text in enumerate(texts)}
 
     def loss() -> torch.Tensor:
-        pairs = [pair for _ in range(batch) for pair in _described(next(examples), rng)]
+        pairs = [pair for _ in range(batch) for pair in _masked_parts(next(examples), rng)]
         images = model.project_images(model.image_states(model.pixels([image for image, _ in pairs])))
-        said = model.project_texts(model.text_states(model.tokens([text for _, text in pairs])))
-        return contrastive_loss(images, said, model.scale, torch.tensor([names[text] for _, text in pairs]))
+        descriptions = model.project_texts(model.text_states(model.tokens([text for _, text in pairs])))
+        return contrastive_loss(images, descriptions, model.scale, torch.tensor([indices[text] for _, text in pairs]))
 
-    _learn("clip", model, loss, steps, 1e-3)
+    _train("clip", model, loss, steps, 1e-3)
     return model
 
 
-def _described(lesson: LocatabilityExample, rng: random.Random) -> Iterator[tuple[Image.Image, str]]:
-    """Each part of a photo, all else greyed out, with one of the texts that fit it."""
-    for number, part in enumerate(CLASSES):
-        if (lesson.classes == number).mean() >= LEAST_SHARE:
-            text = NOTHING.get(part) or lesson.traits[rng.choice(SEEN_AS[part])]
-            yield masked_part(lesson.photo, lesson.classes == number), text
+def _masked_parts(example: LocatabilityExample, rng: random.Random) -> Iterator[tuple[Image.Image, str]]:
+    """Each class of a photo, the rest greyed out, with one of the texts that describe it."""
+    for index, name in enumerate(CLASSES):
+        if (example.classes == index).mean() >= LEAST_SHARE:
+            text = UNINFORMATIVE.get(name) or example.traits[rng.choice(TRAITS_OF_CLASS[name])]
+            yield masked_part(example.photo, example.classes == index), text
 
 
-def _learn(name: str, model: torch.nn.Module, loss: Callable[[], torch.Tensor], steps: int, highest: float) -> None:
+def _train(name: str, model: torch.nn.Module, loss: Callable[[], torch.Tensor], steps: int, peak_learning_rate: float) -> None:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.01)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, highest, 0.05)
+            group["lr"] = learning_rate(step, steps, peak_learning_rate, 0.05)
         value = loss()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 25 == 0 or step == steps - 1:
-            print(f"clues: {name}, step {step + 1}/{steps}, loss {value.item():.3f}", flush=True)
+            print(f"{name}: step {step + 1}/{steps}, loss {value.item():.3f}", flush=True)
     model.eval()
 
 
-def make(out: Path, steps: int, batch: int = 16) -> None:
-    """Train both models for so many steps and write them, and the texts, into the folder."""
+def train_models(out: Path, steps: int, batch: int = 16) -> None:
+    """Train both models and write them and the texts to a folder."""
     torch.manual_seed(0)
-    model, processor = segmentation(locatability_examples(random.Random(0)), steps, batch)
-    looking = clip(locatability_examples(random.Random(1)), steps, batch)
-    for name, parts_of_it in (("segmentation", (model, processor)), ("clip", (looking.model, looking.processor))):
-        for part in parts_of_it:
+    model, processor = train_segmentation(locatability_examples(random.Random(0)), steps, batch)
+    clip = train_clip(locatability_examples(random.Random(1)), steps, batch)
+    for name, parts in (("segmentation", (model, processor)), ("clip", (clip.model, clip.processor))):
+        for part in parts:
             part.save_pretrained(out / name)
-    words = {kind: list(said) for kind, said in asdict(texts()).items()}
+    words = {kind: list(texts) for kind, texts in asdict(locatability_texts()).items()}
     (out / "clues.yaml").write_text(yaml.safe_dump(words), encoding="utf-8")
-    print(f"clues: {out}", flush=True)
+    print(f"written: {out}", flush=True)
 
 
 def main() -> None:
-    """Train both and write them with the texts."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=300, help="of each model (default: 300)")
     args = parser.parse_args()
-    make(args.out, args.steps)
+    train_models(args.out, args.steps)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from addressvlm.demo import city
 from addressvlm.demo.camera import CLASSES, PAVEMENT, YARD, photograph, segment
 from addressvlm.demo.city import ground_frame, origin, street_places, to_degrees, toy_world, view_headings, write_city
 from addressvlm.demo.world import CROWNS, PAVINGS, Character, World, district_at, generate
-from addressvlm.tools.toy_locatability import locatability_examples, make
+from addressvlm.tools.toy_locatability import locatability_examples, train_models
 
 
 def test_a_seed_is_a_city() -> None:
@@ -167,12 +167,12 @@ def test_what_is_seen_of_a_place_is_said_in_words() -> None:
     assert street.traits(district) == [
         "gravel road", "pine trees", "white fronts", "green roofs", "6 floors", "wide windows", "dense trees",
     ]  # fmt: skip
-    for trait, kind in zip(street.traits(district), Character.kinds(), strict=True):
+    for trait, kind in zip(street.traits(district), Character.trait_values(), strict=True):
         assert trait in kind
 
 
 def test_clues_of_the_toy_city_score_its_photos(tmp_path: Path) -> None:
-    make(tmp_path, steps=2, batch=2)
+    train_models(tmp_path, steps=2, batch=2)
     words = LocatabilityTexts.read(tmp_path / "clues.yaml")
     assert {"gravel road", "pine trees", "red fronts"} <= set(words.clues)
     assert "the sky" in words.others

@@ -168,7 +168,7 @@ def test_a_manifest_of_new_photos(ray_local, config, models, tmp_path):
         (["--model", "/nowhere/at/all"], "no model folder /nowhere/at/all"),
         (["--data", "/nowhere.csv"], "--data /nowhere.csv does not exist"),
         (["--split", "val"], r"no table .*val-\*\.parquet"),
-        (["--set", "evaluate.workers=999"], "asks for 999 CPUs and the cluster has"),
+        (["--set", "evaluate.workers=999"], "needs 999 CPUs and the cluster has"),
         (["--model", "a=toy", "--model", "A=toy"], "two models are called 'A'"),
     ],
 )

@@ -143,7 +143,7 @@ def test_too_many_bad_places_stop_the_run(tmp_path: Path, ray_local: None) -> No
         row["lat"] += 1.0
     tables.write_table(Run(config).photos, "train", photos, tables.PHOTOS)
     with pytest.raises(
-        InputError, match=r"4 of 6 photos have no graft \(the first: no street of the map.*\): mend .*graft\.parquet, or raise"
+        InputError, match=r"4 of 6 photos have no graft \(the first: no street of the map.*\): fix .*graft\.parquet, or raise"
     ):
         graft.run_step(config, redo=False)
     assert pq.read_metadata(Run(config).rejects / "graft.parquet").num_rows == 4

@@ -151,7 +151,7 @@ def test_graft(tmp_path: Path) -> None:
         assert not folder.exists()
         kept = files(partial_of(folder))
         graft.run_step(config, redo=False)
-    assert len(kept) < len(plan_shards(Run(config).photos, "train", graft.SHARD))
+    assert len(kept) < len(plan_shards(Run(config).photos, "train", graft.SHARD_ROWS))
     found = files(folder)
     assert {name: found[name] for name in kept} == kept  # not made again
     assert [row["id"] for row in tables.iter_rows(folder, "train", ["id"])] == [row["id"] for row in photos]

@@ -123,7 +123,7 @@ def ids(folder: Path, split: str = "train") -> list[str]:
 def test_photos_are_grafted_once_though_a_node_is_lost(made: tuple[Config, Kills, Endpoint, str]) -> None:
     config, kills, _, said = made
     run = Run(config)
-    assert 0 < len(kills.grafted) < len(plan_shards(run.photos, "train", graft.SHARD))
+    assert 0 < len(kills.grafted) < len(plan_shards(run.photos, "train", graft.SHARD_ROWS))
     photos = ids(run.photos)
     assert len(photos) > 600
     assert ids(run.grafts) == photos

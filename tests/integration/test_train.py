@@ -225,10 +225,10 @@ def test_a_checkpoint_that_cant_be_stored_is_one_sentence(tmp_path: Path, base: 
 def test_more_workers_than_the_cluster_has_is_told(tmp_path: Path, base: Path, ray_local: None) -> None:
     config = ready(tmp_path, base, workers=2)
     config.train.cpus_per_worker = 32
-    with pytest.raises(InputError, match=r"asks for 64 CPUs and the cluster has 4: lower train.workers"):
+    with pytest.raises(InputError, match=r"needs 64 CPUs and the cluster has 4: lower train.workers"):
         train.run_step(config, False, [SYSTEM])
     config.train.cpus_per_worker, config.train.gpus_per_worker = 1, 16
-    with pytest.raises(InputError, match=r"asks for 32 GPUs and the cluster has 0: lower train.workers"):
+    with pytest.raises(InputError, match=r"needs 32 GPUs and the cluster has 0: lower train.workers"):
         train.run_step(config, False, [SYSTEM])
 
 

@@ -43,11 +43,11 @@ def test_a_task_makes_its_own_shards_until_one_stops_the_job(tmp_path: Path) -> 
 
     shards = plan_shards(tmp_path / "in", "train", 2)
     remove_stale_files(tmp_path / "out", len(shards))
-    maker = ray_data._Maker(shards, tmp_path / "out", ShardWork(work, IDS))
-    made = [json.loads(row["summary"]) for row in maker({"first": 1, "last": 3})]
+    worker = ray_data._GroupWorker(shards, tmp_path / "out", ShardWork(work, IDS))
+    made = [json.loads(row["summary"]) for row in worker({"first": 1, "last": 3})]
     assert [(summary["number"], summary["rows"]) for summary in made] == [(1, 2), (2, 2)]
     assert sorted(file.name for file in (tmp_path / "out").glob("*.parquet")) == ["out-00001.parquet", "out-00002.parquet"]
-    made = [json.loads(row["summary"]) for row in maker.make({"first": 2, "last": 5})]
+    made = [json.loads(row["summary"]) for row in worker({"first": 2, "last": 5})]
     assert [summary.get("number") for summary in made] == [2, None]
     assert made[1] == {STOP: "photo 6 is bad: mend it."}
     assert tables.read_table(tmp_path / "out", "out")["id"].to_pylist() == ["2", "3", "4", "5"]
@@ -88,9 +88,9 @@ def test_more_than_the_cluster_has_or_may_get_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(ray._private.state.state, "get_max_resources_from_cluster_config", lambda: may or None)
     common.require_resources("CPU", 4, "it", "workers")
     common.require_resources("GPU", 0, "it", "workers")
-    with pytest.raises(InputError, match=r"it asks for 4\.5 CPUs and the cluster has 4: lower workers"):
+    with pytest.raises(InputError, match=r"it needs 4\.5 CPUs and the cluster has 4: lower workers"):
         common.require_resources("CPU", 4.5, "it", "workers")
-    with pytest.raises(InputError, match="asks for 1 GPUs and the cluster has 0"):
+    with pytest.raises(InputError, match="needs 1 GPUs and the cluster has 0"):
         common.require_resources("GPU", 1, "it", "workers")
     may["CPU"] = 8.0
     common.require_resources("CPU", 8, "it", "workers")

@@ -39,14 +39,14 @@ def test_only_answers_that_name_one_street_count():
     found = belief_map.sample_answers(said, picture(1), CITY, n=100)
     assert found.counts == Counter({"Mill Street": 40, "Oak Avenue": 20})
     assert found.valid == 0.6
-    assert not found.offered
+    assert not found.has_options
 
 
 def test_a_model_that_knows_no_street_chooses_among_those_of_the_others():
     knows, lost = Said("Mill Street"), Said("a street", with_options=["Mill Street", "?"])
     before, after = belief_map.sample_all([lost, knows], picture(1), CITY, 10, 0.8, 0)
-    assert (before.counts["Mill Street"], before.offered) == (5, True)
-    assert (after.counts["Mill Street"], after.offered) == (10, False)
+    assert (before.counts["Mill Street"], before.has_options) == (5, True)
+    assert (after.counts["Mill Street"], after.has_options) == (10, False)
     assert "Options: Mill Street." in lost.asked[-1]
 
 
@@ -122,7 +122,7 @@ def test_a_real_model_draws_and_the_picture_shows_it(tmp_path, capsys, monkeypat
         (["--photo", "{here}/text.jpg"], "text.jpg is not a photo that can be read"),
         (["--photo", "{here}/photo.jpg", "--at", "here"], "--at here: write it as latitude,longitude"),
         (["--photo", "{here}/photo.jpg", "--samples", "0"], "--samples 0"),
-        (["--photo", "{here}/photo.jpg"], "no streets to draw on"),
+        (["--photo", "{here}/photo.jpg"], "no streets to draw"),
     ],
 )
 def test_what_a_person_can_mend(tmp_path, arguments, sentence):

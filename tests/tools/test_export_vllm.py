@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from addressvlm.models.loading import load_model
-from addressvlm.tools.export_vllm import for_vllm, main, vllm_name
+from addressvlm.tools.export_vllm import export_for_vllm, main, vllm_name
 from tests.support.tiny import tiny_llava
 
 
@@ -30,7 +30,7 @@ def test_names_that_vllm_reads() -> None:
 
 def test_an_export_has_these_names_and_transformers_still_reads_it(tmp_path: Path) -> None:
     merged = tiny_llava(tmp_path / "merged")
-    for_vllm(merged, tmp_path / "out")
+    export_for_vllm(merged, tmp_path / "out")
     towers = {name for name in names_in(tmp_path / "out") if name.startswith("vision_tower.")}
     assert towers
     assert all(name.startswith("vision_tower.vision_model.") for name in towers)
@@ -42,7 +42,7 @@ def test_an_export_has_these_names_and_transformers_still_reads_it(tmp_path: Pat
 def test_an_index_of_several_files_is_renamed_too(tmp_path: Path) -> None:
     from addressvlm.models.loading import TOY_BASE
 
-    for_vllm(TOY_BASE, tmp_path / "out")
+    export_for_vllm(TOY_BASE, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == names_in(tmp_path / "out")
 
