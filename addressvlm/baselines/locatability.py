@@ -1,8 +1,8 @@
-"""Locatability (paper 003, Sec. 3.1): how much of a street view tells where it is, from 0 to 1.
+"""Locatability (paper 003, Sec. 3.1): how much of a street view shows geographic clues, from 0 to 1.
 
-A segmentation model cuts the photo into classes (road, sky, building, …). Each class's part of the photo, all else greyed out,
-is compared by a CLIP-like model with texts that name geographic clues and with texts that name none; its weight is the
-probability of the clues. Locatability is the sum of the shares of the photo times these weights.
+A segmentation model divides the photo into classes (road, sky, building, …). A CLIP-like model compares each class's part of
+the photo, all else greyed out, with texts of geographic clues and with other texts; its weight is the probability of the
+clues. Locatability is the sum over classes of their share of the photo times their weight.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from addressvlm.models.loading import dtype_of, local
 
 THRESHOLD = 0.4  # paper 003
 THRESHOLDS = tuple(number / 20 for number in range(20))  # of the sensitivity curve: 0 to 0.95
-LEAST_SHARE = 0.01  # of the photo; smaller parts weigh nothing
+MIN_SHARE = 0.01  # of the photo; smaller parts have no weight
 GREY = 127
 
 
@@ -43,7 +43,7 @@ class LocatabilityTexts:
     """Texts for the CLIP-like model. The paper's are not published; the defaults are ours.
 
     Attributes:
-        clues: what tells places apart.
+        clues: what distinguishes places.
         others: what does not.
     """
 
@@ -69,15 +69,15 @@ class LocatabilityTexts:
         """From a YAML file with the lists `clues` and `others`.
 
         Raises:
-            InputError: the file isn't there, or holds anything else.
+            InputError: the file can't be read, or has other content.
         """
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            texts = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"{path} can't be read ({' '.join(str(error).split())[:120]}): give a YAML file.") from error
-        if not (isinstance(found, dict) and found.keys() == {"clues", "others"} and all(map(_is_texts, found.values()))):
+        if not (isinstance(texts, dict) and texts.keys() == {"clues", "others"} and all(map(_is_texts, texts.values()))):
             raise InputError(f"{path} does not hold what it should: give two lists of texts, `clues` and `others`.")
-        return LocatabilityTexts(tuple(found["clues"]), tuple(found["others"]))
+        return LocatabilityTexts(tuple(texts["clues"]), tuple(texts["others"]))
 
 
 DEFAULT_TEXTS = LocatabilityTexts()
@@ -85,11 +85,11 @@ DEFAULT_TEXTS = LocatabilityTexts()
 
 @dataclass(frozen=True)
 class Curve:
-    """What thresholds keep.
+    """The photos at or above each threshold.
 
     Attributes:
-        kept: share of the photos at or above each threshold.
-        mean: their mean locatability, None where none is kept.
+        kept: their share of all photos.
+        mean: their mean locatability, None where there are none.
     """
 
     thresholds: tuple[float, ...]
@@ -108,13 +108,13 @@ class Locatability:
         dtype: str = "float32",
         device: str | torch.device = "cpu",
     ) -> None:
-        """`segmentation` and `clip` are folders or hub names; safetensors only.
+        """`segmentation` and `clip` are folders or Hub names; safetensors only.
 
         Raises:
-            InputError: one is not there or is of another kind.
+            InputError: one is missing or another kind of model.
         """
         self.device, self.clues = torch.device(device), len(texts.clues)
-        self.model, self.processor = _segmenter(segmentation, dtype)
+        self.model, self.processor = _load_segmentation(segmentation, dtype)
         self.model.to(self.device)
         self.clip = ClipLike(*load_clip_like(clip, dtype)).eval().to(self.device)
         self._texts_TD = self.clip.encode_texts([*texts.clues, *texts.others])
@@ -124,27 +124,27 @@ class Locatability:
         return [self._score(photo.convert("RGB"), classes) for photo, classes in zip(photos, self.classes(photos), strict=True)]
 
     def classes(self, photos: Sequence[Image.Image]) -> list[np.ndarray]:
-        """The class of each pixel, int (H, W); neighbours of one size are looked at together, so that none is padded."""
-        return [found for _, alike in groupby(photos, key=lambda photo: photo.size) for found in self._classes(list(alike))]
+        """The class of each pixel, int (H, W); batches are neighbours of equal size, so that none is padded."""
+        return [part for _, batch in groupby(photos, key=lambda photo: photo.size) for part in self._classes(list(batch))]
 
     @torch.inference_mode()
     def _classes(self, photos: Sequence[Image.Image]) -> list[np.ndarray]:
         inputs = self.processor(images=[photo.convert("RGB") for photo in photos], return_tensors="pt").to(self.device)
         logits = _class_logits(self.model(pixel_values=inputs["pixel_values"].to(self.model.dtype))).float()
-        grown = F.interpolate(logits, size=(photos[0].height, photos[0].width), mode="bilinear")
-        return list(grown.argmax(dim=1).cpu().numpy())
+        resized = F.interpolate(logits, size=(photos[0].height, photos[0].width), mode="bilinear")
+        return list(resized.argmax(dim=1).cpu().numpy())
 
     @torch.inference_mode()
     def _score(self, photo: Image.Image, classes: np.ndarray) -> float:
-        present, counts = np.unique(classes, return_counts=True)
+        values, counts = np.unique(classes, return_counts=True)
         shares = counts / classes.size
-        chosen = shares >= LEAST_SHARE
-        parts = [masked_part(photo, classes == c) for c in present[chosen]]
+        large = shares >= MIN_SHARE
+        parts = [masked_part(photo, classes == c) for c in values[large]]
         if not parts:
             return 0.0
         logits = self.clip.scale.float() * self.clip.encode_images(parts) @ self._texts_TD.T
         weights = logits.softmax(dim=-1)[:, : self.clues].sum(dim=-1).double().cpu().numpy()
-        return float(np.clip(shares[chosen] @ weights, 0.0, 1.0))
+        return float(np.clip(shares[large] @ weights, 0.0, 1.0))
 
 
 @cache
@@ -154,25 +154,25 @@ def cached_locatability(segmentation: str, clip: str, texts: LocatabilityTexts) 
 
 
 def masked_part(photo: Image.Image, part: np.ndarray) -> Image.Image:
-    """The photo with all but the part, bool (H, W), greyed out: what the CLIP-like model sees of a class."""
+    """The photo with all but the part, bool (H, W), greyed out: a class as the CLIP-like model sees it."""
     return Image.fromarray(np.where(part[..., None], np.asarray(photo), GREY).astype(np.uint8))
 
 
 def curve(scores: Sequence[float], thresholds: Sequence[float] = THRESHOLDS) -> Curve:
-    """How many photos each threshold keeps, and how locatable they are.
+    """The share of photos that each threshold keeps, and their mean locatability.
 
     Raises:
         InputError: there are no photos.
     """
     if not len(scores):
         raise InputError("there are no photos whose locatability a threshold could be chosen for: score some first.")
-    found = np.asarray(scores, dtype=float)
-    kept = [found[found >= threshold] for threshold in thresholds]
-    means = [float(some.mean()) if len(some) else None for some in kept]
-    return Curve(tuple(thresholds), [len(some) / len(found) for some in kept], means)
+    array = np.asarray(scores, dtype=float)
+    kept = [array[array >= threshold] for threshold in thresholds]
+    means = [float(part.mean()) if len(part) else None for part in kept]
+    return Curve(tuple(thresholds), [len(part) / len(array) for part in kept], means)
 
 
-def draw_curve(found: Curve, path: Any, chosen: float = THRESHOLD) -> None:
+def draw_curve(curve: Curve, path: Any, threshold: float = THRESHOLD) -> None:
     """Write the curve as SVG into a path or an open file."""
     import matplotlib
 
@@ -180,10 +180,10 @@ def draw_curve(found: Curve, path: Any, chosen: float = THRESHOLD) -> None:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
-    axis.plot(found.thresholds, found.kept, "o-", label="share of the photos kept")
-    points = [(t, m) for t, m in zip(found.thresholds, found.mean, strict=True) if m is not None]
+    axis.plot(curve.thresholds, curve.kept, "o-", label="share of the photos kept")
+    points = [(t, m) for t, m in zip(curve.thresholds, curve.mean, strict=True) if m is not None]
     axis.plot(*zip(*points, strict=True), "s--", label="their mean locatability") if points else None
-    axis.axvline(chosen, color="grey", linewidth=1)
+    axis.axvline(threshold, color="grey", linewidth=1)
     axis.set_ylim(0, 1.02)
     axis.set_xlabel("threshold of locatability")
     axis.legend(loc="lower left")
@@ -191,28 +191,28 @@ def draw_curve(found: Curve, path: Any, chosen: float = THRESHOLD) -> None:
     plt.close(figure)
 
 
-def _is_texts(found: Any) -> bool:
-    return isinstance(found, list) and bool(found) and all(isinstance(text, str) and text.strip() for text in found)
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) and text.strip() for text in value)
 
 
-def _class_logits(found: Any) -> torch.Tensor:
+def _class_logits(output: Any) -> torch.Tensor:
     """Scores of classes (N, C, h, w), of a semantic model or of one whose queries each have a class and a mask."""
-    if hasattr(found, "logits"):
-        logits: torch.Tensor = found.logits
+    if hasattr(output, "logits"):
+        logits: torch.Tensor = output.logits
         return logits
-    classes = found.class_queries_logits.softmax(dim=-1)[..., :-1]  # the last is none
-    return torch.einsum("nqc,nqhw->nchw", classes, found.masks_queries_logits.sigmoid())
+    classes = output.class_queries_logits.softmax(dim=-1)[..., :-1]  # the last is none
+    return torch.einsum("nqc,nqhw->nchw", classes, output.masks_queries_logits.sigmoid())
 
 
 class _SegformerPixels(ViTImageProcessorPil):
-    """What SegFormer's image processor does to photos; the one in transformers needs torchvision for label maps."""
+    """SegFormer's image processor; that of transformers needs torchvision for label maps."""
 
     resample = PILImageResampling.BILINEAR
     image_mean, image_std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     size: ClassVar = {"height": 512, "width": 512}
 
 
-def _segmenter(name: str, dtype: str) -> tuple[Any, Any]:
+def _load_segmentation(name: str, dtype: str) -> tuple[Any, Any]:
     where = local(name)
     try:
         config = AutoConfig.from_pretrained(where)

@@ -34,7 +34,7 @@ from transformers import (
 
 from addressvlm.baselines.addressclip import contrastive_loss
 from addressvlm.baselines.dual_encoder import ClipLike
-from addressvlm.baselines.locatability import LEAST_SHARE, LocatabilityTexts, masked_part
+from addressvlm.baselines.locatability import MIN_SHARE, LocatabilityTexts, masked_part
 from addressvlm.demo.camera import CLASSES, photograph, segment
 from addressvlm.demo.city import street_places, view_headings
 from addressvlm.demo.world import Character, Street, World, district_at, generate
@@ -135,7 +135,7 @@ def train_clip(examples: Iterator[LocatabilityExample], steps: int, batch: int) 
 def _masked_parts(example: LocatabilityExample, rng: random.Random) -> Iterator[tuple[Image.Image, str]]:
     """Each class of a photo, the rest greyed out, with one of the texts that describe it."""
     for index, name in enumerate(CLASSES):
-        if (example.classes == index).mean() >= LEAST_SHARE:
+        if (example.classes == index).mean() >= MIN_SHARE:
             text = UNINFORMATIVE.get(name) or example.traits[rng.choice(TRAITS_OF_CLASS[name])]
             yield masked_part(example.photo, example.classes == index), text
 

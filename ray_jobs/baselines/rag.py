@@ -163,7 +163,7 @@ def model_replies(
         rows = (row for row in tables.iter_rows(photos, TEST, ["id", "image"]) if row["id"] in prompts)
         requests = ((row["id"], row["image"]["bytes"], prompts[row["id"]]) for row in rows)
         cache = context.run.folder / "rag" / f"{slug(settings.name)}-response_cache"
-        return endpoint_replies(context.config.labels, settings, requests, len(prompts), cache, again=redo)
+        return endpoint_replies(context.config.labels, settings, requests, len(prompts), cache, redo_failed=redo)
     need = need.model_copy(update={"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature})
     config = context.config.model_copy(update={"evaluate": need})
     per_unit = max(1, min(PHOTOS, -(-len(prompts) // need.workers)))

@@ -76,7 +76,7 @@ class RetrievalSystem(System[RetrievalConfig]):
         if not is_done(folder, settings, redo):
             queries = {split: embed_split(context, encoder, split, redo) for split in context.ids}
             start = time.monotonic()
-            address = open_geocoder(context, gallery).of_photos(city)
+            address = open_geocoder(context, gallery).photo_addresses(city)
             with GallerySearch(index_loaders(files, gallery)) as search, fresh_dir(folder, settings) as temporary:
                 for split, ids in context.ids.items():
                     rows = match_rows(queries[split].select(ids), gallery, search, address, city, self.settings.neighbours)

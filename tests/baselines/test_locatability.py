@@ -114,7 +114,7 @@ def test_shares_count_by_what_their_part_tells(models: tuple[str, str], monkeypa
         return torch.tensor([[1.0, 0.0] if share < 0.5 else [0.0, 1.0] for share in red])  # the small part is the clue
 
     monkeypatch.setattr(scorer.clip, "encode_images", told)
-    monkeypatch.setattr(scorer.clip, "largest", 1e9)
+    monkeypatch.setattr(scorer.clip, "max_scale", 1e9)
     scorer.clip.log_scale.data.fill_(5.0)
     assert scorer._score(photo, classes) == pytest.approx(0.3)
 
@@ -130,7 +130,7 @@ def test_parts_below_a_hundredth_of_the_photo_weigh_nothing(models: tuple[str, s
         return torch.tensor([[1.0, 0.0]] * len(parts))
 
     monkeypatch.setattr(scorer.clip, "encode_images", told)
-    monkeypatch.setattr(scorer.clip, "largest", 1e9)
+    monkeypatch.setattr(scorer.clip, "max_scale", 1e9)
     scorer.clip.log_scale.data.fill_(5.0)
     assert scorer._score(Image.new("RGB", (20, 20), "red"), classes) == pytest.approx(397 / 400)
     assert seen == [393, 4]

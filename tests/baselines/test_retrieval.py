@@ -202,10 +202,10 @@ PHOTOS = [
 def test_geocoder_asks_the_map_and_else_the_nearest_photo() -> None:
     geocoder = Geocoder(MAP, 40, PHOTOS)
     assert geocoder.addresses([52.0051, 52.0101, -33.0], [0.012, 0.01, 151.0]) == [MILL, OAK, KING]
-    assert [GAZETTEER.addresses[i] for i in geocoder.of_photos(GAZETTEER)] == [MILL, KING, OAK]
+    assert [GAZETTEER.addresses[i] for i in geocoder.photo_addresses(GAZETTEER)] == [MILL, KING, OAK]
     without = Geocoder(StreetMap([], []), 40, PHOTOS)
     assert without.addresses([52.0051], [0.01]) == [KING]
-    assert Geocoder(MAP, 40, PHOTOS).of_photos(Gazetteer([KING])).tolist() == [0, 0, -1]
+    assert Geocoder(MAP, 40, PHOTOS).photo_addresses(Gazetteer([KING])).tolist() == [0, 0, -1]
 
 
 def test_the_nearest_photo_far_north_is_nearest_in_metres() -> None:
