@@ -38,6 +38,7 @@ LISTING_SCHEMA = pa.schema(
         *[field for field in tables.PHOTOS if field.name not in ("image", "rounds")],
     ]
 )
+PLACE_COLUMNS = ("sub_street", "cross_street", "distance_m", "margin_m", "second_street", "ambiguous")
 CHECKED_SCHEMA = pa.schema([*LISTING_SCHEMA, tables.PHOTOS.field("image")])
 
 
@@ -49,24 +50,12 @@ def listing_rows(
         place, answer = places[photo.place], answers[photo.place]
         yield {
             "index": index,
-            "row": photo.row,
-            "file": photo.file,
-            "view": photo.view,
-            "id": photo.id,
-            "place": photo.place,
-            "lat": photo.lat,
-            "lon": photo.lon,
-            "heading": photo.heading,
+            **{field: getattr(photo, field) for field in ("row", "file", "view", "id", "place", "lat", "lon", "heading")},
             "street": answer.address.street,
             "main_street": place.address.street,
             "district": place.address.district,
-            "sub_street": place.sub_street,
             "address_source": place.source,
-            "cross_street": place.cross_street,
-            "distance_m": place.distance_m,
-            "margin_m": place.margin_m,
-            "second_street": place.second_street,
-            "ambiguous": place.ambiguous,
+            **{field: getattr(place, field) for field in PLACE_COLUMNS},
         }
 
 

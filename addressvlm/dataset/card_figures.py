@@ -98,7 +98,8 @@ class CityFigures:
         axes.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
         axes.set_axis_off()
         _draw_lines(axes, [self.borders], [BORDER], 0.8, dashes=(6, 4))
-        length = _round_length((right - left) / 5)
+        unit = 10.0 ** math.floor(math.log10((right - left) / 5))
+        length = max(m * unit for m in (1, 2, 5) if m * unit <= (right - left) / 5)
         x, y = left + 0.03 * (right - left), bottom + 0.03 * (right - left)
         axes.plot([x, x + length], [y, y], color=INK, linewidth=2.2, solid_capstyle="butt", zorder=6)
         label = f"{length:g} m" if length < 1000 else f"{length / 1000:g} km"
@@ -111,7 +112,7 @@ class CityFigures:
         boxes: list[BaseGeometry] = []
         dots = shapely.MultiPoint(axes.transData.transform(self.xy))
         for name, shape in sorted(self.districts.items(), key=lambda item: -item[1].area):
-            if shape.is_empty or not _has_glyphs(name.upper()):
+            if shape.is_empty or not _font_characters().issuperset(name.upper()):
                 continue
             middle = shape.centroid if shape.contains(shape.centroid) else shape.representative_point()
             for points, obstacles in [*((points, [dots]) for points in (0, 12, -12, 24, -24, 36, -36)), (0, [])]:
@@ -125,7 +126,7 @@ class CityFigures:
         """Write names beside the streets with most places, where there is no text yet."""
         by_street = _members([p.address.street for p in self.places])
         ranked = sorted(by_street, key=lambda name: (-len(by_street[name]), name))[:MAX_LABELS]
-        for name in [n for n in ranked if _has_glyphs(n)]:
+        for name in [n for n in ranked if _font_characters().issuperset(n)]:
             for at, angle in self._label_positions(name, by_street[name]):
                 turn = math.radians(angle + 90)
                 text = axes.annotate(name, at, (5 * math.cos(turn), 5 * math.sin(turn)), textcoords="offset points",
@@ -266,11 +267,6 @@ def _place_text(text: Text, boxes: list[BaseGeometry], axes: Axes, obstacles: Se
     return free
 
 
-def _round_length(metres: float) -> float:
-    unit = 10.0 ** math.floor(math.log10(metres))
-    return max(m * unit for m in (1, 2, 5) if m * unit <= metres)
-
-
 def _halo(width: float) -> list[object]:
     return [withStroke(linewidth=width, foreground=BACKGROUND)]
 
@@ -278,10 +274,6 @@ def _halo(width: float) -> list[object]:
 @cache
 def _font_characters() -> frozenset[str]:
     return frozenset(map(chr, FT2Font(findfont("DejaVu Sans")).get_charmap()))
-
-
-def _has_glyphs(name: str) -> bool:
-    return set(name) <= _font_characters()
 
 
 def _png(figure: Figure) -> bytes:

@@ -23,6 +23,9 @@ from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import Address
 from addressvlm.gazetteer.name_matcher import normalize_name
 
+Floats = NDArray[np.float64]
+Codes = NDArray[np.int32]
+
 CROSS_STREET_M = 200.0  # how far a street may be and still be called the nearest other one
 MAX_VOTERS = 64  # to each side
 CHUNK_ROWS = 1 << 18  # bounds the memory besides the columns themselves
@@ -53,10 +56,10 @@ class _Places:
 
     ids: list[str]
     photos: list[list[Photo]]
-    lat: NDArray[np.float64]
-    lon: NDArray[np.float64]
-    x: NDArray[np.float64]
-    y: NDArray[np.float64]
+    lat: Floats
+    lon: Floats
+    x: Floats
+    y: Floats
 
     def column(self, name: str) -> list[str | None]:
         """The value of most photos of each place, None where there is none."""
@@ -161,11 +164,11 @@ class Annotation:
         district: positions in `StreetMap.district_names`, -1 outside all of them.
     """
 
-    street: NDArray[np.int32]
+    street: Codes
     distance_m: NDArray[np.float32]
-    second: NDArray[np.int32]
+    second: Codes
     second_distance_m: NDArray[np.float32]
-    district: NDArray[np.int32]
+    district: Codes
 
 
 def annotate_coordinates(lat: ArrayLike, lon: ArrayLike, streets: StreetMap, limit_m: float) -> Annotation:
@@ -188,9 +191,7 @@ def annotate_coordinates(lat: ArrayLike, lon: ArrayLike, streets: StreetMap, lim
     return Annotation(street, distance, second, second_distance, district)
 
 
-def neighbour_vote(
-    x: NDArray[np.float64], y: NDArray[np.float64], nearest: NDArray[np.int32], alternative: NDArray[np.int32], radius_m: float
-) -> NDArray[np.int32]:
+def neighbour_vote(x: Floats, y: Floats, nearest: Codes, alternative: Codes, radius_m: float) -> Codes:
     """The street of each place after a vote of its neighbours.
 
     A photo taken in passing a corner is often nearer to the crossing street than to the one it was taken on. The places
@@ -206,31 +207,21 @@ def neighbour_vote(
         alternative: (N,) code of the other street that a place may be on, -1 where the nearest is certain.
         radius_m: how far a voter may be.
     """
-    before, after = (_alternative_lead(x, y, nearest, alternative, radius_m, side) for side in (-1, 1))
-    return np.where((before >= 0) & (after >= 0) & (before + after > 0), alternative, nearest)
-
-
-def _alternative_lead(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    nearest: NDArray[np.int32],
-    alternative: NDArray[np.int32],
-    radius_m: float,
-    side: int,
-) -> NDArray[np.int64]:
-    """By how many votes of one side (-1 before, 1 after) the alternative of each place is ahead of its nearest street."""
-    lead = np.zeros(len(x), dtype=np.int64)
-    place = np.flatnonzero(alternative >= 0)
-    for step in range(1, MAX_VOTERS + 1):
-        voter = place + side * step
-        inside = (voter >= 0) & (voter < len(x))
-        place, voter = place[inside], voter[inside]
-        near = np.hypot(x[place] - x[voter], y[place] - y[voter]) <= radius_m
-        place, voter = place[near], voter[near]
-        if not len(place):
-            break
-        lead[place] += (nearest[voter] == alternative[place]).astype(np.int64) - (nearest[voter] == nearest[place])
-    return lead
+    leads = []
+    for side in (-1, 1):  # before and after
+        lead = np.zeros(len(x), dtype=np.int64)  # votes for the alternative minus those for the nearest street
+        place = np.flatnonzero(alternative >= 0)
+        for step in range(1, MAX_VOTERS + 1):
+            voter = place + side * step
+            inside = (voter >= 0) & (voter < len(x))
+            place, voter = place[inside], voter[inside]
+            near = np.hypot(x[place] - x[voter], y[place] - y[voter]) <= radius_m
+            place, voter = place[near], voter[near]
+            if not len(place):
+                break
+            lead[place] += (nearest[voter] == alternative[place]).astype(np.int64) - (nearest[voter] == nearest[place])
+        leads.append(lead)
+    return np.where((leads[0] >= 0) & (leads[1] >= 0) & (leads[0] + leads[1] > 0), alternative, nearest)
 
 
 def _choose_streets(

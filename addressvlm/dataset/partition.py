@@ -125,10 +125,6 @@ class _Segment:
     places: int = 0  # that count
 
     @property
-    def length(self) -> float:
-        return self.end - self.start
-
-    @property
     def bounds(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(c.name for c in (self.start_crossing, self.end_crossing) if c))
 
@@ -141,11 +137,11 @@ def _partition(
     if not axis.parts:
         return [SubStreet(street, street, (), 0.0, 0.0, int(counted.sum()))], np.zeros(len(x), dtype=int)
     along = axis.locate(x, y)
-    segments = _merge(_cut(axis, crossings, config.gap_m), lambda s: s.length < config.gap_m, lambda s: s.length)
+    segments = _merge(_cut(axis, crossings, config.gap_m), lambda s: s.end - s.start, config.gap_m)
     index = np.searchsorted([s.start for s in segments], along, side="right") - 1
     places, occupied = Counter(index[counted].tolist()), set(index.tolist())
     segments = [replace(s, places=places[i]) for i, s in enumerate(segments) if i in occupied]
-    segments = _merge(segments, lambda s: s.places < config.min_places, lambda s: s.places)
+    segments = _merge(segments, lambda s: s.places, config.min_places)
     segments, names = _unique_names(street, axis, segments)
     sub_streets = [SubStreet(street, n, s.bounds, s.start, s.end, s.places) for s, n in zip(segments, names, strict=True)]
     return sub_streets, np.searchsorted([s.start for s in segments], along, side="right") - 1
@@ -167,14 +163,13 @@ def _cut(axis: "StreetAxis", crossings: list[Crossing], gap: float) -> list[_Seg
     return segments
 
 
-def _merge(segments: list[_Segment], small: Callable[[_Segment], bool], size: Callable[[_Segment], float]) -> list[_Segment]:
-    """Segments in order, with each small one joined to its smaller neighbour, on the same span if there is one."""
+def _merge(segments: list[_Segment], size: Callable[[_Segment], float], minimum: float) -> list[_Segment]:
+    """Segments in order, those below the minimum joined to their smaller neighbour, on the same span if there is one."""
     segments = list(segments)
     while len(segments) > 1:
-        candidates = [i for i, segment in enumerate(segments) if small(segment)]
-        if not candidates:
+        i = min(range(len(segments)), key=lambda i: (size(segments[i]), i))
+        if size(segments[i]) >= minimum:
             break
-        i = min(candidates, key=lambda i: (size(segments[i]), i))
         neighbours = [j for j in (i - 1, i + 1) if 0 <= j < len(segments)]
         _join(segments, i, min(neighbours, key=lambda j: (segments[j].span != segments[i].span, size(segments[j]), j)))
     return segments

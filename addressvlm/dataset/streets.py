@@ -103,7 +103,8 @@ class StreetMap:
             InputError: a file is missing or damaged, or has nothing named in it.
         """
         one_file = streets is not None and districts is not None and Path(streets) == Path(districts)
-        names, roads, polygons = StreetNames([], [], {}, {}), [], []
+        names, polygons = StreetNames([], [], {}, {}), list[tuple[str, BaseGeometry]]()
+        roads: list[GeoFeature] = []
         if streets:
 
             def select(tags: Tags) -> bool:  # `select_streets` counts ordinary streets without a name
@@ -120,14 +121,11 @@ class StreetMap:
         if districts:
             if not one_file:
                 extract = read_geo_file(districts, "city.districts", is_district)
-            named = [f for f in extract.features if osm_names(f.tags, language)[0]]
             points = shapely.point_on_surface(list(dict(zip(names.names, names.shapes, strict=True)).values()))
-            layer = choose_districts(replace(extract, features=named), points, str(districts), district_source, admin_level)
-            parts = defaultdict(list)
-            for area in layer:
-                parts[osm_names(area.tags, language)[0]].append(make_valid(area.shape))
-            polygons = [(name, shapely.union_all(shapes)) for name, shapes in parts.items()]
-            for name, others in collect_variants(layer, language).items():
+            polygons, district_variants = select_districts(
+                extract, points, str(districts), language, district_source, admin_level
+            )
+            for name, others in district_variants.items():
                 names.variants[name] = list(dict.fromkeys([*names.variants.get(name, []), *others]))
         street_map = cls(names.names, names.shapes, polygons, centre, names.variants)
         street_map.roads = roads
@@ -251,6 +249,18 @@ def select_streets(extract: GeoExtract, path: str, language: str | None = None, 
             f"streets, squares or blocks with one."
         )
     return _display_names(streets, language)
+
+
+def select_districts(
+    extract: GeoExtract, points: NDArray[np.object_], path: str, language: str | None, source: DistrictSource, level: int | None
+) -> tuple[list[tuple[str, BaseGeometry]], dict[str, list[str]]]:
+    """The districts (name and polygon) that `choose_districts` finds among the named objects, and their variants."""
+    named = [f for f in extract.features if osm_names(f.tags, language)[0]]
+    layer = choose_districts(replace(extract, features=named), points, path, source, level)
+    parts = defaultdict(list)
+    for area in layer:
+        parts[osm_names(area.tags, language)[0]].append(make_valid(area.shape))
+    return [(name, shapely.union_all(shapes)) for name, shapes in parts.items()], collect_variants(layer, language)
 
 
 def select_roads(extract: GeoExtract, streets: StreetNames, language: str | None = None) -> list[GeoFeature]:

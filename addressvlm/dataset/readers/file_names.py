@@ -99,8 +99,13 @@ def parse_file_name(file: str) -> Row:
         east, north, zone, lat, lon = (parse_number(parts, c) for c in ("east", "north", "zone", "lat", "lon"))
         if east is not None and north is not None and zone is not None:
             cells["lat"], cells["lon"] = utm_to_degrees(east, north, int(zone), _is_south(parts.get("band", ""), lat))
-            if lat is not None and lon is not None and _distance_m(cells["lat"], cells["lon"], lat, lon) > MAX_DIFFERENCE_M:
-                return {"file": file, "PROBLEM": f"positions differ: UTM is {cells['lat']:.5f}, {cells['lon']:.5f} in degrees"}
+            if lat is not None and lon is not None:
+                degrees = math.hypot(cells["lat"] - lat, (cells["lon"] - lon) * math.cos(math.radians(cells["lat"])))
+                if degrees * METRES_PER_DEGREE > MAX_DIFFERENCE_M:
+                    return {
+                        "file": file,
+                        "PROBLEM": f"positions differ: UTM is {cells['lat']:.5f}, {cells['lon']:.5f} in degrees",
+                    }
     except ValueError as error:
         return {"file": file, "PROBLEM": str(error)}
     return cells
@@ -128,10 +133,6 @@ def _is_south(band: str, lat: float | None) -> bool:
     if band.upper() not in (*BANDS, ""):
         raise ValueError(f"not a UTM band: {band!r} is not one of {BANDS}")
     return bool(band) and band.upper() < "N"
-
-
-def _distance_m(lat: float, lon: float, other_lat: float, other_lon: float) -> float:
-    return math.hypot(lat - other_lat, (lon - other_lon) * math.cos(math.radians(lat))) * METRES_PER_DEGREE
 
 
 def _source_rows(source: str) -> Iterator[Row]:
