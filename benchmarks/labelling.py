@@ -65,10 +65,10 @@ class Server(asyncio.Protocol):
     rng = random.Random(0)
 
     def connection_made(self, transport: Any) -> None:
-        self.transport, self.head, self.left, self.sum = transport, b"", 0, 0
+        self.transport, self.head, self.remaining, self.sum = transport, b"", 0, 0
 
     def data_received(self, data: bytes) -> None:
-        if not self.left:
+        if not self.remaining:
             self.head += data
             end = self.head.find(b"\r\n\r\n") + 4
             if end < 4:
@@ -78,11 +78,11 @@ class Server(asyncio.Protocol):
                 self.head = b""
                 return
             at = self.head.lower().index(b"content-length:") + 15
-            self.left = int(self.head[at : self.head.index(b"\r", at)])
+            self.remaining = int(self.head[at : self.head.index(b"\r", at)])
             data, self.head, self.sum = self.head[end:], b"", 0
-        self.left -= len(data)
+        self.remaining -= len(data)
         self.sum = zlib.crc32(data, self.sum)
-        if not self.left:
+        if not self.remaining:
             self.reply()
 
     def reply(self) -> None:

@@ -136,8 +136,8 @@ def _send_requests(config: Config, shards: list[Shard], redo: bool) -> dict[str,
         labeler = OpenAILabeler(config.labels, new_state, cache, partial(print, flush=True), redo)
         estimate = _estimate(config, shards, cache, redo)
         print(estimate.text(), flush=True)
-        left = estimate.rows_left
-        return labeler.run(_requests(config, shards), left).to_dict() if left else {}
+        rows = estimate.rows_left
+        return labeler.run(_requests(config, shards), rows).to_dict() if rows else {}
 
 
 def _estimate(config: Config, shards: list[Shard], cache: ResponseCache, redo: bool) -> CostEstimate:

@@ -56,11 +56,7 @@ class EndpointClient:
     """
 
     def __init__(self, config: LabelsConfig) -> None:
-        """Sends nothing yet; needs a running event loop.
-
-        Raises:
-            InputError: the key is missing.
-        """
+        """Sends nothing yet; needs a running event loop."""
         self.config, self._key = config, endpoint_key(config)
         # aiohttp needs half the processor time of httpx, and a body that is bytes is not copied and parsed again.
         limits = httpx2.Limits(max_connections=config.concurrency, keepalive_expiry=KEEPALIVE_S)
@@ -174,11 +170,7 @@ class EndpointClient:
 
 
 def endpoint_key(config: LabelsConfig) -> str:
-    """The key to the endpoint; `none` for a server of your own without one.
-
-    Raises:
-        InputError: it is missing.
-    """
+    """The key to the endpoint; `none` for a server of your own without one."""
     key = os.environ.get(KEY) or ("none" if config.base_url else "")
     if not key:
         raise InputError(f"{KEY} is not set and labels.labeler is openai: set it where the job runs, or use template.")
@@ -235,11 +227,7 @@ class Budget:
         return (tokens_in * (self.config.usd_per_million_in or 0) + tokens_out * (self.config.usd_per_million_out or 0)) / 1e6
 
     async def reserve(self, tokens_in: float, tokens_out: float) -> None:
-        """Reserve the highest possible price of a request; waits while requests in flight may leave enough.
-
-        Raises:
-            InputError: there is not enough left.
-        """
+        """Reserve the highest possible price of a request; waits while requests in flight may leave enough."""
         tokens, usd = tokens_in + tokens_out, self.price(tokens_in, tokens_out)
         max_tokens, max_usd = self.config.budget_tokens, self.config.budget_usd
         while (max_tokens is not None and self.tokens + self._reserved_tokens + tokens > max_tokens) or (

@@ -1,7 +1,7 @@
 """Whether the claims of an English label are among the facts: directions, distances, crossing street, names, colours, sky.
 
 Names become marks (`§own`, `§cross`, …). Then every compass word, distance, name or colour is checked against the fact that it
-is said of: by the last telling word before it in its sentence, or the first one after it.
+is about: that of the last topic word before it in its sentence, or the first one after it.
 """
 
 import re
@@ -177,7 +177,7 @@ class FactChecker:
             yield wrong
 
     def _names(self, tokens: list[str]) -> Iterator[Problem]:
-        """Names that are said to be on the map are there, and no other street of the city is mentioned at all."""
+        """Names that the text reads on the map are there, and no other street of the city is mentioned at all."""
         facts = self.facts
         for i, token in enumerate(tokens):
             if token in ("§foreign", "§unknown", "§elsewhere"):
@@ -217,7 +217,7 @@ def _mark_axis(match: re.Match[str]) -> str:
 
 
 def _topic(tokens: list[str], i: int) -> str:
-    """What the direction at `i` is said of: by the last telling word before it, else the first after it, else empty."""
+    """What the direction at `i` is about: the topic of the last topic word before it, else of the first after it."""
     start = max((k + 1 for k in range(i) if tokens[k] in (";", ":", "—")), default=0)
     before = [TOPIC_OF[t] for t in tokens[start:i] if t in TOPIC_OF]
     after = [TOPIC_OF[t] for t in tokens[i + 1 :] if t in TOPIC_OF]
@@ -225,7 +225,7 @@ def _topic(tokens: list[str], i: int) -> str:
 
 
 def _of_ground(tokens: list[str], i: int) -> bool:
-    """Whether the colour at `i` is said of the ground: by the noun after it, else the last telling word before, else after."""
+    """Whether the colour at `i` is of the ground: by the noun after it, else the last topic word before, else after."""
     noun = i + 1
     while noun < len(tokens) and (tokens[noun] in COLOUR_OF or tokens[noun] == "and"):  # red and grey walls
         noun += 1

@@ -86,11 +86,11 @@ def graft_facts(
     """
     on_map = roads.resolve_name(main_street or street) or main_street or street
     x, y = roads.to_metres(lat, lon)
-    here = shapely.Point(x, y)
+    camera = shapely.Point(x, y)
     half = (tile.bounds[2] - tile.bounds[0]) / 2
-    own, others = _lines(roads, on_map, x, y, half)
-    bearing = _bearing(own, here) if own is not None else None
-    cross = _nearest_crossing(own, others, here, half) if own is not None else None
+    line, others = _lines(roads, on_map, x, y, half)
+    bearing = _bearing(line, camera) if line is not None else None
+    cross = _nearest_crossing(line, others, camera, half) if line is not None else None
     return Facts(
         street=street,
         district=district,
@@ -99,7 +99,7 @@ def graft_facts(
         view=None if bearing is None or heading is None else _view(heading, bearing),
         facing=None if heading is None else compass(heading),
         cross_street=cross[0] if cross else None,
-        cross_distance_m=10 * round(cross[1].distance(here) / 10) if cross else None,
+        cross_distance_m=10 * round(cross[1].distance(camera) / 10) if cross else None,
         cross_direction=compass(math.degrees(math.atan2(cross[1].x - x, cross[1].y - y))) if cross else None,
         photo_colours=tuple(photo_colours(photo)),
         tile_colours=tuple(tile_colours(tile.image, delta)) if imagery else (),
@@ -135,18 +135,18 @@ def _lines(roads: "Roads", street: str, x: float, y: float, half: float) -> tupl
         if road.name:
             groups.setdefault(road.name, []).append(road.line)
     spellings = [street] if street in groups else [name for name in groups if normalize_name(name) == normalize_name(street)]
-    own = [line for name in spellings for line in groups.pop(name)]
-    return (_joined(own) if own else None), {name: _joined(lines) for name, lines in groups.items()}
+    lines = [line for name in spellings for line in groups.pop(name)]
+    return (_joined(lines) if lines else None), {name: _joined(group) for name, group in groups.items()}
 
 
 def _joined(lines: list[BaseGeometry]) -> BaseGeometry:
     return shapely.line_merge(shapely.union_all(lines))
 
 
-def _bearing(line: BaseGeometry, here: shapely.Point) -> float:
-    """Direction of the line at its point nearest to `here`, degrees clockwise from north, in [0, 180)."""
-    part = min(shapely.get_parts(line), key=lambda p: p.distance(here))
-    at = part.project(here)
+def _bearing(line: BaseGeometry, camera: shapely.Point) -> float:
+    """Direction of the line at its point nearest to `camera`, degrees clockwise from north, in [0, 180)."""
+    part = min(shapely.get_parts(line), key=lambda p: p.distance(camera))
+    at = part.project(camera)
     first, last = part.interpolate(max(0.0, at - TANGENT_M)), part.interpolate(min(part.length, at + TANGENT_M))
     return math.degrees(math.atan2(last.x - first.x, last.y - first.y)) % 180
 
@@ -158,18 +158,18 @@ def _view(heading: float, bearing: float) -> str:
 
 
 def _nearest_crossing(
-    own: BaseGeometry, others: dict[str, BaseGeometry], here: shapely.Point, half: float
+    line: BaseGeometry, others: dict[str, BaseGeometry], camera: shapely.Point, half: float
 ) -> tuple[str, shapely.Point] | None:
-    """The street that meets `own` nearest to `here`, and where, within `half` metres; None if none does."""
+    """The street that meets `line` nearest to `camera`, and where, within `half` metres; None if none does."""
     crossings: list[tuple[float, str, shapely.Point]] = []
-    for name, line in others.items():
-        meeting = own.intersection(line)
-        if meeting.is_empty and own.distance(line) <= MEETING_M:
-            meeting = shapely.Point(shapely.shortest_line(own, line).coords[0])
+    for name, other in others.items():
+        meeting = line.intersection(other)
+        if meeting.is_empty and line.distance(other) <= MEETING_M:
+            meeting = shapely.Point(shapely.shortest_line(line, other).coords[0])
         if meeting.is_empty:
             continue
-        point = shapely.get_point(shapely.shortest_line(here, meeting), 1)
-        crossings.append((point.distance(here), name, point))
+        point = shapely.get_point(shapely.shortest_line(camera, meeting), 1)
+        crossings.append((point.distance(camera), name, point))
     nearest = min(crossings, key=lambda crossing: crossing[:2], default=None)
     return (nearest[1], nearest[2]) if nearest and nearest[0] <= half else None
 

@@ -35,9 +35,6 @@ def label_batch(labels: str, seed: int, gazetteer: str, response_cache: str, row
         labels: a LabelsConfig as JSON.
         gazetteer: path of the city's gazetteer; without that file the validator knows fewer streets.
         response_cache: folder of the response cache that holds all answers; empty: the labeler writes the texts now.
-
-    Raises:
-        InputError: the labeler can't be used, or the cache lacks an answer.
     """
     config = LabelsConfig.model_validate_json(labels)
     prompt, city = configured_prompt(config), load_gazetteer(gazetteer)

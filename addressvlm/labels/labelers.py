@@ -77,11 +77,7 @@ def make_labeler(config: LabelsConfig, seed: int = 0, gazetteer: Gazetteer | Non
 
 
 def state_factory(config: LabelsConfig, seed: int = 0, gazetteer: Gazetteer | None = None) -> Callable[[Request], "RetryState"]:
-    """A function that makes the state of a row; without a gazetteer the validator knows fewer names.
-
-    Raises:
-        InputError: the prompt can't be used.
-    """
+    """A function that makes the state of a row; without a gazetteer the validator knows fewer names."""
     prompt = configured_prompt(config)
     validator = make_validator(config, prompt, gazetteer)
     return partial(RetryState, prompt=prompt, validator=validator, config=config, seed=seed)
@@ -119,11 +115,7 @@ class CachedLabeler:
         self._new_state, self._cache = new_state, cache
 
     def label(self, requests: Sequence[Request]) -> list[Label]:
-        """See Labeler.
-
-        Raises:
-            InputError: the cached answers of a row do not reach to its label.
-        """
+        """See Labeler."""
         labels = []
         for request in requests:
             label = self._new_state(request).replay(self._cache)
@@ -151,11 +143,7 @@ class RetryState:
         self._rejected: tuple[str, list[str]] | None = None  # the text of the last attempt, and its problems
 
     def messages(self) -> list[dict[str, Any]]:
-        """OpenAI chat messages of the next attempt; after a rejected text they say what is wrong with it.
-
-        Raises:
-            InputError: the image can't be decoded.
-        """
+        """OpenAI chat messages of the next attempt; after a rejected text they say what is wrong with it."""
         text = self.prompt.user_message(self.request.facts, self.question)
         retry = self.prompt.retry_message(self._rejected[1]) if self._rejected is not None else ""
         if retry and self.prompt.hide_rejected:
@@ -236,11 +224,7 @@ class RetryState:
 
 
 def data_url(request: Request, config: LabelsConfig) -> str:
-    """The row's image as a data URL, upright; resized or recompressed only if the settings say so.
-
-    Raises:
-        InputError: it can't be decoded.
-    """
+    """The row's image as a data URL, upright; resized or recompressed only if the settings say so."""
     try:
         with Image.open(io.BytesIO(request.image)) as image:
             kind, data = image.get_format_mimetype() or "", request.image

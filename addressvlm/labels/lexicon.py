@@ -1,4 +1,4 @@
-"""English words of labels: directions, colours, distances, visible things, and what tells of which of them a word is said."""
+"""English words of labels: directions, colours, distances, visible things, and words that show what a claim is about."""
 
 import re
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ _SETTING = re.compile(
     r"\b(on|in|along|from|of) (this|the|that|a|which) (street|road|lane|square|map|district)\b", re.IGNORECASE
 )
 
-# What a direction, a name or a colour is said of; names are marks here (see fact_checker)
+# What a claim is about; names are marks here (see fact_checker)
 
 _TOPIC_WORDS = {
     "facing": "camera photo photograph photographer picture scene viewer view gaze looks looking look faces facing faced face "

@@ -25,20 +25,12 @@ class LocalLabeler:
     """Labels rows, `labels.batch_size` at a time; rows that need another attempt join the next batches."""
 
     def __init__(self, new_state: Callable[[Request], RetryState], config: LabelsConfig) -> None:
-        """Load the model.
-
-        Raises:
-            InputError: there is no such model, or it can't read what would be sent.
-        """
+        """Load the model."""
         self._new_state, self.config = new_state, config
         self._writer = load_writer(config)
 
     def label(self, requests: Sequence[Request]) -> list[Label]:
-        """One label per request, in their order.
-
-        Raises:
-            InputError: an image can't be decoded.
-        """
+        """One label per request, in their order."""
         labels: dict[int, Label] = {}
         waiting = deque(enumerate(map(self._new_state, requests)))
         while waiting:
@@ -65,11 +57,7 @@ class Writer(Protocol):
 
 
 def load_writer(config: LabelsConfig) -> Writer:
-    """The model that the settings name, with or without vision.
-
-    Raises:
-        InputError: there is no such model, or it has no vision and images would be sent.
-    """
+    """The model that the settings name, with or without vision."""
     folder = local(config.model)
     try:
         kind = type(AutoConfig.from_pretrained(folder))

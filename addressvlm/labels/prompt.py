@@ -79,12 +79,7 @@ class Prompt:
 
 
 def configured_prompt(config: LabelsConfig) -> Prompt:
-    """The prompt that the settings name.
-
-    Raises:
-        InputError: it can't be used, needs the image although `labels.send_image` is false, or can't be validated in the
-            language.
-    """
+    """The prompt that the settings name."""
     prompt = load_prompt(config.prompt)
     if prompt.image_needed and not config.send_image and config.labeler != "template":
         raise InputError(
@@ -157,7 +152,9 @@ def _check_slots(texts: dict[str, str], declared: set[str], path: Path) -> None:
     if missing := HINT - used["user"]:
         raise InputError(f"prompt {path} lacks the hint: write {{{sorted(missing)[0]}}} into its section # user.")
     if unknown := (used["user"] | declared) - SLOTS:
-        raise InputError(f"prompt {path} has the unknown slot {{{sorted(unknown)[0]}}}: known are {', '.join(sorted(SLOTS))}.")
+        raise InputError(
+            f"prompt {path} has the unknown slot {{{sorted(unknown)[0]}}}: the slots are {', '.join(sorted(SLOTS))}."
+        )
     if wrong := used["user"] ^ declared:
         raise InputError(f"prompt {path}: `slots` and the slots of its section # user differ in {', '.join(sorted(wrong))}.")
     if used["again"] != {"problems"}:

@@ -55,11 +55,7 @@ class OpenAILabeler:
         endpoint_key(self.config)  # a missing one is an error before anything is read
 
     def label(self, requests: Sequence[Request]) -> list[Label]:
-        """See Labeler.
-
-        Raises:
-            InputError: see `run`; or an image can't be decoded.
-        """
+        """See Labeler."""
         labels: dict[int, Label] = {}
         self.run(requests, len(requests), labels.__setitem__)
         for number, request in enumerate(requests):

@@ -80,11 +80,7 @@ class ResponseCache:
     """
 
     def __init__(self, folder: AnyPath) -> None:
-        """Read all segments; a folder that does not exist is an empty cache.
-
-        Raises:
-            InputError: it can't be read.
-        """
+        """Read all segments; a folder that does not exist is an empty cache."""
         self.folder = folder
         self.remote = RemoteSegments(folder) if isinstance(folder, RemotePath) else None
         self.tokens, self.usd, self.seconds, self.torn = 0, 0.0, 0.0, 0
@@ -136,18 +132,14 @@ class ResponseCache:
 
 
 class WritableResponseCache(ResponseCache):
-    """A cache with a segment to append to. Safe to use from several threads.
+    """A cache with a segment to append to, from any thread. Methods raise InputError: the disk is full or can't be written.
 
     A full disk must not lose answers that are already paid for. So a reserve file takes the space that the requests in flight
     may need; when the disk is full it is deleted, which leaves room for their answers, and `check_space` stops new requests.
     """
 
     def __init__(self, folder: AnyPath) -> None:
-        """Read the folder and begin a segment.
-
-        Raises:
-            InputError: the folder can't be written.
-        """
+        """Read the folder and begin a segment."""
         super().__init__(folder)
         stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         local = local_folder_for(folder)
@@ -162,11 +154,7 @@ class WritableResponseCache(ResponseCache):
             raise self._error(error) from error
 
     def reserve_space(self, answers: int) -> None:
-        """Reserve disk space for as many answers as may be in flight at a time.
-
-        Raises:
-            InputError: the disk is full.
-        """
+        """Reserve disk space for as many answers as may be in flight."""
         try:
             file = os.open(self._reserve, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
             try:
@@ -179,20 +167,12 @@ class WritableResponseCache(ResponseCache):
             raise self._error(error) from None
 
     def check_space(self) -> None:
-        """Call before each request.
-
-        Raises:
-            InputError: the disk is full: send nothing more.
-        """
+        """Call before each request: raises if the disk is full."""
         if self._full:
             raise self._error(OSError(errno.ENOSPC, "full"))
 
     def add(self, key: RequestKey, answer: CachedAnswer) -> None:
-        """Append an answer: it survives a kill of this process when this returns, a crash of the machine after `sync`.
-
-        Raises:
-            InputError: it can't be written.
-        """
+        """Append an answer: it survives a kill of this process when this returns, a crash of the machine after `sync`."""
         texts = {name: value[:MAX_TEXT] if isinstance(value, str) else value for name, value in vars(answer).items()}
         entry = {"asked": vars(key), **texts, "at": datetime.now(UTC).isoformat(timespec="seconds")}
         line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
@@ -212,11 +192,7 @@ class WritableResponseCache(ResponseCache):
             self._end += len(line)
 
     def sync(self) -> None:
-        """Return when all answers so far survive a crash of the machine; in a store, renew the lease and send them.
-
-        Raises:
-            InputError: the disk fails, the store can't be written, or another machine's job writes to it.
-        """
+        """Return when all answers so far survive a crash of the machine; in a store, renew the lease and send them."""
         if self.remote:
             self.remote.renew_lease()
         end = self._end
@@ -230,11 +206,7 @@ class WritableResponseCache(ResponseCache):
             self._synced = end
 
     def close(self) -> None:
-        """Finish the segment; one without answers is removed.
-
-        Raises:
-            InputError: it can't be written.
-        """
+        """Finish the segment; one without answers is removed."""
         if self.remote:
             self.sync()
             self.remote.merge(self._path, self._file, self._end)
@@ -357,11 +329,7 @@ class RemoteSegments:
         return self.folder / f"{segment.stem}.{start:012d}-{end:012d}.jsonl"
 
     def renew_lease(self) -> None:
-        """Write into the store every LEASE_RENEWAL_S that this machine's job has the cache open.
-
-        Raises:
-            InputError: another machine's job has it.
-        """
+        """Write into the store every LEASE_RENEWAL_S that this machine's job has the cache open."""
         now = time.monotonic()
         if self._renewed and now - self._renewed < LEASE_RENEWAL_S:
             return

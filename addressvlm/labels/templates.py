@@ -164,14 +164,15 @@ def _photo(facts: Facts, rng: random.Random) -> list[str]:
 
 def _map(facts: Facts, rng: random.Random) -> list[str]:
     """The tile: names, the street's direction, colours of what lies around."""
-    own = [name for name in facts.names if normalize_name(name) == normalize_name(facts.on_map)]
-    names = [*([facts.on_map] if own else []), *(name for name in facts.names if name not in own)][:MAX_NAMES]
+    others = [name for name in facts.names if normalize_name(name) != normalize_name(facts.on_map)]
+    readable = len(others) < len(facts.names)  # the photo's street
+    names = [*([facts.on_map] if readable else []), *others][:MAX_NAMES]
     sentences = []
     if names:
-        one = NAME if own else [template for template in NAME if "centre" not in template]
+        one = NAME if readable else [template for template in NAME if "centre" not in template]
         sentences.append(rng.choice(NAMES if len(names) > 1 else one).format(names=join_words(names)))
     if facts.direction:
-        templates = OWN_DIRECTION if own else UNREAD_DIRECTION
+        templates = OWN_DIRECTION if readable else UNREAD_DIRECTION
         sentences.append(rng.choice(templates).format(street=facts.on_map, direction=facts.direction))
     if facts.tile_colours:
         sentences.append(rng.choice(FROM_ABOVE).format(colours=join_words(facts.tile_colours[:2])))

@@ -98,7 +98,7 @@ class LabelValidator:
         return problems
 
     def _wording(self, plain: str, text: str, facts: Facts) -> list[Problem]:
-        """What is said beside the address; `plain` is the text without names, so that a Hint Street is no hint."""
+        """Wording beside the address; `plain` is the text without names, so that a Hint Street is no hint."""
         problems: list[Problem] = []
         if match := _ABOUT_PROMPT.search(plain):
             problems.append(Problem("told", f"it speaks of having been told (“{match.group(0)}”)"))
@@ -136,7 +136,7 @@ def _address(text: str, facts: Facts, streets: MentionFinder, districts: Mention
         problems.append(Problem("conclusion", f"its last sentence about a street does not conclude on {facts.street}"))
     elif last and _DENIAL.search(last[0]):
         problems.append(Problem("conclusion", f"its conclusion denies {facts.street}"))
-    first = next((found for sentence in sentences if (found := _first_district(sentence, streets, districts))), None)
+    first = next(filter(None, (_first_district(sentence, streets, districts) for sentence in sentences)), None)
     if first and first != district:
         problems.append(Problem("conclusion", f"its last sentence about a district does not conclude on {facts.district}"))
     return problems

@@ -97,8 +97,8 @@ def draw(runs: Sequence[Path], n: int, seed: int, table: str = "alignment") -> l
 def _even_quota(n: int, sizes: Mapping[Any, int]) -> dict[Any, int]:
     """Divide `n` as evenly as the sizes allow, the smallest first."""
     quota = {}
-    for left, key in zip(range(len(sizes), 0, -1), sorted(sizes, key=lambda k: (sizes[k], k)), strict=True):
-        quota[key] = min(sizes[key], -(-n // left))
+    for remaining, key in zip(range(len(sizes), 0, -1), sorted(sizes, key=lambda k: (sizes[k], k)), strict=True):
+        quota[key] = min(sizes[key], -(-n // remaining))
         n -= quota[key]
     return quota
 
@@ -133,11 +133,7 @@ def sheet_id(items: Iterable[Mapping[str, Any]]) -> str:
 
 
 def write_page(path: Path, items: Sequence[Item]) -> None:
-    """Write the HTML page that shows the items one by one and collects ratings.
-
-    Raises:
-        InputError: the file can't be written.
-    """
+    """Write the HTML page that shows the items one by one and collects ratings."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -162,11 +158,7 @@ def write_page(path: Path, items: Sequence[Item]) -> None:
 
 
 def write_items(path: Path, items: Sequence[Item]) -> None:
-    """Write the items as a table, for the summary and the judge.
-
-    Raises:
-        InputError: the file can't be written.
-    """
+    """Write the items as a table, for the summary and the judge."""
     try:
         pq.write_table(pa.Table.from_pylist(list(items), schema=ITEMS), path)
     except OSError as error:
@@ -174,11 +166,7 @@ def write_items(path: Path, items: Sequence[Item]) -> None:
 
 
 def read_items(path: Path) -> list[Item]:
-    """Rows of ITEMS.
-
-    Raises:
-        InputError: there is no such table, or it has other columns.
-    """
+    """Rows of ITEMS."""
     try:
         return pq.read_table(path, schema=ITEMS).to_pylist()
     except (OSError, pa.ArrowException) as error:
@@ -224,11 +212,7 @@ def _parse_rating(row: Mapping[str, str], where: str) -> Rating:
 
 
 def write_ratings(path: Path, ratings: Iterable[Rating], items: Sequence[Item]) -> None:
-    """Write the same CSV as the sheet's button.
-
-    Raises:
-        InputError: the file can't be written.
-    """
+    """Write the same CSV as the sheet's button."""
     sheet, ids = sheet_id(items), {item["item"]: item["id"] for item in items}
     try:
         with path.open("w", encoding="utf-8", newline="") as file:
