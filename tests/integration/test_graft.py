@@ -187,7 +187,7 @@ def test_labels_of_an_endpoint(tmp_path: Path, ray_local: None, capsys: pytest.C
         tables.write_table(run.photos, "train", rows(places=8, views=1), tables.PHOTOS)
         graft.run_step(config, redo=False)
         label.run_step(config, redo=False, dry_run=True)
-        assert not endpoint.asked
+        assert not endpoint.requests
         assert not run.alignment.exists()
         label.run_step(config, redo=False)
     out = capsys.readouterr().out
@@ -196,7 +196,7 @@ def test_labels_of_an_endpoint(tmp_path: Path, ray_local: None, capsys: pytest.C
     assert {row["rounds"][0]["answer"] for row in tables.iter_rows(run.alignment, "train") if row["source"] == "openai:m"} == {
         good
     }
-    assert len(endpoint.asked) == 5 + 2 * 3
+    assert len(endpoint.requests) == 5 + 2 * 3
     report = json.loads((run.alignment / "labels.json").read_text())
     assert (report["sources"], report["problems"]["street"]) == ({"openai:m": 5, "fallback:template": 3}, 6)
     assert (report["last_job"]["asked"], report["last_job"]["usd"]) == (11, pytest.approx(report["run"]["usd"], rel=1e-3))

@@ -188,7 +188,7 @@ def test_labels_are_paid_once(tmp_path: Path) -> None:
     labels = list(tables.iter_rows(folder, "train", ["id", "source"]))
     assert [row["id"] for row in labels] == [row["id"] for row in tables.iter_rows(Run(config).grafts, "train", ["id"])]
     assert Counter(row["source"] for row in labels) == {"openai:m": 8 * 24}
-    assert len(endpoint.asked) <= 8 * 24 + at_once  # no more than those that were under way
+    assert len(endpoint.requests) <= 8 * 24 + at_once  # no more than those that were under way
 
 
 def die_once(flag: Path, function: Callable[[Rows], ShardResult], batch: Rows) -> ShardResult:

@@ -136,7 +136,7 @@ def test_no_label_is_asked_for_twice(made: tuple[Config, Kills, Endpoint, str]) 
     labels = list(tables.iter_rows(run.alignment, "train", ["id", "source"]))
     assert [row["id"] for row in labels] == ids(run.grafts)
     assert Counter(row["source"] for row in labels) == {"openai:m": len(labels)}
-    assert len(endpoint.asked) == len(
+    assert len(endpoint.requests) == len(
         labels
     )  # whoever asks is on the node of the driver, so nothing was in flight on the lost one
 

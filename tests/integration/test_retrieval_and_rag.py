@@ -124,16 +124,16 @@ def test_an_endpoint_that_answers_coordinates_prose_and_nothing(
         settings = RagConfig(**values, endpoint=endpoint.url)
         outcome = RagSystem(settings).run(context)
         assert RagSystem(settings).run(context) == outcome
-        assert len(endpoint.asked) == 6
+        assert len(endpoint.requests) == 6
         remove_tree(context.run.folder / "rag" / "endpoint")
         assert RagSystem(settings).run(context) == outcome
-        assert len(endpoint.asked) == 6  # every answer is in the response cache
+        assert len(endpoint.requests) == 6  # every answer is in the response cache
         with pytest.raises(InputError, match="'Nameless' has an endpoint and no model"):
             RagSystem(settings.model_copy(update={"name": "Nameless", "model": None})).run(context)
-    content = endpoint.asked[0]["messages"][0]["content"]
+    content = endpoint.requests[0]["messages"][0]["content"]
     assert [part["type"] for part in content] == ["image_url", "text"]
     assert '"similar": [{"lat": 52.' in content[1]["text"]
-    assert (endpoint.asked[0]["max_tokens"], endpoint.asked[0]["temperature"]) == (64, 0.1)
+    assert (endpoint.requests[0]["max_tokens"], endpoint.requests[0]["temperature"]) == (64, 0.1)
     assert set(endpoint.keys) == {f"Bearer {KEY}"}
 
     rows = list(tables.iter_rows(context.run.folder / "rag" / "endpoint", "test"))

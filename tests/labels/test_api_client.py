@@ -14,7 +14,7 @@ from addressvlm.config.labels import LabelsConfig
 from addressvlm.labels.api_client import AsyncRateLimiter, Budget
 from addressvlm.labels.labelers import Request, state_factory
 from addressvlm.labels.request_scheduler import OpenAILabeler
-from tests.support.label_requests import FACTS, GOOD, KEY, config_of, left, requests, settle
+from tests.support.label_requests import FACTS, GOOD, KEY, config_of, estimate, requests, run_labeler
 from tests.support.openai_endpoint import Endpoint, Reply, refuses, says
 
 
@@ -37,11 +37,11 @@ def test_no_window_holds_more_than_its_share(
     asks: list[tuple[float, int]], per_minute: float | None, tokens_per_minute: float | None, window: float
 ) -> None:
     clock = Clock()
-    pace = AsyncRateLimiter(per_minute, tokens_per_minute, clock)
+    limiter = AsyncRateLimiter(per_minute, tokens_per_minute, clock)
     turns = []
     for pause, tokens in asks:
         clock.now += pause
-        wait = pace.reserve_slot(tokens)
+        wait = limiter.reserve_slot(tokens)
         assert wait >= 0
         turns.append((clock.now + wait, tokens))
     assert turns == sorted(turns, key=lambda turn: turn[0])
@@ -55,9 +55,9 @@ def test_no_window_holds_more_than_its_share(
 
 def test_a_pace_that_is_not_used_up_does_not_pile_up() -> None:
     clock = Clock()
-    pace = AsyncRateLimiter(60, None, clock)
+    limiter = AsyncRateLimiter(60, None, clock)
     clock.now += 1000
-    assert [round(pace.reserve_slot(0), 6) for _ in range(3)] == [0, 1, 2]
+    assert [round(limiter.reserve_slot(0), 6) for _ in range(3)] == [0, 1, 2]
     assert AsyncRateLimiter(None, None, clock).reserve_slot(1e9) == 0
 
 
@@ -71,20 +71,20 @@ def test_tokens_and_requests_each_have_their_pace() -> None:
 
 @pytest.mark.parametrize("limits", [(60, None), (None, 60)])
 def test_one_limit_alone_is_waited_for(limits: tuple[float | None, float | None], monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[float] = []
+    events: list[float] = []
 
-    async def noted(seconds: float) -> None:
-        told.append(seconds)
+    async def record(seconds: float) -> None:
+        events.append(seconds)
 
-    monkeypatch.setattr(asyncio, "sleep", noted)
-    pace = AsyncRateLimiter(*limits, Clock())
+    monkeypatch.setattr(asyncio, "sleep", record)
+    limiter = AsyncRateLimiter(*limits, Clock())
 
     async def story() -> None:
         for _ in range(3):
-            await pace.wait(1)
+            await limiter.wait(1)
 
     asyncio.run(story())
-    assert told == [0, 1, 2]
+    assert events == [0, 1, 2]
 
 
 def test_money_is_that_of_tokens_in_and_out_each_at_its_price() -> None:
@@ -99,7 +99,7 @@ def test_money_is_that_of_tokens_in_and_out_each_at_its_price() -> None:
     ("limits", "fits"),
     [({"budget_tokens": 70}, True), ({"budget_tokens": 69}, False), ({"budget_usd": 90}, True), ({"budget_usd": 89}, False)],
 )
-def test_the_last_ask_may_use_up_the_budget_and_not_more(limits: dict[str, float], fits: bool) -> None:
+def test_the_last_request_may_use_up_the_budget_and_not_more(limits: dict[str, float], fits: bool) -> None:
     async def story() -> None:
         await Budget(priced(**limits), tokens=40, usd=50).reserve(20, 10)  # 30 tokens, 40 dollars
 
@@ -114,24 +114,24 @@ def priced(**limits: Any) -> LabelsConfig:
     return LabelsConfig(usd_per_million_in=1e6, usd_per_million_out=2e6, **limits)  # a dollar a token sent, two a token written
 
 
-def test_asks_in_flight_count_against_the_budget() -> None:
+def test_requests_in_flight_count_against_the_budget() -> None:
     async def story() -> list[str]:
-        budget, told = Budget(priced(budget_tokens=100), tokens=40), []
+        budget, events = Budget(priced(budget_tokens=100), tokens=40), []
         await budget.reserve(20, 10)
         await budget.reserve(20, 10)  # 40 spent and 60 set aside: full
         third = asyncio.create_task(budget.reserve(20, 10))
         await asyncio.sleep(0)
-        told.append("waits" if not third.done() else "goes")
+        events.append("waits" if not third.done() else "goes")
         budget.spend(5, 5)
         budget.release(20, 10)  # the first cost 10 of its 30: 50 spent and 30 set aside
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        told.append("waits" if not third.done() else "goes")
+        events.append("waits" if not third.done() else "goes")
         budget.spend(20, 10)
         budget.release(20, 10)  # 80 spent, nothing in flight
         with pytest.raises(InputError, match=r"80 of labels.budget_tokens=100 tokens spent on this run\): raise it"):
             await third
-        return told
+        return events
 
     assert asyncio.run(story()) == ["waits", "waits"]
 
@@ -143,7 +143,7 @@ def test_asks_in_flight_count_against_the_budget() -> None:
     in_flight=st.integers(1, 8),
     by=st.sampled_from(["budget_tokens", "budget_usd"]),
 )
-def test_a_budget_is_never_overshot_by_what_costs_no_more_than_was_set_aside(
+def test_a_budget_is_never_overshot_by_requests_that_cost_no_more_than_reserved(
     costs: list[tuple[int, int]], limit: int, in_flight: int, by: str
 ) -> None:
     async def story() -> Budget:
@@ -187,25 +187,25 @@ def test_what_ends_the_job_at_once(
     caplog.set_level(logging.DEBUG)
     endpoint.reply = lambda n, body: says(GOOD) if n <= 3 else reply
     with pytest.raises(InputError, match=sentence) as caught:
-        settle(config_of(endpoint, concurrency=1), tmp_path, requests(20))
-    assert len(endpoint.asked) == 4
-    assert left(config_of(endpoint), tmp_path, requests(20)).answered == 3
+        run_labeler(config_of(endpoint, concurrency=1), tmp_path, requests(20))
+    assert len(endpoint.requests) == 4
+    assert estimate(config_of(endpoint), tmp_path, requests(20)).answered == 3
     everything = str(caught.value) + caplog.text + "".join(p.read_text() for p in tmp_path.glob("*.json*"))
     assert KEY not in everything
     assert endpoint.keys[0] == f"Bearer {KEY}"
 
 
-def test_the_key_never_gets_into_the_ledger(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_the_key_never_gets_into_the_cache(endpoint: Endpoint, tmp_path: Path) -> None:
     replies = [says(f"{GOOD} {KEY}"), refuses(400, f"content policy {KEY}"), says(GOOD)]
     endpoint.reply = lambda n, body: replies[min(n, 3) - 1]
-    settle(config_of(endpoint, concurrency=1), tmp_path, requests(3))
+    run_labeler(config_of(endpoint, concurrency=1), tmp_path, requests(3))
     assert KEY not in "".join(p.read_text() for p in tmp_path.iterdir())
 
 
 def test_a_label_keeps_its_words(endpoint: Endpoint, tmp_path: Path) -> None:
-    said = GOOD.replace("A row", "The standard bearer stands before a row")
-    endpoint.reply = lambda n, body: says(said)
-    assert settle(config_of(endpoint), tmp_path, requests(1))[0][0].text == said
+    text = GOOD.replace("A row", "The standard bearer stands before a row")
+    endpoint.reply = lambda n, body: says(text)
+    assert run_labeler(config_of(endpoint), tmp_path, requests(1))[0][0].text == text
 
 
 def test_the_key_comes_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,17 +242,17 @@ def refusal() -> Reply:
 )
 def test_refusals_and_empty_answers_are_recorded(endpoint: Endpoint, tmp_path: Path, reply: Reply, problem: str) -> None:
     endpoint.reply = lambda n, body: reply
-    labels, tally = settle(config_of(endpoint, max_attempts=2), tmp_path, requests(2))
+    labels, stats = run_labeler(config_of(endpoint, max_attempts=2), tmp_path, requests(2))
     assert {(label.source, label.attempts, label.problems) for label in labels.values()} == {
         ("fallback:template", 2, (problem, problem))
     }
-    assert (tally.refused, tally.empty) == ((4, 0) if problem == "refused" else (0, 4))
-    assert settle(config_of(endpoint, max_attempts=2), tmp_path, requests(2))[1].asked == 0
+    assert (stats.refused, stats.empty) == ((4, 0) if problem == "refused" else (0, 4))
+    assert run_labeler(config_of(endpoint, max_attempts=2), tmp_path, requests(2))[1].asked == 0
 
 
 def test_an_image_that_is_none_is_left_out(endpoint: Endpoint, tmp_path: Path) -> None:
     rows = [*requests(2), Request("bad", b"no picture", FACTS)]
-    labels, tally = settle(config_of(endpoint), tmp_path, rows)
-    assert (sorted(labels), tally.unreadable, len(endpoint.asked)) == ([0, 1], 1, 2)
+    labels, stats = run_labeler(config_of(endpoint), tmp_path, rows)
+    assert (sorted(labels), stats.unreadable, len(endpoint.requests)) == ([0, 1], 1, 2)
     with pytest.raises(InputError, match="image of row bad can't be decoded"):
         OpenAILabeler(config_of(endpoint), state_factory(config_of(endpoint))).label(rows)

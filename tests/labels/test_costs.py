@@ -47,7 +47,7 @@ def test_tokens_of_a_text() -> None:
     assert text_tokens("東京都の道") == 5
 
 
-def test_a_plan_says_what_it_costs() -> None:
+def test_an_estimate_says_rows_tokens_cost_and_time() -> None:
     config = LabelsConfig(
         usd_per_million_in=0.5, usd_per_million_out=2, requests_per_minute=100, tokens_per_minute=60_000, max_tokens=100
     )
@@ -96,11 +96,11 @@ def test_an_estimate_counts_the_prompt_and_the_image() -> None:
     Image.new("RGB", (336, 336)).save(buffer, "PNG")
     config = LabelsConfig(labeler="openai", base_url="http://localhost/v1", image_rule="fixed", image_base=576)
     row = state_factory(config)(Request("1", buffer.getvalue(), Facts("Mill Street", "Harbour")))
-    said = "".join(m["content"] if isinstance(m["content"], str) else m["content"][1]["text"] for m in row.messages())
-    assert 576 + len(said) / 4 <= input_tokens(row) < 576 + len(said) / 4 + 30
+    text = "".join(m["content"] if isinstance(m["content"], str) else m["content"][1]["text"] for m in row.messages())
+    assert 576 + len(text) / 4 <= input_tokens(row) < 576 + len(text) / 4 + 30
 
 
-def test_a_plan_knows_how_long_answers_took(tmp_path: Path) -> None:
+def test_an_estimate_uses_the_times_of_earlier_answers(tmp_path: Path) -> None:
     config = LabelsConfig(labeler="openai", model="m")
     rows = requests(3)
     with open_for_writing(tmp_path) as cache:

@@ -51,13 +51,13 @@ TRUE = [
 ]
 
 
-@pytest.mark.parametrize(("said", "kind"), [*CLAIMS, *((said, None) for said in TRUE)])
-def test_each_claim_is_held_against_the_facts(said: str, kind: str | None) -> None:
-    text = f"{said} {GOOD}".replace("On the map King Street meets the street a little to the east. ", "")
+@pytest.mark.parametrize(("claim", "kind"), [*CLAIMS, *((claim, None) for claim in TRUE)])
+def test_each_claim_is_checked_against_the_facts(claim: str, kind: str | None) -> None:
+    text = f"{claim} {GOOD}".replace("On the map King Street meets the street a little to the east. ", "")
     loose, strict = (LabelValidator(["Elm Road"], ["Harbour"], verified=verified) for verified in (False, True))
     assert loose.problems(text, FACTS) == []
-    found = {p.kind for p in strict.problems(text, FACTS)} - ({"name"} if kind == "crossing" else set())
-    assert found == ({kind} if kind else set())
+    kinds_by_view = {p.kind for p in strict.problems(text, FACTS)} - ({"name"} if kind == "crossing" else set())
+    assert kinds_by_view == ({kind} if kind else set())
 
 
 def test_the_tolerance_of_distances_is_a_setting() -> None:
@@ -69,43 +69,43 @@ def test_the_tolerance_of_distances_is_a_setting() -> None:
 def test_a_far_crossing_may_be_missed_by_a_share_and_a_near_one_is_here() -> None:
     strict = LabelValidator(verified=True)
 
-    def kinds(said: str, metres: int) -> list[str]:
-        text = GOOD.replace("On the map King Street meets the street a little to the east.", said)
+    def kinds(claim: str, metres: int) -> list[str]:
+        text = GOOD.replace("On the map King Street meets the street a little to the east.", claim)
         return [p.kind for p in strict.problems(text, replace(FACTS, cross_distance_m=metres))]
 
-    far = [kinds(f"King Street meets it {said} m to the east.", 100) for said in (75, 125, 74, 126)]
+    far = [kinds(f"King Street meets it {claim} m to the east.", 100) for claim in (75, 125, 74, 126)]
     assert far == [[], [], ["distance"], ["distance"]]
     assert [kinds("King Street meets it right here.", metres) for metres in (0, 20, 30)] == [[], [], ["distance"]]
 
 
 @pytest.mark.parametrize("view", ["along", "across", "oblique"])
-def test_the_view_that_was_measured_may_be_told_and_no_other(view: str) -> None:
-    said = {"along": "along the road", "across": "across the road", "oblique": "at an angle to the road"}
-    found = {
+def test_the_measured_view_is_accepted_and_no_other(view: str) -> None:
+    claim = {"along": "along the road", "across": "across the road", "oblique": "at an angle to the road"}
+    kinds_by_view = {
         other: [
             p.kind
             for p in LabelValidator(verified=True).problems(GOOD.replace("along the road", words), replace(FACTS, view=view))
         ]
-        for other, words in said.items()
+        for other, words in claim.items()
     }
-    assert found == {other: [] if other == view else ["direction"] for other in said}
+    assert kinds_by_view == {other: [] if other == view else ["direction"] for other in claim}
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_the_axis_that_was_measured_may_be_told_from_either_end_and_no_other(direction: str) -> None:
-    def said(axis: str, known: str) -> list[str]:
+def test_the_measured_axis_is_accepted_from_either_end_and_no_other(direction: str) -> None:
+    def claim(axis: str, measured: str) -> list[str]:
         text = f"The street runs {axis}. {GOOD}".replace("On the map King Street meets the street a little to the east. ", "")
-        return [p.kind for p in LabelValidator(verified=True).problems(text, replace(FACTS, direction=known))]
+        return [p.kind for p in LabelValidator(verified=True).problems(text, replace(FACTS, direction=measured))]
 
     for other in DIRECTIONS:
         first, second = other.split("-")
         for axis in (other, f"{second}-{first}", f"from {first} to {second}", f"from {second} to {first}"):
-            assert said(axis, direction) == ([] if other == direction else ["direction"]), axis
+            assert claim(axis, direction) == ([] if other == direction else ["direction"]), axis
 
 
-def test_colours_of_the_photo_and_of_the_ground_are_held_apart() -> None:
+def test_colours_of_the_photo_and_of_the_ground_are_checked_apart() -> None:
     facts = replace(FACTS, tile_colours=("green",))
     strict = LabelValidator(verified=True)
     assert strict.problems(f"From above, the ground is green. {GOOD}", facts) == []
-    for said in ("From above, the ground is red.", "The photo shows green fronts."):
-        assert [p.kind for p in strict.problems(f"{said} {GOOD}", facts)] == ["colour"]
+    for claim in ("From above, the ground is red.", "The photo shows green fronts."):
+        assert [p.kind for p in strict.problems(f"{claim} {GOOD}", facts)] == ["colour"]

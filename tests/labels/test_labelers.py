@@ -24,20 +24,20 @@ def image(side: int = 64, kind: str = "JPEG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def begin(facts: Facts = FACTS, data: bytes = b"", **settings: object) -> RetryState:
+def new_state(facts: Facts = FACTS, data: bytes = b"", **settings: object) -> RetryState:
     config = LabelsConfig(labeler="openai", model="m", **settings)
     return state_factory(config, 0)(Request("row", data or image(), facts))
 
 
 def sent(data: bytes, **settings: object) -> tuple[str, Image.Image]:
     """The image of a request: its media type, and as the other side decodes it."""
-    content = begin(data=data, **settings).messages()[1]["content"]
+    content = new_state(data=data, **settings).messages()[1]["content"]
     head, _, body = content[0]["image_url"]["url"].partition(",")
     return head, Image.open(io.BytesIO(base64.b64decode(body)))
 
 
 def test_a_good_text_is_taken() -> None:
-    row = begin()
+    row = new_state()
     system, user = row.messages()
     picture, text = user["content"]
     assert (system["role"], user["role"], picture["type"]) == ("system", "user", "image_url")
@@ -46,15 +46,15 @@ def test_a_good_text_is_taken() -> None:
     assert row.add_answer(f" {GOOD}\n") == Label(row.question, GOOD, "openai:m", 1)
 
 
-def test_a_bad_text_is_asked_again_with_the_reason_then_the_template_steps_in() -> None:
-    row = begin(max_attempts=3)
+def test_a_bad_text_is_retried_with_the_reason_then_the_template_is_used() -> None:
+    row = new_state(max_attempts=3)
     first = row.messages()
     bad = GOOD.replace("Mill Street", "some street")
     assert row.add_answer(bad) is None
-    again = row.messages()
-    assert again[:2] == first
-    assert again[2] == {"role": "assistant", "content": bad}
-    assert "does not name the street Mill Street" in again[3]["content"]
+    second = row.messages()
+    assert second[:2] == first
+    assert second[2] == {"role": "assistant", "content": bad}
+    assert "does not name the street Mill Street" in second[3]["content"]
     assert row.add_answer("Too short.") is None
     assert [m["content"] for m in row.messages()[2:3]] == ["Too short."]
     label = row.add_answer(GOOD.replace("Harbour", "town"))
@@ -66,20 +66,20 @@ def test_a_bad_text_is_asked_again_with_the_reason_then_the_template_steps_in() 
 
 
 def test_a_small_model_sees_an_example_and_not_what_it_wrote() -> None:
-    row = begin(send_image=False, prompt="grounded_small")
+    row = new_state(send_image=False, prompt="grounded_small")
     roles = [message["role"] for message in row.messages()]
     assert roles == ["system", "user", "assistant", "user"]
     first = row.messages()[-1]["content"]
     assert row.add_answer("The the the.") is None
-    again = row.messages()
-    assert [message["role"] for message in again] == roles
-    assert again[-1]["content"].endswith(first)
-    assert "does not name the street Mill Street" in again[-1]["content"]
-    assert "The the the." not in str(again)
+    second = row.messages()
+    assert [message["role"] for message in second] == roles
+    assert second[-1]["content"].endswith(first)
+    assert "does not name the street Mill Street" in second[-1]["content"]
+    assert "The the the." not in str(second)
 
 
-def test_refusals_and_empty_answers_are_counted_and_asked_again_afresh() -> None:
-    row = begin(max_attempts=4)
+def test_refusals_and_empty_answers_are_counted_and_retried() -> None:
+    row = new_state(max_attempts=4)
     first = row.messages()
     assert row.add_answer(None, refusal="not allowed") is None
     assert row.add_answer("  ") is None
@@ -90,7 +90,7 @@ def test_refusals_and_empty_answers_are_counted_and_asked_again_afresh() -> None
 
 
 def test_after_a_refusal_a_bad_text_of_before_is_not_shown_again() -> None:
-    row = begin(max_attempts=4)
+    row = new_state(max_attempts=4)
     first = row.messages()
     assert row.add_answer(GOOD.replace("Harbour", "town")) is None
     assert row.messages() != first
@@ -100,8 +100,8 @@ def test_after_a_refusal_a_bad_text_of_before_is_not_shown_again() -> None:
 
 
 @pytest.mark.parametrize("attempts", [1, 2, 5])
-def test_a_row_is_asked_as_often_as_the_settings_say(attempts: int) -> None:
-    row = begin(max_attempts=attempts)
+def test_a_row_has_as_many_attempts_as_the_settings_say(attempts: int) -> None:
+    row = new_state(max_attempts=attempts)
     labels = [row.add_answer("no") for _ in range(attempts)]
     assert labels[:-1] == [None] * (attempts - 1)
     last = labels[-1]
@@ -117,9 +117,9 @@ def test_a_row_has_one_question_and_one_template_whoever_writes() -> None:
         row = state_factory(LabelsConfig(labeler="openai", model="m", max_attempts=1), seed=4)(request)
         spare = template_label(request, prompt, 4)
         assert row.question == spare.question
-        fallen = row.add_answer(None)
-        assert fallen is not None
-        assert (fallen.question, fallen.text) == (spare.question, spare.text)
+        fallback = row.add_answer(None)
+        assert fallback is not None
+        assert (fallback.question, fallback.text) == (spare.question, spare.text)
         assert (spare.question, spare.text) != (
             template_label(request, prompt, 5).question,
             template_label(request, prompt, 5).text,
@@ -132,18 +132,18 @@ def test_the_answers_alone_decide() -> None:
     answers = ["no", None, GOOD]
     labels = []
     for _ in range(2):
-        row = begin()
+        row = new_state()
         labels.append([row.add_answer(answer) for answer in answers][-1])
     assert labels[0] == labels[1]
 
 
 def test_without_the_image_only_text_is_sent() -> None:
-    row = begin(data=b"never looked at", send_image=False, prompt="grounded")
+    row = new_state(data=b"never looked at", send_image=False, prompt="grounded")
     assert [type(m["content"]) for m in row.messages()] == [str, str]
 
 
-def test_a_folder_of_this_machine_is_not_told(tmp_path: Path) -> None:
-    label = begin(max_attempts=1).add_answer(GOOD)
+def test_a_source_does_not_show_the_path_of_a_model(tmp_path: Path) -> None:
+    label = new_state(max_attempts=1).add_answer(GOOD)
     assert label is not None
     config = LabelsConfig(labeler="local", model=str(tmp_path))
     label = state_factory(config)(Request("row", image(), FACTS)).add_answer(GOOD)
@@ -157,7 +157,7 @@ def test_the_image_is_changed_only_if_the_settings_ask() -> None:
     assert len(sent(image(64), image_quality=30)[1].fp.read()) < len(image(64))
     assert sent(image(64, "PNG"))[0] == "data:image/png;base64"
     assert sent(image(64, "BMP"))[0] == "data:image/jpeg;base64"
-    picture = begin(image_detail="low").messages()[1]["content"][0]["image_url"]
+    picture = new_state(image_detail="low").messages()[1]["content"][0]["image_url"]
     assert picture["detail"] == "low"
 
 
@@ -253,7 +253,7 @@ SHAPING = {
 }
 
 
-def test_every_setting_that_shapes_an_answer_is_part_of_what_was_asked_and_no_other(tmp_path: Path) -> None:
+def test_every_setting_that_shapes_an_answer_is_part_of_the_cache_key_and_no_other(tmp_path: Path) -> None:
     """A new setting must be put into SHAPING here, or be found not to change any answer."""
     row, config = requests(1)[0], LabelsConfig(labeler="openai", model="m")
     plain = state_factory(config)(row).request_key()
@@ -269,23 +269,23 @@ def test_every_setting_that_shapes_an_answer_is_part_of_what_was_asked_and_no_ot
     for changes in (SHAPING, others):
         for key, value in changes.items():
             changed = config.model_copy(update={key: value})
-            begin = start if key in ("send_image", "language") else state_factory(changed)  # the prompt would refuse them
-            row_of = begin(row)
+            new_state = start if key in ("send_image", "language") else state_factory(changed)  # the prompt would refuse them
+            row_of = new_state(row)
             row_of.config = changed
             assert (row_of.request_key().cache_key() == plain.cache_key()) == (changes is others), key
     nested = [config.model_copy(update={"extra_body": {"response_format": {"type": kind}}}) for kind in ("text", "json_object")]
     assert len({state_factory(c)(row).request_key().cache_key() for c in nested}) == 2
 
 
-def test_another_row_image_fact_or_question_is_another_ask() -> None:
+def test_another_row_image_fact_or_question_is_another_request() -> None:
     row, config = requests(1)[0], LabelsConfig(labeler="openai", model="m", prompt="grounded")
-    begin = state_factory(config)
+    new_state = state_factory(config)
     changed = [
         replace(row, id="other"),
         replace(row, image=row.image + b"x"),
         replace(row, facts=replace(row.facts, facing="west")),
     ]
-    assert len({begin(r).request_key().cache_key() for r in [row, *changed]}) == 4
+    assert len({new_state(r).request_key().cache_key() for r in [row, *changed]}) == 4
     named = LabelsConfig(labeler="openai", model="m")  # its prompt holds the question
     of_question = {s.question: s.request_key().cache_key() for s in (state_factory(named, seed)(row) for seed in range(9))}
     assert len(set(of_question.values())) == len(of_question) > 1
@@ -295,8 +295,8 @@ def test_models_of_one_name_in_two_folders_are_two_and_a_server_of_ours_may_move
     row = requests(1)[0]
 
     def digest(**settings: str) -> tuple[str, str]:
-        asked = state_factory(LabelsConfig(labeler="vllm", **settings))(row).request_key()  # type: ignore[arg-type]
-        return asked.model, asked.digest
+        key = state_factory(LabelsConfig(labeler="vllm", **settings))(row).request_key()  # type: ignore[arg-type]
+        return key.model, key.digest
 
     first, second = digest(model="/a/small"), digest(model="/b/small")
     assert first[0] == second[0] == "vllm:small"

@@ -52,14 +52,14 @@ def texts(settings: LabelsConfig, count: int = 5) -> tuple[list[tuple[str, ...]]
     written, batches = {}, []
     write = labeler._writer.write
 
-    def noted(conversations: list[list[dict[str, object]]], seed: int) -> list[str]:
+    def recorded(conversations: list[list[dict[str, object]]], seed: int) -> list[str]:
         answers = write(conversations, seed)
         batches.append(len(answers))
         for conversation, answer in zip(conversations, answers, strict=True):
             written.setdefault(str(conversation[1]["content"]), []).append(answer)
         return answers
 
-    labeler._writer.write = noted  # type: ignore[method-assign]
+    labeler._writer.write = recorded  # type: ignore[method-assign]
     labels = labeler.label(requests(count))
     return [tuple(answers) for answers in written.values()], [label.source for label in labels], batches
 
@@ -78,19 +78,17 @@ def test_a_model_that_only_reads(llama: Path) -> None:
     assert any(answer for answers in written for answer in answers)
 
 
-def test_each_conversation_shows_its_own_image_and_keeps_it_when_asked_again(
-    llava: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_conversation_shows_its_own_image_and_keeps_it_in_a_retry(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labeler = make_labeler(config(llava, batch_size=2))
     assert isinstance(labeler, LocalLabeler)
-    chat, seen = labeler._writer.chat, []  # type: ignore[attr-defined]
+    chat, inputs_seen = labeler._writer.chat, []  # type: ignore[attr-defined]
     inputs = chat.inputs
 
-    def noted(prompts: list[str], images: list[list[Image.Image]]) -> object:
-        seen.extend(zip(prompts, images, strict=True))
+    def recorded(prompts: list[str], images: list[list[Image.Image]]) -> object:
+        inputs_seen.extend(zip(prompts, images, strict=True))
         return inputs(prompts, images)
 
-    monkeypatch.setattr(chat, "inputs", noted)
+    monkeypatch.setattr(chat, "inputs", recorded)
     colours = {"Elm Road": (250, 0, 0), "Castle Hill": (0, 250, 0), "Green Lane": (0, 0, 250)}
     rows = []
     for street, colour in colours.items():
@@ -99,8 +97,8 @@ def test_each_conversation_shows_its_own_image_and_keeps_it_when_asked_again(
         rows.append(Request(street, buffer.getvalue(), replace(FACTS, street=street)))
     labels = labeler.label(rows)
     assert [street in label.text for street, label in zip(colours, labels, strict=True)] == [True] * 3
-    assert len(seen) == 6
-    for prompt, (image,) in seen:
+    assert len(inputs_seen) == 6
+    for prompt, (image,) in inputs_seen:
         (street,) = [street for street in colours if street in prompt]
         assert image.getpixel((16, 16)) == colours[street]
 
@@ -113,10 +111,10 @@ def test_batching_changes_no_answer(llama: Path) -> None:
     assert together == alone
 
 
-def test_drawn_answers_are_drawn_again_the_same(llama: Path) -> None:
+def test_sampled_answers_are_the_same_in_a_rerun(llama: Path) -> None:
     settings = config(llama, send_image=False, prompt="grounded", temperature=1.0)
-    first, again = texts(settings)[0], texts(settings)[0]
-    assert first == again
+    first, second = texts(settings)[0], texts(settings)[0]
+    assert first == second
     assert any(answers[0] != answers[1] for answers in first)
     assert first != texts(config(llama, send_image=False, prompt="grounded"))[0]
 
@@ -146,7 +144,7 @@ def test_a_model_that_cannot_be_used(llama: Path, tmp_path: Path) -> None:
         make_labeler(config(bare, send_image=False, prompt="grounded"))
 
 
-def test_an_image_that_is_none_is_told(llava: Path) -> None:
+def test_an_unreadable_image_is_an_error(llava: Path) -> None:
     (row,) = requests(1)
     with pytest.raises(InputError, match="row0 can't be decoded"):
         make_labeler(config(llava)).label([replace(row, image=b"<html>")])

@@ -29,14 +29,14 @@ from addressvlm.storage.files import CACHE_VARIABLE, local_folder_for
 from addressvlm.storage.remote_path import RemotePath
 from tests.support.full_disk import disk_of
 
-ASKED = RequestKey("row", "v1", "openai:m", "a" * 32, "b" * 32, 1)
+REQUEST = RequestKey("row", "v1", "openai:m", "a" * 32, "b" * 32, 1)
 
 
 TEXTS = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
-def asked(row: int, number: int = 1) -> RequestKey:
-    return replace(ASKED, id=f"row {row}", number=number)
+def request_of(row: int, number: int = 1) -> RequestKey:
+    return replace(REQUEST, id=f"row {row}", number=number)
 
 
 def segment(folder: Path) -> Path:
@@ -44,21 +44,21 @@ def segment(folder: Path) -> Path:
     return path
 
 
-def test_answers_are_found_by_what_was_asked(tmp_path: Path) -> None:
+def test_answers_are_looked_up_by_their_request(tmp_path: Path) -> None:
     first, second = CachedAnswer("Mill Street", tokens_in=700, tokens_out=50, usd=0.25, seconds=2.0), CachedAnswer(refusal="no")
     with open_for_writing(tmp_path) as cache:
-        cache.add(ASKED, first)
-        cache.add(replace(ASKED, number=2), second)
-        assert cache.get(ASKED) == first
-    kept = ResponseCache(tmp_path)
-    assert (kept.get(ASKED), kept.get(replace(ASKED, number=2))) == (first, second)
+        cache.add(REQUEST, first)
+        cache.add(replace(REQUEST, number=2), second)
+        assert cache.get(REQUEST) == first
+    cached = ResponseCache(tmp_path)
+    assert (cached.get(REQUEST), cached.get(replace(REQUEST, number=2))) == (first, second)
     changes = ({"id": "other"}, {"image": "c"}, {"digest": "c"}, {"number": 3})
-    assert [kept.get(replace(ASKED, **change)) for change in changes] == [None] * 4
-    assert (kept.tokens, kept.usd, kept.torn, kept.answers) == (750, 0.25, 0, {("v1", "openai:m"): 2})
+    assert [cached.get(replace(REQUEST, **change)) for change in changes] == [None] * 4
+    assert (cached.tokens, cached.usd, cached.torn, cached.answers) == (750, 0.25, 0, {("v1", "openai:m"): 2})
     with open_for_writing(tmp_path) as more:
-        more.add(asked(9), first)
+        more.add(request_of(9), first)
     assert len(list(tmp_path.glob("*.jsonl"))) == 2
-    assert (ResponseCache(tmp_path).get(ASKED), ResponseCache(tmp_path).get(asked(9))) == (first, first)
+    assert (ResponseCache(tmp_path).get(REQUEST), ResponseCache(tmp_path).get(request_of(9))) == (first, first)
 
 
 @settings(deadline=None, max_examples=60)
@@ -69,25 +69,25 @@ def test_a_segment_that_is_cut_off_loses_the_cut_line_and_no_other(
     folder = tmp_path_factory.mktemp("cache")
     cache = WritableResponseCache(folder)
     for row, text in enumerate(texts):
-        cache.add(asked(row), CachedAnswer(text))
+        cache.add(request_of(row), CachedAnswer(text))
     cache.close()
-    whole = segment(folder).read_bytes()
-    size = round(share * len(whole))
-    segment(folder).write_bytes(whole[:size] + bytes(zeros))  # zeros: the room that a kill leaves
-    found = ResponseCache(folder)
-    ends = [end + 1 for end, letter in enumerate(whole) if letter == ord("\n")]
+    content = segment(folder).read_bytes()
+    size = round(share * len(content))
+    segment(folder).write_bytes(content[:size] + bytes(zeros))  # zeros: the room that a kill leaves
+    cached = ResponseCache(folder)
+    ends = [end + 1 for end, letter in enumerate(content) if letter == ord("\n")]
     complete = sum(end - 1 <= size for end in ends)
-    assert [found.get(asked(row)) for row in range(len(texts))] == [
+    assert [cached.get(request_of(row)) for row in range(len(texts))] == [
         CachedAnswer(text) if row < complete else None for row, text in enumerate(texts)
     ]
-    assert found.torn <= 1
+    assert cached.torn <= 1
 
 
 def test_what_a_dying_process_leaves_is_read(tmp_path: Path) -> None:
     cache = WritableResponseCache(tmp_path)
     cache.reserve_space(1)
-    cache.add(ASKED, CachedAnswer("kept"))  # neither closed nor synchronised
-    assert ResponseCache(tmp_path).get(ASKED) == CachedAnswer("kept")
+    cache.add(REQUEST, CachedAnswer("kept"))  # neither closed nor synchronised
+    assert ResponseCache(tmp_path).get(REQUEST) == CachedAnswer("kept")
     assert ResponseCache(tmp_path).torn == 0
     cache.close()
 
@@ -96,13 +96,13 @@ def test_what_a_dying_process_leaves_is_read(tmp_path: Path) -> None:
 def test_an_answer_beats_a_failure_in_any_order(tmp_path: Path, order: int) -> None:
     for answer in [CachedAnswer(failure="500"), CachedAnswer("Mill Street")][::order]:
         with open_for_writing(tmp_path) as cache:
-            cache.add(ASKED, answer)
+            cache.add(REQUEST, answer)
     for name, path in zip("ab", sorted(tmp_path.glob("*.jsonl"), key=lambda p: "Mill" in p.read_text())[::order], strict=True):
         path.rename(tmp_path / f"{name}.jsonl")
-    assert ResponseCache(tmp_path).get(ASKED) == CachedAnswer("Mill Street")
+    assert ResponseCache(tmp_path).get(REQUEST) == CachedAnswer("Mill Street")
 
 
-def test_a_job_that_asked_nothing_leaves_nothing(tmp_path: Path) -> None:
+def test_a_job_that_sends_nothing_leaves_nothing(tmp_path: Path) -> None:
     with open_for_writing(tmp_path) as cache:
         cache.reserve_space(1)
     assert list(tmp_path.glob("*.jsonl")) == []
@@ -110,18 +110,18 @@ def test_a_job_that_asked_nothing_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_what_is_spent_is_known_again_whatever_came_back(tmp_path: Path) -> None:
-    came = [
+    answers = [
         CachedAnswer("x", None, None, 10, 1, 0.5, 2.0),
         CachedAnswer(None, "no", None, 20, 2, 0.25, 4.0),
         CachedAnswer(failure="500"),
     ]
     with open_for_writing(tmp_path) as cache:
-        for number, answer in enumerate(came, 1):
-            cache.add(replace(ASKED, number=number), answer)
+        for number, answer in enumerate(answers, 1):
+            cache.add(replace(REQUEST, number=number), answer)
         first = (cache.tokens, cache.usd, cache.seconds, cache.answers)
-    found = ResponseCache(tmp_path)
-    assert first == (found.tokens, found.usd, found.seconds, found.answers) == (33, 0.75, 6.0, {("v1", "openai:m"): 2})
-    assert [found.get(replace(ASKED, number=number)) for number in (1, 2, 3)] == came
+    cached = ResponseCache(tmp_path)
+    assert first == (cached.tokens, cached.usd, cached.seconds, cached.answers) == (33, 0.75, 6.0, {("v1", "openai:m"): 2})
+    assert [cached.get(replace(REQUEST, number=number)) for number in (1, 2, 3)] == answers
 
 
 def test_answers_are_made_to_survive_the_machine_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_answers_are_made_to_survive_the_machine_once(tmp_path: Path, monkeypatc
         monkeypatch.setattr("os.fsync", synced.append)
         cache.sync()
         for number in (1, 2):
-            cache.add(replace(ASKED, number=number), CachedAnswer("x"))
+            cache.add(replace(REQUEST, number=number), CachedAnswer("x"))
             cache.sync()
             cache.sync()
         assert synced == [cache._file] * 2
@@ -143,19 +143,19 @@ def test_foreign_lines_are_left_alone(tmp_path: Path) -> None:
 
 def test_long_texts_are_cut(tmp_path: Path) -> None:
     with open_for_writing(tmp_path) as cache:
-        cache.add(ASKED, CachedAnswer("\x01" * (2 * MAX_TEXT)))
-        kept = cache.get(ASKED)
-    assert kept is not None
-    assert kept.text == "\x01" * MAX_TEXT
+        cache.add(REQUEST, CachedAnswer("\x01" * (2 * MAX_TEXT)))
+        cached = cache.get(REQUEST)
+    assert cached is not None
+    assert cached.text == "\x01" * MAX_TEXT
     assert segment(tmp_path).stat().st_size < MAX_LINE  # even in the longest way to write it
 
 
 def test_one_job_at_a_time(tmp_path: Path) -> None:
-    told = pytest.raises(InputError, match=r"another job labels .* \(process \d+ on ")
-    with open_for_writing(tmp_path / "cache"), told, open_for_writing(tmp_path / "cache"):
+    refused = pytest.raises(InputError, match=r"another job labels .* \(process \d+ on ")
+    with open_for_writing(tmp_path / "cache"), refused, open_for_writing(tmp_path / "cache"):
         pass
     with open_for_writing(tmp_path / "cache") as cache:
-        cache.add(ASKED, CachedAnswer("x"))
+        cache.add(REQUEST, CachedAnswer("x"))
 
 
 def test_a_full_disk_stops_new_requests_and_has_room_for_the_answers_in_flight(tmp_path: Path) -> None:
@@ -165,33 +165,33 @@ def test_a_full_disk_stops_new_requests_and_has_room_for_the_answers_in_flight(t
         rows = 0
         while not cache._full:
             cache.check_space()
-            cache.add(asked(rows), answer)
+            cache.add(request_of(rows), answer)
             rows += 1
         with pytest.raises(InputError, match=r"disk of .* is full"):
             cache.check_space()
         for row in range(rows, rows + 3):  # sent before the disk was full
-            cache.add(asked(row), answer)
+            cache.add(request_of(row), answer)
     cached = ResponseCache(tmp_path)
-    assert [cached.get(asked(row)) for row in range(rows + 3)] == [answer] * (rows + 3)
+    assert [cached.get(request_of(row)) for row in range(rows + 3)] == [answer] * (rows + 3)
     assert cached.torn == 0
     assert rows > 5
 
 
 def test_an_answer_that_finds_no_room_leaves_no_part_of_it(tmp_path: Path) -> None:
     with disk_of(2 * MAX_LINE, tmp_path), open_for_writing(tmp_path) as cache:
-        cache.add(asked(0), CachedAnswer("\x01" * MAX_TEXT))
+        cache.add(request_of(0), CachedAnswer("\x01" * MAX_TEXT))
         for row in range(1, 9):
             with suppress(InputError):
-                cache.add(asked(row), CachedAnswer("\x01" * MAX_TEXT))
+                cache.add(request_of(row), CachedAnswer("\x01" * MAX_TEXT))
         with pytest.raises(InputError, match=r"disk of .* is full"):
-            cache.add(asked(9), CachedAnswer("\x01" * MAX_TEXT))
+            cache.add(request_of(9), CachedAnswer("\x01" * MAX_TEXT))
     cached = ResponseCache(tmp_path)
     assert cached.torn == 0
-    assert cached.get(asked(0)) is not None
-    assert cached.get(asked(9)) is None
+    assert cached.get(request_of(0)) is not None
+    assert cached.get(request_of(9)) is None
 
 
-def test_a_disk_that_is_full_from_the_start_is_told_before_anything_is_sent(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_from_the_start_is_an_error_before_anything_is_sent(tmp_path: Path) -> None:
     with (
         disk_of(MAX_LINE, tmp_path),
         pytest.raises(InputError, match=r"disk of .* is full"),
@@ -207,7 +207,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         pass
 
 
-def test_an_error_of_the_job_is_not_one_of_the_ledger(tmp_path: Path) -> None:
+def test_an_error_of_the_job_is_not_one_of_the_cache(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), open_for_writing(tmp_path / "cache"):
         (tmp_path / "elsewhere").read_text()
 
@@ -218,7 +218,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemotePath:
     return RemotePath(f"memory://bucket/{tmp_path.name}/cache")
 
 
-def put(folder: RemotePath, name: str, start: int, lines: bytes) -> None:
+def write_object(folder: RemotePath, name: str, start: int, lines: bytes) -> None:
     (folder / f"{name}.{start:012d}-{start + len(lines):012d}.jsonl").write_bytes(lines)
 
 
@@ -230,13 +230,13 @@ def request(number: int) -> RequestKey:
     return RequestKey("row", "v1", "m", "image", "digest", number)
 
 
-def test_where_a_join_was_cut_off_the_larger_object_is_read_and_every_line_once(folder: RemotePath) -> None:
-    put(folder, "a", 0, b"1\n")
-    put(folder, "a", 2, b"2\n")
-    put(folder, "a", 0, b"1\n2\n")  # both, and the parts were not removed
-    put(folder, "a", 4, b"3\n")
-    put(folder, "b", 0, b"4\n")
-    put(folder, "b", 2, b"5\n")
+def test_where_a_merge_was_cut_off_the_larger_object_is_read_and_every_line_once(folder: RemotePath) -> None:
+    write_object(folder, "a", 0, b"1\n")
+    write_object(folder, "a", 2, b"2\n")
+    write_object(folder, "a", 0, b"1\n2\n")  # both, and the parts were not removed
+    write_object(folder, "a", 4, b"3\n")
+    write_object(folder, "b", 0, b"4\n")
+    write_object(folder, "b", 2, b"5\n")
     assert [path.read_text() for path in RemoteSegments(folder).fetch()] == ["1\n2\n", "3\n", "4\n", "5\n"]
 
 
@@ -255,62 +255,62 @@ def test_many_small_objects_become_one_with_the_same_bytes(folder: RemotePath, m
                 CachedAnswer(f"text {number}", usd=1.0),
             )
         assert sizes == [1, 2, 1, 2, 3, 2, 3, 4]
-        whole = segment.read_bytes().rstrip(b"\0")
-    assert b"".join((folder / name).read_bytes() for name in names(folder)) == whole
+        content = segment.read_bytes().rstrip(b"\0")
+    assert b"".join((folder / name).read_bytes() for name in names(folder)) == content
     assert len(names(folder)) == 3
     assert not segment.exists()
 
 
-def test_what_a_killed_job_had_not_sent_is_sent_without_its_cut_line(folder: RemotePath) -> None:
-    left = RemoteSegments(folder)
-    (left.unsent / "killed.jsonl").write_bytes(b'{"a": 1}\n{"b": 2}\n{"c"' + bytes(9))
-    (left.unsent / "empty.jsonl").write_bytes(bytes(9))
-    left.send_unsent()
+def test_unsent_segments_of_a_killed_job_are_sent_without_the_cut_line(folder: RemotePath) -> None:
+    unsent = RemoteSegments(folder)
+    (unsent.unsent / "killed.jsonl").write_bytes(b'{"a": 1}\n{"b": 2}\n{"c"' + bytes(9))
+    (unsent.unsent / "empty.jsonl").write_bytes(bytes(9))
+    unsent.send_unsent()
     assert names(folder) == ["killed.000000000000-000000000018.jsonl"]
     assert (folder / names(folder)[0]).read_text() == '{"a": 1}\n{"b": 2}\n'
-    assert list(left.unsent.iterdir()) == []
+    assert list(unsent.unsent.iterdir()) == []
 
 
-def hold(folder: RemotePath, host: str, ago_s: float) -> None:
+def write_holder(folder: RemotePath, host: str, ago_s: float) -> None:
     at = (datetime.now(UTC) - timedelta(seconds=ago_s)).isoformat()
     (folder / "holder.json").write_text(json.dumps({"host": host, "process": 7, "at": at}))
 
 
-def test_a_job_has_the_ledger_until_it_was_not_seen_for_long(folder: RemotePath) -> None:
-    hold(folder, "another", LEASE_EXPIRY_S - 10)
+def test_a_lease_keeps_other_machines_out_until_it_expires(folder: RemotePath) -> None:
+    write_holder(folder, "another", LEASE_EXPIRY_S - 10)
     with pytest.raises(InputError, match=r"another job labels .* \(process 7 on another, seen 5\d s ago\)"):
         RemoteSegments(folder).renew_lease()
     assert json.loads((folder / "holder.json").read_text())["host"] == "another"
-    hold(folder, "another", LEASE_EXPIRY_S + 10)
+    write_holder(folder, "another", LEASE_EXPIRY_S + 10)
     RemoteSegments(folder).renew_lease()
     mine = json.loads((folder / "holder.json").read_text())
     assert (mine["host"], mine["process"]) == (socket.gethostname(), os.getpid())
-    hold(folder, socket.gethostname(), 1)  # one of this machine is kept out by its lock
+    write_holder(folder, socket.gethostname(), 1)  # one of this machine is kept out by its lock
     RemoteSegments(folder).renew_lease()
 
 
-def test_a_job_signs_now_and_then_and_sees_that_another_took_over(folder: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_is_renewed_now_and_then_and_may_be_lost(folder: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    own = RemoteSegments(folder)
-    own.renew_lease()
+    segments = RemoteSegments(folder)
+    segments.renew_lease()
     (folder / "holder.json").unlink()
     now += LEASE_RENEWAL_S - 1
-    own.renew_lease()
+    segments.renew_lease()
     assert not (folder / "holder.json").exists()
     now += 2
-    own.renew_lease()
+    segments.renew_lease()
     assert (folder / "holder.json").is_file()
-    hold(folder, "another", 0)
+    write_holder(folder, "another", 0)
     now += LEASE_RENEWAL_S + 1
     with pytest.raises(InputError, match="another job labels"):
-        own.renew_lease()
-    own.release_lease()
+        segments.renew_lease()
+    segments.release_lease()
     assert not (folder / "holder.json").exists()
-    own.release_lease()
+    segments.release_lease()
 
 
-def test_the_copies_of_two_ledgers_are_two(folder: RemotePath) -> None:
+def test_two_caches_have_two_local_folders(folder: RemotePath) -> None:
     other = folder.parent / "other"
     assert local_folder_for(folder) != local_folder_for(other)
     assert local_folder_for(folder) == local_folder_for(RemotePath(str(folder)))

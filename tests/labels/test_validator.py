@@ -44,18 +44,18 @@ from tests.support.label_texts import CORRUPTIONS, DISTRICTS, FACTS, GOOD, STREE
     ],
 )  # fmt: skip
 def test_checks(text: str, problem: str | None) -> None:
-    checker = LabelValidator(
+    validator = LabelValidator(
         ["Elm Road", "Old Mill Street", "Mill Street"], ["Harbour", "Castle"], variants={"Mill Street": ["Molengasse"]}
     )
-    found = checker.problems(text, FACTS)
-    assert (found == []) if problem is None else any(problem in p.text for p in found), found
+    problems = validator.problems(text, FACTS)
+    assert (problems == []) if problem is None else any(problem in p.text for p in problems), problems
 
 
 def test_length_and_repetition_end_where_the_settings_say() -> None:
     words = len(normalize_name(GOOD).split())
     for least, most, fits in ((words, 150, True), (words + 1, 150, False), (1, words, True), (1, words - 1, False)):
-        checker = LabelValidator(config=LabelsConfig(words=(least, most)))
-        assert [p.kind for p in checker.problems(GOOD, FACTS)] == ([] if fits else ["length"])
+        validator = LabelValidator(config=LabelsConfig(words=(least, most)))
+        assert [p.kind for p in validator.problems(GOOD, FACTS)] == ([] if fits else ["length"])
     six = GOOD.replace("A row", "The camera looks along the road, and a row")
     assert [p.kind for p in LabelValidator().problems(six, FACTS)] == ["repetition"]
     assert LabelValidator().problems(six.replace("The camera looks along", "One camera looks along"), FACTS) == []
@@ -66,13 +66,13 @@ def test_a_street_view_speaks_of_no_map() -> None:
     text = (
         "Red brick houses stand under a wide sky in Hint City, and hardly a tree is to be seen. This is Mill Street in Harbour."
     )
-    checker = LabelValidator(verified=True, mapless=True)
-    assert checker.problems(text, facts) == []
-    assert [p.kind for p in checker.problems(f"{text} The map shows it too: it is Mill Street.", facts)] == ["map"]
-    assert [p.kind for p in checker.problems(text.replace("wide sky", "narrow sky"), facts)] == ["sky"]
+    validator = LabelValidator(verified=True, mapless=True)
+    assert validator.problems(text, facts) == []
+    assert [p.kind for p in validator.problems(f"{text} The map shows it too: it is Mill Street.", facts)] == ["map"]
+    assert [p.kind for p in validator.problems(text.replace("wide sky", "narrow sky"), facts)] == ["sky"]
 
 
-def test_other_languages_are_told_apart() -> None:
+def test_languages_are_detected() -> None:
     text = (
         "Links steht eine Reihe roter Häuser, und die Kamera schaut die Straße entlang nach Osten, wo bald die King Street "
         "kreuzt. Das ist also die Mill Street in Harbour."
@@ -83,12 +83,12 @@ def test_other_languages_are_told_apart() -> None:
 
 
 def test_almost_all_corruptions_are_caught_and_almost_all_good_labels_pass() -> None:
-    checker = LabelValidator(STREETS, DISTRICTS, verified=True)
+    validator = LabelValidator(STREETS, DISTRICTS, verified=True)
     total, caught = Counter[str](), Counter[str]()
     for kind, text, facts in corrupted(seed=1, count=450):
         total[kind] += 1
-        caught[kind] += bool(checker.problems(text, facts))
-    passed = [not checker.problems(text, facts) for text, facts in good(seed=2, count=200)]
+        caught[kind] += bool(validator.problems(text, facts))
+    passed = [not validator.problems(text, facts) for text, facts in good(seed=2, count=200)]
     print({kind: f"{caught[kind]}/{total[kind]}" for kind in total}, f"good: {sum(passed)}/{len(passed)}")
     assert total.keys() == CORRUPTIONS.keys()
     assert all(caught[kind] >= 0.9 * total[kind] for kind in total)

@@ -48,14 +48,14 @@ def config(**settings: object) -> LabelsConfig:
     return LabelsConfig(labeler="vllm", **{"model": "owner/model", "vllm_start_s": 60.0, **settings})
 
 
-def told(base_url: str) -> tuple[list[psutil.Process], list[str]]:
+def server_of(base_url: str) -> tuple[list[psutil.Process], list[str]]:
     """The server's processes and its arguments, in its own words."""
     with urllib.request.urlopen(f"{base_url.removesuffix('/v1')}/health", timeout=10) as answer:
         first, second, *arguments = answer.read().decode().split()
     return [psutil.Process(int(pid)) for pid in (first, second)], arguments
 
 
-def gone(processes: list[psutil.Process]) -> bool:
+def ended(processes: list[psutil.Process]) -> bool:
     return not psutil.wait_procs(processes, timeout=60)[1]
 
 
@@ -63,23 +63,23 @@ def test_it_serves_in_the_block_and_is_gone_after_it(vllm: Path) -> None:
     with serving(
         config(tensor_parallel=2, gpus_per_worker=2.0, vllm_arguments=["--max-model-len", "512"]), vllm / "log"
     ) as base_url:
-        processes, arguments = told(base_url)
-    assert gone(processes)
+        processes, arguments = server_of(base_url)
+    assert ended(processes)
     assert arguments == [
         "--model", "owner/model", "--served-model-name", "owner/model", "--host", "127.0.0.1", "--port",
         base_url.split(":")[2].removesuffix("/v1"), "--dtype", "auto", "--tensor-parallel-size", "2", "--max-model-len", "512",
     ]  # fmt: skip
     with pytest.raises(urllib.error.URLError):
-        told(base_url)
+        server_of(base_url)
 
 
 def test_it_is_gone_after_an_error(vllm: Path) -> None:
     processes: list[psutil.Process] = []
     with contextlib.suppress(KeyboardInterrupt), serving(config(), vllm / "log") as base_url:
-        processes = told(base_url)[0]
+        processes = server_of(base_url)[0]
         raise KeyboardInterrupt
     assert processes
-    assert gone(processes)
+    assert ended(processes)
 
 
 def test_it_is_gone_when_its_job_is_killed(vllm: Path) -> None:
@@ -90,9 +90,9 @@ def test_it_is_gone_when_its_job_is_killed(vllm: Path) -> None:
     job = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with job:
         assert job.stdout is not None
-        processes, _ = told(job.stdout.readline().strip())
+        processes, _ = server_of(job.stdout.readline().strip())
         job.kill()
-    assert gone(processes)
+    assert ended(processes)
 
 
 def test_a_server_that_does_not_come_up(vllm: Path) -> None:

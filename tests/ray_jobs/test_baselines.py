@@ -194,12 +194,12 @@ def test_replies_of_an_endpoint_are_those_to_the_photos_own_prompts(tmp_path: Pa
         labels, settings = config_of(endpoint), settings.model_copy(update={"endpoint": endpoint.url})
         images = {name: photo("test", number)["image"]["bytes"] + bytes([number]) for number, name in enumerate(texts)}
         given = [(name, images[name], text) for name, text in texts.items()]
-        found = rag_module.endpoint_replies(labels, settings, given, 5, tmp_path / "ledger", show=lambda line: None)
-        asked = dict(map(parts_of, endpoint.asked))
+        found = rag_module.endpoint_replies(labels, settings, given, 5, tmp_path / "cache", show=lambda line: None)
+        asked = dict(map(parts_of, endpoint.requests))
     assert found == {name: None if name == "photo2" else f"! {text}" for name, text in texts.items()}
     assert list(found) == list(texts)
     assert len({asked[text] for text in texts.values()}) == 5
-    assert {(body["max_tokens"], body["temperature"], body["model"]) for body in endpoint.asked} == {(33, 0.7, "m")}
+    assert {(body["max_tokens"], body["temperature"], body["model"]) for body in endpoint.requests} == {(33, 0.7, "m")}
 
 
 def test_an_answer_is_the_part_of_the_address_that_was_asked_for() -> None:

@@ -21,7 +21,7 @@ def run_with(folder: Path, sources: dict[str, int], views: int = 2) -> Path:
     image = {"bytes": buffer.getvalue(), "path": None}
     rows = []
     for i, source in enumerate(source for source, n in sources.items() for _ in range(n)):
-        said = {
+        label = {
             "level": "alignment",
             "kind": "explanation",
             "question": "Where?",
@@ -31,7 +31,8 @@ def run_with(folder: Path, sources: dict[str, int], views: int = 2) -> Path:
         rows.append(
             {
                 "id": f"photo{i}", "place": f"place{i // views}", "image": image, "street": "Mill Street",
-                "district": "Harbour", "rounds": [said], "source": source, "attempts": 1, "facts": FACTS.to_json(), "names": [],
+                "district": "Harbour", "rounds": [label], "source": source, "attempts": 1, "facts": FACTS.to_json(),
+                "names": [],
             }
         )  # fmt: skip
     tables.write_table(folder / "alignment", "train", rows, tables.ALIGNMENT)

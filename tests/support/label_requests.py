@@ -1,4 +1,4 @@
-"""Rows, settings and rounds of the engine that asks an endpoint, for tests."""
+"""Rows, settings and runs of the labeler with an endpoint, for tests."""
 
 import io
 from pathlib import Path
@@ -30,15 +30,15 @@ def config_of(endpoint: Endpoint, **settings: Any) -> LabelsConfig:
     return LabelsConfig(**{"labeler": "openai", "model": "m", "base_url": endpoint.url, "concurrency": 4, **settings})
 
 
-def settle(
+def run_labeler(
     config: LabelsConfig, folder: Path, rows: list[Request], retry_failed: bool = False, seed: int = 0
 ) -> tuple[dict[int, Label], LabelStats]:
-    found: dict[int, Label] = {}
+    labels: dict[int, Label] = {}
     with open_for_writing(folder) as cache:
         labeler = OpenAILabeler(config, state_factory(config, seed), cache, retry_failed=retry_failed)
-        tally = labeler.run(rows, len(rows), found.__setitem__)
-    return found, tally
+        stats = labeler.run(rows, len(rows), labels.__setitem__)
+    return labels, stats
 
 
-def left(config: LabelsConfig, folder: Path, rows: list[Request]) -> CostEstimate:
+def estimate(config: LabelsConfig, folder: Path, rows: list[Request]) -> CostEstimate:
     return estimate_cost(config, state_factory(config), rows, ResponseCache(folder))

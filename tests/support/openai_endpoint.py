@@ -27,15 +27,15 @@ def drops() -> Reply:
 
 def cuts(reply: Reply) -> Reply:
     """The connection ends in the middle of the answer."""
-    whole = json.dumps(reply[2])
-    return 200, {"Content_Type": "application/json", "Content_Length": str(len(whole))}, whole[: len(whole) // 2]
+    text = json.dumps(reply[2])
+    return 200, {"Content_Type": "application/json", "Content_Length": str(len(text))}, text[: len(text) // 2]
 
 
 class Endpoint:
-    """A chat completions server on this machine that replies as the test says and remembers what it was asked."""
+    """A chat completions server on this machine that replies as the test says and remembers its requests."""
 
     def __init__(self, reply: Callable[[int, dict[str, Any]], Reply]) -> None:
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.reply = reply  # from the number of the request and its body
         self._server = Server(self._answer)
@@ -46,10 +46,10 @@ class Endpoint:
         with self._server.running():
             yield self
 
-    def _answer(self, asked: Asked) -> Answer:
-        self.asked.append(json.loads(asked.body))
-        self.keys.append({name.lower(): value for name, value in asked.headers.items()}.get("authorization"))
-        status, headers, body = self.reply(asked.number, self.asked[-1])
+    def _answer(self, request: Asked) -> Answer:
+        self.requests.append(json.loads(request.body))
+        self.keys.append({name.lower(): value for name, value in request.headers.items()}.get("authorization"))
+        status, headers, body = self.reply(request.number, self.requests[-1])
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         page = isinstance(body, str)
         kind = {"Content-Type": "text/html" if page else "application/json"}

@@ -11,8 +11,8 @@ from tests.support.audit_sheets import ratings_of, sheet
 
 
 def test_wilson_interval() -> None:
-    found = wilson_share(81, 263)  # Newcombe, Statistics in Medicine 1998, table I
-    assert (round(found.low, 4), round(found.high, 4)) == (0.2553, 0.3662)
+    result = wilson_share(81, 263)  # Newcombe, Statistics in Medicine 1998, table I
+    assert (round(result.low, 4), round(result.high, 4)) == (0.2553, 0.3662)
     assert (wilson_share(0, 20).low, round(wilson_share(0, 20).high, 4)) == (0.0, 0.1611)
     assert wilson_share(0, 0).value is None
 
@@ -38,10 +38,10 @@ def test_krippendorffs_alpha_of_his_own_example() -> None:
 
 def test_cohens_kappa_of_a_known_table() -> None:
     pairs = [(0, 0)] * 20 + [(0, 1)] * 5 + [(1, 0)] * 10 + [(1, 1)] * 15 + [(None, 1)]
-    found = cohen_kappa(pairs, 2)
-    assert found.value == pytest.approx(0.4)
-    assert found.low < 0.4 < found.high
-    assert found.n == 50
+    result = cohen_kappa(pairs, 2)
+    assert result.value == pytest.approx(0.4)
+    assert result.low < 0.4 < result.high
+    assert result.n == 50
     assert cohen_kappa([(1, 1)] * 5, 2).value is None  # one level throughout: chance explains it all
     assert krippendorff_alpha([(1, 1)] * 5, 2).value is None
 
@@ -66,18 +66,18 @@ def test_kappa_knows_which_rater_prefers_what_and_alpha_how_far_levels_are() -> 
 
 
 def test_summary_weighs_by_what_was_drawn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    drawn, items = sheet(tmp_path, **{"template": 2, "openai:m": 98})
+    table, items = sheet(tmp_path, **{"template": 2, "openai:m": 98})
     best = [LEVELS.index("right") if item["source"] == "template" else 0 for item in items]
     write_ratings(tmp_path / "a.csv", ratings_of(items, "Ann", best), items)
     write_ratings(tmp_path / "b.csv", ratings_of(items, "Ben", best), items)
-    found = summarize(items, read_ratings([tmp_path / "a.csv", tmp_path / "b.csv"], items))
-    shares = found["criteria"]["truth"]["shares"]["Ann"]
+    result = summarize(items, read_ratings([tmp_path / "a.csv", tmp_path / "b.csv"], items))
+    shares = result["criteria"]["truth"]["shares"]["Ann"]
     assert shares["template"]["right"]["value"] == 1
     assert shares[ALL]["right"]["value"] == pytest.approx(0.02)
-    (agreed,) = found["criteria"]["truth"]["agreement"]
+    (agreed,) = result["criteria"]["truth"]["agreement"]
     assert (agreed["same"]["value"], agreed["kappa"]["value"], agreed["alpha"]["value"]) == (1, 1, 1)
     main(
-        ["summary", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--sheet", str(drawn), "--json", str(tmp_path / "s.json")]
+        ["summary", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--sheet", str(table), "--json", str(tmp_path / "s.json")]
     )
     assert "Ann and Ben: the same on 100 (51–100) of 4" in capsys.readouterr().out
     assert json.loads((tmp_path / "s.json").read_text())["rated"] == {"Ann": 4, "Ben": 4}
@@ -86,11 +86,11 @@ def test_summary_weighs_by_what_was_drawn_from(tmp_path: Path, capsys: pytest.Ca
 def test_each_two_raters_are_compared_with_each_other_and_all_together(tmp_path: Path) -> None:
     _, items = sheet(tmp_path, template=4)
     levels = {"Ann": [0, 0, 2, 2], "Ben": [0, 2, 2, 2], "Cas": [1, 1, 1, 0]}
-    ratings = [rating for rater, given in levels.items() for rating in ratings_of(items, rater, given)]
+    ratings = [rating for rater, levels_of_rater in levels.items() for rating in ratings_of(items, rater, levels_of_rater)]
     del ratings[-1]  # Cas left one out
-    found = summarize(items, ratings)
-    assert found["rated"] == {"Ann": 4, "Ben": 4, "Cas": 3}
-    first, second, third, together = found["criteria"]["reason"]["agreement"]
+    result = summarize(items, ratings)
+    assert result["rated"] == {"Ann": 4, "Ben": 4, "Cas": 3}
+    first, second, third, together = result["criteria"]["reason"]["agreement"]
     assert [first["raters"], second["raters"], third["raters"], together["raters"]] == [
         ["Ann", "Ben"], ["Ann", "Cas"], ["Ben", "Cas"], ["Ann", "Ben", "Cas"],
     ]  # fmt: skip
@@ -101,5 +101,5 @@ def test_each_two_raters_are_compared_with_each_other_and_all_together(tmp_path:
     assert first["alpha"]["value"] == krippendorff_alpha(two, 3, resamples=1).value
     assert together["alpha"]["value"] == krippendorff_alpha(three, 3, resamples=1).value
     assert "kappa" not in together
-    shares = found["criteria"]["reason"]["shares"]["Ben"][ALL]
+    shares = result["criteria"]["reason"]["shares"]["Ben"][ALL]
     assert [(level, shares[level]["value"]) for level in shares] == [("right", 0.75), ("partly", 0), ("wrong", 0.25)]

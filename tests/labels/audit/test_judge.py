@@ -15,19 +15,19 @@ def test_a_judges_lines() -> None:
 
 
 def test_a_model_judges_the_sheet_and_is_paid_once(tmp_path: Path) -> None:
-    drawn, items = sheet(tmp_path, template=4)
+    table, items = sheet(tmp_path, template=4)
     good, bad = says("truth: right\nreason: partly\nnames: right"), says("I think it is fine.")
     broken = items[0]["label"]
     with Endpoint(lambda number, body: bad if broken in json.dumps(body) else good).running() as endpoint:
-        command = ["judge", "--sheet", str(drawn), "--set", f"labels.base_url={endpoint.url}", "--set", "labels.model=m"]
+        command = ["judge", "--sheet", str(table), "--set", f"labels.base_url={endpoint.url}", "--set", "labels.model=m"]
         command += ["--set", "labels.max_attempts=2", "--out", str(tmp_path / "judge.csv")]
         main(command)
-        asked = len(endpoint.asked)
+        requests = len(endpoint.requests)
         main(command)
-    assert asked == len(endpoint.asked) == 3 + 2  # the broken one is asked twice, the second run asks nothing
-    user = endpoint.asked[0]["messages"][1]["content"]
+    assert requests == len(endpoint.requests) == 3 + 2  # the broken one is asked twice, the second run asks nothing
+    user = endpoint.requests[0]["messages"][1]["content"]
     assert user[0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
     assert "King Street meets Mill Street" in user[1]["text"]
-    found = read_ratings([tmp_path / "judge.csv"], items)
-    assert {r.item for r in found} == {item["item"] for item in items[1:]}
-    assert found[0] == Rating(found[0].item, "judge openai:m", {"truth": 2, "reason": 1, "names": 2})
+    ratings = read_ratings([tmp_path / "judge.csv"], items)
+    assert {r.item for r in ratings} == {item["item"] for item in items[1:]}
+    assert ratings[0] == Rating(ratings[0].item, "judge openai:m", {"truth": 2, "reason": 1, "names": 2})

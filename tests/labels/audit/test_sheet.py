@@ -98,8 +98,8 @@ def test_of_a_row_that_is_given_twice_the_last_counts(tmp_path: Path) -> None:
     _, items = sheet(tmp_path, template=4)
     write_ratings(tmp_path / "a.csv", ratings_of(items, "Ann", [0, 0, 0, 0]), items)
     write_ratings(tmp_path / "b.csv", ratings_of(items[:1], "Ann", [2]), items)
-    found = read_ratings([tmp_path / "a.csv", tmp_path / "b.csv"], items)
-    assert [rating.levels["truth"] for rating in found] == [2, 0, 0, 0]
+    ratings = read_ratings([tmp_path / "a.csv", tmp_path / "b.csv"], items)
+    assert [rating.levels["truth"] for rating in ratings] == [2, 0, 0, 0]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH (install the package `chromium`)")
