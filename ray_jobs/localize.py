@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Photos by the million -> where each was taken, as the model finds it.
+"""Localize photos by the million with a trained model.
 
     python ray_jobs/localize.py --model runs/demo/models/addressvlm/merged --photos my_photos --out runs/found
     python ray_jobs/localize.py --model runs/demo/models/addressvlm/merged --photos list.csv --out runs/found --top-k 3
     python ray_jobs/localize.py --config demo --photos runs/demo/photos --split test --out runs/found
 
-The photos are a folder, a manifest (CSV, JSONL or Parquet) with a column `file` and if it likes `id`, or Parquet with the
-columns `id` and `image`. Writes <out>/located-*.parquet, one row a photo, and <out>/rejects.parquet with the photos that
-can't be used and why. Run it again after an interruption: it goes on, and no row comes twice.
+Photos are a folder, a manifest (CSV, JSONL or Parquet) with the column `file` and optionally `id`, or Parquet with the columns
+`id` and `image`. Writes <out>/located-*.parquet, one row a photo, and <out>/rejects.parquet with the photos that can't be used
+and why. Rerun it to resume; no photo comes twice.
 """
 
 import argparse
@@ -35,12 +35,39 @@ from ray_jobs.common import connect, job_parser, load_config, require_resources,
 from ray_jobs.evaluation import model_digest
 from ray_jobs.ray_data import run_shards
 
-SHARD = 512  # photos; what an interruption costs at most, for each worker
-IMAGES = {"id", "image"}  # columns of Parquet that holds the photos themselves
+SHARD = 512  # photos; an interruption loses at most so many for each worker
+IMAGE_COLUMNS = {"id", "image"}  # of Parquet that holds the photos themselves
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PhotoSource:
+    """The photos to localize: Parquet files that hold them, or rows of PHOTO_LIST_SCHEMA and the rejects of the list."""
+
+    files: list[AnyPath]
+    rows: list[Row]
+    rejects: list[Row]
+
+    def fingerprint(self, base: str) -> str:
+        """Changes with the list or with a local photo; `base`: the folder that files of rows are relative to."""
+        files = [str(path) for path in self.files] or [remote_path.join(base, row["file"]) for row in self.rows]
+        return digest([self.rows, self.rejects, files_fingerprint(files)])
+
+    def plan(self, folder: AnyPath) -> tuple[list[Shard], list[str], list[Row]]:
+        """Shards, the columns to read of them, and rejected rows; a list of photos is written into the working `folder`."""
+        if self.files:
+            shards, rejects = skip_repeated_ids(plan_file_shards(self.files, SHARD))
+            return shards, sorted(IMAGE_COLUMNS), rejects
+        table = folder / WORK_DIR / "listed"
+        for old in table.glob("*.parquet"):
+            old.unlink()
+        tables.write_table(table, "photos", self.rows, PHOTO_LIST_SCHEMA, SHARD)
+        return plan_shards(table, "photos", SHARD), PHOTO_LIST_SCHEMA.names, self.rejects
 
 
 def localize(config: Config, model: str, photos: str, split: str, out: AnyPath, top_k: int, redo: bool) -> None:
-    """Locate all photos.
+    """Localize all photos.
 
     Raises:
         InputError: there is no such model or it has no gazetteer, there are no photos, `out` holds something else, or the
@@ -51,34 +78,92 @@ def localize(config: Config, model: str, photos: str, split: str, out: AnyPath, 
         raise InputError(f"{model} holds no {GAZETTEER_FILE}: give a model that was trained on a city.")
     need = config.evaluate
     require_resources("CPU", need.workers * need.cpus_per_worker, "localize", "evaluate.workers or evaluate.cpus_per_worker")
-    source = path_of(photos)
-    base = str((source if source.is_dir() else source.parent).absolute())
-    given = _given(photos, split)
+    path = path_of(photos)
+    base = str((path if path.is_dir() else path.parent).absolute())
+    source = open_photos(photos, split)
     settings = {
-        "model": model_digest(model), "calibration": sources_fingerprint(str(path_of(model) / CALIBRATION_FILE)), "photos": photos,
-        "split": split, "top_k": top_k, "dtype": config.model.dtype, "content": _content(given, base),
-    }  # fmt: skip
-    _refuse_other(out, settings)
+        "model": model_digest(model),
+        "calibration": sources_fingerprint(str(path_of(model) / CALIBRATION_FILE)),
+        "photos": photos,
+        "split": split,
+        "top_k": top_k,
+        "dtype": config.model.dtype,
+        "content": source.fingerprint(base),
+    }
+    require_own_folder(out, settings)
     if is_done(out, settings, redo):
         print("localize: already done", flush=True)
         return
     with resumable_dir(out, settings, redo) as folder:
-        shards, columns, rejects = _shards(given, folder)
-        function = BatchLocalizer(
+        shards, columns, rejects = source.plan(folder)
+        localizer = BatchLocalizer(
             model, config.model.dtype, config.model.trust_remote_code, base, config.city.max_megapixels, top_k,
             max(1, int(need.cpus_per_worker)),
         )  # fmt: skip
         actor = {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}
-        work = ShardWork(function, LOCALIZED_SCHEMA, columns)
+        work = ShardWork(localizer, LOCALIZED_SCHEMA, columns)
         summaries = run_shards("localize: photos", shards, folder, work, need.workers, actor)
         rejects += [reject for summary in summaries for reject in summary["rejects"]]
         write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), folder / "rejects.parquet")
         written = sum(summary["written"].get(SPLIT, 0) for summary in summaries)
-    print(f"localize: {written:,} photos located, {len(rejects):,} rejected: {out}", flush=True)
+    print(f"localize: {written:,} photos localized, {len(rejects):,} rejected: {out}", flush=True)
 
 
-def _refuse_other(out: AnyPath, settings: dict[str, Any]) -> None:
-    """Refuse a folder that this job didn't make, as it would be replaced.
+def open_photos(photos: str, split: str) -> PhotoSource:
+    """The photos of the flag `--photos`.
+
+    Raises:
+        InputError: there are none.
+    """
+    path = path_of(photos)
+    if has_images(path, split):
+        return PhotoSource([path] if path.is_file() else list(tables.table_files(path, split)), [], [])
+    if path.is_dir():
+        rows, rejects = photo_table([(file, file) for file in list_photos(photos)])
+    else:
+        table = open_table(photos)
+        table.require(["file"])
+        values = [[row.get(column) for column in ("id", "file")] for row in table.rows]
+        texts = [[None if value is None else str(value).strip() or None for value in pair] for pair in values]
+        rows, rejects = photo_table([(photo, file) for photo, file in texts])
+    if not rows:
+        raise InputError(f"{photos} names no photo: give a folder of photos, or a table with a column file.")
+    return PhotoSource([], rows, rejects)
+
+
+def has_images(path: AnyPath, split: str) -> bool:
+    """Whether it is Parquet, or a folder with the Parquet files of a split, that holds the photos themselves."""
+    files = sorted(path.glob(f"{split}-*.parquet")) if path.is_dir() else [path]
+    if not files or files[0].suffix != ".parquet" or not files[0].is_file():
+        return False
+    try:
+        with open_parquet(files[0]) as table:
+            return set(table.schema_arrow.names) >= IMAGE_COLUMNS
+    except pa.ArrowException as error:
+        raise InputError(f"{files[0]} is not Parquet ({str(error).splitlines()[0]}): write it again.") from None
+
+
+def skip_repeated_ids(shards: list[Shard]) -> tuple[list[Shard], list[Row]]:
+    """The shards without rows whose id came before, and rejects for these rows."""
+    unique: list[Shard] = []
+    rejects: list[Row] = []
+    ids: set[str] = set()
+    number = 0
+    for shard in shards:
+        repeated: set[int] = set()
+        for index, row in enumerate(row for batch in shard.batches(["id"]) for row in batch):
+            number += 1
+            if row["id"] in ids:
+                repeated.add(index)
+                reason = f"id twice: {row['id']} came before"
+                rejects.append({"file": None, "row": number, "id": row["id"], "reason": reason})
+            ids.add(row["id"])
+        unique.append(replace(shard, rows=shard.rows - len(repeated), skipped=frozenset(repeated)))
+    return unique, rejects
+
+
+def require_own_folder(out: AnyPath, settings: dict[str, Any]) -> None:
+    """Refuse a folder that this job did not write, since its content would be replaced.
 
     Raises:
         InputError: it is one.
@@ -89,95 +174,12 @@ def _refuse_other(out: AnyPath, settings: dict[str, Any]) -> None:
         raise InputError(f"{out} holds something else: give an empty or a new --out.")
 
 
-@dataclass(frozen=True)
-class _Given:
-    """The photos: files of Parquet that hold them, or rows of PHOTOS and the rejects among what was listed."""
-
-    files: list[AnyPath]
-    rows: list[dict[str, Any]]
-    rejects: list[dict[str, Any]]
-
-
-def _given(photos: str, split: str) -> _Given:
-    """What `--photos` means.
-
-    Raises:
-        InputError: there are none.
-    """
-    if _holds_images(photos, split):
-        path = path_of(photos)
-        return _Given([path] if path.is_file() else list(tables.table_files(path, split)), [], [])
-    if path_of(photos).is_dir():
-        rows, rejects = photo_table([(file, file) for file in list_photos(photos)])
-    else:
-        table = open_table(photos)
-        table.require(["file"])
-        rows, rejects = photo_table([(_text(row.get("id")), _text(row.get("file"))) for row in table.rows])
-    if not rows:
-        raise InputError(f"{photos} names no photo: give a folder of photos, or a table with a column file.")
-    return _Given([], rows, rejects)
-
-
-def _content(given: _Given, base: str) -> str:
-    """Changes when the list does, or a local photo; what is no local file is known by its name."""
-    files = [str(path) for path in given.files] or [remote_path.join(base, row["file"]) for row in given.rows]
-    return digest([given.rows, given.rejects, files_fingerprint(files)])
-
-
-def _shards(given: _Given, folder: AnyPath) -> tuple[list[Shard], list[str], list[dict[str, Any]]]:
-    """The photos in shards, the columns to read of them, and the rejects among their rows."""
-    if given.files:
-        shards, rejects = _once(plan_file_shards(given.files, SHARD))
-        return shards, sorted(IMAGES), rejects
-    wanted = folder / WORK_DIR / "listed"
-    for old in wanted.glob("*.parquet"):
-        old.unlink()
-    tables.write_table(wanted, "photos", given.rows, PHOTO_LIST_SCHEMA, SHARD)
-    return plan_shards(wanted, "photos", SHARD), PHOTO_LIST_SCHEMA.names, given.rejects
-
-
-def _once(shards: list[Shard]) -> tuple[list[Shard], list[dict[str, Any]]]:
-    """The shards without rows whose id came before, and these rows' rejects."""
-    kept: list[Shard] = []
-    rejects: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    number = 0
-    for shard in shards:
-        again: set[int] = set()
-        for at, row in enumerate(row for batch in shard.batches(["id"]) for row in batch):
-            number += 1
-            if row["id"] in seen:
-                again.add(at)
-                reason = f"id twice: {row['id']} came before"
-                rejects.append({"file": None, "row": number, "id": row["id"], "reason": reason})
-            seen.add(row["id"])
-        kept.append(replace(shard, rows=shard.rows - len(again), skipped=frozenset(again)))
-    return kept, rejects
-
-
-def _holds_images(photos: str, split: str) -> bool:
-    """Whether it is Parquet with the photos in it."""
-    path = path_of(photos)
-    files = sorted(path.glob(f"{split}-*.parquet")) if path.is_dir() else [path]
-    if not files or files[0].suffix != ".parquet" or not files[0].is_file():
-        return False
-    try:
-        with open_parquet(files[0]) as opened:
-            return set(opened.schema_arrow.names) >= IMAGES
-    except pa.ArrowException as error:
-        raise InputError(f"{files[0]} is not Parquet ({str(error).splitlines()[0]}): write it again.") from None
-
-
-def _text(value: Any) -> str | None:
-    return str(value).strip() or None if value is not None else None
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = job_parser(__doc__ or "")
     parser.add_argument("--model", metavar="FOLDER", help="a trained model's folder (default: AddressVLM of the run)")
     parser.add_argument("--photos", metavar="PATH", required=True, help="a folder, a manifest, or Parquet with images")
     parser.add_argument("--split", default="test", help="of a folder of Parquet with images (default: test)")
-    parser.add_argument("--out", type=path_of, metavar="FOLDER", required=True, help="where the result goes")
+    parser.add_argument("--out", type=path_of, metavar="FOLDER", required=True, help="output folder")
     parser.add_argument("--top-k", type=int, default=5, metavar="N", help="candidates a photo (default: 5)")
     return parser
 

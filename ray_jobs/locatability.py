@@ -1,18 +1,17 @@
 #!/usr/bin/env python
-"""How much each training photo tells of where it is (paper 003, Sec. 3.1), and what a threshold would keep.
+"""Score the locatability of training photos (paper 003, Sec. 3.1), and count those below a threshold.
 
     python ray_jobs/locatability.py --config my_city.yaml --segmentation nvidia/segformer-b5-finetuned-cityscapes-1024-1024 \\
         --clip openai/clip-vit-large-patch14-336
 
-Reads <run>/photos (train), writes <run>/locatability: a table of photos and scores, curve.json and curve.svg; photos below the
-threshold go to <run>/rejects/locatability.parquet.
+Reads <run>/photos (train), writes <run>/locatability: a table of photos and scores, curve.json and curve.svg. Photos below the
+threshold are listed in <run>/rejects/locatability.parquet.
 """
 
 import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -31,7 +30,7 @@ from ray_jobs.common import absolute_path
 from ray_jobs.ray_data import run_shards
 
 SHARD = 64  # photos
-AT_ONCE = 8  # photos cut into classes together
+BATCH = 8  # photos that are segmented together
 SCHEMA = pa.schema([("id", pa.string()), ("place", pa.string()), ("locatability", pa.float64())])
 
 
@@ -43,7 +42,7 @@ def run_step(
     threshold: float = THRESHOLD,
     redo: bool = False,
 ) -> int:
-    """Score the training photos of a run; how many are below the threshold.
+    """Score the training photos of a run; returns how many are below the threshold.
 
     Raises:
         InputError: there are no photos, or one of the models is not there.
@@ -61,14 +60,11 @@ def run_step(
         work = ShardWork(partial(score_batch, *models, texts), SCHEMA, ["id", "place", "image"])
         with resumable_dir(out, settings, redo) as folder:
             run_shards("locatability", plan_shards(run.photos, "train", SHARD), folder, work, need.workers, actor)
-            found = locatability.curve(tables.read_table(folder, "train", ["locatability"])["locatability"].to_pylist())
-            (folder / "curve.json").write_text(json.dumps(asdict(found), indent=1), encoding="utf-8")
+            curve = locatability.curve(tables.read_table(folder, "train", ["locatability"])["locatability"].to_pylist())
+            (folder / "curve.json").write_text(json.dumps(asdict(curve), indent=1), encoding="utf-8")
             with (folder / "curve.svg").open("wb") as file:
-                locatability.draw_curve(found, file, threshold)
-    return _set_aside(run, list(tables.iter_rows(out, "train")), threshold)
-
-
-def _set_aside(run: Run, rows: list[dict[str, Any]], threshold: float) -> int:
+                locatability.draw_curve(curve, file, threshold)
+    rows = list(tables.iter_rows(out, "train"))
     low = [row for row in rows if row["locatability"] < threshold]
     reason = f"its locatability is {{:.2f}}, below {threshold:g}"
     rejects = [{"file": None, "row": None, "id": row["id"], "reason": reason.format(row["locatability"])} for row in low]
@@ -78,12 +74,12 @@ def _set_aside(run: Run, rows: list[dict[str, Any]], threshold: float) -> int:
 
 
 def score_batch(segmentation: str, clip: str, texts: LocatabilityTexts, photos: Rows) -> ShardResult:
-    """Rows of PHOTOS -> rows of SCHEMA, by models that the process keeps between calls."""
+    """Rows of PHOTOS -> rows of SCHEMA; the process keeps the models loaded between calls."""
     scorer = cached_locatability(segmentation, clip, texts)
     scores = [
         score
-        for start in range(0, len(photos), AT_ONCE)
-        for score in scorer.scores([photo_image(photo) for photo in photos[start : start + AT_ONCE]])
+        for start in range(0, len(photos), BATCH)
+        for score in scorer.scores([photo_image(photo) for photo in photos[start : start + BATCH]])
     ]
     return ShardResult({"train": [
         {"id": photo["id"], "place": photo["place"], "locatability": score} for photo, score in zip(photos, scores, strict=True)
@@ -95,8 +91,15 @@ def main() -> None:
     parser = common.job_parser(__doc__ or "")
     parser.add_argument("--segmentation", required=True, metavar="MODEL", help="folder or hub name: SegFormer, Mask2Former …")
     parser.add_argument("--clip", required=True, metavar="MODEL", help="folder or hub name of a CLIP-like model")
-    parser.add_argument("--clues", type=Path, metavar="FILE", help="YAML with lists of texts, clues and others (default: ours)")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help=f"(default: {THRESHOLD})")
+    parser.add_argument(
+        "--clues", type=Path, metavar="FILE", help="YAML with lists of texts, clues and others (default: built in)"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=THRESHOLD,
+        help=f"least locatability of a photo that is not rejected (default: {THRESHOLD})",
+    )
     args = parser.parse_args()
     config, texts = common.load_config(args), LocatabilityTexts.read(args.clues) if args.clues else DEFAULT_TEXTS
     common.connect()

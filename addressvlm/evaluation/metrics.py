@@ -45,12 +45,12 @@ def compute_metrics(answers: Iterable[Mapping[str, Any]], resamples: int = 1000,
         For each of METRICS `value`, `low`, `high` (shares between 0 and 1; None where no question was asked) and `n`, the
         number of questions.
     """
-    right, asked = _count(list(answers))
-    values = _values(right.sum(axis=0), asked.sum(axis=0))
+    right, total = _count(list(answers))
+    values = _values(right.sum(axis=0), total.sum(axis=0))
     weights = _resample(len(right), resamples, seed)
-    spread = _values(weights @ right, weights @ asked)
-    n = _questions(asked)
-    return {name: _interval(values[name], spread[name], n[name], places=len(right)) for name in METRICS}
+    samples = _values(weights @ right, weights @ total)
+    n = _questions(total)
+    return {name: _interval(values[name], samples[name], n[name], places=len(right)) for name in METRICS}
 
 
 def paired_difference_ci(
@@ -67,24 +67,23 @@ def paired_difference_ci(
     """
     a, b = ({_key(row): row for row in answers} for answers in (answers_a, answers_b))
     common = [key for key in a if key in b]
-    right_a, asked = _count([a[key] for key in common])
+    right_a, total = _count([a[key] for key in common])
     right_b, _ = _count([b[key] for key in common])
-    weights = _resample(len(asked), resamples, seed)
-    total, spread_asked = asked.sum(axis=0), weights @ asked
-    before, after = _values(right_b.sum(axis=0), total), _values(right_a.sum(axis=0), total)
-    low, high = _values(weights @ right_b, spread_asked), _values(weights @ right_a, spread_asked)
-    n = _questions(asked)
-    return {name: _interval(after[name] - before[name], high[name] - low[name], n[name]) for name in metrics}
+    weights = _resample(len(total), resamples, seed)
+    values_a, values_b = (_values(right.sum(axis=0), total.sum(axis=0)) for right in (right_a, right_b))
+    samples_a, samples_b = (_values(weights @ right, weights @ total) for right in (right_a, right_b))
+    n = _questions(total)
+    return {name: _interval(values_a[name] - values_b[name], samples_a[name] - samples_b[name], n[name]) for name in metrics}
 
 
 def share_ci(right: Sequence[float] | np.ndarray, places: Sequence[str], resamples: int = 1000, seed: int = 0) -> Interval:
-    """Mean of what is given for each photo (1 for a right answer), with its interval from resampling places."""
+    """Mean of a value of each photo (1 for a right answer), with its interval from resampling places."""
     numbers = {place: i for i, place in enumerate(dict.fromkeys(places))}
-    at = np.array([numbers[place] for place in places], dtype=int)
-    total, asked = np.bincount(at, np.asarray(right, dtype=float), len(numbers)), np.bincount(at, minlength=len(numbers))
+    place = np.array([numbers[name] for name in places], dtype=int)
+    sums, counts = np.bincount(place, np.asarray(right, dtype=float), len(numbers)), np.bincount(place, minlength=len(numbers))
     weights = _resample(len(numbers), resamples, seed)
     with np.errstate(invalid="ignore"):
-        return _interval(total.sum() / asked.sum(), (weights @ total) / (weights @ asked), len(at), places=len(numbers))
+        return _interval(sums.sum() / counts.sum(), (weights @ sums) / (weights @ counts), len(place), places=len(numbers))
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -95,12 +94,12 @@ def _count(rows: list[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Right answers and questions, both (places, cells)."""
     places = {place: i for i, place in enumerate(dict.fromkeys(row["place"] for row in rows))}
     cells = {cell: i for i, cell in enumerate(CELLS.values())}
-    right, asked = np.zeros((2, len(places), len(cells)))
+    right, total = np.zeros((2, len(places), len(cells)))
     for row in rows:
-        at = places[row["place"]], cells[row["level"], row["kind"]]
-        asked[at] += 1
-        right[at] += bool(row["correct"])
-    return right, asked
+        index = places[row["place"]], cells[row["level"], row["kind"]]
+        total[index] += 1
+        right[index] += bool(row["correct"])
+    return right, total
 
 
 def _resample(places: int, resamples: int, seed: int) -> np.ndarray:
@@ -110,32 +109,33 @@ def _resample(places: int, resamples: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(places, np.full(places, 1 / places), size=resamples).astype(float)
 
 
-def _values(right: np.ndarray, asked: np.ndarray) -> dict[str, Any]:
+def _values(right: np.ndarray, total: np.ndarray) -> dict[str, Any]:
     """Every metric from sums over places (..., cells); NaN where no question is left."""
     with np.errstate(invalid="ignore"):
-        shares = right / asked
+        shares = right / total
     values = {name: shares[..., i] for i, name in enumerate(CELLS)}
     for name, parts in MEANS.items():
         values[name] = sum(values[part] for part in parts) / len(parts)
     return values
 
 
-def _questions(asked: np.ndarray) -> dict[str, int]:
-    n = dict(zip(CELLS, asked.sum(axis=0).astype(int).tolist(), strict=True))
+def _questions(total: np.ndarray) -> dict[str, int]:
+    """How many questions each metric is of."""
+    n = dict(zip(CELLS, total.sum(axis=0).astype(int).tolist(), strict=True))
     for name, parts in MEANS.items():
         n[name] = sum(n[part] for part in parts)
     return n
 
 
-def _interval(value: Any, spread: np.ndarray, n: int, places: int | None = None) -> Interval:
-    """Value with the percentiles of its resamples; widened to hold the value itself.
+def _interval(value: Any, samples: np.ndarray, n: int, places: int | None = None) -> Interval:
+    """Value with the percentiles of its resamples, widened to include the value.
 
-    Where every answer is right or every one is wrong all resamples agree, which says nothing about the next place: then,
-    if `places` is given, the open end is the exact binomial (Clopper-Pearson) bound for that many places.
+    Where all answers are right or all are wrong, all resamples agree, which says nothing about the next place: with `places`,
+    the open end is then the exact binomial (Clopper-Pearson) bound for that many places.
     """
     if math.isnan(value):
         return {"value": None, "low": None, "high": None, "n": n}
-    low, high = np.nanpercentile(spread, [100 * TAIL, 100 * (1 - TAIL)])
+    low, high = np.nanpercentile(samples, [100 * TAIL, 100 * (1 - TAIL)])
     low, high, value = min(float(low), float(value)), max(float(high), float(value)), float(value)
     if places and value == 0:
         high = 1 - TAIL ** (1 / places)

@@ -1,6 +1,6 @@
-"""Whether a written answer is right.
+"""Judge whether an answer in free text is right.
 
-The rule, by kind of question:
+By kind of question:
 
 - **generation**: right if the answer is the expected text in normal form, or if the gazetteer's names that occur in it
   are exactly the expected one. Naming two different streets is wrong even if one of them is right; a name inside a longer
@@ -23,19 +23,19 @@ _LETTER = re.compile(r"(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?
 
 
 class Judge:
-    """Says of answers whether they are right, knowing the streets and districts there are."""
+    """Judges answers, given the names of all streets and districts."""
 
     def __init__(
         self, streets: Iterable[str], districts: Iterable[str], variants: Mapping[str, Iterable[str]] | None = None
     ) -> None:
         """`variants`: name of a street or district -> other names it goes by, which count as the name."""
         streets, districts = list(streets), list(districts)
-        self._all = NameFinder([*streets, *districts], variants)
-        self._of_level = {
+        self._finder = NameFinder([*streets, *districts], variants)
+        self._names = {
             "street": {normalize_name(name) for name in streets},
             "district": {normalize_name(name) for name in districts},
         }
-        self._known = self._of_level["street"] | self._of_level["district"]
+        self._all_names = self._names["street"] | self._names["district"]
 
     def correct(
         self, level: str, kind: str, expected: str, answer: str, options: Sequence[str] | None = None, street: str = ""
@@ -48,41 +48,36 @@ class Judge:
             expected: the right answer as the dataset has it; of an address "<street>, <district>".
             answer: as the model wrote it.
             options: the names offered by a choice.
-            street: of an address, the street's name where it has a comma in it.
+            street: of an address, the street's name, which may contain a comma.
         """
         if kind == "judgment":
             return yes_no(answer) == yes_no(expected)
         if kind == "choice":
-            return self._chosen(answer, options or []) == normalize_name(expected)
+            return self._chosen_option(answer, options or []) == normalize_name(expected)
         if normalize_name(answer) == normalize_name(expected):
             return True
-        return self._generated(level, expected, answer, street)
-
-    def _generated(self, level: str, expected: str, answer: str, street: str) -> bool:
-        found = self._all.find(answer)
+        names = self._finder.find(answer)
         if level != "address":
-            return found & self._of_level[level] == {normalize_name(expected)}
+            return names & self._names[level] == {normalize_name(expected)}
         street = street or expected.rpartition(",")[0]
-        district = expected[len(street) :].lstrip(", ")
-        return found & self._of_level["street"] == {normalize_name(street)} and found & self._of_level["district"] == {
-            normalize_name(district)
-        }
+        parts = {"street": street, "district": expected[len(street) :].lstrip(", ")}
+        return all(names & self._names[part] == {normalize_name(name)} for part, name in parts.items())
 
-    def _chosen(self, answer: str, options: Sequence[str]) -> str | None:
+    def _chosen_option(self, answer: str, options: Sequence[str]) -> str | None:
         """Normal form of the option that the answer picks, None if it picks none or several."""
-        offered = [normalize_name(option) for option in options]
-        if normalize_name(answer) in offered:
+        options_normal = [normalize_name(option) for option in options]
+        if normalize_name(answer) in options_normal:
             return normalize_name(answer)
-        names = self._all if self._known.issuperset(offered) else NameFinder([*self._known, *options])
-        named = names.find(answer) & set(offered)
-        if named:
-            return named.pop() if len(named) == 1 else None
+        finder = self._finder if self._all_names.issuperset(options_normal) else NameFinder([*self._all_names, *options])
+        names = finder.find(answer) & set(options_normal)
+        if names:
+            return names.pop() if len(names) == 1 else None
         letter = _LETTER.fullmatch(answer.strip())
-        index = ord(letter[1].lower()) - ord("a") if letter else len(offered)
-        return offered[index] if index < len(offered) else None
+        index = ord(letter[1].lower()) - ord("a") if letter else len(options)
+        return options_normal[index] if index < len(options) else None
 
 
 def yes_no(answer: str) -> str | None:
     """`yes` or `no`, whichever word comes first; None if neither does."""
-    found = _YES_NO.search(answer)
-    return found[1].lower() if found else None
+    match = _YES_NO.search(answer)
+    return match[1].lower() if match else None

@@ -1,4 +1,4 @@
-"""Test photos through a model: every question of their rounds, batched with questions of about the same length."""
+"""Ask a model every question about test photos, batched with questions of about the same length, and judge the answers."""
 
 import io
 import zlib
@@ -27,22 +27,23 @@ def run_questions(
 
     Args:
         photos: rows of `tables.PHOTOS` with COLUMNS.
-        config: `answers` says how they are found; `likelihood` is for `addressvlm.evaluation.likelihood`.
-        seed: with the questions themselves, decides what sampling draws, whichever worker asks them.
+        config: `answers` is the decoding mode, free or constrained; likelihood: see `addressvlm.evaluation.likelihood`.
+        seed: decides sampled answers, together with the questions of a batch, whichever worker asks them.
         kinds: of questions that are asked.
     """
-    pictures = {photo["id"]: photo_image(photo) for photo in photos}
-    questions = sorted(
-        (q for photo in photos for q in questions_of(photo) if q["kind"] in kinds), key=lambda q: len(q["question"])
-    )
+    images = {photo["id"]: photo_image(photo) for photo in photos}
+    questions = [question for photo in photos for question in questions_of(photo) if question["kind"] in kinds]
+    questions.sort(key=lambda question: len(question["question"]))
     for start in range(0, len(questions), config.batch_size):
         batch = questions[start : start + config.batch_size]
-        images, texts = [pictures[q["id"]] for q in batch], [q["question"] for q in batch]
+        batch_images, texts = [images[q["id"]] for q in batch], [q["question"] for q in batch]
         torch.manual_seed(zlib.crc32(repr((seed, batch[0]["id"], texts)).encode()))
         if config.answers == "constrained":
-            answers = _constrained(localizer, images, batch)
+            allowed = [_allowed_answers(localizer, question) for question in batch]
+            decoded = localizer.answer_from(batch_images, texts, [_trie(localizer, answers) for answers in allowed])
+            answers = [names[one.index] for names, one in zip(allowed, decoded, strict=True)]
         else:
-            answers = localizer.answer(images, texts, config.max_new_tokens, config.temperature)
+            answers = localizer.answer(batch_images, texts, config.max_new_tokens, config.temperature)
         yield [{**question, "answer": answer} for question, answer in zip(batch, answers, strict=True)]
 
 
@@ -52,37 +53,22 @@ def photo_image(photo: Row) -> Image.Image:
 
 
 def questions_of(photo: Row) -> list[Row]:
-    """The rounds of a photo, each on its own, with what is needed to judge and to group its answer."""
-    kept = {key: photo[key] for key in COLUMNS if key not in ("image", "rounds")}
+    """The questions about a photo, a row for each, with what is needed to judge and to group its answer."""
+    columns = {key: photo[key] for key in COLUMNS if key not in ("image", "rounds")}
     return [
-        kept | {key: asked[key] for key in ("level", "kind", "question", "options")} | {"expected": asked["answer"]}
-        for asked in photo["rounds"]
+        columns | {key: turn[key] for key in ("level", "kind", "question", "options")} | {"expected": turn["answer"]}
+        for turn in photo["rounds"]
     ]
 
 
 def judge_answers(answers: Iterable[Mapping[str, Any]], judge: Judge) -> list[Row]:
     """The same rows with `correct`."""
-    return [
-        {
-            **row,
-            "correct": judge.correct(
-                row["level"], row["kind"], row["expected"], row["answer"], row["options"], street=row["street"]
-            ),
-        }
-        for row in answers
-    ]
+    keys = ("level", "kind", "expected", "answer", "options", "street")
+    return [{**row, "correct": judge.correct(**{key: row[key] for key in keys})} for row in answers]
 
 
-def _constrained(localizer: Localizer, images: Sequence[Image.Image], questions: Sequence[Row]) -> list[str]:
-    """The answers when only names of the gazetteer, Yes and No, or the options can be said."""
-    allowed = [_allowed(localizer, question) for question in questions]
-    tries = [_trie(localizer, answers) for answers in allowed]
-    found = localizer.answer_from(images, [q["question"] for q in questions], tries)
-    return [answers[decoded.index] for answers, decoded in zip(allowed, found, strict=True)]
-
-
-def _allowed(localizer: Localizer, question: Row) -> tuple[str, ...]:
-    """What a question can be answered with."""
+def _allowed_answers(localizer: Localizer, question: Row) -> tuple[str, ...]:
+    """The only answers that constrained decoding allows: Yes and No, the options, or names of the gazetteer."""
     if question["kind"] == "judgment":
         return ("Yes", "No")
     if question["kind"] == "choice":

@@ -139,7 +139,7 @@ def test_parts_below_a_hundredth_of_the_photo_weigh_nothing(models: tuple[str, s
 def test_a_batch_of_photos_is_scored_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     class Reds:
         def scores(self, photos: list[Image.Image]) -> list[float]:
-            assert len(photos) <= job.AT_ONCE
+            assert len(photos) <= job.BATCH
             return [photo.getpixel((0, 0))[0] / 255 for photo in photos]
 
     monkeypatch.setattr(job, "cached_locatability", lambda *models: Reds())

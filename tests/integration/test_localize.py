@@ -1,4 +1,4 @@
-"""Any number of photos located on a real Ray, through interruptions."""
+"""Any number of photos localized on a real Ray, through interruptions."""
 
 import io
 import json
@@ -91,7 +91,7 @@ def test_a_killed_job_goes_on(ray_local, model, photos, tmp_path, monkeypatch, c
     assert {row["id"]: row["reason"].split(":")[0] for row in rejects} == {
         "broken.jpg": "photo damaged", "page.jpg": "not a photo",
     }  # fmt: skip
-    assert "31 photos located, 2 rejected" in capsys.readouterr().out
+    assert "31 photos localized, 2 rejected" in capsys.readouterr().out
     localize.main(arguments)
     assert "already done" in capsys.readouterr().out
     with pytest.raises(InputError, match="top_k"):
@@ -111,7 +111,7 @@ def check(rows, model, photos):
 
 def located(photos, model, folder):
     """What the job makes of these photos, without Ray: rows and rejects."""
-    shards, columns, rejects = localize._shards(localize._given(str(photos), "test"), folder)
+    shards, columns, rejects = localize.open_photos(str(photos), "test").plan(folder)
     work = BatchLocalizer(str(model), "float32", False, str(photos.parent), 100, 2, 1)
     made = [work(rows) for shard in shards for rows in shard.batches(columns)]
     return [row for one in made for row in one.tables["located"]], [*rejects, *(r for one in made for r in one.rejects)]
@@ -146,7 +146,7 @@ def test_an_id_counts_once_whichever_shard_it_comes_in(tmp_path):
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / f"test-0000{number}.parquet", row_group_size=2)
     files = sorted(tmp_path.glob("*.parquet"))
     for size in (2, 3, 100):
-        shards, rejects = localize._once(plan_file_shards(files, size))
+        shards, rejects = localize.skip_repeated_ids(plan_file_shards(files, size))
         rows = [row for shard in shards for batch in shard.batches() for row in batch]
         assert [(row["id"], row["image"]["bytes"]) for row in rows] == [
             ("a", b"00"), ("b", b"01"), ("c", b"02"), ("d", b"11"), ("e", b"12"), ("f", b"20"),
@@ -160,7 +160,7 @@ def test_a_shorter_list_leaves_nothing_of_a_longer_one(photos, tmp_path, monkeyp
     for last in (7, 3):
         manifest = tmp_path / "list.csv"
         manifest.write_text("file\n" + "".join(f"{photos}/{i:02}.jpg\n" for i in range(last)))
-        shards, columns, _ = localize._shards(localize._given(str(manifest), "test"), tmp_path)
+        shards, columns, _ = localize.open_photos(str(manifest), "test").plan(tmp_path)
         rows = [row for shard in shards for batch in shard.batches(columns) for row in batch]
         assert [(row["row"], row["file"]) for row in rows] == [(i + 1, f"{photos}/{i:02}.jpg") for i in range(last)]
         assert [shard.rows for shard in shards] == [2] * (last // 2) + [1]
@@ -232,21 +232,21 @@ def test_what_a_person_can_mend(ray_local, model, photos, tmp_path, arguments, s
 
 def test_a_folder_with_other_content_is_left_alone(tmp_path):
     settings = {"photos": "my_photos", "top_k": 5}
-    localize._refuse_other(tmp_path, settings)  # empty
-    localize._refuse_other(tmp_path / "new", settings)
+    localize.require_own_folder(tmp_path, settings)  # empty
+    localize.require_own_folder(tmp_path / "new", settings)
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="holds something else: give an empty or a new --out"):
-        localize._refuse_other(tmp_path, settings)
+        localize.require_own_folder(tmp_path, settings)
     mark_done(tmp_path, {"city": "another step's"})
     with pytest.raises(InputError, match="holds something else"):
-        localize._refuse_other(tmp_path, settings)
+        localize.require_own_folder(tmp_path, settings)
     mark_done(tmp_path, settings | {"top_k": 1})
-    localize._refuse_other(tmp_path, settings)
+    localize.require_own_folder(tmp_path, settings)
 
 
 def test_what_is_done_is_done_for_these_photos_alone(photos, tmp_path):
     def content():
-        return localize._content(localize._given(str(folder), "test"), str(folder))
+        return localize.open_photos(str(folder), "test").fingerprint(str(folder))
 
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
