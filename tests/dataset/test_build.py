@@ -37,7 +37,7 @@ def rows(answers: dict[str, Place] = PLACES) -> list[dict[str, Any]]:
     return list(build.listing_rows(PHOTOS, PLACES, answers))
 
 
-def test_listed_rows_keep_what_is_of_the_photo_and_what_of_the_place() -> None:
+def test_listing_rows_hold_the_photo_and_its_place() -> None:
     city = CityConfig(answer="sub_street", partition=PartitionConfig())
     answers = build.answer_places(PLACES, city)
     listed = rows(answers)
@@ -51,7 +51,7 @@ def test_listed_rows_keep_what_is_of_the_photo_and_what_of_the_place() -> None:
     assert build.answer_places(PLACES, CityConfig()) == PLACES
 
 
-def test_each_panorama_is_cut_where_its_row_says(tmp_path: Path) -> None:
+def test_each_panorama_is_cut_at_the_heading_of_its_row(tmp_path: Path) -> None:
     city = CityConfig.model_validate({"panorama": {"headings": [0, 90], "fov_deg": 70, "pixels": 64}})
     noise = np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8)
     panorama = Image.fromarray(noise).resize((256, 128))
@@ -78,12 +78,12 @@ def test_conversations_depend_on_the_seed_and_the_photo_alone(tmp_path: Path) ->
         ).tables
 
     together = finished(rows())
-    assert {split: [row["index"] % 4 - 1 for row in made] for split, made in together.items()} == {
+    assert {split: [row["index"] % 4 - 1 for row in result] for split, result in together.items()} == {
         split: [number] * sum(part == number) for number, split in enumerate(build.SPLITS)
     }
     assert {len(row["rounds"]) for row in together["train"]} == {3}
-    for split, made in together.items():
-        assert made == [row for one in rows() for row in finished([one])[split]]
+    for split, result in together.items():
+        assert result == [row for one in rows() for row in finished([one])[split]]
     assert finished(rows()[::-1])["train"] == together["train"][::-1]
     assert finished(rows(), seed=1)["train"] != together["train"]
     views = [row["rounds"] for row in finished([row | {"index": 1} for row in rows() if row["place"] == "p0"])["train"]]

@@ -56,8 +56,8 @@ class City:
         )
 
     def card(self, questions: card.Questions | None = None, **given: Any) -> dict[str, Any]:
-        found = (self.config, self.places, self.photos, self.split, self.gazetteer, REJECTS)
-        return card.make_card(*found, questions or {}, **given)
+        arguments = (self.config, self.places, self.photos, self.split, self.gazetteer, REJECTS)
+        return card.make_card(*arguments, questions or {}, **given)
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Tables and card, as prepare does."""
@@ -176,13 +176,15 @@ def test_the_page_needs_nothing_else_and_escapes_names(tmp_path: Path) -> None:
         ({"attribution": ["a", "a"]}, {"attribution": "© tiles"}, ["a", "© tiles", "© imagery"]),
     ],
 )
-def test_attributions(city: dict[str, Any], tiles: dict[str, Any], expected: list[str]) -> None:
+def test_attributions_of_the_settings_and_of_openstreetmap(
+    city: dict[str, Any], tiles: dict[str, Any], expected: list[str]
+) -> None:
     town = City(**city)
     town.config.tiles = TilesConfig(**tiles)
     assert town.card(attribution=["© imagery"] if tiles else [])["attribution"] == expected
 
 
-def test_sources_tell_no_keys_and_no_folders() -> None:
+def test_sources_show_no_keys_and_no_folders() -> None:
     town = City(streets="/home/me/secret-project/roads.geojson", districts="s3://bucket/wards.geojson")
     town.config.tiles = TilesConfig(imagery="https://user:pass@tiles.example.org/{z}/{x}/{y}.png?key=abc123")
     assert town.card()["sources"] == {
@@ -214,7 +216,7 @@ def test_neighbouring_streets_differ_in_colour() -> None:
     assert all(hues[f"n{i}"] != hues[f"e{j}"] for i in range(10) for j in range(10))
 
 
-def test_pictures_are_the_same_every_time_and_draw_no_missing_glyphs() -> None:
+def test_figures_are_the_same_every_time_and_have_no_missing_glyphs() -> None:
     town = City()
     street = "銀座通り"
     places = [place(i, 40 * i, 0, street if i % 2 else MILL) for i in range(6)]

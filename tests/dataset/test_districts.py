@@ -43,19 +43,19 @@ QUARTERS = layer("quarter", 2, place="quarter")
 )
 def test_the_layer_of_districts_that_is_chosen(features: list[GeoFeature], settings: dict, chosen: str) -> None:
     streets = np.array([shapely.Point(0.125 + 0.25 * i, 5.1) for i in range(40)], dtype=object)
-    found = choose_districts(GeoExtract.from_features(features, (0, 0, 10, 10), osm=True), streets, "town.osm", **settings)
-    assert {f.tags["name"].partition("-")[0] for f in found} == {chosen}
+    result = choose_districts(GeoExtract.from_features(features, (0, 0, 10, 10), osm=True), streets, "town.osm", **settings)
+    assert {f.tags["name"].partition("-")[0] for f in result} == {chosen}
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=12), st.integers(-70, 70))
 def test_cells_are_where_the_middle_is_nearest(middles: list[tuple[int, int]], lat: int) -> None:
     points = [GeoFeature({"name": str(i)}, shapely.Point(x / 1000, lat + y / 1000)) for i, (x, y) in enumerate(middles)]
     within = shapely.box(-0.001, lat - 0.001, 0.021, lat + 0.021)
-    found = district_cells(points, within)
-    assert sum(cell.shape.area for cell in found) == pytest.approx(within.area)
-    assert len(found) == len(set(middles))
+    result = district_cells(points, within)
+    assert sum(cell.shape.area for cell in result) == pytest.approx(within.area)
+    assert len(result) == len(set(middles))
     squeeze = np.cos(np.radians(lat))
-    for cell in found:
+    for cell in result:
         inside = cell.shape.representative_point()
         away = [np.hypot((p.shape.x - inside.x) * squeeze, p.shape.y - inside.y) for p in points]
         assert away[int(cell.tags["name"])] == pytest.approx(min(away), abs=1e-6)

@@ -87,7 +87,7 @@ def query(
     return external_geocoder.locate_by_geocoder(ids, *positions, settings, folder / "answers.sqlite", seed, language)
 
 
-def test_nominatim_is_asked_for_streets(tmp_path: Path) -> None:
+def test_nominatim_is_queried_for_streets(tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, road("Forbes Avenue"))) as server:
         answers, sources = query(server, tmp_path, user_agent="me@example.org")
     assert answers == [external_geocoder.GeocoderAnswer("Forbes Avenue", "Oakland")]
@@ -107,7 +107,7 @@ def test_nominatim_is_asked_for_streets(tmp_path: Path) -> None:
         {"category": "boundary", "address": {"suburb": "Oakland"}},
     ],
 )
-def test_nominatim_buildings_and_nothing_are_set_aside(reply: dict[str, Any], tmp_path: Path) -> None:
+def test_nominatim_buildings_and_errors_are_no_answer(reply: dict[str, Any], tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, reply)) as server:
         assert query(server, tmp_path)[0] == [None]
 
@@ -147,7 +147,7 @@ def test_google_ties_and_nothing_left(
 # sample, neighbours, cache
 
 
-def test_a_sample_is_asked_and_the_rest_filled_from_the_nearest(tmp_path: Path) -> None:
+def test_a_sample_is_requested_and_the_rest_filled_from_the_nearest(tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, road(f"Street {q['lat']}"))) as server:
         answers, sources = query(server, tmp_path, 40, share=0.25)
         assert len(server.asked) == 10
@@ -181,7 +181,7 @@ def test_places_without_an_answer_take_the_neighbours(tmp_path: Path) -> None:
     assert sources == ["nominatim", "neighbour", "neighbour"]
 
 
-def test_answers_stay_and_requests_are_counted(tmp_path: Path) -> None:
+def test_answers_are_cached_and_requests_limited(tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, road("Forbes Avenue"))) as server:
         query(server, tmp_path, 10, max_requests=4)
         assert len(server.asked) == 4
@@ -194,7 +194,7 @@ def test_answers_stay_and_requests_are_counted(tmp_path: Path) -> None:
     assert ("nominatim", "40.000000", json.dumps(road("Forbes Avenue"))) in rows
 
 
-def test_what_came_before_a_failure_is_kept(tmp_path: Path) -> None:
+def test_answers_before_a_failure_are_cached(tmp_path: Path) -> None:
     def reply(n: int, query: dict[str, str]) -> tuple[int, dict[str, str], Any]:
         return (200, {}, road("Forbes Avenue")) if n < 4 else (403, {}, {})
 
@@ -204,13 +204,13 @@ def test_what_came_before_a_failure_is_kept(tmp_path: Path) -> None:
     assert len(cache) == 3
 
 
-def test_a_file_that_is_no_cache(tmp_path: Path) -> None:
+def test_a_file_that_is_no_cache_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "answers.sqlite").write_text("not a database, certainly not one of answers")
     with pytest.raises(InputError, match=r"can't be stored in .*answers\.sqlite .*city\.geocoder\.cache"):
         query("http://127.0.0.1:9/", tmp_path)
 
 
-def test_what_was_asked_of_whom_and_where_is_kept_apart(tmp_path: Path) -> None:
+def test_replies_are_cached_by_service_server_language_and_position(tmp_path: Path) -> None:
     """Service, server, language, latitude and longitude: another one is another question."""
     known = {"service": "nominatim", "server": "https://one/reverse", "language": "de", "lat": 52.1, "lon": 13.4}
     others = {"service": "google", "server": "https://two/reverse", "language": None, "lat": 13.4, "lon": 52.1}
@@ -229,7 +229,7 @@ def test_what_was_asked_of_whom_and_where_is_kept_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("service", "key"), [("nominatim", "accept-language"), ("google", "language")])
-def test_the_language_is_asked_for_and_each_is_kept(service: str, key: str, tmp_path: Path) -> None:
+def test_the_language_is_requested_and_cached_separately(service: str, key: str, tmp_path: Path) -> None:
     def reply(n: int, query: dict[str, str]) -> tuple[int, dict[str, str], Any]:
         name = f"Street in {query.get(key)}"
         return 200, {}, road(name) if service == "nominatim" else {"status": "OK", "results": [result(name)]}
@@ -255,7 +255,7 @@ def test_requests_keep_the_rate_limit(clock: Clock, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_failures_for_now_are_asked_again(status: int, tmp_path: Path) -> None:
+def test_temporary_failures_are_retried(status: int, tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, road("Forbes Avenue")) if n > 2 else (status, {}, {})) as server:
         answers, _ = query(server, tmp_path)
     assert [a and a.street for a in answers] == ["Forbes Avenue"]
@@ -296,13 +296,13 @@ def test_pauses_double_with_jitter(clock: Clock, tmp_path: Path) -> None:
     assert len({round(pause / middle, 3) for pause, middle in zip(pauses, [1, 2, 4, 8, 16, 32, 60], strict=True)}) > 3
 
 
-def test_a_server_that_hangs_is_left(tmp_path: Path) -> None:
+def test_a_server_that_hangs_times_out(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         assert query(url, tmp_path, timeout_s=0.2, retries=1)[0] == [None]
 
 
-def test_single_failures_are_filled_and_asked_again_next_time(tmp_path: Path) -> None:
+def test_single_failures_are_filled_and_requested_next_time(tmp_path: Path) -> None:
     broken = [True]
 
     def reply(n: int, query: dict[str, str]) -> tuple[int, dict[str, str], Any]:
@@ -383,7 +383,7 @@ def test_failures_between_answers_do_not_end_the_run(monkeypatch: pytest.MonkeyP
     assert len(server.asked) == many
 
 
-def test_nobody_there(tmp_path: Path) -> None:
+def test_an_unreachable_server_is_an_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/"
     with pytest.raises(InputError, match=r"127\.0\.0\.1 is not available \(no connection, Connection refused\)"):

@@ -12,12 +12,12 @@ from addressvlm import InputError
 from addressvlm.dataset.geo_files import GeoFeature, is_block, is_district, is_street, read_geo_file
 from addressvlm.dataset.streets import StreetMap
 from addressvlm.tiles.roads import Roads, write_roads
-from tests.support.osm_writer import EDGE, STEP, Writer
+from tests.support.osm_writer import EDGE, STEP, OsmWriter
 
 
-def town() -> Writer:
+def town() -> OsmWriter:
     """Mill Street runs east through (5, 5), Forbes Avenue north; a square, a passage, a trail, two districts by border."""
-    city = Writer()
+    city = OsmWriter()
     city.way((0, 5), (5, 5), highway="residential", name="Mill Street", name__fr="Rue du Moulin", alt_name="The Mills;Mill Row")
     city.way((5, 5), (10, 5), highway="residential", name="Mill St", old_name="Miller's Way")
     city.way((10, 5), (10.5, 5), highway="residential", name="Mill Street")
@@ -69,7 +69,7 @@ def test_streets_squares_and_districts_of_an_extract(extract: Path) -> None:
     assert set(streets.names) == {"Forbes Avenue", "Mill Street", "Senate Passage"}  # lines only
 
 
-def test_what_is_drawn_has_the_trails_and_the_nameless_too(extract: Path) -> None:
+def test_roads_include_trails_and_nameless_streets(extract: Path) -> None:
     roads = Roads(extract)
     assert [road.name for road in roads.roads].count("") == 1
     assert {"Green Trail", "Under Way", "Market Square", "Mill St"} <= {road.name for road in roads.roads}
@@ -77,7 +77,7 @@ def test_what_is_drawn_has_the_trails_and_the_nameless_too(extract: Path) -> Non
     assert {road.name for road in Roads(extract, language="fr").roads} >= {"Rue du Moulin", "Forbes Avenue"}
 
 
-def test_what_is_drawn_is_kept_under_the_names_of_the_streets(extract: Path, tmp_path: Path) -> None:
+def test_roads_are_written_under_the_names_of_the_streets(extract: Path, tmp_path: Path) -> None:
     """One spelling a street, in the language asked for, and the others still lead to it."""
     whole, streets = Roads(extract), StreetMap.load(extract, extract, language="fr", with_roads=True)
     assert StreetMap.load(extract, extract).street_names == StreetMap.load(extract, extract, with_roads=True).street_names
@@ -91,7 +91,7 @@ def test_what_is_drawn_is_kept_under_the_names_of_the_streets(extract: Path, tmp
     assert [roads.resolve_name(name) for name in asked] == [*["Rue du Moulin"] * 4, "Market Square", None]
 
 
-def test_only_what_a_tile_can_show_is_kept(tmp_path: Path) -> None:
+def test_only_roads_that_a_tile_can_show_are_written(tmp_path: Path) -> None:
     metre = STEP / 111.2
     lines = {x: shapely.LineString([(x * metre, 0), (x * metre, 90 * metre)]) for x in (-9000, -2000, 0, 2000, 5000, 50_000)}
     roads = [GeoFeature({"name": f"Street {x}"}, line) for x, line in lines.items()]
@@ -102,7 +102,7 @@ def test_only_what_a_tile_can_show_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lat", [60.0, -60.0])
-def test_what_a_tile_far_from_the_equator_can_show_is_kept(tmp_path: Path, lat: float) -> None:
+def test_roads_of_tiles_far_from_the_equator_are_written(tmp_path: Path, lat: float) -> None:
     """2 km of the globe to each side of photos that lie anywhere in the grid's squares."""
     globe, photos = pyproj.Geod(ellps="WGS84"), [(lat + i / 300, 25 + i / 70) for i in range(8)]
     roads = {}
@@ -155,7 +155,7 @@ def test_a_border_that_is_cut_off_is_no_district(tmp_path: Path) -> None:
 
 
 def test_holes_and_islands_of_an_area(tmp_path: Path) -> None:
-    city = Writer()
+    city = OsmWriter()
     outer, inner, island = city.box(0, 0, 6, 6), city.box(2, 2, 4, 4), city.box(8, 8, 9, 9)
     tags = {"type": "multipolygon", "place": "quarter", "name": "Ring"}
     city.relation((outer, "outer"), (inner, "inner"), (island, ""), **tags)
@@ -175,9 +175,9 @@ def test_nodes_outside_the_file_shorten_their_way(tmp_path: Path) -> None:
     assert streets.bounds[2] == pytest.approx(0.009)
 
 
-def blocks(named_streets: bool) -> Writer:
+def blocks(named_streets: bool) -> OsmWriter:
     """Two quarters of two blocks each; streets have names or not."""
-    city = Writer()
+    city = OsmWriter()
     for i in range(10):
         city.way((0, i), (10, i), highway="residential", **({"name": f"Street {i}"} if named_streets else {}))
     city.way((0, 5), (10, 5), highway="primary", name="明治通り")
@@ -206,7 +206,7 @@ def test_where_streets_have_no_names_blocks_are_the_streets(tmp_path: Path) -> N
 
 
 def test_blocks_of_which_only_the_middle_is_known(tmp_path: Path) -> None:
-    city = Writer()
+    city = OsmWriter()
     city.way((0, 0), (10, 0), highway="residential")
     city.places += [(x, y, {"place": "neighbourhood", "name": f"{x}-{y}"}) for x in (2, 8) for y in (2, 8)]
     city.places += [(5, 5, {"place": "quarter", "name": "all of it"})]
@@ -216,14 +216,14 @@ def test_blocks_of_which_only_the_middle_is_known(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["town.osm.pbf", "town.osm"])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-def test_a_truncated_extract_is_said(tmp_path: Path, name: str, share: float) -> None:
+def test_a_truncated_extract_is_an_error(tmp_path: Path, name: str, share: float) -> None:
     whole = town().save(tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(InputError, match=rf"{name} is cut short or damaged \(.*\): download it again\."):
         StreetMap.load(tmp_path / name)
 
 
-def test_what_is_no_extract_is_said(tmp_path: Path) -> None:
+def test_a_file_that_is_no_extract_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "page.osm.pbf").write_text("<html>404 Not Found</html> " * 20)
     with pytest.raises(InputError, match=r"page.osm.pbf is cut short or damaged .*download it again"):
         StreetMap.load(tmp_path / "page.osm.pbf")
@@ -237,8 +237,8 @@ def test_what_is_no_extract_is_said(tmp_path: Path) -> None:
         StreetMap.load(tmp_path / "odd.json")
 
 
-def test_an_extract_without_named_streets_is_said(tmp_path: Path) -> None:
-    city = Writer()
+def test_an_extract_without_named_streets_is_an_error(tmp_path: Path) -> None:
+    city = OsmWriter()
     city.way((0, 5), (5, 5), highway="residential")
     city.way((0, 4), (5, 4), waterway="river", name="Granta")
     with pytest.raises(InputError, match=r"wild.osm.pbf has no named street"):
@@ -281,13 +281,13 @@ def test_tables_of_a_gis_come_in_degrees(tmp_path: Path, suffix: str, crs: str) 
     moved = shapely.transform(line, lambda c: np.column_stack(to(c[:, 0], c[:, 1])))
     names = np.array(["Große Straße", None], dtype=object)
     pyogrio.raw.write(path, shapely.to_wkb([moved, moved]), [names], fields=["NAME"], geometry_type="LineString", crs=crs)
-    found = read_geo_file(path, "city.streets", is_street)
-    assert [f.tags for f in found.features] == [{"NAME": "Große Straße", "name": "Große Straße"}, {}]
-    assert shapely.equals_exact(found.features[0].shape, line, 1e-7)
+    result = read_geo_file(path, "city.streets", is_street)
+    assert [f.tags for f in result.features] == [{"NAME": "Große Straße", "name": "Große Straße"}, {}]
+    assert shapely.equals_exact(result.features[0].shape, line, 1e-7)
     assert StreetMap.load(path).street_names == ["Große Straße"]
 
 
-def test_a_damaged_table_of_a_gis_is_said(tmp_path: Path) -> None:
+def test_a_damaged_table_of_a_gis_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "streets.gpkg").write_bytes(b"SQLite format 3\0 and no more")
     with pytest.raises(InputError, match=r"streets.gpkg can't be read by GDAL .*export it again"):
         StreetMap.load(tmp_path / "streets.gpkg")

@@ -79,7 +79,7 @@ def test_the_other_street_may_be_nearer_than_the_given_one(town: StreetMap) -> N
     assert (given_far.second_street, given_far.margin_m) == ("Mill Street", pytest.approx(-97, abs=0.5))
 
 
-def test_a_street_that_the_map_has_not_near(town: StreetMap) -> None:
+def test_a_street_that_is_not_near_on_the_map(town: StreetMap) -> None:
     far = placed([photo(1, 105, 9, street="Far Road")], town)[0][0]
     assert (far.address.street, far.distance_m, far.margin_m, far.second_street) == ("Far Road", None, None, "High Street")
 
@@ -90,7 +90,7 @@ def at_metres(town: StreetMap, row: int, x: float, y: float, **given: Any) -> Ph
     return replace(photo(row, 0, 0, **given), lat=float(lat[0]), lon=float(lon[0]))
 
 
-def test_limits_belong_to_what_they_limit(town: StreetMap) -> None:
+def test_limits_are_inclusive(town: StreetMap) -> None:
     """A street at exactly the limit counts, a cm further it does not; so does an ambiguous one."""
     high = float(shapely.bounds(town.lines[list(town.names).index("High Street")])[0])  # its x
     spots = [(50, 40.0), (50, 40.01), (high - 15, 2), (high - 15.01, 2)]
@@ -113,8 +113,8 @@ def test_most_photos_of_a_place_decide_on_its_address(town: StreetMap) -> None:
     assert reasons == ["place with two addresses: most photos of 'here' have the street Mill Street"]
     (tied,), _ = placed(group[1:3], town)
     assert tied.address.street == "High Street"  # the first on a tie
-    told = [replace(group[0], district="West"), *group[2:]]
-    (place,), reasons = placed(told, town)
+    labelled = [replace(group[0], district="West"), *group[2:]]
+    (place,), reasons = placed(labelled, town)
     assert place.address.district == "East"
     assert reasons == ["place with two addresses: most photos of 'here' have the district East"]
 
@@ -196,7 +196,7 @@ def test_no_more_than_64_neighbours_of_a_side_vote() -> None:
 # what doesn't fit
 
 
-def test_swapped_columns_are_told(town: StreetMap) -> None:
+def test_swapped_columns_are_an_error(town: StreetMap) -> None:
     swapped = [replace(p, lat=p.lon, lon=p.lat) for p in drive(*PASSING)]
     with pytest.raises(
         InputError, match=r"latitude and longitude look swapped in m\.csv: .* s\.geojson .*swap the two columns"
@@ -271,7 +271,7 @@ def test_a_city_without_maps_takes_the_geocoders_district(tmp_path: Path) -> Non
     assert [r["reason"] for r in rejects] == [f"no geocoded street: none for 0.02698, 30.00000, nor within {limit} of it"]
 
 
-def test_the_geocoder_is_asked_by_the_settings(town: StreetMap, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_geocoder_gets_the_settings(town: StreetMap, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Seed, language and the settings' own file of answers reach it; places whose street is given are not requested."""
     calls: list[Any] = []
 
@@ -346,7 +346,7 @@ def test_places_get_sub_streets_and_keep_given_ones(town: StreetMap) -> None:
 @given(
     st.lists(st.tuples(st.integers(-450, 450), st.integers(-450, 450)), min_size=1, max_size=60), st.sampled_from([15.0, 40.0])
 )
-def test_columns_say_what_single_lookups_say(town: StreetMap, points: list[tuple[int, int]], limit: float) -> None:
+def test_columns_equal_single_lookups(town: StreetMap, points: list[tuple[int, int]], limit: float) -> None:
     lon, lat = degrees(points).T
     columns = annotate_coordinates(lat, lon, town, limit)
     streets, districts = [*town.street_names, None], [*town.district_names, None]
@@ -361,7 +361,7 @@ def test_columns_say_what_single_lookups_say(town: StreetMap, points: list[tuple
         assert districts[columns.district[i]] in nearest
 
 
-def test_columns_come_in_parts(town: StreetMap, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_are_computed_in_chunks(town: StreetMap, monkeypatch: pytest.MonkeyPatch) -> None:
     lon, lat = degrees([(x, 3.0) for x in range(-300, 300, 7)] * 2).T
     whole = annotate_coordinates(lat, lon, town, 40)
     monkeypatch.setattr("addressvlm.dataset.geocoding.CHUNK_ROWS", 10)

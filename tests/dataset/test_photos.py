@@ -230,7 +230,7 @@ def test_a_scaled_jpeg_shows_the_same_as_a_whole_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "reason"), [((96, 64), "not a panorama: "), ((40, 8), "photo too small: ")])
-def test_what_is_no_panorama_is_told(tmp_path: Path, size: tuple[int, int], reason: str) -> None:
+def test_a_photo_of_another_shape_is_no_panorama(tmp_path: Path, size: tuple[int, int], reason: str) -> None:
     path = tmp_path / "flat.jpg"
     Image.new("RGB", size).save(path)
     answer = check_photo(path, 1, view=0.0, fov_deg=90.0, pixels=32)
@@ -239,7 +239,7 @@ def test_what_is_no_panorama_is_told(tmp_path: Path, size: tuple[int, int], reas
     assert f"{size[0]}x{size[1]}" in answer
 
 
-def test_a_damaged_panorama_is_told(tmp_path: Path) -> None:
+def test_a_damaged_panorama_has_a_reason(tmp_path: Path) -> None:
     path = tmp_path / "round.jpg"
     noise(512).save(path)
     path.write_bytes(path.read_bytes()[:20_000])

@@ -99,7 +99,7 @@ def test_metres_and_degrees_and_back(town: CityConfig) -> None:
         ),
     ],
 )
-def test_streets_that_are_none(tmp_path: Path, content: str | None, message: str) -> None:
+def test_files_without_streets_are_errors(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "streets.geojson"
     if content is not None:
         path.write_text(content)
@@ -123,7 +123,7 @@ def test_addresses_from_the_map(town: CityConfig) -> None:
     ]
 
 
-def test_photos_of_a_place_share_its_address_and_strays_are_told(town: CityConfig) -> None:
+def test_photos_of_a_place_share_its_address_and_strays_are_rejected(town: CityConfig) -> None:
     group = [photo(1, -10, 5), photo(2, -10, 7), photo(3, -10, 9), photo(4, 200, 9)]
     group = [replace(p, place="here") for p in group]
     places, addressed, rejects = assign_addresses(group, StreetMap.load(town.streets, town.districts), town)
@@ -239,7 +239,7 @@ def thinned(share: float) -> CityConfig:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 150), st.integers(1, 15), SHARES, SHARES, st.integers(0, 3))
-def test_fewer_training_places_are_some_of_the_more(
+def test_fewer_training_places_are_a_subset_of_more(
     scatter: int, number: int, addresses: int, share: float, other: float, seed: int
 ) -> None:
     places = scattered(scatter, number, addresses)
@@ -257,7 +257,7 @@ def test_fewer_training_places_are_some_of_the_more(
         assert set(result.reason) == {p for p, part in result.part.items() if part == "aside"}
 
 
-def test_leak_distance_is_of_the_places_that_are_left() -> None:
+def test_leak_distance_is_of_the_places_that_remain() -> None:
     places = scattered(3, 150, 6)
     sparse = split_places(places, thinned(0.05), 0)
     at = {p.id: complex(p.x, p.y) for p in places}
@@ -276,7 +276,7 @@ def views(number: int, of: dict[str, str]) -> list[Photo]:
 
 
 @given(st.integers(1, 24), SHARES, SHARES, st.integers(0, 3))
-def test_fewer_views_are_some_of_the_more(number: int, share: float, other: float, seed: int) -> None:
+def test_fewer_views_are_a_subset_of_more(number: int, share: float, other: float, seed: int) -> None:
     part = {"a": "train", "b": "train", "c": "val", "d": "test", "e": "aside"}
     photos = views(number, part)
     few, many = (thin_views(photos, part, s, seed) for s in sorted([share, other]))

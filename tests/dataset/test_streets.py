@@ -14,7 +14,7 @@ from addressvlm.dataset.streets import StreetMap, select_streets
 from tests.support.osm_writer import STEP
 
 
-def test_points_that_are_nowhere_have_no_street() -> None:
+def test_points_without_a_position_have_no_street() -> None:
     streets = StreetMap(["Mill Street"], [shapely.LineString([(0, 0), (0.01, 0)])])
     code, metres, _, _ = streets.nearest_two([0.0, 95.0, math.nan], [0.005, 10.0, 0.0], 40)
     assert code.tolist() == [0, -1, -1]
@@ -23,7 +23,7 @@ def test_points_that_are_nowhere_have_no_street() -> None:
     assert code.dtype == np.int32
 
 
-def test_a_map_of_nothing_answers() -> None:
+def test_an_empty_map_answers() -> None:
     streets = StreetMap([], [], centre=(50, 8))
     assert [column.tolist() for column in streets.nearest_two([50, 51], [8, 8], 40)] == [
         [-1, -1],
@@ -103,9 +103,9 @@ def test_distances_far_north_are_those_on_the_globe() -> None:
         "Far Square": shapely.Polygon([away(a, 150) for a in (250, 260, 270, 280)]),
     }
     streets = StreetMap(list(shapes), list(shapes.values()))
-    found = streets.around([NORTH], [EAST], 300)[0]
-    assert [name for name, _ in found] == ["Point", "East Way", "Far Square"]
-    assert [metres for _, metres in found] == pytest.approx([45, 60, 150 * math.cos(math.radians(15))], abs=0.1)
+    result = streets.around([NORTH], [EAST], 300)[0]
+    assert [name for name, _ in result] == ["Point", "East Way", "Far Square"]
+    assert [metres for _, metres in result] == pytest.approx([45, 60, 150 * math.cos(math.radians(15))], abs=0.1)
     x, y = streets.to_metres([away(40, 500)[1]], [away(40, 500)[0]])
     x0, y0 = streets.to_metres([NORTH], [EAST])
     assert math.hypot(x[0] - x0[0], y[0] - y0[0]) == pytest.approx(500, abs=0.1)
@@ -126,7 +126,7 @@ def test_a_point_beside_a_district_far_north_belongs_to_it_within_50_m(azimuth: 
     assert streets.district(lat, lon) == ["Tower"] * 20 + [None] * 3
 
 
-def test_points_that_are_nowhere_have_no_district() -> None:
+def test_points_without_a_position_have_no_district() -> None:
     streets = StreetMap([], [], [("Old Town", shapely.box(0, 0, 0.01, 0.01))])
     assert streets.district([math.nan, 95.0, 0.005], [0.005, 10.0, 0.005]) == [None, None, "Old Town"]
 
@@ -146,7 +146,7 @@ def named_line(name: str, *points: tuple[float, float]) -> GeoFeature:
 
 
 def test_spellings_of_one_street_are_one_and_of_two_streets_two() -> None:
-    found = select_streets(
+    result = select_streets(
         GeoExtract.from_features(
             [
                 named_line("Forbes Ave", (0, 0), (1, 0)),
@@ -162,8 +162,8 @@ def test_spellings_of_one_street_are_one_and_of_two_streets_two() -> None:
         ),
         "streets.geojson",
     )
-    assert sorted(set(found.names)) == ["E Street", "East Street", "Forbes Avenue", "Mill Rd", "Mill Road"]
-    assert found.variants == {"Forbes Avenue": ["Forbes Ave", "FORBES AVE"]}
+    assert sorted(set(result.names)) == ["E Street", "East Street", "Forbes Avenue", "Mill Rd", "Mill Road"]
+    assert result.variants == {"Forbes Avenue": ["Forbes Ave", "FORBES AVE"]}
 
 
 def test_areas_and_points_of_a_table_count_unless_openstreetmap_says_otherwise() -> None:

@@ -22,10 +22,10 @@ shapes = st.lists(st.tuples(st.integers(0, 4), st.one_of(line, line, area, point
 
 def by_hand(known: list[tuple[int, shapely.Geometry]], x: float, y: float, limit_m: float) -> list[tuple[int, float]]:
     """Code and distance to the cm of all that is within the limit, the nearest first."""
-    found: dict[int, float] = {}
+    result: dict[int, float] = {}
     for code, shape in known:
-        found[code] = min(found.get(code, math.inf), shape.distance(shapely.Point(x, y)))
-    return sorted(((code, round(d, 2)) for code, d in found.items() if d <= limit_m), key=lambda f: (f[1], f[0]))
+        result[code] = min(result.get(code, math.inf), shape.distance(shapely.Point(x, y)))
+    return sorted(((code, round(d, 2)) for code, d in result.items() if d <= limit_m), key=lambda f: (f[1], f[0]))
 
 
 @settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate])  # no shrinking: shapes shrink for minutes
@@ -34,7 +34,7 @@ def by_hand(known: list[tuple[int, shapely.Geometry]], x: float, y: float, limit
     st.lists(st.tuples(st.floats(-250, 250), st.floats(-250, 250)), max_size=12),
     st.sampled_from([0.5, 40.0, 90.0, 400.0]),
 )
-def test_nearest_of_every_point_is_what_shapely_measures(
+def test_the_nearest_of_every_point_is_what_shapely_measures(
     known: list[tuple[int, shapely.Geometry]], points: list[tuple[float, float]], limit_m: float
 ) -> None:
     known = [(code, shape) for code, shape in known if not shape.is_empty]
@@ -57,7 +57,7 @@ def test_nearest_of_every_point_is_what_shapely_measures(
         assert mine[:2] == [(first[i], metres[i]), (second[i], second_metres[i])]
 
 
-def test_parts_of_the_work_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     starts = rng.uniform(-2000, 2000, (300, 1, 2))
     lines = shapely.linestrings(np.concatenate([starts, starts + rng.normal(0, 80, (300, 1, 2))], axis=1))

@@ -145,7 +145,7 @@ def test_too_many_bad_rows_stop_the_run_and_are_listed(tmp_path: Path) -> None:
     assert not Run(config).photos.exists()
 
 
-def test_mended_photos_are_looked_at_again(tmp_path: Path) -> None:
+def test_repaired_photos_are_checked_again(tmp_path: Path) -> None:
     """Both after a stop and where an interrupted run had seen them bad."""
     config = city(tmp_path)
     for n in range(0, 20):
@@ -193,14 +193,14 @@ def test_panoramas_are_cut_into_views(tmp_path: Path) -> None:
     assert Image.open(io.BytesIO(rows[0]["image"]["bytes"])).size == (64, 64)
 
 
-def test_nothing_good_is_said_even_if_all_may_be_bad(tmp_path: Path) -> None:
+def test_no_usable_photo_is_an_error_even_if_all_may_be_bad(tmp_path: Path) -> None:
     config = city(tmp_path, {row: {"photo": f"no{row}.jpg"} for row in range(1, 61)}, max_reject_share=1)
     with pytest.raises(InputError, match=r"60 of 60 rows .*prepare\.parquet\.$"):
         prepare.run_step(config)
     assert len(rejected(config)) == 60
 
 
-def test_a_city_that_is_too_small_is_said(tmp_path: Path) -> None:
+def test_a_city_too_small_for_a_split_is_an_error(tmp_path: Path) -> None:
     config = city(tmp_path, split_buffer_m=5000)
     with pytest.raises(InputError, match="30 places are too few for a test split"):
         prepare.run_step(config)
@@ -232,7 +232,7 @@ def test_addresses_of_the_manifest_need_no_maps(tmp_path: Path) -> None:
     assert Gazetteer.load(out / "gazetteer.geojson").geometry == {}
 
 
-def test_command_line_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_input_is_an_error_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = tmp_path / "city.yaml"
     settings.write_text(f"storage: {tmp_path / 'runs'}\ncity: {{manifest: {tmp_path / 'gone.csv'}}}\n")
     with pytest.raises(InputError, match=r"no manifest at .*gone\.csv"):
@@ -256,7 +256,7 @@ def test_paths_of_a_toy_city_are_filled_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"), [({"toy": "atlantis"}, "no toy city 'atlantis'"), ({}, r"city\.manifest is not set")]
 )
-def test_a_city_from_nowhere_is_said(tmp_path: Path, settings: dict[str, str], message: str) -> None:
+def test_a_city_without_a_source_is_an_error(tmp_path: Path, settings: dict[str, str], message: str) -> None:
     config = validate({"storage": str(tmp_path), "city": settings}, "the test's settings")
     with pytest.raises(InputError, match=message):
         resolve_city_files(config, Run(config))

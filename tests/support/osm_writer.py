@@ -13,7 +13,7 @@ EDGE = 0.01
 SUBURBS = {"name": "Old Town", "place": "suburb"}, {"name": "New Town", "place": "suburb"}
 
 
-class Writer:
+class OsmWriter:
     """Collects objects whose nodes are on a grid of STEP, and writes them as a file or as an Overpass answer."""
 
     def __init__(self) -> None:

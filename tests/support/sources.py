@@ -23,7 +23,7 @@ def read(**settings: Any) -> tuple[list[Photo], list[dict[str, Any]]]:
     return readers.read(CityConfig(**settings))
 
 
-def written(folder: Path, content: Any, name: str = "export.json") -> str:
+def write_file(folder: Path, content: Any, name: str = "export.json") -> str:
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
     return str(folder / name)

@@ -77,7 +77,7 @@ def test_any_bytes_as_exif_are_read_or_rejected(tmp_path_factory: pytest.TempPat
     assert len(photos) + len(rejects) == 1
 
 
-def test_a_panorama_says_so_itself(tmp_path: Path) -> None:
+def test_a_panorama_is_recognized_by_its_metadata(tmp_path: Path) -> None:
     xmp = b'<x:xmpmeta><rdf:Description GPano:ProjectionType="equirectangular" GPano:PoseHeadingDegrees="350.5"/></x:xmpmeta>'
     photo(tmp_path / "round.jpg", ALMADA, size=(64, 32), xmp=xmp)
     photos, rejects = read(photos=str(tmp_path))

@@ -11,7 +11,7 @@ from addressvlm.config.city import CityConfig
 from addressvlm.dataset import readers
 from addressvlm.dataset.readers.exports import sub_street
 from tests.dataset.readers.test_file_names import SF
-from tests.support.sources import photo, read, written
+from tests.support.sources import photo, read, write_file
 
 IAL_ROW = {"image": "000/1.jpg", "neighborhood": "Oakland", "street": "Forbes Avenue"}
 SUB_STREET = "Forbes Avenue between Atwood Street and Meyran Avenue"
@@ -32,25 +32,25 @@ def test_annotations_of_paper_002(tmp_path: Path, record: dict[str, Any], sub_st
     expected = ("000/1.jpg", 40.4, -79.9, "Forbes Avenue", "Oakland", sub_street)
     named = {key: value for key, value in (IAL_ROW | record).items() if key != "image"}
     for content in ([IAL_ROW | record], {"annotations": [IAL_ROW | record]}, {"000/1.jpg": named}):
-        photos, rejects = read(manifest=written(tmp_path, content))
+        photos, rejects = read(manifest=write_file(tmp_path, content))
         assert rejects == []
         assert [(p.file, p.lat, p.lon, p.street, p.district, p.sub_street) for p in photos] == [expected]
 
 
 def test_an_annotation_whose_position_is_in_the_name(tmp_path: Path) -> None:
-    path = written(tmp_path, [IAL_ROW | {"image": SF}, {"image": "x.jpg", "neighborhood": "Oakland"}, 7])
+    path = write_file(tmp_path, [IAL_ROW | {"image": SF}, {"image": "x.jpg", "neighborhood": "Oakland"}, 7])
     photos, rejects = read(manifest=path)
     assert (photos[0].street, photos[0].heading, round(photos[0].lat, 4)) == ("Forbes Avenue", 210.0, 37.701)
     assert [r["reason"] for r in rejects] == ["empty cell: lat", "not a JSON object: the line"]
     assert sub_street("A", []) == ""
 
 
-def test_an_annotation_keeps_what_is_known_of_the_photo(tmp_path: Path) -> None:
+def test_an_annotation_keeps_the_columns_of_the_photo(tmp_path: Path) -> None:
     known = {"id": "one", "place": 7, "lat": 40.4, "lon": -79.9, "heading": 450, "fov_deg": 60, "panorama": False}
-    photos, rejects = read(manifest=written(tmp_path, [IAL_ROW | known]))
+    photos, rejects = read(manifest=write_file(tmp_path, [IAL_ROW | known]))
     assert rejects == []
     assert [(p.id, p.place, p.heading, p.fov_deg, p.view) for p in photos] == [("one", "7", 90.0, 60.0, None)]
-    assert read(manifest=written(tmp_path, [IAL_ROW | known | {"panorama": True}]))[1][0]["reason"].startswith("panorama: ")
+    assert read(manifest=write_file(tmp_path, [IAL_ROW | known | {"panorama": True}]))[1][0]["reason"].startswith("panorama: ")
 
 
 GRAPH = {
@@ -74,10 +74,14 @@ def test_mapillary_graph_api(tmp_path: Path) -> None:
         {"id": "5"},
     ]
     photo(tmp_path / "photos" / "yM68" / "2.jpg")
-    path = written(tmp_path, {"data": records, "paging": {}})
+    path = write_file(tmp_path, {"data": records, "paging": {}})
     features = [{"type": "Feature", "properties": r, "geometry": r.get("geometry")} for r in records]
     lines = "\n".join(json.dumps(record) for record in records)
-    for export in (path, written(tmp_path, lines, "export.jsonl"), written(tmp_path, {"features": features}, "e.geojson")):
+    for export in (
+        path,
+        write_file(tmp_path, lines, "export.jsonl"),
+        write_file(tmp_path, {"features": features}, "e.geojson"),
+    ):
         assert readers.recognize(CityConfig(manifest=export)) == "mapillary"
         photos, rejects = read(manifest=export, photos=str(tmp_path / "photos"))
         assert [(p.id, p.file, p.lat, p.lon, p.heading) for p in photos] == [
@@ -98,7 +102,7 @@ def test_mapillary_tools_description(tmp_path: Path) -> None:
         {"filename": "c.mp4", "filetype": "video", "MAPGPSTrack": []},
     ]  # fmt: skip
     photo(tmp_path / "drive" / "a.jpg")
-    written(tmp_path, description, "mapillary_image_description.json")
+    write_file(tmp_path, description, "mapillary_image_description.json")
     photos, rejects = read(photos=str(tmp_path))
     assert [(p.file, p.lat, p.lon, p.heading) for p in photos] == [("drive/a.jpg", 42.0, -129.2, 123.9)]
     assert [r["reason"] for r in rejects] == [
@@ -123,20 +127,20 @@ KARTA = {"id": "9", "lat": "52.5", "lng": "13.4", "heading": "271.5", "sequenceI
 )  # fmt: skip
 def test_kartaview_answers(tmp_path: Path, content: Any, stored: str) -> None:
     photo(tmp_path / "photos" / stored)
-    path = written(tmp_path, content)
+    path = write_file(tmp_path, content)
     assert readers.recognize(CityConfig(manifest=path)) == "kartaview"
     photos, rejects = read(manifest=path, photos=str(tmp_path / "photos"))
     assert rejects == []
     assert [(p.id, p.file, p.lat, p.lon, p.heading, p.fov_deg) for p in photos] == [("9", stored, 52.5, 13.4, 271.5, None)]
 
 
-def test_kartaview_tells_the_field_of_view(tmp_path: Path) -> None:
-    photos, _ = read(manifest=written(tmp_path, [KARTA | {"id": "9", "fieldOfView": "70"}, KARTA | {"id": "10"}]))
+def test_kartaview_field_of_view(tmp_path: Path) -> None:
+    photos, _ = read(manifest=write_file(tmp_path, [KARTA | {"id": "9", "fieldOfView": "70"}, KARTA | {"id": "10"}]))
     assert [(p.id, p.fov_deg) for p in photos] == [("9", 70.0), ("10", None)]
 
 
 def test_kartaview_panoramas_need_the_setting(tmp_path: Path) -> None:
-    path = written(tmp_path, [KARTA | {"projection": "SPHERE"}])
+    path = write_file(tmp_path, [KARTA | {"projection": "SPHERE"}])
     assert read(manifest=path)[1][0]["reason"].startswith("panorama: set city.panorama")
     assert len(read(manifest=path, panorama={})[0]) == 4
 
@@ -145,7 +149,7 @@ def test_kartaview_panoramas_need_the_setting(tmp_path: Path) -> None:
 
 
 def test_a_plain_table_is_a_manifest_and_a_plain_folder_is_exif(tmp_path: Path) -> None:
-    table = written(tmp_path, "file,lat,lon,street,district\n000_1.jpg,1,2,Mill Street,Harbour\n", "m.csv")
+    table = write_file(tmp_path, "file,lat,lon,street,district\n000_1.jpg,1,2,Mill Street,Harbour\n", "m.csv")
     assert readers.recognize(CityConfig(manifest=table)) == "manifest"
     photo(tmp_path / "photos" / "a.jpg")
     assert readers.recognize(CityConfig(photos=str(tmp_path / "photos"))) == "exif"
@@ -164,7 +168,7 @@ def test_a_plain_table_is_a_manifest_and_a_plain_folder_is_exif(tmp_path: Path) 
         ({"manifest": "{}/names.csv", "reader": "sfxl"}, "lacks the column file"),
     ],
 )
-def test_sources_that_are_none(tmp_path: Path, settings: dict[str, str], message: str) -> None:
+def test_unusable_sources_are_errors(tmp_path: Path, settings: dict[str, str], message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "names.csv").write_text("name\na\n")
     with pytest.raises(InputError, match=message):

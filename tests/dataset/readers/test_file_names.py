@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from addressvlm.config.city import CityConfig
 from addressvlm.dataset import readers
 from addressvlm.dataset.readers import file_names
-from tests.support.sources import photo, read, written
+from tests.support.sources import photo, read, write_file
 
 SF = "@0544388.51@4172758.25@10@S@037.70098@-122.49646@kPnABhWJ1kA61eMNPLs1vQ@03@210@@@@201606@@.jpg"
 
@@ -23,7 +23,7 @@ def test_a_name_of_sf_xl() -> None:
 
 @given(st.floats(-79.9, 83.9), st.floats(-179.99, 179.99), st.booleans())
 @settings(max_examples=80, deadline=None)
-def test_utm_names_tell_the_position_they_were_made_of(lat: float, lon: float, with_degrees: bool) -> None:
+def test_utm_names_give_back_their_position(lat: float, lon: float, with_degrees: bool) -> None:
     assume(abs(lat) > 1e-4)  # at the equator the band decides by a rounding error
     zone = int((lon + 180) // 6) + 1
     band = file_names.BANDS[min(int((lat + 80) // 8), 19)]
@@ -50,8 +50,8 @@ def test_utm_names_tell_the_position_they_were_made_of(lat: float, lon: float, w
         ("@@@@@0@0@.jpg", "position is 0, 0: "),
     ],
 )
-def test_names_that_tell_no_position(tmp_path: Path, name: str, reason: str) -> None:
-    listing = written(tmp_path, f"{SF}\n{name}\n", "images_paths.txt")
+def test_names_without_a_position(tmp_path: Path, name: str, reason: str) -> None:
+    listing = write_file(tmp_path, f"{SF}\n{name}\n", "images_paths.txt")
     photos, rejects = read(manifest=listing, reader="sfxl")
     assert [p.row for p in photos] == [1]
     assert rejects[0]["reason"].startswith(reason)
@@ -68,7 +68,7 @@ def test_positions_of_a_name_may_be_20_metres_apart(degrees: float, problem: boo
 def test_sf_xl_as_folder_and_as_list_are_the_same(tmp_path: Path) -> None:
     for heading in ("030", "210"):
         photo(tmp_path / "photos" / "37.70" / SF.replace("@210@", f"@{heading}@"))
-    listing = written(tmp_path, "".join(f"37.70/{SF.replace('@210@', f'@{h}@')}\n" for h in ("030", "210")), "paths.txt")
+    listing = write_file(tmp_path, "".join(f"37.70/{SF.replace('@210@', f'@{h}@')}\n" for h in ("030", "210")), "paths.txt")
     from_folder = read(photos=str(tmp_path / "photos"))
     assert from_folder == read(manifest=listing, photos=str(tmp_path / "photos"))
     assert [p.heading for p in from_folder[0]] == [30.0, 210.0]
@@ -80,7 +80,7 @@ def test_sf_xl_as_folder_and_as_list_are_the_same(tmp_path: Path) -> None:
 )
 def test_pitts250k_with_its_utm_positions(tmp_path: Path, header: str) -> None:
     rows = "000/000829_pitch1_yaw1.jpg,584826.0,4476945.6,database\n000/000829_pitch2_yaw12.jpg,584826.0,4476945.6,database\n"
-    listing = written(tmp_path, f"{header}\n{rows}000/000829_pitch1_yaw1.jpg,584700,4477100,queries\n", "pitts.csv")
+    listing = write_file(tmp_path, f"{header}\n{rows}000/000829_pitch1_yaw1.jpg,584700,4477100,queries\n", "pitts.csv")
     assert readers.recognize(CityConfig(manifest=listing)) == "pitts"
     photos, rejects = read(manifest=listing)
     assert rejects == []

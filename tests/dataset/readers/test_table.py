@@ -45,7 +45,7 @@ def test_a_manifest_reads_the_same_from_every_format(tmp_path: Path) -> None:
         assert read(tmp_path / name) == (expected, [])
 
 
-def test_a_manifest_tells_bad_rows_apart(tmp_path: Path) -> None:
+def test_bad_rows_of_a_manifest_have_a_reason(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_text(
         "file,lat,lon,id,fov_deg,panorama\na.jpg,52,0,one,,\nb.jpg,99,100,two,,\nc.jpg,52,181,three,,\nd.jpg,nan,0,four,,\n"
@@ -110,7 +110,7 @@ def test_a_manifest_rejects_lines_and_values_of_other_types(tmp_path: Path) -> N
         ("m.csv", None, "no manifest at"),
     ],
 )
-def test_a_manifest_that_is_none(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+def test_a_file_that_is_no_manifest_is_an_error(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
@@ -173,7 +173,7 @@ BOUNDS = (16.0, 48.0, 17.0, 49.0)  # west, south, east, north
 
 @given(st.lists(st.tuples(st.floats(48.01, 48.99), st.floats(16.01, 16.99)), min_size=1, max_size=20))
 @settings(max_examples=40, deadline=None)
-def test_a_swapped_city_is_seen(points: list[tuple[float, float]]) -> None:
+def test_swapped_coordinates_are_detected(points: list[tuple[float, float]]) -> None:
     right = [Photo(1, "a", "a", "a", lat, lon) for lat, lon in points]
     swapped = [Photo(1, "a", "a", "a", lon, lat) for lat, lon in points]
     assert looks_swapped(swapped, BOUNDS)
@@ -226,7 +226,7 @@ def test_manifest_and_photos_in_a_store(bucket: Path, scheme: str, monkeypatch: 
     remote_path._filesystem.cache_clear()
 
 
-def test_what_fsspec_knows_is_read_too(bucket: Path) -> None:
+def test_other_stores_of_fsspec_are_read(bucket: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(bucket / "city"), "/bucket/city", recursive=True)
     try:
@@ -250,7 +250,7 @@ def test_a_file_uri_is_a_local_path(bucket: Path) -> None:
         ("nowhere://box/m.csv", r"nowhere://box can't be read: give a local path, or an s3:// or gs:// address"),
     ],
 )
-def test_an_address_that_cannot_be_read_is_said(tmp_path: Path, address: str, message: str) -> None:
+def test_an_address_that_cannot_be_read_is_an_error(tmp_path: Path, address: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read(address)
     (tmp_path / "m.csv").write_text("file,lat,lon\na.jpg,1,2\n")
@@ -258,7 +258,7 @@ def test_an_address_that_cannot_be_read_is_said(tmp_path: Path, address: str, me
         read(tmp_path / "m.csv", photos=address)
 
 
-def test_a_store_that_is_away_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     remote_path._filesystem.cache_clear()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
