@@ -1,10 +1,10 @@
-"""Ways of answering against each other on one model: passes, accuracy, time. Run in turn, the median of ratios counts.
+"""Compare decoding strategies of one model: forward passes, accuracy, time. Rounds alternate, the result is a median ratio.
 
     python benchmarks/answers.py --model runs/demo/models/addressvlm/merged --data runs/demo/photos
     python benchmarks/answers.py --model base --gazetteer city/photos/gazetteer.geojson --data city/photos --photos 4
 
-Constrained against free generation (decoding passes an answer, and accuracy on the same photos with an exact paired test),
-the trie scored at once against one answer beside the other, and ten questions about a photo against one.
+Constrained against free generation (decoding passes per answer, and accuracy on the same photos with an exact paired test),
+scoring the trie in one pass against a batch of answers, and ten questions about a photo against one.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from addressvlm.inference import Localizer, user_turn
 from addressvlm.questions import ADDRESS_QUESTION, templates
 from addressvlm.storage import tables
 
-MAX_TOKENS = 24  # of a free answer, as evaluate asks for
+MAX_TOKENS = 24  # of a free answer, as in evaluate
 
 
 def ratio(slow: Callable[[], Any], fast: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
@@ -46,90 +46,89 @@ def _cpu(work: Callable[[], Any]) -> float:
 
 
 def paired_p(wins: int, losses: int) -> float:
-    """Exact two-sided sign test: how likely a difference of at least this size is if neither is better."""
+    """p-value of the exact two-sided sign test."""
     n = wins + losses
     tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
     return min(1.0, 2 * tail)
 
 
-def passes(localizer: Localizer, photos: list[dict[str, Any]], batch: int = 16) -> None:
+def compare_passes(localizer: Localizer, photos: list[dict[str, Any]], batch: int = 16) -> None:
     """Constrained against free generation."""
     city = localizer.require_gazetteer()
     texts = [a.text() for a in city.addresses]
     trie = localizer.trie(texts)
     judge = Judge(city.streets, city.districts, city.variants)
-    free_passes, forced_passes, right = [], [], []
+    free_passes, constrained_passes, correct = [], [], []
     for start in range(0, len(photos), batch):
-        some = photos[start : start + batch]
-        images, questions = [photo_image(p) for p in some], [ADDRESS_QUESTION] * len(some)
+        chunk = photos[start : start + batch]
+        images, questions = [photo_image(p) for p in chunk], [ADDRESS_QUESTION] * len(chunk)
         free = localizer.answer(images, questions, MAX_TOKENS)
-        constrained = localizer.answer_from(images, questions, [trie] * len(some))
-        for photo, said, decoded in zip(some, free, constrained, strict=True):
-            free_passes.append(min(MAX_TOKENS, len(localizer.answer_tokens([user_turn("")], said))))
-            forced_passes.append(decoded.passes)
+        constrained = localizer.answer_from(images, questions, [trie] * len(chunk))
+        for photo, answer, decoded in zip(chunk, free, constrained, strict=True):
+            free_passes.append(min(MAX_TOKENS, len(localizer.answer_tokens([user_turn("")], answer))))
+            constrained_passes.append(decoded.passes)
             expected = Address(photo["street"], photo["district"]).text()
-            judged = [judge.correct("address", "generation", expected, answer, street=photo["street"]) for answer in
-                      (said, texts[decoded.number])]  # fmt: skip
-            right.append(judged)
-    wins, losses = sum(c and not f for f, c in right), sum(f and not c for f, c in right)
-    free, constrained = statistics.mean(free_passes), statistics.mean(forced_passes)
+            correct.append([judge.correct("address", "generation", expected, text, street=photo["street"])
+                            for text in (answer, texts[decoded.number])])  # fmt: skip
+    wins, losses = sum(c and not f for f, c in correct), sum(f and not c for f, c in correct)
+    free, constrained = statistics.mean(free_passes), statistics.mean(constrained_passes)
     print(
-        f"decoding passes an answer, after the prompt's: free {free - 1:.1f}, constrained {constrained - 1:.1f}, ratio "
-        f"{(constrained - 1) / (free - 1):.2f} (bar: at most 0.33); the prompt's counted too: {constrained / free:.2f}"
+        f"decoding passes per answer, after the prompt's: free {free - 1:.1f}, constrained {constrained - 1:.1f}, ratio "
+        f"{(constrained - 1) / (free - 1):.2f} (target: at most 0.33); with the prompt's: {constrained / free:.2f}"
     )
-    print(f"address right of {len(right)}: free {sum(f for f, _ in right)}, constrained {sum(c for _, c in right)}; only "
-          f"constrained {wins}, only free {losses}, paired p = {paired_p(wins, losses):.2f}")  # fmt: skip
+    print(f"correct addresses of {len(correct)}: free {sum(f for f, _ in correct)}, constrained {sum(c for _, c in correct)}; "
+          f"only constrained {wins}, only free {losses}, paired p = {paired_p(wins, losses):.2f}")  # fmt: skip
 
 
-def scoring(localizer: Localizer, photo: dict[str, Any], rounds: int) -> None:
-    """The trie at once against one answer beside the other, from the same prompt; and what the prompt itself costs."""
+def compare_scoring(localizer: Localizer, photo: dict[str, Any], rounds: int) -> None:
+    """Score the trie in one pass or as a batch of answers, from the same prompt; and the time of the prompt."""
     trie = localizer.trie([a.text() for a in localizer.require_gazetteer().addresses])
     inputs = localizer.inputs([localizer.prompt([user_turn(ADDRESS_QUESTION)])], [[photo_image(photo)]])
     prefix = localizer.prefill(inputs)
-    at_once, beside = SequenceScorer(localizer, trie), SequenceScorer(localizer, trie, as_batch=True)
-    apart = float((at_once.score(prefix) - beside.score(prefix)).abs().max())
-    times, slow, fast = ratio(lambda: beside.score(prefix), lambda: at_once.score(prefix), rounds)
-    print(f"all {len(trie.ends)} addresses scored ({len(trie)} nodes): beside {1000 * slow:.0f} ms, as a tree "
-          f"{1000 * fast:.0f} ms, {times:.1f}x; largest difference of ln p {apart:.1e}")  # fmt: skip
-    _, whole, again = ratio(lambda: localizer.prefill(inputs), lambda: at_once.score(prefix), rounds)
-    print(f"the photo and its question read: {1000 * whole:.0f} ms, then scored in {1000 * again:.0f} ms")
+    as_tree, as_batch = SequenceScorer(localizer, trie), SequenceScorer(localizer, trie, as_batch=True)
+    difference = float((as_tree.score(prefix) - as_batch.score(prefix)).abs().max())
+    times, slow, fast = ratio(lambda: as_batch.score(prefix), lambda: as_tree.score(prefix), rounds)
+    print(f"all {len(trie.ends)} addresses scored ({len(trie)} nodes): as a batch {1000 * slow:.0f} ms, as a tree "
+          f"{1000 * fast:.0f} ms, {times:.1f}x; largest difference of ln p {difference:.1e}")  # fmt: skip
+    _, prefill, scoring = ratio(lambda: localizer.prefill(inputs), lambda: as_tree.score(prefix), rounds)
+    print(f"prefill of photo and question: {1000 * prefill:.0f} ms, then scoring: {1000 * scoring:.0f} ms")
 
 
-def questions(localizer: Localizer, photos: list[dict[str, Any]], rounds: int) -> None:
-    """Ten questions about one photo against one; a new photo each round, so that nothing is remembered."""
+def compare_questions(localizer: Localizer, photos: list[dict[str, Any]], rounds: int) -> None:
+    """Ten questions about one photo against one question; every round has new photos, so no cache helps."""
     city = localizer.require_gazetteer()
     street, district = city.streets[0], city.districts[0]
     options = "; ".join(city.streets[:4])
-    about = [
+    ten_questions = [
         templates("address", "generation")[0], templates("street", "generation")[0], templates("district", "generation")[0],
         *(templates("street", "judgment")[i].format(name=street) for i in range(2)),
         *(templates("district", "judgment")[i].format(name=district) for i in range(2)),
         *(templates("street", "choice")[i].format(options=options) for i in range(3)),
     ]  # fmt: skip
-    for name, ask in (("free, in one batch", _batch), ("a conversation, by probabilities", _conversation)):
+    for name, ask in (("free, in one batch", _batch), ("a conversation, by likelihood", _conversation)):
         times = []
         for number in range(rounds):
             first, second = (photo_image(photos[(2 * number + i) % len(photos)]) for i in range(2))
             fresh = _fresh(localizer)
-            one = _cpu(lambda ask=ask, first=first, fresh=fresh: ask(fresh, first, about[:1]))
-            times.append(_cpu(lambda ask=ask, second=second, fresh=fresh: ask(fresh, second, about)) / one)
-        print(f"ten questions on one photo, {name}: {statistics.median(times):.2f}x the time of one (bar: at most 2.5)")
+            one = _cpu(lambda ask=ask, first=first, fresh=fresh: ask(fresh, first, ten_questions[:1]))
+            times.append(_cpu(lambda ask=ask, second=second, fresh=fresh: ask(fresh, second, ten_questions)) / one)
+        print(f"ten questions on one photo, {name}: {statistics.median(times):.2f}x the time of one (target: at most 2.5)")
 
 
 def _fresh(localizer: Localizer) -> Localizer:
-    """The same model without memory of photos."""
-    made = Localizer(localizer.folder, localizer.device, loaded=(localizer.model, localizer.processor))
-    made.gazetteer = localizer.gazetteer
-    return made
+    """The same model with an empty photo cache."""
+    fresh = Localizer(localizer.folder, localizer.device, loaded=(localizer.model, localizer.processor))
+    fresh.gazetteer = localizer.gazetteer
+    return fresh
 
 
-def _batch(localizer: Localizer, image: Any, asked: list[str]) -> None:
-    localizer.answer([image] * len(asked), asked, MAX_TOKENS)
+def _batch(localizer: Localizer, image: Any, questions: list[str]) -> None:
+    localizer.answer([image] * len(questions), questions, MAX_TOKENS)
 
 
-def _conversation(localizer: Localizer, image: Any, asked: list[str]) -> None:
+def _conversation(localizer: Localizer, image: Any, questions: list[str]) -> None:
     conversation = localizer.conversation(image)
-    for question in asked:
+    for question in questions:
         conversation.ask(question)
 
 
@@ -138,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder of test-*.parquet")
-    parser.add_argument("--gazetteer", type=Path, help="where the model's folder has none")
+    parser.add_argument("--gazetteer", type=Path, help="if the model's folder has none")
     parser.add_argument("--photos", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -148,9 +147,9 @@ def main() -> None:
     if args.gazetteer:
         localizer.gazetteer = Gazetteer.load(args.gazetteer)
     photos = list(islice(tables.iter_rows(args.data, "test"), args.photos))
-    passes(localizer, photos)
-    scoring(localizer, photos[0], args.rounds)
-    questions(localizer, photos, args.rounds)
+    compare_passes(localizer, photos)
+    compare_scoring(localizer, photos[0], args.rounds)
+    compare_questions(localizer, photos, args.rounds)
 
 
 if __name__ == "__main__":

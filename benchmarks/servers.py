@@ -1,6 +1,6 @@
-"""What `service.py` compares: servers as processes of their own on free ports, and the bare engine in a process.
+"""The servers that benchmarks/service.py compares, each a process on a free port, and the engine alone in a process.
 
-Every server gets the same model folder, the same wish for a dtype, and as many threads as the others.
+All have the same model folder, dtype setting and number of threads.
 """
 
 import base64
@@ -21,19 +21,19 @@ import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-START_S = 300  # until a server that has not answered is given up
-WORDS = 32  # tokens of an answer, at most
-BATCH = 16
+START_TIMEOUT_S = 300
+MAX_TOKENS = 32  # of an answer
+BATCH_SIZE = 16
 
 
 class Server:
-    """A process that answers HTTP; a context manager that starts it and ends it.
+    """An HTTP server; a context manager starts and ends its process.
 
     Args:
-        name: how the table calls it.
-        command: with `{port}` where the port goes.
-        ready: path that answers 200 when it can be asked.
-        model: what chat requests call the model.
+        name: its name in the table.
+        command: with `{port}` for the port.
+        ready: path that returns 200 when the server is ready.
+        model: name of the model in chat requests.
     """
 
     def __init__(self, name: str, command: Sequence[str], ready: str, model: str, threads: int, log: Path) -> None:
@@ -50,7 +50,7 @@ class Server:
             self.process = subprocess.Popen(
                 self.command, stdout=out, stderr=out, env=self.environment, cwd=ROOT, start_new_session=True
             )
-        for _ in range(START_S):
+        for _ in range(START_TIMEOUT_S):
             if self.process.poll() is not None:
                 raise SystemExit(f"{self.name} ended with {self.process.returncode}: see {self.log}")
             try:
@@ -60,21 +60,21 @@ class Server:
                 pass
             time.sleep(1)
         self.__exit__()
-        raise SystemExit(f"{self.name} did not answer within {START_S} s: see {self.log}")
+        raise SystemExit(f"{self.name} did not answer within {START_TIMEOUT_S} s: see {self.log}")
 
     def __exit__(self, *_: object) -> None:
-        family = _family(self.process.pid)
+        processes = _with_children(self.process.pid)
         self.process.send_signal(signal.SIGINT)
-        psutil.wait_procs(family, timeout=30)
-        for process in family:
+        psutil.wait_procs(processes, timeout=30)
+        for process in processes:
             if process.is_running():
                 process.kill()
         self.process.wait()
 
     def cpu_s(self) -> float:
-        """CPU seconds that its processes have used so far."""
+        """CPU seconds of its processes so far."""
         total = 0.0
-        for process in _family(self.process.pid):
+        for process in _with_children(self.process.pid):
             try:
                 used = process.cpu_times()
             except psutil.NoSuchProcess:
@@ -83,14 +83,14 @@ class Server:
         return total
 
     async def localize(self, client: httpx.AsyncClient, photo: bytes, question: str) -> str:
-        """The address of a photo, asked by chat."""
+        """The address of a photo, by a chat request."""
         return await self.chat(client, photo, question)
 
     async def chat(self, client: httpx.AsyncClient, photo: bytes, question: str) -> str:
         """The answer to one question about one photo."""
         image = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(photo).decode()}"}}
         turn = {"role": "user", "content": [image, {"type": "text", "text": question}]}
-        body = {"model": self.model, "messages": [turn], "max_tokens": WORDS, "temperature": 0}
+        body = {"model": self.model, "messages": [turn], "max_tokens": MAX_TOKENS, "temperature": 0}
         response = await client.post(f"{self.url}/v1/chat/completions", json=body)
         return str(_checked(response)["choices"][0]["message"]["content"])
 
@@ -123,7 +123,7 @@ class Ours(Server):
 
 
 def transformers_serve(folder: Path, threads: int, dtype: str, work: Path) -> Server:
-    """`transformers serve`, as it comes."""
+    """`transformers serve` with its default settings."""
     cli = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
     options = ["--host", "127.0.0.1", "--port", "{port}", "--device", "cpu", "--dtype", dtype]
     return Server(
@@ -135,14 +135,14 @@ def vllm(folder: Path, threads: int, dtype: str, work: Path, python: str) -> Ser
     """vLLM's OpenAI server from its own environment."""
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "model"]
     options = ["--host", "127.0.0.1", "--port", "{port}", "--dtype", dtype, "--gpu-memory-utilization", "0.2"]
-    limits = ["--max-model-len", "1024", "--max-num-seqs", str(BATCH)]
+    limits = ["--max-model-len", "1024", "--max-num-seqs", str(BATCH_SIZE)]
     server = Server("vllm", [*command, *options, *limits], "/health", "model", threads, work / "vllm.log")
     server.environment["PYTHONPATH"] = ""
     return server
 
 
 class Bare:
-    """The engine without a service around it: bytes in, batches through `Localizer.localize_many`, candidates out."""
+    """The engine without a service: photos through `Localizer.localize_many` in batches."""
 
     name = "bare engine"
 
@@ -159,14 +159,14 @@ class Bare:
         self.process.wait()
 
     def run(self, photos: Sequence[Path]) -> dict[str, float]:
-        """Wall and CPU seconds for all of them."""
+        """Wall and CPU seconds for all photos."""
         self.process.stdin.write(json.dumps([str(photo) for photo in photos]) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
 
 def _bare(folder: str, dtype: str) -> None:
-    """The process behind `Bare`: a line of paths in, a line of seconds out."""
+    """The process of `Bare`: reads lines of paths, writes lines of seconds."""
     from PIL import Image
 
     from addressvlm.inference import Localizer
@@ -175,13 +175,13 @@ def _bare(folder: str, dtype: str) -> None:
     for line in sys.stdin:
         photos = [Path(photo).read_bytes() for photo in json.loads(line)]
         wall, cpu = time.perf_counter(), time.process_time()
-        for at in range(0, len(photos), BATCH):
-            images = [Image.open(BytesIO(photo)).convert("RGB") for photo in photos[at : at + BATCH]]
+        for start in range(0, len(photos), BATCH_SIZE):
+            images = [Image.open(BytesIO(photo)).convert("RGB") for photo in photos[start : start + BATCH_SIZE]]
             localizer.localize_many(images, 5)
         print(json.dumps({"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}), flush=True)
 
 
-def _family(pid: int) -> list[psutil.Process]:
+def _with_children(pid: int) -> list[psutil.Process]:
     try:
         head = psutil.Process(pid)
         return [head, *head.children(recursive=True)]

@@ -1,11 +1,10 @@
-"""More than the service can take, a replica that dies, an update: what callers get, and what the service keeps.
+"""Test the service under overload, when a replica dies, and during an update: responses, latency and memory.
 
     python benchmarks/service_load.py runs/demo/models/addressvlm/merged photos/ --minutes 10
 
-Measures the capacity with few callers, then asks at 1.5 times of it for the given time, at fixed moments whether answers come
-or not. In the middle of it a model replica is killed; after it the load goes on at half the capacity and the service is
-updated. Prints counts by status a phase, the memory of all its processes over time, and how long after the end of the
-overload an answer is as quick as before.
+Measures the capacity with a few clients, then sends 1.5 times as many requests per second, whether responses come or not. Half
+way through a model replica is killed; after the overload the service is updated at half the capacity. Prints the responses by
+status per phase, the memory of all processes over time, and the time from the overload until latency is normal again.
 """
 
 import argparse
@@ -28,17 +27,17 @@ from ray import serve as ray_serve
 import serve as service
 
 PORT = 8123
-CALLERS = 8  # that measure the capacity
+CLIENTS = 8  # to measure the capacity
 PROBE_S = 1.0
 
 
 @dataclass
 class Phase:
-    """What callers got in one part of the run."""
+    """The responses in one part of the run."""
 
     name: str
-    begun: float = field(default_factory=time.monotonic)
-    asked_s: float = 0.0  # how long it asked; answers may come later
+    start: float = field(default_factory=time.monotonic)
+    duration_s: float = 0.0  # of sending; responses may come later
     statuses: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
 
@@ -47,66 +46,66 @@ class Phase:
         cuts = statistics.quantiles(self.seconds, n=20) if len(self.seconds) > 1 else [0.0] * 19
         return {
             "phase": self.name,
-            "seconds": round(self.asked_s, 1),
-            "answers": dict(sorted(self.statuses.items())),
-            "good a second": round(self.statuses["200"] / self.asked_s, 2),
+            "seconds": round(self.duration_s, 1),
+            "responses": dict(sorted(self.statuses.items())),
+            "good per second": round(self.statuses["200"] / self.duration_s, 2),
             "p50 s": round(cuts[9], 2),
             "p95 s": round(cuts[18], 2),
         }
 
 
 class Load:
-    """Callers of one service."""
+    """Clients of one service."""
 
     def __init__(self, photos: list[bytes]) -> None:
         self.photos = itertools.cycle(photos)
         self.client = aiohttp.ClientSession(
             f"http://127.0.0.1:{PORT}", timeout=aiohttp.ClientTimeout(120), connector=aiohttp.TCPConnector(limit=0)
         )
-        self.under_way: set[asyncio.Task[None]] = set()
+        self.pending: set[asyncio.Task[None]] = set()
 
     async def ask(self, phase: Phase) -> None:
-        """One photo."""
-        begun = time.monotonic()
+        """Localize one photo."""
+        start = time.monotonic()
         try:
             async with self.client.post("/v1/localize", data=_form(next(self.photos))) as response:
                 await response.read()
-                ours = response.status != 503 or "Retry-After" in response.headers
-                status = str(response.status) if ours else "503 of Ray Serve"
+                is_own = response.status != 503 or "Retry-After" in response.headers
+                status = str(response.status) if is_own else "503 of Ray Serve"
         except (aiohttp.ClientError, TimeoutError) as error:
             status = type(error).__name__
         phase.statuses[status] += 1
         if status == "200":
-            phase.seconds.append(time.monotonic() - begun)
+            phase.seconds.append(time.monotonic() - start)
 
     async def saturate(self, phase: Phase, seconds: float) -> Phase:
-        """Callers that ask again as soon as they are answered."""
+        """Clients that send the next request as soon as they have a response."""
 
-        async def caller() -> None:
-            while time.monotonic() - phase.begun < seconds:
+        async def client() -> None:
+            while time.monotonic() - phase.start < seconds:
                 await self.ask(phase)
 
-        await asyncio.gather(*(caller() for _ in range(CALLERS)))
-        phase.asked_s = time.monotonic() - phase.begun
+        await asyncio.gather(*(client() for _ in range(CLIENTS)))
+        phase.duration_s = time.monotonic() - phase.start
         return phase
 
     async def arrive(self, phase: Phase, rate: float, seconds: float) -> Phase:
-        """So many requests a second, whatever becomes of them."""
+        """Send requests at a fixed rate, whether responses come or not."""
         for number in itertools.count():
-            at = phase.begun + number / rate
-            if at - phase.begun > seconds:
+            due = phase.start + number / rate
+            if due - phase.start > seconds:
                 break
-            await asyncio.sleep(max(0.0, at - time.monotonic()))
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
             task = asyncio.create_task(self.ask(phase))
-            self.under_way.add(task)
-            task.add_done_callback(self.under_way.discard)
-        phase.asked_s = time.monotonic() - phase.begun
+            self.pending.add(task)
+            task.add_done_callback(self.pending.discard)
+        phase.duration_s = time.monotonic() - phase.start
         return phase
 
     async def settle(self) -> None:
-        """Until all that was asked is answered."""
-        while self.under_way:
-            await asyncio.wait(self.under_way)
+        """Wait for all responses."""
+        while self.pending:
+            await asyncio.wait(self.pending)
 
 
 async def main(argv: list[str] | None = None) -> None:
@@ -135,28 +134,28 @@ async def main(argv: list[str] | None = None) -> None:
 
 
 async def run(load: Load, seconds: float, settings: dict[str, Any]) -> None:
-    """All phases, one after the other."""
+    """Run all phases."""
     await load.saturate(Phase("warm"), 10)
-    capacity = tell(await load.saturate(Phase("capacity"), 30))["good a second"]
-    before = await quickness(load)
+    capacity = report(await load.saturate(Phase("capacity"), 30))["good per second"]
+    before = await latency(load)
     memory: list[tuple[float, float]] = []
     watch = asyncio.create_task(watch_memory(memory))
     first = await load.arrive(Phase("overload"), 1.5 * capacity, seconds / 2)
     ray.kill(replica())
     killed = await load.arrive(Phase("overload, a replica killed at its beginning"), 1.5 * capacity, seconds / 2)
-    over = time.monotonic()
+    end = time.monotonic()
     await load.settle()
-    tell(first)
-    tell(killed)
-    while await quickness(load, 1) > 2 * before:
+    report(first)
+    report(killed)
+    while await latency(load, 1) > 2 * before:
         await asyncio.sleep(PROBE_S)
-    print(f"recovered {time.monotonic() - over:.1f} s after the overload (one photo alone took {before:.2f} s before)")
+    print(f"recovered {time.monotonic() - end:.1f} s after the overload (latency of a single request before: {before:.2f} s)")
     updated = Phase("half the capacity, updated meanwhile")
-    asking = asyncio.create_task(load.arrive(updated, capacity / 2, 60))
+    requests = asyncio.create_task(load.arrive(updated, capacity / 2, 60))
     await asyncio.to_thread(deploy, settings | {"batch_wait_s": 0.02})
-    await asking
+    await requests
     await load.settle()
-    tell(updated)
+    report(updated)
     watch.cancel()
     print("memory of all processes, MB: " + ", ".join(f"{s:.0f} s {mb:.0f}" for s, mb in memory[:: max(1, len(memory) // 12)]))
 
@@ -168,19 +167,19 @@ def _form(photo: bytes) -> aiohttp.FormData:
 
 
 def deploy(settings: dict[str, Any]) -> None:
-    """Begin to serve, or update what is served."""
+    """Deploy or update the service."""
     ray_serve.run(service.config(service.ServiceSettings.model_validate(settings)))
 
 
-def tell(phase: Phase) -> dict[str, Any]:
-    """Print a phase."""
+def report(phase: Phase) -> dict[str, Any]:
+    """Print the results of a phase."""
     row = phase.row()
     print(json.dumps(row), flush=True)
     return row
 
 
-async def quickness(load: Load, times: int = 5) -> float:
-    """Median seconds of one photo alone; endless if one is refused."""
+async def latency(load: Load, times: int = 5) -> float:
+    """Median latency of single requests in seconds; infinite if one is rejected."""
     phase = Phase("alone")
     for _ in range(times):
         await load.ask(phase)
@@ -193,25 +192,25 @@ def replica() -> Any:
     return ray.get_actor(names[0]["name"], namespace=names[0]["namespace"])
 
 
-async def watch_memory(found: list[tuple[float, float]]) -> None:
-    """Note memory that the service's processes have for themselves, every five seconds."""
-    begun = time.monotonic()
+async def watch_memory(samples: list[tuple[float, float]]) -> None:
+    """Sample the private memory of the service's processes every five seconds."""
+    start = time.monotonic()
     while True:
-        processes = [p for p in psutil.Process().children(recursive=True) if "ServeReplica" in " ".join(safe(p))]
-        found.append((time.monotonic() - begun, sum(own(p) for p in processes) / 1e6))
+        processes = [p for p in psutil.Process().children(recursive=True) if "ServeReplica" in " ".join(command_line(p))]
+        samples.append((time.monotonic() - start, sum(private_bytes(p) for p in processes) / 1e6))
         await asyncio.sleep(5)
 
 
-def safe(process: psutil.Process) -> list[str]:
-    """Its command line, empty if it has gone."""
+def command_line(process: psutil.Process) -> list[str]:
+    """Its command line, empty if it has ended."""
     try:
         return process.cmdline()
     except psutil.Error:
         return []
 
 
-def own(process: psutil.Process) -> float:
-    """Bytes that are its own, 0 if it has gone."""
+def private_bytes(process: psutil.Process) -> float:
+    """Memory that it does not share, 0 if it has ended."""
     try:
         return float(process.memory_full_info().uss)
     except psutil.Error:

@@ -1,7 +1,7 @@
-"""For vLLM on CPU torch: torchvision's wheel can't register its operators there, so they get a schema before it is imported.
+"""Define the schemas of torchvision's operators, which its wheel can't register with the CPU build of PyTorch, for vLLM.
 
-Copy this file into the site-packages of vLLM's environment (see docs/labels.md). Nothing that vLLM's image models do calls
-one of these operators.
+Copy this file to the site-packages of vLLM's environment (see docs/labels.md). The image models of vLLM call none of these
+operators.
 """
 
 import sys
@@ -32,7 +32,7 @@ SCHEMAS = {
 
 
 class BeforeTorchvision:
-    """Defines the schemas when torchvision is first looked for; finds nothing itself."""
+    """Defines the schemas just before torchvision is imported."""
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):

@@ -27,7 +27,7 @@ def test_every_shard_is_in_one_group_and_the_last_groups_are_short(shards: int, 
     groups = ray_data._groups(shards, workers)
     assert [number for group in groups for number in range(group["first"], group["last"])] == list(range(shards))
     sizes = [group["last"] - group["first"] for group in groups]
-    assert all(1 <= size <= ray_data.LONGEST_GROUP for size in sizes)
+    assert all(1 <= size <= ray_data.MAX_GROUP for size in sizes)
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1:] == [1] * bool(shards)
     assert len(groups) >= min(shards, workers)
