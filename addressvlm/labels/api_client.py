@@ -234,7 +234,12 @@ class Budget:
             max_usd is not None and self.usd + self._reserved_usd + usd > max_usd + 1e-9
         ):
             if not self._reservations:
-                raise self._exhausted()
+                limits = [f"{self.tokens:,} of labels.budget_tokens={max_tokens:,} tokens"] if max_tokens is not None else []
+                limits += [f"{self.usd:.4g} of labels.budget_usd={max_usd:g} dollars"] if max_usd is not None else []
+                raise InputError(
+                    f"label budget exhausted ({' and '.join(limits)} spent on this run): raise it and rerun to resume; all "
+                    "answers so far are saved."
+                )
             self._changed.clear()
             await self._changed.wait()
         self._reserved_tokens += tokens
@@ -254,14 +259,3 @@ class Budget:
         self.tokens += tokens_in + tokens_out
         self.usd += usd
         return usd
-
-    def _exhausted(self) -> InputError:
-        limits = []
-        if self.config.budget_tokens is not None:
-            limits.append(f"{self.tokens:,} of labels.budget_tokens={self.config.budget_tokens:,} tokens")
-        if self.config.budget_usd is not None:
-            limits.append(f"{self.usd:.4g} of labels.budget_usd={self.config.budget_usd:g} dollars")
-        return InputError(
-            f"label budget exhausted ({' and '.join(limits)} spent on this run): raise it and rerun to resume; all answers "
-            "so far are saved."
-        )

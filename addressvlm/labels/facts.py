@@ -136,11 +136,8 @@ def _lines(roads: "Roads", street: str, x: float, y: float, half: float) -> tupl
             groups.setdefault(road.name, []).append(road.line)
     spellings = [street] if street in groups else [name for name in groups if normalize_name(name) == normalize_name(street)]
     lines = [line for name in spellings for line in groups.pop(name)]
-    return (_joined(lines) if lines else None), {name: _joined(group) for name, group in groups.items()}
-
-
-def _joined(lines: list[BaseGeometry]) -> BaseGeometry:
-    return shapely.line_merge(shapely.union_all(lines))
+    merged = {name: shapely.line_merge(shapely.union_all(group)) for name, group in groups.items()}
+    return (shapely.line_merge(shapely.union_all(lines)) if lines else None), merged
 
 
 def _bearing(line: BaseGeometry, camera: shapely.Point) -> float:
@@ -194,6 +191,12 @@ _TABLE = np.array(
 )  # fmt: skip
 
 
+def _colour_words(pixels: np.ndarray) -> np.ndarray:
+    """The words of pixels, uint8 (N, 3)."""
+    fine = pixels.astype(np.uint16) >> 4
+    return _TABLE[fine[:, 0] << 8 | fine[:, 1] << 4 | fine[:, 2]]
+
+
 def dominant_colours(pixels: np.ndarray, mask: np.ndarray, least: float) -> list[str]:
     """The words that cover at least a share `least` of the masked pixels, the largest share first.
 
@@ -201,8 +204,7 @@ def dominant_colours(pixels: np.ndarray, mask: np.ndarray, least: float) -> list
         pixels: uint8 (H, W, 3), RGB.
         mask: bool (H, W).
     """
-    fine = pixels[mask].astype(np.uint16) >> 4
-    names, counts = np.unique(_TABLE[fine[:, 0] << 8 | fine[:, 1] << 4 | fine[:, 2]], return_counts=True)
+    names, counts = np.unique(_colour_words(pixels[mask]), return_counts=True)
     return [str(names[i]) for i in np.argsort(-counts, kind="stable") if counts[i] >= least * counts.sum()]
 
 
@@ -228,8 +230,8 @@ def sky_share(photo: Image.Image) -> float:
 def green_share(photo: Image.Image) -> float:
     """Share of the photo without its sky that is green."""
     pixels = _thumbnail(photo)
-    fine = pixels[~_sky(pixels)].astype(np.uint16) >> 4
-    return float((_TABLE[fine[:, 0] << 8 | fine[:, 1] << 4 | fine[:, 2]] == "green").mean()) if len(fine) else 0.0
+    words = _colour_words(pixels[~_sky(pixels)])
+    return float((words == "green").mean()) if len(words) else 0.0
 
 
 def _sky(pixels: np.ndarray) -> np.ndarray:
