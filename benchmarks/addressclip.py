@@ -36,7 +36,7 @@ from addressvlm.baselines.dual_encoder import build_dual_encoder
 from addressvlm.config import Config
 from addressvlm.config.compare import AddressClipConfig
 from addressvlm.gazetteer.gazetteer import Address
-from addressvlm.training.loss import autocast
+from addressvlm.models.loading import autocast
 
 WARM = 1  # steps that are not timed
 RATE, WARMUP, CLIP_NORM, PHOTO = 1e-4, 0.05, 1.0, (480, 360)
@@ -140,7 +140,7 @@ class Bench:
             clock.tick()
             loss = addressclip.clip_step(learner, stage, number, batch, (0, 1), context).loss
         clock.tick()
-        return clock, loss, sum(p.numel() for p in learner.learning.values())
+        return clock, loss, sum(p.numel() for p in learner.trainable.values())
 
     def open_clip(self, seed: int) -> tuple[Clock, float, int]:
         """Clock, last loss and number of parameters."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from addressvlm.config import Config, load
 from addressvlm.storage.run_dir import Run, storage_dir
-from addressvlm.training.stages import train_system
+from addressvlm.training.trainer import train_system
 
 ROOT = Path(__file__).parents[1]
 SYSTEM = "stage 2 only"

@@ -19,25 +19,26 @@ import os
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer as HuggingFaceTrainer
+from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from addressvlm.config import Config, load
-from addressvlm.models import load_model as load_model
+from addressvlm.models import load_model
 from addressvlm.models.lora import freeze_batchnorm, lora_config, set_trainable_parts
 from addressvlm.models.parts import parts_of
-from addressvlm.training import trainer as trainer_module
 from addressvlm.training.collator import Collator, sample_from_row
 from addressvlm.training.dataset import Schedule
 from addressvlm.training.device_stats import memory_gib
 from addressvlm.training.memory_estimate import GIB, estimate_stages, model_shape
-from addressvlm.training.stages import attach_adapter, training_rows
+from addressvlm.training.metrics_logger import StepMetrics
+from addressvlm.training.stages import Stage, training_rows
+from addressvlm.training.trainer import AdaptedModel, Trainer, attach_adapter
 
 WARM = 1  # steps that are not timed
 # TRL finds the answers by what is between `generation` marks; this is ChatML, for other bases write theirs.
@@ -67,13 +68,14 @@ class Clock(TrainerCallback):
         mfu: share of the GPU's peak in the last step, if it was measured.
         tokens: of a row, likewise.
         memory: most that was held on the GPU, GiB.
+        peak_gib: most that this repository's trainer reports, on a CPU too.
     """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.mfu: float | None = None
-        self.tokens = self.memory = 0.0
+        self.tokens = self.memory = self.peak_gib = 0.0
         self.last = seconds()
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
@@ -89,6 +91,16 @@ class Clock(TrainerCallback):
             self.memory = memory_gib(DEVICE)
         self.seconds.append(now - self.last)
         self.last = now
+
+    def log_step(self, metrics: StepMetrics) -> None:
+        """Called by this repository's trainer."""
+        self.on_step_end()
+        self.losses.append(metrics.loss)
+        self.mfu, self.tokens = metrics.mfu, metrics.tokens_per_s / metrics.samples_per_s
+        self.peak_gib = max(self.peak_gib, metrics.memory_gib)
+
+    def sync(self) -> None:
+        """The trainer's logger has storage to sync, this one has none."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
@@ -119,20 +131,19 @@ class Bench:
     def ours(self, seed: int) -> Clock:
         base, processor = self.base(seed)
         clock = Clock()
-        model, parts, packed = attach_adapter(base, self.config.model_copy(update={"seed": seed}), DEVICE)
-        stage = trainer_module.Stage("bench", self.stage, Schedule(self.table, self.rows, seed), self.steps, seed)
-
-        def after(progress: trainer_module.StepMetrics, strategy: Any) -> None:
-            clock.on_step_end()
-            clock.losses.append(progress.loss)
-            clock.mfu, clock.tokens = progress.mfu, progress.tokens_per_s / progress.samples_per_s
-
-        precision = self.config.train.precision
-        peak = self.config.train.peak_tflops
-        trainer_module.run_stage(
-            model, parts, Collator(processor, packed=packed), stage, "ddp", precision, after=after, peak_tflops=peak
-        )
+        model = attach_adapter(base, processor, self.config.model_copy(update={"seed": seed}), DEVICE)
+        stage = Stage("bench", self.stage, Schedule(self.table, self.rows, seed), self.steps, seed)
+        self.train(model, stage, clock)
         return clock
+
+    def train(self, model: AdaptedModel, stage: Stage, clock: Clock) -> None:
+        """Train one stage with this repository's trainer; the clock notes every step."""
+        settings = self.config.train.model_copy(
+            update={"strategy": "ddp", "validate_every": None, "checkpoint_activations": False}
+        )
+        trainer = Trainer(settings, [stage], lambda: model, DEVICE)
+        trainer.logger = clock  # type: ignore[assignment]
+        trainer.fit()
 
     def trainer(self, seed: int) -> Clock:
         model, processor = self._tuned(seed)
@@ -140,10 +151,10 @@ class Bench:
 
         def batch(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             made = collate([sample_from_row(self.table[row["row"]]) for row in rows])
-            return {key: value for key, value in made.items() if key != "asked"}
+            return {key: value for key, value in made.items() if key != "kinds"}
 
         rows: Any = [{"row": row} for row in self.order(seed)]
-        return self._train(Trainer, TrainingArguments, seed, model=model, train_dataset=rows, data_collator=batch)
+        return self._train(HuggingFaceTrainer, TrainingArguments, seed, model=model, train_dataset=rows, data_collator=batch)
 
     def trl(self, seed: int) -> Clock:
         from datasets import Dataset
@@ -180,9 +191,9 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             settings = arguments(
                 folder, max_steps=self.steps, per_device_train_batch_size=self.rows, learning_rate=self.stage.learning_rate,
-                lr_scheduler_type="cosine", warmup_steps=max(1, round(self.steps * self.stage.warmup_ratio)) - 1, adam_beta2=0.999,
-                weight_decay=self.stage.weight_decay, max_grad_norm=self.stage.max_grad_norm, logging_steps=1, save_strategy="no",
-                report_to=[], bf16=self.config.train.precision != "float32", use_cpu=not torch.cuda.is_available(), seed=seed,
+                lr_scheduler_type="cosine", warmup_steps=max(1, round(self.steps * self.stage.warmup_ratio)) - 1,
+                adam_beta2=0.999, weight_decay=self.stage.weight_decay, max_grad_norm=self.stage.max_grad_norm, logging_steps=1,
+                save_strategy="no", report_to=[], bf16=self.config.train.precision != "float32", use_cpu=not torch.cuda.is_available(), seed=seed,
                 remove_unused_columns=False, disable_tqdm=True, train_sampling_strategy="sequential", **(extra or {}),
             )  # fmt: skip
             running = trainer(args=settings, callbacks=[clock, Quiet()], **given)
@@ -221,27 +232,13 @@ def compare(bench: Bench, seeds: int, sides: list[str]) -> None:
 
 def growth(config: Config, bench: Bench) -> None:
     """A table of seconds a step: rounds of a conversation, images of a batch."""
-    base, processor = bench.base(0)
-    model, parts, packed = attach_adapter(base, config, DEVICE)
+    model = attach_adapter(*bench.base(0), config, DEVICE)
     print("| rounds | images a batch | tokens | seconds a step | seconds a 1,000 tokens |\n|---:|---:|---:|---:|---:|")
     for rounds, images in ((1, 2), (3, 2), (7, 2), (14, 2), (7, 1), (7, 4)):
-        clock, tokens = Clock(), []
-        table = Longer(bench.table, rounds)
-        stage = replace(
-            trainer_module.Stage("bench", bench.stage, Schedule(table, images, 0), 3, 0),
-            config=bench.stage.model_copy(update={"batch_size": images}),
-        )
-
-        def after(
-            progress: trainer_module.StepMetrics, strategy: Any, clock: Clock = clock, tokens: list[float] = tokens
-        ) -> None:
-            clock.on_step_end()
-            tokens.append(progress.tokens_per_s / progress.samples_per_s)
-
-        trainer_module.run_stage(
-            model, parts, Collator(processor, packed=packed), stage, "ddp", config.train.precision, after=after
-        )
-        step, length = statistics.median(clock.seconds[WARM:]), statistics.mean(tokens) * images
+        clock, table = Clock(), Longer(bench.table, rounds)
+        settings = bench.stage.model_copy(update={"batch_size": images})
+        bench.train(model, Stage("bench", settings, Schedule(table, images, 0), 3, 0), clock)
+        step, length = statistics.median(clock.seconds[WARM:]), clock.tokens * images
         print(f"| {rounds} | {images} | {length:.0f} | {step:.2f} | {1000 * step / length:.2f} |", flush=True)
 
 
@@ -265,15 +262,10 @@ class Longer:
 def memory(config: Config, bench: Bench, stage: str) -> None:
     """The plan's memory against what tensors took on a GPU, or by how much this process grew over its libraries."""
     before = _held() if DEVICE.type == "cpu" else 0.0
-    seen: list[float] = []
-    base, processor = bench.base(0)
-    model, parts, packed = attach_adapter(base, config, DEVICE)
-    made = trainer_module.Stage("bench", bench.stage, Schedule(bench.table, bench.rows, 0), 2, 0)
-    trainer_module.run_stage(
-        model, parts, Collator(processor, packed=packed), made, "ddp", config.train.precision,
-        after=lambda progress, strategy: seen.append(progress.memory_gib),
-    )  # fmt: skip
-    took = max(seen) - before
+    clock = Clock()
+    two_steps = Stage("bench", bench.stage, Schedule(bench.table, bench.rows, 0), 2, 0)
+    bench.train(attach_adapter(*bench.base(0), config, DEVICE), two_steps, clock)
+    took = clock.peak_gib - before
     config.train.stages = {stage: bench.stage.model_copy(update={"max_steps": 1})}
     system = config.train.systems[0].model_copy(update={"stages": [stage]})
     planned = estimate_stages(config, system, model_shape(config), cpu=DEVICE.type == "cpu")[0].memory / GIB

@@ -1,98 +1,17 @@
-"""The main job: whatever is missing of prepare, and of graft and label if labels are learnt from, then every system's stages.
+"""The main job: train all systems; first prepares, grafts and labels whatever they train on and is missing.
 
     ray job submit ray_jobs/train.py
     python ray_jobs/train.py --config my_city.yaml --system AddressVLM
-    python ray_jobs/train.py --config demo --evaluate          # and the table and report at the end
-    python ray_jobs/train.py --config paper-pitts --dry-run    # what it will take, nothing is begun
+    python ray_jobs/train.py --config demo --evaluate          # with the table and report at the end
+    python ray_jobs/train.py --config paper-pitts --dry-run    # estimate memory and time
 
-A killed run goes on from its last checkpoint when the same command is given again. Writes below <storage>/<name>:
-models/<system>/adapter (PEFT), models/<system>/merged (an ordinary Hugging Face folder), training/<system> (checkpoints,
-loss.jsonl, TensorBoard).
+Rerun it to resume from the last checkpoint. Writes below <storage>/<name>: models/<system>/adapter (PEFT),
+models/<system>/merged (an ordinary Hugging Face folder), training/<system> (checkpoints, loss.jsonl, TensorBoard).
 """
 
 import sys
 from pathlib import Path
 from typing import Any
-
-import torch
-
-from addressvlm import InputError
-from addressvlm.config import Config
-from addressvlm.config.train import Data, StageConfig, SystemConfig
-from addressvlm.models.loading import resolve_model
-from addressvlm.storage import tables
-from addressvlm.storage.run_dir import LAST_MODEL_FILE, Run, begin_or_resume, is_done, mark_done
-from addressvlm.training.device_stats import peak_flops, total_memory_gib
-from addressvlm.training.loss import autocast
-from addressvlm.training.memory_estimate import GIB, ModelShape, StageEstimate, estimate_stages, model_shape
-from addressvlm.training.skipped_rows import locatability_scored_by
-from addressvlm.training.stages import train_system, training_runs
-from ray_jobs import graft, label, prepare
-from ray_jobs.common import connect, job_parser, load_config, run_main
-
-FORMULA = (
-    "memory a worker = 1.05 x (weights as stored + adapter in float32 + 4 bytes of gradient and 8 of AdamW for each trained "
-    "parameter + what the forward pass of one batch keeps), of what train.strategy cuts a worker's share"
-)
-
-
-def print_estimate(config: Config, systems: list[SystemConfig], photos: int | None) -> None:
-    """Print the plan of systems.
-
-    Args:
-        photos: how many photos there will be, where the tables are not written yet.
-
-    Raises:
-        InputError: the base model's configuration is not at hand, or a stage needs more memory than a worker has.
-    """
-    base = model_shape(config)
-    train = config.train
-    print("parameters: " + ", ".join(f"{part} {count:,}" for part, count in base.totals.items()), flush=True)
-    have = train.gpu_memory_gib or total_memory_gib()
-    peak = _peak(config)
-    for system in systems:
-        for stage in estimate_stages(config, system, base, photos, cpu=not train.gpus_per_worker):
-            _show(config, system, base, stage, peak)
-            if train.gpus_per_worker and have and stage.memory / GIB > have:
-                raise InputError(
-                    f"{system.name}, {stage.name} needs about {stage.memory / GIB:.1f} GiB a GPU, which has {have:g}: lower "
-                    f"batch_size of train.stages.{stage.name} ({config.train.stages[stage.name].batch_size}) and raise "
-                    "gradient_accumulation_steps by as much, or set model.dtype to bfloat16, train.checkpoint_activations to true or "
-                    "train.strategy to fsdp2."
-                )
-    print(FORMULA, flush=True)
-
-
-def _show(config: Config, system: SystemConfig, base: ModelShape, stage: StageEstimate, peak: float | None) -> None:
-    learns = ", ".join(f"{part} {stage.trained[part]:,}" for part in base.parts if stage.trained[part])
-    steps = "unknown (give --photos)" if stage.steps is None else f"{stage.steps:,}"
-    lines = [
-        f"{system.name}: {stage.name}",
-        f"  trained: {learns} ({100 * sum(stage.trained.values()) / sum(base.totals.values()):.2f} % of the base)",
-        f"  a row: {stage.tokens:.0f} tokens (longest {stage.longest:,}), {stage.flops / 1e12:.3f} TFLOP for both passes",
-        f"  a step: {stage.rows_per_step:,} rows, {stage.rows_per_step * stage.tokens:,.0f} tokens; steps: {steps}",
-        f"  memory a worker: {stage.memory / GIB:.2f} GiB: weights {stage.weights / GIB:.2f}, gradients "
-        f"{stage.gradients / GIB:.2f}, optimizer {stage.optimizer / GIB:.2f}, activations {stage.activations / GIB:.2f}",
-    ]
-    if stage.guessed:
-        lines.append("  the encoder's share of operations and activations is a guess by its number of weights")
-    workers = config.train.workers
-    if stage.steps is not None:
-        lines.append(f"  operations: {stage.steps * stage.rows_per_step * stage.flops / 1e15:,.2f} PFLOP")
-    if peak and (seconds := stage.seconds(peak, workers, config.train.mfu)):
-        share = f"{100 * config.train.mfu:.0f} % of {peak / 1e12:g} TFLOP/s"
-        lines.append(f"  time: {seconds / 3600:.2f} h on {workers} workers at {share} each")
-    elif stage.steps is not None:
-        lines.append("  time: unknown, set train.peak_tflops to what a worker can do")
-    print("\n".join(lines), flush=True)
-
-
-def _peak(config: Config) -> float | None:
-    """Of a worker, at the precision that it will multiply in."""
-    device = torch.device("cuda" if config.train.gpus_per_worker and torch.cuda.is_available() else "cpu")
-    context = autocast(device, getattr(torch, config.model.dtype), config.train.precision)
-    return peak_flops(device, context.fast_dtype if context._enabled else torch.float32, config.train.peak_tflops)
-
 
 try:
     import torch
@@ -105,63 +24,62 @@ except ImportError as missing:
         "(. .venv/bin/activate) before `ray start` and before this command."
     )
 
+from addressvlm import InputError
+from addressvlm.config import Config
+from addressvlm.config.train import Data, StageConfig, SystemConfig
+from addressvlm.models.loading import resolve_model
+from addressvlm.storage import tables
+from addressvlm.storage.run_dir import LAST_MODEL_FILE, Run, begin_or_resume, is_done, mark_done
+from addressvlm.training.dataset import locatability_scored_by
+from addressvlm.training.memory_estimate import print_estimate
+from addressvlm.training.stages import training_runs
+from addressvlm.training.trainer import train_system
+from ray_jobs import graft, label, prepare
+from ray_jobs.common import connect, job_parser, load_config, run_main
+
 
 def settings(config: Config, system: SystemConfig) -> dict[str, Any]:
-    """What a trained system depends on.
-
-    Raises:
-        InputError: it depends on the locatability of photos that have not been scored.
-    """
-    kept = {"workers", "strategy", "precision", "packing", "cities", "checkpoint_to_merge", "seed"}
+    """All settings that a trained system depends on; InputError if it needs locatability scores that are missing."""
+    keys = {"workers", "strategy", "precision", "packing", "cities", "checkpoint_to_merge", "seed"}
     if config.train.checkpoint_to_merge == "best":
-        kept |= {"validate_every", "validate_photos"}
-    train = config.train.model_dump(include=kept, exclude_none=True)
-    stages = {name: _stage(config.train.stages[name]) for name in system.stages}
-    equal = next((s for s in config.train.systems if s.name == system.match_steps_of), None)
-    others = {name: _stage(config.train.stages[name]) for name in equal.stages} if equal else {}
-    choosy = any("locatability" in stage for stage in [*stages.values(), *others.values()])
-    kinds = tables_of(config, system)
-    reasons = [_reasoning(config)] if "reasoning" in kinds else []
-    return {
-        **(label if "alignment" in kinds else prepare).settings(config),
-        **({"reasoning": label.settings(reasons[0])["labels"]} if reasons else {}),
-        **(
-            {"locatability": {run.folder.name: locatability_scored_by(run) for run, _ in training_runs(config)}}
-            if choosy
-            else {}
-        ),
-        "model": config.model.model_dump(),
-        "train": {**train, "system": system.model_dump(), "stages": stages, "equal_to": others},
-    }
+        keys |= {"validate_every", "validate_photos"}
+    train = config.train.model_dump(include=keys, exclude_none=True)
+    stages = {name: stage_settings(config.train.stages[name]) for name in system.stages}
+    reference = next((s for s in config.train.systems if s.name == system.match_steps_of), None)
+    others = {name: stage_settings(config.train.stages[name]) for name in reference.stages} if reference else {}
+    tables_used = tables_of(config, system)
+    inputs = (label if "alignment" in tables_used else prepare).settings(config)
+    if "reasoning" in tables_used:
+        inputs["reasoning"] = label.settings(reasoning_labels(config))["labels"]
+    if any("locatability" in stage for stage in [*stages.values(), *others.values()]):
+        inputs["locatability"] = {run.folder.name: locatability_scored_by(run) for run, _ in training_runs(config)}
+    train = {**train, "system": system.model_dump(), "stages": stages, "equal_to": others}
+    return {**inputs, "model": config.model.model_dump(), "train": train}
 
 
-def _stage(stage: StageConfig) -> dict[str, Any]:
-    """Its settings; what is not set was no setting when runs of earlier versions finished."""
+def stage_settings(stage: StageConfig) -> dict[str, Any]:
+    """A stage's settings; defaults of these two are left out, as in runs made before they existed."""
     later = {"locatability", "augment"}
     return stage.model_dump(exclude=later) | stage.model_dump(include=later, exclude_defaults=True)
 
 
 def tables_of(config: Config, system: SystemConfig) -> set[Data]:
-    """What a system learns from, and what its number of steps depends on."""
-    with_steps = [s for s in config.train.systems if s.name in (system.name, system.match_steps_of)]
-    return {kind for s in with_steps for stage in s.stages for kind in config.train.stages[stage].tables}
+    """The tables that a system trains on, and those that its number of steps depends on."""
+    systems = [s for s in config.train.systems if s.name in (system.name, system.match_steps_of)]
+    return {kind for s in systems for stage in s.stages for kind in config.train.stages[stage].tables}
 
 
-def chosen(config: Config, only: list[str] | None) -> list[SystemConfig]:
-    """The systems to train, in the order of the configuration.
-
-    Raises:
-        InputError: one of the names is not that of a system with stages.
-    """
-    wanted = [s for s in config.train.systems if s.stages and (not only or s.name in only)]
-    if only and len(wanted) != len(only):
+def select_systems(config: Config, only: list[str] | None) -> list[SystemConfig]:
+    """The systems to train, in the order of the configuration; InputError if a name is not that of a system with stages."""
+    systems = [s for s in config.train.systems if s.stages and (not only or s.name in only)]
+    if only and len(systems) != len(only):
         names = ", ".join(s.name for s in config.train.systems if s.stages)
         raise InputError(f"--system {', '.join(only)}: systems that can be trained are {names}.")
-    return wanted
+    return systems
 
 
-def _make_data(config: Config, redo: bool, kinds: set[Data]) -> None:
-    """Whatever is missing of the run's own tables; those of other cities are made by their own configurations.
+def make_data(config: Config, redo: bool, kinds: set[Data]) -> None:
+    """Make the run's own tables that are missing; other cities' are made with their own configurations.
 
     Raises:
         InputError: another city's table is missing.
@@ -182,68 +100,61 @@ def _make_data(config: Config, redo: bool, kinds: set[Data]) -> None:
         graft.run_step(config, redo)
         label.run_step(config, redo)
     if "reasoning" in kinds:
-        label.run_step(_reasoning(config), redo)
+        label.run_step(reasoning_labels(config), redo)
 
 
-def _reasoning(config: Config) -> Config:
-    """The same run whose labels are reasons read off the photo alone."""
+def reasoning_labels(config: Config) -> Config:
+    """The same run with labels that are reasons read off the photo alone (paper 003)."""
     return config.model_copy(update={"labels": config.labels.model_copy(update={"prompt": "reasoning"})})
 
 
 def run_step(config: Config, redo: bool = False, only: list[str] | None = None) -> None:
-    """Train the systems that are missing, in the order of the configuration.
+    """Train the systems that are not done yet.
 
     Raises:
-        InputError: a setting or the data can't be trained with, or the cluster has fewer CPUs or GPUs than asked for.
+        InputError: settings or data can't be trained with, or the cluster has fewer CPUs or GPUs than required.
     """
     run = Run(config)
     resolve_model(config.model.base)
-    wanted = chosen(config, only)
-    missing = [s for s in wanted if not is_done(run.model_dir(s.name), settings(config, s), redo)]
+    systems = select_systems(config, only)
+    missing = [s for s in systems if not is_done(run.model_dir(s.name), settings(config, s), redo)]
     if missing:
-        _make_data(config, redo, {kind for system in missing for kind in tables_of(config, system)})
-    for system in wanted:
-        if system in missing:
-            _train(config, system, redo)
-        else:
+        make_data(config, redo, {kind for system in missing for kind in tables_of(config, system)})
+    for system in systems:
+        if system not in missing:
             print(f"train: {system.name}: already done", flush=True)
-    if wanted:
-        last = next((s for s in wanted if s.name == "AddressVLM"), wanted[-1])
+            continue
+        depends_on = settings(config, system)
+        require_workers(config, system.name, config.train.min_workers)
+        begin_or_resume(run.training_dir(system.name), depends_on, redo)
+        run_training(config, system.name, train_worker, {"system": system.name}, config.train.min_workers)
+        mark_done(run.model_dir(system.name), depends_on)
+        print(f"train: {system.name}: saved in {run.model_dir(system.name)}", flush=True)
+    if systems:
+        last = next((s for s in systems if s.name == "AddressVLM"), systems[-1])
         (run.folder.parent / LAST_MODEL_FILE).write_text(f"{run.model_dir(last.name) / 'merged'}\n")
 
 
-def _train(config: Config, system: SystemConfig, redo: bool) -> None:
-    """Train a system, or go on where it stopped."""
-    run, made_from = Run(config), settings(config, system)
-    require_workers(config, system.name, config.train.min_workers)
-    begin_or_resume(run.training_dir(system.name), made_from, redo)
-    run_training(config, system.name, train_worker, {"system": system.name}, config.train.min_workers)
-    mark_done(run.model_dir(system.name), made_from)
-    print(f"train: {system.name}: saved in {run.model_dir(system.name)}", flush=True)
-
-
-def train_worker(given: dict[str, Any]) -> None:
-    """What each worker of the group runs."""
+def train_worker(arguments: dict[str, Any]) -> None:
+    """Runs on each worker."""
 
     def work(config: Config, checkpoint: Path | None, device: torch.device) -> None:
-        train_system(config, given["system"], checkpoint, CheckpointReporter(), device)
+        train_system(config, arguments["system"], checkpoint, CheckpointReporter(), device)
 
-    run_worker(given, work)
+    run_worker(arguments, work)
 
 
 def main() -> None:
     """Command line."""
     parser = job_parser(__doc__ or "")
     parser.add_argument("--system", action="append", metavar="NAME", help="train only this system (may be repeated)")
-    parser.add_argument("--evaluate", action="store_true", help="then answer the test questions and write table and report")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="only print parameters, memory, steps and time, and what can't fit"
-    )
-    parser.add_argument("--photos", type=int, metavar="N", help="with --dry-run: how many there will be, if none are prepared")
+    parser.add_argument("--evaluate", action="store_true", help="then evaluate, and write table and report")
+    parser.add_argument("--dry-run", action="store_true", help="only estimate parameters, memory, steps and time")
+    parser.add_argument("--photos", type=int, metavar="N", help="with --dry-run: number of photos, if none are prepared")
     args = parser.parse_args()
     config = load_config(args)
     if args.dry_run:
-        print_estimate(config, chosen(config, args.system), args.photos)
+        print_estimate(config, select_systems(config, args.system), args.photos)
         return
     connect()
     run_step(config, args.redo, args.system)

@@ -24,22 +24,22 @@ from addressvlm.config.train import StageConfig
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
 from addressvlm.models.cards import ELSEWHERE, PEOPLE, attributed, base_licence, front_matter, no_metrics_section
-from addressvlm.models.loading import to_device
+from addressvlm.models.loading import autocast, to_device
 from addressvlm.models.lora import freeze_batchnorm, trainable_params
 from addressvlm.storage import tables
 from addressvlm.storage.files import atomic_replace_dir
 from addressvlm.storage.remote_path import AnyPath
 from addressvlm.storage.run_dir import Run, slug
-from addressvlm.training import trainer
 from addressvlm.training.checkpoint import TrainingCheckpoint
 from addressvlm.training.dataset import Schedule, TableRows, count_steps
 from addressvlm.training.device_stats import memory_gib
-from addressvlm.training.loss import autocast, learning_rate
-from addressvlm.training.metrics_logger import MetricsLogger
+from addressvlm.training.metrics_logger import MetricsLogger, StepMetrics
+from addressvlm.training.optim import learning_rate
 from addressvlm.training.skipped_rows import SkippedRows
-from addressvlm.training.stages import Report
+from addressvlm.training.stages import Stage
 from addressvlm.training.strategy import is_distributed
 from addressvlm.training.strategy.ddp import Ddp
+from addressvlm.training.trainer import Report
 
 
 def contrastive_loss(images_ND: torch.Tensor, texts_ND: torch.Tensor, scale: torch.Tensor, names_N: torch.Tensor) -> Any:  # noqa: N803
@@ -236,29 +236,29 @@ class ClipLearner(Ddp):
                 "weight_decay": 0.0,
             },
         ]
-        self.model, self.towers, self.clip = encoder, towers, max_grad_norm
-        self.learning = trainable_params(encoder)
-        if not self.learning:
+        self.model, self.towers, self.max_grad_norm = encoder, towers, max_grad_norm
+        self.trainable = trainable_params(encoder)
+        if not self.trainable:
             raise InputError(
                 f"{system.name}: nothing learns: switch on train_image or train_text, and give one of its losses a weight "
                 "above 0."
             )
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS)
-        self.alone = not is_distributed()
-        self.module = towers if self.alone else DistributedDataParallel(towers)
+        self.single = not is_distributed()
+        self.module = towers if self.single else DistributedDataParallel(towers)
 
     def weights(self) -> Tensors:
-        return {name: weights.detach().cpu().clone() for name, weights in self.learning.items()}
+        return {name: weights.detach().cpu().clone() for name, weights in self.trainable.items()}
 
 
-def clip_stage(config: Config, system: AddressClipConfig, schedule: Schedule) -> trainer.Stage:
+def clip_stage(config: Config, system: AddressClipConfig, schedule: Schedule) -> Stage:
     """The training as a stage of `training.trainer`."""
     settings = StageConfig(
         data="photos", epochs=system.epochs, max_steps=system.max_steps, batch_size=system.batch_size,
         learning_rate=system.learning_rate, warmup_ratio=system.warmup_ratio, weight_decay=system.weight_decay,
     )  # fmt: skip
     steps = count_steps(len(schedule.rows), schedule.per_step, system.epochs, system.max_steps)
-    return trainer.Stage(STAGE, settings, schedule, steps, schedule.seed)
+    return Stage(STAGE, settings, schedule, steps, schedule.seed)
 
 
 def train_addressclip(
@@ -290,7 +290,7 @@ def train_addressclip(
         saved = TrainingCheckpoint.read(checkpoint)
         start = saved.step
         encoder.load_state_dict(saved.adapter, strict=False)
-        learner.restore(saved.moments)
+        learner.load_optimizer_state(saved.optimizer_state)
     rejects = SkippedRows(run.rejects / f"train-{slug(system.name)}.parquet", resumed=start > 0)
     logger = None
     if rank == 0:
@@ -303,28 +303,28 @@ def train_addressclip(
     for number, batch in data.batches(start, stage.steps, rank, world):
         progress = clip_step(learner, stage, number, batch, (rank, world), context)
         if logger:
-            logger.note(progress)
+            logger.log_step(progress)
         last = progress.step == stage.steps
         if progress.step % config.train.checkpoint_every and not last:
             continue
         rejects.write([stage])
         if logger:
-            logger.keep()
-        snapshot = TrainingCheckpoint(0, progress.step, learner.weights(), learner.moments()) if rank == 0 else None
+            logger.sync()
+        snapshot = TrainingCheckpoint(0, progress.step, learner.weights(), learner.optimizer_state()) if rank == 0 else None
         report(progress.as_dict(), snapshot)
     left_out = rejects.write([stage])
     if rank == 0:
         if left_out:
             print(f"train: {system.name}: {left_out:,} photos were left out: see {rejects.file}", flush=True)
-        parameters = sum(weights.numel() for weights in learner.learning.values())
+        parameters = sum(weights.numel() for weights in learner.trainable.values())
         save_dual_encoder(
             config, system, encoder, {"parameters": parameters, "steps": stage.steps, "without_caption": captions.missing}
         )
 
 
 def clip_step(
-    learner: ClipLearner, stage: trainer.Stage, number: int, batch: ClipBatch, worker: tuple[int, int], context: Any
-) -> trainer.StepMetrics:
+    learner: ClipLearner, stage: Stage, number: int, batch: ClipBatch, worker: tuple[int, int], context: Any
+) -> StepMetrics:
     """One optimizer step of all workers; `worker` is this one's rank and their number."""
     began = time.perf_counter()
     rank, world = worker
@@ -344,7 +344,7 @@ def clip_step(
     took = time.perf_counter() - began
     kinds = {name: float(part.detach()) for name, part in parts.items()}
     tokens = learner.towers.tokens * world
-    return trainer.StepMetrics(
+    return StepMetrics(
         STAGE, number + 1, stage.steps, mean, rate, norm, stage.schedule.per_step / took, tokens, tokens / took, None,
         memory_gib(features["images"].device), kinds, len(stage.schedule.rejected),
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Attention of several conversations in one row, block by block, without padding and without a mask of the whole row.
 
-The positions tell the blocks. Where they start again from 0 a conversation begins; where they jump back to p > 0 begins a
-round that sees the conversation's first p tokens and itself (`isolate_questions: true`). Tokens of different blocks are never multiplied.
+Positions define the blocks. Where they restart at 0 a conversation begins; where they jump back to p > 0 a round begins that
+attends to the conversation's first p tokens and itself (`isolate_questions: true`). Tokens of different blocks are never
+multiplied.
 """
 
 import itertools

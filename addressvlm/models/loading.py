@@ -91,6 +91,17 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
+def autocast(device: torch.device, weights: torch.dtype, precision: str) -> torch.autocast:
+    """The context of a forward pass: matrix products and convolutions in bfloat16, sums and norms in float32; or nothing.
+
+    Args:
+        weights: dtype of the base model; with bfloat16 weights beside float32 adapters the products are in bfloat16.
+        precision: float32, bfloat16, or auto, which is bfloat16 where the device multiplies it faster than float32.
+    """
+    enabled = multiplies_bfloat16(device) if precision == "auto" else precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled or weights == torch.bfloat16)
+
+
 def to_device(model: Any, device: str | torch.device) -> Any:
     """The model on a device, laid out for it: on a CPU, channels come last in an encoder that is made of convolutions."""
     convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())

@@ -32,7 +32,8 @@ from addressvlm.demo.world import DISTRICTS, KINDS, WORDS
 from addressvlm.storage import tables
 from addressvlm.training.collator import Collator, Sample, sample_from_row
 from addressvlm.training.dataset import Schedule, TableRows
-from addressvlm.training.loss import answer_loss, learning_rate
+from addressvlm.training.loss import answer_loss
+from addressvlm.training.optim import learning_rate
 
 PAD, USER, ASSISTANT, END, IMAGE = "<pad>", "<|user|>", "<|assistant|>", "<|end|>", "<image>"
 CHAT_TEMPLATE = (
@@ -159,7 +160,7 @@ def main() -> None:
     trainable = [p for name, p in model.named_parameters() if "vision_tower" not in name]
     model.model.vision_tower.requires_grad_(False)  # pretrained; the gradients of an untrained language model would spoil it
     optimizer = torch.optim.AdamW(trainable, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
-    collate, started, step, total, mean = Collator(processor, apart=True), time.monotonic(), 0, 10_000, 0.0
+    collate, started, step, total, mean = Collator(processor, isolate_questions=True), time.monotonic(), 0, 10_000, 0.0
     schedule = Schedule(TableRows(args.data, "train"), args.batch_size * SORTED_BATCHES, seed=0)
     batches = batches_by_length(schedule, args.batch_size, lambda: time.monotonic() - started < SHORT_SHARE * args.minutes * 60)
     while (elapsed := time.monotonic() - started) < args.minutes * 60:

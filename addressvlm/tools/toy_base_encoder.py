@@ -19,7 +19,7 @@ from transformers import CLIPVisionModel
 from addressvlm.tools.toy_base import image_processor, vision_config
 from addressvlm.training.collator import sample_from_row
 from addressvlm.training.dataset import Schedule, TableRows
-from addressvlm.training.loss import learning_rate
+from addressvlm.training.optim import learning_rate
 
 
 class EncoderProbe(nn.Module):

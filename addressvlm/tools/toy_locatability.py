@@ -39,7 +39,7 @@ from addressvlm.demo.camera import CLASSES, photograph, segment
 from addressvlm.demo.city import street_places, view_headings
 from addressvlm.demo.world import Character, Street, World, district_at, generate
 from addressvlm.tools.toy_base import train_tokenizer
-from addressvlm.training.loss import learning_rate
+from addressvlm.training.optim import learning_rate
 
 FIRST_SEED = 5000  # of the training cities; those of the demo and of the base model are smaller
 PHOTOS_PER_CITY = 64

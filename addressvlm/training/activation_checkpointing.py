@@ -1,4 +1,4 @@
-"""Activation checkpointing: of each layer only its input is kept for the backward pass, which computes the rest once more."""
+"""Activation checkpointing: each layer keeps only its input and is computed again in the backward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,17 +12,17 @@ from addressvlm.errors import InputError
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
 
-def checkpoint_activations(model: PeftModel, wanted: bool, contexts: Contexts | None = None) -> None:
-    """Switch it on or off for all layers.
+def checkpoint_activations(model: PeftModel, enabled: bool, contexts: Contexts | None = None) -> None:
+    """Switch activation checkpointing of all layers on or off.
 
     Args:
-        contexts: of the first and the second computation of a layer.
+        contexts: makes the contexts in which a layer is computed first and again.
 
     Raises:
-        InputError: the model's family has none that can be computed twice.
+        InputError: the model's family does not support it.
     """
     base: Any = model.get_base_model()
-    if not wanted:
+    if not enabled:
         if base.is_gradient_checkpointing:
             base.gradient_checkpointing_disable()
         return
@@ -31,30 +31,30 @@ def checkpoint_activations(model: PeftModel, wanted: bool, contexts: Contexts | 
         base.gradient_checkpointing_enable(options)
     except ValueError as error:
         raise InputError(
-            f"train.checkpoint_activations does not go with {type(base).__name__} ({str(error)[:120]}): set it to false."
+            f"train.checkpoint_activations does not work with {type(base).__name__} ({str(error)[:120]}): set it to false."
         ) from error
 
 
 @contextmanager
 def useful_flops(model: PeftModel) -> Iterator[Callable[[], int]]:
-    """Within it operations are counted; what is given tells their number less those made a second time to save memory."""
-    again: list[int] = []
+    """Count operations within the block; the function that it gives returns their number without recomputed ones."""
+    recomputed: list[int] = []
 
     @contextmanager
-    def second() -> Iterator[None]:
+    def count_recomputed() -> Iterator[None]:
         counter = FlopCounterMode(display=False)
         try:
             with counter:
                 yield
-        finally:  # the second computation of a layer ends early, by an exception
-            again.append(counter.get_total_flops())
+        finally:  # recomputing a layer ends early, by an exception
+            recomputed.append(counter.get_total_flops())
 
     base: Any = model.get_base_model()
-    on = bool(base.is_gradient_checkpointing)
-    if on:
-        checkpoint_activations(model, True, lambda: (nullcontext(), second()))
+    enabled = bool(base.is_gradient_checkpointing)
+    if enabled:
+        checkpoint_activations(model, True, lambda: (nullcontext(), count_recomputed()))
     try:
         with FlopCounterMode(display=False) as counter:
-            yield lambda: counter.get_total_flops() - sum(again)
+            yield lambda: counter.get_total_flops() - sum(recomputed)
     finally:
-        checkpoint_activations(model, on)
+        checkpoint_activations(model, enabled)

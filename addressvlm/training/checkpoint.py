@@ -1,4 +1,8 @@
-"""What a run needs to go on: a checkpoint in memory, whole and on the CPU, whatever the strategy and number of workers."""
+"""Training checkpoints. Resuming restores the adapter, AdamW's state, the position (stage, step) and the best adapter so far.
+
+Tensors are complete and on the CPU, so a checkpoint fits every strategy and every number of workers. Row order, augmentation
+and dropout masks follow from seed and step and need no state.
+"""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +15,7 @@ from addressvlm.errors import InputError
 from addressvlm.training.strategy import OptimizerState
 
 STATE, BEST, POSITION = "state.pt", "best.pt", "position.json"
-SCORES = ("A_ds", "A", "A_s", "A_s_G")  # of validation, the first that was measured: by it adapters are compared
+METRICS = ("A_ds", "A", "A_s", "A_s_G")  # adapters are compared by the first that validation measured
 
 
 @dataclass(frozen=True)
@@ -26,27 +30,27 @@ class BestAdapter:
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """Everything after `step` steps of stage number `stage`."""
+    """The state after `step` steps of stage number `stage` (from 0)."""
 
     stage: int
     step: int
     adapter: dict[str, torch.Tensor]
-    moments: OptimizerState
+    optimizer_state: OptimizerState
     best: BestAdapter | None = None
 
     def write(self, folder: Path) -> None:
-        """Write a checkpoint; its position comes last, without which it counts as none."""
-        torch.save({"adapter": self.adapter, "optimizer": self.moments}, folder / STATE)
+        """Write a checkpoint; the position comes last and makes it valid."""
+        torch.save({"adapter": self.adapter, "optimizer": self.optimizer_state}, folder / STATE)
         if self.best:
             torch.save(vars(self.best), folder / BEST)
         (folder / POSITION).write_text(json.dumps({"stage": self.stage, "step": self.step}))
 
     @classmethod
     def read(cls, folder: Path) -> "TrainingCheckpoint":
-        """What `write` wrote.
+        """Read what `write` wrote.
 
         Raises:
-            InputError: the folder holds no whole checkpoint.
+            InputError: the checkpoint is incomplete.
         """
         try:
             position: dict[str, int] = json.loads((folder / POSITION).read_text())
@@ -54,17 +58,17 @@ class TrainingCheckpoint:
             best = BestAdapter(**torch.load(folder / BEST, weights_only=True)) if (folder / BEST).is_file() else None
         except (OSError, ValueError, RuntimeError, EOFError) as error:
             raise InputError(
-                f"the checkpoint in {folder} is not whole ({' '.join(str(error).split())[:120]}): remove it to go on from the "
-                "one before, or begin anew with --redo."
+                f"the checkpoint in {folder} is incomplete ({' '.join(str(error).split())[:120]}): remove it to resume from "
+                "the one before, or start over with --redo."
             ) from error
-        return cls(**position, adapter=state["adapter"], moments=state["optimizer"], best=best)
+        return cls(**position, adapter=state["adapter"], optimizer_state=state["optimizer"], best=best)
 
 
 def better_adapter(
-    best: BestAdapter | None, step: int, found: dict[str, float], adapter: dict[str, torch.Tensor]
+    best: BestAdapter | None, step: int, metrics: dict[str, float], adapter: dict[str, torch.Tensor]
 ) -> BestAdapter | None:
-    """The best after a validation; of equal ones the later."""
-    metric = next((name for name in SCORES if name in found), None)
-    if metric is None or (best and best.value > found[metric]):
+    """The best adapter after a validation; of equal ones the later."""
+    metric = next((name for name in METRICS if name in metrics), None)
+    if metric is None or (best and best.value > metrics[metric]):
         return best
-    return BestAdapter(step, metric, found[metric], {name: weights.clone() for name, weights in adapter.items()})
+    return BestAdapter(step, metric, metrics[metric], {name: weights.clone() for name, weights in adapter.items()})

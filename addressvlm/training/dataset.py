@@ -1,5 +1,6 @@
 """Which rows a worker sees at which step: a function of seed and step alone, so that a resumed run goes on exactly."""
 
+import json
 import math
 from collections import OrderedDict
 from dataclasses import replace
@@ -13,8 +14,13 @@ from addressvlm.errors import InputError
 from addressvlm.storage import tables
 from addressvlm.storage.files import open_parquet
 from addressvlm.storage.remote_path import AnyPath
+from addressvlm.storage.run_dir import DONE_FILE, Run
 from addressvlm.training.collator import Sample, SkipSampleError, sample_from_row
 
+CACHED_GROUPS = 64  # row groups in memory
+SHUFFLED_GROUPS = 32  # row groups whose rows are shuffled together; fewer than are cached
+REPLACEMENTS = 16  # rows tried in place of one that can't be used
+LOCATABILITY_COMMAND = "python ray_jobs/locatability.py --config … --segmentation … --clip …"
 ASPECT = 4 / 3  # a crop is at most so much wider or narrower than the photo
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
@@ -50,11 +56,6 @@ def _box(size: tuple[int, int], area: float, aspect: float, left: float, top: fl
     width, height = (max(1, round(side * share)) for side, share in zip(size, shares, strict=True))
     x, y = round((size[0] - width) * left), round((size[1] - height) * top)
     return x, y, x + width, y + height
-
-
-CACHED_GROUPS = 64  # row groups kept in memory
-MIXED_GROUPS = 32  # row groups whose rows are shuffled among each other; fewer than are cached
-TRIES = 16  # rows tried in place of one that can't be used
 
 
 class RowSource(Protocol):
@@ -101,14 +102,54 @@ class TableRows:
         return self._cache[group].slice(index - int(self.starts[group]), 1).to_pylist()[0]
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
-        """A permutation of all rows: row groups shuffled, then rows within `MIXED_GROUPS` groups at a time."""
+        """A permutation of all rows: row groups shuffled, then rows within `SHUFFLED_GROUPS` groups at a time."""
         rng = np.random.default_rng([seed, epoch])
         groups = rng.permutation(len(self.groups))
         order = []
-        for at in range(0, len(groups), MIXED_GROUPS):
-            members = [np.arange(self.starts[g], self.starts[g + 1]) for g in groups[at : at + MIXED_GROUPS]]
+        for at in range(0, len(groups), SHUFFLED_GROUPS):
+            members = [np.arange(self.starts[g], self.starts[g + 1]) for g in groups[at : at + SHUFFLED_GROUPS]]
             order.append(rng.permutation(np.concatenate(members)))
         return np.concatenate(order)
+
+
+class LocatableRows:
+    """The rows of a table whose photo's locatability is at least `threshold`, renumbered from 0 in the table's order.
+
+    Attributes:
+        skipped: id of each other row -> why.
+
+    Raises:
+        InputError: the photos have not been scored, one of them has not, or none reaches the threshold.
+    """
+
+    def __init__(self, run: Run, folder: AnyPath, threshold: float) -> None:
+        self.rows = TableRows(folder, "train")
+        scores = locatability_scores(run)
+        ids = tables.read_table(folder, "train", ["id"])["id"].to_pylist()
+        if (unknown := next((name for name in ids if name not in scores), None)) is not None:
+            raise InputError(
+                f"{folder} has the photo {unknown}, which has no score in {run.locatability}: score the photos again, "
+                f"`{LOCATABILITY_COMMAND} --redo`."
+            )
+        kept = np.array([scores[name] >= threshold for name in ids], dtype=bool)
+        if ids and not kept.any():
+            raise InputError(f"none of the {len(ids):,} rows of {folder} reaches the locatability {threshold:g}: lower it.")
+        reason = f"its locatability is {{:.2f}}, below {threshold:g}"
+        self.skipped = {name: reason.format(scores[name]) for name, keep in zip(ids, kept, strict=True) if not keep}
+        self._kept = np.flatnonzero(kept)
+        self._number = np.where(kept, np.cumsum(kept) - 1, -1)
+        self.starts = np.array([0, len(self._kept)])
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[int(self._kept[index])]
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """The table's permutation without the skipped rows."""
+        order = self._number[self.rows.epoch(seed, epoch)]
+        return order[order >= 0]
 
 
 class MixedRows:
@@ -169,14 +210,14 @@ class Schedule:
         A row that can't be used is replaced by one that is drawn from seed and position alone.
 
         Raises:
-            InputError: none of `TRIES` rows can be used.
+            InputError: none of `REPLACEMENTS` rows can be used.
         """
         rows = self.indices(step, rank, world)
         return [self._usable(collate, index, step, rank + number * world) for number, index in enumerate(rows)]
 
     def _usable(self, collate: Any, index: int, step: int, number: int) -> Any:
         tried = index
-        for attempt in range(TRIES + 1):
+        for attempt in range(REPLACEMENTS + 1):
             try:
                 return collate.encode(self._changed(self.sample(tried), step, number))
             except SkipSampleError as why:
@@ -184,8 +225,8 @@ class Schedule:
             tried = int(np.random.default_rng([self.seed, index, number, attempt]).integers(self.rows.starts[-1]))
         name, reason = next(iter(self.rejected.items()))
         raise InputError(
-            f"none of {TRIES + 1} training rows tried one after the other can be used (row {name}: {reason}): look at the "
-            "photos and prepare the data again."
+            f"none of {REPLACEMENTS + 1} training rows tried one after the other can be used (row {name}: {reason}): look at "
+            "the photos and prepare the data again."
         )
 
     def sample(self, index: int) -> Sample:
@@ -214,3 +255,34 @@ def count_steps(rows: int, per_step: int, epochs: float, max_steps: int | None) 
     """Optimizer steps of a stage: at least one, at most `max_steps`."""
     steps = max(1, round(rows * epochs / per_step))
     return min(steps, max_steps) if max_steps else steps
+
+
+def low_locatability(table: RowSource) -> dict[str, str]:
+    """Id of each row below its table's threshold -> why."""
+    if isinstance(table, MixedRows):
+        return {name: why for part in table.tables for name, why in low_locatability(part).items()}
+    return table.skipped if isinstance(table, LocatableRows) else {}
+
+
+def locatability_scored_by(run: Run) -> dict[str, Any]:
+    """The models and texts that scored a run's photos; InputError if none are scored."""
+    try:
+        scorer: dict[str, Any] = json.loads((run.locatability / DONE_FILE).read_text())["locatability"]
+    except FileNotFoundError as error:
+        raise unscored_error(run) from error
+    return scorer
+
+
+def locatability_scores(run: Run) -> dict[str, float]:
+    """Id of a training photo -> its locatability, 0 to 1."""
+    if not tables.count_rows(run.locatability, "train"):
+        raise unscored_error(run)
+    table = tables.read_table(run.locatability, "train", ["id", "locatability"])
+    return dict(zip(table["id"].to_pylist(), table["locatability"].to_pylist(), strict=True))
+
+
+def unscored_error(run: Run) -> InputError:
+    return InputError(
+        f"a stage has a threshold of locatability, but {run.locatability} has no scores: run `python ray_jobs/prepare.py "
+        f"--config …` and `{LOCATABILITY_COMMAND}` first, or remove locatability from train.stages."
+    )

@@ -1,6 +1,9 @@
-"""What a training will take, before it is begun: parameters, tokens, memory, operations, time. Needs no GPU and no weights."""
+"""Estimate a training's parameters, memory, operations and time from config.json alone: no weights, no GPU, no Ray.
 
-from collections.abc import Callable, Sequence
+python ray_jobs/train.py --config paper-pitts --dry-run --photos 177840
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,135 +17,353 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from addressvlm.config import Config
 from addressvlm.config.train import Part, StageConfig, SystemConfig
 from addressvlm.errors import InputError
-from addressvlm.models.loading import context_length, local
+from addressvlm.models.loading import autocast, context_length, local
 from addressvlm.models.lora import attach_lora, set_trainable_parts
 from addressvlm.models.parts import part_of
 from addressvlm.questions import templates
 from addressvlm.training.activation_checkpointing import checkpoint_activations
 from addressvlm.training.collator import IGNORE_INDEX, Collator, EncodedSample, Sample, SkipSampleError, sample_from_row
 from addressvlm.training.dataset import RowSource, count_steps
+from addressvlm.training.device_stats import peak_flops, total_memory_gib
 from addressvlm.training.stages import remaining_steps, training_rows
 from addressvlm.training.strategy import SHARDS_WEIGHTS
 
-NAME = "addressvlm_outline"
-PASSES = 3  # operations of both passes through an attention, in those of its forward pass
+ATTENTION = "addressvlm_memory_estimate"
+SAMPLED_ROWS = 64  # rows of a table whose tokens are counted
+GIB = 2**30
+ZERO3_LIVE = 1e9  # DeepSpeed's default of stage3_max_live_parameters
+OVERHEAD = 1.05  # fragmentation, the libraries' buffers
+FORMULA = (
+    "memory a worker = 1.05 x (weights as stored + adapter in float32 + 4 bytes of gradient and 8 of AdamW for each trained "
+    "parameter + activations of one batch); of what train.strategy shards, a worker's share"
+)
 
 
 @dataclass
-class Cost:
-    """Of one row: floating-point operations, bytes kept, and pairs of tokens over all heads and layers.
+class RowCost:
+    """Cost of one row, forward and backward pass.
 
-    `guessed` if not all of it could be counted.
+    Attributes:
+        activations: bytes kept for the backward pass.
+        pairs: pairs of tokens over all heads and layers, for which plain attention keeps a number.
+        guessed: whether the encoder's share follows from its number of weights, where it could not be counted.
     """
 
     flops: float = 0.0
-    kept: float = 0.0
+    activations: float = 0.0
     pairs: float = 0.0
     guessed: bool = False
 
-    def __add__(self, other: "Cost") -> "Cost":
-        guessed = self.guessed or other.guessed
-        return Cost(self.flops + other.flops, self.kept + other.kept, self.pairs + other.pairs, guessed)
+    def __add__(self, other: "RowCost") -> "RowCost":
+        return RowCost(
+            self.flops + other.flops,
+            self.activations + other.activations,
+            self.pairs + other.pairs,
+            self.guessed or other.guessed,
+        )
+
+
+@dataclass
+class StageEstimate:
+    """One stage on one worker; memory in bytes."""
+
+    name: str
+    trained: dict[Part, int]  # trained parameters
+    rows: int | None  # of an epoch, None if the table is missing
+    steps: int | None
+    tokens: float  # of a mean row
+    longest: int
+    rows_per_step: int  # of all workers
+    flops: float  # of a mean row, both passes
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float  # of one batch
+    guessed: bool  # see RowCost
+
+    @property
+    def memory(self) -> float:
+        return OVERHEAD * (self.weights + self.gradients + self.optimizer + self.activations)
+
+    def seconds(self, peak: float, workers: int, mfu: float) -> float | None:
+        """Training time at a share `mfu` of the workers' `peak` operations a second."""
+        return None if self.steps is None else self.steps * self.rows_per_step * self.flops / (mfu * peak * workers)
+
+
+@dataclass
+class ModelShape:
+    """A base model without weights, with its adapter and processor; `totals` are the base's parameters of each part."""
+
+    model: Any
+    parts: dict[Part, str]
+    processor: Any
+    totals: dict[Part, int]
+
+
+def print_estimate(config: Config, systems: list[SystemConfig], photos: int | None = None) -> None:
+    """Print the estimate of every stage of the systems.
+
+    Args:
+        photos: number of photos, where the tables are not there yet.
+
+    Raises:
+        InputError: the base model's config.json is missing, or a stage needs more memory than a GPU has.
+    """
+    shape, train = model_shape(config), config.train
+    print("parameters: " + ", ".join(f"{part} {count:,}" for part, count in shape.totals.items()), flush=True)
+    available = train.gpu_memory_gib or total_memory_gib()
+    device = torch.device("cuda" if train.gpus_per_worker and torch.cuda.is_available() else "cpu")
+    bfloat16 = autocast(device, getattr(torch, config.model.dtype), train.precision)._enabled
+    peak = peak_flops(device, torch.bfloat16 if bfloat16 else torch.float32, train.peak_tflops)
+    for system in systems:
+        for stage in estimate_stages(config, system, shape, photos, cpu=not train.gpus_per_worker):
+            print(
+                f"{system.name}: {stage.name}\n" + describe_stage(config, stage, sum(shape.totals.values()), peak), flush=True
+            )
+            if train.gpus_per_worker and available and stage.memory / GIB > available:
+                raise InputError(
+                    f"{system.name}, {stage.name} needs about {stage.memory / GIB:.1f} GiB a GPU, which has {available:g}: "
+                    f"lower batch_size of train.stages.{stage.name} ({train.stages[stage.name].batch_size}) and raise "
+                    "gradient_accumulation_steps by as much, or set model.dtype to bfloat16, train.checkpoint_activations to "
+                    "true or train.strategy to fsdp2."
+                )
+    print(FORMULA, flush=True)
+
+
+def describe_stage(config: Config, stage: StageEstimate, total: int, peak: float | None) -> str:
+    """The lines about a stage; `total` are the base's parameters, `peak` a worker's operations a second if known."""
+    train, trained = config.train, ", ".join(f"{part} {count:,}" for part, count in stage.trained.items() if count)
+    steps = "unknown (give --photos)" if stage.steps is None else f"{stage.steps:,}"
+    lines = [
+        f"  trained: {trained} ({100 * sum(stage.trained.values()) / total:.2f} % of the base)",
+        f"  a row: {stage.tokens:.0f} tokens (longest {stage.longest:,}), {stage.flops / 1e12:.3f} TFLOP for both passes",
+        f"  a step: {stage.rows_per_step:,} rows, {stage.rows_per_step * stage.tokens:,.0f} tokens; steps: {steps}",
+        f"  memory a worker: {stage.memory / GIB:.2f} GiB: weights {stage.weights / GIB:.2f}, gradients "
+        f"{stage.gradients / GIB:.2f}, optimizer {stage.optimizer / GIB:.2f}, activations {stage.activations / GIB:.2f}",
+    ]
+    if stage.guessed:
+        lines.append("  the encoder's operations and activations are guessed from its number of weights")
+    if stage.steps is not None:
+        lines.append(f"  operations: {stage.steps * stage.rows_per_step * stage.flops / 1e15:,.2f} PFLOP")
+    if peak and (seconds := stage.seconds(peak, train.workers, train.mfu)):
+        rate = f"{100 * train.mfu:.0f} % of {peak / 1e12:g} TFLOP/s"
+        lines.append(f"  time: {seconds / 3600:.2f} h on {train.workers} workers at {rate} each")
+    elif stage.steps is not None:
+        lines.append("  time: unknown, set train.peak_tflops to what a worker can do")
+    return "\n".join(lines)
+
+
+def model_shape(config: Config) -> ModelShape:
+    """Build the base model and its adapter from config.json and processor files, without weights.
+
+    Raises:
+        InputError: the files are missing.
+    """
+    base, options = local(config.model.base), {"trust_remote_code": config.model.trust_remote_code}
+    try:
+        architecture = AutoConfig.from_pretrained(base, **options)
+        processor = AutoProcessor.from_pretrained(base, backend="pil", **options)
+        with torch.device("meta"):
+            bare = AutoModelForImageTextToText.from_config(architecture, dtype=getattr(torch, config.model.dtype), **options)
+            model, parts = attach_lora(bare, config.model)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise InputError(
+            f"an estimate for '{config.model.base}' needs its config.json and processor files, not its weights "
+            f"({' '.join(str(error).split())[:200]}): download those, or unset HF_HUB_OFFLINE."
+        ) from error
+    totals: dict[Part, int] = dict.fromkeys(parts, 0)
+    for name, weights in model.get_base_model().named_parameters():
+        if "lora_" not in name and ".modules_to_save." not in name:
+            totals[part_of(name, parts) or "llm"] += weights.numel()  # the output head counts as the language model's
+    return ModelShape(model, parts, processor, totals)
+
+
+def estimate_stages(
+    config: Config, system: SystemConfig, shape: ModelShape, photos: int | None = None, cpu: bool = False
+) -> list[StageEstimate]:
+    """Estimate all stages of a system.
+
+    Args:
+        photos: number of photos, where the tables are not there yet.
+        cpu: whether it trains on CPUs, where attention keeps a number for each pair of tokens.
+    """
+    stages = [_estimate_stage(config, name, shape, photos, cpu) for name in system.stages]
+    if system.match_steps_of and stages:
+        reference = next(s for s in config.train.systems if s.name == system.match_steps_of)
+        total = [_rows_and_steps(config, name, photos)[2] for name in reference.stages]
+        before = [stage.steps for stage in stages[:-1]]
+        known = None not in (*total, *before)
+        stages[-1].steps = remaining_steps(system, sum(n or 0 for n in total), sum(n or 0 for n in before)) if known else None
+    return stages
+
+
+def _rows_and_steps(config: Config, name: str, photos: int | None) -> tuple[RowSource | None, int | None, int | None]:
+    """A stage's table, rows of an epoch and steps, as far as they are known."""
+    stage = config.train.stages[name]
+    try:
+        table: RowSource | None = training_rows(config, stage.tables, stage.locatability)
+    except InputError:
+        table = None
+    rows = len(table) if table is not None else photos and photos * len(stage.tables)
+    per_step = stage.batch_size * stage.gradient_accumulation_steps * config.train.workers
+    return table, rows, count_steps(rows, per_step, stage.epochs, stage.max_steps) if rows else stage.max_steps
+
+
+def _estimate_stage(config: Config, name: str, shape: ModelShape, photos: int | None, cpu: bool) -> StageEstimate:
+    train, stage = config.train, config.train.stages[name]
+    table, rows, steps = _rows_and_steps(config, name, photos)
+    samples = _sample_rows(config, stage, shape, table)
+    tokens = sum(len(sample.ids) for sample in samples) / len(samples)
+    longest = max(samples, key=lambda sample: len(sample.ids))
+    answers = sum(label != IGNORE_INDEX for sample in samples for label in sample.labels) / len(samples)
+    set_trainable_parts(shape.model, shape.parts, stage.parts)
+    cost = row_cost(shape.model, shape.parts, longest.pixels, len(longest.ids), round(answers), train.checkpoint_activations)
+    trained: dict[Part, int] = dict.fromkeys(shape.parts, 0)
+    for path, parameter in shape.model.named_parameters():
+        if parameter.requires_grad:
+            trained[part_of(path, shape.parts) or "llm"] += parameter.numel()
+    shard = sum(trained.values()) / (train.workers if train.strategy != "ddp" else 1)
+    pair_bytes = (4 if config.model.dtype == "float32" else 2) if cpu else 0
+    return StageEstimate(
+        name, trained, rows, steps, tokens, len(longest.ids),
+        rows_per_step=stage.batch_size * stage.gradient_accumulation_steps * train.workers,
+        flops=cost.flops * tokens / len(longest.ids),
+        weights=_weight_bytes(shape.model, train.strategy, train.workers),
+        gradients=4.0 * shard,
+        optimizer=8.0 * shard,
+        activations=stage.batch_size * (cost.activations + cost.pairs * pair_bytes),
+        guessed=cost.guessed,
+    )  # fmt: skip
+
+
+def _sample_rows(config: Config, stage: StageConfig, shape: ModelShape, table: RowSource | None) -> list[EncodedSample]:
+    """Encoded rows of the table, or an invented one where it is not there yet."""
+    collator = Collator(shape.processor, stage.isolate_questions, context=context_length(shape.model.get_base_model()))
+    if table is None:
+        photos = "photos" in stage.tables
+        question = templates("street", "choice")[0].format(options="; ".join(["Forbes Avenue"] * 4))
+        answer = "Forbes Avenue, Oakland" if photos else "Forbes Avenue runs there. " * 12
+        image = Image.new("RGB", (config.tiles.pixels, config.tiles.pixels))
+        tile = image if config.tiles.layout == "two" and "alignment" in stage.tables else None
+        return [collator.encode(Sample(image, [(question, answer)] * (config.city.rounds if photos else 1), tile=tile))]
+    total, samples = int(table.starts[-1]), []
+    for index in range(0, total, max(1, total // SAMPLED_ROWS)):
+        try:
+            samples.append(collator.encode(sample_from_row(table[index])))
+        except SkipSampleError:
+            continue
+    if not samples:
+        raise InputError("none of the sampled training rows can be used: look at the photos and prepare the data again.")
+    return samples
+
+
+def _weight_bytes(model: Any, strategy: str, workers: int) -> float:
+    """Bytes of a worker's weights: its shard where they are sharded, and what is gathered for computing."""
+
+    def size(module: torch.nn.Module) -> float:
+        return float(sum(weights.numel() * weights.itemsize for weights in module.parameters()))
+
+    total = size(model)
+    if strategy not in SHARDS_WEIGHTS or workers == 1:
+        return total
+    if strategy == "fsdp2":  # what is in no layer stays gathered during a step, and the next layer is prefetched
+        layers = sorted(size(module) for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+        return total / workers + total - sum(layers[:-2])
+    return total / workers + min(total, ZERO3_LIVE * total / sum(weights.numel() for weights in model.parameters()))
 
 
 def row_cost(
-    model: Any, parts: dict[Part, str], image: dict[str, torch.Tensor], tokens: int, answers: int, recompute: bool = False
-) -> Cost:
-    """Cost of a row of `tokens` tokens, of which `answers` are learnt; what of the model learns is what requires gradients.
+    model: Any, parts: dict[Part, str], pixels: dict[str, torch.Tensor], tokens: int, answers: int, checkpointing: bool = False
+) -> RowCost:
+    """Cost of a row, by running the parts on PyTorch's meta device; what requires gradients is trained.
 
     Args:
-        recompute: each layer keeps its input only, beside which all of one layer is there while it is computed again.
+        pixels: the processor's tensors of the image.
+        tokens, answers: number of tokens, and of those with a loss.
+        checkpointing: whether a layer keeps only its input, beside which one layer at a time is recomputed.
     """
-    AttentionInterface.register(NAME, _attend)
+    AttentionInterface.register(ATTENTION, _counting_attention)
     base = model.get_base_model()
-    text, llm = base.config.get_text_config(), base.get_submodule(parts["llm"])
-    whole = _kept(
-        model, base.get_submodule(parts["vision"]), lambda: _vision(base, parts, image, recompute), recompute
-    ) + _kept(model, llm, lambda: _language(llm, text.hidden_size, tokens, base.dtype), recompute)
-    width, vocabulary = text.hidden_size, text.vocab_size
-    return whole + Cost(4.0 * answers * width * vocabulary, answers * vocabulary * 4.0 * 3)  # logits, their softmax, gradient
+    text = base.config.get_text_config()
+    vision, adapter, llm = (base.get_submodule(parts[part]) for part in ("vision", "adapter", "llm"))
+    image = {key: value.to("meta", base.dtype if value.is_floating_point() else None) for key, value in pixels.items()}
+
+    def vision_cost() -> RowCost:
+        def forward() -> torch.Tensor:
+            features = base.get_image_features(**image)
+            features = getattr(features, "pooler_output", features)
+            return features if isinstance(features, torch.Tensor) else torch.cat(list(features))
+
+        try:
+            if getattr(vision.config, "num_attention_heads", None):
+                vision.set_attn_implementation(ATTENTION)
+            return _count(forward, vision, adapter)
+        except RuntimeError:  # a family whose code reads its tensors' values (Qwen-VL)
+            return _guess_vision(vision, adapter, pixels["pixel_values"], base.dtype, checkpointing)
+
+    def language_cost() -> RowCost:
+        llm.set_attn_implementation(ATTENTION)
+        row = torch.empty(1, tokens, text.hidden_size, device="meta", dtype=base.dtype, requires_grad=True)
+        return _count(lambda: llm(inputs_embeds=row, use_cache=False).last_hidden_state, llm)
+
+    cost = RowCost(4.0 * answers * text.hidden_size * text.vocab_size, answers * text.vocab_size * 4.0 * 3)  # logits
+    for measure, part in ((vision_cost, vision), (language_cost, llm)):
+        full = measure()
+        if checkpointing and not full.guessed:
+            training = model.training
+            checkpoint_activations(model.train(), True)
+            try:
+                inputs = measure().activations
+            finally:
+                checkpoint_activations(model.train(training), False)
+            layers = max(1, sum(isinstance(module, GradientCheckpointingLayer) for module in part.modules()))
+            full = RowCost(full.flops, inputs + (full.activations - inputs) / layers, full.pairs / layers)
+        cost = full + cost
+    return cost
 
 
-def _kept(model: Any, part: torch.nn.Module, count: Callable[[], Cost], recompute: bool) -> Cost:
-    cost = count()
-    if not recompute or cost.guessed:
-        return cost
-    training = model.training
-    checkpoint_activations(model.train(), True)
-    try:
-        least = count().kept
-    finally:
-        checkpoint_activations(model.train(training), False)
-    layers = max(1, sum(isinstance(module, GradientCheckpointingLayer) for module in part.modules()))
-    return Cost(cost.flops, least + (cost.kept - least) / layers, cost.pairs / layers)
-
-
-def _language(llm: Any, width: int, tokens: int, dtype: torch.dtype) -> Cost:
-    llm.set_attn_implementation(NAME)
-    row = torch.empty(1, tokens, width, device="meta", dtype=dtype, requires_grad=True)
-    return _counted(lambda: llm(inputs_embeds=row, use_cache=False).last_hidden_state, llm)
-
-
-def _vision(base: Any, parts: dict[Part, str], image: dict[str, torch.Tensor], recompute: bool) -> Cost:
-    """Of encoder and adapter; guessed where a family's code looks into its tensors (Qwen-VL), which then raise RuntimeError."""
-    encoder, adapter = base.get_submodule(parts["vision"]), base.get_submodule(parts["adapter"])
-    shown = {key: value.to("meta", base.dtype if value.is_floating_point() else None) for key, value in image.items()}
-    try:
-        if getattr(encoder.config, "num_attention_heads", None):
-            encoder.set_attn_implementation(NAME)
-        return _counted(lambda: _features(base.get_image_features(**shown)), encoder, adapter)
-    except RuntimeError:
-        return _guessed(base, encoder, adapter, image, recompute)
-
-
-def _features(found: Any) -> torch.Tensor:
-    found = getattr(found, "pooler_output", found)
-    return found if isinstance(found, torch.Tensor) else torch.cat(list(found))
-
-
-def _guessed(base: Any, encoder: Any, adapter: Any, image: dict[str, torch.Tensor], recompute: bool) -> Cost:
-    """Two operations a weight and patch and pass, and sixteen kept numbers a channel, layer and patch, or one."""
-    config = encoder.config
-    patch, width = getattr(config, "patch_size", 16), config.hidden_size
+def _guess_vision(vision: Any, adapter: Any, pixels: torch.Tensor, dtype: torch.dtype, checkpointing: bool) -> RowCost:
+    """Two operations per weight, patch and pass; 16 numbers kept per channel, layer and patch, or one with checkpointing."""
+    config = vision.config
     depth = getattr(config, "num_hidden_layers", 0) or getattr(config, "depth", 12)
-    patches = image["pixel_values"].numel() / (3 * patch**2)
-    weights = sum(p.numel() for p in [*encoder.parameters(), *adapter.parameters()])
-    passes = 3 if any(p.requires_grad for p in [*encoder.parameters(), *adapter.parameters()]) else 1
-    kept = (depth + 16.0 if recompute else 16.0 * depth) * patches * width * base.dtype.itemsize * (passes > 1)
-    return Cost(2.0 * passes * weights * patches, kept, guessed=True)
+    patches = pixels.numel() / (3 * getattr(config, "patch_size", 16) ** 2)
+    weights = [*vision.parameters(), *adapter.parameters()]
+    trained = any(p.requires_grad for p in weights)
+    kept = (depth + 16.0 if checkpointing else 16.0 * depth) * patches * config.hidden_size * dtype.itemsize * trained
+    return RowCost(2.0 * (3 if trained else 1) * sum(p.numel() for p in weights) * patches, kept, guessed=True)
 
 
-def _counted(forward: Callable[[], torch.Tensor], *modules: torch.nn.Module) -> Cost:
-    """Cost of both passes; the second one only if something can learn by it."""
-    kept: dict[int, torch.Tensor] = {}
-    cost = Cost()
+_counting: list[RowCost] = []  # the cost being counted, to which attention adds its share
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+
+def _count(forward: Callable[[], torch.Tensor], *modules: torch.nn.Module) -> RowCost:
+    """Cost of the forward pass, and of the backward pass if something learns by it."""
+    saved: dict[int, torch.Tensor] = {}
+    cost = RowCost()
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    _totals.append(cost)
+    _counting.append(cost)
     try:
-        with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
+        with FlopCounterMode(display=False) as counter, saved_tensors_hooks(save, lambda tensor: tensor):
             out = forward()
             if out.requires_grad:
                 out.sum().backward()
     finally:
-        _totals.pop()
+        _counting.pop()
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    weights = {parameter.untyped_storage()._cdata for parameter in parameters}
     cost.flops += counter.get_total_flops()
-    owned = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
-    cost.kept += sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in owned)
-    for module in modules:
-        for parameter in module.parameters():
-            parameter.grad = None
+    cost.activations += sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in weights)
+    for parameter in parameters:
+        parameter.grad = None
     return cost
 
 
-_totals: list[Cost] = []  # the cost being counted, to which attention adds its part
-
-
-class _Attention(torch.autograd.Function):
-    """Keeps what flash attention keeps and has a result of the right shape."""
+class _FlashAttention(torch.autograd.Function):
+    """Saves what flash attention saves; its result has the right shape only."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -155,207 +376,13 @@ class _Attention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def _attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, None]:
+def _counting_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[Any, None]:
+    """An attention function of transformers; both passes cost three times the forward pass."""
     batch, heads, tokens, width = query.shape
-    pairs = batch * heads * tokens * key.shape[2] * (0.5 if getattr(module, "is_causal", False) else 1.0)
-    _totals[-1].flops += 4 * pairs * width * (PASSES if query.requires_grad else 1)
-    _totals[-1].pairs += batch * heads * tokens * key.shape[2] * query.requires_grad
-    return _Attention.apply(query, key, value).transpose(1, 2), None
-
-
-LOOKED_AT = 64  # rows of a table whose tokens are counted
-GIB = 2**30
-ZERO3_LIVE = 1e9  # DeepSpeed's default
-SPARE = 1.05  # fragmentation, buffers of the libraries
-
-
-@dataclass
-class StageEstimate:
-    """One stage on one worker; bytes, operations and steps."""
-
-    name: str
-    trained: dict[Part, int]
-    rows: int | None  # of an epoch, None if the data is not there yet
-    steps: int | None
-    tokens: float  # of a mean row
-    longest: int
-    rows_per_step: int  # of all workers
-    flops: float  # of a mean row, both passes
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float  # of one batch
-    guessed: bool  # operations and activations of the encoder, by its number of weights
-
-    @property
-    def memory(self) -> float:
-        """Bytes that a worker needs."""
-        return SPARE * (self.weights + self.gradients + self.optimizer + self.activations)
-
-    def seconds(self, peak: float, workers: int, mfu: float) -> float | None:
-        """At a share `mfu` of the workers' peak operations a second."""
-        return None if self.steps is None else self.steps * self.rows_per_step * self.flops / (mfu * peak * workers)
-
-
-@dataclass
-class ModelShape:
-    """A base model without weights, with its adapter and its processor."""
-
-    model: Any
-    parts: dict[Part, str]
-    processor: Any
-    totals: dict[Part, int]  # parameters of each part of the base
-
-
-def model_shape(config: Config) -> ModelShape:
-    """Read the base model's config.json and processor files, and nothing of its weights.
-
-    Raises:
-        InputError: they are not in the folder, or not at hand offline.
-    """
-    where = local(config.model.base)
-    options = {"trust_remote_code": config.model.trust_remote_code}
-    try:
-        described = AutoConfig.from_pretrained(where, **options)
-        processor = AutoProcessor.from_pretrained(where, backend="pil", **options)
-        with torch.device("meta"):
-            base = AutoModelForImageTextToText.from_config(described, dtype=getattr(torch, config.model.dtype), **options)
-            model, parts = attach_lora(base, config.model)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise InputError(
-            f"a plan for '{config.model.base}' needs its config.json and processor files, not its weights "
-            f"({' '.join(str(error).split())[:200]}): fetch those, or unset HF_HUB_OFFLINE."
-        ) from error
-    totals: dict[Part, int] = dict.fromkeys(parts, 0)
-    for name, weights in model.get_base_model().named_parameters():
-        if "lora_" not in name and ".modules_to_save." not in name:
-            totals[part_of(name, parts) or "llm"] += weights.numel()  # the head, wherever it is, is the language model's
-    return ModelShape(model, parts, processor, totals)
-
-
-def estimate_stages(
-    config: Config, system: SystemConfig, base: ModelShape, photos: int | None = None, cpu: bool = False
-) -> list[StageEstimate]:
-    """The stages of a system.
-
-    Args:
-        photos: rows of a table that is not there yet.
-        cpu: activations as on a CPU, where plain attention keeps a number for each pair of tokens.
-    """
-    stages = [_stage(config, name, base, photos, cpu) for name in system.stages]
-    if system.match_steps_of and stages:
-        model = next(s for s in config.train.systems if s.name == system.match_steps_of)
-        whole = [_steps(config, name, _table(config, name), photos) for name in model.stages]
-        before = [stage.steps for stage in stages[:-1]]
-        known = [steps for steps in (*whole, *before) if steps is not None]
-        complete = len(known) == len(whole) + len(before)
-        stages[-1].steps = remaining_steps(system, sum(known[: len(whole)]), sum(known[len(whole) :])) if complete else None
-    return stages
-
-
-def _table(config: Config, stage: str) -> RowSource | None:
-    try:
-        return training_rows(config, config.train.stages[stage].tables, config.train.stages[stage].locatability)
-    except InputError:
-        return None
-
-
-def _count(config: Config, stage: str, table: RowSource | None, photos: int | None) -> int | None:
-    """Rows of an epoch, None if nobody knows."""
-    return len(table) if table is not None else photos and photos * len(config.train.stages[stage].tables)
-
-
-def _per_step(config: Config, stage: str) -> int:
-    made = config.train.stages[stage]
-    return made.batch_size * made.gradient_accumulation_steps * config.train.workers
-
-
-def _steps(config: Config, name: str, table: RowSource | None, photos: int | None) -> int | None:
-    stage, count = config.train.stages[name], _count(config, name, table, photos)
-    return count_steps(count, _per_step(config, name), stage.epochs, stage.max_steps) if count else stage.max_steps
-
-
-def _stage(config: Config, name: str, base: ModelShape, photos: int | None, cpu: bool) -> StageEstimate:
-    stage, world = config.train.stages[name], config.train.workers
-    table = _table(config, name)
-    found = _rows(config, stage, base, table)
-    mean = sum(len(row.ids) for row in found) / len(found)
-    longest = max(found, key=lambda row: len(row.ids))
-    answers = sum(label != IGNORE_INDEX for row in found for label in row.labels) / len(found)
-    set_trainable_parts(base.model, base.parts, stage.parts)
-    twice = config.train.checkpoint_activations
-    cost = row_cost(base.model, base.parts, longest.image, len(longest.ids), round(answers), twice)
-    trained: dict[Part, int] = dict.fromkeys(base.parts, 0)
-    adapter = 0
-    for path, parameter in base.model.named_parameters():
-        if parameter.requires_grad:
-            trained[part_of(path, base.parts) or "llm"] += parameter.numel()
-            adapter += parameter.numel()
-    shared = world if config.train.strategy != "ddp" else 1  # gradients and optimizer state are cut among workers
-    return StageEstimate(
-        name,
-        trained,
-        _count(config, name, table, photos),
-        _steps(config, name, table, photos),
-        mean,
-        len(longest.ids),
-        _per_step(config, name),
-        cost.flops * mean / len(longest.ids),
-        _weights(base.model, config.train.strategy, world),
-        4.0 * adapter / shared,
-        8.0 * adapter / shared,
-        stage.batch_size * kept_bytes(cost, config, cpu),
-        cost.guessed,
-    )
-
-
-def _weights(model: Any, strategy: str, world: int) -> float:
-    """Bytes of weights of a worker: its share where they are cut, and what is put together for computing."""
-    whole = _bytes(model)
-    if strategy not in SHARDS_WEIGHTS or world == 1:
-        return whole
-    layers = sorted(_bytes(module) for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
-    # FSDP2 keeps what is in no layer whole during a step, and fetches the next layer while it computes one; DeepSpeed keeps
-    # up to `stage3_max_live_parameters`.
-    if strategy == "fsdp2":
-        return whole / world + whole - sum(layers[:-2])
-    return whole / world + min(whole, ZERO3_LIVE * whole / _numbers(model))
-
-
-def _bytes(module: torch.nn.Module) -> float:
-    return float(sum(weights.numel() * weights.itemsize for weights in module.parameters()))
-
-
-def _numbers(module: torch.nn.Module) -> int:
-    return sum(weights.numel() for weights in module.parameters())
-
-
-def kept_bytes(cost: Cost, config: Config, cpu: bool) -> float:
-    """Activations of a row."""
-    size = 4 if config.model.dtype == "float32" else 2
-    return cost.kept + (cost.pairs * size if cpu else 0.0)
-
-
-def _rows(config: Config, stage: StageConfig, base: ModelShape, table: RowSource | None) -> list[EncodedSample]:
-    """Encoded rows of the table, or a made-up one where it is not there yet."""
-    collate = Collator(base.processor, stage.isolate_questions, context=context_length(base.model.get_base_model()))
-    samples: Sequence[Sample]
-    if table is None:
-        side = config.tiles.pixels
-        asked = templates("street", "choice")[0].format(options="; ".join(["Forbes Avenue"] * 4))
-        rounds = config.city.rounds if "photos" in stage.tables else 1
-        answer = "Forbes Avenue, Oakland" if "photos" in stage.tables else "Forbes Avenue runs there. " * 12
-        image = Image.new("RGB", (side, side))
-        tile = image if config.tiles.layout == "two" and "alignment" in stage.tables else None
-        return [collate.encode(Sample(image, [(asked, answer)] * rounds, tile=tile))]
-    last = int(table.starts[-1])
-    found = []
-    for index in range(0, last, max(1, last // LOOKED_AT)):
-        try:
-            samples = [sample_from_row(table[index])]
-            found.append(collate.encode(samples[0]))
-        except SkipSampleError:
-            continue
-    if not found:
-        raise InputError("none of the training rows looked at can be used: look at the photos and prepare the data again.")
-    return found
+    pairs = batch * heads * tokens * key.shape[2]
+    causal = 0.5 if getattr(module, "is_causal", False) else 1.0
+    _counting[-1].flops += 4 * pairs * causal * width * (3 if query.requires_grad else 1)
+    _counting[-1].pairs += pairs * query.requires_grad
+    return _FlashAttention.apply(query, key, value).transpose(1, 2), None

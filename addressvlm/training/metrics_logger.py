@@ -1,10 +1,11 @@
-"""Rank 0's account of a training: `loss.jsonl`, TensorBoard events, loggers that were asked for, a line every few seconds."""
+"""What the first worker writes during training: `loss.jsonl`, TensorBoard, optional loggers, a progress line."""
 
 import importlib.util
 import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,125 +14,140 @@ from tensorboardX import SummaryWriter
 from addressvlm.errors import InputError
 from addressvlm.storage.files import download, upload
 from addressvlm.storage.remote_path import AnyPath, RemotePath
-from addressvlm.training.trainer import StepMetrics
 
-Track = Callable[[dict[str, float], int], None]
-SHOWN = ("loss", "learning_rate", "gradient_norm", "samples_per_s", "tokens_per_s", "mfu", "memory_gib")
-EVERY_S = 5.0  # between lines
-SENT_EVERY_S = 30.0  # to a store, beside every checkpoint
+SCALARS = ("loss", "learning_rate", "gradient_norm", "samples_per_s", "tokens_per_s", "mfu", "memory_gib")
+LINE_EVERY_S = 5.0
+SYNC_EVERY_S = 30.0  # to remote storage, besides every checkpoint
 LOSS_FILE, VALIDATION_FILE = "loss.jsonl", "validation.jsonl"
 
 
-class MetricsLogger:
-    """What a run has learnt so far; a resumed run goes on with it.
+@dataclass(frozen=True)
+class StepMetrics:
+    """Metrics of one optimizer step, a line of `loss.jsonl`."""
 
-    A store's objects can't be appended to: there the account is kept on this machine and sent whole now and then.
+    stage: str
+    step: int  # steps done, from 1
+    steps: int
+    loss: float  # mean over the answer tokens of all workers
+    learning_rate: float
+    gradient_norm: float
+    samples_per_s: float
+    tokens: int  # answer tokens of the step
+    tokens_per_s: float  # all tokens, without padding
+    mfu: float | None  # model FLOPs utilization of all workers, None if their peak is unknown
+    memory_gib: float  # peak of this worker
+    by_kind: dict[str, float] = field(default_factory=dict)  # loss by kind of question
+    rejected: int = 0  # rows that this worker could not use, since the stage began
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class MetricsLogger:
+    """Logs a system's training; a resumed run continues its files.
+
+    Objects in remote storage can't be appended to: there the files are kept on this machine and uploaded now and then.
     """
 
     def __init__(self, folder: AnyPath, system: str, done: int, total: int, loggers: Sequence[str] = (), run: str = "") -> None:
         self.remote = folder if isinstance(folder, RemotePath) else None
         self._scratch = tempfile.TemporaryDirectory() if self.remote else None
-        folder = self._fetched() if self._scratch else Path(str(folder))
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / LOSS_FILE
-        lines = self.path.read_text().splitlines()[:done] if self.path.is_file() else []
-        self.path.write_text("".join(f"{line}\n" for line in lines))
-        self.found = folder / VALIDATION_FILE
-        if self.found.is_file():
-            lines = [line for line in self.found.read_text().splitlines() if json.loads(line)["done"] <= done]
-            self.found.write_text("".join(f"{line}\n" for line in lines))
-        self.board = SummaryWriter(str(folder / "tensorboard"))
+        local = Path(self._scratch.name) if self._scratch else Path(str(folder))
+        local.mkdir(parents=True, exist_ok=True)
+        self.losses, self.validations = local / LOSS_FILE, local / VALIDATION_FILE
+        for file in (self.losses, self.validations):
+            if self.remote and (self.remote / file.name).is_file():
+                download(self.remote / file.name, file)
+        lines = self.losses.read_text().splitlines()[:done] if self.losses.is_file() else []
+        self.losses.write_text("".join(f"{line}\n" for line in lines))
+        if self.validations.is_file():
+            lines = [line for line in self.validations.read_text().splitlines() if json.loads(line)["done"] <= done]
+            self.validations.write_text("".join(f"{line}\n" for line in lines))
+        self.tensorboard = SummaryWriter(str(local / "tensorboard"))
         self.system, self.done, self.first, self.total = system, done, done, total
-        self.tracks = [external_logger(name, run, system) for name in loggers]
-        self.began = self.shown = self.sent = time.monotonic()
+        self.loggers = [external_logger(name, run, system) for name in loggers]
+        self.began = self.last_line = self.last_sync = time.monotonic()
 
-    def note(self, progress: StepMetrics) -> None:
-        """Record one step."""
+    def log_step(self, metrics: StepMetrics) -> None:
+        """Log one optimizer step."""
         self.done += 1
-        with self.path.open("a") as out:
-            out.write(json.dumps(progress.as_dict()) + "\n")
-        values = {key: value for key in SHOWN if (value := getattr(progress, key)) is not None}
-        values |= {f"loss of {kind}": loss for kind, loss in progress.by_kind.items()}
-        self._write(progress.stage, values, progress.step)
+        with self.losses.open("a") as file:
+            file.write(json.dumps(metrics.as_dict()) + "\n")
+        scalars = {key: value for key in SCALARS if (value := getattr(metrics, key)) is not None}
+        scalars |= {f"loss of {kind}": loss for kind, loss in metrics.by_kind.items()}
+        self._log_scalars(metrics.stage, scalars, metrics.step)
         now = time.monotonic()
-        if now - self.shown >= EVERY_S or self.done in (self.first + 1, self.total):
-            self.shown = now
-            print(f"train: {self.system}: {self._line(progress, now)}", flush=True)
-        if now - self.sent >= SENT_EVERY_S:
-            self.keep()
+        if now - self.last_line >= LINE_EVERY_S or self.done in (self.first + 1, self.total):
+            self.last_line = now
+            print(f"train: {self.system}: {self._progress_line(metrics, now)}", flush=True)
+        if now - self.last_sync >= SYNC_EVERY_S:
+            self.sync()
 
-    def keep(self) -> None:
-        """See that all so far is where the run is; to be called before a checkpoint, which counts on it.
+    def log_validation(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of the validation after a step."""
+        self._log_scalars(f"{stage}/val", dict(metrics), step)
+        with self.validations.open("a") as file:
+            file.write(json.dumps({"stage": stage, "step": step, "done": self.done, **metrics}) + "\n")
+        shares = ", ".join(
+            f"{name} {100 * value:.1f} %" for name, value in metrics.items() if name in ("A_d", "A_s", "A", "A_ds")
+        )
+        print(f"train: {self.system}: {stage} step {step}, validation {shares}", flush=True)
+
+    def sync(self) -> None:
+        """Upload all files to remote storage; called before every checkpoint, since resuming needs them.
 
         Raises:
-            InputError: the store can't be written.
+            InputError: the storage can't be written.
         """
         if self.remote is None:
             return
-        self.board.flush()
-        folder = self.path.parent
+        self.tensorboard.flush()
+        folder = self.losses.parent
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             upload(file, self.remote / file.relative_to(folder).as_posix())
-        self.sent = time.monotonic()
+        self.last_sync = time.monotonic()
 
-    def _fetched(self) -> Path:
-        """A folder of this machine with what an interrupted run left in the store."""
-        assert self.remote is not None
-        assert self._scratch is not None
-        for name in (LOSS_FILE, VALIDATION_FILE):
-            if (self.remote / name).is_file():
-                download(self.remote / name, Path(self._scratch.name, name))
-        return Path(self._scratch.name)
+    def _log_scalars(self, group: str, scalars: dict[str, float], step: int) -> None:
+        for key, value in scalars.items():
+            self.tensorboard.add_scalar(f"{group}/{key}", value, step)
+        for log in self.loggers:
+            log({f"{group}/{key}": value for key, value in scalars.items()}, self.done)
 
-    def validated(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Record what validation found after a step."""
-        self._write(f"{stage}/val", dict(metrics), step)
-        with self.found.open("a") as out:
-            out.write(json.dumps({"stage": stage, "step": step, "done": self.done, **metrics}) + "\n")
-        told = ", ".join(
-            f"{name} {100 * value:.1f} %" for name, value in metrics.items() if name in ("A_d", "A_s", "A", "A_ds")
-        )
-        print(f"train: {self.system}: {stage} step {step}, validation {told}", flush=True)
-
-    def _write(self, group: str, values: dict[str, float], step: int) -> None:
-        for key, value in values.items():
-            self.board.add_scalar(f"{group}/{key}", value, step)
-        for track in self.tracks:
-            track({f"{group}/{key}": value for key, value in values.items()}, self.done)
-
-    def _line(self, progress: StepMetrics, now: float) -> str:
-        left = (now - self.began) / (self.done - self.first) * (self.total - self.done)
-        share = "" if progress.mfu is None else f", {100 * progress.mfu:.1f} % of peak"
-        bad = f", {progress.rejected:,} rows left out" if progress.rejected else ""
+    def _progress_line(self, metrics: StepMetrics, now: float) -> str:
+        seconds_left = (now - self.began) / (self.done - self.first) * (self.total - self.done)
+        mfu = "" if metrics.mfu is None else f", {100 * metrics.mfu:.1f} % of peak"
+        skipped = f", {metrics.rejected:,} rows skipped" if metrics.rejected else ""
         return (
-            f"{progress.stage} step {progress.step}/{progress.steps}, loss {progress.loss:.3f}, "
-            f"{progress.samples_per_s:.1f} photos/s, {progress.tokens_per_s:,.0f} tokens/s{share}, "
-            f"{progress.memory_gib:.1f} GiB{bad}, {left:.0f} s left"
+            f"{metrics.stage} step {metrics.step}/{metrics.steps}, loss {metrics.loss:.3f}, "
+            f"{metrics.samples_per_s:.1f} photos/s, {metrics.tokens_per_s:,.0f} tokens/s{mfu}, "
+            f"{metrics.memory_gib:.1f} GiB{skipped}, {seconds_left:.0f} s left"
         )
 
 
-def external_logger(name: str, run: str, system: str) -> Track:
-    """Where to send metrics beside TensorBoard: `mlflow` or `wandb`, set up by their own environment variables.
+def external_logger(name: str, run: str, system: str) -> Callable[[dict[str, float], int], None]:
+    """A function that sends scalars of a step to `mlflow` or `wandb`, which are set up by their environment variables.
 
     Raises:
-        InputError: it is not installed, or can't be begun.
+        InputError: it is not installed or can't be started.
     """
     if importlib.util.find_spec(name) is None:
-        raise InputError(f"train.loggers names {name}, which is not installed: pip install {name}, or take it out.")
+        raise InputError(f"train.loggers names {name}, which is not installed: pip install {name}, or remove it.")
     client: Any = importlib.import_module(name)
     title = f"{run}: {system}"
     try:
         if name == "mlflow":
             client.set_experiment("addressvlm")
             client.start_run(run_name=title)
-            return lambda values, step: client.log_metrics({_plain(k): v for k, v in values.items()}, step=step)
+
+            def log(values: dict[str, float], step: int) -> None:  # MLflow allows no brackets, commas or the like in names
+                client.log_metrics(
+                    {"".join(c if c.isalnum() or c in "_-./ " else "_" for c in k): v for k, v in values.items()}, step=step
+                )
+
+            return log
         session = client.init(project="addressvlm", name=title)
     except Exception as error:  # each has its own
-        raise InputError(f"{name} can't be begun ({' '.join(str(error).split())[:200]}): set it up, or take it out of "
-                         "train.loggers.") from error  # fmt: skip
+        raise InputError(
+            f"{name} can't be started ({' '.join(str(error).split())[:200]}): set it up, or remove it from train.loggers."
+        ) from error
     return lambda values, step: session.log(values, step=step)
-
-
-def _plain(name: str) -> str:
-    """MLflow takes no brackets, commas or the like in names."""
-    return "".join(c if c.isalnum() or c in "_-./ " else "_" for c in name)

@@ -1,186 +1,308 @@
-"""One tuning stage, from any step to its end. Under torch.distributed each worker runs it on its share of every step."""
+"""The training loop: a system's stages one after the other on one adapter (paper 001, Sec. 3.3), then save and merge.
 
-import itertools
+No Ray in here. Under torch.distributed every worker runs it on its share of each step.
+"""
+
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 
-from addressvlm.config.train import Part, StageConfig
+from addressvlm.config import Config
+from addressvlm.config.train import Part, TrainConfig
 from addressvlm.errors import InputError
-from addressvlm.models.lora import freeze_batchnorm, set_trainable_parts
-from addressvlm.training import strategy as strategies
+from addressvlm.gazetteer.gazetteer import Gazetteer, merge_gazetteers
+from addressvlm.models import load_model
+from addressvlm.models.cards import write_cards
+from addressvlm.models.loading import autocast, context_length, enable_packing, has_1d_positions, to_device
+from addressvlm.models.lora import attach_lora, export_merged, freeze_batchnorm, load_adapter_state, set_trainable_parts
+from addressvlm.storage.files import atomic_replace_dir
+from addressvlm.storage.run_dir import Run, slug
 from addressvlm.training.activation_checkpointing import checkpoint_activations
+from addressvlm.training.checkpoint import BestAdapter, TrainingCheckpoint, better_adapter
 from addressvlm.training.collator import IGNORE_INDEX, KINDS, Collator
-from addressvlm.training.dataset import Schedule
+from addressvlm.training.dataset import low_locatability
 from addressvlm.training.device_stats import memory_gib, peak_flops
-from addressvlm.training.loss import autocast, learning_rate, token_losses
-from addressvlm.training.strategy import OptimizerState, Strategy
+from addressvlm.training.loss import token_losses
+from addressvlm.training.metrics_logger import MetricsLogger, StepMetrics
+from addressvlm.training.optim import learning_rate
+from addressvlm.training.skipped_rows import SkippedRows
+from addressvlm.training.stages import Stage, StepBatches, build_stages, training_runs
+from addressvlm.training.strategy import SHARDS_WEIGHTS, OptimizerState, Strategy, is_distributed, make_strategy
 from addressvlm.training.unused_parameters import probe_first_row
+from addressvlm.training.validation import Validation
+
+Report = Callable[[dict[str, Any], TrainingCheckpoint | None], None]
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """What a step left behind."""
-
-    stage: str
-    step: int  # steps done, from 1
-    steps: int
-    loss: float  # mean over the answer tokens of all workers
-    learning_rate: float
-    gradient_norm: float
-    samples_per_s: float
-    tokens: int  # answer tokens of the step
-    tokens_per_s: float  # all tokens, padding aside
-    mfu: float | None  # share of the workers' peak, None if that is not known
-    memory_gib: float  # most that this worker had at a time
-    by_kind: dict[str, float] = field(default_factory=dict)  # loss by kind of question
-    rejected: int = 0  # rows that this worker could not use, since the stage began
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass
-class Stage:
-    """A stage as it will be run: `name` and `config` from the tree, its data cut into steps."""
-
-    name: str
-    config: StageConfig
-    schedule: Schedule
-    steps: int
-    seed: int
-
-
-@dataclass
-class StepBatches:
-    """A worker's share of a step: its batches and their tokens, padding aside."""
-
-    batches: list[dict[str, torch.Tensor]]
-    tokens: int
-
-
-def run_stage(
-    model: PeftModel,
-    parts: dict[Part, str],
-    collate: Collator,
-    stage: Stage,
-    strategy: str,
-    precision: str = "float32",
-    start: int = 0,
-    moments: OptimizerState | None = None,
-    after: Callable[[StepMetrics, Strategy], None] = lambda progress, strategy: None,
-    peak_tflops: float | None = None,
-    device: torch.device | None = None,
-    recompute: bool = False,
-) -> Strategy:
-    """Train from step `start` (0 unless resumed) to the stage's last one.
+def train_system(
+    config: Config, name: str, checkpoint: Path | None, report: Report, device: str | torch.device = "cpu"
+) -> None:
+    """Train a system of the configuration, or resume it, and save it; every worker of the process group calls it.
 
     Args:
-        model: with the weights of step `start`.
-        precision: of forward and backward pass, see `train.precision`.
-        moments: the optimizer's at step `start`, if the stage is resumed.
-        after: called on every worker after every step.
-        peak_tflops: of a worker; by default known by the GPU's name.
-        device: where to train; by default where the model is.
-        recompute: whether activations are computed twice, see `train.checkpoint_activations`.
-
-    Returns:
-        What holds the trained weights.
+        checkpoint: folder with the checkpoint to resume from.
+        report: called by all workers together at every checkpoint; only the first gets the checkpoint, the others None.
 
     Raises:
-        InputError: the loss is not finite, a chosen part gets no gradient, or no row can be used.
+        InputError: data, base model or checkpoint can't be used, or see `Trainer.fit`.
     """
+    run, settings, device = Run(config), config.train, torch.device(device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device, dtype = device or next(model.parameters()).device, model.get_base_model().dtype
-    set_trainable_parts(model, parts, stage.config.parts)
-    model.train()
-    freeze_batchnorm(model)
-    checkpoint_activations(model, recompute)
+    stages = build_stages(config, next(s for s in settings.systems if s.name == name))
+    trainer = Trainer(settings, stages, lambda: load_adapted_model(config, stages, device), device, report)
+    trainer.validation = Validation(config, whole_split=shards_weights(settings)) if settings.validate_every else None
+    resumed = TrainingCheckpoint.read(checkpoint) if checkpoint else None
+    done = sum(s.steps for s in stages[: resumed.stage]) + resumed.step if resumed else 0
+    total = sum(s.steps for s in stages)
+    trainer.skipped = skipped = SkippedRows(run.rejects / f"train-{slug(name)}.parquet", resumed=done > 0)
+    if rank == 0:
+        trainer.logger = MetricsLogger(run.training_dir(name), name, done, total, settings.loggers, config.name)
+        notes = [f"resuming after step {done} of {total}"] if done else []
+        if uneven := next((s.schedule.per_step for s in stages if s.schedule.per_step % world), None):
+            notes.append(f"{uneven} rows of a step are divided among {world} workers, so some have one more")
+        for stage in stages:
+            if low := low_locatability(stage.schedule.rows):
+                notes.append(f"{stage.name} skips {len(low):,} photos with a locatability below {stage.config.locatability:g}")
+        if notes:
+            print(f"train: {name}: {'; '.join(notes)}", flush=True)
 
-    def look() -> int:
-        with autocast(next(model.parameters()).device, dtype, precision):
-            return probe_first_row(model, parts, collate, stage)
+    adapter = trainer.fit(resumed)
+    count = skipped.write(stages)
+    if rank == 0:
+        if count:
+            print(f"train: {name}: {count:,} rows were skipped: see {skipped.file}", flush=True)
+        save_system(config, trainer.model.peft, name, adapter, trainer.best)
 
-    context = autocast(device, dtype, precision)
-    peak = peak_flops(device, context.fast_dtype if context._enabled else torch.float32, peak_tflops)
-    spread = strategies.make_strategy(strategy, model, stage.config, look, device, context._enabled)
-    if moments is not None:
-        spread.restore(moments)
-    for number, step in _prefetched(collate, stage, start, rank, world):
-        began = time.perf_counter()
-        torch.manual_seed(_seed(stage, number, rank))
-        answers = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in step.batches)
-        total, tokens = _sum(torch.tensor([answers, step.tokens], device=device)).tolist()
-        sums = torch.zeros(2, len(KINDS) + 1, device=device)  # loss and tokens of each kind
-        for at, batch in enumerate(step.batches):
-            with autocast(device, dtype, precision):
-                losses = token_losses(spread.module, {k: v.to(device) for k, v in batch.items()})
-            # Workers' gradients are averaged, so each multiplies by their number: the mean is over all answer tokens.
-            spread.backward(losses.sum() * (world / total), last=at == len(step.batches) - 1)
-            asked = batch["asked"][:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX].to(device)
-            sums.index_add_(1, asked, torch.stack([losses.detach(), torch.ones_like(losses)]))
-        rate = learning_rate(number, stage.steps, stage.config.learning_rate, stage.config.warmup_ratio)
-        norm = spread.step(rate)
-        loss, counted = _sum(sums).tolist()
-        mean = sum(loss) / total
-        if not (mean - mean == 0 and norm - norm == 0):  # neither is infinite or not a number
+
+@dataclass
+class AdaptedModel:
+    """A base model with its LoRA adapter.
+
+    Attributes:
+        parts: module path of each part.
+        packed: whether conversations share a row, see `train.packing`.
+    """
+
+    peft: PeftModel
+    parts: dict[Part, str]
+    processor: Any
+    packed: bool = False
+
+
+class Trainer:
+    """Trains one adapter through stages.
+
+    Attributes:
+        validation: run every `validate_every` steps and after each stage's last, if set.
+        logger: of the first worker, if set.
+        skipped: written at every checkpoint, if set.
+        best: the adapter that validated best in the last stage; the first worker's.
+    """
+
+    def __init__(
+        self,
+        settings: TrainConfig,
+        stages: list[Stage],
+        load: Callable[[], AdaptedModel],
+        device: torch.device,
+        report: Report | None = None,
+    ) -> None:
+        """Load the model. `load` is called again before later stages where the strategy shards it."""
+        self.settings, self.stages, self.load, self.device, self.report = settings, stages, load, device, report
+        self.rank: int = dist.get_rank() if dist.is_initialized() else 0
+        self.world: int = dist.get_world_size() if dist.is_initialized() else 1
+        self.model = load()
+        self.validation: Validation | None = None
+        self.logger: MetricsLogger | None = None
+        self.skipped: SkippedRows | None = None
+        self.best: BestAdapter | None = None
+        self.strategy: Strategy | None = None
+
+    def fit(self, checkpoint: TrainingCheckpoint | None = None) -> dict[str, torch.Tensor]:
+        """Train all stages, or what is left of them after a checkpoint; returns the adapter's weights, on the CPU.
+
+        Raises:
+            InputError: the checkpoint is of another model, the loss is not finite, a chosen part gets no gradient, or no row
+                can be used.
+        """
+        first, start, optimizer_state = 0, 0, None
+        if checkpoint:
+            first, start, optimizer_state = checkpoint.stage, checkpoint.step, checkpoint.optimizer_state
+            load_adapter_state(self.model.peft, checkpoint.adapter)
+            self.best = checkpoint.best
+        for number in range(first, len(self.stages)):
+            self.begin_stage(number, optimizer_state)
+            for step, share in self.stage.batches(self.collator, start, self.rank, self.world):
+                metrics = self.train_step(step, share)
+                if self.logger:
+                    self.logger.log_step(metrics)
+                last = metrics.step == self.stage.steps
+                every = self.settings.validate_every
+                if self.validation and every and (metrics.step % every == 0 or last):
+                    self.validate(metrics.step)
+                if metrics.step % self.settings.checkpoint_every == 0 or last:
+                    self.save_checkpoint(metrics)
+            start, optimizer_state = 0, None
+        assert self.strategy
+        return self.strategy.weights()
+
+    def begin_stage(self, number: int, optimizer_state: OptimizerState | None = None) -> None:
+        """Choose the parameters that the stage trains, distribute the model over workers, make the optimizer."""
+        if self.strategy and self.settings.strategy != "ddp" and self.world > 1:  # what is sharded can't be sharded again
+            adapter = self.strategy.weights()
+            if not shards_weights(self.settings):
+                self.model.peft.to("cpu")  # frees the GPU for the new one
+            self.model = self.load()
+            load_adapter_state(self.model.peft, adapter)
+        self.number, self.stage = number, self.stages[number]
+        model, parts = self.model.peft, self.model.parts
+        self.collator = Collator(
+            self.model.processor, self.stage.config.isolate_questions, self.model.packed, context_length(model.get_base_model())
+        )
+        set_trainable_parts(model, parts, self.stage.config.parts)
+        model.train()
+        freeze_batchnorm(model)
+        checkpoint_activations(model, self.settings.checkpoint_activations)
+        dtype = model.get_base_model().dtype
+
+        def probe() -> int:
+            with autocast(next(model.parameters()).device, dtype, self.settings.precision):
+                return probe_first_row(model, parts, self.collator, self.stage)
+
+        self.autocast = lambda: autocast(self.device, dtype, self.settings.precision)
+        bfloat16 = self.autocast()._enabled
+        self.peak = peak_flops(self.device, torch.bfloat16 if bfloat16 else torch.float32, self.settings.peak_tflops)
+        self.strategy = make_strategy(self.settings.strategy, model, self.stage.config, probe, self.device, bfloat16)
+        if optimizer_state is not None:
+            self.strategy.load_optimizer_state(optimizer_state)
+
+    def train_step(self, step: int, share: StepBatches) -> StepMetrics:
+        """One optimizer step on this worker's share; `step` counts from 0."""
+        assert self.strategy
+        stage, strategy, began = self.stage, self.strategy, time.perf_counter()
+        torch.manual_seed(stage.dropout_seed(step, self.rank))
+        answers = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in share.batches)
+        total, tokens = all_reduce(torch.tensor([answers, share.tokens], device=self.device)).tolist()
+        by_kind = torch.zeros(2, len(KINDS) + 1, device=self.device)  # loss and answer tokens of each kind of question
+        for number, batch in enumerate(share.batches):
+            with self.autocast():
+                losses = token_losses(strategy.module, {key: value.to(self.device) for key, value in batch.items()})
+            # The mean is over the answer tokens of all workers, and their gradients will be averaged: hence times world.
+            strategy.backward(losses.sum() * (self.world / total), last=number == len(share.batches) - 1)
+            kinds = batch["kinds"][:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX].to(self.device)
+            by_kind.index_add_(1, kinds, torch.stack([losses.detach(), torch.ones_like(losses)]))
+        rate = learning_rate(step, stage.steps, stage.config.learning_rate, stage.config.warmup_ratio)
+        norm = strategy.step(rate)
+        loss_sums, counts = all_reduce(by_kind).tolist()
+        loss = sum(loss_sums) / total
+        if not (loss - loss == 0 and norm - norm == 0):  # NaN or infinite
             raise InputError(
-                f"{stage.name}: the loss is {mean} and the gradient's norm {norm} at step {number + 1}: lower "
+                f"{stage.name}: the loss is {loss} and the gradient's norm {norm} at step {step + 1}: lower "
                 f"train.stages.{stage.name}.learning_rate ({stage.config.learning_rate:g}); the last good checkpoint is kept."
             )
-        took = time.perf_counter() - began
-        pace = stage.schedule.per_step / took
-        kinds = {kind: a / b for kind, a, b in zip((*KINDS, "other"), loss, counted, strict=True) if b}
-        mfu = pace * spread.flops / (peak * world) if peak else None
-        seen = (tokens / took, mfu, memory_gib(device), kinds, len(stage.schedule.rejected))
-        after(StepMetrics(stage.name, number + 1, stage.steps, mean, rate, norm, pace, total, *seen), spread)
-    return spread
+        seconds = time.perf_counter() - began
+        samples_per_s = stage.schedule.per_step / seconds
+        return StepMetrics(
+            stage.name, step + 1, stage.steps, loss, rate, norm, samples_per_s, total, tokens / seconds,
+            mfu=samples_per_s * strategy.flops / (self.peak * self.world) if self.peak else None,
+            memory_gib=memory_gib(self.device),
+            by_kind={kind: a / b for kind, a, b in zip((*KINDS, "other"), loss_sums, counts, strict=True) if b},
+            rejected=len(stage.schedule.rejected),
+        )  # fmt: skip
+
+    def validate(self, step: int) -> None:
+        """Ask about photos of the split `val`; in the last stage, keep the adapter that answers best."""
+        assert self.validation
+        assert self.strategy
+        metrics, adapter = self.validation(self.model.peft, self.model.processor), self.strategy.weights()
+        if self.logger:
+            self.logger.log_validation(self.stage.name, step, metrics)
+            last_stage = self.number == len(self.stages) - 1
+            self.best = better_adapter(self.best, step, metrics, adapter) if last_stage else None
+
+    def save_checkpoint(self, metrics: StepMetrics) -> None:
+        """Report a checkpoint with all that resuming needs."""
+        assert self.strategy
+        if self.skipped:
+            self.skipped.write(self.stages)
+        if self.logger:
+            self.logger.sync()
+        if self.report:
+            state = self.strategy.weights(), self.strategy.optimizer_state()
+            checkpoint = TrainingCheckpoint(self.number, metrics.step, *state, self.best) if self.rank == 0 else None
+            self.report(metrics.as_dict(), checkpoint)
 
 
-def _seed(stage: Stage, step: int, rank: int) -> int:
-    """Of the dropout masks of one worker at one step, so that a resumed run draws the same."""
-    whole = ((stage.seed * 1_000_003 + sum(stage.name.encode())) * 1_000_003 + step) * 1_009 + rank
-    return whole % 2**63  # what PyTorch takes
-
-
-def _sum(value: torch.Tensor) -> torch.Tensor:
+def all_reduce(value: torch.Tensor) -> torch.Tensor:
+    """The sum over all workers."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
 
 
-def _step(collate: Collator, stage: Stage, number: int, rank: int, world: int) -> StepBatches:
-    rows = stage.schedule.encoded(collate, number, rank, world)
-    size = stage.config.batch_size
-    if not collate.packed and len(rows) > size:  # rows of a batch are padded to the longest: let them be alike
-        rows.sort(key=lambda row: len(row.ids))
-    cuts = [len(rows) * at // _batches(stage, world) for at in range(_batches(stage, world) + 1)]
-    batches = [collate.batch(rows[start:stop]) for start, stop in itertools.pairwise(cuts)]
-    return StepBatches(batches, sum(len(row.ids) for row in rows))
+def shards_weights(settings: TrainConfig) -> bool:
+    """Whether no worker holds all weights."""
+    return settings.strategy in SHARDS_WEIGHTS and is_distributed()
 
 
-def _batches(stage: Stage, world: int) -> int:
-    """Batches of a step, as many on every worker, which wait for each other in each of them.
+def load_adapted_model(config: Config, stages: list[Stage], device: torch.device) -> AdaptedModel:
+    """The base model with a new adapter, seeded by `train.seed`, laid out for the device.
 
-    Where the rows of a step do not divide among the workers some have one more, which may make a batch one larger.
+    Raises:
+        InputError: it can't be loaded, or can't be trained as the stages say.
     """
-    most, fewest = -(-stage.schedule.per_step // world), stage.schedule.per_step // world
-    return min(-(-most // stage.config.batch_size), fewest)
+    base, processor = load_model(config.model.base, config.model.dtype, config.model.trust_remote_code)
+    isolating = next((stage.name for stage in stages if stage.config.isolate_questions), None)
+    if isolating and not has_1d_positions(base):
+        raise InputError(
+            f"train.stages.{isolating}.isolate_questions is true, which {config.model.base}'s positions by image row and "
+            "column do not allow: set it to false."
+        )
+    return attach_adapter(base, processor, config, device)
 
 
-def _prefetched(collate: Collator, stage: Stage, start: int, rank: int, world: int) -> Iterator[tuple[int, StepBatches]]:
-    """Every step's number and batches, the next step's being made while this one is computed."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(_step, collate, stage, start, rank, world) if start < stage.steps else None
-        for number in range(start, stage.steps):
-            assert pending is not None
-            step = pending.result()
-            if number + 1 < stage.steps:
-                pending = pool.submit(_step, collate, stage, number + 1, rank, world)
-            yield number, step
+def attach_adapter(base: Any, processor: Any, config: Config, device: torch.device) -> AdaptedModel:
+    """A loaded base with a new adapter, on the device unless its weights will be sharded.
+
+    Raises:
+        InputError: the base's parts have unknown names, or train.packing is on and the base does not support it.
+    """
+    packed = enable_packing(base, config.train.packing, device, config.model.base)
+    torch.manual_seed(config.training_seed)  # LoRA's random matrices
+    peft, parts = attach_lora(base, config.model)
+    return AdaptedModel(peft if shards_weights(config.train) else to_device(peft, device), parts, processor, packed)
+
+
+def save_system(
+    config: Config, model: PeftModel, system: str, adapter: dict[str, torch.Tensor], best: BestAdapter | None
+) -> None:
+    """Write `adapter`, `merged` and, if it is another, the `best` adapter, each with its card; all appear at once.
+
+    Args:
+        model: tells the adapter's form; its own weights may be sharded.
+        adapter: the last weights.
+    """
+
+    def save_adapter(weights: dict[str, torch.Tensor], folder: Path) -> None:
+        buffers = {name: buffer.contiguous() for name, buffer in model.named_buffers()}
+        model.save_pretrained(str(folder), state_dict={**buffers, **weights})
+
+    folder = Run(config).model_dir(system)
+    with atomic_replace_dir(folder) as partial:
+        if best:
+            name = "adapter" if config.train.checkpoint_to_merge == "best" else "best"
+            save_adapter(best.adapter, partial / name)
+            score = f"step {best.step} validated best ({best.metric} {100 * best.value:.1f} %)"
+            print(f"train: {system}: {score}: its adapter is {folder / name}", flush=True)
+        if not best or config.train.checkpoint_to_merge == "last":
+            save_adapter(adapter, partial / "adapter")
+        export_merged(partial / "adapter", config.model, partial / "merged")
+        gazetteers = [Gazetteer.load(run.gazetteer) for run, _ in training_runs(config)]
+        merge_gazetteers(gazetteers).save(partial / "merged" / "gazetteer.geojson")
+        write_cards(config, system, partial)

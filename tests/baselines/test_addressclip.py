@@ -33,7 +33,7 @@ from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
 from addressvlm.tools import similarity_map
 from addressvlm.training.dataset import TableRows
-from addressvlm.training.loss import learning_rate
+from addressvlm.training.optim import learning_rate
 from tests.support.dual_encoders import addressclip_config, photo_run, tiny_clip
 from tests.support.families import picture, tiny_fastvlm
 from tests.support.tiny import tiny_llava

@@ -27,9 +27,9 @@ from addressvlm.baselines.locatability import Locatability, LocatabilityTexts, c
 from addressvlm.config import Config
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run, mark_done
-from addressvlm.training.dataset import Schedule
-from addressvlm.training.skipped_rows import locatability_scored_by
-from addressvlm.training.stages import build_stages, train_system, training_rows
+from addressvlm.training.dataset import Schedule, locatability_scored_by
+from addressvlm.training.stages import build_stages, training_rows
+from addressvlm.training.trainer import train_system
 from ray_jobs import locatability as job
 from ray_jobs import train
 from tests.support.dual_encoders import photo_run, tiny_clip

@@ -146,7 +146,7 @@ def test_training_goes_on_from_the_checkpoint(made: tuple[Config, Kills, Endpoin
     run = Run(config)
     lines = (run.training_dir(SYSTEM) / "loss.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(1, STEPS + 1)] * 2
-    resumed = [int(step) for step in re.findall(r"going on after step (\d+) of 20", said)]  # anew while a node is missing
+    resumed = [int(step) for step in re.findall(r"resuming after step (\d+) of 20", said)]  # anew while a node is missing
     assert 0 < min(resumed, default=0) <= len(kills.trained) < 2 * STEPS
     assert lines[: min(resumed)] == kills.trained[: min(resumed)]  # not trained again, their very timings are kept
     assert (run.model_dir(SYSTEM) / "merged" / "model.safetensors").is_file()
@@ -233,7 +233,7 @@ def test_training_goes_on_with_fewer_workers_when_a_node_is_lost_for_good(nodes:
     assert process.returncode == 0, said
     lines = losses.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(1, steps + 1)]
-    resumed = [int(step) for step in re.findall(rf"going on after step (\d+) of {steps}", said)]
+    resumed = [int(step) for step in re.findall(rf"resuming after step (\d+) of {steps}", said)]
     assert 0 < min(resumed, default=0) <= len(trained) < steps
     assert lines[: min(resumed)] == trained[: min(resumed)]
     listed = json.loads((journal / "checkpoint_manager_snapshot.json").read_text())["checkpoint_results"]

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from addressvlm import InputError
 from addressvlm.config import Config
 from addressvlm.storage.run_dir import LAST_MODEL_FILE, Run, mark_done
-from addressvlm.training.stages import train_system
+from addressvlm.training.trainer import train_system
 from ray_jobs import graft, label, prepare, train
 from ray_jobs.ray_train import failures_allowed, place_timeout_s, to_user_error
 from tests.support.tiny import tiny_llava
@@ -192,7 +192,7 @@ def test_a_killed_job_goes_on_when_the_command_is_given_again(tmp_path: Path, ba
     assert not Run(config).model_dir(SYSTEM).exists()
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    told = re.search(r"going on after step (\d+) of 48", again.stdout)
+    told = re.search(r"resuming after step (\d+) of 48", again.stdout)
     assert told
     assert checkpointed(then) <= int(told[1]) == listed <= len(then)
     assert went_on(config, then)
@@ -252,9 +252,9 @@ def test_labels_are_made_only_for_systems_that_learn_from_them(
     by_name = {s.name: train.tables_of(config, s) for s in config.train.systems}
     assert by_name["stage 2 only"] == {"photos"}
     assert by_name["stage 2 only, equal steps"] == by_name["AddressVLM"] == {"alignment", "photos"}
-    train._make_data(config, False, by_name["stage 2 only"])
+    train.make_data(config, False, by_name["stage 2 only"])
     assert made == ["prepare"]
-    train._make_data(config, False, by_name["AddressVLM"])
+    train.make_data(config, False, by_name["AddressVLM"])
     assert made == ["prepare", "prepare", "graft", "label"]
     before = train.settings(config, config.train.systems[1])
     config.labels.labeler = "local"

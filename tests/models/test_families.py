@@ -15,20 +15,21 @@ from addressvlm.config.train import ModelConfig, PartConfig, StageConfig
 from addressvlm.models.loading import enable_packing, has_1d_positions
 from addressvlm.models.lora import attach_lora, set_trainable_parts, trainable_params
 from addressvlm.models.parts import part_named, part_of
-from addressvlm.training import trainer
 from addressvlm.training.collator import Collator, Sample, sample_from_row
 from addressvlm.training.dataset import Schedule
 from addressvlm.training.loss import answer_loss
+from addressvlm.training.stages import Stage
+from addressvlm.training.trainer import AdaptedModel
 from tests.support.families import picture
 from tests.support.tiny_families import FAMILIES
-from tests.support.training_tables import ListTable, table_rows
+from tests.support.training_tables import ListTable, table_rows, train_stage
 
 SETTINGS = ModelConfig(vision=PartConfig(rank=2, alpha=4), llm=PartConfig(rank=4, alpha=8), lora_dropout=0.0)
 
 
 def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.inference_mode():
-        return model(**{k: v for k, v in batch.items() if k not in ("labels", "asked")}).logits
+        return model(**{k: v for k, v in batch.items() if k not in ("labels", "kinds")}).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -39,14 +40,10 @@ def test_a_family_learns_and_is_saved_merged_and_loaded_exactly(family: str, tmp
     packed = enable_packing(base, "auto", torch.device("cpu"), family)
     assert packed == (family == "smolvlm")
     model, parts = attach_lora(base, SETTINGS)
-    collate = Collator(processor, packed=packed)
-    stage = StageConfig(data="photos", batch_size=3, learning_rate=0.02)
-    losses: list[float] = []
+    settings = StageConfig(data="photos", batch_size=3, learning_rate=0.02)
     table = ListTable(table_rows(6))
-    trainer.run_stage(
-        model, parts, collate, trainer.Stage("s", stage, Schedule(table, 3, 0), 6, 0), "ddp",
-        after=lambda progress, strategy: losses.append(progress.loss),
-    )  # fmt: skip
+    stage = Stage("s", settings, Schedule(table, 3, 0), 6, 0)
+    losses = [metrics.loss for metrics in train_stage(AdaptedModel(model, parts, processor, packed), stage)]
     assert losses[-1] < 0.9 * losses[0]
     model.eval()
     batch = Collator(processor)([sample_from_row(table[0])])

@@ -133,12 +133,15 @@ def _set(path: str, value: Any) -> Callable[[Config], None]:
 
 RESULT = [
     ("train.workers", 7), ("train.strategy", "fsdp2"), ("train.precision", "bfloat16"), ("train.packing", "off"),
-    ("train.cities", {"small": 2.0}), ("train.checkpoint_to_merge", "best"), ("train.seed", 5), ("seed", 5), ("model.base", "other"),
+    ("train.cities", {"small": 2.0}), ("train.checkpoint_to_merge", "best"), ("train.seed", 5), ("seed", 5),
+    ("model.base", "other"),
     ("model.llm.rank", 3), ("model.llm.alpha", 3.0), ("model.vision.dropout", 0.5), ("model.lora_dropout", 0.5),
     ("model.dtype", "bfloat16"), ("labels.prompt", "grounded"), ("city.manifest", "other.csv"),
     *[(f"train.stages.localization.{name}", value) for name, value in (
-        ("parts", ["llm"]), ("isolate_questions", True), ("epochs", 9.0), ("max_steps", 9), ("batch_size", 9), ("gradient_accumulation_steps", 9),
-        ("learning_rate", 9.0), ("learning_rates", {"llm": 9.0}), ("warmup_ratio", 0.9), ("weight_decay", 9.0), ("max_grad_norm", 9.0),
+        ("parts", ["llm"]), ("isolate_questions", True), ("epochs", 9.0), ("max_steps", 9), ("batch_size", 9),
+        ("gradient_accumulation_steps", 9),
+        ("learning_rate", 9.0), ("learning_rates", {"llm": 9.0}), ("warmup_ratio", 0.9),
+        ("weight_decay", 9.0), ("max_grad_norm", 9.0),
         ("augment", {"colour": 0.5}),
     )],
     ("train.stages.alignment.epochs", 9.0),
@@ -180,12 +183,15 @@ def test_a_model_that_validated_best_depends_on_how_it_was_validated(tmp_path: P
 
 def test_systems_are_trained_in_the_order_of_the_configuration(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    names = [system.name for system in train.chosen(config, None)]
+    names = [system.name for system in train.select_systems(config, None)]
     assert names == ["stage 2 only", "stage 2 only, equal steps", "AddressVLM"]
-    assert [system.name for system in train.chosen(config, ["AddressVLM", "stage 2 only"])] == ["stage 2 only", "AddressVLM"]
+    assert [system.name for system in train.select_systems(config, ["AddressVLM", "stage 2 only"])] == [
+        "stage 2 only",
+        "AddressVLM",
+    ]
     for unknown in ("zero-shot", "Addressvlm"):
         with pytest.raises(InputError, match=f"--system {unknown}: systems that can be trained are stage 2 only, "):
-            train.chosen(config, [unknown])
+            train.select_systems(config, [unknown])
 
 
 def test_data_of_other_cities_must_be_there_and_is_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,16 +201,16 @@ def test_data_of_other_cities_must_be_there_and_is_never_made(tmp_path: Path, mo
     config = config_of(tmp_path)
     joint = config.model_copy(deep=True)
     joint.name, joint.train.cities = "joint", {"small": 1.0}
-    train._make_data(joint, False, {"photos", "alignment"})
+    train.make_data(joint, False, {"photos", "alignment"})
     assert made == []
     joint.train.cities = {"small": 1.0, "joint": 1.0}
-    train._make_data(joint, False, {"photos"})
+    train.make_data(joint, False, {"photos"})
     assert [name for name, _ in made] == ["ray_jobs.prepare"]
     joint.train.cities = {"elsewhere": 1.0}
     with pytest.raises(
         InputError, match=r"train\.cities names elsewhere, which has no photos in .*elsewhere: run ray_jobs/prep"
     ):
-        train._make_data(joint, False, {"photos"})
+        train.make_data(joint, False, {"photos"})
     made.clear()
-    train._make_data(config, False, {"reasoning"})
+    train.make_data(config, False, {"reasoning"})
     assert made == [("ray_jobs.prepare", config.labels.prompt), ("ray_jobs.label", "reasoning")]

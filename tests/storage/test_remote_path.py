@@ -22,8 +22,7 @@ from addressvlm.storage.remote_path import RemotePath, path_of
 from addressvlm.storage.run_dir import BEGUN_FILE, DONE_FILE, Run, is_done, is_unfinished, resumable_dir
 from addressvlm.storage.shards import Rows, ShardResult, ShardWork, plan_shards, process_shard, remove_stale_files
 from addressvlm.training.dataset import TableRows as TrainingRows
-from addressvlm.training.metrics_logger import MetricsLogger
-from addressvlm.training.trainer import StepMetrics
+from addressvlm.training.metrics_logger import MetricsLogger, StepMetrics
 from serve.cities import City, model_folder
 from serve.settings import ServiceSettings
 from tests.support.object_store import store
@@ -168,13 +167,13 @@ def test_a_journal_goes_on_where_it_was_sent(bucket: Path) -> None:
     folder = path_of("s3://bucket/journal")
     journal = MetricsLogger(folder, "s", 0, 4)
     for number in (1, 2):
-        journal.note(progress_of(number))
-    journal.keep()
-    journal.note(progress_of(3))  # lost with the job
+        journal.log_step(progress_of(number))
+    journal.sync()
+    journal.log_step(progress_of(3))  # lost with the job
     lines = (bucket / "journal" / "loss.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     resumed = MetricsLogger(folder, "s", 1, 4)
-    resumed.note(progress_of(2))
+    resumed.log_step(progress_of(2))
     resumed.keep()
     assert (bucket / "journal" / "loss.jsonl").read_text().splitlines()[0] == lines[0]
     assert len((bucket / "journal" / "loss.jsonl").read_text().splitlines()) == 2

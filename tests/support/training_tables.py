@@ -2,16 +2,21 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from addressvlm.config import Config, validate
+from addressvlm.config.train import TrainConfig
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
 from addressvlm.training.checkpoint import TrainingCheckpoint
-from addressvlm.training.stages import Report
+from addressvlm.training.metrics_logger import StepMetrics
+from addressvlm.training.stages import Stage
+from addressvlm.training.trainer import AdaptedModel, Report, Trainer
 
 STREETS = {"Mill Street": "red", "Oak Avenue": "blue", "Lake Road": "green"}
 
@@ -26,6 +31,29 @@ def keeping(kept: list[Path], folder: Path) -> Report:
         snapshot.write(kept[-1])
 
     return keep
+
+
+class Recorder:
+    """Collects the metrics of every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepMetrics] = []
+
+    def log_step(self, metrics: StepMetrics) -> None:
+        self.steps.append(metrics)
+
+    def sync(self) -> None:
+        """There is no storage."""
+
+
+def train_stage(
+    model: AdaptedModel, stage: Stage, checkpoint: TrainingCheckpoint | None = None, **settings: Any
+) -> list[StepMetrics]:
+    """Train a model that is in memory through one stage."""
+    trainer = Trainer(TrainConfig(**{"precision": "float32", **settings}), [stage], lambda: model, torch.device("cpu"))
+    trainer.logger = recorder = Recorder()  # type: ignore[assignment]
+    trainer.fit(checkpoint)
+    return recorder.steps
 
 
 class ListTable:

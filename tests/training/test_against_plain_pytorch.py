@@ -22,15 +22,17 @@ from addressvlm.models.loading import enable_packing
 from addressvlm.models.lora import adapter_state, adapter_weights, attach_lora
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
-from addressvlm.training import stages, trainer
+from addressvlm.training import trainer
 from addressvlm.training.checkpoint import TrainingCheckpoint
 from addressvlm.training.collator import Collator, image_from_row, sample_from_row
 from addressvlm.training.dataset import Schedule, TableRows
-from addressvlm.training.loss import clipped_step
-from addressvlm.training.stages import build_stages, train_system
+from addressvlm.training.metrics_logger import StepMetrics
+from addressvlm.training.optim import clip_and_step
+from addressvlm.training.stages import Stage, build_stages
+from addressvlm.training.trainer import AdaptedModel, train_system
 from tests.support.families import tiny_fastvlm
 from tests.support.tiny import tiny_llava
-from tests.support.training_tables import ListTable, keeping, picture, table_rows, trained_config
+from tests.support.training_tables import ListTable, keeping, picture, table_rows, train_stage, trained_config
 
 WORDS = {"vision": "vision_tower", "adapter": "multi_modal_projector", "llm": "language_model"}
 STEPS, PER_STEP = 3, 4
@@ -177,10 +179,12 @@ def test_two_stages_are_those_of_plain_pytorch(
         snapshot, named = held[number], dict(adapter_weights(model))
         learnt = {name for name in named if named[name] in optimizer.state}
         assert snapshot.adapter.keys() == named.keys()
-        assert snapshot.moments.keys() == learnt
+        assert snapshot.optimizer_state.keys() == learnt
         pairs = [(snapshot.adapter[name], named[name].detach()) for name in named]
         pairs += [
-            (snapshot.moments[n][key], optimizer.state[named[n]][key]) for n in learnt for key in ("exp_avg", "exp_avg_sq")
+            (snapshot.optimizer_state[n][key], optimizer.state[named[n]][key])
+            for n in learnt
+            for key in ("exp_avg", "exp_avg_sq")
         ]
         assert sum(far(*pair) for pair in pairs) <= 0.005 * sum(one.numel() for one, _ in pairs)
     assert any(clipped)
@@ -200,22 +204,18 @@ def speaking(base: Path, dropout: float) -> Speaker:
     return model, parts, processor
 
 
-def standing_still(speaker: Speaker, stage_name: str = "s", seed: int = 0, start: int = 0) -> list[trainer.StepMetrics]:
+def standing_still(speaker: Speaker, stage_name: str = "s", seed: int = 0, start: int = 0) -> list[StepMetrics]:
     """Steps that change next to nothing, each of the same four rows, so that their losses differ by the masks alone."""
     model, parts, processor = speaker
     config = StageConfig(data="photos", batch_size=2, learning_rate=1e-12)
-    stage = trainer.Stage(stage_name, config, Schedule(ListTable(table_rows(1) * 4), 4, 0), 3, seed)
-    moments = None
+    stage = Stage(stage_name, config, Schedule(ListTable(table_rows(1) * 4), 4, 0), 3, seed)
+    checkpoint = None
     if start:
         names = [name for name, _ in adapter_weights(model)]
         zeros = {name: torch.zeros_like(weights) for name, weights in adapter_state(model).items()}
         moments = {n: {"exp_avg": zeros[n], "exp_avg_sq": zeros[n].clone(), "step": torch.tensor(1.0)} for n in names}
-    seen: list[trainer.StepMetrics] = []
-    trainer.run_stage(
-        model, parts, Collator(processor), stage, "ddp", start=start, moments=moments,
-        after=lambda progress, strategy: seen.append(progress), peak_tflops=2.0,
-    )  # fmt: skip
-    return seen
+        checkpoint = TrainingCheckpoint(0, start, adapter_state(model), moments)
+    return train_stage(AdaptedModel(model, parts, processor), stage, checkpoint, peak_tflops=2.0)
 
 
 def as_worker(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
@@ -278,12 +278,11 @@ def test_losses_by_kind_are_means_over_the_tokens_of_that_kind(base: Path, apart
 
     assert enable_packing(model, "on", torch.device("cpu"), "tiny") or not packed
     model, parts = attach_lora(model, ModelConfig(vision=PartConfig(rank=2), llm=PartConfig(rank=2), lora_dropout=0.0))
-    stage = StageConfig(data="photos", batch_size=2, gradient_accumulation_steps=3, learning_rate=1e-9)
-    seen: list[trainer.StepMetrics] = []
-    trainer.run_stage(
-        model, parts, Collator(processor, apart, packed), trainer.Stage("s", stage, Schedule(ListTable(rows), 6, 0), 1, 0), "ddp",
-        after=lambda progress, strategy: seen.append(progress),
-    )  # fmt: skip
+    settings = StageConfig(
+        data="photos", batch_size=2, gradient_accumulation_steps=3, learning_rate=1e-9, isolate_questions=apart
+    )
+    stage = Stage("s", settings, Schedule(ListTable(rows), 6, 0), 1, 0)
+    seen = train_stage(AdaptedModel(model, parts, processor, packed), stage)
     assert set(expected) == {"generation", "judgment", "choice", "other"}
     assert seen[0].by_kind == pytest.approx(expected, rel=1e-4)
     assert seen[0].loss == pytest.approx(float(every.mean()), rel=1e-4)
@@ -303,7 +302,7 @@ def test_statistics_of_normalization_stay_those_of_the_base(tmp_path: Path, monk
     schema = tables.with_features(tables.pa.schema([tables.PHOTOS.field(c) for c in columns]))
     tables.write_table(Run(config).photos, "val", [row | of_place for row in table_rows(1)], schema)
     trained: list[Any] = []
-    monkeypatch.setattr(stages, "save_system", lambda config, model, *_: trained.append(model))
+    monkeypatch.setattr(trainer, "save_system", lambda config, model, *_: trained.append(model))
     train_system(config, "AddressVLM", None, nothing)
     before, after = (
         [buffer for name, buffer in model.named_buffers() if "running" in name]
@@ -321,7 +320,7 @@ def test_gradients_are_cut_to_the_norm_and_cleared(clip: float, share: float, mo
     weights = torch.nn.Parameter(torch.zeros(2))
     weights.grad = torch.tensor([3.0, 4.0])
     optimizer = torch.optim.SGD([{"params": [weights], "share": share}], lr=9.0)
-    assert float(clipped_step(optimizer, [weights], clip, 1.0)) == pytest.approx(5)
+    assert float(clip_and_step(optimizer, [weights], clip, 1.0)) == pytest.approx(5)
     assert weights.tolist() == pytest.approx([-3 * moved, -4 * moved], rel=1e-4)
     assert weights.grad is None
 
@@ -344,7 +343,7 @@ def test_random_weights_are_those_of_training_s_seed(tmp_path: Path, base: Path)
     def first(seed: int, own: int | None) -> dict[str, torch.Tensor]:
         config = trained_config(tmp_path, base, seed=own)
         config.seed = seed
-        return adapter_state(stages.attach_adapter(load_model(str(base))[0], config, torch.device("cpu"))[0])
+        return adapter_state(trainer.attach_adapter(*load_model(str(base)), config, torch.device("cpu")).peft)
 
     one, same, other = first(3, 7), first(4, 7), first(7, 8)
     assert all(torch.equal(one[name], same[name]) for name in one)

@@ -18,14 +18,13 @@ from addressvlm.config import load as configuration
 from addressvlm.config.train import ModelConfig, PartConfig
 from addressvlm.models import load_model
 from addressvlm.models.lora import attach_lora, set_trainable_parts
-from addressvlm.training import trainer
 from addressvlm.training.collator import Collator, sample_from_row
 from addressvlm.training.dataset import Schedule
 from addressvlm.training.device_stats import peak_of_gpu
-from addressvlm.training.memory_estimate import GIB, StageEstimate, estimate_stages, model_shape, row_cost
-from addressvlm.training.stages import train_system
+from addressvlm.training.memory_estimate import GIB, StageEstimate, estimate_stages, model_shape, print_estimate, row_cost
+from addressvlm.training.stages import Stage
+from addressvlm.training.trainer import train_system
 from addressvlm.training.unused_parameters import probe_first_row
-from ray_jobs import train as planned
 from tests.support.tiny import tiny_llava
 from tests.support.tiny_families import FAMILIES
 from tests.support.training_tables import ListTable, keeping, table_rows, trained_config
@@ -93,7 +92,7 @@ def test_a_plan_that_cant_fit_is_refused_and_one_that_fits_is_shown(
 ) -> None:
     config = paper(full_size, tmp_path, "train.peak_tflops=71")
     systems = config.train.systems[1:2]
-    planned.print_estimate(config, systems, 177_840)
+    print_estimate(config, systems, 177_840)
     told = capsys.readouterr().out
     assert "parameters: vision 303,507,456, adapter 12,589,056, llm 3,821,079,552" in told
     assert "steps: 1,389" in told
@@ -102,17 +101,17 @@ def test_a_plan_that_cant_fit_is_refused_and_one_that_fits_is_shown(
     with pytest.raises(
         InputError, match=r"stage 2 only, localization needs about \d+\.\d GiB a GPU, which has 8: lower batch_size"
     ):
-        planned.print_estimate(config, systems, 177_840)
+        print_estimate(config, systems, 177_840)
 
 
 def test_a_plan_without_data_says_what_is_unknown(full_size: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = paper(full_size, tmp_path)
-    planned.print_estimate(config, config.train.systems[1:2], None)
+    print_estimate(config, config.train.systems[1:2], None)
     assert "steps: unknown (give --photos)" in capsys.readouterr().out
 
 
 def test_a_plan_without_the_base_at_hand_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"a plan for 'nobody/nothing' needs its config\.json and processor files"):
+    with pytest.raises(InputError, match=r"an estimate for 'nobody/nothing' needs its config\.json and processor files"):
         model_shape(configuration("paper-pitts", ["model.base=nobody/nothing"], {}))
 
 
@@ -128,12 +127,12 @@ def test_operations_of_the_outline_are_those_of_the_model(base: Path, tmp_path: 
     row = collate.encode(sample_from_row(table[0]))
     answers = sum(label != -100 for label in row.labels)
 
-    stage = trainer.Stage("s", config.train.stages["localization"], Schedule(table, 1, 0), 1, 0)
+    stage = Stage("s", config.train.stages["localization"], Schedule(table, 1, 0), 1, 0)
     set_trainable_parts(tuned, where, parts)
     real = probe_first_row(tuned, where, collate, stage)
     sketched = model_shape(config)
     set_trainable_parts(sketched.model, sketched.parts, parts)
-    assert row_cost(sketched.model, sketched.parts, row.image, len(row.ids), answers).flops == pytest.approx(real, rel=0.15)
+    assert row_cost(sketched.model, sketched.parts, row.pixels, len(row.ids), answers).flops == pytest.approx(real, rel=0.15)
 
 
 def sketched(model: Any, processor: Any) -> Any:
@@ -142,7 +141,7 @@ def sketched(model: Any, processor: Any) -> Any:
         base = type(model)._from_config(model.config)
     tuned, parts = attach_lora(base, ModelConfig(vision=PartConfig(rank=2), llm=PartConfig(rank=2)))
     row = Collator(processor).encode(sample_from_row(table_rows(1)[0]))
-    return row_cost(tuned, parts, row.image, len(row.ids), 4)
+    return row_cost(tuned, parts, row.pixels, len(row.ids), 4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -150,7 +149,7 @@ def test_a_family_that_looks_into_its_tensors_is_guessed_and_said_so(family: str
     cost = sketched(*FAMILIES[family]())
     assert cost.guessed or not family.startswith("qwen")
     assert cost.flops > 0
-    assert cost.kept > 0
+    assert cost.activations > 0
 
 
 def test_the_shape_of_llava_is_counted_and_not_guessed(base: Path) -> None:

@@ -16,10 +16,10 @@ from addressvlm.config.train import ModelConfig, PartConfig
 from addressvlm.models import load_model
 from addressvlm.models import lora as lora_module
 from addressvlm.models.block_attention import Block, block_attention, blocks_of
-from addressvlm.models.loading import enable_packing
+from addressvlm.models.loading import autocast, enable_packing
 from addressvlm.models.lora import attach_lora, set_trainable_parts, trainable_params
 from addressvlm.training.collator import Collator, Sample, SkipSampleError
-from addressvlm.training.loss import answer_loss, autocast
+from addressvlm.training.loss import answer_loss
 from tests.support.tiny import tiny_llava
 
 ROUNDS = [("Which street is this?", "Mill Street"), ("Is it?", "Yes"), ("Where is it?", "Oak Avenue, Harbour")]
@@ -112,7 +112,7 @@ def test_no_token_sees_another_conversation(loaded: tuple) -> None:
     one, other = (collate([SAMPLES[0], last]) for last in (SAMPLES[1], SAMPLES[2]))
     first = len(collate.encode(SAMPLES[0]).ids)
     with torch.inference_mode():
-        heard = [model(**{k: v for k, v in b.items() if k not in ("labels", "asked")}).logits[:, :first] for b in (one, other)]
+        heard = [model(**{k: v for k, v in b.items() if k not in ("labels", "kinds")}).logits[:, :first] for b in (one, other)]
     torch.testing.assert_close(*heard, rtol=0, atol=0)
 
 
@@ -154,7 +154,7 @@ def test_gradients_are_those_of_the_plain_ways(
 
 def test_bfloat16_products_keep_the_loss(base: Path) -> None:
     model, processor = tuned(base, 0.0, packed=True)
-    batch = Collator(processor, apart=True, packed=True)(SAMPLES)
+    batch = Collator(processor, isolate_questions=True, packed=True)(SAMPLES)
     exact, _ = answer_loss(model, batch)
     with autocast(torch.device("cpu"), torch.float32, "bfloat16"):
         rough, _ = answer_loss(model, batch)
@@ -183,4 +183,4 @@ def test_a_row_longer_than_the_context_is_set_aside_whole(loaded: tuple) -> None
     Collator(processor, context=length).encode(SAMPLES[0])
     with pytest.raises(SkipSampleError, match=f"{length} tokens are more than the model's context of {length - 1}"):
         Collator(processor, context=length - 1).encode(SAMPLES[0])
-    Collator(processor, apart=True, context=length - 1).encode(SAMPLES[0])  # positions of rounds apart are fewer
+    Collator(processor, isolate_questions=True, context=length - 1).encode(SAMPLES[0])  # positions of rounds apart are fewer

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from addressvlm.training import trainer
 from addressvlm.training.stages import build_stages
 from tests.support.tiny import tiny_llava
 from tests.support.training_tables import trained_config
@@ -20,7 +19,7 @@ def test_large_seeds_are_taken(tmp_path: Path, base: Path) -> None:
     config = trained_config(tmp_path, base)
     config.seed = 10**6
     stage = build_stages(config, config.train.systems[1])[0]
-    seeds = {trainer._seed(stage, step, rank) for step in range(3) for rank in range(2)}
+    seeds = {stage.dropout_seed(step, rank) for step in range(3) for rank in range(2)}
     assert len(seeds) == 6
     for seed in seeds:
         torch.manual_seed(seed)

@@ -23,11 +23,12 @@ from addressvlm.models import cards, load_model
 from addressvlm.models.lora import attach_lora
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
-from addressvlm.training import metrics_logger, stages, trainer
+from addressvlm.training import metrics_logger, trainer
 from addressvlm.training.checkpoint import TrainingCheckpoint, better_adapter
 from addressvlm.training.collator import Collator
 from addressvlm.training.dataset import MixedRows, Schedule
-from addressvlm.training.stages import build_stages, train_system, training_rows, training_runs
+from addressvlm.training.stages import Stage, build_stages, training_rows, training_runs
+from addressvlm.training.trainer import train_system
 from tests.support.tiny import tiny_llava
 from tests.support.training_tables import ListTable, keeping, picture, table_rows, trained_config
 
@@ -245,7 +246,7 @@ def test_the_adapter_that_validated_best_is_kept_and_can_be_merged(
         config = trained_config(tmp_path / merge, base, checkpoint_to_merge=merge, validate_every=2)
         config.train.stages["localization"].max_steps = 8
         turns = [0.5, 0.75, 0.75, 0.25]
-        monkeypatch.setattr(stages, "Validation", lambda *_, turns=turns, **__: lambda model: {"A_ds": turns.pop(0)})
+        monkeypatch.setattr(trainer, "Validation", lambda *_, turns=turns, **__: lambda *_: {"A_ds": turns.pop(0)})
         kept: list[Path] = []
         train_system(config, "stage 2 only", None, keeping(kept, tmp_path / merge))
         folder = Run(config).model_dir("stage 2 only")
@@ -265,11 +266,11 @@ def test_the_adapter_that_validated_best_is_kept_and_can_be_merged(
 
 def test_a_step_has_the_same_rows_and_as_many_batches_on_all_workers_whatever_their_number(base: Path) -> None:
     config = StageConfig(data="photos", batch_size=1, gradient_accumulation_steps=2)
-    stage = trainer.Stage("s", config, Schedule(named("a", 24), 8, 0), 3, 0)
+    stage = Stage("s", config, Schedule(named("a", 24), 8, 0), 3, 0)
     collate = Collator(load_model(str(base))[1])
     for world in (1, 2, 3, 4, 5, 8):
-        steps = [trainer._step(collate, stage, 1, rank, world) for rank in range(world)]
-        assert sum(step.tokens for step in steps) == trainer._step(collate, stage, 1, 0, 1).tokens
+        steps = [stage.step_batches(collate, 1, rank, world) for rank in range(world)]
+        assert sum(step.tokens for step in steps) == stage.step_batches(collate, 1, 0, 1).tokens
         assert len({len(step.batches) for step in steps}) == 1
         sizes = [len(batch["input_ids"]) for step in steps for batch in step.batches]
         assert sum(sizes) == 8
@@ -305,7 +306,7 @@ def test_what_validates_best_is_of_the_last_stage_and_by_the_first_metric_there_
     for stage in config.train.stages.values():
         stage.max_steps = 3
     turns = [{"A_ds": 0.9, "A": 0.9}, {"A_ds": 0.8, "A": 0.9}, {"A_ds": 0.5, "A": 0.1}, {"A_ds": 0.25, "A": 0.9}]
-    monkeypatch.setattr(stages, "Validation", lambda *_, **__: lambda model: turns.pop(0))
+    monkeypatch.setattr(trainer, "Validation", lambda *_, **__: lambda *_: turns.pop(0))
     kept: list[Path] = []
     train_system(config, "AddressVLM", None, keeping(kept, tmp_path))
     assert not turns  # after the second and the last step of each stage
@@ -340,17 +341,17 @@ def test_replacing_a_row_is_the_same_whatever_the_workers() -> None:
         assert [row for pair in zip(*shares, strict=True) for row in pair] == whole
 
 
-def progress_of(step: int, **given: Any) -> trainer.StepMetrics:
+def progress_of(step: int, **given: Any) -> metrics_logger.StepMetrics:
     seen = {"loss": 2.0, "learning_rate": 0.1, "gradient_norm": 3.0, "samples_per_s": 4.0, "tokens": 5, "tokens_per_s": 60.0}
-    return trainer.StepMetrics("localization", step, 9, **{**seen, "mfu": None, "memory_gib": 0.5, **given})
+    return metrics_logger.StepMetrics("localization", step, 9, **{**seen, "mfu": None, "memory_gib": 0.5, **given})
 
 
 def test_time_left_is_that_of_the_steps_since_the_start_of_this_run(tmp_path: Path) -> None:
     account = metrics_logger.MetricsLogger(tmp_path, "system", 4, 10)
     account.began, account.done = 0.0, 6
-    told = account._line(progress_of(2, mfu=0.25, rejected=3), now=10.0)
+    told = account._progress_line(progress_of(2, mfu=0.25, rejected=3), now=10.0)
     assert told == (
-        "localization step 2/9, loss 2.000, 4.0 photos/s, 60 tokens/s, 25.0 % of peak, 0.5 GiB, 3 rows left out, 20 s left"
+        "localization step 2/9, loss 2.000, 4.0 photos/s, 60 tokens/s, 25.0 % of peak, 0.5 GiB, 3 rows skipped, 20 s left"
     )
 
 
@@ -363,8 +364,8 @@ def test_a_tracker_gets_what_the_journal_has_by_the_system_s_own_step(tmp_path: 
     client.log_metrics = lambda values, step: sent.append((values, step))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mlflow", client)
     account = metrics_logger.MetricsLogger(tmp_path, "AddressVLM", 4, 10, ["mlflow"], "small")
-    account.note(progress_of(1, by_kind={"choice": 1.5}))
-    account.validated("localization", 1, {"A_ds": 0.5})
+    account.log_step(progress_of(1, by_kind={"choice": 1.5}))
+    account.log_validation("localization", 1, {"A_ds": 0.5})
     assert sent[:2] == ["addressvlm", "small: AddressVLM"]
     values, step = sent[2]
     assert (step, values["localization/loss"], values["localization/loss of choice"]) == (5, 2.0, 1.5)
@@ -378,7 +379,7 @@ def test_validation_after_the_step_resumed_from_is_forgotten(tmp_path: Path) -> 
 
     before = journal_of(0)
     for before.done in (2, 4, 6):
-        before.validated("localization", before.done, {"A": 0.5})
+        before.log_validation("localization", before.done, {"A": 0.5})
     journal_of(4)
     found = (tmp_path / "validation.jsonl").read_text().splitlines()
     assert [json.loads(line)["done"] for line in found] == [2, 4]

@@ -18,7 +18,7 @@ from addressvlm.config import Config
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
 from addressvlm.training.checkpoint import TrainingCheckpoint
-from addressvlm.training.stages import train_system
+from addressvlm.training.trainer import train_system
 from tests.support.tiny import tiny_llava
 from tests.support.training_tables import keeping, table_rows, trained_config
 
@@ -164,9 +164,9 @@ def test_only_adapter_and_moments_are_kept(pair: Path) -> None:
     for kind in KINDS:
         held = TrainingCheckpoint.read(pair / kind / f"checkpoint{RESUMED}")
         assert all("lora_" in name or "modules_to_save" in name for name in held.adapter)
-        assert held.moments.keys() <= held.adapter.keys()
-        assert {key for state in held.moments.values() for key in state} == {"exp_avg", "exp_avg_sq", "step"}
-        assert {float(state["step"]) for state in held.moments.values()} == {2.0}
-        assert all(state["exp_avg"].shape == held.adapter[name].shape for name, state in held.moments.items())
+        assert held.optimizer_state.keys() <= held.adapter.keys()
+        assert {key for state in held.optimizer_state.values() for key in state} == {"exp_avg", "exp_avg_sq", "step"}
+        assert {float(state["step"]) for state in held.optimizer_state.values()} == {2.0}
+        assert all(state["exp_avg"].shape == held.adapter[name].shape for name, state in held.optimizer_state.items())
         sizes.add(sum(weights.numel() for weights in held.adapter.values()))
     assert len(sizes) == 1

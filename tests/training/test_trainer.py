@@ -22,17 +22,19 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from addressvlm import InputError
 from addressvlm.config.train import AugmentConfig, ModelConfig, PartConfig
 from addressvlm.models import load_model
-from addressvlm.models.loading import has_1d_positions
+from addressvlm.models.loading import autocast, has_1d_positions
 from addressvlm.models.lora import adapter_state, attach_lora, set_trainable_parts, trainable_params
 from addressvlm.models.parts import part_of
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
 from addressvlm.training.collator import IGNORE_INDEX, Collator, Sample, messages
 from addressvlm.training.dataset import Schedule, TableRows, count_steps
-from addressvlm.training.loss import answer_loss, autocast, learning_rate
-from addressvlm.training.stages import build_stages, train_system
+from addressvlm.training.loss import answer_loss
+from addressvlm.training.optim import learning_rate
+from addressvlm.training.stages import build_stages
+from addressvlm.training.trainer import AdaptedModel, train_system
 from tests.support.tiny import tiny_llava
-from tests.support.training_tables import keeping, table_rows, trained_config
+from tests.support.training_tables import keeping, table_rows, train_stage, trained_config
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def test_rounds_apart_are_learnt_as_if_each_had_a_row_of_its_own(base: Path, att
     model, processor = load_model(str(base))
     model.set_attn_implementation(attention)
     rounds = [("Which street is this?", "Mill Street"), ("Is it?", "Yes"), ("Where is it?", "Oak Avenue, Harbour")]
-    shared, count = answer_loss(model, Collator(processor, apart=True)([sample(*rounds), sample(rounds[1])]))
+    shared, count = answer_loss(model, Collator(processor, isolate_questions=True)([sample(*rounds), sample(rounds[1])]))
     alone = [answer_loss(model, Collator(processor)([sample(r)])) for r in [*rounds, rounds[1]]]
     assert count == sum(n for _, n in alone)
     torch.testing.assert_close(shared, sum(loss for loss, _ in alone), rtol=1e-5, atol=1e-5)
@@ -291,14 +293,12 @@ def test_a_part_without_gradient_is_said(tmp_path: Path, base: Path) -> None:
     config = trained_config(tmp_path, base)
     config.model.vision.full = False
     model, processor = load_model(str(base))
-    from addressvlm.training import trainer
-
     tuned, parts = attach_lora(model, config.model)
     stage = build_stages(config, config.train.systems[1])[0]
     tuned.get_input_embeddings().weight.data.zero_()
     broken = {**parts, "vision": "model.nothing"}
     with pytest.raises(InputError, match="no gradient reaches the vision part"):
-        trainer.run_stage(tuned, broken, Collator(processor), stage, "ddp")
+        train_stage(AdaptedModel(tuned, broken, processor), stage)
 
 
 def test_a_diverging_loss_is_said(tmp_path: Path, base: Path) -> None:
@@ -317,7 +317,7 @@ def test_a_checkpoint_half_written_is_told(tmp_path: Path, base: Path, name: str
     train_system(config, "stage 2 only", None, keeping(kept, tmp_path))
     content = (kept[0] / name).read_bytes()
     (kept[0] / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=r"the checkpoint in .* is not whole \(.*: remove it to go on from the one before"):
+    with pytest.raises(InputError, match=r"the checkpoint in .* is incomplete \(.*: remove it to resume from the one before"):
         train_system(config, "stage 2 only", kept[0], lambda metrics, folder: None)
 
 

@@ -25,18 +25,19 @@ from addressvlm.models.lora import attach_lora, set_trainable_parts
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
 from addressvlm.tiles.graft_rows import Grafter
-from addressvlm.training import trainer
 from addressvlm.training.collator import Collator, Sample, SkipSampleError, sample_from_row
 from addressvlm.training.dataset import Schedule, TableRows
 from addressvlm.training.loss import answer_loss
 from addressvlm.training.memory_estimate import estimate_stages, model_shape, row_cost
+from addressvlm.training.stages import Stage
+from addressvlm.training.trainer import AdaptedModel
 from addressvlm.training.unused_parameters import probe_first_row
 from tests.integration.test_graft import config_of
 from tests.integration.test_graft import rows as photos
 from tests.support.families import picture as noise
 from tests.support.tiny import tiny_llava
 from tests.support.tiny_families import FAMILIES
-from tests.support.training_tables import ListTable, picture, table_rows, trained_config
+from tests.support.training_tables import ListTable, picture, table_rows, train_stage, trained_config
 
 ROUNDS = [("Which street is this?", "Mill Street"), ("Is it?", "Yes"), ("Where is it?", "Oak Avenue, Harbour")]
 SAMPLES = [  # with and without a tile, as when tables are mixed
@@ -115,13 +116,13 @@ def test_a_tile_that_cant_be_decoded_is_not_learnt_from() -> None:
 
 def test_the_question_comes_after_both_images(base: Path) -> None:
     processor = load_model(str(base))[1]
-    one, two = (Collator(processor, apart=True).encode(s) for s in (Sample(SAMPLES[0].image, ROUNDS), SAMPLES[0]))
+    one, two = (Collator(processor, isolate_questions=True).encode(s) for s in (Sample(SAMPLES[0].image, ROUNDS), SAMPLES[0]))
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
     assert (one.ids.count(image), two.ids.count(image)) == (16, 32)
     assert [token for token in two.ids if token != image] == [token for token in one.ids if token != image]
     assert two.rounds.count(0) == one.rounds.count(0) + 16  # all rounds share both
-    assert two.image["pixel_values"].shape[0] == 2
-    torch.testing.assert_close(two.image["pixel_values"][:1], one.image["pixel_values"])
+    assert two.pixels["pixel_values"].shape[0] == 2
+    torch.testing.assert_close(two.pixels["pixel_values"][:1], one.pixels["pixel_values"])
 
 
 @pytest.mark.parametrize(
@@ -154,19 +155,16 @@ def test_training_reads_the_second_image(base: Path, family: str) -> None:
     model, processor = load_model(str(base)) if family == "llava" else FAMILIES[family]()
     packed = enable_packing(model, "auto", torch.device("cpu"), family)
     model, parts = attach_lora(model, SMALL)
-    losses: list[float] = []
-    stage = StageConfig(data="alignment", batch_size=3, learning_rate=0.02)
-    trainer.run_stage(
-        model, parts, Collator(processor, packed=packed), trainer.Stage("s", stage, Schedule(with_tiles(6), 3, 0), 4, 0), "ddp",
-        after=lambda progress, strategy: losses.append(progress.loss),
-    )  # fmt: skip
+    settings = StageConfig(data="alignment", batch_size=3, learning_rate=0.02)
+    stage = Stage("s", settings, Schedule(with_tiles(6), 3, 0), 4, 0)
+    losses = [metrics.loss for metrics in train_stage(AdaptedModel(model, parts, processor, packed), stage)]
     assert losses[-1] < losses[0]
 
 
 def test_a_plan_counts_both_images(base: Path, tmp_path: Path) -> None:
     config = trained_config(tmp_path, base)
     config.model.lora_dropout = 0.0
-    stage = trainer.Stage("s", config.train.stages["alignment"], Schedule(with_tiles(1), 1, 0), 1, 0)
+    stage = Stage("s", config.train.stages["alignment"], Schedule(with_tiles(1), 1, 0), 1, 0)
     model, processor = load_model(str(base))
     tuned, where = attach_lora(model, config.model)
     set_trainable_parts(tuned, where, ["vision", "adapter", "llm"])
@@ -175,7 +173,7 @@ def test_a_plan_counts_both_images(base: Path, tmp_path: Path) -> None:
     set_trainable_parts(made.model, made.parts, ["vision", "adapter", "llm"])
     row = Collator(processor).encode(sample_from_row(with_tiles(1)[0]))
     answers = sum(label != -100 for label in row.labels)
-    assert row_cost(made.model, made.parts, row.image, len(row.ids), answers).flops == pytest.approx(real, rel=0.15)
+    assert row_cost(made.model, made.parts, row.pixels, len(row.ids), answers).flops == pytest.approx(real, rel=0.15)
 
     nothing = config.model_copy(update={"name": "nothing"})  # whose tables are not there yet
     for table in (Run(nothing).photos, Run(nothing).alignment):

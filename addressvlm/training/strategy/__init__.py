@@ -1,7 +1,7 @@
-"""How weights, gradients and optimizer state are spread over workers, one file a kind.
+"""How weights, gradients and optimizer state are distributed over workers, one module each.
 
-Whatever the kind, what is asked of it for a checkpoint is whole and by name, so that a run goes on from it with another number
-of workers.
+State for a checkpoint is always complete and by parameter name, so that a run can be resumed with another strategy and another
+number of workers.
 """
 
 from collections.abc import Callable
@@ -13,38 +13,35 @@ from peft import PeftModel
 
 from addressvlm.config.train import StageConfig
 
-OptimizerState = dict[str, dict[str, torch.Tensor]]  # parameter -> `exp_avg`, `exp_avg_sq` and `step` of AdamW
-SHARDS_WEIGHTS = (
-    "fsdp2",
-    "zero3",
-)  # those that cut the weights too: their models are loaded on the CPU and moved piece by piece
+OptimizerState = dict[str, dict[str, torch.Tensor]]  # parameter name -> AdamW's `exp_avg`, `exp_avg_sq` and `step`
+SHARDS_WEIGHTS = ("fsdp2", "zero3")  # shard the weights too: the model is loaded on the CPU and moved shard by shard
 
 
 class Strategy(Protocol):
-    """What the loop needs; every worker calls each of the methods.
+    """A model and its optimizer during a stage; every worker calls every method.
 
     Attributes:
-        module: called for the forward pass.
-        flops: what the stage's first look returned.
+        module: run for the forward pass.
+        flops: floating-point operations of a row, as the stage's probe measured them.
     """
 
     module: Any
     flops: int
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Accumulate gradients; `last` is the step's last batch, after which workers' gradients are summed up."""
+        """Accumulate gradients; after the step's `last` batch they are averaged over workers."""
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, clear the gradients; returns the norm of the gradient."""
+        """Clip the gradients, update, clear them; returns their norm before clipping."""
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """All weights of the adapter by name, whole, on the CPU."""
+        """All weights of the adapter by name, complete, on the CPU."""
 
-    def moments(self) -> OptimizerState:
-        """The optimizer's state by parameter, whole, on the CPU."""
+    def optimizer_state(self) -> OptimizerState:
+        """AdamW's state by parameter name, complete, on the CPU."""
 
-    def restore(self, moments: OptimizerState) -> None:
-        """Put back what `moments` gave, of any strategy and number of workers."""
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Restore the `optimizer_state` of any strategy and number of workers."""
 
 
 def is_distributed() -> bool:
@@ -53,23 +50,23 @@ def is_distributed() -> bool:
 
 
 def make_strategy(
-    name: str, model: PeftModel, stage: StageConfig, look: Callable[[], int], device: torch.device, fast: bool = False
+    name: str, model: PeftModel, stage: StageConfig, probe: Callable[[], int], device: torch.device, bfloat16: bool = False
 ) -> Strategy:
-    """The strategy of a `train.strategy` setting; a single worker has nothing to spread, whatever the setting.
+    """The strategy that `train.strategy` names; a single worker shards nothing and uses DDP's.
 
     Args:
         model: on the CPU if the strategy is one of `SHARDS_WEIGHTS`, else on the device.
-        look: the stage's first look, which freezes weights; called when the model can be run.
-        fast: whether products are made in bfloat16.
+        probe: freezes parameters without a gradient and returns a row's operations; called once the model can run.
+        bfloat16: whether the forward pass runs under bfloat16 autocast.
     """
     if name == "fsdp2" and is_distributed():
         from addressvlm.training.strategy.fsdp import Fsdp
 
-        return Fsdp(model, stage, look, device)
+        return Fsdp(model, stage, probe, device)
     if name in ("zero2", "zero3") and is_distributed():
         from addressvlm.training.strategy.zero import Zero
 
-        return Zero(model, stage, look, 2 if name == "zero2" else 3, device, fast)
+        return Zero(model, stage, probe, 2 if name == "zero2" else 3, device, bfloat16)
     from addressvlm.training.strategy.ddp import Ddp
 
-    return Ddp(model, stage, look, device)
+    return Ddp(model, stage, probe, device)
