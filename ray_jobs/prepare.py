@@ -121,7 +121,12 @@ def run_step(config: Config, redo: bool = False) -> None:
         if data.streets.roads:
             lat, lon = np.array([(photo.lat, photo.lon) for photo in photos]).T
             write_roads(folder / run.roads.name, data.streets.roads, lat, lon)
-        _write_aside(run.folder / "aside.parquet", data.places, split)
+        aside = [
+            {"place": place.id, "lat": place.lat, "lon": place.lon, "street": place.address.street,
+             "district": place.address.district, "reason": reason}
+            for place, reason in ((data.places[i], reason) for i, reason in split.reason.items())
+        ]  # fmt: skip
+        write_parquet(pa.Table.from_pylist(aside, schema=ASIDE), run.folder / "aside.parquet")
         card = _write_card(filled, folder, data, photos, split, gazetteer, [imagery] if imagery else [])
     _print_card(card)
 
@@ -150,7 +155,11 @@ def _load_city(config: Config, folder: AnyPath, rejects_file: AnyPath) -> CityDa
     with Heartbeat(lambda: "prepare: assigning addresses"):
         rows, rejects = readers.read(city)
         total = len(rows) + len(rejects)
-        streets = _street_map(city, rows)
+        centre = (float(np.mean([p.lat for p in rows])), float(np.mean([p.lon for p in rows]))) if rows else (0.0, 0.0)
+        streets = StreetMap.load(
+            city.streets, city.districts, centre, district_source=city.district_source, admin_level=city.admin_level,
+            language=city.language, unit=city.unit, with_roads=True,
+        )  # fmt: skip
         print(f"prepare: {total:,} rows in {source}, {len(streets.street_names):,} named streets", flush=True)
         cache = local_folder_for(storage_dir(config.storage)) / "geocoder.sqlite"
         places, photos, without_address = assign_addresses(rows, streets, city, config.seed, cache)
@@ -174,20 +183,6 @@ def _load_city(config: Config, folder: AnyPath, rejects_file: AnyPath) -> CityDa
             f"{rejects_file}{more}."
         )
     return data
-
-
-def _street_map(city: CityConfig, photos: list[Photo]) -> StreetMap:
-    centre = (float(np.mean([p.lat for p in photos])), float(np.mean([p.lon for p in photos]))) if photos else (0.0, 0.0)
-    return StreetMap.load(
-        city.streets,
-        city.districts,
-        centre,
-        district_source=city.district_source,
-        admin_level=city.admin_level,
-        language=city.language,
-        unit=city.unit,
-        with_roads=True,
-    )
 
 
 def _check_photos(
@@ -218,16 +213,6 @@ def _write_tables(
     function = partial(add_conversations, parts, (str(file), names), config.city.model_dump_json(), config.seed)
     work = ShardWork(function, tables.PHOTOS, fingerprint=names + sha256(parts).hexdigest())
     run_shards("prepare: photos written", plan_shards(folder / CHECKED_FOLDER, "photos", WRITE_SHARD), folder, work)
-
-
-def _write_aside(path: AnyPath, places: dict[str, Place], split: PlaceSplit) -> None:
-    """The places that are in no split and why."""
-    items = [
-        {"place": p, "lat": places[p].lat, "lon": places[p].lon, "street": places[p].address.street,
-         "district": places[p].address.district, "reason": reason}
-        for p, reason in split.reason.items()
-    ]  # fmt: skip
-    write_parquet(pa.Table.from_pylist(items, schema=ASIDE), path)
 
 
 def _write_card(

@@ -45,7 +45,12 @@ class CityFigures:
         plane = f"+proj=laea +lat_0={lat:.6f} +lon_0={lon:.6f} +datum=WGS84 +units=m +no_defs"
         self._projection = pyproj.Transformer.from_crs("EPSG:4326", plane, always_xy=True)
         self.xy = self._project(np.array([(p.lon, p.lat) for p in self.places]))
-        self.frame = _frame(self.xy)
+        low, high = self.xy.min(axis=0), self.xy.max(axis=0)
+        width, height = (high - low) + 2 * max(0.05 * float((high - low).max()), 60.0)
+        width = max(width, height / MAX_ASPECT)
+        height = max(height, width * MIN_ASPECT)
+        x, y = (low + high) / 2
+        self.frame = (float(x - width / 2), float(y - height / 2), float(x + width / 2), float(y + height / 2))
         self._line_scale = min(1.0, (1500 / (self.frame[2] - self.frame[0])) ** 0.4)  # thinner where more of a city is shown
         self.streets = {name: self._view(shape) for name, shape in gazetteer.geometry.items()}
         self.districts = {name: self._view(shapely.make_valid(s)) for name, s in gazetteer.district_geometry.items()}
@@ -190,17 +195,6 @@ def long_tail(streets: Mapping[str, int], sub_streets: Mapping[str, int]) -> byt
         summary = f"{len(counts):,} {unit}s\nlargest {counts[0]:,}, median {np.median(counts):g} places"
         axes.text(0.98, 0.94, summary, transform=axes.transAxes, ha="right", va="top", fontsize=9.5, color=INK, linespacing=1.5)
     return _png(figure)
-
-
-def _frame(xy: NDArray[np.float64]) -> tuple[float, float, float, float]:
-    """Left, bottom, right, top around the places, not too tall and not too flat."""
-    low, high = xy.min(axis=0), xy.max(axis=0)
-    pad = max(0.05 * float((high - low).max()), 60.0)
-    width, height = (high - low) + 2 * pad
-    width = max(width, height / MAX_ASPECT)
-    height = max(height, width * MIN_ASPECT)
-    x, y = (low + high) / 2
-    return float(x - width / 2), float(y - height / 2), float(x + width / 2), float(y + height / 2)
 
 
 def _members(groups: Sequence[str]) -> dict[str, list[int]]:

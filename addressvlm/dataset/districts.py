@@ -55,12 +55,19 @@ def choose_districts(
     if admin_level is not None and source == "auto":
         source = "admin"
     areas = [f for f in extract.features if f.dimension == 2 and (is_district(f.tags) or not extract.osm)]
-    admin = _admin_layers(areas, admin_level)
-    parts = [layer for place in DISTRICT_PLACES if (layer := [f for f in areas if f.tags.get("place") == place])]
+    levels: dict[int, Layer] = {}
+    for area in areas:
+        level = area.tags.get("admin_level", "")
+        if area.tags.get("boundary") == "administrative" and level.isdecimal() and admin_level in (None, int(level)):
+            levels.setdefault(int(level), []).append(area)
+    admin = [levels[level] for level in sorted(levels, reverse=True)]
+    parts = _layers_by_place(areas)
+    centres = _layers_by_place([f for f in extract.features if f.dimension == 0]) if source in ("auto", "place") else []
+    box = shapely.box(*extract.bounds)
     layers = {
         "admin": admin,
         "polygons": parts or ([areas] if areas else []),
-        "place": _cell_layers(extract) if source in ("auto", "place") else [],
+        "place": [district_cells(layer, box) for layer in sorted(centres, key=len, reverse=True)],
         "auto": [],
     }
     layers["auto"] = admin + parts + layers["place"] or layers["polygons"]
@@ -79,21 +86,9 @@ def choose_districts(
     return candidates[max(range(len(candidates)), key=score)]
 
 
-def _admin_layers(areas: Sequence[GeoFeature], admin_level: int | None) -> list[Layer]:
-    """Administrative areas by level, the finest first."""
-    levels: dict[int, Layer] = {}
-    for area in areas:
-        level = area.tags.get("admin_level", "")
-        if area.tags.get("boundary") == "administrative" and level.isdecimal() and admin_level in (None, int(level)):
-            levels.setdefault(int(level), []).append(area)
-    return [levels[level] for level in sorted(levels, reverse=True)]
-
-
-def _cell_layers(extract: GeoExtract) -> list[Layer]:
-    """Cells around the centres of parts of the town, the kind of part with the most of them first."""
-    points = [f for f in extract.features if f.dimension == 0]
-    layers = [layer for place in DISTRICT_PLACES if (layer := [f for f in points if f.tags.get("place") == place])]
-    return [district_cells(layer, shapely.box(*extract.bounds)) for layer in sorted(layers, key=len, reverse=True)]
+def _layers_by_place(features: Sequence[GeoFeature]) -> list[Layer]:
+    """Parts of the town by their kind, the finest first."""
+    return [layer for place in DISTRICT_PLACES if (layer := [f for f in features if f.tags.get("place") == place])]
 
 
 def district_cells(points: Sequence[GeoFeature], within: BaseGeometry) -> Layer:

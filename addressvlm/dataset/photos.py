@@ -94,7 +94,13 @@ def check_bytes(
             return f"photo too small: {path} is {width}x{height} pixels, both sides must be {MIN_SIDE} at least"
         try:
             if view is not None and fov_deg is not None and pixels is not None:
-                return _panorama_view(image, path, view, fov_deg, pixels)
+                if image.getexif().get(ORIENTATION, 1) >= 5:
+                    width, height = height, width
+                if not is_equirectangular(width, height):
+                    return f"not a panorama: {path} is {width}x{height} pixels, an equirectangular one is twice as wide as high"
+                needed = useful_width(fov_deg, pixels)
+                image.draft("RGB", (needed, needed // 2))  # decode at the coarsest scale that has all detail of the view
+                return _encode_jpeg(cut_view(_upright(image), view, fov_deg, pixels))
             image.load()
             if image.format in UNCHANGED_FORMATS and image.mode in ("RGB", "L") and image.getexif().get(ORIENTATION, 1) == 1:
                 return data
@@ -108,16 +114,6 @@ def _supported_formats() -> tuple[str, ...]:
     """Those of FORMATS that this build of Pillow can decode."""
     Image.init()
     return tuple(f for f in FORMATS if f in Image.OPEN)
-
-
-def _panorama_view(image: Image.Image, path: str, view: float, fov_deg: float, pixels: int) -> bytes | str:
-    """One view of a panorama, decoded at the coarsest scale that has all of its detail."""
-    width, height = image.size if image.getexif().get(ORIENTATION, 1) < 5 else image.size[::-1]
-    if not is_equirectangular(width, height):
-        return f"not a panorama: {path} is {width}x{height} pixels, an equirectangular one is twice as wide as high"
-    needed = useful_width(fov_deg, pixels)
-    image.draft("RGB", (needed, needed // 2))
-    return _encode_jpeg(cut_view(_upright(image), view, fov_deg, pixels))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -115,7 +115,15 @@ class _Splitter:
                     if self.part[i] in ("train", "aside") and {self.part[j] for j in self.near[i]} <= {"train", "aside", part}
                 ]  # fmt: skip
                 if members and len(members) < 2 * missing and self._keeps_addresses_trained(members):
-                    self._move(members, part)
+                    for m in members:
+                        if self.part[m] == "train":
+                            self.train_counts[self.addresses[m]] -= 1
+                        self.part[m] = part
+                        self.reason.pop(m, None)
+                    for i in sorted({j for m in members for j in self.near[m] if self.part[j] == "train"}):
+                        self.train_counts[self.addresses[i]] -= 1
+                        self.part[i] = "aside"
+                        self.reason[i] = f"nearer than {self.split_buffer_m:g} m to a {part} place"
                     count += len(members)
             side /= 2
 
@@ -159,14 +167,3 @@ class _Splitter:
         loss = Counter(self.addresses[i] for i in leaving)
         touched = set(loss) | {self.addresses[m] for m in members}
         return all(self.train_counts[address] > loss[address] for address in touched)
-
-    def _move(self, members: list[int], part: Part) -> None:
-        for m in members:
-            if self.part[m] == "train":
-                self.train_counts[self.addresses[m]] -= 1
-            self.part[m] = part
-            self.reason.pop(m, None)
-        for i in sorted({j for m in members for j in self.near[m] if self.part[j] == "train"}):
-            self.train_counts[self.addresses[i]] -= 1
-            self.part[i] = "aside"
-            self.reason[i] = f"nearer than {self.split_buffer_m:g} m to a {part} place"
