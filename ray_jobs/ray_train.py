@@ -1,4 +1,4 @@
-"""Ray Train as the jobs use it: a group of workers that trains, goes on after a failure, and ends in one sentence."""
+"""Run a training on a group of Ray Train workers: restart after failures, report checkpoints, end with one error sentence."""
 
 import errno
 import functools
@@ -33,214 +33,204 @@ from addressvlm.storage.run_dir import Run, slug, storage_dir
 from addressvlm.training.checkpoint import TrainingCheckpoint
 from ray_jobs.common import Heartbeat, absolute_path, require_resources
 
-
-@ray.remote(num_cpus=0)
-class ErrorNotice:
-    """Holds the sentence with which a worker gave up; a restarted worker group reads it and ends instead of trying again."""
-
-    def __init__(self) -> None:
-        self.said: str | None = None
-
-    def write(self, said: str) -> None:
-        self.said = self.said or said
-
-    def read(self) -> str | None:
-        return self.said
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # or every line of a worker is printed twice
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # prints an error line; lost nodes are noticed without it
 
 
-def make_notice() -> Any:
-    """A `ErrorNotice` on this node: the job ends when the driver's node is lost, and not when another one is."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ErrorNotice.options(scheduling_strategy=here).remote()
-
-
-def noticed_error(notice: Any) -> InputError | None:
-    """What a worker wrote into the notice."""
-    said = ray.get(notice.read.remote())
-    return InputError(said) if said else None
-
-
-def to_user_error(error: Exception, config: Config, system: str) -> InputError | None:
-    """A sentence for the failures that somebody at the cluster can mend; None for our defects."""
-    failures = getattr(error, "worker_failures", {}).values()
-    stored = [user_message(getattr(failure, "_base_exc", failure), config) for failure in failures]  # while training went on
-    if said := next((sentence for sentence in stored if sentence), None):
-        return InputError(said)
-    if any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures):
-        return InputError(
-            f"training '{system}' lost workers more often than train.max_failures={config.train.max_failures} (out of memory, "
-            "or machines went away): lower batch_size of train.stages if memory is short, and run the same command again to "
-            "go on from the last checkpoint."
-        )
-    if isinstance(error, ray.train.ControllerError):
-        sentence = " ".join(str(error.controller_failure).split())[:200]
-        return InputError(
-            f"training '{system}' could not be started ({sentence}): look at `ray status`, run the same command again, and if "
-            "it stays so, begin anew with --redo."
-        )
-    return None
-
-
-def user_message(error: Exception, config: Config) -> str | None:
-    """What a person can do about an error that would come back at every attempt."""
-    if isinstance(error, InputError):
-        return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "a GPU is out of memory: lower batch_size in train.stages and raise gradient_accumulation_steps by as much."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        return f"{config.storage} can't be written ({error.strerror}): free room or set storage elsewhere, then run again."
-    return None
-
-
-os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # or every line of a worker comes twice
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # Ray's own error line; lost nodes are noticed without it
-
-
-QUIET_S = 30.0  # without a step for so long, the driver says that it is still there
-PLACE_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # how long Ray waits for nodes that have room for all workers
+HEARTBEAT_S = 30.0  # without a step for so long, the driver prints that training is running
+PLACE_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # how long Ray waits for resources for all workers
 PLACE_TIMEOUT_SET = os.environ.get(PLACE_TIMEOUT)
 
 
-def require_workers(config: Config, name: str, fewest: int | None = None) -> None:
-    """Refuse a training that has to wait for its workers in vain.
-
-    Raises:
-        InputError: the cluster has fewer CPUs or GPUs.
-    """
+def require_workers(config: Config, name: str, min_workers: int | None = None) -> None:
+    """Refuse a training for whose workers the cluster has too few CPUs or GPUs, with an InputError."""
     train = config.train
-    least = fewest or train.workers
-    what, keys = f"training '{name}' with {least} workers", "train.min_workers" if fewest else "train.workers"
-    require_resources("CPU", least * train.cpus_per_worker, what, f"{keys} or train.cpus_per_worker")
-    require_resources("GPU", least * train.gpus_per_worker, what, f"{keys} or train.gpus_per_worker")
+    workers = min_workers or train.workers
+    what, key = f"training '{name}' with {workers} workers", "train.min_workers" if min_workers else "train.workers"
+    require_resources("CPU", workers * train.cpus_per_worker, what, f"{key} or train.cpus_per_worker")
+    require_resources("GPU", workers * train.gpus_per_worker, what, f"{key} or train.gpus_per_worker")
 
 
 def run_training(
-    config: Config, name: str, worker: Callable[[dict[str, Any]], None], given: dict[str, Any], fewest: int | None = None
+    config: Config,
+    name: str,
+    worker: Callable[[dict[str, Any]], None],
+    arguments: dict[str, Any],
+    min_workers: int | None = None,
 ) -> None:
-    """One Ray Train run; the same name and storage path make it go on where it stopped.
+    """One Ray Train run; rerun with the same name and storage it resumes.
 
     Args:
-        worker: runs on each of the workers, on `given` with `config` and `notice`, see `run_worker`.
-        fewest: workers to go on with when nodes are lost.
+        worker: runs on each worker, with `arguments` and `config` and `notice`, see `run_worker`.
+        min_workers: continue with so few when nodes are lost.
 
     Raises:
-        InputError: a worker or Ray gave up for a reason that a person can mend.
+        InputError: a worker or Ray failed for a reason that a user can fix.
     """
     run, train, notice = Run(config), config.train, make_notice()
-    os.environ[PLACE_TIMEOUT] = PLACE_TIMEOUT_SET or place_timeout_s(fewest)
+    os.environ[PLACE_TIMEOUT] = PLACE_TIMEOUT_SET or place_timeout_s(min_workers)
+    storage: dict[str, Any] = {"storage_path": str(run.training)}
+    if not isinstance(run.training, Path):  # a bucket, read and written as everywhere else
+        remote, path = filesystem(str(run.training))
+        storage = {"storage_path": path, "storage_filesystem": remote}
     trainer = TorchTrainer(
         worker,
-        train_loop_config={"config": _absolute(config).model_dump(), "notice": notice, **given},
+        train_loop_config={"config": with_absolute_paths(config).model_dump(), "notice": notice, **arguments},
         scaling_config=ScalingConfig(
-            num_workers=(fewest, train.workers) if fewest else train.workers,
+            num_workers=(min_workers, train.workers) if min_workers else train.workers,
             use_gpu=train.gpus_per_worker > 0,
             resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker},
         ),
         run_config=RunConfig(
             name=slug(name),
-            **_kept_in(run.training),
+            **storage,
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
-            failure_config=failures_allowed(config, fewest),
-            logging_config=LoggingConfig(log_level="CRITICAL"),  # what matters of it is said below
+            failure_config=failure_config(config, min_workers),
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # errors are raised below
         ),
     )
     print(f"train: {name}: starting {train.workers} worker{'s' if train.workers > 1 else ''}", flush=True)
     try:
-        with Heartbeat(functools.partial(_waiting, name, run.training_dir(name) / "loss.jsonl"), QUIET_S):
+        with Heartbeat(functools.partial(_heartbeat_line, name, run.training_dir(name) / "loss.jsonl"), HEARTBEAT_S):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise noticed_error(notice) or to_user_error(error, config, name) or error from error
-    if said := noticed_error(notice):
-        raise said
+    if user_error := noticed_error(notice):
+        raise user_error
 
 
-def place_timeout_s(fewest: int | None) -> str:
-    """How long Ray Train waits for room for its workers, in seconds.
+def place_timeout_s(min_workers: int | None) -> str:
+    """Seconds that Ray Train waits for its workers' resources.
 
-    All of them: until a lost node is replaced. With `fewest`, Ray counts nodes again every 20 s, so that after a loss it first
-    asks for room that is gone; then the wait must end before it tries with those that are left.
+    For all workers: until a lost node is replaced. With `min_workers`, Ray counts nodes every 20 s, so right after a loss it
+    requests resources that are gone; that wait must end before it tries with the remaining nodes.
     """
-    return "60" if fewest else "900"
+    return "60" if min_workers else "900"
 
 
-def failures_allowed(config: Config, fewest: int | None) -> FailureConfig:
-    """How often Ray Train tries again: after lost workers, and with `fewest` when there was no room for what it asked for."""
-    most = config.train.max_failures
-    return FailureConfig(max_failures=most, controller_failure_limit=most if fewest else 0)
+def failure_config(config: Config, min_workers: int | None) -> FailureConfig:
+    """How often Ray Train retries: after lost workers and, with `min_workers`, after a request without enough resources."""
+    limit = config.train.max_failures
+    return FailureConfig(max_failures=limit, controller_failure_limit=limit if min_workers else 0)
 
 
-def _kept_in(folder: AnyPath) -> dict[str, Any]:
-    """Where Ray Train keeps checkpoints, as its RunConfig takes it; a store is asked in the same way as by all else."""
-    if isinstance(folder, Path):
-        return {"storage_path": str(folder)}
-    store, path = filesystem(str(folder))
-    return {"storage_path": path, "storage_filesystem": store}
-
-
-def _absolute(config: Config) -> Config:
-    """With paths that mean the same in a worker, whose working directory is another."""
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration with paths that mean the same in a worker, whose working directory is another."""
     config = config.model_copy(deep=True)
     config.storage = str(storage_dir(config.storage))
     config.model.base = absolute_path(config.model.base)
     return config
 
 
-def _waiting(system: str, losses: AnyPath) -> str:
-    """What to say while no step is made; nothing while they are."""
+def _heartbeat_line(system: str, losses: AnyPath) -> str:
+    """The line to print while no step is logged; empty while steps are."""
     if not losses.is_file():
         return f"train: {system}: waiting for the workers"
-    if time.time() - losses.stat().st_mtime < QUIET_S:
+    if time.time() - losses.stat().st_mtime < HEARTBEAT_S:
         return ""
     return f"train: {system}: {len(losses.read_text().splitlines()):,} steps done, working"
 
 
-def run_worker(given: dict[str, Any], work: Callable[[Config, Path | None, torch.device], None]) -> None:
-    """Run a worker's part from the last checkpoint on; what a person can mend goes into the notice and is not tried again."""
-    _be_quiet()
-    config, notice = Config.model_validate(given["config"]), given["notice"]
-    if ray.get(notice.read.remote()):
-        return
-    found = ray.train.get_checkpoint()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            work(config, Path(found.to_directory(folder)) if found else None, ray.train.torch.get_device())
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
-        said = user_message(error, config)
-        if said is None:
-            raise
-        ray.get(notice.write.remote(said))
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # so that workers waiting for this one end too
-
-
-def _be_quiet() -> None:
-    """No progress bars of loading and no chatter of DeepSpeed between our lines."""
+def run_worker(arguments: dict[str, Any], train: Callable[[Config, Path | None, torch.device], None]) -> None:
+    """Train on this worker from the last checkpoint; an error that a user can fix goes into the notice and ends the run."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    logging.getLogger().setLevel(logging.WARNING)  # Ray Train writes a line there at every report
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train logs a line at every report
+    config, notice = Config.model_validate(arguments["config"]), arguments["notice"]
+    if ray.get(notice.read.remote()):
+        return
+    checkpoint = ray.train.get_checkpoint()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            train(config, Path(checkpoint.to_directory(folder)) if checkpoint else None, ray.train.torch.get_device())
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        message = user_message(error, config)
+        if message is None:
+            raise
+        ray.get(notice.write.remote(message))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # ends the workers that wait for this one
 
 
 class CheckpointReporter:
-    """Hands snapshots to Ray Train, which stores one while training goes on; a second one waits for the first."""
+    """Hands checkpoints to Ray Train, which uploads one while training continues; the next waits for it."""
 
     def __init__(self) -> None:
-        self.under_way: Path | None = None
+        self.uploading: Path | None = None
 
-    def __call__(self, metrics: dict[str, Any], snapshot: TrainingCheckpoint | None) -> None:
-        """Report from every worker; the first one has the snapshot."""
-        if snapshot is None:
+    def __call__(self, metrics: dict[str, Any], checkpoint: TrainingCheckpoint | None) -> None:
+        """Report from every worker; the first has the checkpoint."""
+        if checkpoint is None:
             ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
-        busy = self.under_way is not None and self.under_way.exists()
-        self.under_way = Path(tempfile.mkdtemp())
-        snapshot.write(self.under_way)
+        busy = self.uploading is not None and self.uploading.exists()
+        self.uploading = Path(tempfile.mkdtemp())
+        checkpoint.write(self.uploading)
         ray.train.report(
             metrics,
-            checkpoint=Checkpoint.from_directory(self.under_way),
+            checkpoint=Checkpoint.from_directory(self.uploading),
             checkpoint_upload_mode=CheckpointUploadMode.SYNC if busy else CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
+
+
+@ray.remote(num_cpus=0)
+class ErrorNotice:
+    """Holds a worker's user error; a restarted worker group reads it and ends instead of trying again."""
+
+    def __init__(self) -> None:
+        self.message: str | None = None
+
+    def write(self, message: str) -> None:
+        self.message = self.message or message
+
+    def read(self) -> str | None:
+        return self.message
+
+
+def make_notice() -> Any:
+    """An `ErrorNotice` on this node, so that it is lost only with the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ErrorNotice.options(scheduling_strategy=here).remote()
+
+
+def noticed_error(notice: Any) -> InputError | None:
+    """The error that a worker wrote into the notice."""
+    message = ray.get(notice.read.remote())
+    return InputError(message) if message else None
+
+
+def to_user_error(error: Exception, config: Config, system: str) -> InputError | None:
+    """The error for failures that a user can fix; None for defects of this program."""
+    failures = getattr(error, "worker_failures", {}).values()
+    messages = [user_message(getattr(failure, "_base_exc", failure), config) for failure in failures]
+    if message := next((message for message in messages if message), None):
+        return InputError(message)
+    if any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures):
+        return InputError(
+            f"training '{system}' lost workers more often than train.max_failures={config.train.max_failures} (out of memory, "
+            "or nodes went away): lower batch_size of train.stages if memory is short, and rerun to resume from the last "
+            "checkpoint."
+        )
+    if isinstance(error, ray.train.ControllerError):
+        reason = " ".join(str(error.controller_failure).split())[:200]
+        return InputError(
+            f"training '{system}' could not be started ({reason}): look at `ray status`, rerun, and if it fails again, start "
+            "over with --redo."
+        )
+    return None
+
+
+def user_message(error: Exception, config: Config) -> str | None:
+    """What a user can do about an error that would come back at every attempt."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "a GPU is out of memory: lower batch_size in train.stages and raise gradient_accumulation_steps by as much."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return f"{config.storage} can't be written ({error.strerror}): free space or set storage elsewhere, then rerun."
+    return None

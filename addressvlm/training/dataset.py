@@ -1,4 +1,4 @@
-"""Which rows a worker sees at which step: a function of seed and step alone, so that a resumed run goes on exactly."""
+"""The rows of a training and their order, a function of seed and step alone, so that a resumed run sees the same rows."""
 
 import json
 import math
@@ -21,45 +21,12 @@ CACHED_GROUPS = 64  # row groups in memory
 SHUFFLED_GROUPS = 32  # row groups whose rows are shuffled together; fewer than are cached
 REPLACEMENTS = 16  # rows tried in place of one that can't be used
 LOCATABILITY_COMMAND = "python ray_jobs/locatability.py --config … --segmentation … --clip …"
-ASPECT = 4 / 3  # a crop is at most so much wider or narrower than the photo
+ASPECT = 4 / 3  # largest change of a crop's aspect ratio
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
-def augment_photo(photo: Image.Image, config: AugmentConfig, rng: np.random.Generator) -> Image.Image:
-    """A random part of a photo in other light; a mirrored one would show another street corner, so none is.
-
-    Args:
-        photo: RGB, any size.
-        rng: decides all of it; the same numbers are drawn whatever `config` says.
-    """
-    area = rng.uniform(config.crop, 1.0)
-    aspect = math.exp(rng.uniform(-math.log(ASPECT), math.log(ASPECT)))
-    left, top = rng.uniform(), rng.uniform()
-    factors = 1 + config.colour * rng.uniform(-1, 1, len(ENHANCERS))
-    if config.crop < 1:
-        photo = photo.crop(_box(photo.size, area, aspect, left, top))
-    if config.colour:
-        for enhancer, factor in zip(ENHANCERS, factors, strict=True):
-            photo = enhancer(photo).enhance(float(factor))
-    return photo
-
-
-def _box(size: tuple[int, int], area: float, aspect: float, left: float, top: float) -> tuple[int, int, int, int]:
-    """Left, upper, right, lower of a crop in pixels.
-
-    Args:
-        area: share of the photo; less where the aspect leaves no room for as much.
-        aspect: of the crop by that of the photo.
-        left, top: 0 to 1, where in the room that is left.
-    """
-    shares = min(1.0, math.sqrt(area * aspect)), min(1.0, math.sqrt(area / aspect))
-    width, height = (max(1, round(side * share)) for side, share in zip(size, shares, strict=True))
-    x, y = round((size[0] - width) * left), round((size[1] - height) * top)
-    return x, y, x + width, y + height
-
-
 class RowSource(Protocol):
-    """Rows by number, and in which order an epoch goes through them; rows are numbered from 0 to `starts[-1]`."""
+    """Training rows, numbered from 0 to `starts[-1]`, and their order in each epoch."""
 
     starts: np.ndarray
 
@@ -71,7 +38,7 @@ class RowSource(Protocol):
 
 
 class TableRows:
-    """Random access to a table's split; memory holds `CACHED_GROUPS` row groups.
+    """Random access to a table's split; `CACHED_GROUPS` row groups are in memory.
 
     Raises:
         InputError: the split has no files.
@@ -110,6 +77,40 @@ class TableRows:
             members = [np.arange(self.starts[g], self.starts[g + 1]) for g in groups[at : at + SHUFFLED_GROUPS]]
             order.append(rng.permutation(np.concatenate(members)))
         return np.concatenate(order)
+
+
+class MixedRows:
+    """Several tables mixed row by row; an epoch goes `weight` times through each (paper 001, Table 4)."""
+
+    def __init__(self, weighted: list[tuple[RowSource, float]]) -> None:
+        self.tables = [table for table, _ in weighted]
+        self.counts = [max(1, round(weight * len(table))) if len(table) else 0 for table, weight in weighted]
+        self.starts = np.cumsum([0, *(len(table) for table in self.tables)])
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        table = int(np.searchsorted(self.starts, index, side="right") - 1)
+        return self.tables[table][index - int(self.starts[table])]
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """Each table's endless sequence of epochs, cut into its share; which table comes next is random."""
+        sources = np.random.default_rng([seed, epoch, len(self.tables)]).permutation(
+            np.repeat(np.arange(len(self.tables)), self.counts)
+        )
+        order = np.empty_like(sources)
+        for number, (table, count) in enumerate(zip(self.tables, self.counts, strict=True)):
+            if count:
+                order[sources == number] = self.starts[number] + endless_epochs(table, seed, epoch * count, count)
+        return order
+
+
+def endless_epochs(table: RowSource, seed: int, start: int, count: int) -> np.ndarray:
+    """Rows `start` to `start + count` of a table's endless sequence of epochs."""
+    first, last = start // len(table), (start + count - 1) // len(table)
+    rows = np.concatenate([table.epoch(seed, epoch) for epoch in range(first, last + 1)])
+    return rows[start - first * len(table) :][:count]
 
 
 class LocatableRows:
@@ -152,111 +153,6 @@ class LocatableRows:
         return order[order >= 0]
 
 
-class MixedRows:
-    """Several tables as one, whose epoch goes `weight` times through each, all shuffled together (paper 001, Table 4)."""
-
-    def __init__(self, parts: list[tuple[RowSource, float]]) -> None:
-        self.tables = [table for table, _ in parts]
-        self.counts = [max(1, round(weight * len(table))) if len(table) else 0 for table, weight in parts]
-        self.starts = np.cumsum([0, *(len(table) for table in self.tables)])
-
-    def __len__(self) -> int:
-        return sum(self.counts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        table = int(np.searchsorted(self.starts, index, side="right") - 1)
-        return self.tables[table][index - int(self.starts[table])]
-
-    def epoch(self, seed: int, epoch: int) -> np.ndarray:
-        """Every table's own endless order, cut into its share of an epoch; which table is next is drawn."""
-        turns = np.random.default_rng([seed, epoch, len(self.tables)]).permutation(
-            np.repeat(np.arange(len(self.tables)), self.counts)
-        )
-        order = np.empty_like(turns)
-        for number, (table, count) in enumerate(zip(self.tables, self.counts, strict=True)):
-            if count:
-                order[turns == number] = self.starts[number] + _stretch(table, seed, epoch * count, count)
-        return order
-
-
-def _stretch(table: RowSource, seed: int, start: int, count: int) -> np.ndarray:
-    """Rows `start` to `start + count` of a table's endless sequence of epochs."""
-    first, last = start // len(table), (start + count - 1) // len(table)
-    whole = np.concatenate([table.epoch(seed, epoch) for epoch in range(first, last + 1)])
-    return whole[start - first * len(table) :][:count]
-
-
-class Schedule:
-    """Cuts the endless stream of shuffled epochs into steps and hands each worker its share.
-
-    Attributes:
-        augment: how images are changed; what is drawn depends on seed and position alone.
-        rejected: id (or number) of a row that can't be used -> why; another is taken in its place.
-    """
-
-    def __init__(self, rows: RowSource, per_step: int, seed: int, augment: AugmentConfig | None = None) -> None:
-        self.rows, self.per_step, self.seed, self.augment = rows, per_step, seed, augment or AugmentConfig()
-        self.rejected: dict[str, str] = {}
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def indices(self, step: int, rank: int = 0, world: int = 1) -> list[int]:
-        """Row numbers of worker `rank` of `world` at `step`; all workers' together are the step's `per_step` rows."""
-        at = range(step * self.per_step, (step + 1) * self.per_step)
-        return [self._row(position) for position in at[rank::world]]
-
-    def encoded(self, collate: Any, step: int, rank: int = 0, world: int = 1) -> list[Any]:
-        """What `collate.encode` makes of the worker's rows at a step.
-
-        A row that can't be used is replaced by one that is drawn from seed and position alone.
-
-        Raises:
-            InputError: none of `REPLACEMENTS` rows can be used.
-        """
-        rows = self.indices(step, rank, world)
-        return [self._usable(collate, index, step, rank + number * world) for number, index in enumerate(rows)]
-
-    def _usable(self, collate: Any, index: int, step: int, number: int) -> Any:
-        tried = index
-        for attempt in range(REPLACEMENTS + 1):
-            try:
-                return collate.encode(self._changed(self.sample(tried), step, number))
-            except SkipSampleError as why:
-                self.rejected.setdefault(str(self.rows[tried].get("id", tried)), str(why))
-            tried = int(np.random.default_rng([self.seed, index, number, attempt]).integers(self.rows.starts[-1]))
-        name, reason = next(iter(self.rejected.items()))
-        raise InputError(
-            f"none of {REPLACEMENTS + 1} training rows tried one after the other can be used (row {name}: {reason}): look at "
-            "the photos and prepare the data again."
-        )
-
-    def sample(self, index: int) -> Sample:
-        """The sample of a row.
-
-        Raises:
-            UnusableError: its image can't be decoded, or it has no rounds.
-        """
-        return sample_from_row(self.rows[index])
-
-    def _changed(self, sample: Sample, step: int, number: int) -> Sample:
-        if self.augment == AugmentConfig():
-            return sample
-        rng = np.random.default_rng([self.seed, step, number])
-        return replace(sample, image=augment_photo(sample.image, self.augment, rng))
-
-    def _row(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.rows))
-        if epoch not in self._epochs:
-            self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = self.rows.epoch(self.seed, epoch)
-        return int(self._epochs[epoch][offset])
-
-
-def count_steps(rows: int, per_step: int, epochs: float, max_steps: int | None) -> int:
-    """Optimizer steps of a stage: at least one, at most `max_steps`."""
-    steps = max(1, round(rows * epochs / per_step))
-    return min(steps, max_steps) if max_steps else steps
-
-
 def low_locatability(table: RowSource) -> dict[str, str]:
     """Id of each row below its table's threshold -> why."""
     if isinstance(table, MixedRows):
@@ -286,3 +182,106 @@ def unscored_error(run: Run) -> InputError:
         f"a stage has a threshold of locatability, but {run.locatability} has no scores: run `python ray_jobs/prepare.py "
         f"--config …` and `{LOCATABILITY_COMMAND}` first, or remove locatability from train.stages."
     )
+
+
+class Schedule:
+    """Cuts the endless sequence of shuffled epochs into steps and divides each step among the workers.
+
+    Attributes:
+        rejected: id (or number) of a row that can't be used -> why; another takes its place.
+    """
+
+    def __init__(self, rows: RowSource, per_step: int, seed: int, augment: AugmentConfig | None = None) -> None:
+        self.rows, self.per_step, self.seed, self.augment = rows, per_step, seed, augment or AugmentConfig()
+        self.rejected: dict[str, str] = {}
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def indices(self, step: int, rank: int = 0, world: int = 1) -> list[int]:
+        """Row numbers of worker `rank` of `world` at `step`; all workers' together are the step's `per_step` rows."""
+        positions = range(step * self.per_step, (step + 1) * self.per_step)
+        return [self._row(position) for position in positions[rank::world]]
+
+    def encoded(self, collator: Any, step: int, rank: int = 0, world: int = 1) -> list[Any]:
+        """The worker's samples at a step, augmented and encoded by `collator.encode`.
+
+        A row that can't be used is replaced by one that is drawn from seed and position alone.
+
+        Raises:
+            InputError: none of `REPLACEMENTS` rows can be used.
+        """
+        rows = self.indices(step, rank, world)
+        return [self._encode(collator, index, step, rank + number * world) for number, index in enumerate(rows)]
+
+    def _encode(self, collator: Any, index: int, step: int, number: int) -> Any:
+        row = index
+        for attempt in range(REPLACEMENTS + 1):
+            try:
+                return collator.encode(self._augment(self.sample(row), step, number))
+            except SkipSampleError as error:
+                self.rejected.setdefault(str(self.rows[row].get("id", row)), str(error))
+            row = int(np.random.default_rng([self.seed, index, number, attempt]).integers(self.rows.starts[-1]))
+        name, reason = next(iter(self.rejected.items()))
+        raise InputError(
+            f"none of {REPLACEMENTS + 1} training rows tried one after the other can be used (row {name}: {reason}): look at "
+            "the photos and prepare the data again."
+        )
+
+    def sample(self, index: int) -> Sample:
+        """The sample of a row.
+
+        Raises:
+            SkipSampleError: its image can't be decoded, or it has no rounds.
+        """
+        return sample_from_row(self.rows[index])
+
+    def _augment(self, sample: Sample, step: int, number: int) -> Sample:
+        if self.augment == AugmentConfig():
+            return sample
+        rng = np.random.default_rng([self.seed, step, number])
+        return replace(sample, image=augment_photo(sample.image, self.augment, rng))
+
+    def _row(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self.rows))
+        if epoch not in self._epochs:
+            self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = self.rows.epoch(self.seed, epoch)
+        return int(self._epochs[epoch][offset])
+
+
+def count_steps(rows: int, per_step: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps of a stage: at least one, at most `max_steps`."""
+    steps = max(1, round(rows * epochs / per_step))
+    return min(steps, max_steps) if max_steps else steps
+
+
+def augment_photo(photo: Image.Image, config: AugmentConfig, rng: np.random.Generator) -> Image.Image:
+    """A random crop of a photo with other brightness, contrast and saturation; never mirrored, which shows another corner.
+
+    Args:
+        photo: RGB, any size.
+        rng: the same numbers are drawn whatever `config` says.
+    """
+    area = rng.uniform(config.crop, 1.0)
+    aspect = math.exp(rng.uniform(-math.log(ASPECT), math.log(ASPECT)))
+    left, top = rng.uniform(), rng.uniform()
+    factors = 1 + config.colour * rng.uniform(-1, 1, len(ENHANCERS))
+    if config.crop < 1:
+        photo = photo.crop(crop_box(photo.size, area, aspect, left, top))
+    if config.colour:
+        for enhancer, factor in zip(ENHANCERS, factors, strict=True):
+            photo = enhancer(photo).enhance(float(factor))
+    return photo
+
+
+def crop_box(size: tuple[int, int], area: float, aspect: float, left: float, top: float) -> tuple[int, int, int, int]:
+    """Left, upper, right, lower of a crop in pixels.
+
+    Args:
+        area: share of the photo; the crop is smaller where the aspect leaves no room for it.
+        aspect: the crop's aspect ratio divided by the photo's.
+        left, top: 0 to 1, position within the remaining room.
+    """
+    shares = min(1.0, math.sqrt(area * aspect)), min(1.0, math.sqrt(area / aspect))
+    width, height = (max(1, round(side * share)) for side, share in zip(size, shares, strict=True))
+    x, y = round((size[0] - width) * left), round((size[1] - height) * top)
+    return x, y, x + width, y + height

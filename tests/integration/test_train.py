@@ -29,7 +29,7 @@ from addressvlm.config import Config
 from addressvlm.storage.run_dir import LAST_MODEL_FILE, Run, mark_done
 from addressvlm.training.trainer import train_system
 from ray_jobs import graft, label, prepare, train
-from ray_jobs.ray_train import failures_allowed, place_timeout_s, to_user_error
+from ray_jobs.ray_train import failure_config, place_timeout_s, to_user_error
 from tests.support.tiny import tiny_llava
 from tests.support.training_tables import trained_config
 
@@ -218,7 +218,7 @@ def test_a_checkpoint_that_cant_be_stored_is_one_sentence(tmp_path: Path, base: 
     config = trained_config(tmp_path, base)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     failed = WorkerGroupError("", {0: UserExceptionWithTraceback(full, "")})
-    assert "can't be written (No space left on device): free room" in str(to_user_error(failed, config, SYSTEM))
+    assert "can't be written (No space left on device): free space" in str(to_user_error(failed, config, SYSTEM))
     assert to_user_error(WorkerGroupError("", {0: UserExceptionWithTraceback(KeyError("x"), "")}), config, SYSTEM) is None
 
 
@@ -235,7 +235,7 @@ def test_more_workers_than_the_cluster_has_is_told(tmp_path: Path, base: Path, r
 def test_room_that_went_away_is_not_waited_for_when_fewer_workers_will_do() -> None:
     config = Config.model_validate({"name": "x", "train": {"max_failures": 2}})
     gone = ControllerError(WorkerGroupStartupTimeoutError(2))
-    fewer, all_of_them = (DefaultFailurePolicy(failures_allowed(config, fewest)) for fewest in (1, None))
+    fewer, all_of_them = (DefaultFailurePolicy(failure_config(config, min_workers)) for min_workers in (1, None))
     decisions = [fewer.make_decision(gone) for _ in range(3)]
     assert decisions == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
     assert all_of_them.make_decision(gone) == FailureDecision.RAISE

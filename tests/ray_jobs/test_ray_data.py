@@ -77,7 +77,7 @@ def test_what_a_person_can_do_about_a_training_that_failed() -> None:
     assert "lower batch_size" in memory
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         said = ray_train.user_message(OSError(number, "why"), config)
-        assert said == "/data can't be written (why): free room or set storage elsewhere, then run again."
+        assert said == "/data can't be written (why): free space or set storage elsewhere, then rerun."
     assert ray_train.user_message(OSError(errno.ENOENT, "x"), config) is None
     assert ray_train.user_message(KeyError("x"), config) is None
 

@@ -41,14 +41,14 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
 
 
 def config_of(folder: Path, **settings: Any) -> Config:
-    given = {"workers": 3, "cpus_per_worker": 2, "gpus_per_worker": 0.5, "max_failures": 4, "keep_checkpoints": 5}
-    return trained_config(folder, folder / "base", rows=1, **{**given, **settings})
+    defaults = {"workers": 3, "cpus_per_worker": 2, "gpus_per_worker": 0.5, "max_failures": 4, "keep_checkpoints": 5}
+    return trained_config(folder, folder / "base", rows=1, **{**defaults, **settings})
 
 
 def test_ray_train_is_given_the_settings(trainers: list[SimpleNamespace], tmp_path: Path) -> None:
     config = config_of(tmp_path)
     run_training(config, "stage 2 only", print, {"system": "s"})
-    run_training(config_of(tmp_path, gpus_per_worker=0), "stage 2 only", print, {}, fewest=2)
+    run_training(config_of(tmp_path, gpus_per_worker=0), "stage 2 only", print, {}, min_workers=2)
     whole, fewer = trainers
     assert whole.train_loop_config == {"config": config.model_dump(), "notice": "notice", "system": "s"}
     assert whole.scaling_config.num_workers == 3
@@ -83,7 +83,7 @@ def test_paths_mean_the_same_in_a_worker(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "base").mkdir()
     config = Config(name="x", storage="runs")
     config.model.base = "./base"
-    made = ray_train._absolute(config)
+    made = ray_train.with_absolute_paths(config)
     assert (made.storage, made.model.base) == (str(tmp_path / "runs"), str(tmp_path / "base"))
     assert (config.storage, config.model.base) == ("runs", "./base")
 
