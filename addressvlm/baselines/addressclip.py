@@ -218,8 +218,8 @@ class ClipLearner(Ddp):
         for weights in (*pretrained, *new):
             weights.requires_grad = True
         encoder.train()
-        frozen = [] if system.train_image else encoder.image_modules()
-        for module in frozen if system.train_text else [*frozen, *encoder.text_modules()]:
+        frozen = [] if system.train_image else encoder.encoder_modules("image")
+        for module in frozen if system.train_text else [*frozen, *encoder.encoder_modules("text")]:
             module.eval()
         freeze_batchnorm(encoder)
         with context:

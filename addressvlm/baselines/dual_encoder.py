@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from addressvlm.baselines.open_clip import load_open_clip_dual
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import Address
 from addressvlm.models.loading import dtype_of, load_model, local
-from addressvlm.models.parts import part_of, parts_of
+from addressvlm.models.parts import parts_of
 from addressvlm.storage.remote_path import AnyPath
 
 DUAL_ENCODER_FILE, PROJECTIONS = "dual_encoder.json", "projections.safetensors"
@@ -42,6 +42,7 @@ class DualEncoder(nn.Module, ABC):
     Attributes:
         model, processor: of transformers.
         log_scale: ln of 1 / temperature, trained.
+        of_images, of_texts: projections of the states; none in a CLIP-like model.
     """
 
     kind: str
@@ -50,15 +51,13 @@ class DualEncoder(nn.Module, ABC):
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__()
         self.model, self.processor = model, processor
+        self.of_images: nn.Module = nn.Identity()
+        self.of_texts: nn.Module = nn.Identity()
 
     @property
     def scale(self) -> torch.Tensor:
         """1 / temperature, at most `MAX_SCALE` unless it was higher at the start."""
         return self.log_scale.exp().clamp(max=self.max_scale).reshape(())
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.processor.tokenizer
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensors:
         """The image encoder's inputs."""
@@ -70,8 +69,8 @@ class DualEncoder(nn.Module, ABC):
         config = self.model.config
         padding = "max_length" if config.model_type.startswith("siglip") else True  # as it was trained
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_TEXT_TOKENS
-        context = min(positions, self.tokenizer.model_max_length, MAX_TEXT_TOKENS)
-        inputs = self.tokenizer(
+        context = min(positions, self.processor.tokenizer.model_max_length, MAX_TEXT_TOKENS)
+        inputs = self.processor.tokenizer(
             list(texts), padding=padding, truncation=True, max_length=context, padding_side="right", return_tensors="pt"
         )
         return {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
@@ -90,11 +89,11 @@ class DualEncoder(nn.Module, ABC):
 
     def project_images(self, states: torch.Tensor) -> torch.Tensor:
         """States (N, S) -> unit vectors (N, D)."""
-        return F.normalize(states.float(), dim=-1)
+        return F.normalize(self.of_images(states.to(self.log_scale.dtype)).float(), dim=-1)
 
     def project_texts(self, states: torch.Tensor) -> torch.Tensor:
         """States (N, S) -> unit vectors (N, D)."""
-        return F.normalize(states.float(), dim=-1)
+        return F.normalize(self.of_texts(states.to(self.log_scale.dtype)).float(), dim=-1)
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -111,16 +110,15 @@ class DualEncoder(nn.Module, ABC):
         return {name: value.to(self.device) for name, value in tensors.items()}
 
     @abstractmethod
+    def encoder_modules(self, encoder: Literal["image", "text"]) -> list[nn.Module]:
+        """The modules of the image or of the text encoder."""
+
     def trainable(self, image: bool, text: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Pretrained weights of the encoders that are to be trained, and the new weights, which always are."""
-
-    @abstractmethod
-    def image_modules(self) -> list[nn.Module]:
-        """The image encoder."""
-
-    @abstractmethod
-    def text_modules(self) -> list[nn.Module]:
-        """The text encoder."""
+        modules = [*(self.encoder_modules("image") if image else []), *(self.encoder_modules("text") if text else [])]
+        pretrained = [weights for module in modules for weights in module.parameters()]
+        new = [weights for name, weights in self.named_parameters() if not name.startswith("model.")]
+        return pretrained, new if pretrained or len(new) > 1 else []  # a temperature alone learns nothing
 
     def save(self, folder: Path) -> None:
         """Write the folder; `open_encoder` reads it."""
@@ -148,20 +146,9 @@ class ClipLike(DualEncoder):
     def text_states(self, tokens: Tensors) -> torch.Tensor:
         return _vectors(self.model.get_text_features(**tokens))
 
-    def trainable(self, image: bool, text: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        pretrained = [
-            weights
-            for name, weights in self.model.named_parameters()
-            if name not in ("logit_scale", "logit_bias")  # the bias of SigLIP's own loss changes no order
-            and (text if name.startswith("text") else image)
-        ]
-        return pretrained, [self.log_scale] if pretrained else []
-
-    def image_modules(self) -> list[nn.Module]:
-        return [module for name, module in self.model.named_children() if not name.startswith("text")]
-
-    def text_modules(self) -> list[nn.Module]:
-        return [module for name, module in self.model.named_children() if name.startswith("text")]
+    def encoder_modules(self, encoder: Literal["image", "text"]) -> list[nn.Module]:
+        is_text = encoder == "text"
+        return [module for name, module in self.model.named_children() if name.startswith("text") == is_text]
 
 
 class PairedEncoders(DualEncoder):
@@ -175,10 +162,13 @@ class PairedEncoders(DualEncoder):
 
     def __init__(self, model: Any, processor: Any, max_scale: float | None = None) -> None:
         super().__init__(model, processor)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
         width = model.config.get_text_config().hidden_size
-        self.of_images, self.of_texts = _projection(width), _projection(width)
+        self.of_images, self.of_texts = (
+            nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, DIMENSION, bias=False))
+            for _ in range(2)
+        )
         self.parts = parts_of(model)
         self._set_scale(nn.Parameter(torch.tensor(math.log(INITIAL_SCALE))), max_scale)
 
@@ -191,24 +181,10 @@ class PairedEncoders(DualEncoder):
         mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
 
-    def project_images(self, states: torch.Tensor) -> torch.Tensor:
-        return super().project_images(self.of_images(states.to(self.log_scale.dtype)))
-
-    def project_texts(self, states: torch.Tensor) -> torch.Tensor:
-        return super().project_texts(self.of_texts(states.to(self.log_scale.dtype)))
-
-    def trainable(self, image: bool, text: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        train = {"vision": image, "adapter": image, "llm": text}
-        pretrained = [
-            weights for name, weights in self.model.named_parameters() if (part := part_of(name, self.parts)) and train[part]
-        ]
-        return pretrained, [*self.of_images.parameters(), *self.of_texts.parameters(), self.log_scale]
-
-    def image_modules(self) -> list[nn.Module]:
-        return [self.model.get_submodule(self.parts[part]) for part in ("vision", "adapter")]
-
-    def text_modules(self) -> list[nn.Module]:
-        return [self.model.get_submodule(self.parts["llm"])]
+    def encoder_modules(self, encoder: Literal["image", "text"]) -> list[nn.Module]:
+        parts = self.parts
+        paths = [parts["vision"], parts["adapter"]] if encoder == "image" else [parts["llm"]]
+        return [self.model.get_submodule(path) for path in paths]
 
     def save(self, folder: Path) -> None:
         super().save(folder)
@@ -285,10 +261,6 @@ def open_encoder(folder: AnyPath, dtype: str = "float32", device: str | torch.de
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{folder} holds no dual encoder ({' '.join(str(error).split())[:120]}): train it again.") from error
     return encoder.eval().to(device)
-
-
-def _projection(width: int) -> nn.Module:
-    return nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, DIMENSION, bias=False))
 
 
 def _vectors(features: Any) -> Any:

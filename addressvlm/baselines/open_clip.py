@@ -131,10 +131,10 @@ class OpenClipSettings:
         """
         config = read_settings(where, OPEN_CLIP_CONFIG) or {}
         model, photos = config.get("model_cfg"), config.get("preprocess_cfg") or {}
-        vision, text = (model.get(part) for part in ("vision_cfg", "text_cfg")) if isinstance(model, dict) else (None, None)
-        if not (isinstance(model, dict) and all(isinstance(section, dict) for section in (vision, text, photos))):
+        sections = [*((model.get(part) for part in ("vision_cfg", "text_cfg")) if isinstance(model, dict) else [None]), photos]
+        if not (isinstance(model, dict) and all(isinstance(section, dict) for section in sections)):
             raise InputError(f"{OPEN_CLIP_CONFIG} of '{where}' has no model_cfg with vision_cfg and text_cfg: get it again.")
-        settings = cls(where, model, vision, text, photos)
+        settings = cls(where, model, *sections)
         settings.check()
         return settings
 

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from addressvlm.answers.prefix_cache import PhotoCaches
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.inference import Prior, Sampling
 from tests.support.families import localizer_of, picture
@@ -88,14 +87,6 @@ def test_stopping_to_listen_stops_the_model(localizer):
     before = len(passes)
     hook.remove()
     assert before < 10
-
-
-def test_scores_that_are_kept_count_as_memory():
-    caches = PhotoCaches(3 * 10_000)
-    for seed in range(4):
-        caches.get(picture(seed)).scores = torch.zeros(1000, dtype=torch.float64)
-    assert caches.get(picture(3)).scores is not None
-    assert len(caches._caches) == 2
 
 
 def vision_passes(localizer, work):

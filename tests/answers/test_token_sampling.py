@@ -7,13 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
 from addressvlm.answers import generate
 from addressvlm.answers.chat_model import PrefillCache
-from addressvlm.answers.prefix_cache import PhotoCaches
 from addressvlm.answers.types import Sampling
-from tests.support.families import picture
 
 LETTERS = ".abcdef"  # the first one ends an answer
 END = 0
@@ -184,24 +181,3 @@ def test_how_often_a_token_is_drawn(temperature, top_p, expected):
     shares = (torch.bincount(drawn, minlength=3) / 20_000)[[1, 2, 0]]
     assert shares.tolist() == pytest.approx(expected, abs=0.015)
     assert [share > 0 for share in shares.tolist()] == [share > 0 for share in expected]
-
-
-def test_photos_that_were_asked_about_last_are_kept():
-    caches = PhotoCaches(3 * 10_000)
-    for seed in (0, 1):
-        caches.get(picture(seed)).scores = torch.zeros(1000, dtype=torch.float64)
-    assert caches.get(picture(0)).scores is not None  # so that 1 is the one that was not asked about for longest
-    caches.get(picture(2)).scores = torch.zeros(1000, dtype=torch.float64)
-    caches.get(picture(2))
-    assert caches.get(picture(0)).scores is not None
-    assert caches.get(picture(1)).scores is None
-
-
-def test_photos_of_the_same_bytes_and_another_shape_are_others():
-    caches, wide = PhotoCaches(1_000_000), picture(1, (20, 10))
-    caches.get(wide).scores = torch.zeros(3)
-    assert caches.get(wide.copy()).scores is not None
-    assert caches.get(Image.frombytes("RGB", (10, 20), wide.tobytes())).scores is None
-    nothing = PhotoCaches(0)
-    nothing.get(wide).scores = torch.zeros(3)
-    assert nothing.get(wide).scores is None
