@@ -9,6 +9,7 @@ import json
 import resource
 import sys
 import time
+from contextlib import suppress
 from io import BytesIO
 from typing import NamedTuple
 
@@ -54,16 +55,16 @@ def decode_image(data: bytes, max_megapixels: float, side: int = MAX_SIDE) -> De
     if not data:
         raise InputError("The image is empty (0 bytes): send a JPEG, PNG or WebP photo.")
     image = _open(data, max_megapixels)
-    scale = _scale(image.size, side)
     try:
-        image.draft(None, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+        image.draft(None, _shrunk_size(image.size, side))
         image.load()
-        image = _to_rgb(_upright(image))
+        with suppress(Exception):  # broken EXIF is ignored
+            image = ImageOps.exif_transpose(image)
+        image = _to_rgb(image)
     except Exception:
         raise InputError("The image is damaged or cut off: send the whole file again.") from None
-    scale = _scale(image.size, side)
-    if scale < 1:
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    size = _shrunk_size(image.size, side)
+    if size != image.size:
         image = image.resize(size, Image.Resampling.LANCZOS)
     return DecodedImage(image.width, image.height, image.tobytes())
 
@@ -92,9 +93,9 @@ def _open(data: bytes, max_megapixels: float) -> Image.Image:
     return image
 
 
-def _scale(size: tuple[int, int], side: int) -> float:
-    """Factor to shrink to, at most 1."""
-    return min(1.0, 2 * side / min(size), MAX_SIDE / max(size))
+def _shrunk_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    scale = min(1.0, 2 * side / min(size), MAX_SIDE / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -106,14 +107,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white.alpha_composite(image.convert("RGBA"))
         image = white
     return image.convert("RGB")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Rotate as EXIF says; broken EXIF is ignored."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ Run it from the repository root. `serve.config` is the function `config` of this
 """
 
 from importlib.util import find_spec
-from typing import Any
 
 from ray.serve import Application, deployment
 
@@ -32,7 +31,13 @@ def config(args: ServiceSettings) -> Application:
 
     cities = find_cities(args)
     delays = {"upscale_delay_s": args.upscale_delay_s, "downscale_delay_s": args.downscale_delay_s}
-    model = _model_deployment(args).options(
+    if args.engine == "vllm":
+        if args.vllm_python is None and find_spec("vllm") is None:
+            raise SettingsError("engine=vllm needs vLLM: install it here, or give vllm_python=<a Python that has it>.")
+        from serve.vllm_engine import VllmDeployment as ModelDeployment
+    else:
+        from serve.model import LocalizerDeployment as ModelDeployment  # type: ignore[assignment]
+    model = ModelDeployment.options(
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         max_ongoing_requests=args.max_ongoing_requests,
         max_queued_requests=args.max_queued_requests,
@@ -66,16 +71,3 @@ def config(args: ServiceSettings) -> Application:
         rate_limit = limiter.bind(args.rate_limit)
     model, images = model.bind(args.subset(MODEL_SETTINGS), cities), images.bind(args.subset(IMAGE_SETTINGS))
     return http.bind(model, images, rate_limit, args, cities, key_hashes())
-
-
-def _model_deployment(args: ServiceSettings) -> Any:
-    """The model's deployment class for the engine; only its imports are loaded."""
-    if args.engine == "vllm":
-        if args.vllm_python is None and find_spec("vllm") is None:
-            raise SettingsError("engine=vllm needs vLLM: install it here, or give vllm_python=<a Python that has it>.")
-        from serve.vllm_engine import VllmDeployment
-
-        return VllmDeployment
-    from serve.model import LocalizerDeployment
-
-    return LocalizerDeployment

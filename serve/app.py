@@ -10,7 +10,7 @@ from prometheus_client.core import Metric
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve.backend import Backend, broadcast_collect
+from serve.backend import Backend
 from serve.cities import City
 from serve.errors import LOGGING_CONFIG
 from serve.metrics import MetricsReplica, ServiceMetrics
@@ -57,9 +57,8 @@ class HttpApi(MetricsReplica):
         return self.routes.app(self.key_hashes, wait=wait, set_request_id=False)
 
     async def _collect_metrics(self) -> Mapping[str, Sequence[Metric]]:
-        """Metrics of all replicas of all deployments, by replica."""
-        fronts = serve.get_deployment_handle(self.context.deployment, self.context.app_name)
-        return await broadcast_collect(fronts) | await self.backend.collect_metrics()
+        front = serve.get_deployment_handle(self.context.deployment, self.context.app_name)
+        return await self.backend.collect_metrics(front)
 
     async def _running_replicas(self) -> int:
         status = await asyncio.to_thread(serve.status)

@@ -64,12 +64,13 @@ class Backend:
         first, chunks = await self._with_retry(start)
         return stream()
 
-    async def collect_metrics(self) -> dict[str, list[Metric]]:
-        """Metrics of all model and image replicas, by replica; those that do not answer are left out."""
+    async def collect_metrics(self, front: DeploymentHandle) -> dict[str, list[Metric]]:
+        """Metrics of all replicas of the three deployments, by replica; those that do not answer are left out."""
         metrics: dict[str, list[Metric]] = {}
-        for handle in (self.model, self.images):
+        for handle in (front, self.model, self.images):
             try:
-                metrics |= await broadcast_collect(handle)
+                results = handle.broadcast("collect").results_async(timeout_s=METRICS_TIMEOUT_S, return_exceptions=True)
+                metrics |= dict(result for result in await results if isinstance(result, tuple))
             except Exception as error:
                 to_api_error(error)  # logs it
         return metrics
@@ -96,12 +97,6 @@ class Backend:
             raise
         except Exception as error:
             raise to_api_error(error) from None
-
-
-async def broadcast_collect(handle: DeploymentHandle) -> dict[str, list[Metric]]:
-    """Metrics of all replicas of a deployment, by replica; those that fail are left out."""
-    results = await handle.broadcast("collect").results_async(timeout_s=METRICS_TIMEOUT_S, return_exceptions=True)
-    return dict(result for result in results if isinstance(result, tuple))
 
 
 def _raise_if_error(value: Any) -> Any:

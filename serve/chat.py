@@ -17,11 +17,7 @@ MAX_TEXT = 100_000  # characters of all messages; no model here reads as many, a
 
 
 def parse_chat(payload: Any) -> ChatRequest:
-    """Check a request against the format.
-
-    Raises:
-        ApiError: 400 naming the parameter.
-    """
+    """Check a request against the format. ApiError: 400 naming the parameter."""
     request = validate(ChatRequest, payload)
     if (request.response_format or {"type": "text"}).get("type") != "text":
         raise ApiError(400, "Answers are plain text: leave out response_format.", param="response_format")
@@ -38,23 +34,17 @@ def parse_chat(payload: Any) -> ChatRequest:
 def conversation(request: ChatRequest) -> tuple[list[dict[str, Any]], list[str]]:
     """The messages as chat templates take them, and the images' URLs in order of appearance.
 
-    Within a turn images go before the text, as in training.
-
-    Raises:
-        ApiError: an image part without its URL, an image not from the user, or too many images.
+    Within a turn images go before the text, as in training. ApiError: 400 an image has no URL or is not the user's; too many.
     """
-    messages, urls = [], []
+    messages: list[dict[str, Any]] = []
+    urls: list[str] = []
     for number, message in enumerate(request.messages):
-        content: list[dict[str, Any]] = []
-        for part in message.content:
-            if part.type == "text":
-                content.append({"type": "text", "text": part.text})
-                continue
-            if part.image_url is None or message.role != "user":
-                raise ApiError(400, "An image is a user's part with image_url.url.", param=f"messages.{number}.content")
-            content.append({"type": "image"})
-            urls.append(part.image_url.url)
-        content.sort(key=lambda part: part["type"] != "image")
+        images = [part.image_url for part in message.content if part.type == "image_url"]
+        if images and (message.role != "user" or None in images):
+            raise ApiError(400, "An image is a user's part with image_url.url.", param=f"messages.{number}.content")
+        urls += [image.url for image in images if image]
+        content = [{"type": "text", "text": part.text} for part in message.content if part.type == "text"]
+        content = [*({"type": "image"} for _ in images), *content]
         messages.append({"role": "system" if message.role == "developer" else message.role, "content": content})
     if len(urls) > MAX_IMAGES:
         raise ApiError(400, f"{len(urls)} images in one request, at most {MAX_IMAGES} are accepted.", param="messages")

@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,20 +55,23 @@ def find_cities(settings: ServiceSettings) -> list[City]:
     if not settings.cities:
         return [_city(model_folder(settings), None)]
     systems = [system for setting in settings.cities for system in _trained_systems(_absolute(setting))]
-    cities = [_city(_gazetteer_folder(system), system / "adapter") for system in dict.fromkeys(systems)]
-    for number, city in enumerate(cities):
-        for other in cities[:number]:
-            if other.id == city.id:
-                raise SettingsError(f"{other.adapter} and {city.adapter} are both of the city '{city.id}': give one of them.")
-    return cities
+    cities: dict[str, City] = {}
+    for system in dict.fromkeys(systems):
+        folders = [system / "merged", system / "adapter", system.parents[1] / "photos"]
+        with_gazetteer = [folder for folder in folders if (folder / GAZETTEER_FILE).is_file()]
+        if not with_gazetteer:
+            raise SettingsError(
+                f"no {GAZETTEER_FILE} for {system} in {' or '.join(map(str, folders))}: run its training again."
+            )
+        city = _city(with_gazetteer[0], system / "adapter")
+        other = cities.setdefault(city.id, city)
+        if other is not city:
+            raise SettingsError(f"{other.adapter} and {city.adapter} are both of the city '{city.id}': give one of them.")
+    return list(cities.values())
 
 
 def pick_city(cities: Sequence[City], name: str | None) -> City:
-    """The city of a request, by id or name; if there is only one, the name may be missing.
-
-    Raises:
-        ApiError: 404 there is no such city, 400 no name and several cities.
-    """
+    """The city of a request, by id or name. ApiError: 404 there is no such city, 400 no name and several cities."""
     listed = ", ".join(f"'{city.id}'" for city in cities)
     if not name:
         if len(cities) == 1:
@@ -81,11 +84,7 @@ def pick_city(cities: Sequence[City], name: str | None) -> City:
 
 
 def base_model(cities: Sequence[City], base: str | None) -> str:
-    """The base model of all adapters, a folder or a hub name: the setting `base`, else the one they were trained on.
-
-    Raises:
-        InputError: an adapter can't be read, their bases differ, or the base is not at its place.
-    """
+    """The base model of all adapters, a folder or a hub name: the setting `base`, else the one they were trained on."""
     if base:
         return base
     bases: dict[str, AnyPath] = {}
@@ -107,11 +106,7 @@ def base_model(cities: Sequence[City], base: str | None) -> str:
 
 
 def model_folder(settings: ServiceSettings) -> AnyPath:
-    """The folder of the one model to serve, absolute: the given one or its subfolder `merged`.
-
-    Raises:
-        InputError: there is none, or it holds no model that transformers loads.
-    """
+    """The folder of the one model to serve, absolute: the given one or its subfolder `merged`."""
     folder = _last_model(settings.storage) if settings.model is None else _absolute(settings.model)
     if not folder.is_dir():
         raise SettingsError(f"no model folder {folder}: give model=<folder of a trained model>, for instance …/merged.")
@@ -138,26 +133,17 @@ def _city(folder: AnyPath, adapter: AnyPath | None) -> City:
     return City(re.sub(r"\W+", "-", name.lower()).strip("-") or model, name, model, folder, adapter)
 
 
-def _trained_systems(path: AnyPath) -> Iterator[AnyPath]:
+def _trained_systems(path: AnyPath) -> list[AnyPath]:
     """Trained systems with an adapter: the folder itself, those of a run, or those of the runs in a folder."""
     if (path / "adapter" / "adapter_config.json").is_file():
-        yield path
-        return
+        return [path]
     pattern = f"models/{SERVED_SYSTEM}/adapter/adapter_config.json"
     files = sorted(path.glob(pattern)) or sorted(path.glob(f"*/{pattern}"))
     if not files:
         raise SettingsError(
             f"{path} holds no adapter of a city (…/models/{SERVED_SYSTEM}/adapter): give a run or a folder of runs."
         )
-    yield from (file.parents[1] for file in files)
-
-
-def _gazetteer_folder(system: AnyPath) -> AnyPath:
-    folders = [system / "merged", system / "adapter", system.parents[1] / "photos"]
-    for folder in folders:
-        if (folder / GAZETTEER_FILE).is_file():
-            return folder
-    raise SettingsError(f"no {GAZETTEER_FILE} for {system} in {' or '.join(map(str, folders))}: run its training again.")
+    return [file.parents[1] for file in files]
 
 
 def _last_model(storage: str) -> AnyPath:
@@ -184,11 +170,7 @@ class CityGeometry:
 
     @cached_property
     def geojson(self) -> bytes:
-        """The city's map.
-
-        Raises:
-            ApiError: 404 the model has no gazetteer.
-        """
+        """The city's map. ApiError: 404 the model has no gazetteer."""
         file = self.city.folder / GAZETTEER_FILE
         if not file.is_file():
             raise ApiError(404, "This model has no map: its folder holds no gazetteer.geojson.", code="no_map")
@@ -203,15 +185,9 @@ class CityGeometry:
     @cached_property
     def summary(self) -> CityAnswer:
         """The city's entry in `/v1/cities`."""
-        gazetteer = self.city.gazetteer()
-        return CityAnswer(
-            id=self.city.id,
-            name=self.city.name,
-            model=self.city.model,
-            streets=len(gazetteer.streets) if gazetteer else 0,
-            districts=len(gazetteer.districts) if gazetteer else 0,
-            addresses=len(gazetteer.addresses) if gazetteer else 0,
-        )
+        gazetteer, city = self.city.gazetteer() or Gazetteer([]), self.city
+        counts = {"streets": len(gazetteer.streets), "districts": len(gazetteer.districts)}
+        return CityAnswer(id=city.id, name=city.name, model=city.model, addresses=len(gazetteer.addresses), **counts)
 
     @cached_property
     def streets(self) -> dict[str, dict[str, Any]]:

@@ -31,6 +31,7 @@ class Engine:
     Attributes:
         image_size: longer side of the model's input in pixels.
         context_length: tokens.
+        tokens_per_image: tokens of an image beyond its placeholder in the prompt.
 
     Raises:
         InputError: the model can't be loaded.
@@ -52,14 +53,14 @@ class Engine:
             config = self.base.config
         self.image_size = input_size(self.processor.image_processor)
         self.context_length = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
-        self.tokens_per_image = self._count_image_tokens()
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+        prompt = self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        image = Image.fromarray(np.zeros((self.image_size, self.image_size, 3), np.uint8))
+        length = self.processor(text=[prompt], images=[[image]], return_tensors="pt")["input_ids"].shape[1]
+        self.tokens_per_image = length - len(self.processor.tokenizer(prompt)["input_ids"])
 
     def add_city(self, city: str) -> None:
-        """Load a city's adapter beside the others.
-
-        Raises:
-            InputError: the adapter does not fit the base.
-        """
+        """Load a city's adapter beside the others. InputError: it does not fit the base."""
         if city in self.localizers:
             return
         name, folder = self.adapter_names[city], self.cities[city].folder
@@ -110,11 +111,7 @@ class Engine:
         return results
 
     def stream_chat(self, query: ChatQuery) -> Iterator[TextChunk]:
-        """The answers chunk by chunk. Other cities may be used between two chunks, so each activates its adapter again.
-
-        Raises:
-            InputError: the conversation is longer than the model's context.
-        """
+        """The answers chunk by chunk. Other cities may be used between two chunks, so each activates its adapter again."""
         if self._address_question(query):
             answer = self._answer_address([query])[0][0]
             yield TextChunk(0, answer.text, answer.finish, (), answer.prompt_tokens, answer.tokens)
@@ -141,18 +138,14 @@ class Engine:
     def _localize_batch(self, city: str, queries: Sequence[LocalizeQuery]) -> list[Localization]:
         localizer = self._activate(city)
         photos, priors = [Image.fromarray(query.pixels) for query in queries], [query.prior for query in queries]
-        default = localizer.calibration.threshold
-        return [
-            distribution.localization(query.top_k, default if query.threshold is None else query.threshold)
-            for distribution, query in zip(localizer.address_distributions(photos, priors), queries, strict=True)
-        ]
+        results = []
+        for distribution, query in zip(localizer.address_distributions(photos, priors), queries, strict=True):
+            threshold = localizer.calibration.threshold if query.threshold is None else query.threshold
+            results.append(distribution.localization(query.top_k, threshold))
+        return results
 
     def _batch_key(self, query: ChatQuery) -> tuple[Any, ...] | None:
-        """What queries of one batch have in common; None for those that go alone.
-
-        Raises:
-            InputError: the query is longer than the model's context.
-        """
+        """What queries of one batch have in common; None for those that go alone."""
         if self._address_question(query):
             return "address", query.city
         s = query.sampling
@@ -185,10 +178,9 @@ class Engine:
     def _answer_address(self, queries: Sequence[ChatQuery]) -> list[list[Completion]]:
         """Answers to one city's questions about the address, from the address distributions."""
         localizer = self._activate(queries[0].city)
+        distributions = localizer.address_distributions([_images(query)[0] for query in queries])
         answers = []
-        for query, distribution in zip(
-            queries, localizer.address_distributions([_images(query)[0] for query in queries]), strict=True
-        ):
+        for query, distribution in zip(queries, distributions, strict=True):
             question = self._address_question(query)
             text = question.answer(distribution)[0] if question else ""
             tokens = len(localizer.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
@@ -209,14 +201,6 @@ class Engine:
         localizer = self._activate(query.city)
         text = localizer.prompt(query.messages)
         return len(localizer.tokenizer(text)["input_ids"]) + len(query.images) * self.tokens_per_image
-
-    def _count_image_tokens(self) -> int:
-        """Tokens of an image beyond its placeholder in the prompt."""
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
-        prompt = self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        image = Image.fromarray(np.zeros((self.image_size, self.image_size, 3), np.uint8))
-        length = self.processor(text=[prompt], images=[[image]], return_tensors="pt")["input_ids"].shape[1]
-        return int(length - len(self.processor.tokenizer(prompt)["input_ids"]))
 
 
 def input_size(processor: Any) -> int:

@@ -14,7 +14,7 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 import numpy as np
@@ -48,8 +48,7 @@ class Images:
     async def read(self, source: bytes | str, side: int = MAX_SIDE) -> np.ndarray:
         """Pixels of a photo given as bytes, base64, a data URL or a web address, uint8 (height, width, 3).
 
-        Args:
-            side: of the model's input in pixels, see `addressvlm.image_decode_worker.decode_image`.
+        The photo is shrunk for a model with inputs of `side` pixels, see `addressvlm.image_decode_worker.decode_image`.
 
         Raises:
             InputError: it is no photo that can be used.
@@ -81,11 +80,7 @@ class ImagesDeployment(Images, MetricsReplica):
 
 
 def decode_base64(text: str) -> bytes:
-    """The bytes of an image given as base64 or as a data URL.
-
-    Raises:
-        InputError: it is neither.
-    """
+    """The bytes of an image given as base64 or as a data URL. InputError: it is neither."""
     header = _DATA_URL.match(text[:256])
     if header is None and text[:5].lower() == "data:":
         raise InputError("The data URL is not base64: write it as data:image/jpeg;base64,….")
@@ -135,31 +130,25 @@ class DecodePool:
     async def _decode(self, data: bytes, side: int) -> DecodedImage:
         self.idle = [process for process in self.idle if process.returncode is None]
         process = self.idle.pop() if self.idle else await self._start()
+        request = {"bytes": len(data), "max_megapixels": self.max_megapixels, "side": side, "cpu_s": self.cpu_s}
         try:
-            result = await self._send(process, data, side)
+            if process.stdin is None or process.stdout is None:
+                raise OSError("the process has no pipes")
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.write(data)
+            await process.stdin.drain()
+            response = json.loads(await process.stdout.readuntil(b"\n"))
+            refused, width, height = (response.get(key, 0) for key in ("refused", "width", "height"))
+            rgb = await process.stdout.readexactly(3 * width * height)
         except BaseException:
             with suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
             raise
         self.idle.append(process)
-        if isinstance(result, str):
-            raise InputError(result)
-        return result
-
-    async def _send(self, process: Process, data: bytes, side: int) -> DecodedImage | str:
-        """Have a process decode a photo; its pixels, or the error."""
-        if process.stdin is None or process.stdout is None:
-            raise OSError("the process has no pipes")
-        request = {"bytes": len(data), "max_megapixels": self.max_megapixels, "side": side, "cpu_s": self.cpu_s}
-        process.stdin.write(json.dumps(request).encode() + b"\n")
-        process.stdin.write(data)
-        await process.stdin.drain()
-        response = json.loads(await process.stdout.readuntil(b"\n"))
-        if "refused" in response:
-            return str(response["refused"])
-        width, height = response["width"], response["height"]
-        return DecodedImage(width, height, await process.stdout.readexactly(3 * width * height))
+        if refused:
+            raise InputError(refused)
+        return DecodedImage(width, height, rgb)
 
     async def _start(self) -> Process:
         package = str(Path(addressvlm.__file__).parents[1])
@@ -194,11 +183,7 @@ class ImageFetcher:
         self.private, self.max_mb, self.timeout_s = private, max_mb, timeout_s
 
     async def fetch(self, url: str) -> bytes:
-        """The body at a URL.
-
-        Raises:
-            ApiError: 400 the URL is not allowed, or its server answers with an error, too many bytes or too slowly.
-        """
+        """The body at a URL. ApiError: 400 it is not allowed, or its server answers with an error, too much or too late."""
         try:
             async with asyncio.timeout(self.timeout_s):
                 return await self._follow_redirects(url)
@@ -236,11 +221,7 @@ class ImageFetcher:
         return bytes(body)
 
     def check_url(self, url: str) -> None:
-        """Check scheme, host and port against the allowed domains.
-
-        Raises:
-            ApiError: 400 not allowed.
-        """
+        """Check scheme, host and port against the allowed domains. ApiError: 400 not allowed."""
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -250,8 +231,13 @@ class ImageFetcher:
             raise _not_fetched("Images are fetched by http and https only: send the image itself as a data URL.")
         if parts.username is not None or parts.password is not None:
             raise _not_fetched("The image's address holds a user name or password: leave them out.")
-        if not any(_domain_matches(domain, parts, port) for domain in self.domains):
-            raise _not_fetched("Images are not fetched from this host: send the image itself as a data URL.")
+        host, default = parts.hostname, DEFAULT_PORTS[parts.scheme]
+        for domain in self.domains:
+            name, _, allowed_port = domain.partition(":")
+            same = host.endswith(name) and host != name if name.startswith(".") else host == name
+            if same and (port or default) == int(allowed_port or default):
+                return
+        raise _not_fetched("Images are not fetched from this host: send the image itself as a data URL.")
 
 
 class PrivateAddressError(OSError):
@@ -291,14 +277,6 @@ def is_public(address: str) -> bool:
             inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
     wrapped = [one for one in inner if one is not None]
     return (all(one.is_global for one in wrapped) and (bool(ip.is_global) or bool(wrapped))) and not ip.is_multicast
-
-
-def _domain_matches(domain: str, parts: SplitResult, port: int | None) -> bool:
-    name, _, allowed_port = domain.partition(":")
-    host = (parts.hostname or "").lower()
-    same = host.endswith(name) and host != name if name.startswith(".") else host == name
-    default = DEFAULT_PORTS[parts.scheme]
-    return same and (port or default) == (int(allowed_port) if allowed_port else default)
 
 
 def _not_fetched(message: str) -> ApiError:

@@ -11,8 +11,7 @@ import re
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 from starlette._utils import get_route_path
@@ -102,8 +101,7 @@ class AccessMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+            return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id", "")
         state = scope.setdefault("state", {})
@@ -121,8 +119,14 @@ class AccessMiddleware:
 
         try:
             await self._check_access(scope, headers)
-            with self._concurrency_slot(scope):
+            post = scope["method"] == "POST"
+            if post and self.in_flight >= self.settings.max_in_flight:  # refused before its body is read
+                raise overloaded()
+            self.in_flight += post
+            try:
                 await self.app(scope, receive, observed_send)
+            finally:
+                self.in_flight -= post
         except ClientDisconnect:
             status = 499
         except Exception as error:
@@ -134,17 +138,19 @@ class AccessMiddleware:
             self._log(scope, status or 499, size, time.perf_counter() - start)  # 499: the caller left before a response
 
     async def _check_access(self, scope: Scope, headers: Headers) -> None:
-        """Check API key and rate limit, except on public paths.
-
-        Raises:
-            ApiError: 401, 429.
-        """
+        """Check API key and rate limit, except on public paths. ApiError: 401, 429."""
         scope["state"]["caller"] = caller = self._client_address(scope, headers)
         path = get_route_path(scope)  # without the service's route prefix
         if path in self.public_paths:
             return
         if self.key_hashes:
-            scope["state"]["caller"] = caller = self._key_name(headers)
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            key_hash = _sha256(key.strip())
+            matches = [hmac.compare_digest(key_hash, known) for known in self.key_hashes]  # all of them, in constant time
+            if scheme.lower() != "bearer" or not any(matches):
+                message = "This service asks for a key: send it as `Authorization: Bearer <key>`."
+                raise ApiError(401, message, code="invalid_api_key")
+            scope["state"]["caller"] = caller = f"key-{key_hash[:8]}"
         if self.wait is None or path == "/metrics":
             return
         try:
@@ -156,29 +162,6 @@ class AccessMiddleware:
         if seconds > 0:
             message = f"More than {self.settings.rate_limit:g} requests a minute: wait {seconds:.0f} s."
             raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=max(1, round(seconds)))
-
-    @contextmanager
-    def _concurrency_slot(self, scope: Scope) -> Iterator[None]:
-        """Count a POST while it runs; one too many is refused before its body is read."""
-        post = scope["method"] == "POST"
-        if post and self.in_flight >= self.settings.max_in_flight:
-            raise overloaded()
-        self.in_flight += post
-        try:
-            yield
-        finally:
-            self.in_flight -= post
-
-    def _key_name(self, headers: Headers) -> str:
-        """The caller's name, from its key; compared in constant time with every known key."""
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        key_hash = _sha256(key.strip())
-        matches = [hmac.compare_digest(key_hash, known) for known in self.key_hashes]
-        if scheme.lower() != "bearer" or not any(matches):
-            raise ApiError(
-                401, "This service asks for a key: send it as `Authorization: Bearer <key>`.", code="invalid_api_key"
-            )
-        return f"key-{key_hash[:8]}"
 
     def _client_address(self, scope: Scope, headers: Headers) -> str:
         """The caller's IP address; for IPv6 its /64 network, which belongs to one caller."""

@@ -55,11 +55,7 @@ class ChatQuery:
 
 
 async def read_body(request: Request, max_mb: float) -> bytes:
-    """Read the body; too large a one is refused before it is read to the end.
-
-    Raises:
-        ApiError: 408 too slow, 413 too large.
-    """
+    """Read the body; too large a one is refused before it is read to the end. ApiError: 408 too slow, 413 too large."""
     limit = int(max_mb * 1e6)
     too_large = ApiError(413, f"The request is larger than {max_mb:g} MB: send a smaller photo.", code="too_large")
     length = request.headers.get("content-length", "")
@@ -78,11 +74,7 @@ async def read_body(request: Request, max_mb: float) -> bytes:
 
 
 async def read_json(request: Request, max_mb: float) -> Any:
-    """Read a JSON body.
-
-    Raises:
-        ApiError: 400 not JSON, 408 too slow, 413 too large, 415 another content type.
-    """
+    """Read a JSON body. ApiError: as `read_body`, 400 not JSON, 415 another content type."""
     if _content_type(request) not in ("application/json", ""):
         raise ApiError(415, "Send the request as application/json.")
     return _parse_json(await read_body(request, max_mb), "The body")
@@ -91,8 +83,7 @@ async def read_json(request: Request, max_mb: float) -> Any:
 async def read_localize(request: Request, max_mb: float) -> tuple[bytes | str, LocalizeFields]:
     """Read the encoded image and the options, from a form (`file`, the other fields as text) or from JSON (`image`).
 
-    Raises:
-        ApiError: 400 a field is missing or wrong, 408 too slow, 413 too large, 415 another content type.
+    ApiError: as `read_body`, 400 a field is missing or wrong, 415 another content type.
     """
     if _content_type(request) == "application/json":
         fields = validate(LocalizeRequest, await read_json(request, max_mb))
@@ -116,11 +107,7 @@ async def read_localize(request: Request, max_mb: float) -> tuple[bytes | str, L
 
 
 def validate(schema: type[Schema], payload: Any) -> Schema:
-    """Check a parsed body against its schema.
-
-    Raises:
-        ApiError: 400 naming the first field that is wrong.
-    """
+    """Check a parsed body against its schema. ApiError: 400 naming the first field that is wrong."""
     try:
         return schema.model_validate(payload)
     except ValidationError as error:

@@ -216,7 +216,12 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         """OpenAI-compatible chat about photos."""
         fields = parse_chat(await read_json(request, self.settings.max_body_mb))
-        city = self._city_of_model(fields.model)
+        named = [c for c in self.cities if fields.model == c.model or (fields.model == MODEL_ALIAS and len(self.cities) == 1)]
+        if not named:
+            served = ", ".join(f"'{city.model}'" for city in self.cities)
+            message = f"No model '{fields.model[:100]}' here, this service has {served}."
+            raise ApiError(404, message, "model", "model_not_found")
+        city = named[0]
         messages, urls = conversation(fields)
         images = list(await asyncio.gather(*map(self.backend.read_image, urls)))
         query = ChatQuery(city.id, messages, images, fields.sampling(self.settings.max_tokens))
@@ -241,13 +246,6 @@ class Routes:
         for kind, tokens in zip(("prompt", "completion"), response.usage, strict=True):
             self.metrics.count("addressvlm_tokens", kind, by=tokens)
 
-    def _city_of_model(self, model: str) -> City:
-        for city in self.cities:
-            if model == city.model or (model == MODEL_ALIAS and len(self.cities) == 1):
-                return city
-        served = ", ".join(f"'{city.model}'" for city in self.cities)
-        raise ApiError(404, f"No model '{model[:100]}' here, this service has {served}.", "model", "model_not_found")
-
     async def list_models(self) -> ModelList:
         """List the models, one per city."""
         return ModelList(data=[ModelAnswer(id=city.model) for city in self.cities])
@@ -259,12 +257,10 @@ class Routes:
     async def city_map(self, request: Request) -> Response:
         """A city's streets and districts as GeoJSON."""
         geometry = self.geometries[pick_city(self.cities, request.query_params.get("city")).id]
-        headers = {"Cache-Control": "private, max-age=60"}
+        headers, body = {"Cache-Control": "private, max-age=60"}, await asyncio.to_thread(lambda: geometry.geojson)
         if "gzip" in request.headers.get("accept-encoding", ""):
             headers |= {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
             body = await asyncio.to_thread(lambda: geometry.geojson_gzip)
-        else:
-            body = await asyncio.to_thread(lambda: geometry.geojson)
         return Response(body, media_type="application/geo+json", headers=headers)
 
     async def health(self) -> Health:

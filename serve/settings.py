@@ -63,9 +63,7 @@ class ServiceSettings(BaseModel):
     num_cpus: float = Field(1, ge=0)  # per model replica
     num_gpus: float = Field(0, ge=0)
     cities_per_replica: int = Field(8, ge=1)  # adapters in a model replica; the least recently used one is evicted
-    photo_memory_mb: float = Field(
-        256, ge=0
-    )  # per model replica, cache for the latest photos: further questions about them are faster
+    photo_memory_mb: float = Field(256, ge=0)  # per model replica, of the latest photos: more questions on them are faster
     batch_size: int = Field(8, ge=1)  # requests answered together
     batch_wait_s: float = Field(0.01, ge=0)  # how long the first of a batch waits for others, in seconds
     http_replicas: int = Field(2, ge=1)  # at most
@@ -79,9 +77,7 @@ class ServiceSettings(BaseModel):
     decode_s: int = Field(10, ge=1)  # CPU seconds for decoding one photo
     max_tokens: int = Field(512, ge=1)  # per answer; a request for more gets this many
     request_s: float = Field(300, gt=0)  # a request that takes longer is answered 503; of a stream, each chunk
-    rate_limit: float = Field(
-        0, ge=0
-    )  # requests per minute of an API key, or of an IP address if there are no keys; 0: no limit
+    rate_limit: float = Field(0, ge=0)  # requests per minute of an API key, or of an IP address without keys; 0: no limit
     forwarded: bool = False  # behind one proxy of yours: the caller's address is the last in X-Forwarded-For
     image_domains: Names = []  # hosts that images may be fetched from: host, host:port, or .example.org for all below it
     private_addresses: bool = False  # allow private networks: for an image server of your own
@@ -94,7 +90,16 @@ class ServiceSettings(BaseModel):
         try:
             return validate(values)
         except ValidationError as error:
-            raise SettingsError("; ".join(_problem(e) for e in error.errors()) + ".") from None
+            problems = []
+            for problem in error.errors():
+                key, known = ".".join(map(str, problem["loc"])), sorted(cls.model_fields)
+                if problem["type"] == "extra_forbidden":
+                    nearest = difflib.get_close_matches(key, known, n=1)
+                    hint = f"the nearest known is '{nearest[0]}'" if nearest else f"known are {', '.join(known)}"
+                    problems.append(f"unknown argument '{key}', {hint}")
+                else:
+                    problems.append(f"'{key}' is {problem['input']!r}: {problem['msg']}")
+            raise SettingsError("; ".join(problems) + ".") from None
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -128,13 +133,3 @@ class ServiceSettings(BaseModel):
     def subset(self, names: Iterable[str]) -> Self:
         """These settings; all others have their defaults."""
         return self.model_construct(**{name: getattr(self, name) for name in names})
-
-
-def _problem(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = sorted(ServiceSettings.model_fields)
-        nearest = difflib.get_close_matches(key, known, n=1)
-        hint = f"the nearest known is '{nearest[0]}'" if nearest else f"known are {', '.join(known)}"
-        return f"unknown argument '{key}', {hint}"
-    return f"'{key}' is {error['input']!r}: {error['msg']}"

@@ -87,10 +87,9 @@ class VllmModel:
             scores = np.full(len(addresses), -np.inf)
             texts = [addresses[i].text() for i in possible.tolist()]
             scores[possible] = await self._address_scores(_data_url(query.pixels), texts)
+        threshold = self.calibration.threshold if query.threshold is None else query.threshold
         distribution = AddressDistribution(addresses, self.calibration.apply(scores) + log_weights)
-        return distribution.localization(
-            query.top_k, self.calibration.threshold if query.threshold is None else query.threshold
-        )
+        return distribution.localization(query.top_k, threshold)
 
     @return_user_errors
     async def chat(self, query: ChatQuery) -> list[Completion]:
@@ -100,7 +99,8 @@ class VllmModel:
         for choice in response.choices:
             tokens = 0 if answers else usage.completion_tokens  # vLLM counts those of all answers together
             text = (choice.message.content or "").strip()
-            answers.append(Completion(text, _finish(choice), _token_scores(choice), usage.prompt_tokens, tokens))
+            finish = "length" if choice.finish_reason == "length" else "stop"
+            answers.append(Completion(text, finish, _token_scores(choice), usage.prompt_tokens, tokens))
         return answers
 
     async def stream_chat(self, query: ChatQuery) -> AsyncIterator[TextChunk | Exception]:
@@ -114,8 +114,9 @@ class VllmModel:
         async for chunk in chunks:
             for choice in chunk.choices:
                 text, usage = choice.delta.content or "", chunk.usage
-                if text or choice.finish_reason:
-                    finish, scores = _finish(choice) if choice.finish_reason else None, _token_scores(choice)
+                finish = "length" if choice.finish_reason == "length" else "stop" if choice.finish_reason else None
+                if text or finish:
+                    scores = _token_scores(choice)
                     yield TextChunk(choice.index, text, finish, scores, usage.prompt_tokens, usage.completion_tokens)
 
     async def check_health(self) -> None:
@@ -135,11 +136,8 @@ class VllmModel:
 
     async def _prompt_logprobs(self, messages: list[dict[str, Any]], generation_prompt: bool) -> tuple[list[int], list[Any]]:
         """The prompt's tokens and vLLM's log-probabilities of each; of a generation prompt, only the tokens."""
-        extra_body = {
-            "add_generation_prompt": generation_prompt,
-            "prompt_logprobs": None if generation_prompt else 0,
-            "return_token_ids": True,
-        }
+        prompt_logprobs = None if generation_prompt else 0
+        extra_body = {"add_generation_prompt": generation_prompt, "prompt_logprobs": prompt_logprobs, "return_token_ids": True}
         async with self.semaphore:
             response = await self._create(messages=messages, max_tokens=1, temperature=0, extra_body=extra_body)
         fields = response.model_extra
@@ -211,10 +209,6 @@ def _data_url(pixels: np.ndarray) -> str:
     out = BytesIO()
     Image.fromarray(pixels).save(out, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-def _finish(choice: Any) -> str:
-    return "length" if choice.finish_reason == "length" else "stop"
 
 
 def _token_scores(choice: Any) -> tuple[TokenScore, ...]:
