@@ -63,9 +63,6 @@ def evaluate(
         models: system -> model folder or hub name.
         calibrate: fit the calibration of models that know the city.
         priors: compare the decoding modes of the main system, with priors and constrained answers.
-
-    Raises:
-        InputError: a step can't be done, see `ray_jobs.evaluation`.
     """
     main, answer_mode = main_system(list(models)), task.config.evaluate.answers
     scores: dict[str, Scores] = {}
@@ -118,21 +115,13 @@ def compare_modes(
 
 
 def require_workers(config: Config) -> None:
-    """Refuse more workers than the cluster can hold.
-
-    Raises:
-        InputError: it can't hold them.
-    """
+    """Refuse more workers than the cluster can hold."""
     need = config.evaluate
     require_resources("CPU", need.workers * need.cpus_per_worker, "evaluate", "evaluate.workers or evaluate.cpus_per_worker")
 
 
 def run_models(config: Config, only: Sequence[str] | None = None) -> dict[str, str]:
-    """System -> model folder of all systems of the run, or of those named.
-
-    Raises:
-        InputError: one is not trained yet.
-    """
+    """System -> model folder of all systems of the run, or of those named."""
     systems = [system for system in config.train.systems if not only or system.name in only]
     return {system.name: evaluation.trained_model(config, system) for system in systems}
 
@@ -155,11 +144,7 @@ def named_models(flags: Sequence[str]) -> dict[str, str]:
 def photos_folder(
     config: Config, data: str, photos: str | None, models: Mapping[str, str], out: AnyPath, redo: bool
 ) -> AnyPath:
-    """The folder of the photos table that --data means; a manifest is prepared first, into `out`.
-
-    Raises:
-        InputError: there is nothing at the path.
-    """
+    """The folder of the photos table that --data means; a manifest is prepared first, into `out`."""
     path = path_of(data)
     if path.is_dir():
         return path / "photos" if (path / "photos").is_dir() else path

@@ -157,11 +157,7 @@ def _score_settings(task: EvaluationTask, model: str, splits: Iterable[str]) -> 
 
 
 def calibrate(task: EvaluationTask, name: str, model: str, scores: Scores) -> Calibration:
-    """Fit a model's calibration to its scores of the photos of `calibration_photos`, and save it in the model's folder.
-
-    Raises:
-        InputError: no photo has an address that the model knows, or the folder can't be written.
-    """
+    """Fit a model's calibration to its scores of the photos of `calibration_photos`, and save it in the model's folder."""
     gazetteer = model_gazetteer(model, task.gazetteer)
     validation, training = (scored_photos(scores[split], gazetteer) for split in (VALIDATION, TRAINING))
     fitted = calibration.fit_calibration(validation, task.config.evaluate.target_precision, training.scores)
@@ -364,11 +360,7 @@ def work_units(files: Sequence[AnyPath], ids: set[str], photos: int) -> Iterator
 def run_workers(
     config: Config, units: list[pa.Table], worker: type, arguments: tuple[Any, ...], step: str, total: int
 ) -> list[Row]:
-    """Send units of work through `evaluate.workers` actors of class `worker(*arguments)`; prints progress.
-
-    Raises:
-        InputError: one that a worker raised, such as a model that can't be loaded.
-    """
+    """Send units of work through `evaluate.workers` actors of class `worker(*arguments)`; prints progress."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     need = config.evaluate
     dataset = ray.data.from_arrow(units).map_batches(

@@ -110,11 +110,7 @@ def localize(config: Config, model: str, photos: str, split: str, out: AnyPath, 
 
 
 def open_photos(photos: str, split: str) -> PhotoSource:
-    """The photos of the flag `--photos`.
-
-    Raises:
-        InputError: there are none.
-    """
+    """The photos of the flag `--photos`."""
     path = path_of(photos)
     if has_images(path, split):
         return PhotoSource([path] if path.is_file() else list(tables.table_files(path, split)), [], [])
@@ -163,11 +159,7 @@ def skip_repeated_ids(shards: list[Shard]) -> tuple[list[Shard], list[Row]]:
 
 
 def require_own_folder(out: AnyPath, settings: dict[str, Any]) -> None:
-    """Refuse a folder that this job did not write, since its content would be replaced.
-
-    Raises:
-        InputError: it is one.
-    """
+    """Refuse a folder that this job did not write, since its content would be replaced."""
     mark = out / DONE_FILE
     ours = mark.is_file() and json.loads(mark.read_text()).keys() == settings.keys()
     if not (ours or is_unfinished(out)) and out.is_dir() and any(out.iterdir()):

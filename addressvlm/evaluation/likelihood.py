@@ -54,11 +54,7 @@ def scored_photos(rows: Sequence[Row], gazetteer: Gazetteer) -> ScoredPhotos:
 
 
 def calibrated_rows(rows: Iterable[Row], calibration: Calibration) -> list[Row]:
-    """Rows of `tables.SCORES` with calibrated scores.
-
-    Raises:
-        InputError: the calibration is of another number of addresses.
-    """
+    """Rows of `tables.SCORES` with calibrated scores."""
     return [{**row, "scores": calibration.apply(np.array(row["scores"])).tolist()} for row in rows]
 
 

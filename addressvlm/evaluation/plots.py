@@ -1,4 +1,4 @@
-"""The report's drawings as inline SVG; colours come from the page's CSS, so they follow its light and dark look."""
+"""Plots of the report as inline SVG; colours come from the page's CSS, so that they follow its light and dark mode."""
 
 import html
 import math
@@ -14,11 +14,11 @@ from addressvlm.gazetteer.gazetteer import Gazetteer
 
 MAP_WIDTH = 520.0  # user units; the page scales it
 MARGIN = 0.06  # of the map's side, around the test places
-TALLEST, FLATTEST = 1.1, 0.6  # height by width; a city that is longer gets more of its surroundings
+TALLEST, FLATTEST = 1.1, 0.6  # height by width; a longer city is shown with more of its surroundings
 
 
 def interval_bar(cell: Interval, width: float = 120, height: float = 12, low: float = 0, high: float = 1) -> str:
-    """Value as a bar from zero with its interval as a whisker, on an axis from `low` to `high`."""
+    """A bar from zero to the value, its interval as a whisker, on an axis from `low` to `high`."""
     if cell["value"] is None or cell["low"] is None or cell["high"] is None:
         return ""
 
@@ -39,10 +39,10 @@ def interval_bar(cell: Interval, width: float = 120, height: float = 12, low: fl
 
 
 class CityMap:
-    """Street lines of a city, drawn once, and any number of maps with test places on them."""
+    """The streets of a city, drawn once, and any number of maps with test places on them."""
 
     def __init__(self, points: Sequence[tuple[float, float]], gazetteer: Gazetteer | None) -> None:
-        """`points` are (lat, lon) of the test places in degrees; they decide what the map shows."""
+        """`points`: (lat, lon) of the test places in degrees; they decide which part of the city the map shows."""
         lat, lon = np.array(points, dtype=float).T
         self._squeeze = math.cos(math.radians(float(lat.mean())))
         x, y = lon * self._squeeze, lat
@@ -56,7 +56,7 @@ class CityMap:
         self.defs = self._defs(gazetteer) if gazetteer else ""
 
     def draw(self, places: Sequence[Mapping[str, Any]]) -> str:
-        """One map; a place has `lat`, `lon`, `share` (of its answers that are right) and a `note` to show on hovering."""
+        """One map; a place has `lat`, `lon`, `share` (of its answers that are right) and a `note` for hovering."""
         marks = "".join(self._mark(place) for place in sorted(places, key=lambda p: p["share"]))
         size = f"{self.width} {self.height}"
         return f'<svg class="map" viewBox="0 0 {size}" role="img"><use href="#city-streets"/>{marks}</svg>'
@@ -93,7 +93,7 @@ class CityMap:
         return f'<svg class="defs" width="0" height="0"><defs><g id="city-streets">{borders}{streets}{names}</g></defs></svg>'
 
     def _view(self, shape: BaseGeometry) -> BaseGeometry:
-        """The part of a shape in degrees that the map shows, in user units."""
+        """The visible part of a shape in degrees, in user units."""
         drawn = shapely.transform(shape, self._xy)
         return shapely.clip_by_rect(drawn, -10, -10, self.width + 10, self.height + 10)
 
@@ -167,22 +167,23 @@ def _ticks(end: float) -> list[float]:
     return [round(i * step, 10) for i in range(math.floor(end / step + 1e-9) + 1)]
 
 
-def distance_curves(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Share of whole addresses right (0 to 100 %) by distance to the nearest training photo, a line a system.
+def distance_curves(systems: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy on whole addresses by distance to the nearest training photo, a line for each system.
 
-    Each row has `name`, `hue` and `by_distance` with `from_m`, `to_m` and an interval; a point lies at the middle of its band.
+    A system has `name`, `hue` and `by_distance` with `from_m`, `to_m` and an interval; a point lies at the middle of its band.
     """
-    if not rows:
+    if not systems:
         return ""
+    bands = [band for system in systems for band in system["by_distance"]]
     width, height, left, low = 640.0, 300.0, 40.0, 30.0
-    furthest = max(band["to_m"] for row in rows for band in row["by_distance"]) or 1.0
-    most = min(1.0, max(0.1, 1.1 * max(band["value"] for row in rows for band in row["by_distance"])))
+    furthest = max(band["to_m"] for band in bands) or 1.0
+    top = min(1.0, max(0.1, 1.1 * max(band["value"] for band in bands)))
 
     def xy(metres: float, share: float) -> str:
-        return f"{left + metres / furthest * (width - left - 8):.1f},{8 + (1 - share / most) * (height - low - 8):.1f}"
+        return f"{left + metres / furthest * (width - left - 8):.1f},{8 + (1 - share / top) * (height - low - 8):.1f}"
 
     parts = []
-    for share in (0.0, most / 2, most):
+    for share in (0.0, top / 2, top):
         x, y = xy(0, share).split(",")
         parts.append(f'<line class="grid" x1="{x}" x2="{width - 8}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="tick end" x="{left - 5}" y="{float(y) + 4}">{100 * share:.0f}</text>')
@@ -190,14 +191,14 @@ def distance_curves(rows: Sequence[Mapping[str, Any]]) -> str:
         x = xy(metres, 0).split(",")[0]
         end = "end" if metres == furthest else "middle"
         parts.append(f'<text class="tick {end}" x="{x}" y="{height - low + 14}">{metres:.0f} m</text>')
-    for row in rows:
-        points = [((band["from_m"] + band["to_m"]) / 2, band["value"], band) for band in row["by_distance"]]
+    for system in systems:
+        points = [((band["from_m"] + band["to_m"]) / 2, band["value"], band) for band in system["by_distance"]]
         parts.append(
-            f'<g class="hue{row["hue"]}"><polyline class="smooth" points="{" ".join(xy(m, s) for m, s, _ in points)}"/>'
+            f'<g class="hue{system["hue"]}"><polyline class="smooth" points="{" ".join(xy(m, s) for m, s, _ in points)}"/>'
         )
         for metres, share, band in points:
             x, y = xy(metres, share).split(",")
-            note = f"{row['name']}, {band['from_m']:.0f} to {band['to_m']:.0f} m: {100 * share:.1f} % of {band['n']}"
+            note = f"{system['name']}, {band['from_m']:.0f} to {band['to_m']:.0f} m: {100 * share:.1f} % of {band['n']}"
             parts.append(f'<circle class="bin" cx="{x}" cy="{y}" r="4"><title>{html.escape(note)}</title></circle>')
         parts.append("</g>")
     return f'<svg class="loss reliability" viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
@@ -207,7 +208,7 @@ SIDE, LEFT, BOTTOM, TOP = 300.0, 34.0, 34.0, 8.0
 
 
 def reliability_diagram(bins: Sequence[Mapping[str, float]]) -> str:
-    """Confidence against the share that is right, from `addressvlm.answers.calibration.reliability`."""
+    """Confidence against accuracy, from `addressvlm.answers.calibration.reliability`."""
     most = max((b["photos"] for b in bins), default=1)
     low, high = _xy(0, 0), _xy(1, 1)
     parts = [

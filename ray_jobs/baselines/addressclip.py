@@ -59,11 +59,7 @@ class AddressClipSystem(System[AddressClipConfig]):
         )
 
     def train(self, context: ComparisonContext, depends_on: Row, redo: bool) -> None:
-        """Train the dual encoder.
-
-        Raises:
-            InputError: the captions are missing, or the cluster is too small.
-        """
+        """Train the dual encoder."""
         config, need, run = context.config, context.config.train, context.run
         require_workers(config, self.name)
         caption_texts(run, self.settings.captions)

@@ -119,11 +119,7 @@ class RagSystem(System[RagConfig]):
 
 
 def model_of(context: ComparisonContext, settings: RagConfig) -> str:
-    """The model's folder or hub name; at an endpoint, its name there.
-
-    Raises:
-        InputError: it is a system of `train.systems` that is not trained yet, or an endpoint's model is not named.
-    """
+    """The model's folder or hub name; at an endpoint, its name there."""
     systems = {system.name: system for system in context.config.train.systems}
     if settings.endpoint:
         if not settings.model:
@@ -198,11 +194,7 @@ class RagWorker(ModelWorker):
 
 
 def require_context_length(model: Any, text: str, image: Any, new_tokens: int) -> None:
-    """Refuse a prompt that does not fit into the model's context with its reply.
-
-    Raises:
-        InputError: it does not fit.
-    """
+    """Refuse a prompt that does not fit into the model's context with its reply."""
     longest = context_length(model.model)
     tokens = model.inputs([model.prompt([user_turn(text)])], [[image]])["input_ids"].shape[1]
     if longest is not None and tokens + new_tokens > longest:

@@ -130,11 +130,7 @@ def query_cost(queries: Sequence["Embeddings"], search_s: float) -> Row:
 
 
 def open_geocoder(context: ComparisonContext, gallery: "Embeddings") -> Geocoder:
-    """The city's reverse geocoder.
-
-    Raises:
-        InputError: a file of its map is missing or damaged.
-    """
+    """The city's reverse geocoder."""
     city = resolve_city_files(context.config, context.run).city
     return Geocoder(street_map(city, context.gazetteer), city.max_distance_m, gallery.photos)
 
@@ -152,11 +148,7 @@ def encoder_licence(context: ComparisonContext, encoder: EncoderConfig) -> dict[
 
 
 def encoder_model(context: ComparisonContext, encoder: EncoderConfig) -> str:
-    """Folder or hub name of the encoder, by a name that means the same in a worker.
-
-    Raises:
-        InputError: it looks like a folder and there is none.
-    """
+    """Folder or hub name of the encoder, by a name that means the same in a worker."""
     return resolve_model(absolute_path(encoder.base or context.config.model.base))
 
 
@@ -260,11 +252,7 @@ def open_gallery(
 
 
 def build_index(gallery: Embeddings, redo: bool = False) -> list[AnyPath]:
-    """The index of a gallery, a file for every PART photos; made if it is not there.
-
-    Raises:
-        InputError: the one that is there is of other vectors.
-    """
+    """The index of a gallery, a file for every PART photos; made if it is not there."""
     folder = gallery.folder.with_name(f"{gallery.folder.name}-index")
     settings = {"encoder": gallery.encoder, "data": gallery.data, "photos": len(gallery.photos)}
     starts = range(0, len(gallery.photos), PART)

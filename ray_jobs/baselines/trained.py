@@ -63,11 +63,7 @@ class LikelihoodSystem(System[LikelihoodConfig]):
 
 
 def system_scores(context: ComparisonContext, name: str, redo: bool = False) -> Scores:
-    """Split -> rows of `tables.SCORES` of a system of `train.systems`, calibrated if it was trained.
-
-    Raises:
-        InputError: there is no such system, it is not trained, or its model has other addresses than the city.
-    """
+    """Split -> rows of `tables.SCORES` of a system of `train.systems`, calibrated if it was trained."""
     config, systems = context.config, {system.name: system for system in context.config.train.systems}
     if name not in systems:
         raise InputError(f"compare.systems names {name}: systems of train.systems are {', '.join(systems)}.")
@@ -80,11 +76,7 @@ def system_scores(context: ComparisonContext, name: str, redo: bool = False) -> 
 def score_and_calibrate(
     task: EvaluationTask, name: str, model: str, ids: Mapping[str, Sequence[str]], redo: bool = False
 ) -> Scores:
-    """Split -> rows of `tables.SCORES`, uncalibrated; a trained model that sees photos gets its calibration.
-
-    Raises:
-        InputError: the model has other addresses than the city.
-    """
+    """Split -> rows of `tables.SCORES`, uncalibrated; a trained model that sees photos gets its calibration."""
     if evaluation.model_gazetteer(model, task.gazetteer).addresses != task.gazetteer.addresses:
         raise InputError(
             f"{name} knows other addresses than {task.data / GAZETTEER_FILE}: it can't be scored on them; train it anew."
@@ -100,11 +92,7 @@ def score_and_calibrate(
 def run_trained(
     context: ComparisonContext, name: str, config: Config, system: SystemConfig, redo: bool = False
 ) -> SystemOutcome:
-    """Train a system as `config` says, and ask it about the photos of the comparison.
-
-    Raises:
-        InputError: it can't be trained, or the model can't be asked.
-    """
+    """Train a system as `config` says, and ask it about the photos of the comparison."""
     run = Run(config)
     if system.stages:
         train.run_step(config, redo, [system.name])
