@@ -6,7 +6,7 @@ import hashlib
 import io
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -48,15 +48,7 @@ class LocalLabeler:
         return [labels[position] for position in range(len(requests))]
 
 
-class Writer(Protocol):
-    """A model that continues conversations."""
-
-    def write(self, conversations: Sequence[Messages], seed: int) -> list[str]:
-        """The assistant's next message in each; `seed` is for sampling at a temperature above 0."""
-        ...
-
-
-def load_writer(config: LabelsConfig) -> Writer:
+def load_writer(config: LabelsConfig) -> "Writer":
     """The model that the settings name, with or without vision."""
     folder = local(config.model)
     try:
@@ -72,65 +64,70 @@ def load_writer(config: LabelsConfig) -> Writer:
     return TextWriter(config, folder) if text_only else VisionWriter(config)
 
 
-class VisionWriter:
+class Writer:
+    """A model that continues conversations; subclasses make its inputs."""
+
+    def __init__(self, config: LabelsConfig, model: Any, tokenizer: Any, end_tokens: set[int]) -> None:
+        self.config, self.model, self.tokenizer, self.end_tokens = config, model, tokenizer, end_tokens
+
+    def inputs(self, conversations: Sequence[Messages]) -> Any:
+        """Tensors for `generate`, padded on the left."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def write(self, conversations: Sequence[Messages], seed: int) -> list[str]:
+        """The assistant's next message in each, without special tokens; `seed` is for a temperature above 0."""
+        inputs = self.inputs(conversations)
+        sampling = {"do_sample": True, "temperature": self.config.temperature, "top_k": 0, "top_p": 1.0}
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            ids = self.model.generate(
+                **{key: value for key, value in inputs.items() if key != "token_type_ids"},
+                max_new_tokens=self.config.max_tokens,
+                eos_token_id=sorted(self.end_tokens),
+                pad_token_id=self.tokenizer.pad_token_id,
+                **(sampling if self.config.temperature > 0 else {"do_sample": False}),
+            )
+        texts = self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+
+class VisionWriter(Writer):
     """An image-text-to-text model of any family whose processor has a chat template."""
 
     def __init__(self, config: LabelsConfig) -> None:
-        self.config = config
         self.chat = ChatModel(config.model, dtype=config.dtype)
+        super().__init__(config, self.chat.model, self.chat.tokenizer, self.chat.end_tokens)
 
-    def write(self, conversations: Sequence[Messages], seed: int) -> list[str]:
+    def inputs(self, conversations: Sequence[Messages]) -> Any:
         """See Writer."""
         turns = [[_parse_message(message) for message in messages] for messages in conversations]
         prompts = [self.chat.prompt([turn for turn, _ in conversation]) for conversation in turns]
-        images = [[image for _, shown in conversation for image in shown] for conversation in turns]
-        return _generate(
-            self.chat.model, self.chat.tokenizer, self.chat.inputs(prompts, images), self.chat.end_tokens, self.config, seed
-        )
+        return self.chat.inputs(prompts, [[image for _, images in conversation for image in images] for conversation in turns])
 
 
-class TextWriter:
+class TextWriter(Writer):
     """A causal language model, which reads only the facts."""
 
     def __init__(self, config: LabelsConfig, folder: str) -> None:
-        self.config = config
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(config.dtype), use_safetensors=True)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"labels.model {config.model} can't be loaded: {' '.join(str(error).split())[:300]}.") from error
-        if not self.tokenizer.chat_template:
+        if not tokenizer.chat_template:
             raise InputError(f"labels.model {config.model} has no chat template: give a model that follows instructions.")
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model = model.to(self.device).eval()
-        configured = self.model.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-        self.ends = {token for token in ends if token is not None}
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        configured = model.generation_config.eos_token_id
+        ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+        super().__init__(config, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, ends)
 
-    def write(self, conversations: Sequence[Messages], seed: int) -> list[str]:
+    def inputs(self, conversations: Sequence[Messages]) -> Any:
         """See Writer."""
         prompts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations]
-        inputs = self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False).to(self.device)
-        return _generate(self.model, self.tokenizer, inputs, self.ends, self.config, seed)
-
-
-@torch.inference_mode()
-def _generate(model: Any, tokenizer: Any, inputs: Any, ends: set[int], config: LabelsConfig, seed: int) -> list[str]:
-    """The text generated for each row of the inputs, without special tokens."""
-    sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        ids = model.generate(
-            **{key: value for key, value in inputs.items() if key != "token_type_ids"},
-            max_new_tokens=config.max_tokens,
-            eos_token_id=sorted(ends),
-            pad_token_id=tokenizer.pad_token_id,
-            **(sampling if config.temperature > 0 else {"do_sample": False}),
-        )
-    return [text.strip() for text in tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
+        return self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False).to(self.model.device)
 
 
 def _parse_message(message: dict[str, Any]) -> tuple[dict[str, Any], list[Image.Image]]:
