@@ -158,7 +158,7 @@ def test_missing_inputs_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         label.run_step(config, redo=False)
     tables.write_table(Run(config).photos, "train", rows(1), tables.PHOTOS)
     Run(config).roads.unlink()
-    with pytest.raises(InputError, match=r"no .*roads\.fgb to draw tiles from: run prepare again"):
+    with pytest.raises(InputError, match=r"no .*roads\.fgb to draw tiles from: rerun prepare"):
         graft.run_step(config, redo=False)
     tables.write_table(Run(config).grafts, "train", [{"id": "a", "facts": "{}"}], tables.GRAFTS)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
