@@ -1,7 +1,4 @@
-"""The model card that travels with an adapter and a merged model: base, data, licences, how it was trained, metrics.
-
-`front_matter`, `attributed`, `no_metrics_section` and `metrics_section` are what all cards have in common.
-"""
+"""Model cards of an adapter and a merged model: base, data, licences, training, metrics; and the sections all cards share."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +31,7 @@ processor = AutoProcessor.from_pretrained("<this folder>")"""
 
 
 def write_cards(config: Config, system: str, model: Path) -> None:
-    """Write README.md into `adapter` and `merged` below `model`, the folder of a system of that name."""
+    """Write README.md into `adapter` and `merged` of a system's model folder."""
     for folder, code in (("adapter", ADAPTER), ("merged", MERGED)):
         (model / folder / "README.md").write_text(
             model_card(config, system, code, adapter=folder == "adapter"), encoding="utf-8"
@@ -47,6 +44,7 @@ def model_card(config: Config, system: str, code: str, adapter: bool) -> str:
     gazetteers = [Gazetteer.load(run.gazetteer) for run in runs]
     cities = " + ".join(gazetteer.city or run.folder.name for gazetteer, run in zip(gazetteers, runs, strict=True))
     stages = _stages(config, system)
+    course = "one stage" if len(stages) == 1 else f"{len(stages)} stages, one after the other"
     head = {
         "library_name": "peft" if adapter else "transformers",
         "base_model": config.model.base,
@@ -57,7 +55,7 @@ def model_card(config: Config, system: str, code: str, adapter: bool) -> str:
     lines = [
         front_matter(head, base_licence(config)),
         f"# {cities}: from a street-level photo to its address",
-        f"`{config.model.base}`, taught {cities} in {_number(len(stages))}: it names the street and the district of a "
+        f"`{config.model.base}`, taught {cities} in {course}: it names the street and the district of a "
         "photo, judges and chooses between them. It knows no other city.",
         "## Data",
         "\n".join(_data(run, gazetteer) for run, gazetteer in zip(runs, gazetteers, strict=True)),
@@ -76,18 +74,18 @@ def model_card(config: Config, system: str, code: str, adapter: bool) -> str:
 
 
 def front_matter(head: Mapping[str, Any], licence: str | None) -> str:
-    """The YAML that a card begins with, which model hubs read."""
-    tree = {**head, **({"license": licence} if licence else {})}
-    return "---\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True) + "---"
+    """The YAML at the beginning of a card, which model hubs read."""
+    fields = {**head, **({"license": licence} if licence else {})}
+    return "---\n" + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) + "---"
 
 
 def attributed(sources: Iterable[str]) -> str:
-    """Whose photos and maps these are."""
+    """The attribution of photos and maps."""
     return f"Photos, maps and base model keep their own licences. Attribution: {'; '.join(sources) or 'none was given'}."
 
 
 def no_metrics_section(job: str) -> str:
-    """The place for metrics that a job in ray_jobs/ will write."""
+    """The placeholder for metrics that a job in ray_jobs/ will write."""
     return f"{BEGIN}\n{UNKNOWN.format(job=job)}\n{END}"
 
 
@@ -102,7 +100,7 @@ def metrics_section(table: Mapping[str, Mapping[str, Any]], photos: str) -> str:
 
 
 def set_metrics(model: AnyPath, table: Mapping[str, Mapping[str, Any]], photos: str) -> None:
-    """Write metrics into the cards of a model folder (its own, `adapter`'s, `merged`'s), where they have a place for them.
+    """Write metrics into the cards of a model folder (its own, `adapter`'s, `merged`'s) that have a placeholder.
 
     Args:
         table: metric -> value, low, high as shares, see `evaluation.metrics.score`.
@@ -116,12 +114,8 @@ def set_metrics(model: AnyPath, table: Mapping[str, Mapping[str, Any]], photos: 
 
 
 def _stages(config: Config, system: str) -> list[tuple[str, StageConfig]]:
-    found = next((s for s in config.train.systems if s.name == system), None)
-    return [(name, config.train.stages[name]) for name in found.stages] if found else []
-
-
-def _number(stages: int) -> str:
-    return "one stage" if stages == 1 else f"{stages} stages, one after the other"
+    match = next((s for s in config.train.systems if s.name == system), None)
+    return [(name, config.train.stages[name]) for name in match.stages] if match else []
 
 
 def _data(run: Run, gazetteer: Gazetteer) -> str:
@@ -136,8 +130,9 @@ def _data(run: Run, gazetteer: Gazetteer) -> str:
 def _stage(name: str, stage: StageConfig) -> str:
     return (
         f"- {name}: {' and '.join(stage.tables)}; trains {', '.join(stage.parts)}; {stage.epochs:g} epochs"
-        f"{f' (at most {stage.max_steps:,} steps)' if stage.max_steps else ''}, {stage.batch_size * stage.gradient_accumulation_steps} images a "
-        f"worker and step, learning rate {stage.learning_rate:g}."
+        f"{f' (at most {stage.max_steps:,} steps)' if stage.max_steps else ''}, "
+        f"{stage.batch_size * stage.gradient_accumulation_steps} images a worker and step, learning rate "
+        f"{stage.learning_rate:g}."
     )
 
 
@@ -151,5 +146,5 @@ def base_licence(config: Config) -> str | None:
         head = yaml.safe_load(pieces[1]) if len(pieces) == 3 else None
     except yaml.YAMLError:
         return None
-    found = head.get("license") if isinstance(head, dict) else None
-    return found if isinstance(found, str) else json.dumps(found) if found else None
+    licence = head.get("license") if isinstance(head, dict) else None
+    return licence if isinstance(licence, str) else json.dumps(licence) if licence else None

@@ -13,16 +13,23 @@ from addressvlm.models.parts import parts_of
 from addressvlm.storage.files import local_model_copy
 from addressvlm.storage.remote_path import RemotePath, is_remote, path_of
 
-PLAIN_ATTENTION = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3")  # all earlier tokens, nothing else
-MANY = 8  # convolutions of a vision encoder that is made of them; a transformer has one
+CAUSAL_ATTENTION = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "phi3",
+    "smollm3",
+)  # families whose layers all attend to all earlier tokens
+MANY_CONVOLUTIONS = 8  # a convolutional vision encoder has more, a transformer has one
 TOY_BASE = Path(__file__).parents[1] / "demo" / "base"
 
 
 def resolve_model(name: str) -> str:
-    """Where `model.base` is: the embedded model's folder for `toy`, else folder, URI or hub name.
+    """Resolve `model.base`: the built-in model's folder for `toy`, else folder, URI or hub name.
 
     Raises:
-        InputError: it looks like a folder and there is none, or the folder holds no model.
+        InputError: the folder is missing or holds no model.
     """
     if name == "toy":
         return str(TOY_BASE)
@@ -37,10 +44,10 @@ def resolve_model(name: str) -> str:
 
 
 def local(name: str) -> str:
-    """What to hand to transformers: as `resolve_model`, but of a folder in a store this machine's copy.
+    """As `resolve_model`, but a folder in remote storage is copied to this machine.
 
     Raises:
-        InputError: as `resolve_model`, or the store can't be used.
+        InputError: as `resolve_model`, or the storage can't be read.
     """
     where = resolve_model(name)
     return str(local_model_copy(where)) if is_remote(where) else where
@@ -75,20 +82,20 @@ def load_model(
     return model.eval(), processor
 
 
-def dtype_of(wish: str) -> torch.dtype:
-    """The dtype called float32 or bfloat16; of auto, bfloat16 where the device at hand multiplies it faster than float32."""
-    if wish == "auto":
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype float32 or bfloat16 by name; auto is bfloat16 where the device has instructions for it."""
+    if name == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wish]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for products in bfloat16."""
+    """Whether the device has bfloat16 matrix instructions."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 def autocast(device: torch.device, weights: torch.dtype, precision: str) -> torch.autocast:
@@ -103,40 +110,41 @@ def autocast(device: torch.device, weights: torch.dtype, precision: str) -> torc
 
 
 def to_device(model: Any, device: str | torch.device) -> Any:
-    """The model on a device, laid out for it: on a CPU, channels come last in an encoder that is made of convolutions."""
+    """The model on a device; on a CPU, a convolutional encoder is stored channels-last."""
     convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
-    if torch.device(device).type == "cpu" and convolutions > MANY:
+    if torch.device(device).type == "cpu" and convolutions > MANY_CONVOLUTIONS:
         model.to(memory_format=torch.channels_last)  # a fifth off a ResNet's time
     return model.to(device)
 
 
 def has_1d_positions(model: Any) -> bool:
-    """Whether a token's position is its number in the row, and not its row and column in the image too (as in Qwen-VL)."""
+    """Whether a token's position is its index in the row, and not also its row and column in the image (as in Qwen-VL)."""
     return not any(hasattr(module, "get_rope_index") for module in model.modules())
 
 
 def context_length(model: Any) -> int | None:
-    """The most tokens of a conversation that the model has positions for, None if it does not say."""
+    """The model's context length in tokens, None if its configuration has none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def enable_packing(model: Any, wish: str, device: torch.device, name: str) -> bool:
-    """Whether conversations are to share a row; if so, the language model's attention goes block by block from here on.
+def enable_packing(model: Any, packing: str, device: torch.device, name: str) -> bool:
+    """Decide whether conversations share a row; if so, switch the language model to block attention.
 
     Args:
-        wish: `train.packing`. `auto` packs on CPUs: there, padding costs as much as tokens and blocks cost nothing. On GPUs
-            rows of this data are about equally long, and one batched product is worth more than the padding.
+        packing: `train.packing`. `auto` packs on CPUs, where padding costs as much as tokens. On GPUs rows of this data are
+            about equally long, and one batched product is worth more than the padding.
+        name: the base model's, for the error.
 
     Raises:
-        InputError: it is `on` and the model has another attention than blocks know.
+        InputError: packing is `on` and the model's attention does not support it.
     """
     text = model.config.get_text_config()
-    able = has_1d_positions(model) and text.model_type in PLAIN_ATTENTION and not getattr(text, "sliding_window", None)
-    if wish == "on" and not able:
+    supported = has_1d_positions(model) and text.model_type in CAUSAL_ATTENTION and not getattr(text, "sliding_window", None)
+    if packing == "on" and not supported:
         raise InputError(
             f"train.packing is on, which the attention of {name} ({text.model_type}) does not allow: set it to auto."
         )
-    if wish == "off" or not able or (wish == "auto" and device.type != "cpu"):
+    if packing == "off" or not supported or (packing == "auto" and device.type != "cpu"):
         return False
     path = parts_of(model)["llm"]
     model.get_submodule(path).set_attn_implementation(block_attention.register())

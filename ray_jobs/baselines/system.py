@@ -17,7 +17,7 @@ from addressvlm.config.train import Part, SystemConfig
 from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.models.cards import base_licence
 from addressvlm.models.loading import resolve_model
-from addressvlm.models.parts import part_named
+from addressvlm.models.parts import part_of_any_family
 from addressvlm.storage.files import atomic_write, local_copy, local_model_copy
 from addressvlm.storage.remote_path import AnyPath, list_files, path_of
 from addressvlm.storage.run_dir import Run, slug
@@ -150,6 +150,6 @@ def _count_parameters(adapter: AnyPath, parts: set[Part]) -> int:
             total += sum(
                 prod(weights.get_slice(name).get_shape())
                 for name in weights.keys()  # noqa: SIM118
-                if (part_named(name) or "llm") in parts
+                if (part_of_any_family(name) or "llm") in parts
             )
     return total

@@ -228,7 +228,7 @@ def test_a_stage_learns_from_photos_above_its_threshold_alone(tmp_path: Path, ca
     assert not {mixed[row]["id"] for row in mixed.epoch(0, 0)} & low
     config.train.stages["localization"].max_steps = 1
     train_system(config, "stage 2 only", None, lambda metrics, snapshot: None)
-    assert "localization leaves out 8 photos of a locatability below 0.4" in capsys.readouterr().out
+    assert "localization skips 8 photos with a locatability below 0.4" in capsys.readouterr().out
     rejects = tables.read_table_file(Run(config).rejects / "train-stage-2-only.parquet").to_pylist()
     assert {row["id"] for row in rejects} == low
     assert rejects[0]["reason"] == "its locatability is 0.10, below 0.4"

@@ -174,7 +174,7 @@ def test_a_journal_goes_on_where_it_was_sent(bucket: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     resumed = MetricsLogger(folder, "s", 1, 4)
     resumed.log_step(progress_of(2))
-    resumed.keep()
+    resumed.sync()
     assert (bucket / "journal" / "loss.jsonl").read_text().splitlines()[0] == lines[0]
     assert len((bucket / "journal" / "loss.jsonl").read_text().splitlines()) == 2
     assert any(p.startswith("tensorboard/") for p in found(bucket / "journal"))

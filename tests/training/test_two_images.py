@@ -206,5 +206,5 @@ def test_a_family_that_takes_one_image_is_told(base: Path, spoil: Callable[[Any]
     processor = load_model(str(base))[1]
     spoil(processor)
     assert Collator(processor).encode(SAMPLES[1]).ids
-    with pytest.raises(InputError, match=rf"can't be given 2 images in a conversation \(.*{why}.*\): set tiles.layout to"):
+    with pytest.raises(InputError, match=rf"can't take 2 images in a conversation \(.*{why}.*\): set tiles.layout to"):
         Collator(processor).encode(SAMPLES[0])
