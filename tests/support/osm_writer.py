@@ -64,12 +64,12 @@ class OsmWriter:
 
         elements: list[dict] = [{"type": "way", "id": i, "tags": t} | line(refs) for i, (refs, t) in enumerate(self.ways, 1)]
         for i, (members, tags) in enumerate(self.relations, 1):
-            of_ways = [
+            way_members = [
                 {"type": "way", "ref": ref, "role": role}
                 | ({"geometry": line(self.ways[ref - 1][0])["geometry"]} if geom else {})
                 for ref, role in members
             ]
-            elements.append({"type": "relation", "id": i, "tags": tags, "members": of_ways})
+            elements.append({"type": "relation", "id": i, "tags": tags, "members": way_members})
         elements += [
             {"type": "node", "id": 9000 + i, "lat": y * STEP, "lon": x * STEP, "tags": t}
             for i, (x, y, t) in enumerate(self.places)

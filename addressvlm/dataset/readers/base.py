@@ -100,12 +100,7 @@ def list_photos(folder: str) -> list[str]:
 def photos_by_stem(city: CityConfig) -> dict[str, str]:
     """File name without its ending -> path, for exports that name photos by id; empty if there is no folder."""
     folder = photos_folder(city)
-    return {stem(file): file for file in walk_files(folder) if is_photo(file)} if path_of(folder).is_dir() else {}
-
-
-def stem(file: str) -> str:
-    """The file's name without folders and ending."""
-    return PurePosixPath(file).stem
+    return {PurePosixPath(file).stem: file for file in walk_files(folder) if is_photo(file)} if path_of(folder).is_dir() else {}
 
 
 def is_photo(file: str) -> bool:

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
 from addressvlm.config.city import CityConfig
-from addressvlm.dataset.readers.base import SourceSample, photos_by_stem, source_path, stem
+from addressvlm.dataset.readers.base import SourceSample, photos_by_stem, source_path
 from addressvlm.dataset.readers.file_names import parse_file_name
 from addressvlm.dataset.readers.table import Row, clean_text, open_table
 from addressvlm.storage.remote_path import join, path_of
@@ -108,7 +109,7 @@ class KartaView:
         """One photo; `files` are those that exist, by name without ending."""
         identifier, name = (clean_text(_first(cells, columns)) for columns in (("id", "photo_id"), ("file", "name")))
         sequence, index = (clean_text(_first(cells, (f"sequence{end}", f"sequence_{end}"))) for end in ("id", "index"))
-        file = next((files[s] for s in (stem(name), identifier, f"{sequence}_{index}") if s and s in files), None)
+        file = next((files[s] for s in (PurePosixPath(name).stem, identifier, f"{sequence}_{index}") if s and s in files), None)
         fov_deg = cells.get("fieldofview")
         projections = {clean_text(cells.get(column)).upper() for column in ("projection", "imagepartprojection")} - {""}
         return {
@@ -171,7 +172,7 @@ class Mapillary:
     def parse_description(self, cells: Row, files: dict[str, str]) -> Row:
         """One image of mapillary_tools, whose paths are absolute ones of another machine: the file name identifies it."""
         name = clean_text(cells.get("file"))
-        file = files.get(stem(name), name)
+        file = files.get(PurePosixPath(name).stem, name)
         if "error" in cells:
             error = cells["error"] if isinstance(cells["error"], dict) else {}
             return {"file": file, "PROBLEM": f"mapillary_tools could not use it: {clean_text(error.get('message'))}"}
