@@ -3,7 +3,7 @@
     python benchmarks/full_size.py full-size                        # 8.3 GB
     python benchmarks/training.py demo --set model.base=full-size --set model.dtype=bfloat16 --rows 16 --steps 20
 
-Tokenizer and processor are those of the embedded toy base, whose short words make rows longer than Phi-3's tokenizer does.
+Tokenizer and processor are those of the built-in toy base, whose short words make rows longer than Phi-3's tokenizer does.
 """
 
 import argparse

@@ -58,9 +58,9 @@ def settings(config: Config, system: SystemConfig) -> dict[str, Any]:
 
 
 def stage_settings(stage: StageConfig) -> dict[str, Any]:
-    """A stage's settings; defaults of these two are left out, as in runs made before they existed."""
-    later = {"locatability", "augment"}
-    return stage.model_dump(exclude=later) | stage.model_dump(include=later, exclude_defaults=True)
+    """A stage's settings, of the optional ones those that are set."""
+    optional = {"locatability", "augment"}
+    return stage.model_dump(exclude=optional) | stage.model_dump(include=optional, exclude_defaults=True)
 
 
 def tables_of(config: Config, system: SystemConfig) -> set[Data]:

@@ -1,4 +1,4 @@
-"""The sections `model` and `train` of the configuration tree (see addressvlm/config.py)."""
+"""The sections `model` and `train` of the configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Data = Literal["alignment", "photos", "reasoning"]
 
 
 class PartConfig(Section):
-    """How one part of the model is tuned: LoRA, or all of its weights."""
+    """How one part of the model is tuned: with LoRA, or all of its weights."""
 
     full: bool = False
     rank: int = Field(128, ge=1)
@@ -22,9 +22,9 @@ class PartConfig(Section):
 
 
 class ModelConfig(Section):
-    """The base model and the parts of it that LoRA is attached to."""
+    """The base model and the LoRA settings of its parts."""
 
-    base: str = "toy"  # folder or hub name of an AutoModelForImageTextToText; "toy" is the embedded one
+    base: str = "toy"  # folder or hub name of an AutoModelForImageTextToText; "toy" is built in
     trust_remote_code: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     vision: PartConfig = PartConfig(rank=64, alpha=16.0)  # xtuner's LLaVA default (assumed: the paper does not say)
@@ -34,36 +34,36 @@ class ModelConfig(Section):
 
     @field_validator("vision", "adapter", "llm", mode="before")
     @classmethod
-    def _with_own_defaults(cls, given: Any, info: ValidationInfo) -> Any:
-        """Keys that are not given have the part's defaults above, not those of PartConfig."""
-        own = cls.model_fields[str(info.field_name)].default.model_dump()
-        return {**own, **given} if isinstance(given, dict) else given
+    def _fill_part_defaults(cls, value: Any, info: ValidationInfo) -> Any:
+        """Missing keys get the part's defaults above, not those of PartConfig."""
+        defaults = cls.model_fields[str(info.field_name)].default.model_dump()
+        return {**defaults, **value} if isinstance(value, dict) else value
 
 
 class AugmentConfig(Section):
-    """How photos are changed anew at every step of a stage; not at all by default, as in paper 001."""
+    """Random augmentation of photos; none by default, as in paper 001."""
 
-    crop: float = Field(1.0, gt=0, le=1)  # least share of a photo's area that is shown
+    crop: float = Field(1.0, gt=0, le=1)  # smallest share of a photo's area that a crop keeps
     colour: float = Field(0.0, ge=0, lt=1)  # brightness, contrast and saturation times 1 - colour to 1 + colour
 
 
 class StageConfig(Section):
-    """One tuning stage: which table, which parts, how long."""
+    """One tuning stage: its data, the trained parts, its length and optimizer."""
 
-    data: Data | list[Data]  # table of the run, or several that are mixed row by row
+    data: Data | list[Data]  # a table, or several mixed row by row
     parts: list[Part] = ["vision", "adapter", "llm"]
-    isolate_questions: bool = False  # no question about an image sees the answers to the others
-    locatability: float | None = Field(None, ge=0, le=1)  # leave out photos that score less, see ray_jobs/locatability.py
+    isolate_questions: bool = False  # hide the other questions and answers of an image from each question
+    locatability: float | None = Field(None, ge=0, le=1)  # skip photos that score less, see ray_jobs/locatability.py
     augment: AugmentConfig = AugmentConfig()
     epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1)  # stop here even if the epochs are not over
-    batch_size: int = Field(16, ge=1)  # images per worker and step
-    gradient_accumulation_steps: int = Field(1, ge=1)  # optimizer step every so many batches
+    max_steps: int | None = Field(None, ge=1)  # upper limit, whatever the epochs
+    batch_size: int = Field(16, ge=1)  # images a worker and batch
+    gradient_accumulation_steps: int = Field(1, ge=1)  # batches an optimizer step
     learning_rate: float = Field(2e-4, gt=0)
-    learning_rates: dict[Part, float] = {}  # of parts that learn at another rate
+    learning_rates: dict[Part, float] = {}  # of parts with a rate of their own
     warmup_ratio: float = Field(0.03, ge=0, lt=1)  # share of the steps
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)  # norm of the gradient
+    max_grad_norm: float = Field(1.0, gt=0)  # gradients are clipped to this norm
 
     @property
     def tables(self) -> list[Data]:
@@ -71,7 +71,7 @@ class StageConfig(Section):
         return [self.data] if isinstance(self.data, str) else self.data
 
     @model_validator(mode="after")
-    def _makes_sense(self) -> StageConfig:
+    def _check(self) -> StageConfig:
         if not self.tables or len(set(self.tables)) < len(self.tables):
             raise ValueError(f"data is {self.data}: name one table or several different ones")
         if "alignment" in self.tables and self.augment.crop < 1:
@@ -86,40 +86,40 @@ class StageConfig(Section):
 
 
 class SystemConfig(Section):
-    """A row of the table: the stages it goes through, none for zero-shot."""
+    """A system of the comparison: its stages, none for zero-shot."""
 
     name: str
     stages: list[str] = []
-    match_steps_of: str | None = None  # the last stage runs as many steps as all stages of that system together
+    match_steps_of: str | None = None  # the last stage makes the total as many steps as that system's
 
 
 class TrainConfig(Section):
     """Ray Train: workers, strategy, stages, and the systems to train with them."""
 
     workers: int = Field(2, ge=1)
-    min_workers: int | None = Field(None, ge=1)  # go on with so few when nodes are lost; a step keeps its rows
+    min_workers: int | None = Field(None, ge=1)  # continue with so few when nodes are lost; a step keeps its rows
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
-    # One piece a worker. ddp: nothing; zero2 (DeepSpeed): gradients and optimizer state; fsdp2, zero3: weights too
+    # Sharded across workers. ddp: nothing; zero2 (DeepSpeed): gradients and optimizer state; fsdp2, zero3: weights too
     strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = "ddp"
-    checkpoint_activations: bool = False  # keep each layer's input only and compute the rest twice: less memory, more time
-    # Of the forward and backward pass; weights stay as they are. auto: bfloat16 where the processor has instructions for it
+    checkpoint_activations: bool = False  # keep each layer's input only and recompute the rest: less memory, more time
+    # Of the forward and backward pass; weights stay as they are. auto: bfloat16 where the device has instructions for it
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # Several conversations in one row, without padding. auto: where attention goes block by block, that is, on CPUs
+    # Several conversations in one row, without padding. auto: on CPUs, where the base model supports it
     packing: Literal["auto", "on", "off"] = "auto"
-    seed: int | None = None  # of random weights, the order of rows and dropout; default: the run's, which also draws the split
-    cities: dict[str, float] = {}  # other runs of this storage to learn from too, or instead: name -> epochs in one epoch
+    seed: int | None = None  # of LoRA's weights, row order and dropout; default: the run's seed, which also draws the split
+    cities: dict[str, float] = {}  # runs of this storage to train on instead of this one: name -> epochs of it in one epoch
     checkpoint_every: int = Field(50, ge=1)  # optimizer steps
-    keep_checkpoints: int = Field(2, ge=1)  # the last so many; each holds the adapter that validated best too
+    keep_checkpoints: int = Field(2, ge=1)  # the last ones; each holds the adapter that validated best too
     checkpoint_to_merge: Literal["last", "best"] = (
         "last"  # which adapter becomes the model; best: by validation, A_ds or else A
     )
-    validate_every: int | None = Field(None, ge=1)  # optimizer steps; ask about photos of the split `val`
-    validate_photos: int = Field(16, ge=1)  # a time, drawn by seed; each is asked all its questions
-    loggers: list[Literal["mlflow", "wandb"]] = []  # beside TensorBoard; they must be installed and set up by their environment
-    gpu_memory_gib: float | None = Field(None, gt=0)  # for --dry-run; default: what the GPUs at hand have
-    peak_tflops: float | None = Field(None, gt=0)  # of a worker at its precision; default: known by the GPU's name
-    mfu: float = Field(0.4, gt=0, le=1)  # share of it that --dry-run counts with
+    validate_every: int | None = Field(None, ge=1)  # optimizer steps; validates on the split `val`
+    validate_photos: int = Field(16, ge=1)  # photos of a validation, drawn by seed, with all their questions
+    loggers: list[Literal["mlflow", "wandb"]] = []  # besides TensorBoard; installed and set up by their environment variables
+    gpu_memory_gib: float | None = Field(None, gt=0)  # for --dry-run; default: that of this machine's GPUs
+    peak_tflops: float | None = Field(None, gt=0)  # of a worker at its precision; default: by the GPU's name
+    mfu: float = Field(0.4, gt=0, le=1)  # share of the peak that --dry-run assumes
     max_failures: int = Field(3, ge=0)  # lost workers tolerated per system
     stages: dict[str, StageConfig] = {
         "alignment": StageConfig(data="alignment"),
@@ -133,7 +133,7 @@ class TrainConfig(Section):
     ]
 
     @model_validator(mode="after")
-    def _names_exist(self) -> TrainConfig:
+    def _check(self) -> TrainConfig:
         if self.min_workers and self.min_workers > self.workers:
             raise ValueError(f"min_workers is {self.min_workers}, above workers, which is {self.workers}: lower it")
         if self.checkpoint_to_merge == "best" and not self.validate_every:
@@ -141,7 +141,7 @@ class TrainConfig(Section):
         names = [s.name for s in self.systems]
         followers = [s.name for s in self.systems if s.match_steps_of]
         if any(weight <= 0 for weight in self.cities.values()):
-            raise ValueError("cities must have weights above 0; leave out a city that shall not be learnt from")
+            raise ValueError("cities must have weights above 0; leave out a city that is not trained on")
         for system in self.systems:
             for stage in system.stages:
                 if stage not in self.stages:

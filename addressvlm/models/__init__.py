@@ -1,4 +1,4 @@
-"""Base models: load them, name their three parts, attach LoRA, save and merge."""
+"""Base models: loading, their three parts, LoRA, attention for packed rows, model cards."""
 
 from addressvlm.models.loading import load_model
 

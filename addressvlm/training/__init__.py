@@ -1,1 +1,1 @@
-"""Tuning: which rows at which step, how they become tokens, and the step itself. No Ray; torch.distributed if it is up."""
+"""Fine-tuning: trainer, stages, dataset, collator, loss, optimizer, checkpoints. No Ray; uses torch.distributed if started."""

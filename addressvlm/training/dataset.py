@@ -132,20 +132,20 @@ class LocatableRows:
                 f"{folder} has the photo {unknown}, which has no score in {run.locatability}: score the photos again, "
                 f"`{LOCATABILITY_COMMAND} --redo`."
             )
-        kept = np.array([scores[name] >= threshold for name in ids], dtype=bool)
-        if ids and not kept.any():
+        keep = np.array([scores[name] >= threshold for name in ids], dtype=bool)
+        if ids and not keep.any():
             raise InputError(f"none of the {len(ids):,} rows of {folder} reaches the locatability {threshold:g}: lower it.")
         reason = f"its locatability is {{:.2f}}, below {threshold:g}"
-        self.skipped = {name: reason.format(scores[name]) for name, keep in zip(ids, kept, strict=True) if not keep}
-        self._kept = np.flatnonzero(kept)
-        self._number = np.where(kept, np.cumsum(kept) - 1, -1)
-        self.starts = np.array([0, len(self._kept)])
+        self.skipped = {name: reason.format(scores[name]) for name, above in zip(ids, keep, strict=True) if not above}
+        self._indices = np.flatnonzero(keep)
+        self._number = np.where(keep, np.cumsum(keep) - 1, -1)
+        self.starts = np.array([0, len(self._indices)])
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[int(self._kept[index])]
+        return self.rows[int(self._indices[index])]
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
         """The table's permutation without the skipped rows."""
