@@ -15,7 +15,7 @@ from addressvlm.labels.facts import Facts
 from addressvlm.labels.labelers import Label, Request, RetryState, make_labeler, state_factory, template_label
 from addressvlm.labels.prompt import load_prompt
 from tests.support.label_requests import requests
-from tests.support.label_texts import FACTS, GOOD, facts
+from tests.support.label_texts import FACTS, GOOD, random_facts
 
 
 def image(side: int = 64, kind: str = "JPEG", **options: object) -> bytes:
@@ -307,7 +307,7 @@ def test_models_of_one_name_in_two_folders_are_two_and_a_server_of_ours_may_move
 
 def test_labels_depend_on_the_row_alone() -> None:
     rng = random.Random(0)
-    requests = [Request(str(i), b"", facts(rng)) for i in range(30)]
+    requests = [Request(str(i), b"", random_facts(rng)) for i in range(30)]
     labeler = make_labeler(LabelsConfig(), seed=3)
     labels = labeler.label(requests)
     assert labels == labeler.label(requests[::-1])[::-1]

@@ -8,7 +8,7 @@ from addressvlm.labels.lexicon import COLOURS, COMPASS, DIRECTIONS
 from addressvlm.labels.templates import explain, reason
 from addressvlm.labels.validator import LabelValidator
 from addressvlm.tools.label_diversity import distinct_n
-from tests.support.label_texts import DISTRICTS, STREETS, facts
+from tests.support.label_texts import DISTRICTS, STREETS, random_facts
 
 COLOUR = st.lists(st.sampled_from(sorted(COLOURS)), unique=True, max_size=3).map(tuple)
 
@@ -43,9 +43,9 @@ PHOTO_FACTS = st.builds(
 @given(facts=MAYBE_FACTS, seed=st.integers(0, 1000))
 def test_labels_of_grafts_pass_their_own_checks(facts: Facts, seed: int) -> None:
     text = explain(facts, random.Random(seed))
-    found = LabelValidator(["Elm Road"], DISTRICTS, verified=True).problems(text, facts)
+    problems = LabelValidator(["Elm Road"], DISTRICTS, verified=True).problems(text, facts)
     known = sum(map(bool, (facts.photo_colours, facts.tile_colours, facts.facing, facts.direction, facts.names)))
-    assert [p for p in found if known > 1 or p.kind not in ("visible", "length")] == []
+    assert [p for p in problems if known > 1 or p.kind not in ("visible", "length")] == []
     assert text == explain(facts, random.Random(seed))
     assert "None" not in text
     if facts.street not in facts.names and facts.direction:
@@ -63,10 +63,10 @@ def test_a_label_names_the_own_street_first_few_names_and_a_crossing_that_is_nea
     names = ("Elm Road", "Castle Hill", "Mill Street", "Green Lane")
     for seed in range(20):
         known = Facts("Mill Street", "Harbour", names, tile_colours=("green", "brown", "red"))
-        said = explain(known, random.Random(seed))
-        assert "Mill Street, Elm Road and Castle Hill" in said
-        assert "Green Lane" not in said
-        assert ("green and brown" in said, "red" in said.split()) == (True, False)
+        text = explain(known, random.Random(seed))
+        assert "Mill Street, Elm Road and Castle Hill" in text
+        assert "Green Lane" not in text
+        assert ("green and brown" in text, "red" in text.split()) == (True, False)
         corner, away = (
             explain(
                 Facts("Mill Street", "Harbour", cross_street="Elm Road", cross_distance_m=m, cross_direction="east"),
@@ -78,7 +78,7 @@ def test_a_label_names_the_own_street_first_few_names_and_a_crossing_that_is_nea
 
 
 def test_wording_varies_within_its_length() -> None:
-    known = facts(random.Random(1))
+    known = random_facts(random.Random(1))
     texts = [explain(known, random.Random(seed)) for seed in range(200)]
     assert len(set(texts)) > 190
     assert all(30 <= len(text.split()) <= 75 for text in texts)

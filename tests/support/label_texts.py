@@ -73,7 +73,7 @@ PARAPHRASES = [
 ]  # fmt: skip
 
 
-def facts(rng: random.Random) -> Facts:
+def random_facts(rng: random.Random) -> Facts:
     """Facts of some place, complete."""
     street, cross, *others = rng.sample(STREETS, 5)
     return Facts(
@@ -91,12 +91,12 @@ def facts(rng: random.Random) -> Facts:
     )
 
 
-def paraphrase(known: Facts, rng: random.Random) -> str:
+def paraphrase(facts: Facts, rng: random.Random) -> str:
     """The facts in the words of one of PARAPHRASES."""
     return rng.choice(PARAPHRASES).format(
-        street=known.street, district=known.district, direction=known.direction, facing=known.facing, cross=known.cross_street,
-        metres=known.cross_distance_m, way=known.cross_direction, photo=" and ".join(known.photo_colours),
-        view_said={"along": "along", "across": "across", "oblique": "diagonally over"}[known.view or ""],
+        street=facts.street, district=facts.district, direction=facts.direction, facing=facts.facing, cross=facts.cross_street,
+        metres=facts.cross_distance_m, way=facts.cross_direction, photo=" and ".join(facts.photo_colours),
+        view_said={"along": "along", "across": "across", "oblique": "diagonally over"}[facts.view or ""],
     )  # fmt: skip
 
 
@@ -104,10 +104,10 @@ def good(seed: int, count: int) -> Iterator[tuple[str, Facts]]:
     """Labels to pass, half of them the template's."""
     rng = random.Random(seed)
     for i in range(count):
-        known = facts(rng)
+        facts = random_facts(rng)
         if i % 10 == 0:
-            known = replace(known, cross_distance_m=0)
-        yield (explain if i % 2 or not known.cross_distance_m else paraphrase)(known, rng), known
+            facts = replace(facts, cross_distance_m=0)
+        yield (explain if i % 2 or not facts.cross_distance_m else paraphrase)(facts, rng), facts
 
 
 def corrupted(seed: int, count: int) -> Iterator[tuple[str, str, Facts]]:
@@ -115,19 +115,19 @@ def corrupted(seed: int, count: int) -> Iterator[tuple[str, str, Facts]]:
     rng = random.Random(seed)
     kinds = list(CORRUPTIONS)
     for i in range(count):
-        kind, known = kinds[i % len(kinds)], facts(rng)
-        text = (paraphrase if rng.random() < 0.5 else explain)(known, rng)
-        wrong = CORRUPTIONS[kind](text, known, rng)
+        kind, facts = kinds[i % len(kinds)], random_facts(rng)
+        text = (paraphrase if rng.random() < 0.5 else explain)(facts, rng)
+        wrong = CORRUPTIONS[kind](text, facts, rng)
         if wrong != text:
-            yield kind, wrong, known
+            yield kind, wrong, facts
 
 
 def _swap(text: str, pattern: str, new: Callable[[str], str], rng: random.Random) -> str:
     """The text with one match of the pattern replaced."""
-    found = list(re.finditer(pattern, text))
-    if not found:
+    matches = list(re.finditer(pattern, text))
+    if not matches:
         return text
-    match = rng.choice(found)
+    match = rng.choice(matches)
     return text[: match.start()] + new(match.group()) + text[match.end() :]
 
 
@@ -135,20 +135,20 @@ _POINTS = "|".join(sorted(COMPASS, key=len, reverse=True))
 _AXES = "|".join(DIRECTIONS)
 
 
-def _other(options: list[str], *known: str | None) -> list[str]:
-    return [option for option in options if option not in known]
+def _other(options: list[str], *excluded: str | None) -> list[str]:
+    return [option for option in options if option not in excluded]
 
 
-def _compass(text: str, known: Facts, rng: random.Random) -> str:
+def _compass(text: str, facts: Facts, rng: random.Random) -> str:
     return _swap(text, rf"(?<!-)\b({_POINTS})\b(?!-)", lambda old: rng.choice(_other(COMPASS, old)), rng)
 
 
-def _axis(text: str, known: Facts, rng: random.Random) -> str:
+def _axis(text: str, facts: Facts, rng: random.Random) -> str:
     return _swap(text, _AXES, lambda old: rng.choice(_other(DIRECTIONS, old)), rng)
 
 
-def _distance(text: str, known: Facts, rng: random.Random) -> str:
-    true = known.cross_distance_m or 0
+def _distance(text: str, facts: Facts, rng: random.Random) -> str:
+    true = facts.cross_distance_m or 0
     return _swap(
         text,
         rf"\b{true}\b",
@@ -157,76 +157,76 @@ def _distance(text: str, known: Facts, rng: random.Random) -> str:
     )
 
 
-def _crossing(text: str, known: Facts, rng: random.Random) -> str:
+def _crossing(text: str, facts: Facts, rng: random.Random) -> str:
     """Another street is said to meet it, in the last place that names the true one."""
-    at = text.rfind(known.cross_street or "")
-    other = rng.choice(_other(STREETS, known.street, known.cross_street))
-    return text[:at] + other + text[at + len(known.cross_street or "") :]
+    start = text.rfind(facts.cross_street or "")
+    other = rng.choice(_other(STREETS, facts.street, facts.cross_street))
+    return text[:start] + other + text[start + len(facts.cross_street or "") :]
 
 
-def _street(text: str, known: Facts, rng: random.Random) -> str:
+def _street(text: str, facts: Facts, rng: random.Random) -> str:
     """The conclusion is on another street."""
-    at = text.rfind(known.street)
-    return text[:at] + rng.choice(_other(STREETS, known.street)) + text[at + len(known.street) :]
+    start = text.rfind(facts.street)
+    return text[:start] + rng.choice(_other(STREETS, facts.street)) + text[start + len(facts.street) :]
 
 
-def _district(text: str, known: Facts, rng: random.Random) -> str:
-    at = text.rfind(known.district)
-    return text[:at] + rng.choice(_other(DISTRICTS, known.district)) + text[at + len(known.district) :]
+def _district(text: str, facts: Facts, rng: random.Random) -> str:
+    start = text.rfind(facts.district)
+    return text[:start] + rng.choice(_other(DISTRICTS, facts.district)) + text[start + len(facts.district) :]
 
 
-def _colour(text: str, known: Facts, rng: random.Random) -> str:
-    said = (*known.photo_colours, *known.tile_colours)
+def _colour(text: str, facts: Facts, rng: random.Random) -> str:
+    said = (*facts.photo_colours, *facts.tile_colours)
     return _swap(text, rf"\b({'|'.join(said)})\b", lambda old: rng.choice(_other(sorted(COLOURS), *said)), rng)
 
 
-def _view(text: str, known: Facts, rng: random.Random) -> str:
+def _view(text: str, facts: Facts, rng: random.Random) -> str:
     turned = {"along": ["along", "down"], "across": ["across", "over"]}
     for said, words in turned.items():
         for word in words:
-            if known.view == said and re.search(rf"\b{word} the (street|road)", text):
+            if facts.view == said and re.search(rf"\b{word} the (street|road)", text):
                 other = "across" if said == "along" else "along"
                 return re.sub(rf"\b{word} the (street|road)", rf"{other} the \1", text)
     return text
 
 
-def _hint(text: str, known: Facts, rng: random.Random) -> str:
+def _hint(text: str, facts: Facts, rng: random.Random) -> str:
     talk = ["As the hint says, this fits.", "This matches the given address.", "As the provided information states, it fits.",
             "The facts say so.", "The address was given.", "You told me the location.", "According to the notes, it fits.",
             "It agrees with the correct answer.", "Based on the supplied data, this is right."]  # fmt: skip
     return f"{rng.choice(talk)} {text}" if rng.random() < 0.5 else f"{text} {rng.choice(talk)}"
 
 
-def _invented(text: str, known: Facts, rng: random.Random) -> str:
+def _invented(text: str, facts: Facts, rng: random.Random) -> str:
     extra = ["The map also bears the name Wobble Road.", "Pumpernickel Avenue is written on the map as well.",
-             f"Next to it {rng.choice(_other(STREETS, known.street, *known.names))} can be read."]  # fmt: skip
+             f"Next to it {rng.choice(_other(STREETS, facts.street, *facts.names))} can be read."]  # fmt: skip
     return f"{rng.choice(extra)} {text}"
 
 
-def _again(text: str, known: Facts, rng: random.Random) -> str:
+def _repeated(text: str, facts: Facts, rng: random.Random) -> str:
     return f"{text} {text}"
 
 
-def _foreign(text: str, known: Facts, rng: random.Random) -> str:
+def _foreign(text: str, facts: Facts, rng: random.Random) -> str:
     said = "Auf dem Bild sieht man vor allem Häuser, und die Kamera schaut die Straße entlang. Daher ist das"
-    return f"{said} {known.street} in {known.district}."
+    return f"{said} {facts.street} in {facts.district}."
 
 
-def _short(text: str, known: Facts, rng: random.Random) -> str:
-    return f"A road with houses: {known.street}, {known.district}."
+def _short(text: str, facts: Facts, rng: random.Random) -> str:
+    return f"A road with houses: {facts.street}, {facts.district}."
 
 
-def _listed(text: str, known: Facts, rng: random.Random) -> str:
+def _listed(text: str, facts: Facts, rng: random.Random) -> str:
     return "\n".join(f"- {part.strip()}" for part in text.split(". "))
 
 
-def _empty_words(text: str, known: Facts, rng: random.Random) -> str:
+def _empty_words(text: str, facts: Facts, rng: random.Random) -> str:
     said = "It is plain to everybody who knows the city well that this can only be one address, and it is"
-    return f"{said} {known.street} in {known.district}."
+    return f"{said} {facts.street} in {facts.district}."
 
 
 CORRUPTIONS: dict[str, Callable[[str, Facts, random.Random], str]] = {
     "compass": _compass, "axis": _axis, "distance": _distance, "crossing": _crossing, "street": _street, "district": _district,
-    "colour": _colour, "view": _view, "hint": _hint, "invented": _invented, "repetition": _again, "language": _foreign,
+    "colour": _colour, "view": _view, "hint": _hint, "invented": _invented, "repetition": _repeated, "language": _foreign,
     "length": _short, "form": _listed, "visible": _empty_words,
 }  # fmt: skip

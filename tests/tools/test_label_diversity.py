@@ -5,7 +5,7 @@ import pytest
 
 from addressvlm.storage import tables
 from addressvlm.tools.label_diversity import distinct_n, main
-from tests.support.label_texts import facts
+from tests.support.label_texts import random_facts
 
 
 def test_distinct() -> None:
@@ -16,7 +16,7 @@ def test_distinct() -> None:
 
 def test_variety_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
-    rows = [{"id": str(i), "facts": facts(rng).to_json()} for i in range(20)]
+    rows = [{"id": str(i), "facts": random_facts(rng).to_json()} for i in range(20)]
     tables.write_table(tmp_path, "train", rows, tables.GRAFTS)
     monkeypatch.setattr("sys.argv", ["variety", str(tmp_path)])
     main()
