@@ -17,7 +17,7 @@ from addressvlm.storage import tables
 
 def distinct_n(texts: list[str], n: int) -> float:
     """Different n-grams of words in the texts / all of them."""
-    ngrams = []
+    ngrams: list[tuple[str, ...]] = []
     for text in texts:
         words = normalize_name(text).split()
         ngrams += zip(*(words[i:] for i in range(n)), strict=False)
