@@ -44,12 +44,12 @@ def ordered(*scores):
 def test_mcnemar_is_the_exact_binomial_test():
     main = [answer(i, i < 8) for i in range(12)]
     other = [answer(i, i in (0, 1, 8)) for i in range(12)]
-    found = comparison.mcnemar(main, other)
-    assert (found["better"], found["worse"]) == (6, 1)
-    assert found["p"] == pytest.approx(2 * (1 + 7) / 2**7)
+    result = comparison.mcnemar(main, other)
+    assert (result["better"], result["worse"]) == (6, 1)
+    assert result["p"] == pytest.approx(2 * (1 + 7) / 2**7)
     assert comparison.mcnemar(main, main) == {"better": 0, "worse": 0, "p": 1.0}
     unasked = [answer(20, False), *(row | {"level": "street"} for row in main)]
-    assert comparison.mcnemar(main, [*unasked[:1], *other[::-1], *unasked[1:]]) == found
+    assert comparison.mcnemar(main, [*unasked[:1], *other[::-1], *unasked[1:]]) == result
     only_main, only_other = comparison.split_verdicts(main, other[::-1])
     assert (only_main, only_other) == ([f"photo{i}" for i in range(2, 8)], ["photo8"])
 
@@ -67,8 +67,8 @@ def test_top_counts_streets_once_and_knows_unlisted_addresses_are_missed():
     liked = {"Elm Row": -1.0, "Mill Street": 0.0}  # and more so in the wrong district
     scores = [liked[a.street] + (a.street == "Mill Street" and a.district == "Old Town") for a in city.addresses]
     rows = [score(0, scores), score(2, scores, Address("Never Learnt", "Harbour"))]
-    found = {name: cell["value"] for name, cell in comparison.top_k_accuracy(rows, city, 100, 0).items()}
-    assert found == {"address-1": 0, "address-5": 0.5, "street-1": 0.5, "street-5": 0.5}
+    result = {name: cell["value"] for name, cell in comparison.top_k_accuracy(rows, city, 100, 0).items()}
+    assert result == {"address-1": 0, "address-5": 0.5, "street-1": 0.5, "street-5": 0.5}
     assert comparison.top_k_accuracy([], city, 100, 0) == {}
 
 
@@ -78,8 +78,8 @@ def test_ranks_of_addresses_and_of_streets(rank, first, five):
     city = Gazetteer([Address(f"Street {i}", district) for i in range(7) for district in "AB"])
     worse = {address: -int(address.street[-1]) - 0.1 * (address.district == "B") for address in city.addresses}
     scores = [worse[address] for address in city.addresses]
-    found = comparison.top_k_accuracy([score(0, scores, Address(f"Street {rank - 1}", "A"))], city, 10, 0)
-    assert (found["street-1"]["value"], found["street-5"]["value"]) == (first, five)
+    result = comparison.top_k_accuracy([score(0, scores, Address(f"Street {rank - 1}", "A"))], city, 10, 0)
+    assert (result["street-1"]["value"], result["street-5"]["value"]) == (first, five)
     by_address = comparison.top_k_accuracy([score(0, scores, city.addresses[rank - 1])], city, 10, 0)
     assert (by_address["address-1"]["value"], by_address["address-5"]["value"]) == (first, five)
 
@@ -90,47 +90,49 @@ def test_trust_is_of_test_photos_at_the_temperature_of_validation_photos():
         [score(i, (sharp * rng.normal(0, 1, 3)).tolist(), ADDRESSES[rng.integers(3)]) for i in range(n)]
         for n, sharp in ((60, 3), (40, 1))
     )
-    found = comparison.confidence_accuracy(validation, test, CITY)
+    result = comparison.confidence_accuracy(validation, test, CITY)
     temperature = calibration.fit_calibration(scored_photos(validation, CITY), 0.0).temperature
     confidence, right = scored_photos(test, CITY).confidences(temperature)
-    assert found == {
+    assert result == {
         "temperature": temperature,
         "bins": calibration.reliability(confidence, right),
         "ece": calibration.ece(confidence, right),
     }
-    assert sum(b["photos"] for b in found["bins"]) == 40
+    assert sum(b["photos"] for b in result["bins"]) == 40
 
 
 def test_an_address_that_a_prior_rules_out_has_no_rank():
     rows = [score(0, ordered(-math.inf, 0.0, -math.inf)), score(2, ordered(1.0, 0.0, 2.0))]  # Mill Street is the true one
-    found = {name: cell["value"] for name, cell in comparison.top_k_accuracy(rows, CITY, 100, 0).items()}
-    assert found == {"address-1": 0, "address-5": 0.5, "street-1": 0, "street-5": 0.5}
+    result = {name: cell["value"] for name, cell in comparison.top_k_accuracy(rows, CITY, 100, 0).items()}
+    assert result == {"address-1": 0, "address-5": 0.5, "street-1": 0, "street-5": 0.5}
 
 
 def test_trust_is_finite_where_a_prior_rules_out_the_truth():
     seen = [score(i, ordered(0.0, float(i % 3) - 0.5, -math.inf)) for i in range(8)]
     lost = score(8, ordered(-math.inf, 1.0, 0.0))
-    found = comparison.confidence_accuracy([*seen, lost], [*seen, lost], CITY)
-    assert found["temperature"] == comparison.confidence_accuracy(seen, seen, CITY)["temperature"]
-    assert 0 <= found["ece"] <= 1
-    assert sum(b["photos"] for b in found["bins"]) == 9
+    result = comparison.confidence_accuracy([*seen, lost], [*seen, lost], CITY)
+    assert result["temperature"] == comparison.confidence_accuracy(seen, seen, CITY)["temperature"]
+    assert 0 <= result["ece"] <= 1
+    assert sum(b["photos"] for b in result["bins"]) == 9
     assert comparison.confidence_accuracy([lost], [lost], CITY) is None
 
 
 def test_addresses_that_training_never_saw_are_told_apart():
     rows = [answer(0, True), answer(1, False, ADDRESSES[1]), answer(2, True, ADDRESSES[1])]
-    found = comparison.by_training(rows, {ADDRESSES[0]}, 100, 0)
-    assert (found["seen"]["value"], found["seen"]["n"]) == (1, 1)
-    assert (found["unseen"]["value"], found["unseen"]["n"]) == (0.5, 2)
+    result = comparison.by_training(rows, {ADDRESSES[0]}, 100, 0)
+    assert (result["seen"]["value"], result["seen"]["n"]) == (1, 1)
+    assert (result["unseen"]["value"], result["unseen"]["n"]) == (0.5, 2)
     assert list(comparison.by_training(rows[:1], {ADDRESSES[0]}, 100, 0)) == ["seen"]
 
 
 def test_distance_to_the_nearest_training_photo():
     photos = [{"id": "a", "lat": 52.2, "lon": 0.1}, {"id": "b", "lat": 52.2, "lon": 0.2}, {"id": "c", "lat": None, "lon": None}]
-    found = comparison.nearest_training_m(photos, [{"id": "t", "lat": 52.2, "lon": 0.1}, {"id": "u", "lat": 52.21, "lon": 0.2}])
-    assert found["a"] == 0
-    assert found["b"] == pytest.approx(1113, rel=0.01)
-    assert set(found) == {"a", "b"}
+    result = comparison.nearest_training_m(
+        photos, [{"id": "t", "lat": 52.2, "lon": 0.1}, {"id": "u", "lat": 52.21, "lon": 0.2}]
+    )
+    assert result["a"] == 0
+    assert result["b"] == pytest.approx(1113, rel=0.01)
+    assert set(result) == {"a", "b"}
     assert comparison.nearest_training_m(photos, []) == {}
 
 
@@ -140,17 +142,17 @@ def test_the_nearest_training_photo_far_from_the_equator():
     for east, up, expected in ((100, 0, 900), (0, 100, 900), (-400, 0, 1077), (600, 600, 721)):
         lat, lon = north.at(east, up)
         rows = [{"id": "t", "lat": at[0], "lon": at[1]} for at in training]
-        found = comparison.nearest_training_m([{"id": "p", "lat": lat, "lon": lon}], rows)["p"]
-        assert found == pytest.approx(min(north.metres((lat, lon), at) for at in training), rel=0.01)
-        assert found == pytest.approx(expected, rel=0.01)
+        result = comparison.nearest_training_m([{"id": "p", "lat": lat, "lon": lon}], rows)["p"]
+        assert result == pytest.approx(min(north.metres((lat, lon), at) for at in training), rel=0.01)
+        assert result == pytest.approx(expected, rel=0.01)
 
 
 def test_whole_addresses_by_distance():
     """Ten photos, the nearest three right and the furthest one, in four bands."""
     rows = [answer(i, i in (0, 1, 2, 9)) for i in range(10)]
     distances = {f"photo{i}": 10.0 * i for i in (3, 7, 1, 9, 0, 5, 2, 8, 6, 4)}
-    found = comparison.by_distance([*rows[::-1], answer(1, False) | {"level": "street"}], distances, 50, 0)
-    assert [(b["from_m"], b["to_m"], b["value"], b["n"]) for b in found] == [
+    result = comparison.by_distance([*rows[::-1], answer(1, False) | {"level": "street"}], distances, 50, 0)
+    assert [(b["from_m"], b["to_m"], b["value"], b["n"]) for b in result] == [
         (0, 20, 1, 3), (30, 50, 0, 3), (60, 70, 0, 2), (80, 90, 0.5, 2)
     ]  # fmt: skip
 
@@ -195,21 +197,21 @@ def test_fusion_finds_the_best_weights_from_photos_whose_address_is_known():
     truth = rng.integers(0, 4, 60)
     right = np.arange(4) == truth[:, None]
     scores = {name: right * gain + rng.normal(0, 1, (60, 4)) for name, gain in (("a", 1.0), ("b", 0.5), ("c", -0.5))}
-    found = fusion.fit_fusion(scores, truth)
+    result = fusion.fit_fusion(scores, truth)
 
     def loss(weights):
         fused = fusion.fuse_scores(scores, weights)
         likely = fused - np.logaddexp.reduce(fused, axis=1, keepdims=True)
         return -likely[np.arange(60), truth].mean() + 1e-3 * sum(weight**2 for weight in weights.values())
 
-    assert list(found) == ["a", "b", "c"]
-    assert all(weight >= 0 for weight in found.values())
-    assert found["c"] < 0.01
+    assert list(result) == ["a", "b", "c"]
+    assert all(weight >= 0 for weight in result.values())
+    assert result["c"] < 0.01
     for name in scores:
-        assert all(loss(found) <= loss(found | {name: max(found[name] + step, 0)}) + 1e-6 for step in (0.05, -0.05))
+        assert all(loss(result) <= loss(result | {name: max(result[name] + step, 0)}) + 1e-6 for step in (0.05, -0.05))
     at = np.array([3, 17, 40])  # unknown ones among them change nothing
     more = {name: np.insert(of, at, rng.normal(size=(3, 4)), axis=0) for name, of in scores.items()}
-    assert fusion.fit_fusion(more, np.insert(truth, at, -1)) == pytest.approx(found, abs=1e-6)
+    assert fusion.fit_fusion(more, np.insert(truth, at, -1)) == pytest.approx(result, abs=1e-6)
 
 
 def test_fusion_takes_no_photo_of_an_unknown_address_and_no_other_city():
@@ -244,12 +246,12 @@ def test_photos_that_systems_disagree_about(monkeypatch):
     rights = {"A": (0, 1, 4), "B": (1, 2, 4, 5), "C": (3,)}
     answers = {name: [answer(i, i in right, said=f"{name}{i}") for i in range(6)] for name, right in rights.items()}
     rows = [row(name, of) for name, of in answers.items()]
-    made = report.comparison_section(tree(rows), [{**r, "hue": i + 4} for i, r in enumerate(rows)], answers, "photos", 0)
-    assert [r["hue"] for r in made["systems"]] == [4, 5, 6]
-    told = made["disagreements"]
-    assert [(d["thumbnail"], d["right"]) for d in told] == [("of photo0", "A"), ("of photo2", "B"), ("of photo5", "B")]
-    for d in told:
-        assert [(name, said["answer"]) for name, said in d["answers"]] == [(n, n + d["thumbnail"][-1]) for n in "AB"]
+    result = report.comparison_section(tree(rows), [{**r, "hue": i + 4} for i, r in enumerate(rows)], answers, "photos", 0)
+    assert [r["hue"] for r in result["systems"]] == [4, 5, 6]
+    disagreements = result["disagreements"]
+    assert [(d["thumbnail"], d["right"]) for d in disagreements] == [("of photo0", "A"), ("of photo2", "B"), ("of photo5", "B")]
+    for d in disagreements:
+        assert [(name, row["answer"]) for name, row in d["answers"]] == [(n, n + d["thumbnail"][-1]) for n in "AB"]
 
 
 def test_report_shows_the_comparison(tmp_path):

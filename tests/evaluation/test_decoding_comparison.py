@@ -18,17 +18,17 @@ SETTINGS = decoding_comparison.BootstrapSettings(resamples=100)
 def rows(photos=120, skill=1.5, seed=0):
     """Scores of a model that is right now and then; four photos a place."""
     rng = np.random.default_rng(seed)
-    made = []
+    scored = []
     for i in range(photos):
         truth = i // 4 % len(ADDRESSES)
-        found = rng.normal(0, 1, len(ADDRESSES))
-        found[truth] += skill
+        scores = rng.normal(0, 1, len(ADDRESSES))
+        scores[truth] += skill
         address = CITY.addresses[truth]
-        made.append(
+        scored.append(
             {"id": str(i), "place": str(i // 4), "lat": 0.0005, "lon": truth / 500, "street": address.street,
-             "district": address.district, "scores": found.tolist()}
+             "district": address.district, "scores": scores.tolist()}
         )  # fmt: skip
-    return made
+    return scored
 
 
 def compare(answers=None, **kwargs):
@@ -65,9 +65,9 @@ def test_prior_information_helps():
 
 
 def test_nothing_but_the_scores_decides():
-    given = rows(photos=12)
-    compared = decoding_comparison.compare_decoding(given, CITY, Calibration(), {}, SETTINGS)
-    right = [int(np.argmax(row["scores"])) == CITY.addresses.index(Address(row["street"], row["district"])) for row in given]
+    inputs = rows(photos=12)
+    compared = decoding_comparison.compare_decoding(inputs, CITY, Calibration(), {}, SETTINGS)
+    right = [int(np.argmax(row["scores"])) == CITY.addresses.index(Address(row["street"], row["district"])) for row in inputs]
     assert accuracy(compared, "likelihood") == pytest.approx(np.mean(right))
 
 
@@ -87,19 +87,19 @@ def test_trust():
 
 def test_trust_is_of_calibrated_scores_and_counts_places():
     calibrated = Calibration(2.5, 0.8, {"0.8": 0.3})
-    given = rows()
-    trust = decoding_comparison.compare_decoding(given, CITY, calibrated, {}, SETTINGS)["trust"]
-    of = likelihood.scored_photos(given, CITY)
-    confidence, right = of.confidences(2.5)
+    inputs = rows()
+    trust = decoding_comparison.compare_decoding(inputs, CITY, calibrated, {}, SETTINGS)["trust"]
+    photos = likelihood.scored_photos(inputs, CITY)
+    confidence, right = photos.confidences(2.5)
     assert trust["ece"]["value"] == pytest.approx(ece(confidence, right))
-    assert trust["ece_uncalibrated"] == pytest.approx(ece(*of.confidences(1.0)))
+    assert trust["ece_uncalibrated"] == pytest.approx(ece(*photos.confidences(1.0)))
     assert trust["ece_uncalibrated"] != pytest.approx(trust["ece"]["value"], rel=0.1)
     assert trust["coverage"]["value"] == pytest.approx((confidence > 0.3).mean())
     assert (trust["temperature"], trust["threshold"], trust["target"]) == (2.5, 0.3, 0.8)
     at_one = sorted(confidence)[60]
-    exactly = decoding_comparison.compare_decoding(given, CITY, Calibration(2.5, 0.8, {"0.8": at_one}), {}, SETTINGS)["trust"]
+    exactly = decoding_comparison.compare_decoding(inputs, CITY, Calibration(2.5, 0.8, {"0.8": at_one}), {}, SETTINGS)["trust"]
     assert exactly["coverage"]["value"] == pytest.approx(59 / 120)  # above it, not at it
-    one_a_place = [row for i, row in enumerate(given) if i % 4 == 0]
+    one_a_place = [row for i, row in enumerate(inputs) if i % 4 == 0]
     views = [row | {"id": f"{row['id']}/{view}"} for row in one_a_place for view in range(4)]
     once, often = (
         decoding_comparison.compare_decoding(of, CITY, calibrated, {}, SETTINGS)["trust"]["ece"] for of in (one_a_place, views)
@@ -110,7 +110,7 @@ def test_trust_is_of_calibrated_scores_and_counts_places():
 def test_streets_and_districts_that_are_right_by_themselves():
     city = Gazetteer([Address(street, district) for street in ("Elm Row", "Mill Street") for district in ("A", "B")])
     best = [("Elm Row", "A"), ("Elm Row", "B"), ("Mill Street", "A"), ("Elm Row", "B"), ("Mill Street", "B")]
-    given = [
+    inputs = [
         {"id": str(i), "place": str(i), "lat": 0.0, "lon": 0.0, "street": "Elm Row", "district": "A",
          "scores": [float((a.street, a.district) == at) for a in city.addresses]}
         for i, at in enumerate(best)
@@ -120,7 +120,7 @@ def test_streets_and_districts_that_are_right_by_themselves():
         for level, right in (("address", 1), ("street", 2), ("district", 3))
         for kind in ("generation", "choice") for i in range(4)
     ]  # fmt: skip
-    compared = decoding_comparison.compare_decoding(given, city, Calibration(), {"free": answers}, SETTINGS)["table"]
+    compared = decoding_comparison.compare_decoding(inputs, city, Calibration(), {"free": answers}, SETTINGS)["table"]
     values = {line["name"]: {name: cell["value"] for name, cell in line["metrics"].items()} for line in compared}
     assert values["free"] == {"A_ds": 0.25, "A_s": 0.5, "A_d": 0.75}
     assert values["likelihood"] == {"A_ds": 0.2, "A_s": 0.6, "A_d": 0.4}
@@ -144,12 +144,12 @@ def test_generated_answers_beside():
 
 
 def test_a_photo_of_a_street_that_the_model_does_not_know():
-    given = [row | {"street": "Nowhere"} for row in rows(photos=8)]
-    compared = decoding_comparison.compare_decoding(given, CITY, Calibration(), {}, SETTINGS)
+    inputs = [row | {"street": "Nowhere"} for row in rows(photos=8)]
+    compared = decoding_comparison.compare_decoding(inputs, CITY, Calibration(), {}, SETTINGS)
     assert {row["metrics"]["A_ds"]["value"] for row in compared["table"]} == {0.0}
 
 
 def test_a_photo_without_coordinates_has_no_fix():
-    given = [row | {"lat": None, "lon": None} for row in rows(photos=8)]
-    compared = decoding_comparison.compare_decoding(given, CITY, Calibration(), {}, SETTINGS)
+    inputs = [row | {"lat": None, "lon": None} for row in rows(photos=8)]
+    compared = decoding_comparison.compare_decoding(inputs, CITY, Calibration(), {}, SETTINGS)
     assert accuracy(compared, "+ GPS within 50 m") == accuracy(compared, "likelihood")

@@ -93,10 +93,10 @@ def test_a_photo_without_a_prior_keeps_its_scores():
 
 def test_addresses_that_are_ruled_out_are_counted():
     left = restrict_scores(rows(photos=40), SimulatedPriorConfig(gps_m=100), CITY, seed=0)
-    found = restriction_stats(left, CITY)
+    result = restriction_stats(left, CITY)
     truth = [CITY.addresses.index(Address(row["street"], row["district"])) for row in left]
-    assert found["true address ruled out"] == sum(np.isneginf(array(left)[np.arange(40), truth]))
-    assert found["addresses left"] == pytest.approx(np.isfinite(array(left)).sum(axis=1).mean())
+    assert result["true address ruled out"] == sum(np.isneginf(array(left)[np.arange(40), truth]))
+    assert result["addresses left"] == pytest.approx(np.isfinite(array(left)).sum(axis=1).mean())
     assert restriction_stats(rows(4), CITY) == {"addresses left": 12.0, "nothing ruled out": 4, "true address ruled out": 0}
 
 
@@ -111,8 +111,8 @@ def test_a_system_of_the_kind_prior_needs_one():
     row = {"name": "x", "kind": "prior", "of": "AddressCLIP"}
     with pytest.raises(InputError, match=r"'x' has no prior: set district, streets or gps_m"):
         validate({"compare": {"systems": [row]}}, "test")
-    (made,) = validate({"compare": {"systems": [{**row, "district": True, "gps_m": 100}]}}, "test").compare.systems
-    assert prior_words(made) == "the district and GPS within 100 m"
+    (system,) = validate({"compare": {"systems": [{**row, "district": True, "gps_m": 100}]}}, "test").compare.systems
+    assert prior_words(system) == "the district and GPS within 100 m"
     priors = [{}, {"streets": 1}, {"district": True, "streets": 2, "gps_m": 2500}]
     assert [prior_words(SimulatedPriorConfig(**settings)) for settings in priors] == [
         "", "1 street", "the district and 2 streets and GPS within 2500 m"
@@ -150,14 +150,14 @@ def test_a_draw_depends_on_the_photo_and_the_seed_alone():
 
 
 def test_all_questions_are_answered_from_the_scores():
-    given = rows(photos=8)
+    inputs = rows(photos=8)
     rng = random.Random(0)
     photos = {
-        row["id"]: row | {"rounds": evaluation_rounds(Address(row["street"], row["district"]), CITY, rng)} for row in given
+        row["id"]: row | {"rounds": evaluation_rounds(Address(row["street"], row["district"]), CITY, rng)} for row in inputs
     }
-    answers = list(likelihood.answers_from_scores(given, photos, CITY))
+    answers = list(likelihood.answers_from_scores(inputs, photos, CITY))
     assert len(answers) == 8 * 9
-    for row in given:
+    for row in inputs:
         best = CITY.addresses[int(np.argmax(row["scores"]))]
         of = [answer for answer in answers if answer["id"] == row["id"]]
         names = {"street": best.street, "district": best.district, "address": best.text()}
@@ -183,6 +183,6 @@ def test_each_photo_has_its_own_scores():
 
     sizes = []
     photos = [{**row, "image": encoded(40 * i), "rounds": []} for i, row in enumerate(rows(photos=5))]
-    made = [row for batch in likelihood.score_photos(scores_of, photos, 2) for row in batch]
+    result = [row for batch in likelihood.score_photos(scores_of, photos, 2) for row in batch]
     assert sizes == [2, 2, 1]
-    assert made == [{**row, "scores": [40.0 * i, -1.0]} for i, row in enumerate(rows(photos=5))]
+    assert result == [{**row, "scores": [40.0 * i, -1.0]} for i, row in enumerate(rows(photos=5))]

@@ -144,8 +144,8 @@ def test_names_of_nothing():
 
 
 def row(place, level, kind, correct, photo=None, expected="x"):
-    asked = {"level": level, "kind": kind, "question": "q", "expected": expected}
-    return {"id": photo or place, "place": place, "correct": correct, **asked}
+    question = {"level": level, "kind": kind, "question": "q", "expected": expected}
+    return {"id": photo or place, "place": place, "correct": correct, **question}
 
 
 def hand_made():
@@ -213,7 +213,7 @@ def test_more_views_of_a_place_that_are_alike_change_no_interval(drawn):
     other = [r | {"correct": i % 3 == 0} for i, r in enumerate(one)]
     others = [r | {"correct": other[i // views]["correct"]} for i, r in enumerate(more)]
     places = [r["place"] for r in more]
-    found = [
+    result = [
         (metrics.compute_metrics(one, 50, seed)["A_ds"], metrics.compute_metrics(more, 50, seed)["A_ds"]),
         (metrics.share_ci(results, places[::views], 50, seed), metrics.share_ci(np.repeat(results, views), places, 50, seed)),
         (
@@ -221,7 +221,7 @@ def test_more_views_of_a_place_that_are_alike_change_no_interval(drawn):
             metrics.paired_difference_ci(more, others, resamples=50, seed=seed)["A_ds"],
         ),
     ]
-    for once, often in found:
+    for once, often in result:
         assert often == {**{end: pytest.approx(once[end]) for end in ("value", "low", "high")}, "n": once["n"] * views}
 
 
@@ -238,8 +238,8 @@ def test_an_interval_holds_95_of_100_resamples():
     """Of forty places half are right: a resample has Binomial(40, 1/2) right ones, whose 2.5 and 97.5 percent are 14 and 26."""
     right = [i % 2 == 0 for i in range(40)]
     for seed in range(3):
-        found = metrics.share_ci(right, [str(i) for i in range(40)], 4000, seed)
-        assert (found["low"], found["high"]) == (14 / 40, 26 / 40)
+        result = metrics.share_ci(right, [str(i) for i in range(40)], 4000, seed)
+        assert (result["low"], result["high"]) == (14 / 40, 26 / 40)
 
 
 def test_all_right_leaves_room_for_doubt():
@@ -344,7 +344,7 @@ def test_plain_table():
 
 
 def test_shares_of_places():
-    found = metrics.share_ci([1, 1, 0, 0], ["a", "a", "b", "b"], resamples=200)
-    assert found["value"] == 0.5
-    assert (found["low"], found["high"], found["n"]) == (0, 1, 4)
+    result = metrics.share_ci([1, 1, 0, 0], ["a", "a", "b", "b"], resamples=200)
+    assert result["value"] == 0.5
+    assert (result["low"], result["high"], result["n"]) == (0, 1, 4)
     assert metrics.share_ci([], [])["value"] is None

@@ -268,9 +268,9 @@ def test_a_smooth_curve_is_the_mean_around_each_point():
 
 def test_places_of_the_map_are_those_of_whole_addresses():
     rows = [
-        {"id": str(i), "place": place, "lat": lat, "lon": 0.1, "level": level, "expected": "E", "answer": said,
+        {"id": str(i), "place": place, "lat": lat, "lon": 0.1, "level": level, "expected": "E", "answer": answer,
          "correct": right}
-        for i, (place, lat, level, said, right) in enumerate(
+        for i, (place, lat, level, answer, right) in enumerate(
             [("p", 1.0, "address", "x", True), ("p", 1.0, "address", "y", False), ("p", 1.0, "address", "y", False),
              ("p", 1.0, "street", "x", True), ("q", 2.0, "address", "z", True), ("r", None, "address", "z", True)]
         )
@@ -284,9 +284,9 @@ def test_places_of_the_map_are_those_of_whole_addresses():
 def test_differences_are_the_main_system_minus_each_other():
     answers = {"zero-shot": answered(False), "AddressVLM": answered(True)}
     systems = [{"name": name} for name in answers]
-    (found,) = report._differences(systems, systems[1], answers, 100, 0)
-    assert (found["name"], found["gain"]["A_ds"]["value"]) == ("zero-shot", pytest.approx(5 / 6))
-    assert report._reach([found]) == 1.0
+    (result,) = report._differences(systems, systems[1], answers, 100, 0)
+    assert (result["name"], result["gain"]["A_ds"]["value"]) == ("zero-shot", pytest.approx(5 / 6))
+    assert report._reach([result]) == 1.0
     assert report._reach([{"gain": {"A": {"low": -0.41, "high": 0.1}}}]) == 0.5
     assert report.main_system(["AddressVLM", "other"]) == "AddressVLM"
     assert report.main_system(["a", "b"]) == "b"
@@ -296,9 +296,9 @@ def test_examples_are_of_different_places_half_of_them_right(run):
     rows = answered(True)
     answers = {"zero-shot": answered(False), "AddressVLM": rows}
     systems = [{"name": name} for name in answers]
-    found = report._examples(systems, systems[1], answers, "test", run / "photos", 0)
-    assert len({row["place"] for row in found}) == len(found) == 3
-    for row in found:
+    result = report._examples(systems, systems[1], answers, "test", run / "photos", 0)
+    assert len({row["place"] for row in result}) == len(result) == 3
+    for row in result:
         assert [a["name"] for a in row["answers"]] == list(answers)
         assert [a["row"]["id"] for a in row["answers"]] == [row["id"]] * 2
         assert [a["row"]["correct"] for a in row["answers"]] == [False, row["id"] != "photo0"]

@@ -49,13 +49,15 @@ SYSTEMS = [
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     systems = [{"name": "zero-shot"}, {"name": "tuned", "stages": ["localization"]}]
-    made = validate({"name": "r", "storage": str(tmp_path), "model": {"base": "a/base"}, "train": {"systems": systems}}, "test")
-    run = Run(made)
+    config = validate(
+        {"name": "r", "storage": str(tmp_path), "model": {"base": "a/base"}, "train": {"systems": systems}}, "test"
+    )
+    run = Run(config)
     schema = tables.with_features(tables.pa.schema([tables.PHOTOS.field(name) for name in ("id", "place", "image", "rounds")]))
     tables.write_table(run.photos, "train", table_rows(5), schema)
     addresses = [Address(street, "Harbour") for street in STREETS]
     Gazetteer(addresses, city="Smallville", attribution=["Streets: somebody"]).save(run.gazetteer)
-    return made
+    return config
 
 
 @pytest.mark.parametrize(("settings", "texts"), SYSTEMS)
@@ -83,9 +85,9 @@ def test_every_kind_of_system_has_a_card_or_a_model() -> None:
 
 @pytest.mark.parametrize("preset", ["demo-compare", "paper-compare"])
 def test_systems_of_the_presets_have_cards_and_stand_after_those_that_they_need(config: Config, preset: str) -> None:
-    made = load(preset)
-    before = [system.name for system in made.train.systems]
-    for system in made.compare.systems:
+    compared = load(preset)
+    before = [system.name for system in compared.train.systems]
+    for system in compared.compare.systems:
         if not isinstance(system, AddressClipConfig):
             assert system.name in system_cards.system_card(config, system, RESULT, "test photos")
         if isinstance(system, PriorConfig):

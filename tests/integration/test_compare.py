@@ -107,13 +107,13 @@ def test_a_variant_does_not_learn_from_photos_near_those_asked_about(tmp_path: P
 
 def test_a_variant_may_learn_from_photos_just_beyond_the_buffer(tmp_path: Path) -> None:
     context = comparison_in(tmp_path, "a/base", [photo("train", 40)], city={"manifest": "none.csv", "split_buffer_m": 25})
-    asked = comparison_in(tmp_path, "a/base", [photo("train", 40)], name="other")
+    other = comparison_in(tmp_path, "a/base", [photo("train", 40)], name="other")
     geod, rows = pyproj.Geod(ellps="WGS84"), [photo("test", 0)]
     rows[0] |= {"lat": 60.0, "lon": 10.0}
     tables.write_table(context.run.photos, "test", rows, tables.PHOTOS)
     for metres, apart in ((24.5, False), (25.5, True)):
         lon, lat, _ = geod.fwd(10.0, 60.0, 90, metres)
-        tables.write_table(asked.run.photos, "train", [photo("train", 0) | {"lat": lat, "lon": lon}], tables.PHOTOS)
+        tables.write_table(other.run.photos, "train", [photo("train", 0) | {"lat": lat, "lon": lon}], tables.PHOTOS)
         variant = context.config.model_copy(
             update={"train": context.config.train.model_copy(update={"cities": {"other": 1.0}})}
         )
@@ -127,8 +127,8 @@ def test_a_variant_may_learn_from_photos_just_beyond_the_buffer(tmp_path: Path) 
 def test_only_photos_that_were_asked_about_count_within_a_radius(tmp_path: Path) -> None:
     context = comparison_in(tmp_path, "a/base", [photo("train", 0)])
     some = dataclasses.replace(context, task=dataclasses.replace(context.task, ids=["test1", "test3"]))
-    found = compare.accuracy_within(some, SystemOutcome(coordinates={"test1": where(1, 1), "test0": where(0, 0)}), (100, 0))
-    assert (found["25 m"]["n"], found["25 m"]["value"]) == (2, 0.5)
+    result = compare.accuracy_within(some, SystemOutcome(coordinates={"test1": where(1, 1), "test0": where(0, 0)}), (100, 0))
+    assert (result["25 m"]["n"], result["25 m"]["value"]) == (2, 0.5)
     assert compare.accuracy_within(some, SystemOutcome(), (100, 0)) == {}
 
 

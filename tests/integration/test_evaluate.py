@@ -55,7 +55,7 @@ def models(tmp_path_factory):
 
 def config_in(folder, models, workers=1):
     """A run with ten test photos, one untrained system and a trained one."""
-    made = validate(
+    config = validate(
         {
             "name": "r", "storage": str(folder), "model": {"base": str(models / "base")},
             "evaluate": {"workers": workers, "batch_size": 8, "max_new_tokens": 4, "bootstrap": 100},
@@ -63,12 +63,12 @@ def config_in(folder, models, workers=1):
         },
         "test",
     )  # fmt: skip
-    run = Run(made)
+    run = Run(config)
     tables.write_table(run.photos, "test", [photo(i) for i in range(10)], tables.PHOTOS)
     GAZETTEER.save(run.gazetteer)
     run.model_dir("AddressVLM").mkdir(parents=True)
     (run.model_dir("AddressVLM") / "merged").symlink_to(models / "tuned" / "merged")
-    return made
+    return config
 
 
 @pytest.fixture
@@ -93,24 +93,24 @@ def write_yaml(config, path):
 def test_scores_every_system_of_the_run(scored, capsys):
     config, printed = scored
     run = Run(config)
-    found = json.loads(run.metrics.read_text())
-    assert set(found) == {"city", "split", "systems"}
-    assert (found["city"], found["split"]) == ("Toytown", "test")
-    assert [s["name"] for s in found["systems"]] == ["zero-shot", "AddressVLM"]
-    asked = sum(len(row["rounds"]) for row in tables.iter_rows(run.photos, "test"))
-    for system in found["systems"]:
+    result = json.loads(run.metrics.read_text())
+    assert set(result) == {"city", "split", "systems"}
+    assert (result["city"], result["split"]) == ("Toytown", "test")
+    assert [s["name"] for s in result["systems"]] == ["zero-shot", "AddressVLM"]
+    questions = sum(len(row["rounds"]) for row in tables.iter_rows(run.photos, "test"))
+    for system in result["systems"]:
         assert list(system["metrics"]) == metrics.METRICS
         assert system["metrics"]["A_ds"]["n"] == 10
-        assert system["metrics"]["A"]["n"] == asked - 10
+        assert system["metrics"]["A"]["n"] == questions - 10
     for slug in ("zero-shot", "addressvlm"):
         answers = tables.read_table(run.answers / slug, "test")
         assert answers.schema.equals(tables.ANSWERS)
-        assert len(answers) == asked
-        assert len(set(zip(*(answers[c].to_pylist() for c in ("id", "level", "kind", "question")), strict=True))) == asked
+        assert len(answers) == questions
+        assert len(set(zip(*(answers[c].to_pylist() for c in ("id", "level", "kind", "question")), strict=True))) == questions
     assert "<svg" in run.report.read_text()
     assert "A_ds" in printed
     assert str(run.metrics) in printed
-    assert f"{asked}/{asked}" in printed
+    assert f"{questions}/{questions}" in printed
 
     evaluate.run_step(config, redo=False)
     assert "zero-shot: already answered" in capsys.readouterr().out
@@ -126,9 +126,9 @@ def test_named_models_on_a_folder_of_photos_answer_as_in_the_run(scored, models,
     some = ["--set", "evaluate.max_photos=3", "--set", "evaluate.batch_size=3"]
     evaluate.main(["--config", write_yaml(config, tmp_path / "c.yaml"), *both, "--data", str(Run(config).photos), *some])
     out = Run(config).folder / "evaluations" / "r"
-    found = json.loads((out / "metrics.json").read_text())
-    assert [s["name"] for s in found["systems"]] == ["mine", "base"]
-    assert {s["metrics"]["A_ds"]["n"] for s in found["systems"]} == {3}
+    result = json.loads((out / "metrics.json").read_text())
+    assert [s["name"] for s in result["systems"]] == ["mine", "base"]
+    assert {s["metrics"]["A_ds"]["n"] for s in result["systems"]} == {3}
     ids = tables.read_table(out / "answers" / "mine", "test")["id"].unique().to_pylist()
     assert ids == sorted(ids, key=lambda photo: int(photo.removeprefix("photo")))
     for name, system in (("mine", "addressvlm"), ("base", "zero-shot")):
@@ -172,7 +172,7 @@ def test_a_manifest_of_new_photos(ray_local, config, models, tmp_path):
         (["--model", "a=toy", "--model", "A=toy"], "two models are called 'A'"),
     ],
 )
-def test_what_a_person_can_mend_is_one_sentence(ray_local, config, tmp_path, arguments, sentence):
+def test_a_user_error_is_one_sentence(ray_local, config, tmp_path, arguments, sentence):
     with pytest.raises(InputError, match=sentence):
         evaluate.main(["--config", write_yaml(config, tmp_path / "c.yaml"), *arguments])
 
@@ -240,9 +240,9 @@ def test_questions_of_a_batch_are_answered_as_each_alone(models, answers):
     assert [len(batch) for batch in batches] == [5] * 5 + [2]
     alone = EvaluateConfig(batch_size=1, max_new_tokens=3, answers=answers)
     rows = [row for one in photos for (row,) in run_questions.run_questions(localizer, [one], alone, seed=0)]
-    told = {(row["id"], row["level"], row["kind"], row["expected"]): row for row in rows}
-    assert len(told) == 27
-    assert all(row == told[row["id"], row["level"], row["kind"], row["expected"]] for batch in batches for row in batch)
+    alone_rows = {(row["id"], row["level"], row["kind"], row["expected"]): row for row in rows}
+    assert len(alone_rows) == 27
+    assert all(row == alone_rows[row["id"], row["level"], row["kind"], row["expected"]] for batch in batches for row in batch)
 
 
 def test_sampled_answers_repeat(models):

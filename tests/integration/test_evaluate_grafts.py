@@ -74,12 +74,12 @@ def written(config: Config, tmp_path: Path) -> list[str]:
 def test_models_of_the_run_are_asked_about_grafts_beside_what_they_said_of_photos(
     config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, asked = Run(config), shown(config)
-    evaluate.run_step(asked, redo=False)
+    run, with_grafts = Run(config), shown(config)
+    evaluate.run_step(with_grafts, redo=False)
     assert "5 photos of the split test on their tiles" in capsys.readouterr().out
     out = run.folder / "evaluations" / "grafts"
-    found = json.loads((out / "metrics.json").read_text())
-    assert [(s["name"], s["metrics"]["A_ds"]["n"]) for s in found["systems"]] == [("zero-shot", 5), ("AddressVLM", 5)]
+    result = json.loads((out / "metrics.json").read_text())
+    assert [(s["name"], s["metrics"]["A_ds"]["n"]) for s in result["systems"]] == [("zero-shot", 5), ("AddressVLM", 5)]
     assert json.loads((out / "answers" / "zero-shot" / "_done.json").read_text())["evaluate"]["images"] == "grafts"
     for name in (run.answers, run.metrics, run.model_dir("AddressVLM") / "merged" / "calibration.json"):
         assert not name.exists()  # what is said of photos has no part in it
@@ -96,7 +96,7 @@ def test_models_of_the_run_are_asked_about_grafts_beside_what_they_said_of_photo
     question = grafts[0]["rounds"][0]["question"]
     assert answers[grafts[0]["id"], question] == Localizer(config.model.base).answer([image], [question], 4)[0]
 
-    evaluate.run_step(asked, redo=False)
+    evaluate.run_step(with_grafts, redo=False)
     assert "zero-shot: already answered" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"grafted_photos/test was made with other settings \(tiles\.delta"):
         evaluate.run_step(shown(config, delta=0.3), redo=False)
@@ -113,12 +113,12 @@ def test_a_variant_with_the_map_stands_beside_rows_of_photos(config: Config) -> 
     assert not any(row["failed"] for row in rows.values())
     assert [row["metrics"]["A_ds"]["n"] for row in rows.values()] == [6, 5]
     assert rows["with the map"]["notes"] == {"photos without a tile": 1}
-    said = {name: {(r["id"], r["question"]): r["answer"] for r in tables.iter_rows(Run(config).answers / name, "test")}
+    answers = {name: {(r["id"], r["question"]): r["answer"] for r in tables.iter_rows(Run(config).answers / name, "test")}
             for name in ("zero-shot", "with-the-map")}  # fmt: skip
-    assert said["with-the-map"].keys() == {key for key in said["zero-shot"] if key[0] != "2_1"}
-    assert any(said["zero-shot"][key] != answer for key, answer in said["with-the-map"].items())
-    found = [Run(config.model_copy(update={"name": name})).grafted_photos / "test" for name in ("town", "town-with-the-map")]
-    small, large = ({row["id"]: row["image"]["bytes"] for row in tables.iter_rows(folder, "test")} for folder in found)
+    assert answers["with-the-map"].keys() == {key for key in answers["zero-shot"] if key[0] != "2_1"}
+    assert any(answers["zero-shot"][key] != answer for key, answer in answers["with-the-map"].items())
+    folders = [Run(config.model_copy(update={"name": name})).grafted_photos / "test" for name in ("town", "town-with-the-map")]
+    small, large = ({row["id"]: row["image"]["bytes"] for row in tables.iter_rows(folder, "test")} for folder in folders)
     assert small.keys() == large.keys()
     assert small != large  # each has the tiles of its own settings
 
@@ -135,7 +135,7 @@ def test_a_variant_with_the_map_stands_beside_rows_of_photos(config: Config) -> 
         ({}, ["--split", "none"], r"no table .*none-\*\.parquet"),
     ],
 )
-def test_what_a_person_can_mend_is_one_sentence(
+def test_a_user_error_is_one_sentence(
     config: Config, tmp_path: Path, changes: dict[str, Any], flags: list[str], sentence: str
 ) -> None:
     with pytest.raises(InputError, match=sentence):

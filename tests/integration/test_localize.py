@@ -113,8 +113,11 @@ def located(photos, model, folder):
     """What the job makes of these photos, without Ray: rows and rejects."""
     shards, columns, rejects = localize.open_photos(str(photos), "test").plan(folder)
     work = BatchLocalizer(str(model), "float32", False, str(photos.parent), 100, 2, 1)
-    made = [work(rows) for shard in shards for rows in shard.batches(columns)]
-    return [row for one in made for row in one.tables["located"]], [*rejects, *(r for one in made for r in one.rejects)]
+    results = [work(rows) for shard in shards for rows in shard.batches(columns)]
+    return [row for result in results for row in result.tables["located"]], [
+        *rejects,
+        *(r for result in results for r in result.rejects),
+    ]
 
 
 def test_a_manifest(model, photos, tmp_path):
@@ -167,10 +170,10 @@ def test_a_shorter_list_leaves_nothing_of_a_longer_one(photos, tmp_path, monkeyp
 
 
 def test_what_was_located_is_kept_for_the_same_model_and_question_alone(model, photos, tmp_path, monkeypatch):
-    asked = []
+    calls = []
 
     def made(step, shards, folder, work, workers, actor):
-        asked.append((work.function.top_k, work.function.dtype, work.function.threads, workers, actor))
+        calls.append((work.function.top_k, work.function.dtype, work.function.threads, workers, actor))
         rows = [row for shard in shards for batch in shard.batches(work.columns) for row in batch]
         reject = {"file": None, "row": 1, "id": rows[0]["id"], "reason": "bad"}
         return [{"number": 0, "rows": len(rows), "written": {"located": len(rows) - 1}, "rejects": [reject]}]
@@ -185,10 +188,10 @@ def test_what_was_located_is_kept_for_the_same_model_and_question_alone(model, p
     def locate(top_k=5, split="test", config=None, redo=False):
         config = config or validate({"evaluate": {"workers": 3, "cpus_per_worker": 2, "gpus_per_worker": 0.5}}, "test")
         localize.localize(config, str(copied), str(here), split, tmp_path / "out", top_k, redo)
-        return len(asked)
+        return len(calls)
 
     assert locate() == locate() == 1
-    assert asked[0] == (5, "float32", 2, 3, {"num_cpus": 2, "num_gpus": 0.5})
+    assert calls[0] == (5, "float32", 2, 3, {"num_cpus": 2, "num_gpus": 0.5})
     assert pq.read_table(tmp_path / "out" / "rejects.parquet")["reason"].to_pylist() == ["bad"]
     for changes in ({"top_k": 4}, {"split": "val"}, {"config": validate({"model": {"dtype": "bfloat16"}}, "test")}):
         with pytest.raises(InputError, match="made with other settings"):
@@ -220,14 +223,14 @@ def test_what_was_located_is_kept_for_the_same_model_and_question_alone(model, p
         (["--set", "evaluate.workers=999"], "asks for 499.5 CPUs"),
     ],
 )
-def test_what_a_person_can_mend(ray_local, model, photos, tmp_path, arguments, sentence):
+def test_a_user_error_is_one_sentence(ray_local, model, photos, tmp_path, arguments, sentence):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.csv").write_text("id,file\n")
     (tmp_path / "other.csv").write_text("id,lat\na,1\n")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
-    given = ["--model", str(model), "--photos", str(photos), "--out", str(tmp_path / "out"), *CPUS]
+    inputs = ["--model", str(model), "--photos", str(photos), "--out", str(tmp_path / "out"), *CPUS]
     with pytest.raises(InputError, match=sentence):
-        localize.main([*given, *(a.replace("{here}", str(tmp_path)) for a in arguments)])
+        localize.main([*inputs, *(a.replace("{here}", str(tmp_path)) for a in arguments)])
 
 
 def test_a_folder_with_other_content_is_left_alone(tmp_path):

@@ -59,9 +59,9 @@ def test_photos_are_found_by_their_colour_and_geocoded(context: ComparisonContex
 
 
 def test_photos_without_coordinates(context: ComparisonContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = retrieval.embed_split(context, encoder_of(context), "train")
-    lost = [{**row, "lat": None} for row in found.photos]
-    monkeypatch.setattr(retrieval, "embed_split", lambda *_: retrieval.replace(found, photos=lost))
+    result = retrieval.embed_split(context, encoder_of(context), "train")
+    lost = [{**row, "lat": None} for row in result.photos]
+    monkeypatch.setattr(retrieval, "embed_split", lambda *_: retrieval.replace(result, photos=lost))
     with pytest.raises(InputError, match=r"none of the 9 training photos of .* has coordinates: 'GPS' needs them"):
         RetrievalSystem(RetrievalConfig(name="GPS", kind="retrieval", encoder=encoder_of(context))).run(context)
 
@@ -91,9 +91,9 @@ def test_a_local_model_reads_where_similar_photos_were_taken(context: Comparison
     assert [row["id"] for row in rows] == context.ids["test"]
     assert all(f"taken at {row['street']}, Harbour." in row["prompt"] for row in rows)
     assert all(set(row["similar"]).isdisjoint(row["dissimilar"]) for row in rows)
-    said = {row["id"]: row["reply"] or "" for row in rows}
+    texts = {row["id"]: row["reply"] or "" for row in rows}
     assert [(row["level"], row["answer"]) for row in outcome.answers.rows[:3]] == [
-        (level, said["test0"]) for level in ("district", "street", "address")
+        (level, texts["test0"]) for level in ("district", "street", "address")
     ]
     assert len(outcome.answers.rows) == 3 * len(rows)
     assert not outcome.coordinates

@@ -27,8 +27,8 @@ from tests.support.openai_endpoint import Endpoint, says
 
 
 def unit(seed: int, n: int, d: int = 6) -> np.ndarray:
-    made = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
-    return made / np.linalg.norm(made, axis=1, keepdims=True)
+    result = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
+    return result / np.linalg.norm(result, axis=1, keepdims=True)
 
 
 def embedded(folder: Path, split: str, count: int) -> Embeddings:
@@ -115,7 +115,7 @@ def test_the_cost_of_queries_is_added_up_over_the_splits(tmp_path: Path) -> None
 def test_matches_that_are_there_are_of_the_same_photos_and_addresses(context: ComparisonContext, tmp_path: Path) -> None:
     gallery = embedded(tmp_path, "train", 4)
     elsewhere = validate({"city": {"manifest": "none.csv", "max_distance_m": 7}}, "test")
-    made = [
+    result = [
         retrieval.search_settings(of, photos)
         for of, photos in (
             (context, gallery),
@@ -126,7 +126,7 @@ def test_matches_that_are_there_are_of_the_same_photos_and_addresses(context: Co
             (replace(context, task=replace(context.task, config=elsewhere)), gallery),
         )
     ]
-    assert len({json.dumps(each) for each in made}) == 6
+    assert len({json.dumps(each) for each in result}) == 6
 
 
 # Retrieval-augmented generation
@@ -138,14 +138,14 @@ def test_similar_and_dissimilar_photos_of_each_query(context: ComparisonContext,
     settings = RagConfig(name="rag", kind="rag", similar=3, dissimilar=2, strategy=strategy)  # type: ignore[arg-type]
     like, seed = queries.vectors @ gallery.vectors.T, context.config.seed
     with GallerySearch([lambda: VectorIndex(gallery.vectors, "e")]) as search:
-        found = list(rag.photo_lists(settings, queries, gallery, search, seed))
+        result = list(rag.photo_lists(settings, queries, gallery, search, seed))
         one_by_one = [
             next(iter(rag.photo_lists(settings, queries.select([row["id"]]), gallery, search, seed))) for row in queries.photos
         ]
         none = settings.model_copy(update={"similar": 0, "dissimilar": 0})
         assert list(rag.photo_lists(none, queries, gallery, search, seed)) == [([], [])] * 5
-    assert found == one_by_one
-    for (near, far), row in zip(found, like, strict=True):
+    assert result == one_by_one
+    for (near, far), row in zip(result, like, strict=True):
         assert near == np.argsort(-row)[:3].tolist()
         assert len(far) == len(set(far)) == 2
         assert not set(near) & set(far)
@@ -193,19 +193,19 @@ def test_replies_of_an_endpoint_are_those_to_the_photos_own_prompts(tmp_path: Pa
     ).running() as endpoint:
         labels, settings = config_of(endpoint), settings.model_copy(update={"endpoint": endpoint.url})
         images = {name: photo("test", number)["image"]["bytes"] + bytes([number]) for number, name in enumerate(texts)}
-        given = [(name, images[name], text) for name, text in texts.items()]
-        found = rag_module.endpoint_replies(labels, settings, given, 5, tmp_path / "cache", show=lambda line: None)
-        asked = dict(map(parts_of, endpoint.requests))
-    assert found == {name: None if name == "photo2" else f"! {text}" for name, text in texts.items()}
-    assert list(found) == list(texts)
-    assert len({asked[text] for text in texts.values()}) == 5
+        inputs = [(name, images[name], text) for name, text in texts.items()]
+        result = rag_module.endpoint_replies(labels, settings, inputs, 5, tmp_path / "cache", show=lambda line: None)
+        requests = dict(map(parts_of, endpoint.requests))
+    assert result == {name: None if name == "photo2" else f"! {text}" for name, text in texts.items()}
+    assert list(result) == list(texts)
+    assert len({requests[text] for text in texts.values()}) == 5
     assert {(body["max_tokens"], body["temperature"], body["model"]) for body in endpoint.requests} == {(33, 0.7, "m")}
 
 
 def test_an_answer_is_the_part_of_the_address_that_was_asked_for() -> None:
     row = {"reply": "Somewhere", "found_street": "Mill Street", "found_district": "Harbour"}
-    said = [rag.answer_text(row, level, "coordinates") for level in ("street", "district", "address")]
-    assert said == ["Mill Street", "Harbour", "Mill Street, Harbour"]
+    texts = [rag.answer_text(row, level, "coordinates") for level in ("street", "district", "address")]
+    assert texts == ["Mill Street", "Harbour", "Mill Street, Harbour"]
     assert rag.answer_text(row, "street", "addresses") == "Somewhere"
     assert rag.answer_text(row | {"found_street": None}, "address", "coordinates") == ""
 
@@ -257,6 +257,6 @@ def test_a_system_made_of_others_has_all_that_they_have(context: ComparisonConte
     assert combined.scores_of(context, "a", "'F' fuses") == {"test": scores}  # in the order of the photos
     with pytest.raises(InputError, match="'F' fuses 'b', which has no scores"):
         combined.scores_of(context, "b", "'F' fuses")
-    made = combined.combined_stats(context, ["a", "b", "a system that did not run"])
-    assert (made.parameters, made.stored_bytes) == (7, 30)
-    assert made.licences == {"model": "mit", "encoder": "apache-2.0"}
+    result = combined.combined_stats(context, ["a", "b", "a system that did not run"])
+    assert (result.parameters, result.stored_bytes) == (7, 30)
+    assert result.licences == {"model": "mit", "encoder": "apache-2.0"}

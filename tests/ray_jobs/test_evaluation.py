@@ -49,8 +49,8 @@ def scores_of(config: Config, split: str, wrong: float = 0.2, seed: int = 0) -> 
     rng, rows = np.random.default_rng(seed), []
     for row in tables.iter_rows(Run(config).photos, split, ["id", "place", "lat", "lon", "street", "district"]):
         at = GAZETTEER.addresses.index(Address(row["street"], row["district"]))
-        made = rng.normal(size=3) + (np.arange(3) == (at + (rng.random() < wrong)) % 3)
-        rows.append({**row, "scores": made.tolist()})
+        result = rng.normal(size=3) + (np.arange(3) == (at + (rng.random() < wrong)) % 3)
+        rows.append({**row, "scores": result.tolist()})
     return rows
 
 
@@ -135,9 +135,9 @@ def test_units_have_every_photo_that_is_asked_about_once_and_in_order(tmp_path: 
     assert all(len(unit["ids"].to_pylist()[0]) <= photos for unit in units)
     worker = Echo("m", Gazetteer([]), Config())
     for given_together in (units, [pa.concat_tables(units)]):
-        found = [batch for unit in given_together for batch in worker(unit)]
-        assert [row["id"] for batch in found for row in batch.to_pylist()] == wanted
-        assert all(len(batch) <= 2 for batch in found)
+        result = [batch for unit in given_together for batch in worker(unit)]
+        assert [row["id"] for batch in result for row in batch.to_pylist()] == wanted
+        assert all(len(batch) <= 2 for batch in result)
 
 
 def test_only_questions_of_the_kinds_about_the_photos_are_counted(tmp_path: Path) -> None:
@@ -218,13 +218,13 @@ def test_a_calibration_is_fitted_on_held_out_photos_and_kept_beside_the_model(tm
     config = run_in(tmp_path, target_precision=0.7)
     (tmp_path / "m").mkdir()
     rows = {"val": scores_of(config, "val", 0.4), "train": scores_of(config, "train", 0.0, seed=1)}
-    found = evaluation.calibrate(task_of(config), "A", str(tmp_path / "m"), rows)
+    result = evaluation.calibrate(task_of(config), "A", str(tmp_path / "m"), rows)
     expected = calibration.fit_calibration(
         scored_photos(rows["val"], GAZETTEER), 0.7, scored_photos(rows["train"], GAZETTEER).scores
     )
-    assert found == expected
-    assert Calibration.load(tmp_path / "m").temperature == found.temperature
-    assert found.measured["photos"] == 12
+    assert result == expected
+    assert Calibration.load(tmp_path / "m").temperature == result.temperature
+    assert result.measured["photos"] == 12
 
 
 def test_modes_are_compared_on_photos_that_have_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_a_system_is_scored_on_the_splits_that_are_needed(
     GAZETTEER.save(tmp_path / "m" / "gazetteer.geojson")
     scored: dict[str, dict[str, list[str]]] = {}
     calibrated: dict[str, set[str]] = {}
-    asked: list[tuple[str, list[str], set[str]]] = []
+    requests: list[tuple[str, list[str], set[str]]] = []
 
     def score(task: EvaluationTask, name: str, model: str, ids: dict[str, list[str]], redo: bool) -> dict[str, list[str]]:
         scored[name] = dict(ids)
@@ -273,7 +273,7 @@ def test_a_system_is_scored_on_the_splits_that_are_needed(
     def ask(
         task: EvaluationTask, name: str, model: str, scores: dict[str, list[str]], kinds: Any = None, redo: bool = False
     ) -> Answers:
-        asked.append((name, kinds, set(scores)))
+        requests.append((name, kinds, set(scores)))
         return Answers(name, [{"id": name}])
 
     monkeypatch.setattr(evaluation, "score", score)
@@ -287,8 +287,8 @@ def test_a_system_is_scored_on_the_splits_that_are_needed(
     assert all(ids.get("test", ["test3"]) == ["test3"] for ids in scored.values())
     assert set(calibrated) == (set(models) if calibrate else set())
     assert judged == {name: [{"id": name}] for name in models}
-    assert asked[:2] == [("AddressVLM", None, main), ("B", None, other)]
-    assert asked[2:] == ([("AddressVLM constrained", ["generation"], set())] if priors else [])
+    assert requests[:2] == [("AddressVLM", None, main), ("B", None, other)]
+    assert requests[2:] == ([("AddressVLM constrained", ["generation"], set())] if priors else [])
     modes = {} if answers == "likelihood" else {"free": judged["AddressVLM"]}
     modes |= {"constrained": [{"id": "AddressVLM constrained"}]} if priors else {}
     assert decoding == ({"of": "AddressVLM", **modes} if "test" in main else None)
@@ -412,13 +412,13 @@ def test_where_photos_are_and_where_their_result_goes(tmp_path: Path) -> None:
 def test_a_manifest_is_prepared_again_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    config, made = run_in(tmp_path), []
+    config, result = run_in(tmp_path), []
     manifest = tmp_path / "new.csv"
     manifest.write_text("file\n")
     os.utime(manifest, (1000, 1000))
 
     def prepare_test(config: Config, folder: Path, gazetteer: Gazetteer | None) -> None:
-        made.append((config.city.manifest, config.city.photos, gazetteer and gazetteer.addresses))
+        result.append((config.city.manifest, config.city.photos, gazetteer and gazetteer.addresses))
         folder.mkdir(parents=True, exist_ok=True)
         mark_done(folder, evaluate.prepare.settings(config))
         os.utime(folder / "_done.json", (2000, 2000))
@@ -432,10 +432,10 @@ def test_a_manifest_is_prepared_again_when_it_changed(tmp_path: Path, monkeypatc
         return evaluate.photos_folder(config, str(manifest), "here", models, tmp_path / "out", redo)
 
     assert dataset() == dataset() == tmp_path / "out" / "photos"
-    assert made == [(str(manifest), "here", GAZETTEER.addresses)]
+    assert result == [(str(manifest), "here", GAZETTEER.addresses)]
     os.utime(manifest, (3000, 3000))
     dataset()
-    assert len(made) == 2
+    assert len(result) == 2
     os.utime(manifest, (1000, 1000))
     dataset(redo=True)
-    assert len(made) == 3
+    assert len(result) == 3
