@@ -25,7 +25,9 @@ def photograph(world: World, x: float, y: float, heading: float, light: float, p
         pixels: side of the square image.
     """
     view = _cast_rays(world, x, y, heading, pixels)
-    image = _sky_and_ground(world, view)
+    up = np.clip(-view.rows / (pixels / 2), 0, 1)[..., None]
+    sky = np.broadcast_to(SKY_LOW * (1 - up) + SKY_TOP * up, (pixels, pixels, 3))
+    image = np.where((view.rows > 0)[..., None], ground_colour(world, view.px, view.py), sky)
     image = np.where(view.is_wall[..., None], _walls(world, view), image)
     haze = np.clip(view.depth / MAX_DISTANCE, 0, 1)[None, :, None] * 0.45
     image = np.where(view.is_wall[..., None], image * (1 - haze) + SKY_LOW * haze, image)
@@ -120,13 +122,6 @@ def _walls(world: World, view: _View) -> np.ndarray:
     colour = np.where(shop, colour * 0.8, colour)
     eaves = height > world.heights[wall][None] - 0.5
     return np.where(eaves[..., None], world.roofs[wall][None], colour)
-
-
-def _sky_and_ground(world: World, view: _View) -> np.ndarray:
-    pixels = len(view.rows)
-    up = np.clip(-view.rows / (pixels / 2), 0, 1)[..., None]
-    sky = np.broadcast_to(SKY_LOW * (1 - up) + SKY_TOP * up, (pixels, pixels, 3))
-    return np.where((view.rows > 0)[..., None], ground_colour(world, view.px, view.py), sky)
 
 
 def ground_colour(world: World, px: np.ndarray, py: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from rasterio.transform import from_origin
 from addressvlm.demo.camera import ground_colour, photograph
 from addressvlm.demo.world import Street, World, district_at, generate
 from addressvlm.errors import InputError
+from addressvlm.storage.files import atomic_write
 
 TOY_CITIES = {"alderbrook": 1, "brinemouth": 2}  # name -> seed; the base model is trained on seeds from 1000
 ORIGIN = (47.0, -38.0)  # degrees; in the Atlantic, where no real city is
@@ -110,12 +111,8 @@ def _write_photos(world: World, rng: random.Random, folder: Path, manifest: Path
             file = f"{number:04d}_{view}.jpg"
             photograph(world, x, y, heading, rng.uniform(0.8, 1.12)).save(folder / file, quality=88)
             rows.append((file, f"{number:04d}", f"{lat:.7f}", f"{lon:.7f}", f"{compass_heading(world, heading):.1f}"))
-    temporary = manifest.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out)
-        writer.writerow(["file", "place", "lat", "lon", "heading"])
-        writer.writerows(rows)
-    temporary.rename(manifest)
+    with atomic_write(manifest) as path, path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("file", "place", "lat", "lon", "heading"), *rows])
 
 
 def write_maps(world: World, paths: dict[str, Path]) -> None:

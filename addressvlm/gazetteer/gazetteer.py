@@ -5,7 +5,7 @@ Names keep the spelling and script of their source; normal forms (addressvlm/gaz
 
 import json
 import random
-from collections import ChainMap, Counter, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -178,11 +178,11 @@ def merge_gazetteers(gazetteers: Sequence[Gazetteer]) -> Gazetteer:
         return gazetteers[0]
     return Gazetteer(
         [address for city in gazetteers for address in city.addresses],
-        dict(ChainMap(*(city.geometry for city in gazetteers))),
-        dict(ChainMap(*(city.district_geometry for city in gazetteers))),
+        {name: shape for city in reversed(gazetteers) for name, shape in city.geometry.items()},
+        {name: shape for city in reversed(gazetteers) for name, shape in city.district_geometry.items()},
         sum((city._photos for city in gazetteers), Counter()),
         sum((city._places for city in gazetteers), Counter()),
         " + ".join(city.city for city in gazetteers if city.city),
         list(dict.fromkeys(source for city in gazetteers for source in city.attribution)),
-        dict(ChainMap(*(city.variants for city in gazetteers))),
+        {name: others for city in reversed(gazetteers) for name, others in city.variants.items()},
     )

@@ -75,7 +75,8 @@ def normalize_name(name: str) -> str:
         if character != "&" and unicodedata.category(character)[0] in "PSZC":
             characters.append(" ")
         else:
-            characters.append(f" {character} " if _is_unspaced(character) or character == "&" else character)
+            is_unspaced = "\u3040" <= character <= "\u30ff" or "\u3400" <= character <= "\u9fff"  # Chinese, Japanese
+            characters.append(f" {character} " if is_unspaced or character == "&" else character)
     return " ".join(_ABBREVIATIONS.get(w, _SUFFIX.sub("str", w)) for w in "".join(characters).split())
 
 
@@ -179,11 +180,6 @@ def _strip_accents(word: str) -> str:
     """The word without the accents of Latin letters; in other scripts the marks make other letters."""
     bases = ((character, unicodedata.normalize("NFD", character)[0]) for character in word)
     return "".join(base if "a" <= base <= "z" else character for character, base in bases)
-
-
-def _is_unspaced(character: str) -> bool:
-    """Whether it belongs to Chinese or Japanese script."""
-    return "\u3040" <= character <= "\u30ff" or "\u3400" <= character <= "\u9fff"
 
 
 class NameFinder:

@@ -130,14 +130,12 @@ def begin_or_resume(folder: AnyPath, settings: dict[str, Any], redo: bool = Fals
     Raises:
         InputError: it began with other settings, or the folder can't be written.
     """
-    try:
+    with storage_errors(folder):
         if redo:
             _remove(folder, DONE_FILE)
         if not is_done(folder, settings):
             folder.mkdir(parents=True, exist_ok=True)
             mark_done(folder, settings)
-    except OSError as error:
-        raise storage_error(error, folder) from error
 
 
 @contextmanager
@@ -148,12 +146,10 @@ def fresh_dir(folder: AnyPath, settings: dict[str, Any]) -> Iterator[AnyPath]:
         InputError: the folder can't be written, or the disk is full.
     """
     partial = _partial(folder)
-    try:
+    with storage_errors(folder):
         _clear(partial)
         yield partial
         _publish(partial, folder, settings)
-    except OSError as error:
-        raise storage_error(error, folder) from error
 
 
 @contextmanager
@@ -167,14 +163,12 @@ def resumable_dir(folder: AnyPath, settings: dict[str, Any], redo: bool = False)
     """
     partial = _partial(folder)
     now = json.loads(json.dumps({"settings": settings, "redo": redo}))
-    try:
+    with storage_errors(folder):
         if not _can_resume(partial, now):
             _clear(partial)
             _write_text(partial / BEGUN_FILE, json.dumps(now))
         yield partial
         _publish(partial, folder, settings)
-    except OSError as error:
-        raise storage_error(error, folder) from error
 
 
 def _partial(folder: AnyPath) -> AnyPath:
@@ -218,6 +212,15 @@ def _publish(partial: AnyPath, folder: AnyPath, settings: dict[str, Any]) -> Non
 def _write_text(path: AnyPath, text: str) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(text)
+
+
+@contextmanager
+def storage_errors(folder: AnyPath) -> Iterator[None]:
+    """Raise an OSError of writing to a folder as `storage_error` does."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, folder) from error
 
 
 def storage_error(error: OSError, folder: AnyPath) -> Exception:

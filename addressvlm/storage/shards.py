@@ -8,7 +8,6 @@ is valid while the fingerprint is the same and the files exist.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 from addressvlm.storage import tables
 from addressvlm.storage.files import TEMPORARY_SUFFIX, AtomicFile, atomic_write, digest, open_parquet
 from addressvlm.storage.remote_path import AnyPath, path_of
-from addressvlm.storage.run_dir import WORK_DIR, storage_error
+from addressvlm.storage.run_dir import WORK_DIR, storage_errors
 
 Rows = list[dict[str, Any]]
 Summary = dict[str, Any]
@@ -151,7 +150,7 @@ def process_shard(shard: Shard, folder: AnyPath, work: ShardWork) -> Summary:
             for key, count in result.counts.items():
                 summary["counts"][key] = summary["counts"].get(key, 0) + count
         summary |= writer.publish()
-        with _user_errors(folder), atomic_write(marker) as temporary:
+        with storage_errors(folder), atomic_write(marker) as temporary:
             temporary.write_text(json.dumps(summary))
     return summary
 
@@ -204,14 +203,6 @@ def _footer_digest(path: AnyPath) -> list[Any]:
         return [path.name, size, hashlib.sha256(file.read()).hexdigest()]
 
 
-@contextmanager
-def _user_errors(folder: AnyPath) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise storage_error(error, folder) from error
-
-
 class _ShardWriter:
     """Writes the Parquet files of one shard; a block that ends with an error leaves none of them."""
 
@@ -243,7 +234,7 @@ class _ShardWriter:
             if rows:
                 self._write(split, rows)
         sizes = {}
-        with _user_errors(self.folder):
+        with storage_errors(self.folder):
             for split in list(self._files):
                 file, writer = self._files[split]
                 writer.close()
@@ -252,7 +243,7 @@ class _ShardWriter:
         return {"written": self._written, "files": sizes}
 
     def _write(self, split: str, rows: Rows) -> None:
-        with _user_errors(self.folder):
+        with storage_errors(self.folder):
             if split not in self._files:
                 file = AtomicFile(self.folder / f"{split}-{self.number:05d}.parquet")
                 self._files[split] = (file, pq.ParquetWriter(file.path, self.schema))

@@ -90,11 +90,7 @@ class GeoTiff:
                 self._palette[value] = colour[:3]
 
     def read(self, bounds: Bounds, pixels: int) -> Image.Image:
-        """The square `bounds` (west, south, east, north in `crs`) as an RGB image of pixels x pixels.
-
-        Raises:
-            InputError: the imagery covers less than half of it, or its file is damaged there.
-        """
+        """As `Imagery.read`."""
         x, y = self._to_source(*three_corners(bounds))
         t = ~self._source.transform
         corners = np.column_stack((t.a * x + t.b * y + t.c, t.d * x + t.e * y + t.f))
@@ -188,15 +184,15 @@ class Mosaic:
         self._tile = lru_cache(CACHED_TILES)(source.tile)
 
     def read(self, bounds: Bounds, pixels: int) -> Image.Image:
-        """The square `bounds` (west, south, east, north in `crs`) as an RGB image of pixels x pixels.
-
-        Raises:
-            InputError: the tiles cover less than half of it, one can't be read, or too many are needed.
-        """
+        """As `Imagery.read`."""
         metres = np.column_stack(self._to_mercator(*three_corners(bounds)))
         if not np.isfinite(metres).all() or abs(metres[:, 1]).max() > WORLD_M / 2:
             raise InputError(f"{self._source.name} covers only 0% of the tile.")
-        zoom = self._zoom(float(np.hypot(*(metres[1] - metres[0]))) / pixels)
+        zoom = self._fixed_zoom
+        if zoom is None:
+            metres_per_pixel = float(np.hypot(*(metres[1] - metres[0]))) / pixels
+            zoom = math.ceil(math.log2(WORLD_M / TILE_SIDE / metres_per_pixel) - 1e-6)
+            zoom = min(max(zoom, self._source.zooms[0]), self._source.zooms[1])
         corners = (metres / WORLD_M * (1, -1) + 0.5) * 2**zoom  # in tiles, from the north-west
         square = np.vstack((corners, corners[1] + corners[2] - corners[0]))
         first = np.floor(square.min(axis=0) - MARGIN / TILE_SIDE).astype(int)
@@ -214,11 +210,6 @@ class Mosaic:
             corners = corners * smaller / mosaic.size
             mosaic = mosaic.resize((smaller[0], smaller[1]), Image.Resampling.BOX)
         return cut_window(mosaic.convert("RGB"), mosaic.getchannel("A"), corners, pixels, f"{self._source.name} at zoom {zoom}")
-
-    def _zoom(self, metres_per_pixel: float) -> int:
-        coarsest, finest = self._source.zooms
-        zoom = math.ceil(math.log2(WORLD_M / TILE_SIDE / metres_per_pixel) - 1e-6)
-        return self._fixed_zoom if self._fixed_zoom is not None else min(max(zoom, coarsest), finest)
 
     def _mosaic(self, zoom: int, first: np.ndarray, last: np.ndarray) -> Image.Image:
         """Tiles from `first` to `last` (column, row; exclusive) as one RGBA image, transparent where there are none."""
@@ -288,11 +279,7 @@ class MbTiles:
         self.attribution = attribution or str(self._metadata.get("attribution") or "")
 
     def tile(self, z: int, x: int, y: int) -> Image.Image | None:
-        """RGBA tile; None where the archive has none.
-
-        Raises:
-            InputError: the file is damaged there.
-        """
+        """As `TileSource.tile`."""
         place = (z, x, 2**z - 1 - y)
         query = "SELECT CAST(tile_data AS BLOB) FROM tiles WHERE zoom_level = ? AND tile_column = ? AND tile_row = ?"
         try:
@@ -343,11 +330,7 @@ class PmTiles:
         self.attribution = attribution or str(metadata.get("attribution") or "" if isinstance(metadata, dict) else "")
 
     def tile(self, z: int, x: int, y: int) -> Image.Image | None:
-        """RGBA tile; None where the archive has none.
-
-        Raises:
-            InputError: the file is damaged there.
-        """
+        """As `TileSource.tile`."""
         try:
             data = self._reader.get(z, x, y)
         except DAMAGE_ERRORS as error:

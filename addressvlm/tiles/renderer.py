@@ -201,7 +201,10 @@ class TileRenderer:
         """
         size, font = self.config.pixels, self.config.font_px
         px_per_m = size / self.config.side_m
-        free = _free_area(bounds, self.config.covered, margin=0.6 * font / px_per_m)
+        west, south, east, north = bounds
+        margin, photo = 0.6 * font / px_per_m, self.config.side_m * self.config.covered
+        inner = shapely.box(west + margin, south + margin, east - margin, north - margin)
+        free = inner.difference(shapely.box(east - photo, north - photo, east, north))
         detector = mapnik.LabelCollisionDetector(mapnik.Box2d(0, 0, size, size))
         corner = round(self.config.covered * size)
         detector.insert(mapnik.Box2d(size - corner, 0, size, corner))
@@ -237,14 +240,6 @@ class TileRenderer:
         before = len(detector.boxes())
         mapnik.render_with_detector(labels, canvas, detector)
         return len(detector.boxes()) > before
-
-
-def _free_area(bounds: Bounds, delta: float, margin: float) -> BaseGeometry:
-    """The area for names, in metres: the square without a margin and without the upper right corner."""
-    west, south, east, north = bounds
-    side = (east - west) * delta
-    inner = shapely.box(west + margin, south + margin, east - margin, north - margin)
-    return inner.difference(shapely.box(east - side, north - side, east, north))
 
 
 def _labels(

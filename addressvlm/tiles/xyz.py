@@ -6,10 +6,8 @@ server counts as down and is tried again only every 30 s.
 """
 
 import hashlib
-import os
 import re
 import string
-import tempfile
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,6 +15,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from addressvlm.errors import InputError
+from addressvlm.storage.files import atomic_write
 from addressvlm.storage.http_client import HttpClient, SharedRateLimiter, UnavailableError, status_text
 from addressvlm.tiles.raster import MAX_BYTES, decode_tile
 
@@ -88,7 +87,13 @@ class XyzServer:
             self._absent.add((z, x, y))
             return None
         image = decode_tile(data, name)
-        _write(file, data)
+        try:
+            with atomic_write(file) as path:
+                path.write_bytes(data)
+        except OSError as error:
+            raise InputError(
+                f"{file} can't be written ({error.strerror}): set tiles.cache to a folder with free space."
+            ) from None
         return image
 
     def _download(self, z: int, x: int, y: int, name: str) -> bytes | None:
@@ -139,14 +144,3 @@ def _address(template: str, z: int, x: int, y: int) -> str:
     quadkey = "".join(str((x >> bit & 1) + 2 * (y >> bit & 1)) for bit in range(z - 1, -1, -1))
     values = {"z": z, "x": x, "y": y, "-y": 2**z - 1 - y, "q": quadkey, "s": "abc"[(x + y) % 3]}
     return re.sub(r"\{(-?\w+)\}", lambda match: str(values[match[1]]), template)
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Write a file atomically: other processes may be reading it."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", delete=False) as part:
-            part.write(data)
-        os.replace(part.name, file)
-    except OSError as error:
-        raise InputError(f"{file} can't be written ({error.strerror}): set tiles.cache to a folder with free space.") from None

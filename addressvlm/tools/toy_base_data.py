@@ -58,7 +58,9 @@ def training_rows(seed: int) -> Iterator[dict[str, Any]]:
         for street, x, y in rng.choices(everywhere, k=EXTRA_TILES):
             x, y = x + rng.uniform(-25, 25), y + rng.uniform(-25, 25)
             lon, lat = to_degrees(world, np.array([[x, y]]))[0]
-            yield from _reading(renderer.tile(lat, lon, street.name), rng)
+            tile = renderer.tile(lat, lon, street.name)
+            if tile.names:
+                yield _row(tile.image, [(rng.choice(READING), f"{', '.join(tile.names)}.")], _words(tile))
 
 
 def _place(
@@ -119,11 +121,6 @@ def _words(tile: Tile) -> list[str]:
 
 def _localization(address: Address, gazetteer: Gazetteer, rng: random.Random) -> list[tuple[str, str]]:
     return [(r["question"], r["answer"]) for r in training_rounds(address, gazetteer, rng)]
-
-
-def _reading(tile: Tile, rng: random.Random) -> Iterator[dict[str, Any]]:
-    if tile.names:
-        yield _row(tile.image, [(rng.choice(READING), f"{', '.join(tile.names)}.")], _words(tile))
 
 
 def _row(image: Image.Image, rounds: list[tuple[str, str]], traits: list[str]) -> dict[str, Any]:

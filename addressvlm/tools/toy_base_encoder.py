@@ -8,7 +8,6 @@ An untrained language model long ignores image tokens; with a pretrained encoder
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -38,20 +37,6 @@ class EncoderProbe(nn.Module):
         return self.image_head(patches.mean(1)) + torch.logsumexp(self.patch_head(patches), 1) - 6.0
 
 
-def trait_indices(rows: TableRows) -> dict[str, int]:
-    """Trait -> index, of every trait that occurs."""
-    traits = {trait for index in range(len(rows)) for trait in rows[index]["traits"]}
-    return {trait: index for index, trait in enumerate(sorted(traits))}
-
-
-def targets(batch: list[dict[str, Any]], indices: dict[str, int]) -> torch.Tensor:
-    """(B, traits), 1 where the image has the trait."""
-    labels = torch.zeros(len(batch), len(indices))
-    for i, row in enumerate(batch):
-        labels[i, [indices[trait] for trait in row["traits"]]] = 1
-    return labels
-
-
 def main() -> None:
     """Train for the requested time and save the encoder's weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,7 +46,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args()
     torch.manual_seed(0)
-    indices = trait_indices(TableRows(args.data, "train", ("traits",)))
+    traits = TableRows(args.data, "train", ("traits",))
+    names = sorted({trait for index in range(len(traits)) for trait in traits[index]["traits"]})
+    indices = {name: index for index, name in enumerate(names)}
     rows = TableRows(args.data, "train", ("image", "rounds", "traits"))
     model, processor = EncoderProbe(len(indices)), image_processor()
     model.encoder.set_attn_implementation("eager")
@@ -73,7 +60,9 @@ def main() -> None:
             group["lr"] = learning_rate(step, total, 1e-3, 0.03)
         batch = [rows[i] for i in schedule.indices(step)]
         pixels = processor(images=[sample_from_row(row).image for row in batch], return_tensors="pt")["pixel_values"]
-        labels = targets(batch, indices)
+        labels = torch.zeros(len(batch), len(indices))  # 1 where the image has the trait
+        for i, row in enumerate(batch):
+            labels[i, [indices[trait] for trait in row["traits"]]] = 1
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(pixels)
         loss = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum") / len(batch)

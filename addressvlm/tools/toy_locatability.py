@@ -37,7 +37,7 @@ from addressvlm.baselines.dual_encoder import ClipLike
 from addressvlm.baselines.locatability import MIN_SHARE, LocatabilityTexts, masked_part
 from addressvlm.demo.camera import CLASSES, photograph, segment
 from addressvlm.demo.city import street_places, view_headings
-from addressvlm.demo.world import Character, Street, World, district_at, generate
+from addressvlm.demo.world import Character, district_at, generate
 from addressvlm.tools.toy_base import train_tokenizer
 from addressvlm.training.optim import learning_rate
 
@@ -64,14 +64,11 @@ def locatability_examples(rng: random.Random) -> Iterator[LocatabilityExample]:
     for seed in count(FIRST_SEED):
         world = generate(seed)
         for street, x, y in rng.choices(list(street_places(world)), k=PHOTOS_PER_CITY):
-            yield _example(world, street, x + rng.uniform(-1.5, 1.5), y + rng.uniform(-1.5, 1.5), rng)
-
-
-def _example(world: World, street: Street, x: float, y: float, rng: random.Random) -> LocatabilityExample:
-    heading = rng.choice(view_headings(street, rng))
-    photo = photograph(world, x, y, heading, rng.uniform(0.8, 1.12), SIDE)
-    traits = street.character.traits(district_at(world, x, y).character)
-    return LocatabilityExample(photo, segment(world, x, y, heading, SIDE), traits)
+            x, y = x + rng.uniform(-1.5, 1.5), y + rng.uniform(-1.5, 1.5)
+            heading = rng.choice(view_headings(street, rng))
+            photo = photograph(world, x, y, heading, rng.uniform(0.8, 1.12), SIDE)
+            traits = street.character.traits(district_at(world, x, y).character)
+            yield LocatabilityExample(photo, segment(world, x, y, heading, SIDE), traits)
 
 
 def locatability_texts() -> LocatabilityTexts:
