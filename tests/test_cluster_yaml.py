@@ -20,7 +20,7 @@ def test_ray_accepts_it(cluster: dict) -> None:
     validate_config(prepare_config(cluster))  # with the provider's defaults filled in, as `ray up` does
 
 
-def test_ray_would_notice_a_mistake(cluster: dict) -> None:
+def test_ray_rejects_a_mistake(cluster: dict) -> None:
     cluster["max_worker"] = 3
     with pytest.raises(jsonschema.ValidationError, match="max_worker"):
         validate_config(cluster)

@@ -35,12 +35,12 @@ def test_aspect_is_kept(width: int, height: int) -> None:
 
 
 @pytest.mark.parametrize("delta", [0.0, -0.1, 1.0, 1.5])
-def test_delta_beyond_its_range(delta: float) -> None:
+def test_delta_outside_its_range(delta: float) -> None:
     with pytest.raises(ValueError, match="delta"):
         graft(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8)), delta)
 
 
-def test_golden_picture() -> None:
+def test_golden_image() -> None:
     """A 4x4 tile with a 4x2 photo of two colours at delta 0.5: the photo is 2x1 pixels."""
     tile = Image.new("RGB", (4, 4), (0, 0, 255))
     photo = Image.new("RGB", (40, 20), (255, 0, 0))
@@ -52,7 +52,7 @@ def test_golden_picture() -> None:
     assert (rows[1:] == golden[1:]).all()
 
 
-def test_beside_shows_both_whole_and_apart() -> None:
+def test_side_by_side_shows_both_images() -> None:
     tile, photo = Image.new("RGB", (40, 40), (0, 0, 255)), Image.new("RGB", (200, 100), (255, 0, 0))
     pixels = np.asarray(side_by_side(tile, photo))
     golden = np.zeros((40, 40, 3), np.uint8)
@@ -86,19 +86,19 @@ def test_orientation_is_applied() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"no picture", picture((64, 64))[:200]])
-def test_bad_bytes(data: bytes) -> None:
+def test_damaged_photos_are_errors(data: bytes) -> None:
     with pytest.raises(InputError, match="can't be decoded"):
         decode_photo(data, 168)
 
 
-def test_encoding_keeps_letters_crisp() -> None:
+def test_jpegs_keep_letters_crisp() -> None:
     tile = Image.new("RGB", (64, 64), (255, 255, 255))
     tile.paste((200, 0, 0), (30, 0, 32, 64))
     again = np.asarray(Image.open(io.BytesIO(encode_jpeg(tile, 92)))).astype(int)
     assert abs(again - np.asarray(tile).astype(int)).mean() < 3
 
 
-def test_jpegs_keep_the_colours_of_every_pixel_and_the_quality_asked_for() -> None:
+def test_jpegs_have_full_colour_resolution_and_the_requested_quality() -> None:
     image = Image.open(io.BytesIO(encode_jpeg(textured((64, 64), 5), 92)))
     assert {sampling[1:3] for sampling in image.layer} == {(1, 1)}  # type: ignore[attr-defined]
     assert len(encode_jpeg(textured((64, 64), 5), 50)) < len(encode_jpeg(textured((64, 64), 5), 92))
@@ -133,7 +133,7 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(640, 640), (640, 480), (1920, 1080), (400, 700), (168, 168), (90, 60)])
-def test_pixels_stay_near_those_of_the_plain_loop(size: tuple[int, int]) -> None:
+def test_pixels_are_close_to_those_of_plain_pillow(size: tuple[int, int]) -> None:
     """Draft decoding and a cheaper filter against opening all of it and LANCZOS, on the scale to 255."""
     tile, photo = textured((336, 336), 1), encoded(textured(size, 2), "JPEG", quality=90)
     found, _ = graft_photo(tile, photo, delta=0.5, quality=92)
@@ -151,7 +151,7 @@ def test_pixels_stay_near_those_of_the_plain_loop(size: tuple[int, int]) -> None
     assert abs((first - second).mean()) < 0.3  # no brighter, no darker
 
 
-def test_photos_of_a_place_do_not_see_each_other() -> None:
+def test_grafting_does_not_change_the_tile() -> None:
     tile = textured((160, 160), 1)
     photos = [encoded(textured((300, 200), seed), "JPEG") for seed in range(3)]
     together = [graft_photo(tile, photo, 0.5, 92)[0] for photo in photos]
@@ -160,6 +160,6 @@ def test_photos_of_a_place_do_not_see_each_other() -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
-def test_photos_of_any_colours(mode: str) -> None:
+def test_photos_of_any_mode(mode: str) -> None:
     photo = decode_photo(encoded(textured((640, 320), 3).convert(mode), "JPEG"), 168)
     assert (photo.mode, photo.size) == ("RGB", (320, 160))

@@ -19,7 +19,7 @@ HERE = Address("Mill Street", "Harbour")
 
 @pytest.mark.parametrize("level", ["district", "street"])
 @pytest.mark.parametrize("kind", ["generation", "judgment", "choice"])
-def test_ten_templates_a_level_and_kind_all_asked(level: str, kind: str) -> None:
+def test_all_ten_templates_of_a_level_and_kind_are_used(level: str, kind: str) -> None:
     asked = set()
     for seed in range(150):
         for r in questions.training_rounds(HERE, gazetteer(), random.Random(seed)):
@@ -42,7 +42,7 @@ def test_training_rounds_are_balanced() -> None:
     assert abs(levels["street"] / levels.total() - 0.5) < 0.05
 
 
-def test_training_rounds_say_the_truth() -> None:
+def test_training_rounds_have_the_true_answers() -> None:
     for seed in range(100):
         for r in questions.training_rounds(HERE, gazetteer(), random.Random(seed)):
             truth = {"street": "Mill Street", "district": "Harbour", "address": "Mill Street, Harbour"}[r["level"]]
@@ -60,7 +60,7 @@ def test_training_rounds_say_the_truth() -> None:
                 assert r["question"].endswith("Answer Yes or No.")
 
 
-def test_the_right_option_stands_at_any_place() -> None:
+def test_the_right_option_is_at_any_position() -> None:
     """Else a model could learn to take the first; the same for what is true of the first judgment."""
     stood: dict[str, Counter[int]] = {"training": Counter(), "test": Counter()}
     rng = random.Random(0)
@@ -76,7 +76,7 @@ def test_the_right_option_stands_at_any_place() -> None:
         assert all(abs(n / places.total() - 1 / 4) < 0.07 for n in places.values())
 
 
-def test_a_conversation_comes_in_any_order() -> None:
+def test_rounds_are_in_random_order() -> None:
     rng = random.Random(0)
     conversations = [questions.training_rounds(HERE, gazetteer(), rng) for _ in range(600)]
     whole = Counter(next(i for i, r in enumerate(c) if r["level"] == "address") for c in conversations)
@@ -86,7 +86,7 @@ def test_a_conversation_comes_in_any_order() -> None:
         assert abs(alike / 600 - 10 / 42) < 0.08
 
 
-def test_test_rounds_are_the_nine_of_the_metrics() -> None:
+def test_evaluation_rounds_are_the_nine_of_the_metrics() -> None:
     rounds = questions.evaluation_rounds(HERE, gazetteer(), random.Random(1))
     assert [(r["level"], r["kind"], r["answer"]) for r in rounds] == [
         ("district", "generation", "Harbour"),
@@ -109,7 +109,7 @@ def far_and_wide() -> Gazetteer:
 
 
 @pytest.mark.parametrize(("hard_negative_share", "low", "high"), [(0.0, 0.03, 0.2), (0.5, 0.45, 0.65), (1.0, 1.0, 1.0)])
-def test_the_mix_of_near_and_any_wrong_names_is_a_setting(hard_negative_share: float, low: float, high: float) -> None:
+def test_hard_negative_share_sets_the_mix_of_negatives(hard_negative_share: float, low: float, high: float) -> None:
     here, city, wrong = Address("Street 0", "Town"), far_and_wide(), []
     for seed in range(300):
         rng = random.Random(seed)
@@ -121,7 +121,7 @@ def test_the_mix_of_near_and_any_wrong_names_is_a_setting(hard_negative_share: f
     assert low <= near / len(wrong) <= high
 
 
-def test_streets_that_may_be_right_are_no_wrong_names() -> None:
+def test_ambiguous_streets_are_no_negatives() -> None:
     """The ambiguous second street is among the nearest, and must not be what a No or a choice turns on."""
     here, city = Address("Street 7", "Town"), far_and_wide()
     doubtful = {"Street 6", "Street 8", "Elsewhere"}
@@ -138,7 +138,7 @@ def test_streets_that_may_be_right_are_no_wrong_names() -> None:
     assert kinds == ["generation", "judgment"]
 
 
-def test_a_dataset_does_not_call_the_ambiguous_street_wrong(tmp_path: Path) -> None:
+def test_datasets_have_no_ambiguous_negatives(tmp_path: Path) -> None:
     """Nor another that is as near to the camera; both are possible answers."""
     far_and_wide().save(tmp_path / "gazetteer.geojson")
     near = {"lat": 0.005, "lon": 0.00706, "street": "Street 7", "district": "Town"}  # 104 m from Street 8
@@ -160,7 +160,7 @@ def test_a_dataset_does_not_call_the_ambiguous_street_wrong(tmp_path: Path) -> N
             assert {kind: near_names - names for kind, names in wrong.items()} == spared
 
 
-def test_kinds_stay_balanced_where_there_is_one_district() -> None:
+def test_kinds_are_balanced_with_one_district() -> None:
     rng, here = random.Random(0), Address("Street 3", "Town")
     rounds = [r for _ in range(300) for r in questions.training_rounds(here, far_and_wide(), rng)]
     kinds = Counter(r["kind"] for r in rounds)
@@ -173,7 +173,7 @@ def test_same_seed_same_rounds() -> None:
     assert draw[0] == draw[1]
 
 
-def test_a_city_of_one_street_asks_what_can_be_asked() -> None:
+def test_a_city_of_one_street_has_no_negatives() -> None:
     city = Gazetteer([HERE])
     training = questions.training_rounds(HERE, city, random.Random(0))
     assert len(training) == 7

@@ -8,7 +8,6 @@ import pytest
 from addressvlm import InputError
 from addressvlm.config import PRESETS, load, validate
 from addressvlm.config.compare import AddressClipConfig
-from addressvlm.storage.run_dir import Run, begin_or_resume, fresh_dir, is_done, slug, storage_dir
 
 
 @pytest.mark.parametrize("preset", sorted(p.stem for p in PRESETS.glob("*.yaml")))
@@ -57,7 +56,7 @@ def test_a_file_extends_another_key_by_key(tmp_path: Path) -> None:
     assert load(tmp_path / "preset.yaml", environment={}).city.toy == "alderbrook"
 
 
-def test_files_are_laid_over_each_other_at_any_depth_but_stages_as_a_whole(tmp_path: Path) -> None:
+def test_extends_merges_at_any_depth_but_replaces_stages(tmp_path: Path) -> None:
     stages = "{stages: {a: {data: photos}}, systems: [{name: x, stages: [a]}]}"
     (tmp_path / "below.yaml").write_text(f"model: {{llm: {{rank: 8, alpha: 9}}}}\ntrain: {stages}\n")
     above = "extends: below.yaml\nmodel: {llm: {rank: 4}}\ntrain: {stages: {b: {data: photos}}, systems: []}\n"
@@ -68,14 +67,14 @@ def test_files_are_laid_over_each_other_at_any_depth_but_stages_as_a_whole(tmp_p
     assert config.train.systems == []
 
 
-def test_one_key_of_a_part_leaves_its_others() -> None:
+def test_setting_one_key_of_a_part_keeps_its_other_defaults() -> None:
     config = load("demo", ["model.vision={dropout: 0.2}", "model.adapter={dropout: 0.1}", "model.llm={alpha: 8}"], {})
     assert (config.model.vision.rank, config.model.vision.alpha, config.model.vision.dropout) == (64, 16.0, 0.2)
     assert config.model.adapter.full
     assert (config.model.llm.rank, config.model.llm.alpha) == (128, 8.0)
 
 
-def test_what_cant_be_extended_is_told(tmp_path: Path) -> None:
+def test_invalid_extends_are_errors(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
     with pytest.raises(InputError, match=r"a\.yaml extends itself"):
@@ -85,7 +84,7 @@ def test_what_cant_be_extended_is_told(tmp_path: Path) -> None:
         load(tmp_path / "c.yaml", environment={})
 
 
-def test_cities_are_replaced_as_a_whole_and_a_section_may_begin_from_nothing(tmp_path: Path) -> None:
+def test_extends_replaces_cities_and_fills_empty_sections(tmp_path: Path) -> None:
     (tmp_path / "below.yaml").write_text("train: {cities: {a: 1, b: 2}, workers: 3}\ncity: {geocoder: null}\n")
     (tmp_path / "above.yaml").write_text("extends: below.yaml\ntrain: {cities: {c: 1}}\n")
     config = load(tmp_path / "above.yaml", ["city.geocoder.share=0.5"], {})
@@ -94,7 +93,7 @@ def test_cities_are_replaced_as_a_whole_and_a_section_may_begin_from_nothing(tmp
     assert config.city.geocoder.share == 0.5
 
 
-def test_values_of_the_command_line_mean_what_they_look_like(tmp_path: Path) -> None:
+def test_command_line_values_are_parsed_as_yaml(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("name: a\n")
     sets = ["labels.words=[5, 9]", "labels.extra_body={top_p: 0.5}", "name=a=b", "labels.base_url=null", "seed=1", "seed=2"]
     config = load(tmp_path / "a.yaml", sets, {})
@@ -126,7 +125,7 @@ def test_settings_that_do_not_fit_together(tree: dict[str, Any], sentence: str) 
         validate(tree, "here")
 
 
-def test_settings_that_just_fit_together() -> None:
+def test_limits_of_settings_that_fit_together() -> None:
     assert validate({"city": {"answer": "sub_street", "partition": {}}}, "x").city.partition is not None
     assert validate({"train": {"workers": 2, "min_workers": 2}}, "x").train.min_workers == 2
     assert validate(
@@ -170,61 +169,3 @@ def test_missing_configuration_and_broken_set() -> None:
         load("nothing", environment={})
     with pytest.raises(InputError, match="write it as key=value"):
         load("demo", ["train.workers"], environment={})
-
-
-def test_slug() -> None:
-    assert slug("stage 2 only, equal steps") == "stage-2-only-equal-steps"
-
-
-def test_storage_outlives_a_packaged_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert storage_dir("runs") == tmp_path / "runs"
-    copy = tmp_path / "working_dir_files" / "pkg"
-    copy.mkdir(parents=True)
-    monkeypatch.chdir(copy)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert storage_dir("runs") == tmp_path / "home" / "addressvlm" / "runs"
-    assert storage_dir("/shared/runs") == Path("/shared/runs")
-
-
-def test_a_step_is_done_only_with_the_same_settings(tmp_path: Path) -> None:
-    folder = tmp_path / "step"
-    assert not is_done(folder, {"a": 1})
-    with fresh_dir(folder, {"a": 1, "b": {"c": 2}}) as partial:
-        (partial / "table").write_text("x")
-        assert not folder.exists()
-    assert is_done(folder, {"a": 1, "b": {"c": 2}})
-    assert (folder / "table").is_file()
-    with pytest.raises(InputError, match=r"b.c: 2 -> 3.*--redo"):
-        is_done(folder, {"a": 1, "b": {"c": 3}})
-    assert not is_done(folder, {"a": 2}, redo=True)
-
-
-def test_a_failed_step_leaves_the_last_good_one(tmp_path: Path) -> None:
-    folder = tmp_path / "step"
-    with fresh_dir(folder, {"a": 1}) as partial:
-        (partial / "table").write_text("good")
-
-    def fail() -> None:
-        with fresh_dir(folder, {"a": 2}) as partial:
-            (partial / "table").write_text("half")
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert (folder / "table").read_text() == "good"
-
-
-def test_a_place_that_cant_be_written_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="can't be written"), fresh_dir(tmp_path / "file" / "step", {}):
-        pass
-    with pytest.raises(InputError, match="can't be written"):
-        begin_or_resume(tmp_path / "file" / "training", {})
-
-
-def test_run_keeps_everything_below_its_name(tmp_path: Path) -> None:
-    run = Run(load("demo", [f"storage={tmp_path}", "name=x"], {}))
-    paths = [value for value in vars(run).values() if isinstance(value, Path)]
-    assert all(path.is_relative_to(tmp_path / "x") for path in paths)
-    assert run.model_dir("stage 2 only").name == "stage-2-only"

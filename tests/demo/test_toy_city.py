@@ -22,7 +22,7 @@ from addressvlm.demo.world import CROWNS, PAVINGS, Character, World, district_at
 from addressvlm.tools.toy_locatability import locatability_examples, train_models
 
 
-def test_a_seed_is_a_city() -> None:
+def test_a_seed_determines_a_city() -> None:
     one, again, other = generate(1), generate(1), generate(2)
     assert np.array_equal(one.boxes, again.boxes)
     assert [s.name for s in one.streets] == [s.name for s in again.streets]
@@ -72,7 +72,7 @@ def test_photo_and_satellite_show_the_same_paving(toy_city: dict[str, str]) -> N
         assert np.abs(photo[-4, 80].astype(int) - paving).max() <= 3
 
 
-def test_parts_are_what_the_photo_shows() -> None:
+def test_segmentation_matches_the_photo() -> None:
     world = generate(3)
     rng = random.Random(0)
     bare = replace(world, trees=world.trees[:0], crowns=world.crowns[:0])
@@ -139,7 +139,7 @@ def test_headings_of_the_manifest_are_those_on_the_globe() -> None:
             assert 0 <= city.compass_heading(world, heading) < 360
 
 
-def test_places_of_the_manifest_lie_on_the_streets_and_in_the_districts_of_the_maps(
+def test_places_of_the_manifest_match_the_street_and_district_files(
     toy_city: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(city, "SPACING", 160.0)  # as the fixture has it
@@ -161,7 +161,7 @@ def test_places_of_the_manifest_lie_on_the_streets_and_in_the_districts_of_the_m
         assert abs((heading - along + 180) % 360 - 180) <= math.degrees(0.2) + 0.1
 
 
-def test_what_is_seen_of_a_place_is_said_in_words() -> None:
+def test_traits_describe_the_street_and_district() -> None:
     street = Character("red", "blue", 2, "pine", 9.0, "gravel", 4.5)
     district = Character("white", "green", 6, "maple", 60.0, "brick", 2.0)
     assert street.traits(district) == [
@@ -185,7 +185,7 @@ def test_clues_of_the_toy_city_score_its_photos(tmp_path: Path) -> None:
     assert (tokens == scorer.clip.tokenizer.eos_token_id).any(dim=1).all()
 
 
-def test_trees_are_of_the_street_s_kind() -> None:
+def test_trees_have_the_species_of_their_street() -> None:
     world = generate(6)
     kinds = {tuple(CROWNS[s.character.crown]) for s in world.streets}
     for crown in world.crowns[:200]:
@@ -200,7 +200,7 @@ def test_degrees_and_metres_agree() -> None:
     assert np.allclose([east, north], expected, atol=0.01)
 
 
-def test_a_toy_city_comes_as_a_real_one_does(toy_city: dict[str, str]) -> None:
+def test_a_toy_city_has_the_files_of_a_real_one(toy_city: dict[str, str]) -> None:
     paths = toy_city
     assert set(paths) == {"manifest", "photos", "streets", "districts", "imagery"}
     with open(paths["manifest"], encoding="utf-8") as file:
@@ -212,6 +212,6 @@ def test_a_toy_city_comes_as_a_real_one_does(toy_city: dict[str, str]) -> None:
     assert Path(paths["manifest"]).stat().st_mtime_ns == before
 
 
-def test_an_unknown_toy_city_is_said(tmp_path: Path) -> None:
+def test_an_unknown_toy_city_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="alderbrook, brinemouth"):
         write_city("atlantis", tmp_path)

@@ -150,7 +150,7 @@ def test_too_many_bad_places_stop_the_run(tmp_path: Path, ray_local: None) -> No
     assert not Run(config).grafts.exists()
 
 
-def test_missing_inputs_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_inputs_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path)
     with pytest.raises(InputError, match="no table"):
         graft.run_step(config, redo=False)
@@ -203,7 +203,7 @@ def test_labels_of_an_endpoint(tmp_path: Path, ray_local: None, capsys: pytest.C
     assert "8 labels: 5 openai:m, 3 fallback:template" in out
 
 
-def test_an_endpoint_that_is_not_there(tmp_path: Path, ray_local: None) -> None:
+def test_an_unreachable_endpoint(tmp_path: Path, ray_local: None) -> None:
     """An endpoint that is not there ends the job with its sentence, and no table is written."""
     config = config_of(tmp_path, labels={"labeler": "openai", "base_url": "http://127.0.0.1:9/v1", "retries": 0})
     photos = rows(places=8)
@@ -214,7 +214,7 @@ def test_an_endpoint_that_is_not_there(tmp_path: Path, ray_local: None) -> None:
     assert not Run(config).alignment.exists()
 
 
-def test_a_place_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_places_tile_is_rendered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path)
     grafter = Grafter(config.city.streets, None, config.tiles)
     drawn = []

@@ -120,7 +120,7 @@ def ids(folder: Path, split: str = "train") -> list[str]:
     return [row["id"] for row in tables.iter_rows(folder, split, ["id"])]
 
 
-def test_photos_are_grafted_once_though_a_node_is_lost(made: tuple[Config, Kills, Endpoint, str]) -> None:
+def test_photos_are_grafted_once_when_a_node_is_lost(made: tuple[Config, Kills, Endpoint, str]) -> None:
     config, kills, _, said = made
     run = Run(config)
     assert 0 < len(kills.grafted) < len(plan_shards(run.photos, "train", graft.SHARD_ROWS))
@@ -130,7 +130,7 @@ def test_photos_are_grafted_once_though_a_node_is_lost(made: tuple[Config, Kills
     assert f"graft: {len(photos):,} grafted images" in said
 
 
-def test_no_label_is_asked_for_twice(made: tuple[Config, Kills, Endpoint, str]) -> None:
+def test_no_label_is_requested_twice(made: tuple[Config, Kills, Endpoint, str]) -> None:
     config, _, endpoint, _ = made
     run = Run(config)
     labels = list(tables.iter_rows(run.alignment, "train", ["id", "source"]))
@@ -141,7 +141,7 @@ def test_no_label_is_asked_for_twice(made: tuple[Config, Kills, Endpoint, str]) 
     )  # whoever asks is on the node of the driver, so nothing was in flight on the lost one
 
 
-def test_training_goes_on_from_the_checkpoint(made: tuple[Config, Kills, Endpoint, str]) -> None:
+def test_training_resumes_from_the_checkpoint(made: tuple[Config, Kills, Endpoint, str]) -> None:
     config, kills, _, said = made
     run = Run(config)
     lines = (run.training_dir(SYSTEM) / "loss.jsonl").read_text().splitlines()
@@ -159,7 +159,7 @@ def test_the_model_is_evaluated(made: tuple[Config, Kills, Endpoint, str]) -> No
     assert len(ids(Run(config).answers / "addressvlm", "test")) > 6
 
 
-def test_photos_are_located_once_though_a_node_is_lost(
+def test_photos_are_localized_once_when_a_node_is_lost(
     made: tuple[Config, Kills, Endpoint, str], nodes: Nodes, tmp_path: Path
 ) -> None:
     config, *_ = made
@@ -173,7 +173,7 @@ def test_photos_are_located_once_though_a_node_is_lost(
     assert pq.read_metadata(out / "rejects.parquet").num_rows == 0
 
 
-def test_the_service_loses_no_more_than_what_was_in_flight(
+def test_the_service_loses_only_requests_in_flight(
     made: tuple[Config, Kills, Endpoint, str], nodes: Nodes, tmp_path: Path
 ) -> None:
     """serve/production.yaml with this model, without GPUs, and one proxy, since all nodes are on this machine."""
@@ -218,7 +218,7 @@ def locate(url: str, number: int) -> bool:
     raise AssertionError(f"photo {number} failed twice")
 
 
-def test_training_goes_on_with_fewer_workers_when_a_node_is_lost_for_good(nodes: Nodes, tmp_path: Path) -> None:
+def test_training_continues_with_fewer_workers_after_a_node_loss(nodes: Nodes, tmp_path: Path) -> None:
     """The last one, for the cluster stays with one node that takes tasks; by itself: -k fewer_workers."""
     config, steps = config_of(tmp_path, tiny_llava(tmp_path / "base"), "http://127.0.0.1"), 4 * STEPS
     config.train.min_workers, config.train.systems = 1, [SystemConfig(name="stage 2 only", stages=["localization"])]

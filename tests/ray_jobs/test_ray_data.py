@@ -33,7 +33,7 @@ def test_every_shard_is_in_one_group_and_the_last_groups_are_short(shards: int, 
     assert len(groups) >= min(shards, workers)
 
 
-def test_a_task_makes_its_own_shards_until_one_stops_the_job(tmp_path: Path) -> None:
+def test_a_task_processes_its_shards_until_an_error(tmp_path: Path) -> None:
     tables.write_table(tmp_path / "in", "train", [{"id": str(number)} for number in range(10)], IDS, 2)
 
     def work(rows: Rows) -> ShardResult:
@@ -53,7 +53,7 @@ def test_a_task_makes_its_own_shards_until_one_stops_the_job(tmp_path: Path) -> 
     assert tables.read_table(tmp_path / "out", "out")["id"].to_pylist() == ["2", "3", "4", "5"]
 
 
-def test_a_sentence_is_found_however_it_is_wrapped() -> None:
+def test_an_input_error_is_found_inside_rays_errors() -> None:
     ours = InputError("no photos: give some.")
     assert to_input_error(ours) is ours
     outer = RuntimeError("task failed")
@@ -69,7 +69,7 @@ def test_a_sentence_is_found_however_it_is_wrapped() -> None:
         assert to_input_error(other) is None
 
 
-def test_what_a_person_can_do_about_a_training_that_failed() -> None:
+def test_errors_of_a_failed_training_are_sentences() -> None:
     config = validate({"storage": "/data"}, "test")
     assert ray_train.user_message(InputError("a: b."), config) == "a: b."
     memory = ray_train.user_message(torch.OutOfMemoryError("x"), config)
@@ -82,7 +82,7 @@ def test_what_a_person_can_do_about_a_training_that_failed() -> None:
     assert ray_train.user_message(KeyError("x"), config) is None
 
 
-def test_more_than_the_cluster_has_or_may_get_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_the_cluster_can_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     may: dict[str, float] = {}
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(ray._private.state.state, "get_max_resources_from_cluster_config", lambda: may or None)
@@ -96,7 +96,7 @@ def test_more_than_the_cluster_has_or_may_get_is_refused(monkeypatch: pytest.Mon
     common.require_resources("CPU", 8, "it", "workers")
 
 
-def test_a_job_ends_as_what_happened_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_status_and_message_of_a_job(capsys: pytest.CaptureFixture[str]) -> None:
     def fails(error: BaseException) -> int:
         def main() -> None:
             raise error
@@ -150,7 +150,7 @@ MAKES = {
 
 
 @pytest.mark.parametrize("key", MAKES)
-def test_a_step_is_made_again_for_the_settings_that_it_depends_on_alone(key: str) -> None:
+def test_steps_are_repeated_only_for_settings_that_they_depend_on(key: str) -> None:
     value, made_again = MAKES[key]
     steps = {
         "p": prepare.settings, "g": graft.settings, "l": label.settings,
@@ -160,11 +160,11 @@ def test_a_step_is_made_again_for_the_settings_that_it_depends_on_alone(key: str
     assert "".join(name for name, settings in steps.items() if settings(before) != settings(after)) == made_again
 
 
-def test_labels_of_facts_alone_are_others() -> None:
+def test_labels_depend_on_send_image() -> None:
     assert label.settings(validate({"labels": {"send_image": False}}, "test")) != label.settings(Config())
 
 
-def test_a_dual_encoder_is_trained_again_for_its_own_settings_and_its_captions() -> None:
+def test_a_dual_encoder_depends_on_its_settings_and_captions() -> None:
     def settings(config: Config | None = None, **changes: object) -> dict[str, object]:
         return addressclip.settings(config or ASKED, addressclip_config(**changes))
 

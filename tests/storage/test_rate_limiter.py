@@ -18,7 +18,7 @@ def _take(file: Path, turns: int, times: "multiprocessing.Queue[float]") -> None
         times.put(time.time())
 
 
-def test_processes_share_one_pace(tmp_path: Path) -> None:
+def test_processes_share_the_rate_limit(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     times: multiprocessing.Queue[float] = context.Queue()
     workers = [context.Process(target=_take, args=(tmp_path / "pace", 5, times)) for _ in range(3)]
@@ -32,7 +32,7 @@ def test_processes_share_one_pace(tmp_path: Path) -> None:
 
 @settings(max_examples=30)
 @given(pauses=st.lists(st.floats(0, 5), max_size=8), per_second=st.floats(0.5, 100))
-def test_slots_are_a_step_apart(tmp_path_factory: pytest.TempPathFactory, pauses: list[float], per_second: float) -> None:
+def test_slots_are_an_interval_apart(tmp_path_factory: pytest.TempPathFactory, pauses: list[float], per_second: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()
         patch.setattr(http_client, "time", clock)
@@ -46,7 +46,7 @@ def test_slots_are_a_step_apart(tmp_path_factory: pytest.TempPathFactory, pauses
     assert all(b - a >= 1 / per_second - 1e-9 for a, b in itertools.pairwise(slots))
 
 
-def test_a_clock_set_back_does_not_stop_the_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_set_back_does_not_block_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(http_client, "time", clock)
     (tmp_path / "pace").write_text(repr(clock.now + 1e6))

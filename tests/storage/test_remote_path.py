@@ -1,4 +1,4 @@
-"""Runs in a store, over HTTP"""
+"""Remote paths, and a run in an object store over HTTP"""
 
 import json
 import os
@@ -17,10 +17,28 @@ from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.labels.response_cache import CachedAnswer, RequestKey, ResponseCache, open_for_writing
 from addressvlm.models.loading import resolve_model
 from addressvlm.storage import remote_path, tables
-from addressvlm.storage.files import CACHE_VARIABLE, atomic_replace_dir, local_model_copy
-from addressvlm.storage.remote_path import RemotePath, path_of
-from addressvlm.storage.run_dir import BEGUN_FILE, DONE_FILE, Run, is_done, is_unfinished, resumable_dir
-from addressvlm.storage.shards import Rows, ShardResult, ShardWork, plan_shards, process_shard, remove_stale_files
+from addressvlm.storage.files import (
+    CACHE_VARIABLE,
+    atomic_replace_dir,
+    local_model_copy,
+)
+from addressvlm.storage.remote_path import RemotePath, is_remote, path_of
+from addressvlm.storage.run_dir import (
+    BEGUN_FILE,
+    DONE_FILE,
+    Run,
+    is_done,
+    is_unfinished,
+    resumable_dir,
+)
+from addressvlm.storage.shards import (
+    Rows,
+    ShardResult,
+    ShardWork,
+    plan_shards,
+    process_shard,
+    remove_stale_files,
+)
 from addressvlm.training.dataset import TableRows as TrainingRows
 from addressvlm.training.metrics_logger import MetricsLogger, StepMetrics
 from serve.cities import City, model_folder
@@ -74,7 +92,7 @@ def step(out: RemotePath, made: int | None = None, redo: bool = False, settings:
     return summaries
 
 
-def test_a_step_goes_on_shard_by_shard_and_nothing_half_counts(bucket: Path) -> None:
+def test_a_remote_step_resumes_by_shard_and_partial_output_does_not_count(bucket: Path) -> None:
     run = path_of("s3://bucket/steps")
     assert isinstance(run, RemotePath)
     out, here = run / "out", bucket / "steps" / "out"
@@ -103,7 +121,7 @@ def test_a_step_goes_on_shard_by_shard_and_nothing_half_counts(bucket: Path) -> 
     assert is_unfinished(out)
 
 
-def test_an_answer_is_kept_on_this_machine_at_once_and_in_the_store_when_synced(bucket: Path) -> None:
+def test_answers_are_saved_locally_at_once_and_remotely_on_sync(bucket: Path) -> None:
     folder, here = path_of("s3://bucket/run/ledger"), bucket / "run" / "ledger"
     child = os.fork()
     if not child:  # a job that gets kill -9 with one answer sent and one not
@@ -138,7 +156,7 @@ def test_an_answer_is_kept_on_this_machine_at_once_and_in_the_store_when_synced(
         pass
 
 
-def test_a_model_is_fetched_once_and_anew_when_it_changed(bucket: Path) -> None:
+def test_a_remote_model_is_downloaded_once_per_version(bucket: Path) -> None:
     run = Run(validate({"name": "town", "storage": "s3://bucket/models"}, "test"))
     with atomic_replace_dir(run.model_dir("AddressVLM")) as folder:
         (folder / "merged").mkdir()
@@ -163,7 +181,7 @@ def test_a_model_is_fetched_once_and_anew_when_it_changed(bucket: Path) -> None:
         resolve_model("s3://bucket/none")
 
 
-def test_a_journal_goes_on_where_it_was_sent(bucket: Path) -> None:
+def test_a_remote_loss_curve_resumes_from_its_last_upload(bucket: Path) -> None:
     folder = path_of("s3://bucket/journal")
     journal = MetricsLogger(folder, "s", 0, 4)
     for number in (1, 2):
@@ -190,8 +208,54 @@ def test_a_journal_goes_on_where_it_was_sent(bucket: Path) -> None:
         ("s3://key:hidden@bucket/runs", "contains credentials: remove them"),
     ],
 )
-def test_what_a_store_refuses_is_one_sentence(bucket: Path, where: str, said: str) -> None:
+def test_errors_of_a_store_are_one_sentence(bucket: Path, where: str, said: str) -> None:
     with pytest.raises(InputError, match=said) as refused, resumable_dir(path_of(where) / "step", {}):
         pass
     assert "hidden" not in str(refused.value)
     assert str(refused.value).count("\n") == 0
+
+
+def test_a_remote_path_behaves_like_a_path(tmp_path: Path, memory_store: RemotePath) -> None:
+    here = tmp_path / "tree"
+    for name in ("a.txt", "b.json", "sub/a.txt", "sub/c.parquet", "sub/deep/a.txt", "x-00001.parquet"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(name)
+        (memory_store / name).write_text(name)
+    for pattern in ("*", "*.txt", "x-*.parquet", "?.*", "[ab].*", "sub/*", "sub/a.txt", "sub/none", "sub/deep/*.txt", "none/*"):
+        assert sorted(str(p.relative_to(memory_store)) for p in memory_store.glob(pattern)) == sorted(
+            str(p.relative_to(here)) for p in here.glob(pattern)
+        ), pattern
+    assert [(str(p.relative_to(memory_store)), stat.st_size) for p, stat in memory_store.walk_files()] == sorted(
+        (str(p.relative_to(here)), p.stat().st_size) for p in here.rglob("*") if p.is_file()
+    )
+    for name in ("a.txt", "sub", "sub/deep/a.txt", "none"):
+        local, remote = here / name, memory_store / name
+        assert (remote.name, remote.stem, remote.suffix) == (local.name, local.stem, local.suffix)
+        assert (remote.exists(), remote.is_file(), remote.is_dir()) == (local.exists(), local.is_file(), local.is_dir())
+        assert remote.with_suffix(".md").relative_to(memory_store) == local.with_suffix(".md").relative_to(here)
+        assert remote.parent.relative_to(memory_store) == local.parent.relative_to(here)
+    assert RemotePath("s3://bucket/a/b").parents == (RemotePath("s3://bucket/a"), RemotePath("s3://bucket"))
+    assert RemotePath("s3://bucket/a/") == RemotePath("s3://bucket/a")
+    assert RemotePath("s3://bucket/a") < RemotePath("s3://bucket/b")
+    with (memory_store / "a.txt").open() as file:
+        file.seek(2)
+        assert file.read() == b"txt"
+    (memory_store / "sub").remove_tree()
+    assert [p.name for p, _ in memory_store.walk_files()] == ["a.txt", "b.json", "x-00001.parquet"]
+    (memory_store / "sub").remove_tree()
+    (memory_store / "a.txt").unlink()
+    (memory_store / "a.txt").unlink(missing_ok=True)
+    for gone in ((memory_store / "a.txt").unlink, (memory_store / "a.txt").stat, (memory_store / "a.txt").read_bytes):
+        with pytest.raises(FileNotFoundError):
+            gone()
+    with pytest.raises(ValueError, match="is a bucket"):
+        RemotePath("memory://bucket").remove_tree()
+
+
+def test_path_of_resolves_home_file_uris_and_remote_uris(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert path_of("~/a b") == path_of("file:///home/ann/a%20b") == Path("/home/ann/a b")
+    assert path_of("a%20b") == Path("a%20b")
+    assert [is_remote(where) for where in ("s3://b/a", "file:///a", "a", "c:/a")] == [True, False, False, False]
+    remote = path_of("s3://bucket/a")
+    assert path_of(remote) is remote

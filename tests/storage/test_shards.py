@@ -15,17 +15,24 @@ from hypothesis import strategies as st
 
 from addressvlm import InputError
 from addressvlm.storage import tables
-from addressvlm.storage.run_dir import WORK_DIR, is_done, resumable_dir
+from addressvlm.storage.run_dir import (
+    WORK_DIR,
+    is_done,
+    resumable_dir,
+)
 from addressvlm.storage.shards import (
     MARKS_DIR,
     Rows,
+    Shard,
     ShardResult,
     ShardWork,
     files_fingerprint,
     invalidate_shards,
+    plan_file_shards,
     plan_shards,
     process_shard,
     remove_stale_files,
+    sources_fingerprint,
 )
 
 SCHEMA = pa.schema([("n", pa.int64()), ("text", pa.string())])
@@ -61,7 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @settings(deadline=None, max_examples=25)
 @given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4), wanted=st.integers(1, 500), in_file=st.integers(1, 200))
-def test_a_plan_has_every_row_once_and_in_order(
+def test_shards_cover_every_row_once_in_order(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], wanted: int, in_file: int
 ) -> None:
     folder = tmp_path_factory.mktemp("plan")
@@ -75,7 +82,7 @@ def test_a_plan_has_every_row_once_and_in_order(
     assert all(shard.rows <= max(wanted, tables.ROWS_PER_GROUP) for shard in shards)
 
 
-def test_a_shard_is_made_once_and_again_when_something_changed(tmp_path: Path) -> None:
+def test_a_shard_is_processed_once_and_again_after_a_change(tmp_path: Path) -> None:
     folder, photo, calls = tmp_path / "out", tmp_path / "photo", []
     photo.write_text("one")
 
@@ -111,7 +118,7 @@ def test_a_shard_is_made_once_and_again_when_something_changed(tmp_path: Path) -
     assert tables.count_rows(folder, "even") + tables.count_rows(folder, "odd") == 89
 
 
-def test_an_error_leaves_no_file_and_a_shorter_plan_no_remains(tmp_path: Path) -> None:
+def test_an_error_leaves_no_file_and_stale_shards_are_removed(tmp_path: Path) -> None:
     inputs, folder = table(tmp_path / "in", 300), tmp_path / "out"
 
     def refuse(rows: Rows) -> ShardResult:
@@ -143,7 +150,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         process_shard(shard, tmp_path / "out", ShardWork(even_and_odd, SCHEMA))
 
 
-def test_other_settings_or_redo_begin_anew(tmp_path: Path) -> None:
+def test_other_settings_or_redo_start_from_scratch(tmp_path: Path) -> None:
     def attempt(settings: dict[str, Any], redo: bool = False) -> list[str]:
         """What an attempt that fails finds there."""
         found: list[str] = []
@@ -192,7 +199,7 @@ def _slow_rmtree(moment: Any, folder: Path, ignore_errors: bool = False) -> None
 
 
 @pytest.mark.parametrize("redo", [False, True])
-def test_whenever_it_dies_the_next_attempt_completes_it(tmp_path: Path, redo: bool) -> None:
+def test_a_step_killed_at_any_moment_is_completed_by_the_next_attempt(tmp_path: Path, redo: bool) -> None:
     inputs = table(tmp_path / "in", 230)
     step(inputs, tmp_path / "undisturbed", ShardWork(even_and_odd, SCHEMA))
     wanted = contents(tmp_path / "undisturbed")
@@ -220,3 +227,55 @@ def test_whenever_it_dies_the_next_attempt_completes_it(tmp_path: Path, redo: bo
         assert contents(out) == wanted
     assert die_at > 20
     assert json.loads(wanted["_done.json"]) == SETTINGS
+
+
+def numbers(count: int, first: int = 0) -> list[dict[str, Any]]:
+    return [{"n": n, "text": str(n)} for n in range(first, first + count)]
+
+
+def test_a_shard_can_skip_rows_and_read_some_columns(tmp_path: Path) -> None:
+    tables.write_table(tmp_path / "in", "all", numbers(150), SCHEMA, 64)
+    (shard,) = plan_shards(tmp_path / "in", "all", 1000)
+    left = {0, 63, 64, 149}
+    some = Shard(0, 146, shard.groups, frozenset(left))
+    assert [row["n"] for batch in some.batches() for row in batch] == [n for n in range(150) if n not in left]
+    assert [len(batch) for batch in some.batches()] == [64, 64, 18]
+    seen: list[set[str]] = []
+
+    def function(rows: list[dict[str, Any]]) -> ShardResult:
+        seen.extend(set(row) for row in rows)
+        return ShardResult({"out": [{"n": row["n"], "text": None} for row in rows]}, counts={"rows": len(rows), "most": 1})
+
+    (tmp_path / "out").mkdir()
+    remove_stale_files(tmp_path / "out", 1)
+    made = process_shard(some, tmp_path / "out", ShardWork(function, SCHEMA, ["n"]))
+    assert (made["rows"], made["written"], made["counts"]) == (146, {"out": 146}, {"rows": 146, "most": 3})
+    assert seen == [{"n"}] * 146
+
+
+def test_every_range_of_rows_has_its_own_fingerprint(tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 500)):
+        tables.write_table(tmp_path / name, "all", numbers(256, first), SCHEMA)
+    shards = plan_shards(tmp_path / "a", "all", 64)
+    assert len({shard.fingerprint() for shard in [*shards, *plan_shards(tmp_path / "b", "all", 64)]}) == 8
+    assert [shard.fingerprint() for shard in plan_shards(tmp_path / "a", "all", 64)] == [
+        shard.fingerprint() for shard in shards
+    ]
+    files_of = tables.table_files(tmp_path / "a", "all") + tables.table_files(tmp_path / "b", "all")
+    assert [shard.rows for shard in plan_file_shards(files_of, 300)] == [256, 256]
+    assert [shard.rows for shard in plan_file_shards(files_of, 512)] == [512]
+
+
+def test_sources_fingerprint_depends_on_content_and_order(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_text("1")
+    two.write_text("2")
+    before = sources_fingerprint(str(one), str(two), None, "https://host/{z}")
+    assert sources_fingerprint(str(one), str(two), None, "https://host/{z}") == before
+    two.write_text("3")
+    others = [
+        (str(one), str(two), None, "https://host/{z}"),
+        (str(two), str(one), None, "https://host/{z}"),
+        (str(one), str(two), None, None),
+    ]
+    assert len({before, *(sources_fingerprint(*other) for other in others)}) == 4

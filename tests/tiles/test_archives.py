@@ -76,7 +76,7 @@ def test_same_ground_as_the_geotiff(tmp_path: Path, name: str, pixels: int) -> N
 
 
 @pytest.mark.parametrize("name", ["town.mbtiles", "town.pmtiles"])
-def test_beyond_the_archive(tmp_path: Path, name: str) -> None:
+def test_outside_the_archive(tmp_path: Path, name: str) -> None:
     renderer = TileRenderer(None, write(tmp_path / name), CONFIG)
     half = np.asarray(renderer.tile(*town.degrees(-240, -100)).image)  # the west of the square is not covered
     assert half[200, 20].max() == 0
@@ -85,7 +85,7 @@ def test_beyond_the_archive(tmp_path: Path, name: str) -> None:
         renderer.tile(*town.degrees(5000, 5000))
 
 
-def test_vector_archives_are_told(tmp_path: Path) -> None:
+def test_vector_archives_are_errors(tmp_path: Path) -> None:
     for path in (
         write_mbtiles(tmp_path / "vector.mbtiles", {"format": "pbf"}),
         write_pmtiles(tmp_path / "vector.pmtiles", TileType.MVT),
@@ -95,7 +95,7 @@ def test_vector_archives_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.mbtiles", "x.pmtiles"])
-def test_what_is_no_archive(tmp_path: Path, name: str) -> None:
+def test_files_that_are_no_archive(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=rf"{name} does not exist"):
         TileRenderer(None, tmp_path / name, CONFIG)
     for content in (b"", b"no tiles here, only words\n" * 50):
@@ -123,7 +123,7 @@ def everything(path: Path) -> None:
             renderer.tile(*town.degrees(x, y))
 
 
-def test_an_archive_of_nothing_and_one_without_bounds(tmp_path: Path) -> None:
+def test_an_empty_archive_and_one_without_bounds(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no tiles"):
         TileRenderer(None, write_mbtiles(tmp_path / "empty.mbtiles", zooms=()), CONFIG)
     lost = write_mbtiles(tmp_path / "lost.mbtiles", {"bounds": "everywhere"})
@@ -132,7 +132,7 @@ def test_an_archive_of_nothing_and_one_without_bounds(tmp_path: Path) -> None:
     assert TileRenderer(town.write_streets(tmp_path / "s.geojson"), lost, CONFIG).tile(*town.degrees(0, 0)).image
 
 
-def test_bytes_that_are_no_image(tmp_path: Path) -> None:
+def test_tiles_that_are_no_image(tmp_path: Path) -> None:
     path = write_mbtiles(tmp_path / "bad.mbtiles")
     with sqlite3.connect(path) as base:
         base.execute("UPDATE tiles SET tile_data = 'GIF89a'")
@@ -141,7 +141,7 @@ def test_bytes_that_are_no_image(tmp_path: Path) -> None:
         TileRenderer(None, path, CONFIG).tile(*town.degrees(0, 0))
 
 
-def test_pixel_bombs_are_refused_by_their_header() -> None:
+def test_oversized_tiles_are_refused_before_decoding() -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 

@@ -44,7 +44,7 @@ PHOTOS = [
 
 
 @pytest.mark.parametrize("layout", ["graft", "beside", "two"])
-def test_each_row_alone_is_each_row_among_others(streets: str, layout: str) -> None:
+def test_rows_do_not_depend_on_the_batch(streets: str, layout: str) -> None:
     config = TilesConfig(pixels=160, font_px=10, layout=layout)  # type: ignore[arg-type]
     together = list(Grafter(streets, None, config).graft_rows(PHOTOS))
     assert together == [next(Grafter(streets, None, config).graft_rows([row])) for row in PHOTOS]
@@ -81,7 +81,7 @@ def test_a_graft_is_the_tile_with_the_photo_in_its_upper_right_corner(streets: s
         )
 
 
-def test_photos_of_a_split_become_their_grafts(streets: str) -> None:
+def test_photos_of_a_split_are_replaced_by_grafts(streets: str) -> None:
     config = TilesConfig(pixels=160, font_px=10)
     made = graft_photos_batch(streets, None, config.model_dump_json(), "val", PHOTOS)
     assert list(made.tables) == ["val"]
@@ -92,13 +92,13 @@ def test_photos_of_a_split_become_their_grafts(streets: str) -> None:
     assert "can't be decoded" in made.rejects[2]["reason"]
 
 
-def test_settings_of_another_run_in_the_same_process_are_used(streets: str) -> None:
+def test_the_cached_grafter_depends_on_the_settings(streets: str) -> None:
     for pixels in (160, 96, 160):
         made = graft_rows.graft_batch(streets, None, TilesConfig(pixels=pixels, font_px=10).model_dump_json(), PHOTOS[:1])
         assert Image.open(io.BytesIO(made.tables["train"][0]["image"]["bytes"])).size == (pixels, pixels)
 
 
-def test_the_tiles_of_the_last_places_are_kept(streets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tiles_of_the_last_places_are_cached(streets: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graft_rows, "CACHED_TILES", 2)
     grafter = Grafter(streets, None, TilesConfig(pixels=64, names=False))
     drawn: list[float] = []

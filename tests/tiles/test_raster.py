@@ -36,7 +36,7 @@ def crs(lat: float, lon: float) -> str:
 
 
 @pytest.mark.parametrize("lat", [0.0, 60.0, -60.0])
-def test_the_square_is_that_of_the_globe_at_any_latitude(lat: float) -> None:
+def test_squares_are_correct_at_any_latitude(lat: float) -> None:
     """At 60 degrees a metre of the map is half a metre of the ground."""
     pixels = np.asarray(Mosaic(Source(lat, 25.0), crs(lat, 25.0)).read((-100, -100, 100, 100), 50)).astype(float)
     middles = np.arange(50) * 4 - 98
@@ -55,14 +55,16 @@ def test_the_square_is_that_of_the_globe_at_any_latitude(lat: float) -> None:
         ((0, 22), 18, 128, 18),
     ],
 )
-def test_the_first_level_that_is_as_fine(zooms: tuple[int, int], fixed: int | None, pixels: int, zoom: int) -> None:
+def test_the_first_zoom_level_that_is_fine_enough_is_read(
+    zooms: tuple[int, int], fixed: int | None, pixels: int, zoom: int
+) -> None:
     """At the equator level 16 has 2.39 m a pixel."""
     source, half = Source(0.0, 25.0, zooms), 64 * 2.3887
     Mosaic(source, "EPSG:3857", fixed).read((2782987.27 - half, -half, 2782987.27 + half, half), pixels)
     assert {z for z, _, _ in source.asked} == {zoom}
 
 
-def test_beyond_the_edge_of_the_map_the_world_goes_on() -> None:
+def test_tiles_wrap_around_the_date_line() -> None:
     """The last column's neighbour is the first; there is nothing north of the first row."""
     source, edge = Source(0.0, 179.99), 20037508.34
     Mosaic(source, "EPSG:3857", 10).read((edge - 60_000, -30_000, edge - 1, 30_000 - 1), 64)
@@ -72,7 +74,7 @@ def test_beyond_the_edge_of_the_map_the_world_goes_on() -> None:
     assert all(0 <= y < 1024 for _, _, y in source.asked)
 
 
-def test_each_tile_is_asked_for_once() -> None:
+def test_each_tile_is_decoded_once() -> None:
     source = Source(60.0, 25.0)
     mosaic = Mosaic(source, crs(60.0, 25.0))
     for _ in range(2):

@@ -52,7 +52,7 @@ def town_tiles(tmp_path: Path) -> list[Tile]:
 
 
 @pytest.mark.parametrize("drawn", ["town_tiles", "toy_tiles"])
-def test_listed_names_can_be_read_and_no_others_are_there(drawn: str, request: pytest.FixtureRequest, reader: Reader) -> None:
+def test_ocr_reads_the_listed_names_and_no_others(drawn: str, request: pytest.FixtureRequest, reader: Reader) -> None:
     tiles = request.getfixturevalue(drawn)
     read = [reader.read(tile.image) for tile in tiles]
     listed = [(name, texts) for tile, texts in zip(tiles, read, strict=True) for name in tile.names]
@@ -64,7 +64,7 @@ def test_listed_names_can_be_read_and_no_others_are_there(drawn: str, request: p
         assert not strangers
 
 
-def test_without_names_nothing_can_be_read(tmp_path: Path, reader: Reader) -> None:
+def test_ocr_reads_nothing_without_names(tmp_path: Path, reader: Reader) -> None:
     bare = CONFIG.model_copy(update={"names": False})
     renderer = TileRenderer(town.write_streets(tmp_path / "streets.geojson", STREETS), None, bare)
     assert not [text for text in reader.read(renderer.tile(*town.degrees(0, 0)).image) if len(letters(text)) >= 4]

@@ -34,14 +34,14 @@ def dark(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L")) < 90
 
 
-def test_metres_are_metres(streets: Path) -> None:
+def test_local_metres_match_the_globe(streets: Path) -> None:
     roads = Roads(streets)
     x0, y0 = roads.to_metres(*town.degrees(0, 0))
     x1, y1 = roads.to_metres(*town.degrees(30, 40))
     assert (x1 - x0, y1 - y0) == pytest.approx((30, 40), abs=0.01)
 
 
-def test_tile_shows_streets_where_they_are(streets: Path) -> None:
+def test_streets_are_drawn_in_their_position(streets: Path) -> None:
     tile = TileRenderer(streets, None, CONFIG.model_copy(update={"names": False})).tile(*town.degrees(0, 0))
     assert tile.image.size == (CONFIG.pixels, CONFIG.pixels)
     assert tile.image.mode == "RGB"
@@ -54,7 +54,7 @@ def test_tile_shows_streets_where_they_are(streets: Path) -> None:
     assert not dark(tile.image).any()
 
 
-def test_names_are_those_whose_letters_appear(streets: Path) -> None:
+def test_listed_names_are_those_drawn(streets: Path) -> None:
     here = town.degrees(0, 0)
     named = TileRenderer(streets, None, CONFIG).tile(*here)
     bare = TileRenderer(streets, None, CONFIG.model_copy(update={"names": False})).tile(*here)
@@ -70,7 +70,7 @@ def test_names_are_those_whose_letters_appear(streets: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["Mill Street", "King Street"])
-def test_dropping_a_street_drops_its_letters(tmp_path: Path, streets: Path, name: str) -> None:
+def test_a_removed_street_has_no_name_on_the_tile(tmp_path: Path, streets: Path, name: str) -> None:
     without = {n: line for n, line in town.STREETS.items() if n != name}
     fewer = TileRenderer(town.write_streets(tmp_path / "s.geojson", without), None, CONFIG).tile(*town.degrees(0, 0))
     assert name not in fewer.names
@@ -94,19 +94,19 @@ def test_names_leave_the_photo_corner_free(streets: Path) -> None:
         assert not dark(tile.image)[:corner, -corner:].any()
 
 
-def test_own_street_is_named_even_if_the_photo_hides_it(tmp_path: Path) -> None:
+def test_the_places_street_is_named_even_if_the_photo_hides_it(tmp_path: Path) -> None:
     hidden = {"Hidden Yard": [(5, 20), (60, 60)], "Mill Street": [(-300, -30), (300, -30)]}
     renderer = TileRenderer(town.write_streets(tmp_path / "s.geojson", hidden), None, CONFIG)
     assert renderer.tile(*town.degrees(0, 0), street="hidden yard").names == ["Hidden Yard", "Mill Street"]
 
 
-def test_names_that_the_font_lacks_are_not_claimed(tmp_path: Path) -> None:
+def test_names_with_missing_glyphs_are_not_listed(tmp_path: Path) -> None:
     streets = {"東京通り": [(-300, 0), (300, 0)], "Rue de l'Évêché": [(-300, -40), (300, -40)]}
     tile = TileRenderer(town.write_streets(tmp_path / "s.geojson", streets), None, CONFIG).tile(*town.degrees(0, 0))
     assert tile.names == ["Rue de l'Évêché"]
 
 
-def test_another_font_draws_what_the_first_lacks(tmp_path: Path) -> None:
+def test_a_second_font_draws_missing_glyphs(tmp_path: Path) -> None:
     """STIX stands for a font of another script: it has letters that DejaVu Sans Bold lacks."""
     path = town.write_streets(tmp_path / "s.geojson", {"𝒜𝒞𝒟 Mill Street": [(-300, 0), (300, 0)]})
     font = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "STIXGeneral.ttf"))
@@ -133,7 +133,7 @@ def test_names_lie_on_the_straight_part_of_a_street(tmp_path: Path) -> None:
     assert columns.min() > CONFIG.pixels / 2 - 60 * CONFIG.pixels / CONFIG.side_m
 
 
-def test_same_place_same_pixels(streets: Path) -> None:
+def test_rendering_is_deterministic(streets: Path) -> None:
     renderer = TileRenderer(streets, None, CONFIG)
     first = renderer.tile(*town.degrees(0, 0))
     renderer.tile(*town.degrees(50, 50))
@@ -142,7 +142,7 @@ def test_same_place_same_pixels(streets: Path) -> None:
     assert first.names == again.names
 
 
-def test_same_pixels_from_what_a_run_keeps_of_the_streets(tmp_path: Path, streets: Path, imagery: Path) -> None:
+def test_the_roads_file_of_a_run_renders_the_same_pixels(tmp_path: Path, streets: Path, imagery: Path) -> None:
     write_roads(tmp_path / "roads.fgb", StreetMap.load(streets, with_roads=True).roads, *np.array([town.degrees(0, 0)]).T)
     for source in (None, imagery):
         whole, kept = (TileRenderer(file, source, CONFIG) for file in (streets, tmp_path / "roads.fgb"))
@@ -182,7 +182,7 @@ def test_carriageways_are_as_wide_as_on_the_ground(tmp_path: Path, side_m: float
     assert tuple(crossing[pixels // 2, pixels // 2]) == (0xFB, 0xE3, 0xA1)
 
 
-def test_the_own_street_is_first_by_any_of_its_names(tmp_path: Path) -> None:
+def test_the_places_street_comes_first_by_any_of_its_names(tmp_path: Path) -> None:
     """King Street is nearer and longer; the place is on Mill Street, which the address calls otherwise."""
     lines = {"King Street": [(-300.0, -2.0), (300.0, -2.0)], "Mill Street": [(-90.0, -40.0), (90.0, -40.0)]}
     path = town.write_streets(tmp_path / "s.geojson", lines)
@@ -222,7 +222,7 @@ def test_imagery_in_any_projection_and_scale(tmp_path: Path, streets: Path, imag
         assert (abs(found - expected).max(axis=-1) > 60).mean() < 0.01
 
 
-def test_imagery_behind_an_address(imagery: Path) -> None:
+def test_imagery_by_http(imagery: Path) -> None:
     """A GeoTIFF on a web server is read in ranges."""
     data, bare = imagery.read_bytes(), CONFIG.model_copy(update={"names": False})
     with Server(lambda path: (200, {}, data)).running() as running:
@@ -248,7 +248,7 @@ def test_imagery_of_one_band_and_with_a_palette(tmp_path: Path) -> None:
     assert tuple(pixels[200, -20]) == (1, 2, 3)
 
 
-def test_tile_half_beyond_the_imagery(tmp_path: Path, imagery: Path) -> None:
+def test_a_tile_half_outside_the_imagery(tmp_path: Path, imagery: Path) -> None:
     renderer = TileRenderer(None, imagery, CONFIG)
     pixels = np.asarray(renderer.tile(*town.degrees(-200, -100)).image)  # half of it, 50 m, lies to the west of the imagery
     assert pixels[200, 20].max() == 0
@@ -263,7 +263,7 @@ def test_imagery_without_streets(imagery: Path) -> None:
     assert np.asarray(tile.image)[20, 20].argmax() == 1  # green in the north-west
 
 
-def test_a_place_beyond_the_sources_has_no_tile(streets: Path, imagery: Path) -> None:
+def test_a_place_outside_the_sources_has_no_tile(streets: Path, imagery: Path) -> None:
     far = town.degrees(5000, 5000)
     with pytest.raises(InputError, match="no street"):
         TileRenderer(streets, None, CONFIG).tile(*far)
@@ -271,7 +271,7 @@ def test_a_place_beyond_the_sources_has_no_tile(streets: Path, imagery: Path) ->
         TileRenderer(streets, imagery, CONFIG).tile(*far)
 
 
-def test_bad_sources_are_named(tmp_path: Path, streets: Path) -> None:
+def test_errors_name_the_bad_source(tmp_path: Path, streets: Path) -> None:
     with pytest.raises(InputError, match="nothing to draw"):
         TileRenderer(None, None, CONFIG)
     with pytest.raises(InputError, match=r"nowhere.geojson can't be read"):

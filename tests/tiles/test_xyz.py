@@ -66,7 +66,7 @@ def test_same_ground_as_the_geotiff(tmp_path: Path, streets: Path, zoom: int | N
     assert levels == {zoom or (18 if pixels == 336 else 19)}  # 0.60 or 0.33 m a pixel; level 18 has 0.37 m here
 
 
-def test_cache_and_manners(tmp_path: Path, streets: Path) -> None:
+def test_requests_are_cached_and_identify_themselves(tmp_path: Path, streets: Path) -> None:
     with Server(good).running() as running:
         url = f"{running.url}/{{z}}/{{x}}/{{y}}.png"
         chosen = config(tmp_path, user_agent="my-city (me@example.org)", attribution="© Me")
@@ -81,7 +81,7 @@ def test_cache_and_manners(tmp_path: Path, streets: Path) -> None:
     assert again.tobytes() == picture.tobytes()
 
 
-def test_damaged_cache_is_fetched_again(tmp_path: Path) -> None:
+def test_a_damaged_cached_tile_is_downloaded_again(tmp_path: Path) -> None:
     with Server(good).running() as running:
         server = server_of(running, tmp_path)
         whole = server.tile(18, 131159, 86000)
@@ -94,7 +94,7 @@ def test_damaged_cache_is_fetched_again(tmp_path: Path) -> None:
     assert len(running.asked) == 2
 
 
-def test_404_is_a_hole_and_asked_once(tmp_path: Path, streets: Path) -> None:
+def test_404_is_transparent_and_requested_once(tmp_path: Path, streets: Path) -> None:
     with always(404, HTML).running() as running:
         renderer = TileRenderer(streets, f"{running.url}/{{z}}/{{x}}/{{y}}.png", config(tmp_path))
         for _ in range(2):
@@ -129,7 +129,7 @@ def test_429_waits_as_long_as_the_server_says(
     assert at[3] - at[2] == pytest.approx(60)
 
 
-def test_waits_without_a_word_of_the_server_double(tmp_path: Path, clock: Clock) -> None:
+def test_waits_double_without_retry_after(tmp_path: Path, clock: Clock) -> None:
     at: list[float] = []
 
     def answer(asked: Asked) -> Answer:
@@ -141,7 +141,7 @@ def test_waits_without_a_word_of_the_server_double(tmp_path: Path, clock: Clock)
     assert [after - before for before, after in itertools.pairwise(at)] == pytest.approx([1, 2, 4])
 
 
-def test_requests_keep_the_pace(tmp_path: Path, clock: Clock) -> None:
+def test_requests_respect_the_rate_limit(tmp_path: Path, clock: Clock) -> None:
     at: list[float] = []
 
     def answer(asked: Asked) -> Answer:
@@ -206,7 +206,7 @@ def test_a_server_that_keeps_failing(
         assert len(running.asked) == 3 * asks + 1
 
 
-def test_a_server_that_is_back_is_asked_again(tmp_path: Path, clock: Clock) -> None:
+def test_a_recovered_server_is_used_again(tmp_path: Path, clock: Clock) -> None:
     broken = Server(lambda path: (500, {}, b""))
     with broken.running() as running:
         server = server_of(running, tmp_path)
@@ -224,7 +224,7 @@ def test_a_server_that_is_back_is_asked_again(tmp_path: Path, clock: Clock) -> N
 
 
 @pytest.mark.parametrize(("status", "hint"), [(401, "key"), (403, "user_agent"), (400, "check tiles.imagery")])
-def test_refusals_are_not_repeated(tmp_path: Path, status: int, hint: str) -> None:
+def test_refused_requests_are_not_repeated(tmp_path: Path, status: int, hint: str) -> None:
     with always(status).running() as running:
         with pytest.raises(InputError, match=rf"is refused \({status} .*{hint}"):
             server_of(running, tmp_path).tile(1, 0, 0)
@@ -245,7 +245,7 @@ def test_refusals_are_not_repeated(tmp_path: Path, status: int, hint: str) -> No
     ],
     ids=range(8),
 )
-def test_what_is_not_a_map_tile(tmp_path: Path, headers: dict[str, str], body: bytes, reason: str) -> None:
+def test_responses_that_are_not_map_tiles(tmp_path: Path, headers: dict[str, str], body: bytes, reason: str) -> None:
     with always(200, body, **headers).running() as running:
         with pytest.raises(InputError, match=reason):
             server_of(running, tmp_path).tile(1, 0, 0)
@@ -253,7 +253,7 @@ def test_what_is_not_a_map_tile(tmp_path: Path, headers: dict[str, str], body: b
 
 
 @pytest.mark.parametrize("drip_s", [0.005, 30.0])
-def test_a_server_that_hangs_is_left(tmp_path: Path, clock: Clock, drip_s: float) -> None:
+def test_a_server_that_hangs_times_out(tmp_path: Path, clock: Clock, drip_s: float) -> None:
     """Nothing after the first byte, or a byte now and then: bounded by the time of one request, times the tries."""
     clock.tick = 0.06
     with Server(good, drip_s).running() as running:
@@ -262,7 +262,7 @@ def test_a_server_that_hangs_is_left(tmp_path: Path, clock: Clock, drip_s: float
         assert len(running.asked) == 4
 
 
-def test_nobody_listens(tmp_path: Path) -> None:
+def test_connection_refused(tmp_path: Path) -> None:
     with Server(good).running() as running:
         url = running.url
     server = XyzServer(f"{url}/{{z}}/{{x}}/{{y}}", tmp_path, "tests", 1000)
@@ -301,7 +301,7 @@ def test_a_bad_server_rejects_rows_and_the_rest_goes_on(tmp_path: Path, streets:
 
 
 @given(z=st.integers(1, 22), data=st.data())
-def test_addresses(z: int, data: st.DataObject) -> None:
+def test_placeholders_of_addresses(z: int, data: st.DataObject) -> None:
     x, y = (data.draw(st.integers(0, 2**z - 1)) for _ in "xy")
     plain, flipped, key, part = xyz._address("h/{z}/{x}/{y}|{-y}|{q}|{s}", z, x, y).split("|")
     assert plain == f"h/{z}/{x}/{y}"
@@ -326,7 +326,7 @@ def test_addresses(z: int, data: st.DataObject) -> None:
         ("ftp://bucket/city.tif", "http"),
     ],
 )
-def test_addresses_that_are_none(tmp_path: Path, template: str, reason: str) -> None:
+def test_invalid_addresses(tmp_path: Path, template: str, reason: str) -> None:
     with pytest.raises(InputError) as caught:
         imagery.open_imagery(template, "EPSG:3857", config(tmp_path))
     assert reason in str(caught.value)
@@ -340,7 +340,7 @@ def test_keys_stay_out_of_messages(tmp_path: Path) -> None:
     assert "hush" not in str(caught.value) + server.attribution
 
 
-def test_too_fine_a_zoom_is_told(tmp_path: Path, streets: Path) -> None:
+def test_a_zoom_that_needs_too_many_tiles_is_an_error(tmp_path: Path, streets: Path) -> None:
     with Server(good).running() as running:
         renderer = TileRenderer(streets, f"{running.url}/{{z}}/{{x}}/{{y}}.png", config(tmp_path, zoom=23))
         with pytest.raises(InputError, match=r"set tiles\.zoom lower"):
@@ -348,7 +348,7 @@ def test_too_fine_a_zoom_is_told(tmp_path: Path, streets: Path) -> None:
         assert not running.asked
 
 
-def test_an_xyz_server_alone_has_no_middle(tmp_path: Path) -> None:
+def test_an_xyz_server_alone_has_no_centre(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"set city\.streets as well"):
         TileRenderer(None, "https://host/{z}/{x}/{y}.png", config(tmp_path))
 

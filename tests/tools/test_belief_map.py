@@ -42,7 +42,7 @@ def test_only_answers_that_name_one_street_count():
     assert not found.has_options
 
 
-def test_a_model_that_knows_no_street_chooses_among_those_of_the_others():
+def test_a_model_that_names_no_street_gets_the_streets_of_the_others_as_options():
     knows, lost = Said("Mill Street"), Said("a street", with_options=["Mill Street", "?"])
     before, after = belief_map.sample_all([lost, knows], picture(1), CITY, 10, 0.8, 0)
     assert (before.counts["Mill Street"], before.has_options) == (5, True)
@@ -50,7 +50,7 @@ def test_a_model_that_knows_no_street_chooses_among_those_of_the_others():
     assert "Options: Mill Street." in lost.asked[-1]
 
 
-def test_how_far_the_answers_lie():
+def test_mean_distance_of_the_answers():
     found = SampledAnswers(Counter({"Mill Street": 3, "Oak Avenue": 1}), 4)
     assert belief_map.spread_m(found, CITY, 0, 0.005) == pytest.approx(0.25 * 0.01 * 111_320, rel=1e-3)
     assert belief_map.spread_m(SampledAnswers(Counter(), 4), CITY, 0, 0) is None
@@ -65,7 +65,7 @@ NORTH = Gazetteer(
 )
 
 
-def test_distances_and_the_view_far_from_the_equator():
+def test_distances_and_extent_far_from_the_equator():
     one = SampledAnswers(Counter({"East Road": 3}), 4)
     for street in NORTH.streets:
         assert belief_map.spread_m(SampledAnswers(Counter({street: 3}), 4), NORTH, north.LAT, north.LON) == pytest.approx(
@@ -86,7 +86,7 @@ def test_distances_and_the_view_far_from_the_equator():
     assert drawn["set_aspect"] == (pytest.approx(across / up * (north_end - south) / (east - west) / 0.25, rel=0.01),)
 
 
-def test_answers_are_drawn_from_the_seed_and_as_many_as_wanted():
+def test_sampling_is_seeded_and_returns_n_answers():
     class Draws(Said):
         def answer(self, images, questions, max_tokens, temperature):
             self.asked.append((len(images), len(questions), temperature))
@@ -100,7 +100,7 @@ def test_answers_are_drawn_from_the_seed_and_as_many_as_wanted():
     assert first.answers == 130
 
 
-def test_a_real_model_draws_and_the_picture_shows_it(tmp_path, capsys, monkeypatch):
+def test_the_command_draws_the_map_of_a_real_model(tmp_path, capsys, monkeypatch):
     localizer = localizer_of("llava", tmp_path, CITY)
     picture(1).save(tmp_path / "photo.jpg")
     counted = SampledAnswers(Counter({"Mill Street": 6}), 8)
@@ -125,7 +125,7 @@ def test_a_real_model_draws_and_the_picture_shows_it(tmp_path, capsys, monkeypat
         (["--photo", "{here}/photo.jpg"], "no streets to draw"),
     ],
 )
-def test_what_a_person_can_mend(tmp_path, arguments, sentence):
+def test_wrong_arguments_are_one_sentence(tmp_path, arguments, sentence):
     (tmp_path / "text.jpg").write_text("<html>")
     picture(1).save(tmp_path / "photo.jpg")
     with pytest.raises(InputError, match=sentence):

@@ -19,7 +19,7 @@ def names_in(folder: Path) -> set[str]:
     return found
 
 
-def test_names_that_vllm_reads() -> None:
+def test_weight_names_of_vllm() -> None:
     flat, nested = "vision_tower.embeddings.class_embedding", "vision_tower.vision_model.embeddings.class_embedding"
     assert vllm_name(flat, "clip_vision_model") == nested
     assert vllm_name(nested, "clip_vision_model") == nested
@@ -28,7 +28,7 @@ def test_names_that_vllm_reads() -> None:
     assert vllm_name("language_model.model.norm.weight", "clip_vision_model") == "language_model.model.norm.weight"
 
 
-def test_an_export_has_these_names_and_transformers_still_reads_it(tmp_path: Path) -> None:
+def test_an_export_has_vllm_names_and_loads_in_transformers(tmp_path: Path) -> None:
     merged = tiny_llava(tmp_path / "merged")
     export_for_vllm(merged, tmp_path / "out")
     towers = {name for name in names_in(tmp_path / "out") if name.startswith("vision_tower.")}
@@ -54,14 +54,14 @@ def test_an_index_of_several_files_is_renamed_too(tmp_path: Path) -> None:
         (lambda folder: (folder.mkdir(), (folder / "adapter_config.json").write_text("{}")), "holds an adapter"),
     ],
 )
-def test_what_is_no_merged_model(prepare, sentence: str, tmp_path: Path) -> None:
+def test_folders_without_a_merged_model(prepare, sentence: str, tmp_path: Path) -> None:
     prepare(tmp_path / "in")
     with pytest.raises(SystemExit, match=sentence):
         main([str(tmp_path / "in"), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_is_overwritten_and_torn_weights_are_told(tmp_path: Path) -> None:
+def test_exports_overwrite_nothing_and_report_damaged_weights(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "config.json").write_text("{}")
     save_file({"a": torch.zeros(1)}, tmp_path / "in" / "model.safetensors")
