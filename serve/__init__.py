@@ -23,11 +23,11 @@ def config(args: ServiceSettings) -> Application:
     Raises:
         InputError: a setting is wrong, or there is no such model.
     """
-    from serve.app import HttpApi
     from serve.cities import find_cities
     from serve.errors import LOGGING_CONFIG
     from serve.images import ImagesDeployment
     from serve.middleware import RateLimit, key_hashes
+    from serve.routes import HttpApi
 
     cities = find_cities(args)
     delays = {"upscale_delay_s": args.upscale_delay_s, "downscale_delay_s": args.downscale_delay_s}

@@ -1,4 +1,4 @@
-"""Calls from the HTTP front to the model and image deployments: retries, time limits, streams."""
+"""Calls from the HTTP front to all deployments: retries, time limits, streams."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from prometheus_client.core import Metric
+from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
@@ -64,9 +65,17 @@ class Backend:
         first, chunks = await self._with_retry(start)
         return stream()
 
-    async def collect_metrics(self, front: DeploymentHandle) -> dict[str, list[Metric]]:
+    async def running_replicas(self) -> int:
+        """Number of model replicas that run."""
+        status, app = await asyncio.to_thread(serve.status), serve.get_replica_context().app_name
+        replicas = status.applications[app].deployments["Localizer"].replica_states
+        return sum(count for state, count in replicas.items() if str(getattr(state, "value", state)) == "RUNNING")
+
+    async def collect_metrics(self) -> dict[str, list[Metric]]:
         """Metrics of all replicas of the three deployments, by replica; those that do not answer are left out."""
         metrics: dict[str, list[Metric]] = {}
+        context = serve.get_replica_context()
+        front = serve.get_deployment_handle(context.deployment, context.app_name)
         for handle in (front, self.model, self.images):
             try:
                 results = handle.broadcast("collect").results_async(timeout_s=METRICS_TIMEOUT_S, return_exceptions=True)

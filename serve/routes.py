@@ -1,12 +1,14 @@
-"""The HTTP routes: check a request, call the model, shape its answer.
+"""The HTTP front: its routes check a request, call the model and shape its answer.
 
 Try it:
     curl -F file=@photo.jpg http://localhost:8000/v1/localize
 """
 
 import asyncio
+import logging
 import mimetypes
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+import sys
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,17 @@ from fastapi.middleware.gzip import GZipMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
-from prometheus_client.core import Metric
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from ray import serve
+from ray.serve.handle import DeploymentHandle
 from starlette.routing import Route
 
 from serve.backend import Backend
 from serve.chat import MODEL_ALIAS, ChatResponse, conversation, parse_chat
 from serve.cities import City, CityGeometry, pick_city
-from serve.errors import ApiError, add_exception_handlers
-from serve.metrics import ServiceMetrics, render_metrics
+from serve.errors import LOGGING_CONFIG, ApiError, add_exception_handlers
+from serve.metrics import MetricsReplica, ServiceMetrics, render_metrics
 from serve.middleware import AccessMiddleware
 from serve.requests import ChatQuery, LocalizeQuery, read_json, read_localize
 from serve.schemas import (
@@ -97,25 +100,10 @@ def _request_body(example: dict[str, Any], **schemas: type[BaseModel]) -> dict[s
 
 
 class Routes:
-    """The routes over a backend.
+    """The routes over a backend."""
 
-    Args:
-        running_replicas: number of model replicas that run.
-        collect_metrics: metrics of all replicas, by replica.
-    """
-
-    def __init__(
-        self,
-        settings: ServiceSettings,
-        cities: Sequence[City],
-        backend: Backend,
-        metrics: ServiceMetrics,
-        running_replicas: Callable[[], Awaitable[int]],
-        collect_metrics: Callable[[], Awaitable[Mapping[str, Sequence[Metric]]]],
-    ) -> None:
-        self.settings, self.backend, self.metrics = settings, backend, metrics
-        self.running_replicas, self.collect_metrics = running_replicas, collect_metrics
-        self.cities = list(cities)
+    def __init__(self, settings: ServiceSettings, cities: Sequence[City], backend: Backend, metrics: ServiceMetrics) -> None:
+        self.settings, self.cities, self.backend, self.metrics = settings, list(cities), backend, metrics
         self.geometries = {city.id: CityGeometry(city) for city in cities}
 
     def app(self, key_hashes: Sequence[str] = (), **access: Any) -> FastAPI:
@@ -265,17 +253,55 @@ class Routes:
 
     async def health(self) -> Health:
         """200 if a model replica runs, 503 if none does."""
-        replicas = await self.running_replicas()
+        replicas = await self.backend.running_replicas()
         if not replicas and self.settings.min_replicas:
             raise ApiError(503, "No model replica is running.", code="not_ready")
         return Health(replicas=replicas)
 
     async def export_metrics(self) -> Response:
         """The metrics of all replicas as Prometheus text."""
-        return Response(render_metrics(await self.collect_metrics()), media_type=CONTENT_TYPE_LATEST)
+        return Response(render_metrics(await self.backend.collect_metrics()), media_type=CONTENT_TYPE_LATEST)
 
     async def page_file(self, request: Request) -> Response:
         """A file of the page, by the path of its route."""
         file = PAGE / (request.scope["route"].path[1:] or "index.html")
         media_type = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
         return Response(file.read_bytes(), media_type=media_type, headers=PAGE_HEADERS)
+
+
+@serve.deployment(
+    name="HttpApi",
+    max_ongoing_requests=1024,  # above `ServiceSettings.max_in_flight`, so that the front refuses, with its own error
+    max_queued_requests=512,  # in Serve's proxy, whose memory would grow without end; beyond it Serve answers 503 itself
+    ray_actor_options={"num_cpus": 0},  # it mostly waits for the model, and must fit on a one-CPU machine
+    logging_config=LOGGING_CONFIG,
+)
+@serve.ingress()
+class HttpApi(MetricsReplica):
+    """The routes as a deployment.
+
+    Args:
+        rate_limit: the service's `RateLimit`, if there is one.
+        key_hashes: SHA-256 of the API keys; without any, everyone may call.
+    """
+
+    def __init__(
+        self,
+        model: DeploymentHandle,
+        images: DeploymentHandle,
+        rate_limit: DeploymentHandle | None,
+        settings: ServiceSettings,
+        cities: Sequence[City],
+        key_hashes: Sequence[str],
+    ) -> None:
+        self.key_hashes, self.rate_limit, self.metrics = list(key_hashes), rate_limit, ServiceMetrics()
+        backend = Backend(model, images, self.metrics, len(cities) > 1, settings.request_s)
+        self.routes = Routes(settings, cities, backend, self.metrics)
+        logger = logging.getLogger("addressvlm.access")  # one line of JSON per request, on standard output
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.handlers = [logging.StreamHandler(sys.stdout)]
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        wait = self.rate_limit.wait.remote if self.rate_limit else None
+        return self.routes.app(self.key_hashes, wait=wait, set_request_id=False)

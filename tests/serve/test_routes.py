@@ -30,6 +30,7 @@ class Double:
 
     def __init__(self) -> None:
         self.requests: list[Any] = []
+        self.metrics = ServiceMetrics()
         self.result = Localization(
             [Candidate("Oak Avenue", "Harbour", 0.625), Candidate("Quay Lane", "Harbour", 0.25)], True, 0.625, 0.5
         )
@@ -54,6 +55,12 @@ class Double:
 
         return pieces()
 
+    async def running_replicas(self) -> int:
+        return 0
+
+    async def collect_metrics(self) -> Any:
+        return {"front": self.metrics.collect()}
+
 
 @pytest.fixture
 def double() -> Double:
@@ -67,15 +74,7 @@ def client(tmp_path: Path, double: Double) -> TestClient:
         (tmp_path / city).mkdir()
         save_gazetteer(tmp_path / city, city, streets)
         cities.append(City(city.lower(), city, f"run/{city.lower()}", tmp_path / city))
-    metrics = ServiceMetrics()
-
-    async def running_replicas() -> int:
-        return 0
-
-    async def collect_metrics() -> Any:
-        return {"front": metrics.collect()}
-
-    return TestClient(Routes(ServiceSettings(max_tokens=100), cities, double, metrics, running_replicas, collect_metrics).app())
+    return TestClient(Routes(ServiceSettings(max_tokens=100), cities, double, double.metrics).app())
 
 
 def test_every_field_of_a_localize_request_reaches_the_model(client: TestClient, double: Double) -> None:

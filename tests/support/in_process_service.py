@@ -38,13 +38,15 @@ def application(root: Path, **settings: Any) -> FastAPI:
     config = service.ServiceSettings(**({"model": str(model_folder(root))} | settings))
     cities, metrics = find_cities(config), ServiceMetrics()
     model, images = Model(config, cities), Images(config)
-    backend = Backend(Handle(model), Handle(images), metrics, len(cities) > 1, config.request_s)
 
-    async def running_replicas() -> int:
-        return 1
+    class InProcessBackend(Backend):
+        async def running_replicas(self) -> int:
+            return 1
 
-    async def collect_metrics() -> Any:
-        return {"front": metrics.collect(), "model": model.metrics.collect(), "images": images.metrics.collect()}
+        async def collect_metrics(self) -> Any:
+            return {"front": metrics.collect(), "model": model.metrics.collect(), "images": images.metrics.collect()}
+
+    backend = InProcessBackend(Handle(model), Handle(images), metrics, len(cities) > 1, config.request_s)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -52,7 +54,7 @@ def application(root: Path, **settings: Any) -> FastAPI:
         await images.decode_pool.close()
 
     wait = RateLimit(config.rate_limit).wait if config.rate_limit else None
-    app = Routes(config, cities, backend, metrics, running_replicas, collect_metrics).app(key_hashes=key_hashes(), wait=wait)
+    app = Routes(config, cities, backend, metrics).app(key_hashes=key_hashes(), wait=wait)
     app.router.lifespan_context = lifespan
     return app
 
