@@ -111,11 +111,7 @@ class Localizer(ChatModel):
         priors: Sequence[Prior | None] | None = None,
         threshold: float | None = None,
     ) -> list[Localization]:
-        """The same for many photos, in batches.
-
-        Raises:
-            InputError: as `localize`.
-        """
+        """The same for many photos, in batches."""
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k is {top_k}: give 1 or more, or leave it out.")
         if threshold is not None and not 0 <= threshold <= 1:
@@ -126,11 +122,7 @@ class Localizer(ChatModel):
     def address_distributions(
         self, images: Sequence[Image.Image], priors: Sequence[Prior | None] | None = None
     ) -> list[AddressDistribution]:
-        """The calibrated probabilities of all addresses for each photo.
-
-        Raises:
-            InputError: as `localize`.
-        """
+        """The calibrated probabilities of all addresses for each photo."""
         gazetteer = self.require_gazetteer()
         priors = [None] * len(images) if priors is None else list(priors)
         if len(priors) != len(images):
@@ -203,11 +195,7 @@ class Localizer(ChatModel):
     def stream(
         self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image] = (), sampling: Sampling | None = None
     ) -> Iterator[TextChunk]:
-        """The same as it is generated; stop iterating to stop the model. The prompt is prefilled at once.
-
-        Raises:
-            InputError: as `chat`.
-        """
+        """The same as it is generated; stop iterating to stop the model. The prompt is prefilled at once."""
         return stream_tokens(self, self._prefill_chat(messages, images), sampling or Sampling())
 
     def prefill_prompt(self, prompt: str, images: Sequence[Image.Image], *prefixes: PrefixCacheEntry | None) -> PrefillCache:

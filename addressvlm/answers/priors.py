@@ -75,11 +75,7 @@ class Prior:
 
 
 def _gazetteer_name(name: str, level: str, gazetteer: Gazetteer) -> str:
-    """The gazetteer's spelling of a name.
-
-    Raises:
-        InputError: it has no such name; the sentence proposes the nearest.
-    """
+    """The gazetteer's spelling of a name."""
     names, find = (
         (gazetteer.streets, gazetteer.find_street) if level == "street" else (gazetteer.districts, gazetteer.find_district)
     )
@@ -93,11 +89,7 @@ def _gazetteer_name(name: str, level: str, gazetteer: Gazetteer) -> str:
 
 
 def _log_street_weights(weights: Mapping[str, float], gazetteer: Gazetteer) -> dict[str, float]:
-    """Street of the gazetteer -> ln of its weight.
-
-    Raises:
-        InputError: a name is unknown, two are one street, or a weight is out of range.
-    """
+    """Street of the gazetteer -> ln of its weight."""
     log_weights: dict[str, float] = {}
     for name, weight in weights.items():
         street = _gazetteer_name(name, "street", gazetteer)

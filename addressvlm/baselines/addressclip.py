@@ -207,11 +207,7 @@ class ClipLearner(Ddp):
     """The trainable weights and their optimizer; see `training.strategy.Strategy`."""
 
     def __init__(self, towers: DualEncoderTowers, batch: ClipBatch, max_grad_norm: float, context: Any) -> None:
-        """Weights that get no gradient from a first `batch` stay frozen.
-
-        Raises:
-            InputError: nothing can learn.
-        """
+        """Weights that get no gradient from a first `batch` stay frozen."""
         encoder, system = towers.encoder, towers.system
         pretrained, new = encoder.trainable(system.train_image, system.train_text)
         encoder.requires_grad_(False)

@@ -108,11 +108,7 @@ class ClipData(Schedule):
         self.without_image: dict[int, ClipSample] = {}
 
     def sample(self, index: int) -> Any:
-        """The sample of a row.
-
-        Raises:
-            UnusableError: its image can't be decoded.
-        """
+        """The sample of a row."""
         if index in self.without_image:
             return self.without_image[index]
         row = self.rows[index]

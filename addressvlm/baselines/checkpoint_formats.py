@@ -63,11 +63,7 @@ class CheckpointWeights:
         return tensor.chunk(3)["qkv".index(third[1])].clone() if third else tensor
 
     def state_dict(self, like: dict[str, torch.Tensor], source: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A state dict with the names and shapes of another, from the `source` of each name's tensor.
-
-        Raises:
-            InputError: a tensor is missing or has another shape.
-        """
+        """A state dict with the names and shapes of another, from the `source` of each name's tensor."""
         state = {}
         for name, tensor in like.items():
             state[name] = source(name).contiguous()
@@ -80,11 +76,7 @@ class CheckpointWeights:
         return state
 
     def require_all_used(self, ignored: Iterable[str] = ()) -> None:
-        """Refuse a file with tensors that the model does not have.
-
-        Raises:
-            InputError: it has one.
-        """
+        """Refuse a file with tensors that the model does not have."""
         unused = sorted(set(self._tensors) - self._used - set(ignored))
         if unused:
             raise InputError(
@@ -98,9 +90,6 @@ def checkpoint_format(where: str) -> Format:
 
     Args:
         where: folder or Hub name.
-
-    Raises:
-        InputError: a file is damaged, or the folder has pickled weights only.
     """
     settings = read_settings(where, CONFIG)
     if settings and settings.get("model_type") in CONFIG_MAPPING:
@@ -135,11 +124,7 @@ def find_file(where: str, file: str) -> Path | None:
 
 
 def read_settings(where: str, file: str) -> dict[str, Any] | None:
-    """A JSON file of a folder or Hub model, None if it has none.
-
-    Raises:
-        InputError: it is not a JSON object.
-    """
+    """A JSON file of a folder or Hub model, None if it has none."""
     path = find_file(where, file)
     if path is None:
         return None
@@ -153,11 +138,7 @@ def read_settings(where: str, file: str) -> dict[str, Any] | None:
 
 
 def read_weights(where: str, file: str) -> CheckpointWeights:
-    """The tensors of a folder or Hub model.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
+    """The tensors of a folder or Hub model."""
     path = find_file(where, file)
     if path is None:
         _refuse_pickles(where)
@@ -176,9 +157,6 @@ def build_and_load(
     Args:
         kind: its class.
         source: the tensor for a name of its state dict.
-
-    Raises:
-        InputError: a tensor is missing or has another shape.
     """
     with torch.device("meta"):
         like = kind(config).state_dict()

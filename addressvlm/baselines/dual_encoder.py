@@ -194,11 +194,7 @@ class PairedEncoders(DualEncoder):
         return {name: value.contiguous() for name, value in self.state_dict().items() if not name.startswith("model.")}
 
     def load_projections(self, file: Path) -> None:
-        """Load `projections.safetensors`.
-
-        Raises:
-            InputError: it is of another model.
-        """
+        """Load `projections.safetensors`."""
         state = load_file(file)
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in self._projection_state().items()}:
             raise InputError(f"{PROJECTIONS} belongs to another model: train it again.")
@@ -222,11 +218,7 @@ def build_dual_encoder(base: str | None, vlm: str, dtype: str, seed: int, trust_
 
 
 def load_clip_like(name: str, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A CLIP-like model of transformers or open_clip on the CPU and its processor; safetensors only.
-
-    Raises:
-        InputError: the model is missing, has no safetensors, or encodes no texts.
-    """
+    """A CLIP-like model of transformers or open_clip on the CPU and its processor; safetensors only."""
     where = local(name)
     if checkpoint_format(where) == "open_clip":
         return load_open_clip_dual(where, dtype)

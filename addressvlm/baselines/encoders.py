@@ -139,9 +139,6 @@ def embed_photos(
 
     Args:
         threads: of torch.
-
-    Raises:
-        InputError: as Encoder.
     """
     encoder, rows = _cached_encoder(base, dtype, trust_remote_code, threads), []
     for start in range(0, len(photos), batch_size):

@@ -124,11 +124,7 @@ class OpenClipSettings:
 
     @classmethod
     def read(cls, where: str) -> "OpenClipSettings":
-        """Read and check the file of a folder or Hub model.
-
-        Raises:
-            InputError: it is missing or lacks a section, or its architecture or photo processing is not supported.
-        """
+        """Read and check the file of a folder or Hub model."""
         config = read_settings(where, OPEN_CLIP_CONFIG) or {}
         model, photos = config.get("model_cfg"), config.get("preprocess_cfg") or {}
         sections = [*((model.get(part) for part in ("vision_cfg", "text_cfg")) if isinstance(model, dict) else [None]), photos]
@@ -212,11 +208,7 @@ def load_open_clip(where: str, dtype: str) -> tuple[Any, Any]:
 
 
 def load_open_clip_dual(where: str, dtype: str) -> tuple[Any, Any]:
-    """The same with the processor of its photos and texts.
-
-    Raises:
-        InputError: as `load_open_clip`, or it has no tokenizer.json or cleans texts in an unknown way.
-    """
+    """The same with the processor of its photos and texts."""
     settings = OpenClipSettings.read(where)
     tokenizer = _tokenizer(settings)
     model, image_processor = load_open_clip(where, dtype)

@@ -77,9 +77,6 @@ class VectorIndex:
 
         Args:
             queries: float32 (N, D).
-
-        Raises:
-            InputError: the queries have another dimension.
         """
         self._check_dimension(queries)
         sign = np.float32(-1 if farthest else 1)
@@ -91,9 +88,6 @@ class VectorIndex:
 
         Args:
             group: index of each photo's group, int (photos,); -1 for none.
-
-        Raises:
-            InputError: the queries have another dimension.
         """
         self._check_dimension(queries)
         order = np.argsort(group, kind="stable")
