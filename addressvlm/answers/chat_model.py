@@ -71,7 +71,10 @@ class ChatModel:
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._special = re.compile("|".join(map(re.escape, _special_texts(self.processor))))
+        markers = {*self.tokenizer.all_special_tokens, *map(str, self.tokenizer.added_tokens_decoder.values())}
+        markers.add(str(getattr(self.processor, "image_token", None) or ""))
+        longest_first = sorted({marker for marker in markers if marker.strip()}, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)))
         eos = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
         self.end_tokens: set[int] = ends - {None}
@@ -156,10 +159,3 @@ def keeps_all_tokens(cache: Any, length: int) -> bool:
         type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and length < layer.sliding_window)
         for layer in cache.layers
     )
-
-
-def _special_texts(processor: Any) -> list[str]:
-    """Texts that the tokenizer or the processor would not take for text, longest first."""
-    texts = {*processor.tokenizer.all_special_tokens, *(str(t) for t in processor.tokenizer.added_tokens_decoder.values())}
-    image = getattr(processor, "image_token", None)
-    return sorted({t for t in texts | {str(image or "")} if t.strip()}, key=len, reverse=True)

@@ -52,8 +52,9 @@ def rag_prompt(config: RagConfig, similar: Sequence[Row], dissimilar: Sequence[R
         parts = [f"Photos that look like this one (similar) and unlike it (dissimilar) were {where}:"]
         parts.append(json.dumps(places, ensure_ascii=False))
     elif places:
-        texts = {kind: [", ".join(_text(value) for value in place.values()) for place in rows] for kind, rows in places.items()}
-        parts = [f"{HEADINGS[kind]} were taken at {'; '.join(rows)}." for kind, rows in texts.items()]
+        for kind, rows in places.items():
+            texts = (", ".join(v if isinstance(v, str) else f"{v:.{DECIMALS}f}" for v in place.values()) for place in rows)
+            parts.append(f"{HEADINGS[kind]} were taken at {'; '.join(texts)}.")
     lat, lon = (f"<{name}>" for name in PLACEHOLDERS[config.degrees])
     return "\n".join([*parts, INSTRUCTIONS[config.ask].format(lat=lat, lon=lon, question=ADDRESS_QUESTION)])
 
@@ -72,10 +73,6 @@ def _place(config: RagConfig, photo: Row) -> dict[str, Any]:
     if config.degrees == "dms":
         return {"lat": dms(photo["lat"], "NS"), "lon": dms(photo["lon"], "EW")}
     return {"lat": round(photo["lat"], DECIMALS), "lon": round(photo["lon"], DECIMALS)}
-
-
-def _text(value: Any) -> str:
-    return f"{value:.{DECIMALS}f}" if isinstance(value, float) else value
 
 
 Point = tuple[float, float]  # latitude and longitude in degrees
