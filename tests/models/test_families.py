@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from addressvlm.config.train import ModelConfig, PartConfig, StageConfig
 from addressvlm.models.loading import enable_packing, has_1d_positions
 from addressvlm.models.lora import attach_lora, set_trainable_parts, trainable_params
-from addressvlm.models.parts import part_of_any_family, part_of
+from addressvlm.models.parts import part_of, part_of_any_family
 from addressvlm.training.collator import Collator, Sample, sample_from_row
 from addressvlm.training.dataset import Schedule
 from addressvlm.training.loss import answer_loss

@@ -1,4 +1,4 @@
-"""The training loop against plain PyTorch written out here: losses, moments and weights of two stages; dropout, statistics.
+"""The training loop against plain PyTorch written out here: losses, moments and weights of two stages; dropout, statistics
 
 python -m pytest -q tests/training/test_against_plain_pytorch.py
 """
@@ -27,16 +27,20 @@ from addressvlm.training.checkpoint import TrainingCheckpoint
 from addressvlm.training.collator import Collator, image_from_row, sample_from_row
 from addressvlm.training.dataset import Schedule, TableRows
 from addressvlm.training.metrics_logger import StepMetrics
-from addressvlm.training.optim import clip_and_step
 from addressvlm.training.stages import Stage, build_stages
 from addressvlm.training.trainer import AdaptedModel, train_system
 from tests.support.families import tiny_fastvlm
-from tests.support.tiny import tiny_llava
 from tests.support.training_tables import ListTable, keeping, picture, table_rows, train_stage, trained_config
 
 WORDS = {"vision": "vision_tower", "adapter": "multi_modal_projector", "llm": "language_model"}
+
+
 STEPS, PER_STEP = 3, 4
+
+
 SHARES = [1.0, 1.0, 0.5]  # of the learning rate: one step of warm-up, then half a cosine of two steps
+
+
 STAGES: dict[str, dict[str, Any]] = {
     "alignment": {"parts": ["adapter", "llm"], "learning_rate": 0.02, "max_grad_norm": 2.0, "weight_decay": 3.0},
     "localization": {
@@ -44,11 +48,6 @@ STAGES: dict[str, dict[str, Any]] = {
         "weight_decay": 1.0, "isolate_questions": True,
     },
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llava(tmp_path_factory.mktemp("tiny"))
 
 
 def nothing(metrics: dict[str, Any], snapshot: TrainingCheckpoint | None) -> None:
@@ -158,38 +157,6 @@ def far(one: torch.Tensor, other: torch.Tensor) -> int:
     return int(((one - other).abs() > 0.05 * max(float(other.abs().max()), 1e-7)).sum())
 
 
-@pytest.mark.parametrize(("batch_size", "gradient_accumulation_steps", "packing"), [(2, 2, "off"), (1, 4, "on")])
-def test_two_stages_are_those_of_plain_pytorch(
-    tmp_path: Path, base: Path, batch_size: int, gradient_accumulation_steps: int, packing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, kept = two_stages(tmp_path, base, batch_size, gradient_accumulation_steps, packing), []
-    train_system(config, "AddressVLM", None, keeping(kept, tmp_path))
-    lines = (Run(config).training_dir("AddressVLM") / "loss.jsonl").read_text().splitlines()
-    curve = [json.loads(line) for line in lines]
-    assert len(curve) == 2 * STEPS
-    held = [TrainingCheckpoint.read(folder) for folder in kept]
-    assert [(snapshot.stage, snapshot.step) for snapshot in held] == [(stage, step) for stage in (0, 1) for step in (1, 2, 3)]
-
-    monkeypatch.setattr(lora_module.FusedLoraLinear, "forward", lora.Linear.forward)
-    clipped = []
-    for number, (loss, norm, model, optimizer) in enumerate(plain_training(config, base)):
-        assert curve[number]["loss"] == pytest.approx(loss, rel=2e-3)
-        assert curve[number]["gradient_norm"] == pytest.approx(norm, rel=2e-2)
-        clipped.append(norm > STAGES["alignment" if number < STEPS else "localization"]["max_grad_norm"])
-        snapshot, named = held[number], dict(adapter_weights(model))
-        learnt = {name for name in named if named[name] in optimizer.state}
-        assert snapshot.adapter.keys() == named.keys()
-        assert snapshot.optimizer_state.keys() == learnt
-        pairs = [(snapshot.adapter[name], named[name].detach()) for name in named]
-        pairs += [
-            (snapshot.optimizer_state[n][key], optimizer.state[named[n]][key])
-            for n in learnt
-            for key in ("exp_avg", "exp_avg_sq")
-        ]
-        assert sum(far(*pair) for pair in pairs) <= 0.005 * sum(one.numel() for one, _ in pairs)
-    assert any(clipped)
-
-
 Speaker = tuple[Any, Any, Any]
 
 
@@ -224,6 +191,38 @@ def as_worker(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
         is_initialized=lambda: True, get_rank=lambda: rank, get_world_size=lambda: world, all_reduce=lambda v: v.mul_(world)
     )
     monkeypatch.setattr(trainer, "dist", stand_in)
+
+
+@pytest.mark.parametrize(("batch_size", "gradient_accumulation_steps", "packing"), [(2, 2, "off"), (1, 4, "on")])
+def test_two_stages_are_those_of_plain_pytorch(
+    tmp_path: Path, base: Path, batch_size: int, gradient_accumulation_steps: int, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, kept = two_stages(tmp_path, base, batch_size, gradient_accumulation_steps, packing), []
+    train_system(config, "AddressVLM", None, keeping(kept, tmp_path))
+    lines = (Run(config).training_dir("AddressVLM") / "loss.jsonl").read_text().splitlines()
+    curve = [json.loads(line) for line in lines]
+    assert len(curve) == 2 * STEPS
+    held = [TrainingCheckpoint.read(folder) for folder in kept]
+    assert [(snapshot.stage, snapshot.step) for snapshot in held] == [(stage, step) for stage in (0, 1) for step in (1, 2, 3)]
+
+    monkeypatch.setattr(lora_module.FusedLoraLinear, "forward", lora.Linear.forward)
+    clipped = []
+    for number, (loss, norm, model, optimizer) in enumerate(plain_training(config, base)):
+        assert curve[number]["loss"] == pytest.approx(loss, rel=2e-3)
+        assert curve[number]["gradient_norm"] == pytest.approx(norm, rel=2e-2)
+        clipped.append(norm > STAGES["alignment" if number < STEPS else "localization"]["max_grad_norm"])
+        snapshot, named = held[number], dict(adapter_weights(model))
+        learnt = {name for name in named if named[name] in optimizer.state}
+        assert snapshot.adapter.keys() == named.keys()
+        assert snapshot.optimizer_state.keys() == learnt
+        pairs = [(snapshot.adapter[name], named[name].detach()) for name in named]
+        pairs += [
+            (snapshot.optimizer_state[n][key], optimizer.state[named[n]][key])
+            for n in learnt
+            for key in ("exp_avg", "exp_avg_sq")
+        ]
+        assert sum(far(*pair) for pair in pairs) <= 0.005 * sum(one.numel() for one, _ in pairs)
+    assert any(clipped)
 
 
 def test_dropout_draws_other_masks_at_each_step_on_each_worker_and_in_each_stage(
@@ -313,38 +312,3 @@ def test_statistics_of_normalization_stay_those_of_the_base(tmp_path: Path, monk
     norms = [m for m in trained[0].modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     assert trained[0].training
     assert not any(norm.training for norm in norms)
-
-
-@pytest.mark.parametrize(("clip", "share", "moved"), [(1.0, 1.0, 0.2), (10.0, 0.5, 0.5)])
-def test_gradients_are_cut_to_the_norm_and_cleared(clip: float, share: float, moved: float) -> None:
-    weights = torch.nn.Parameter(torch.zeros(2))
-    weights.grad = torch.tensor([3.0, 4.0])
-    optimizer = torch.optim.SGD([{"params": [weights], "share": share}], lr=9.0)
-    assert float(clip_and_step(optimizer, [weights], clip, 1.0)) == pytest.approx(5)
-    assert weights.tolist() == pytest.approx([-3 * moved, -4 * moved], rel=1e-4)
-    assert weights.grad is None
-
-
-def test_an_adapter_scales_by_alpha_over_rank_of_its_own_part(base: Path) -> None:
-    settings = ModelConfig(
-        vision=PartConfig(rank=2, alpha=6), adapter=PartConfig(rank=5, alpha=5), llm=PartConfig(rank=8, alpha=4)
-    )
-    model, parts = attach_lora(load_model(str(base), "bfloat16")[0], settings)
-    assert {weights.dtype for _, weights in adapter_weights(model)} == {torch.float32}  # small updates vanish in bfloat16
-    found: dict[str, set[tuple[int, float]]] = {part: set() for part in parts}
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and "default" in module.lora_A:
-            part = next(part for part, word in WORDS.items() if word in name)
-            found[part].add((module.lora_A["default"].weight.shape[0], module.scaling["default"]))
-    assert found == {"vision": {(2, 3.0)}, "adapter": {(5, 1.0)}, "llm": {(8, 0.5)}}
-
-
-def test_random_weights_are_those_of_training_s_seed(tmp_path: Path, base: Path) -> None:
-    def first(seed: int, own: int | None) -> dict[str, torch.Tensor]:
-        config = trained_config(tmp_path, base, seed=own)
-        config.seed = seed
-        return adapter_state(trainer.attach_adapter(*load_model(str(base)), config, torch.device("cpu")).peft)
-
-    one, same, other = first(3, 7), first(4, 7), first(7, 8)
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert any(not torch.equal(one[name], other[name]) for name in one)

@@ -19,7 +19,6 @@ from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
 from addressvlm.training.checkpoint import TrainingCheckpoint
 from addressvlm.training.trainer import train_system
-from tests.support.tiny import tiny_llava
 from tests.support.training_tables import keeping, table_rows, trained_config
 
 pytestmark = pytest.mark.xdist_group("strategies")
@@ -80,11 +79,6 @@ def keep(rank: int, config: Config, name: str) -> Path:
         (Run(config).training_dir(SYSTEM) / "loss.jsonl").rename(folder / name / "loss.jsonl")
     dist.barrier()
     return folder
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llava(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,6 @@ from addressvlm.training.unused_parameters import probe_first_row
 from tests.integration.test_graft import config_of
 from tests.integration.test_graft import rows as photos
 from tests.support.families import picture as noise
-from tests.support.tiny import tiny_llava
 from tests.support.tiny_families import FAMILIES
 from tests.support.training_tables import ListTable, picture, table_rows, train_stage, trained_config
 
@@ -46,11 +45,6 @@ SAMPLES = [  # with and without a tile, as when tables are mixed
     Sample(noise(3), ROUNDS[::-1], tile=noise(4, (32, 32))),
 ]
 SMALL = ModelConfig(vision=PartConfig(rank=2, alpha=4), llm=PartConfig(rank=4, alpha=8), lora_dropout=0.0)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llava(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +155,7 @@ def test_training_reads_the_second_image(base: Path, family: str) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_a_plan_counts_both_images(base: Path, tmp_path: Path) -> None:
+def test_an_estimate_counts_both_images(base: Path, tmp_path: Path) -> None:
     config = trained_config(tmp_path, base)
     config.model.lora_dropout = 0.0
     stage = Stage("s", config.train.stages["alignment"], Schedule(with_tiles(1), 1, 0), 1, 0)

@@ -1,0 +1,93 @@
+"""Conversations as token batches: labels on the answers only, no turn ever cut
+
+python -m pytest -q tests/training/test_collator.py
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from addressvlm.models import load_model
+from addressvlm.models.loading import enable_packing
+from addressvlm.training.collator import IGNORE_INDEX, Collator, Sample, SkipSampleError
+from addressvlm.training.loss import answer_loss
+
+
+def sample(*rounds: tuple[str, str]) -> Sample:
+    return Sample(Image.new("RGB", (40, 30), "red"), list(rounds))
+
+
+ROUNDS = [("Which street is this?", "Mill Street"), ("Is it?", "Yes"), ("Where is it?", "Oak Avenue, Harbour")]
+
+
+def noise(seed: int) -> Image.Image:
+    pixels = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+SAMPLES = [Sample(noise(0), ROUNDS), Sample(noise(1), ROUNDS[1:2]), Sample(noise(2), ROUNDS[::-1])]
+
+
+@pytest.fixture
+def loaded(base: Path) -> tuple[Any, Any]:
+    return load_model(str(base))
+
+
+def packing(model: Any) -> None:
+    assert enable_packing(model, "on", torch.device("cpu"), "tiny")
+
+
+def test_loss_is_on_the_answers_and_their_end_only(loaded: tuple) -> None:
+    batch = Collator(loaded[1])([sample(("Which street is this?", "Mill Street"), ("Is it?", "Yes"))])
+    learned = batch["labels"][0][batch["labels"][0] != IGNORE_INDEX]
+    assert loaded[1].tokenizer.decode(learned) == "Mill Street<|end|>Yes<|end|>"
+
+
+def test_tokens_are_those_of_the_whole_text(loaded: tuple) -> None:
+    processor = loaded[1]
+    rounds = [("Which street is this?", "Mill Street"), ("Is it?", "Yes")]
+    batch = Collator(processor)([sample(*rounds), sample(rounds[0])])
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    told = "<|user|>Which street is this?<|end|><|assistant|>Mill Street<|end|><|user|>Is it?<|end|><|assistant|>Yes<|end|>"
+    assert text.replace("<image>", "") == told
+    assert text.count("<image>") == 16  # (32 / 8)^2: none is ever cut
+    assert batch["attention_mask"][1].sum() < batch["attention_mask"][0].sum()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_isolated_questions_have_the_loss_of_rows_of_their_own(base: Path, attention: str) -> None:
+    model, processor = load_model(str(base))
+    model.set_attn_implementation(attention)
+    rounds = [("Which street is this?", "Mill Street"), ("Is it?", "Yes"), ("Where is it?", "Oak Avenue, Harbour")]
+    shared, count = answer_loss(model, Collator(processor, isolate_questions=True)([sample(*rounds), sample(rounds[1])]))
+    alone = [answer_loss(model, Collator(processor)([sample(r)])) for r in [*rounds, rounds[1]]]
+    assert count == sum(n for _, n in alone)
+    torch.testing.assert_close(shared, sum(loss for loss, _ in alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_packed_row_has_the_loss_of_its_parts(loaded: tuple, apart: bool) -> None:
+    model, processor = loaded
+    alone = [answer_loss(model, Collator(processor, apart)([sample])) for sample in SAMPLES]
+    packing(model)
+    collate = Collator(processor, apart, packed=True)
+    batch = collate(SAMPLES)
+    assert batch["input_ids"].shape[0] == 1
+    assert "attention_mask" not in batch
+    whole, count = answer_loss(model, batch)
+    assert count == sum(n for _, n in alone)
+    torch.testing.assert_close(whole, sum(loss for loss, _ in alone), rtol=1e-6, atol=1e-6)
+    turned, _ = answer_loss(model, collate(SAMPLES[::-1]))
+    torch.testing.assert_close(whole, turned, rtol=1e-6, atol=1e-6)
+
+
+def test_a_row_longer_than_the_context_is_skipped(loaded: tuple) -> None:
+    processor = loaded[1]
+    length = len(Collator(processor).encode(SAMPLES[0]).ids)
+    Collator(processor, context=length).encode(SAMPLES[0])
+    with pytest.raises(SkipSampleError, match=f"{length} tokens are more than the model's context of {length - 1}"):
+        Collator(processor, context=length - 1).encode(SAMPLES[0])
+    Collator(processor, isolate_questions=True, context=length - 1).encode(SAMPLES[0])  # positions of rounds apart are fewer

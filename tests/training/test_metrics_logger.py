@@ -1,0 +1,96 @@
+"""The log of a training: files, progress line, external loggers
+
+python -m pytest -q tests/training/test_metrics_logger.py
+"""
+
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from addressvlm import InputError
+from addressvlm.config import Config
+from addressvlm.storage.run_dir import Run
+from addressvlm.training import metrics_logger
+from addressvlm.training.device_stats import peak_of_gpu
+from addressvlm.training.trainer import train_system
+from tests.support.training_tables import trained_config
+
+
+def nothing(metrics: dict[str, Any], folder: Path) -> None:
+    """A report that keeps no checkpoint."""
+
+
+def steps(config: Config, system: str) -> list[dict[str, Any]]:
+    path = Run(config).training_dir(system) / "loss.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def progress_of(step: int, **given: Any) -> metrics_logger.StepMetrics:
+    seen = {"loss": 2.0, "learning_rate": 0.1, "gradient_norm": 3.0, "samples_per_s": 4.0, "tokens": 5, "tokens_per_s": 60.0}
+    return metrics_logger.StepMetrics("localization", step, 9, **{**seen, "mfu": None, "memory_gib": 0.5, **given})
+
+
+def test_time_left_is_that_of_the_steps_since_the_start_of_this_run(tmp_path: Path) -> None:
+    account = metrics_logger.MetricsLogger(tmp_path, "system", 4, 10)
+    account.began, account.done = 0.0, 6
+    told = account._progress_line(progress_of(2, mfu=0.25, rejected=3), now=10.0)
+    assert told == (
+        "localization step 2/9, loss 2.000, 4.0 photos/s, 60 tokens/s, 25.0 % of peak, 0.5 GiB, 3 rows skipped, 20 s left"
+    )
+
+
+def test_an_external_logger_gets_the_scalars_by_the_system_s_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    client = ModuleType("mlflow")
+    client.__spec__ = ModuleSpec("mlflow", None)
+    client.set_experiment = lambda name: sent.append(name)  # type: ignore[attr-defined]
+    client.start_run = lambda run_name: sent.append(run_name)  # type: ignore[attr-defined]
+    client.log_metrics = lambda values, step: sent.append((values, step))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mlflow", client)
+    account = metrics_logger.MetricsLogger(tmp_path, "AddressVLM", 4, 10, ["mlflow"], "small")
+    account.log_step(progress_of(1, by_kind={"choice": 1.5}))
+    account.log_validation("localization", 1, {"A_ds": 0.5})
+    assert sent[:2] == ["addressvlm", "small: AddressVLM"]
+    values, step = sent[2]
+    assert (step, values["localization/loss"], values["localization/loss of choice"]) == (5, 2.0, 1.5)
+    assert "localization/mfu" not in values
+    assert sent[3] == ({"localization/val/A_ds": 0.5}, 5)
+
+
+def test_validation_after_the_step_resumed_from_is_forgotten(tmp_path: Path) -> None:
+    def journal_of(done: int) -> metrics_logger.MetricsLogger:
+        return metrics_logger.MetricsLogger(tmp_path, "system", done, 9)
+
+    before = journal_of(0)
+    for before.done in (2, 4, 6):
+        before.log_validation("localization", before.done, {"A": 0.5})
+    journal_of(4)
+    found = (tmp_path / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["done"] for line in found] == [2, 4]
+
+
+def test_a_missing_external_logger_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"train\.loggers names no_such_tracker, which is not installed"):
+        metrics_logger.external_logger("no_such_tracker", "run", "system")
+
+
+def test_the_loss_of_each_kind_of_question_is_logged(tmp_path: Path, base: Path) -> None:
+    config = trained_config(tmp_path, base, peak_tflops=1e-3)
+    train_system(config, "stage 2 only", None, nothing)
+    last = steps(config, "stage 2 only")[-1]
+    assert set(last["by_kind"]) == {"generation", "judgment"}
+    assert last["tokens_per_s"] > last["samples_per_s"]
+    assert last["mfu"] > 0
+    assert last["memory_gib"] > 0.05
+
+
+def test_peaks_are_found_by_a_part_of_the_name() -> None:
+    assert peak_of_gpu("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_of_gpu("NVIDIA H100 PCIe") == 756e12
+    assert peak_of_gpu("NVIDIA L40S") == 362e12
+    assert peak_of_gpu("some other card") is None
