@@ -1,7 +1,7 @@
 """The steps of an evaluation on Ray Data, in their order: score, calibrate, ask, judge, report.
 
-evaluate.py and compare.py are recipes over these steps. A step whose result is there already reads it. Below the steps: which
-photos are drawn, how work goes to workers that keep a model loaded, and by what models and files are told apart.
+evaluate.py and compare.py are recipes over these steps. A step whose result is on disk reads it. Below the steps: drawing
+photos, distributing work to actors that keep a model loaded, and digests of models and files.
 """
 
 import hashlib
@@ -73,7 +73,7 @@ class EvaluationTask:
     images: AnyPath | None = None
 
     @property
-    def shown(self) -> AnyPath:
+    def image_table(self) -> AnyPath:
         """The table whose images models see."""
         return self.images or self.data
 
@@ -117,19 +117,19 @@ def score(
     """The score that a model gives every address for each photo, from <out>/scores/<system> or new.
 
     Args:
-        ids: split -> photos. Splits that are there already stay, whatever `ids` names.
+        ids: split -> photos. Splits that were scored before stay.
         settings: what scores depend on; default: the model, its dtype, the seed and the images of each split.
         worker: holds a model that is no vision-language model.
 
     Raises:
-        InputError: neither the model nor the data has a gazetteer, the model can't be loaded, or the scores that are there
+        InputError: neither the model nor the data has a gazetteer, the model can't be loaded, or the stored scores
             depend on other settings.
     """
     folder = task.out / "scores" / slug(name)
     before = {} if redo or not (folder / DONE_FILE).is_file() else json.loads((folder / DONE_FILE).read_text())
     counts = before.get("photos", {})
     missing = [split for split in ids if split not in counts]
-    photos = {**counts, **{split: len(of_split) for split, of_split in ids.items()}}
+    photos = {**counts, **{split: len(photo_ids) for split, photo_ids in ids.items()}}
     settings = {
         **{split: before[split] for split in counts if split in before},
         **(settings or _score_settings(task, model, ids)),
@@ -140,19 +140,20 @@ def score(
     if not is_done(folder, stored, redo) or missing:
         if not model_gazetteer(model, task.gazetteer).addresses:
             raise InputError(
-                f"neither {model} nor {task.shown} holds a {GAZETTEER_FILE}: addresses can't be scored without their names."
+                f"neither {model} nor {task.image_table} holds a {GAZETTEER_FILE}: addresses can't be scored without "
+                "their names."
             )
         rows = {row["id"]: row for row in score_photos(task, name, model, {s: ids[s] for s in missing}, worker)}
         splits = {split: list(tables.iter_rows(folder, split)) for split in counts}
         splits |= {split: [rows[photo] for photo in ids[split]] for split in missing}
         with fresh_dir(folder, settings) as temporary:
-            for split, of_split in splits.items():
-                tables.write_table(temporary, split, of_split, tables.SCORES)
+            for split, split_rows in splits.items():
+                tables.write_table(temporary, split, split_rows, tables.SCORES)
     return {split: list(tables.iter_rows(folder, split)) for split in ids}
 
 
 def _score_settings(task: EvaluationTask, model: str, splits: Iterable[str]) -> Row:
-    images = {split: files_digest(tables.table_files(task.shown, split)) for split in splits}
+    images = {split: files_digest(tables.table_files(task.image_table, split)) for split in splits}
     return {**images, "model": model_digest(model), "dtype": task.config.model.dtype, "seed": task.config.seed}
 
 
@@ -187,7 +188,7 @@ def ask(
         scores: those of `task.split`, from which the answers follow if `evaluate.answers` is likelihood; else not needed.
 
     Raises:
-        InputError: the model can't be loaded, or the answers that are there depend on other settings.
+        InputError: the model can't be loaded, or the stored answers depend on other settings.
     """
     config, folder = task.config, task.out / "answers" / slug(name)
     keys = {"answers", "max_new_tokens", "temperature", "max_photos", *({"images"} if task.images else ())}
@@ -196,7 +197,7 @@ def ask(
         "seed": config.seed,
         "dtype": config.model.dtype,
         "split": task.split,
-        "data": files_digest(tables.table_files(task.shown, task.split)),
+        "data": files_digest(tables.table_files(task.image_table, task.split)),
         "model": model_digest(model),
         "kinds": list(kinds),
     }
@@ -320,8 +321,8 @@ def score_photos(
     task: EvaluationTask, name: str, model: str, ids: Mapping[str, Sequence[str]], worker: "type[ModelWorker] | None" = None
 ) -> list[Row]:
     """Rows of `tables.SCORES` of the photos of some splits, in the order in which they come."""
-    workers, photos = task.config.evaluate.workers, {photo for of_split in ids.values() for photo in of_split}
-    files = [file for split in ids for file in tables.table_files(task.shown, split)]
+    workers, photos = task.config.evaluate.workers, {photo for photo_ids in ids.values() for photo in photo_ids}
+    files = [file for split in ids for file in tables.table_files(task.image_table, split)]
     units = list(work_units(files, photos, max(1, min(SCORED_PHOTOS, -(-len(photos) // workers)))))
     arguments = (model, task.gazetteer, task.config)
     return run_workers(task.config, units, worker or ScoringWorker, arguments, f"evaluate: {name}, photos scored", len(photos))
@@ -329,7 +330,7 @@ def score_photos(
 
 def answer_questions(task: EvaluationTask, name: str, model: str, kinds: Sequence[str]) -> list[Row]:
     """Rows of `tables.ANSWERS` without `correct`, in the order in which they come."""
-    need, photos, files = task.config.evaluate, len(task.ids), tables.table_files(task.shown, task.split)
+    need, photos, files = task.config.evaluate, len(task.ids), tables.table_files(task.image_table, task.split)
     total = count_questions(files, set(task.ids), kinds)
     per_unit = QUESTION_BATCHES * need.batch_size * photos // max(total, 1)
     units = list(work_units(files, set(task.ids), max(1, min(per_unit, -(-photos // need.workers)))))
@@ -352,9 +353,9 @@ def work_units(files: Sequence[AnyPath], ids: set[str], photos: int) -> Iterator
     for file in files:
         with open_parquet(file) as opened:
             for group in range(opened.num_row_groups):
-                of_group = [i for i in opened.read_row_group(group, columns=["id"])["id"].to_pylist() if i in ids]
-                for start in range(0, len(of_group), photos):
-                    yield pa.table({"file": [str(file)], "group": [group], "ids": [of_group[start : start + photos]]})
+                group_ids = [i for i in opened.read_row_group(group, columns=["id"])["id"].to_pylist() if i in ids]
+                for start in range(0, len(group_ids), photos):
+                    yield pa.table({"file": [str(file)], "group": [group], "ids": [group_ids[start : start + photos]]})
 
 
 def run_workers(
@@ -450,7 +451,7 @@ class ScoringWorker(ModelWorker):
 
 
 def model_digest(model: str) -> str:
-    """What tells two models apart: a hash of a folder's weights and settings; of a hub model its name."""
+    """Identifies a model: a hash of a folder's weights and settings; of a hub model its name."""
     folder = local_model_copy(model)
     if not folder.is_dir():
         return model
@@ -459,8 +460,10 @@ def model_digest(model: str) -> str:
 
 
 def files_digest(files: Sequence[AnyPath]) -> str:
-    """What tells the content of some files apart."""
-    if any(isinstance(file, RemotePath) for file in files):  # not fetched for this: the ends of Parquet files tell them apart
+    """Identifies some files by names and content."""
+    if any(
+        isinstance(file, RemotePath) for file in files
+    ):  # not downloaded for this: the footers of Parquet files identify them
         return sources_fingerprint(*map(str, sorted(files)))[:16]
     total = hashlib.sha256()
     for file in sorted(files):

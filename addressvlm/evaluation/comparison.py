@@ -19,7 +19,7 @@ BANDS = 4  # of equally many photos, by distance to the nearest training photo
 Row = dict[str, Any]
 
 
-def whole_addresses(answers: Sequence[Row]) -> list[Row]:
+def address_answers(answers: Sequence[Row]) -> list[Row]:
     """The answers to the question for the whole address, one a photo."""
     return [row for row in answers if row["level"] == "address"]
 
@@ -43,8 +43,8 @@ def top_k_accuracy(rows: Sequence[Row], gazetteer: Gazetteer, resamples: int, se
     truth = {"address": [Address(r["street"], r["district"]).text() for r in rows], "street": [r["street"] for r in rows]}
     places = [row["place"] for row in rows]
     accuracy = {}
-    for level, of_level in names.items():
-        ranked = [list(dict.fromkeys(of_level[i] for i in line)) for line in rankings]
+    for level, level_names in names.items():
+        ranked = [list(dict.fromkeys(level_names[i] for i in line)) for line in rankings]
         for k in (1, TOP):
             right = [t in line[:k] for t, line in zip(truth[level], ranked, strict=True)]
             accuracy[f"{level}-{k}"] = metrics.share_ci(right, places, resamples, seed)
@@ -54,15 +54,15 @@ def top_k_accuracy(rows: Sequence[Row], gazetteer: Gazetteer, resamples: int, se
 def by_training(answers: Sequence[Row], trained: Collection[Address], resamples: int, seed: int) -> dict[str, Interval]:
     """Accuracy on whole addresses that training photos show, and that they don't (`seen`, `unseen`)."""
     groups: dict[str, list[Row]] = {"seen": [], "unseen": []}
-    for row in whole_addresses(answers):
+    for row in address_answers(answers):
         groups["seen" if Address(row["street"], row["district"]) in trained else "unseen"].append(row)
     return {name: _accuracy(rows, resamples, seed) for name, rows in groups.items() if rows}
 
 
 def split_verdicts(main: Sequence[Row], other: Sequence[Row]) -> tuple[list[str], list[str]]:
     """Ids of photos whose whole address only the main system, and only the other, got right."""
-    right = {row["id"]: bool(row["correct"]) for row in whole_addresses(other)}
-    pairs = [(row["id"], bool(row["correct"]), right[row["id"]]) for row in whole_addresses(main) if row["id"] in right]
+    right = {row["id"]: bool(row["correct"]) for row in address_answers(other)}
+    pairs = [(row["id"], bool(row["correct"]), right[row["id"]]) for row in address_answers(main) if row["id"] in right]
     return [photo for photo, a, b in pairs if a and not b], [photo for photo, a, b in pairs if b and not a]
 
 
@@ -109,7 +109,7 @@ def distance_bands(distances_m: Mapping[str, float]) -> list[tuple[float, float,
 
 def by_distance(answers: Sequence[Row], distances_m: Mapping[str, float], resamples: int, seed: int) -> list[Row]:
     """Accuracy on whole addresses in each of `distance_bands`: `from_m`, `to_m` and the interval."""
-    rows = {row["id"]: row for row in whole_addresses(answers)}
+    rows = {row["id"]: row for row in address_answers(answers)}
     return [
         {"from_m": low, "to_m": high, **_accuracy([rows[i] for i in ids if i in rows], resamples, seed)}
         for low, high, ids in distance_bands(distances_m)
@@ -132,7 +132,7 @@ def neighbours(answers: Sequence[Row], gazetteer: Gazetteer, near: int = 5) -> R
     """How many of the wrong streets that answers name are among the `near` nearest to the true one; None without shapes."""
     wrong = [
         (row["street"], named)
-        for row in whole_addresses(answers)
+        for row in address_answers(answers)
         if not row["correct"] and (named := gazetteer.find_street(row["answer"])) and named != row["street"]
     ]
     if not gazetteer.geometry or not wrong:

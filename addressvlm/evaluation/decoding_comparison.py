@@ -50,13 +50,13 @@ def compare_decoding(
     priors += [SimulatedPriorConfig(gps_m=radius) for radius in RADII_M if gazetteer.geometry]
     calibrated = calibrated_rows(rows, calibration)
 
-    metrics = {mode: _answer_metrics(list(of_mode), settings) for mode, of_mode in answers.items()}
+    metrics = {mode: _answer_metrics(list(mode_rows), settings) for mode, mode_rows in answers.items()}
     if calibration.own_prior:
         metrics["likelihood, own prior left in"] = _prior_metrics(rows, gazetteer, priors[0], settings)
     for prior in priors:
         name = f"+ {prior_words(prior)}" if prior_words(prior) else "likelihood"
         metrics[name] = _prior_metrics(calibrated, gazetteer, prior, settings)
-    table = [{"name": name, "metrics": of_name} for name, of_name in metrics.items()]
+    table = [{"name": name, "metrics": cells} for name, cells in metrics.items()]
     return {"photos": len(rows), "table": table, "trust": _trust(rows, calibrated, gazetteer, calibration, settings)}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from addressvlm.evaluation.comparison import split_verdicts, whole_addresses
+from addressvlm.evaluation.comparison import address_answers, split_verdicts
 from addressvlm.evaluation.metrics import DESCRIPTIONS, MEANS, METRICS, paired_difference_ci
 from addressvlm.evaluation.plots import CityMap, distance_curves, interval_bar, loss_curves, reliability_diagram
 from addressvlm.evaluation.result_tables import ACCURACIES, HEAD, cells
@@ -156,7 +156,7 @@ def _reach(differences: list[Row]) -> float:
 
 def _maps(systems: list[Row], answers: Mapping[str, Sequence[Row]], gazetteer: Gazetteer | None) -> Row | None:
     """A map for each system: at every test place the share of its photos whose address was right."""
-    located = [row for rows in answers.values() for row in whole_addresses(rows) if row["lat"] is not None]
+    located = [row for rows in answers.values() for row in address_answers(rows) if row["lat"] is not None]
     if not located:
         return None
     city = CityMap([(row["lat"], row["lon"]) for row in located], gazetteer)
@@ -167,7 +167,7 @@ def _maps(systems: list[Row], answers: Mapping[str, Sequence[Row]], gazetteer: G
 def _places(rows: Sequence[Row]) -> list[Row]:
     """What `CityMap.draw` takes of each place."""
     by_place: dict[str, list[Row]] = {}
-    for row in whole_addresses(rows):
+    for row in address_answers(rows):
         if row["lat"] is not None:
             by_place.setdefault(row["place"], []).append(row)
     places = []
@@ -185,7 +185,7 @@ def _examples(
     """Photos of different places with each system's address; as many right as wrong ones of the main system."""
     if not photos:
         return []
-    rows = whole_addresses(answers[main["name"]])
+    rows = address_answers(answers[main["name"]])
     random.Random(seed).shuffle(rows)
     per_place = list({row["place"]: row for row in reversed(rows)}.values())
     right = [row for row in per_place if row["correct"]]
@@ -193,7 +193,7 @@ def _examples(
     n_right = min(len(right), max(EXAMPLES // 2, EXAMPLES - len(wrong)))
     chosen = [*right[:n_right], *wrong[: EXAMPLES - n_right]]
     images = thumbnails(photos, split, {row["id"] for row in chosen})
-    rows_of = {s["name"]: {row["id"]: row for row in whole_addresses(answers[s["name"]])} for s in systems}
+    rows_of = {s["name"]: {row["id"]: row for row in address_answers(answers[s["name"]])} for s in systems}
     return [
         {
             **row,
@@ -306,7 +306,7 @@ def _disagreements(
         step = max(len(ids) // DISAGREEMENTS, 1)
         chosen += [(photo, winner) for photo in ids[seed % step :: step][:DISAGREEMENTS]]
     images = thumbnails(photos, comparison["split"], {photo for photo, _ in chosen})
-    rows = {name: {row["id"]: row for row in whole_addresses(answers[name])} for name in (main, best)}
+    rows = {name: {row["id"]: row for row in address_answers(answers[name])} for name in (main, best)}
     return [
         {
             "thumbnail": images[photo],

@@ -68,7 +68,7 @@ def scores_of(context: ComparisonContext, name: str, use: str) -> Scores:
                 "retrieval, addressclip, fusion and prior that stand before it and did not fail."
             )
         scores = system_scores(context, name)
-    rows = {split: {row["id"]: row for row in of_split} for split, of_split in scores.items()}
+    rows = {split: {row["id"]: row for row in split_rows} for split, split_rows in scores.items()}
     return {split: [rows[split][photo] for photo in ids] for split, ids in context.ids.items()}
 
 

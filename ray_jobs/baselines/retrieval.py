@@ -158,8 +158,8 @@ class Embeddings:
 
     Attributes:
         folder: of the table.
-        encoder: what tells the encoder apart from all others.
-        data: what tells the photos apart from others.
+        encoder: identifies the encoder.
+        data: identifies the photos.
         photos: rows with PHOTO_COLUMNS, in the order of the table.
         vectors: of length 1, float32 (photos, D).
         cost: of making them, as `ComparisonContext.save_cost` takes it.
@@ -252,7 +252,7 @@ def open_gallery(
 
 
 def build_index(gallery: Embeddings, redo: bool = False) -> list[AnyPath]:
-    """The index of a gallery, a file for every PART photos; made if it is not there."""
+    """The index of a gallery, a file for every PART photos, from disk or new."""
     folder = gallery.folder.with_name(f"{gallery.folder.name}-index")
     settings = {"encoder": gallery.encoder, "data": gallery.data, "photos": len(gallery.photos)}
     starts = range(0, len(gallery.photos), PART)

@@ -100,7 +100,7 @@ def run_trained(
     model = resolve_model(trained_model(config, system))
     images = evaluation.graft_images(config, context.run, TEST, redo)
     task = replace(context.task, config=config, images=images)
-    with_image = set(tables.read_table(task.shown, TEST, ["id"])["id"].to_pylist())
+    with_image = set(tables.read_table(task.image_table, TEST, ["id"])["id"].to_pylist())
     task = replace(task, ids=[photo for photo in task.ids if photo in with_image])
     missing = len(set(context.task.ids) - with_image)
     outcome = replace(

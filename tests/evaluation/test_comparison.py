@@ -147,7 +147,7 @@ def test_the_nearest_training_photo_far_from_the_equator():
         assert result == pytest.approx(expected, rel=0.01)
 
 
-def test_whole_addresses_by_distance():
+def test_address_answers_by_distance():
     """Ten photos, the nearest three right and the furthest one, in four bands."""
     rows = [answer(i, i in (0, 1, 2, 9)) for i in range(10)]
     distances = {f"photo{i}": 10.0 * i for i in (3, 7, 1, 9, 0, 5, 2, 8, 6, 4)}

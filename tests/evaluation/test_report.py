@@ -266,7 +266,7 @@ def test_a_smooth_curve_is_the_mean_around_each_point():
     ]  # fmt: skip
 
 
-def test_places_of_the_map_are_those_of_whole_addresses():
+def test_places_of_the_map_are_those_of_address_answers():
     rows = [
         {"id": str(i), "place": place, "lat": lat, "lon": 0.1, "level": level, "expected": "E", "answer": answer,
          "correct": right}
