@@ -1,7 +1,9 @@
 """Name the addresses of photos with a trained model, on this machine and without Ray.
 
-python -m addressvlm localize photo.jpg --model runs/demo/models/addressvlm/merged
-python -m addressvlm localize my_photos other.jpg --model s3://bucket/model --top-k 5 --format csv --out addresses.csv
+    python -m addressvlm localize photo.jpg --model runs/demo/models/addressvlm/merged
+    python -m addressvlm localize my_photos other.jpg --model s3://bucket/model --top-k 5 --format csv --out addresses.csv
+
+Photos that can't be read are named and counted on standard error; the exit status is 1 if none can be read.
 """
 
 import argparse
@@ -53,21 +55,21 @@ def localize(photos: Sequence[str], model: str, top_k: int) -> Iterator[Result]:
 
     disable_progress_bar()
     localizer = Localizer(folder, memory_mb=0)
-    unreadable: list[str] = []
+    unreadable = 0
     for start in range(0, len(files), BATCH_SIZE):
         images: dict[str, Image.Image] = {}
         for file in files[start : start + BATCH_SIZE]:
             content = check_photo(file, MAX_MEGAPIXELS)
             if isinstance(content, str):
-                unreadable.append(content)
+                unreadable += 1
                 print(f"skipped, {content}", file=sys.stderr, flush=True)
             else:
                 images[file] = Image.open(io.BytesIO(content)).convert("RGB")
         yield from zip(images, localizer.localize_many(list(images.values()), top_k), strict=True)
-    if len(unreadable) == len(files):
-        raise InputError(f"none of the {len(files):,} photos can be read: give JPEG, PNG or WebP files, or a folder of them.")
+    if unreadable == len(files):
+        raise InputError(f"0 of {len(files):,} photos can be read: give JPEG, PNG or WebP files, or a folder of them.")
     if unreadable:
-        print(f"{len(unreadable):,} of {len(files):,} photos could not be read.", file=sys.stderr, flush=True)
+        print(f"{unreadable:,} of {len(files):,} photos could not be read.", file=sys.stderr, flush=True)
 
 
 def model_folder(model: str) -> AnyPath:

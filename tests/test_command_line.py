@@ -160,8 +160,8 @@ def test_a_model_of_the_hub_comes_with_its_gazetteer(model: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["{photos}/none.jpg", "--model", "{model}"], "none of the 1 photos can be read"),
-        (["{photos}/page.jpg", "{photos}/cut.png", "--model", "{model}"], "none of the 2 photos can be read"),
+        (["{photos}/none.jpg", "--model", "{model}"], "0 of 1 photos can be read"),
+        (["{photos}/page.jpg", "{photos}/cut.png", "--model", "{model}"], "0 of 2 photos can be read"),
         (["{empty}", "--model", "{model}"], "has no photos"),
         (["{photos}", "--model", "{empty}"], "holds no model"),
         (["{photos}", "--model", "./no/such/folder"], "no model folder ./no/such/folder"),
