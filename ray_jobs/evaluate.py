@@ -13,7 +13,6 @@ into <run>/evaluations/grafts. Models trained in the run get a calibration.json,
 grafts.
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -172,7 +171,8 @@ def output_folder(run: Run, data: str | None) -> AnyPath:
     return run.folder / "evaluations" / (path.parent.name if path.name == "photos" else path.stem)
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     parser = job_parser(__doc__ or "")
     parser.add_argument("--model", action="append", default=[], metavar="[NAME=]FOLDER", help="evaluate this model; repeatable")
     parser.add_argument("--data", metavar="PATH", help="a run, a folder with test-*.parquet, or a manifest (default: the run)")
@@ -180,12 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
     parser.add_argument("--priors", action="store_true", help="compare free, constrained and likelihood answers, and priors")
     parser.add_argument("--out", type=path_of, metavar="FOLDER", help="output folder (default: <run>/evaluations/…)")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    args = _parser().parse_args(argv)
+    args = parser.parse_args(argv)
     config = load_config(args)
     connect()
     if not (args.model or args.data or args.out or args.split != "test"):

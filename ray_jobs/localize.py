@@ -10,7 +10,6 @@ Photos are a folder, a manifest (CSV, JSONL or Parquet) with the column `file` a
 and why. Rerun it to resume; no photo comes twice.
 """
 
-import argparse
 import json
 from dataclasses import dataclass, replace
 from typing import Any
@@ -166,19 +165,15 @@ def require_own_folder(out: AnyPath, settings: dict[str, Any]) -> None:
         raise InputError(f"{out} holds something else: give an empty or a new --out.")
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     parser = job_parser(__doc__ or "")
     parser.add_argument("--model", metavar="FOLDER", help="a trained model's folder (default: AddressVLM of the run)")
     parser.add_argument("--photos", metavar="PATH", required=True, help="a folder, a manifest, or Parquet with images")
     parser.add_argument("--split", default="test", help="of a folder of Parquet with images (default: test)")
     parser.add_argument("--out", type=path_of, metavar="FOLDER", required=True, help="output folder")
     parser.add_argument("--top-k", type=int, default=5, metavar="N", help="candidates a photo (default: 5)")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    args = _parser().parse_args(argv)
+    args = parser.parse_args(argv)
     config = load_config(args)
     if args.top_k < 1:
         raise InputError(f"--top-k is {args.top_k}: give 1 or more.")

@@ -79,6 +79,7 @@ def write_report(
     main = next(system for system in systems if system["name"] == named)
     rows = answers[main["name"]]
     card = card_section(sources.photos)
+    labels = sources.alignment / "labels.json" if sources.alignment else None
     differences = _differences(systems, main, answers, resamples, seed)
     page = _template().render(
         city=metrics["city"] or "a city",
@@ -97,7 +98,7 @@ def write_report(
         examples=_examples(systems, main, answers, metrics["split"], sources.photos, seed),
         confusions=_confusions(rows),
         grafts=_grafts(sources.alignment, seed),
-        labels=_labels(sources.alignment),
+        labels=report_summary(json.loads(labels.read_text(encoding="utf-8"))) if labels and labels.is_file() else "",
         curves=_curves(systems, sources.training),
         card=card,
         rejects=rejects_section(sources.rejects),
@@ -210,12 +211,6 @@ def _confusions(rows: Sequence[Row], top: int = 8) -> list[Row]:
     wrong = [row for row in rows if row["level"] == "street" and row["kind"] == "generation" and not row["correct"]]
     counts = Counter((row["expected"], row["answer"]) for row in wrong).most_common(top)
     return [{"expected": expected, "answer": answer, "n": n} for (expected, answer), n in counts if n > 1]
-
-
-def _labels(alignment: Path | None) -> str:
-    """Who wrote the labels and at what cost, in a few words."""
-    file = alignment / "labels.json" if alignment else None
-    return report_summary(json.loads(file.read_text(encoding="utf-8"))) if file and file.is_file() else ""
 
 
 def _grafts(alignment: Path | None, seed: int) -> list[Row]:
