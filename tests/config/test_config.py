@@ -111,7 +111,7 @@ def test_command_line_values_are_parsed_as_yaml(tmp_path: Path) -> None:
     ("tree", "sentence"),
     [
         ({"city": {"answer": "sub_street"}}, "answer is sub_street, so set city.partition"),
-        ({"compare": {"variants": [{"name": "x"}, {"name": "x"}]}}, "two rows are called 'x'"),
+        ({"compare": {"variants": [{"name": "x"}, {"name": "x"}]}}, "two systems are called 'x'"),
         ({"train": {"cities": {"a": 0}}}, "cities must have weights above 0"),
         ({"train": {"stages": {"s": {"data": "alignment", "augment": {"crop": 0.9}}}}}, r"augment\.crop is 0\.9"),
         ({"train": {"stages": {"s": {"data": "photos", "parts": []}}}}, "name at least one part"),
