@@ -111,8 +111,8 @@ def _write_photos(world: World, rng: random.Random, folder: Path, manifest: Path
             file = f"{number:04d}_{view}.jpg"
             photograph(world, x, y, heading, rng.uniform(0.8, 1.12)).save(folder / file, quality=88)
             rows.append((file, f"{number:04d}", f"{lat:.7f}", f"{lon:.7f}", f"{compass_heading(world, heading):.1f}"))
-    with atomic_write(manifest) as path, path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("file", "place", "lat", "lon", "heading"), *rows])
+    with atomic_write(manifest) as path, path.open("w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows([("file", "place", "lat", "lon", "heading"), *rows])
 
 
 def write_maps(world: World, paths: dict[str, Path]) -> None:
