@@ -62,9 +62,7 @@ class XyzServer:
             ) from None
         limiter = SharedRateLimiter(self._folder / "pace", per_second)
         headers = {"User-Agent": user_agent, "Accept": "image/*"}
-        self._client = HttpClient(
-            limiter, headers, timeout_s, MAX_BYTES, MAX_WAIT_S, backoff_s
-        )  # `decode_tile` checks the size
+        self._client = HttpClient(limiter, headers, timeout_s, MAX_BYTES, MAX_WAIT_S, backoff_s)
         self._absent: set[tuple[int, int, int]] = set()
         self._failures, self._retry_at = 0, 0.0
 

@@ -131,7 +131,8 @@ def changed(key: str, value: object) -> Config:
 
 
 MAKES = {
-    "seed": (1, "pgla"), "city.split_buffer_m": (31.0, "pgla"), "city.streets": ("s.osm.pbf", "pgla"), "city.split_block_m": (77.0, "pgla"),
+    "seed": (1, "pgla"), "city.split_buffer_m": (31.0, "pgla"), "city.streets": ("s.osm.pbf", "pgla"),
+    "city.split_block_m": (77.0, "pgla"),
     "tiles.side_m": (300.0, "gl"), "tiles.delta": (0.3, "gl"), "tiles.names": (False, "gl"), "tiles.layout": ("beside", "gl"),
     "tiles.jpeg_quality": (50, "gl"), "tiles.zoom": (15, "gl"), "tiles.pixels": (64, "gl"), "tiles.font_px": (9.0, "gl"),
     "tiles.per_second": (9.0, ""), "tiles.cache": ("c", ""), "tiles.user_agent": ("me", ""), "tiles.attribution": ("us", ""),

@@ -1,4 +1,6 @@
-"""A store that speaks enough of S3's protocol for runs, and of Google's to read files: python tests/support/object_store.py <folder>
+"""An object store with enough of S3's protocol for runs, and of Google's to read files.
+
+    python tests/support/object_store.py <folder>
 
 Its one bucket is called `bucket` and lies in the folder; another one is not there, and `secret` is refused. Prints its port.
 In a process of its own because pyarrow holds the interpreter's lock while it asks a store.
