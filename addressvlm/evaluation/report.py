@@ -44,14 +44,14 @@ Row = dict[str, Any]
 class ReportSources:
     """Folders of a run that the report shows; None or empty ones are left out."""
 
-    photos: Path | None = None
-    alignment: Path | None = None
-    training: Path | None = None
-    rejects: Path | None = None
+    photos: AnyPath | None = None
+    alignment: AnyPath | None = None
+    training: AnyPath | None = None
+    rejects: AnyPath | None = None
 
 
 def write_report(
-    path: Path,
+    path: AnyPath,
     metrics: Mapping[str, Any],
     answers: Mapping[str, Sequence[Row]],
     gazetteer: Gazetteer | None = None,
@@ -181,7 +181,7 @@ def _places(rows: Sequence[Row]) -> list[Row]:
 
 
 def _examples(
-    systems: list[Row], main: Row, answers: Mapping[str, Sequence[Row]], split: str, photos: Path | None, seed: int
+    systems: list[Row], main: Row, answers: Mapping[str, Sequence[Row]], split: str, photos: AnyPath | None, seed: int
 ) -> list[Row]:
     """Photos of different places with each system's address; as many right as wrong ones of the main system."""
     if not photos:
@@ -213,7 +213,7 @@ def _confusions(rows: Sequence[Row], top: int = 8) -> list[Row]:
     return [{"expected": expected, "answer": answer, "n": n} for (expected, answer), n in counts if n > 1]
 
 
-def _grafts(alignment: Path | None, seed: int) -> list[Row]:
+def _grafts(alignment: AnyPath | None, seed: int) -> list[Row]:
     """Some grafted images with the label that stage 1 learns from."""
     if not alignment or not tables.count_rows(alignment, "train"):
         return []
@@ -223,7 +223,7 @@ def _grafts(alignment: Path | None, seed: int) -> list[Row]:
     return [{**row, "thumbnail": data_url(display_image(row)), "round": row["rounds"][-1]} for row in rows]
 
 
-def _curves(systems: list[Row], training: Path | None) -> list[Row]:
+def _curves(systems: list[Row], training: AnyPath | None) -> list[Row]:
     """A drawing for each system that has a loss curve, all on the same axes."""
     curves = {s["name"]: stages for s in systems if training and (stages := _losses(training / slug(s["name"]) / "loss.jsonl"))}
     if not curves:
@@ -238,7 +238,7 @@ def _curves(systems: list[Row], training: Path | None) -> list[Row]:
     ]
 
 
-def _losses(path: Path) -> dict[str, list[tuple[float, float]]]:
+def _losses(path: AnyPath) -> dict[str, list[tuple[float, float]]]:
     """Stage -> (step counted over all stages, loss); of a step logged twice (a resumed run) the later entry counts."""
     if not path.is_file():
         return {}
@@ -254,7 +254,11 @@ def _losses(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def comparison_section(
-    comparison: Mapping[str, Any], systems: Sequence[Row], answers: Mapping[str, Sequence[Row]], photos: Path | None, seed: int
+    comparison: Mapping[str, Any],
+    systems: Sequence[Row],
+    answers: Mapping[str, Sequence[Row]],
+    photos: AnyPath | None,
+    seed: int,
 ) -> Row:
     """What comparison.html is rendered with.
 
@@ -287,7 +291,7 @@ def _disagreements(
     comparison: Mapping[str, Any],
     systems: Sequence[Row],
     answers: Mapping[str, Sequence[Row]],
-    photos: Path | None,
+    photos: AnyPath | None,
     seed: int,
 ) -> list[Row]:
     """Photos that only the main system, and only the best other one, got right; spread over the table."""
@@ -352,7 +356,7 @@ def rejects_section(folder: AnyPath | None) -> list[tuple[str, str, int]]:
     return [(step, reason, n) for (step, reason), n in counts.most_common(20)]
 
 
-def thumbnails(folder: Path, split: str, ids: set[str]) -> dict[str, str]:
+def thumbnails(folder: AnyPath, split: str, ids: set[str]) -> dict[str, str]:
     """Data URLs of some photos of a split."""
     if not ids or not tables.count_rows(folder, split):
         return {}
