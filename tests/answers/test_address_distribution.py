@@ -18,35 +18,35 @@ CITY = Gazetteer(ADDRESSES, variants={"Mill Street": ["Molengasse"]})
 SCORES = st.lists(st.floats(-30, 0) | st.just(-math.inf), min_size=8, max_size=8).filter(lambda s: max(s) > -math.inf)
 
 
-def ask(beliefs, question):
-    return question_parser.parse_question(question, CITY).answer(beliefs)[0]
+def ask(distribution, question):
+    return question_parser.parse_question(question, CITY).answer(distribution)[0]
 
 
 @given(SCORES, st.sampled_from(["street", "district"]), st.data())
 @settings(deadline=None)
 def test_the_three_kinds_never_contradict_each_other(scores, level, data):
-    beliefs = AddressDistribution(CITY.addresses, np.array(scores))
-    found = beliefs.ranked()[0]
+    distribution = AddressDistribution(CITY.addresses, np.array(scores))
+    found = distribution.ranked()[0]
     name = getattr(found, level)
     wording = {kind: data.draw(st.sampled_from(templates(level, kind))) for kind in ("generation", "judgment", "choice")}
-    assert ask(beliefs, wording["generation"]) == name
+    assert ask(distribution, wording["generation"]) == name
     for other in NAMES[level]:
-        assert ask(beliefs, wording["judgment"].format(name=other)) == ("Yes" if other == name else "No")
+        assert ask(distribution, wording["judgment"].format(name=other)) == ("Yes" if other == name else "No")
     options = data.draw(st.lists(st.sampled_from(NAMES[level]), min_size=2, unique=True))
-    chosen = ask(beliefs, wording["choice"].format(options="; ".join(options)))
-    shares = [beliefs.probability(option, level) for option in options]
+    chosen = ask(distribution, wording["choice"].format(options="; ".join(options)))
+    shares = [distribution.probability(option, level) for option in options]
     assert chosen == (name if name in options else options[int(np.argmax(shares))])
 
 
 @given(SCORES)
 def test_probabilities(scores):
-    beliefs = AddressDistribution(CITY.addresses, np.array(scores))
-    ranked = beliefs.ranked()
+    distribution = AddressDistribution(CITY.addresses, np.array(scores))
+    ranked = distribution.ranked()
     assert sum(c.probability for c in ranked) == pytest.approx(1)
     assert len(ranked) == sum(score > -math.inf for score in scores)
     assert [c.probability for c in ranked] == sorted((c.probability for c in ranked), reverse=True)
-    assert sum(beliefs.probability(street, "street") for street in NAMES["street"]) == pytest.approx(1)
-    found = beliefs.localization(3, threshold=0.5)
+    assert sum(distribution.probability(street, "street") for street in NAMES["street"]) == pytest.approx(1)
+    found = distribution.localization(3, threshold=0.5)
     assert found.candidates == ranked[:3]
     assert found.known == (found.confidence > 0.5)
 
@@ -55,7 +55,7 @@ def test_answers_come_with_the_probability_that_they_are_right():
     """Mill Street 0.1 + 0.2, Oak Avenue 0.4 in Old Town, which is likeliest; Harbour 0.3 + 0.1 of all, Old Town 0.6."""
     held = {"Elm Row": (0.2, 0.0), "Mill Street": (0.1, 0.2), "Oak Avenue": (0.0, 0.4), "Station Road": (0.1, 0.0)}
     with np.errstate(divide="ignore"):
-        beliefs = AddressDistribution(
+        distribution = AddressDistribution(
             CITY.addresses, np.log([held[a.street][a.district == "Old Town"] for a in CITY.addresses]) - 7
         )
     for asked, answer, probability in [
@@ -70,15 +70,15 @@ def test_answers_come_with_the_probability_that_they_are_right():
         (question_parser.ParsedQuestion("choice", "street", ("Elm Row", "Oak Avenue")), "Oak Avenue", 0.4),
         (question_parser.ParsedQuestion("choice", "district", ("Atlantis", "Harbour")), "Harbour", 0.4),
     ]:
-        assert asked.answer(beliefs) == (answer, pytest.approx(probability))
+        assert asked.answer(distribution) == (answer, pytest.approx(probability))
 
 
 def test_of_equal_addresses_the_first_is_named_and_ranked_first():
-    beliefs = AddressDistribution(CITY.addresses, np.array([0.0, 1.0, 1.0, -math.inf, 1.0, 0.0, 0.0, 1.0]))
+    distribution = AddressDistribution(CITY.addresses, np.array([0.0, 1.0, 1.0, -math.inf, 1.0, 0.0, 0.0, 1.0]))
     first = [CITY.addresses[i] for i in (1, 2, 4, 7, 0, 5, 6)]
-    assert beliefs.name("address") == first[0].text()
-    assert [(c.street, c.district) for c in beliefs.ranked()] == [(a.street, a.district) for a in first]
-    found = beliefs.localization(2, threshold=beliefs.ranked()[0].probability)
+    assert distribution.name("address") == first[0].text()
+    assert [(c.street, c.district) for c in distribution.ranked()] == [(a.street, a.district) for a in first]
+    found = distribution.localization(2, threshold=distribution.ranked()[0].probability)
     assert not found.known  # the confidence has to be above the threshold
     assert len(found.candidates) == 2
 

@@ -40,14 +40,14 @@ SHORTEST = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolatio
 WIDTH = 64  # of the DINOv2: one head
 
 
-def drawn(shapes: Shapes) -> dict[str, torch.Tensor]:
-    """Tensors that depend on their names alone; numpy keeps this generator as it is for ever."""
-    made = {}
+def random_tensors(shapes: Shapes) -> dict[str, torch.Tensor]:
+    """Random tensors that depend on their names alone; this generator of numpy never changes."""
+    tensors = {}
     for name, shape in shapes.items():
         noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
         scaled = 1.5 * noise / np.prod(shape[1:]) ** 0.5 if len(shape) > 1 else 0.5 + 0.3 * noise
-        made[name] = torch.tensor(scaled, dtype=torch.float32)
-    return made
+        tensors[name] = torch.tensor(scaled, dtype=torch.float32)
+    return tensors
 
 
 def photo(seed: int) -> Image.Image:
@@ -63,8 +63,8 @@ def with_bias(**weights: tuple[int, ...]) -> Shapes:
     }
 
 
-def below(before: str, shapes: Shapes) -> Shapes:
-    return {before + name: shape for name, shape in shapes.items()}
+def prefixed(prefix: str, shapes: Shapes) -> Shapes:
+    return {prefix + name: shape for name, shape in shapes.items()}
 
 
 def open_clip_layer(w: int, hidden: int) -> Shapes:
@@ -74,27 +74,27 @@ def open_clip_layer(w: int, hidden: int) -> Shapes:
 
 def open_clip_text(hidden: int) -> Shapes:
     spread = {"token_embedding.weight": (VOCABULARY, 12), "positional_embedding": (CONTEXT, 12)}
-    return spread | with_bias(ln_final=(12,)) | below("transformer.resblocks.0.", open_clip_layer(12, hidden))
+    return spread | with_bias(ln_final=(12,)) | prefixed("transformer.resblocks.0.", open_clip_layer(12, hidden))
 
 
 def plain_shapes() -> Shapes:
     image = {"class_embedding": (24,), "positional_embedding": (17, 24), "conv1.weight": (24, 3, 8, 8), "proj": (24, EMBED)}
     image |= with_bias(ln_pre=(24,), ln_post=(24,))
     for number in range(2):
-        image |= below(f"transformer.resblocks.{number}.", open_clip_layer(24, 96))
-    return below("visual.", image) | open_clip_text(48) | {"text_projection": (12, EMBED), "logit_scale": ()}
+        image |= prefixed(f"transformer.resblocks.{number}.", open_clip_layer(24, 96))
+    return prefixed("visual.", image) | open_clip_text(48) | {"text_projection": (12, EMBED), "logit_scale": ()}
 
 
 def siglip_shapes() -> Shapes:
     w = EMBED
     mlp, pool = {"mlp__fc1": (4 * w, w), "mlp__fc2": (w, 4 * w)}, {"q": (w, w), "kv": (2 * w, w), "proj": (w, w), "norm": (w,)}
     image = {"pos_embed": (1, 4, w), "attn_pool.latent": (1, 1, w)} | with_bias(patch_embed__proj=(w, 3, 16, 16), norm=(w,))
-    image |= below("attn_pool.", with_bias(**pool, **mlp))
+    image |= prefixed("attn_pool.", with_bias(**pool, **mlp))
     for number in range(2):
         layer = with_bias(norm1=(w,), norm2=(w,), attn__qkv=(3 * w, w), attn__proj=(w, w), **mlp)
-        image |= below(f"blocks.{number}.", layer)
+        image |= prefixed(f"blocks.{number}.", layer)
     text = open_clip_text(44) | with_bias(text_projection=(w, 12))
-    return below("visual.trunk.", image) | below("text.", text) | {"logit_scale": (), "logit_bias": ()}
+    return prefixed("visual.trunk.", image) | prefixed("text.", text) | {"logit_scale": (), "logit_bias": ()}
 
 
 def dino_shapes() -> Shapes:
@@ -104,7 +104,7 @@ def dino_shapes() -> Shapes:
         layer = with_bias(
             norm1=(w,), norm2=(w,), attn__qkv=(3 * w, w), attn__proj=(w, w), mlp__fc1=(4 * w, w), mlp__fc2=(w, 4 * w)
         )
-        shapes |= below(f"blocks.{number}.", layer | {"ls1.gamma": (w,), "ls2.gamma": (w,)})
+        shapes |= prefixed(f"blocks.{number}.", layer | {"ls1.gamma": (w,), "ls2.gamma": (w,)})
     return shapes
 
 
@@ -118,12 +118,12 @@ def salad_shapes(hidden: int) -> Shapes:
 
 
 def salad_weights() -> Shapes:
-    return below("backbone.model.", dino_shapes() | {"mask_token": (1, WIDTH)}) | below("aggregator.", salad_shapes(512))
+    return prefixed("backbone.model.", dino_shapes() | {"mask_token": (1, WIDTH)}) | prefixed("aggregator.", salad_shapes(512))
 
 
 def megaloc_weights() -> Shapes:
     linear = with_bias(aggregator__linear=(8, 3 * 4 + 5))
-    return below("backbone.", dino_shapes()) | below("aggregator.agg.", salad_shapes(20)) | linear
+    return prefixed("backbone.", dino_shapes()) | prefixed("aggregator.agg.", salad_shapes(20)) | linear
 
 
 def write_open_clip(folder: Path, cfg: dict[str, Any] = PLAIN_CFG, photos: dict[str, Any] = SHORTEST) -> Path:
@@ -131,7 +131,7 @@ def write_open_clip(folder: Path, cfg: dict[str, Any] = PLAIN_CFG, photos: dict[
     shapes = siglip_shapes() if "timm_model_name" in cfg["vision_cfg"] else plain_shapes()
     tokenizer = train_tokenizer(TEXT, VOCABULARY)
     tokenizer.save_pretrained(folder)
-    save_file(drawn(shapes), folder / "open_clip_model.safetensors")
+    save_file(random_tensors(shapes), folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": photos}))
     return folder
 
@@ -139,6 +139,6 @@ def write_open_clip(folder: Path, cfg: dict[str, Any] = PLAIN_CFG, photos: dict[
 def write_places(folder: Path, shapes: Shapes, **settings: Any) -> Path:
     """Write a tiny SALAD or MegaLoc and return its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(drawn(shapes), folder / "model.safetensors")
+    save_file(random_tensors(shapes), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(settings))
     return folder

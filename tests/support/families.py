@@ -94,12 +94,12 @@ def tiny_qwen():
 
 def localizer_of(family, folder, gazetteer):
     """A Localizer of the family, with larger logits, so that answers differ clearly."""
-    made = folder / family
-    made.mkdir(parents=True)
+    folder = folder / family
+    folder.mkdir(parents=True)
     loaded = tiny_qwen() if family == "qwen" else None
-    made = {"llava": tiny_llava, "fastvlm": tiny_fastvlm, "qwen": lambda folder: folder}[family](made)
-    gazetteer.save(made / "gazetteer.geojson")
-    localizer = Localizer(made, device="cpu", loaded=loaded)
+    model = {"llava": tiny_llava, "fastvlm": tiny_fastvlm, "qwen": lambda folder: folder}[family](folder)
+    gazetteer.save(model / "gazetteer.geojson")
+    localizer = Localizer(model, device="cpu", loaded=loaded)
     with torch.no_grad():
         localizer.model.get_output_embeddings().weight.mul_(20)
     return localizer
@@ -114,8 +114,8 @@ def picture(seed, size=(40, 30)):
 @torch.inference_mode()
 def log_likelihoods(localizer, image, question, answers):
     """ln p(answer and its end | image, question) of each answer, float64 (answers,), by the package's own scorer."""
-    prefix = localizer.prefill_prompt(localizer.prompt([user_turn(question)]), [image])
-    return SequenceScorer(localizer, localizer.trie(answers)).score(prefix)[0]
+    prefill = localizer.prefill_prompt(localizer.prompt([user_turn(question)]), [image])
+    return SequenceScorer(localizer, localizer.trie(answers)).score(prefill)[0]
 
 
 def naive_log_likelihood(localizer, image, question, answer, first=None):
