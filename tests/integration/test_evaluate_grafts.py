@@ -76,7 +76,7 @@ def test_models_of_the_run_are_asked_about_grafts_beside_what_they_said_of_photo
 ) -> None:
     run, with_grafts = Run(config), shown(config)
     evaluate.run_step(with_grafts, redo=False)
-    assert "5 photos of the split test on their tiles" in capsys.readouterr().out
+    assert "5 photos of the split test grafted" in capsys.readouterr().out
     out = run.folder / "evaluations" / "grafts"
     result = json.loads((out / "metrics.json").read_text())
     assert [(s["name"], s["metrics"]["A_ds"]["n"]) for s in result["systems"]] == [("zero-shot", 5), ("AddressVLM", 5)]
@@ -130,7 +130,7 @@ def test_a_variant_with_the_map_stands_beside_rows_of_photos(config: Config) -> 
 @pytest.mark.parametrize(
     ("changes", "flags", "sentence"),
     [
-        ({"layout": "two"}, [], "tiles.layout is two, but one image is asked about"),
+        ({"layout": "two"}, [], "tiles.layout is two, but questions are about one image"),
         ({}, ["--data", "runs/other"], "--data and evaluate.images=grafts don't go together"),
         ({}, ["--split", "none"], r"no table .*none-\*\.parquet"),
     ],
