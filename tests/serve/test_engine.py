@@ -168,6 +168,13 @@ def test_a_temperature_is_of_its_own_question(engine: Engine) -> None:
         assert len({first.text, other.text, greedy.text}) == 3
 
 
+@pytest.mark.parametrize("special", [{"seed": 3}, {"top_p": 1e-6}])
+def test_a_seed_and_top_p_hold_in_a_batch_too(engine: Engine, special: dict[str, Any]) -> None:
+    one, other = (chat_query("Tell me a story.", 1, temperature=9.0, **more) for more in (special, {}))
+    alone = engine.chat([one])[0]
+    assert engine.chat([other, one, other])[1] == alone
+
+
 def test_only_plain_questions_are_answered_by_probabilities(engine: Engine) -> None:
     plain = engine.chat([chat_query("Which street is this?", 1, max_tokens=1)])[0][0]
     assert plain.finish == "stop"

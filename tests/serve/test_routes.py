@@ -125,8 +125,28 @@ def test_lists_of_cities_and_models(client: TestClient) -> None:
         assert streets <= {shape["properties"]["name"] for shape in shapes}
 
 
-def test_without_a_model_replica_the_service_is_not_healthy(client: TestClient) -> None:
+def test_without_a_model_replica_the_service_is_not_healthy_unless_it_may_scale_to_none(
+    client: TestClient, double: Double
+) -> None:
     check_error(client.get("/healthz"), 503, "No model replica")
+    idle = TestClient(Routes(ServiceSettings(min_replicas=0), [], double, double.metrics).app())
+    assert idle.get("/healthz").json() == {"status": "ok", "replicas": 0}
+
+
+def test_another_method_is_told_which_is_allowed(client: TestClient) -> None:
+    response = client.get("/v1/localize")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+
+
+def test_a_citys_name_in_a_form_may_be_a_number(client: TestClient) -> None:
+    check_error(client.post("/v1/localize", files={"file": b"abcd"}, data={"city": "12"}), 404, "No city '12'")
+
+
+def test_a_chat_gets_no_more_tokens_than_the_service_allows(client: TestClient, double: Double) -> None:
+    body = {"model": "run/alder", "messages": chat_messages("Where?"), "max_tokens": 101}
+    streamed = client.post("/v1/chat/completions", json=body | {"stream": True, "stream_options": {"include_usage": False}})
+    assert double.requests[-1].sampling.max_tokens == 100
+    assert "usage" not in streamed.text
 
 
 def test_a_street_is_placed_on_its_longest_part(tmp_path: Path) -> None:
