@@ -220,7 +220,7 @@ def test_what_was_located_is_kept_for_the_same_model_and_question_alone(model, p
         (["--photos", "{here}/other.csv"], "lacks the column file"),
         (["--photos", "{here}/bad.parquet"], "is not Parquet"),
         (["--top-k", "0"], "--top-k is 0"),
-        (["--set", "evaluate.workers=999"], "asks for 499.5 CPUs"),
+        (["--set", "evaluate.workers=999"], "needs 499.5 CPUs"),
     ],
 )
 def test_a_user_error_is_one_sentence(ray_local, model, photos, tmp_path, arguments, sentence):
