@@ -3,7 +3,7 @@
     pip install trl
     python benchmarks/training.py my_city.yaml                      # samples/s and losses, three seeds
     python benchmarks/training.py my_city.yaml --growth             # time per step against rounds and images
-    python benchmarks/training.py my_city.yaml --memory             # the plan's memory against what a step took
+    python benchmarks/training.py my_city.yaml --memory             # estimated against measured memory
 
     python benchmarks/training.py demo --set model.base=full-size --set model.dtype=bfloat16 --rows 16 --steps 20   # a GPU
 
@@ -112,8 +112,7 @@ class Bench:
 
     def __init__(self, config: Config, stage: str, steps: int, rows: int, frozen: bool) -> None:
         parts = ["adapter", "llm"] if frozen else ["vision", "adapter", "llm"]
-        whole = config.train.stages[stage]
-        self.stage = whole.model_copy(
+        self.stage = config.train.stages[stage].model_copy(
             update={"batch_size": rows, "gradient_accumulation_steps": 1, "isolate_questions": False, "parts": parts}
         )
         self.config, self.steps, self.rows = config, steps, rows
@@ -150,8 +149,8 @@ class Bench:
         collate = Collator(processor)
 
         def batch(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-            made = collate([sample_from_row(self.table[row["row"]]) for row in rows])
-            return {key: value for key, value in made.items() if key != "kinds"}
+            encoded = collate([sample_from_row(self.table[row["row"]]) for row in rows])
+            return {key: value for key, value in encoded.items() if key != "kinds"}
 
         rows: Any = [{"row": row} for row in self.order(seed)]
         return self._train(HuggingFaceTrainer, TrainingArguments, seed, model=model, train_dataset=rows, data_collator=batch)
@@ -166,7 +165,7 @@ class Bench:
         samples = [sample_from_row(self.table[row]) for row in self.order(seed)]
         rows = Dataset.from_dict({"row": list(range(len(samples)))})
 
-        def shown(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        def transform(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
             chosen = [samples[row] for row in batch["row"]]
             talks = [
                 [turn for q, a in s.rounds for turn in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
@@ -174,7 +173,7 @@ class Bench:
             ]
             return {"images": [[s.image] for s in chosen], "messages": talks}
 
-        rows.set_transform(shown)
+        rows.set_transform(transform)
         extra = {"assistant_only_loss": True, "max_length": None}
         return self._train(SFTTrainer, SFTConfig, seed, extra, model=model, train_dataset=rows, processing_class=processor)
 
@@ -186,22 +185,22 @@ class Bench:
         model.config.use_cache = False
         return model, processor
 
-    def _train(self, trainer: Any, arguments: Any, seed: int, extra: dict[str, Any] | None = None, **given: Any) -> Clock:
+    def _train(self, trainer: Any, arguments: Any, seed: int, extra: dict[str, Any] | None = None, **settings: Any) -> Clock:
         clock = Clock()
         with tempfile.TemporaryDirectory() as folder:
-            settings = arguments(
+            training_arguments = arguments(
                 folder, max_steps=self.steps, per_device_train_batch_size=self.rows, learning_rate=self.stage.learning_rate,
                 lr_scheduler_type="cosine", warmup_steps=max(1, round(self.steps * self.stage.warmup_ratio)) - 1,
                 adam_beta2=0.999, weight_decay=self.stage.weight_decay, max_grad_norm=self.stage.max_grad_norm, logging_steps=1,
-                save_strategy="no", report_to=[], bf16=self.config.train.precision != "float32", use_cpu=not torch.cuda.is_available(), seed=seed,
-                remove_unused_columns=False, disable_tqdm=True, train_sampling_strategy="sequential", **(extra or {}),
+                save_strategy="no", report_to=[], bf16=self.config.train.precision != "float32", seed=seed,
+                use_cpu=not torch.cuda.is_available(), remove_unused_columns=False, disable_tqdm=True, train_sampling_strategy="sequential", **(extra or {}),
             )  # fmt: skip
-            running = trainer(args=settings, callbacks=[clock, Quiet()], **given)
+            running = trainer(args=training_arguments, callbacks=[clock, FreezeBatchNorm()], **settings)
             running.train()
         return clock
 
 
-class Quiet(TrainerCallback):
+class FreezeBatchNorm(TrainerCallback):
     """BatchNorm keeps its statistics, as in this repository."""
 
     def on_step_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
@@ -218,12 +217,12 @@ def compare(bench: Bench, seeds: int, sides: list[str]) -> None:
             clock: Clock = getattr(bench, side)(seed)
             pace[side].append(bench.rows / statistics.median(clock.seconds[WARM:]))
             loss[side].append(statistics.mean(clock.losses[bench.steps // 2 :]))
-            told = f"seed {seed} {side:8} {pace[side][-1]:.3f} samples/s, loss {loss[side][-1]:.4f}"
+            line = f"seed {seed} {side:8} {pace[side][-1]:.3f} samples/s, loss {loss[side][-1]:.4f}"
             if side == "ours":
                 useful, tokens = clock.mfu and clock.mfu / (bench.rows / clock.seconds[-1]), clock.tokens
             if useful:
-                told += f", {100 * useful * pace[side][-1]:.1f} % of the peak, {tokens * pace[side][-1]:,.0f} tokens/s"
-            print(f"{told}, {clock.memory:.1f} GiB" if clock.memory else told, flush=True)
+                line += f", {100 * useful * pace[side][-1]:.1f} % of the peak, {tokens * pace[side][-1]:,.0f} tokens/s"
+            print(f"{line}, {clock.memory:.1f} GiB" if clock.memory else line, flush=True)
     for side in sides:
         ratio = statistics.median(a / b for a, b in zip(pace["ours"], pace[side], strict=True))
         spread = f"{min(loss[side]):.4f} to {max(loss[side]):.4f}"
@@ -260,8 +259,8 @@ class Longer:
 
 
 def memory(config: Config, bench: Bench, stage: str) -> None:
-    """The plan's memory against what tensors took on a GPU, or by how much this process grew over its libraries."""
-    before = _held() if DEVICE.type == "cpu" else 0.0
+    """The estimated memory against the peak of tensors on a GPU, or the growth of this process on a CPU."""
+    before = process_memory_gib() if DEVICE.type == "cpu" else 0.0
     clock = Clock()
     two_steps = Stage("bench", bench.stage, Schedule(bench.table, bench.rows, 0), 2, 0)
     bench.train(attach_adapter(*bench.base(0), config, DEVICE), two_steps, clock)
@@ -272,7 +271,7 @@ def memory(config: Config, bench: Bench, stage: str) -> None:
     print(f"planned {planned:.2f} GiB, took {took:.2f} GiB: {100 * (planned / took - 1):+.0f} %")
 
 
-def _held() -> float:
+def process_memory_gib() -> float:
     """Memory of this process now, GiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / GIB

@@ -15,7 +15,7 @@ from torch import nn
 from addressvlm.config.train import ModelConfig, Part, PartConfig
 from addressvlm.errors import InputError
 from addressvlm.models.loading import load_model
-from addressvlm.models.parts import linear_leaves, part_of, parts_of
+from addressvlm.models.parts import part_of, parts_of
 
 
 class FusedLoraLinear(lora.Linear):
@@ -106,16 +106,22 @@ def part_configs(config: ModelConfig) -> dict[Part, PartConfig]:
 def lora_config(model: nn.Module, parts: dict[Part, str], config: ModelConfig) -> LoraConfig:
     """PEFT's configuration: target modules, rank and alpha of each part.
 
-    Targets are all linear layers and convolutions of a part. They are anchored to the part's path, since names like `q_proj`
-    occur in the vision encoder too.
+    Targets are all linear layers and convolutions of a part, but no grouped ones. They are anchored to the part's path, since
+    names like `q_proj` occur in the vision encoder too.
     """
     patterns, ranks, alphas, full = [], {}, {}, []
     for part, setting in part_configs(config).items():
         if setting.full:
             full.append(parts[part].removeprefix("model."))
             continue
+        names = {
+            re.escape(path.rsplit(".", 1)[-1])
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and getattr(module, "groups", 1) == 1 and part_of(path, parts) == part
+        }
         nested = [path for path in parts.values() if path.startswith(parts[part] + ".")]
-        pattern = _pattern(parts[part], linear_leaves(model, part, parts), nested)
+        outside = "".join(rf"(?!{re.escape(path)}\.)" for path in nested)
+        pattern = rf"{outside}{re.escape(parts[part])}\.(?:.*\.)?(?:{'|'.join(sorted(names))})"
         patterns.append(pattern)
         ranks[pattern], alphas[pattern] = setting.rank, setting.alpha
     return LoraConfig(
@@ -126,13 +132,6 @@ def lora_config(model: nn.Module, parts: dict[Part, str], config: ModelConfig) -
         lora_dropout=config.lora_dropout,
         modules_to_save=full or None,
     )
-
-
-def _pattern(prefix: str, leaves: list[str], nested: list[str]) -> str:
-    """A regular expression for exactly these modules below `prefix`, by their last names; `nested` are parts within it."""
-    names = sorted({leaf.rsplit(".", 1)[-1] for leaf in leaves})
-    others = "".join(rf"(?!{re.escape(path)}\.)" for path in nested)
-    return rf"{others}{re.escape(prefix)}\.(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
 
 
 def set_trainable_parts(model: PeftModel, parts: dict[Part, str], chosen: list[Part]) -> None:

@@ -51,12 +51,3 @@ def _longest_prefix(path: str, prefixes: Mapping[str, Part]) -> Part | None:
     path = path.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
     matches = [prefix for prefix in prefixes if path == prefix or path.startswith(prefix + ".")]
     return prefixes[max(matches, key=len)] if matches else None
-
-
-def linear_leaves(model: nn.Module, part: Part, parts: dict[Part, str]) -> list[str]:
-    """Paths of the part's linear layers and convolutions that LoRA can be attached to (no grouped ones)."""
-    return [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and part_of(path, parts) == part and getattr(module, "groups", 1) == 1
-    ]
