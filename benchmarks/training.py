@@ -193,7 +193,8 @@ class Bench:
                 lr_scheduler_type="cosine", warmup_steps=max(1, round(self.steps * self.stage.warmup_ratio)) - 1,
                 adam_beta2=0.999, weight_decay=self.stage.weight_decay, max_grad_norm=self.stage.max_grad_norm, logging_steps=1,
                 save_strategy="no", report_to=[], bf16=self.config.train.precision != "float32", seed=seed,
-                use_cpu=not torch.cuda.is_available(), remove_unused_columns=False, disable_tqdm=True, train_sampling_strategy="sequential", **(extra or {}),
+                use_cpu=not torch.cuda.is_available(), remove_unused_columns=False, disable_tqdm=True,
+                train_sampling_strategy="sequential", **(extra or {}),
             )  # fmt: skip
             running = trainer(args=training_arguments, callbacks=[clock, FreezeBatchNorm()], **settings)
             running.train()
