@@ -22,8 +22,7 @@ import ray
 
 from addressvlm.config import Config
 from addressvlm.labels.costs import CostEstimate, estimate_cost, label_report, report_summary
-from addressvlm.labels.label_rows import label_batch, label_requests, load_gazetteer
-from addressvlm.labels.labelers import Request, state_factory
+from addressvlm.labels.labelers import Request, label_batch, label_requests, load_gazetteer, state_factory
 from addressvlm.labels.prompt import configured_prompt
 from addressvlm.labels.request_scheduler import OpenAILabeler
 from addressvlm.labels.response_cache import ResponseCache, open_for_writing

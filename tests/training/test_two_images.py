@@ -16,8 +16,7 @@ from addressvlm.config import Config
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.config.train import ModelConfig, PartConfig, StageConfig
 from addressvlm.grafting import display_image
-from addressvlm.labels.label_rows import label_batch, label_requests
-from addressvlm.labels.labelers import state_factory
+from addressvlm.labels.labelers import label_batch, label_requests, state_factory
 from addressvlm.labels.prompt import configured_prompt
 from addressvlm.models import load_model
 from addressvlm.models.loading import enable_packing

@@ -17,18 +17,8 @@ from pathlib import Path
 from addressvlm.config import load
 from addressvlm.errors import InputError
 from addressvlm.labels.audit import sheet
-from addressvlm.labels.audit.agreement import format_summary, summarize
-from addressvlm.labels.audit.judge import JUDGE_PROMPT, judge
+from addressvlm.labels.audit.ratings import JUDGE_PROMPT, format_summary, judge, summarize
 from addressvlm.storage.run_dir import storage_error
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    args = _parser().parse_args(argv)
-    try:
-        args.command(args)
-    except InputError as error:
-        sys.exit(f"error: {error}")
 
 
 def _draw(args: argparse.Namespace) -> None:
@@ -60,7 +50,8 @@ def _summary(args: argparse.Namespace) -> None:
             raise storage_error(error, args.json.parent) from error
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m addressvlm.labels.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,7 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--sheet", type=Path, default=Path("audit.parquet"), help="the table that `draw` wrote")
     three.add_argument("--json", type=Path, help="also write the numbers here")
     three.set_defaults(command=_summary)
-    return parser
+
+    args = parser.parse_args(argv)
+    try:
+        args.command(args)
+    except InputError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

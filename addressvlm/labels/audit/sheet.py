@@ -69,9 +69,6 @@ def draw(runs: Sequence[Path], n: int, seed: int, table: str = "alignment") -> l
 
     Returns:
         Rows of ITEMS; fewer than `n` if there are not so many labels.
-
-    Raises:
-        InputError: a run has no labels.
     """
     rng = random.Random(seed)
     strata: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
@@ -81,26 +78,18 @@ def draw(runs: Sequence[Path], n: int, seed: int, table: str = "alignment") -> l
     for rows in strata.values():
         rng.shuffle(rows)
         views: Counter[str] = Counter()
-        order = []
-        for i, row in enumerate(rows):
+        for row in rows:
             views[row["place"]] += 1
-            order.append((views[row["place"]], i))
-        rows[:] = [rows[i] for _, i in sorted(order)]  # one of each place before the second of any
+            row["view"] = views[row["place"]]
+        rows.sort(key=lambda row: row["view"])  # one of each place before the second of any
     sizes = {stratum: len(rows) for stratum, rows in strata.items()}
-    quota = _even_quota(n, sizes)
-    chosen = {stratum: {row["id"] for row in rows[: quota[stratum]]} for stratum, rows in strata.items()}
+    chosen: dict[tuple[str, str], set[str]] = {}
+    for remaining, stratum in zip(range(len(sizes), 0, -1), sorted(sizes, key=lambda s: (sizes[s], s)), strict=True):
+        chosen[stratum] = {row["id"] for row in strata[stratum][: -(-n // remaining)]}
+        n -= len(chosen[stratum])  # small strata leave more to the larger ones
     items = [item for run in dict.fromkeys(runs) for item in _items(run, table, chosen, sizes)]
     rng.shuffle(items)
     return items
-
-
-def _even_quota(n: int, sizes: Mapping[Any, int]) -> dict[Any, int]:
-    """Divide `n` as evenly as the sizes allow, the smallest first."""
-    quota = {}
-    for remaining, key in zip(range(len(sizes), 0, -1), sorted(sizes, key=lambda k: (sizes[k], k)), strict=True):
-        quota[key] = min(sizes[key], -(-n // remaining))
-        n -= quota[key]
-    return quota
 
 
 def _items(
@@ -175,11 +164,7 @@ def read_items(path: Path) -> list[Item]:
 
 
 def read_ratings(paths: Iterable[Path], items: Sequence[Item]) -> list[Rating]:
-    """The ratings of one sheet from all files; of several by one rater for one item the last counts.
-
-    Raises:
-        InputError: a file can't be read, lacks a column, is of another sheet, or has a word that is no level.
-    """
+    """The ratings of one sheet from all files; of several by one rater for one item the last counts."""
     sheet, names = sheet_id(items), {item["item"] for item in items}
     ratings: dict[tuple[str, str], Rating] = {}
     for path in paths:

@@ -1,43 +1,106 @@
-"""Shares of ratings with 95 % intervals, and how far raters agree beyond chance.
+"""Ratings of labels: by a model behind an endpoint, their shares with 95 % intervals, agreement of raters beyond chance.
 
 Ratings are whole numbers from 0 (the worst) to `levels` - 1; None is a missing rating.
 """
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from addressvlm.config import Config
 from addressvlm.labels.audit.sheet import CRITERIA, LEVELS, Item, Rating, sheet_id
+from addressvlm.labels.facts import Facts
+from addressvlm.labels.labelers import Request, RetryState, label_source
+from addressvlm.labels.prompt import configured_prompt
+from addressvlm.labels.request_scheduler import OpenAILabeler
+from addressvlm.labels.response_cache import open_for_writing
+from addressvlm.labels.validator import LabelValidator, Problem
 
+JUDGE_PROMPT = Path(__file__).with_name("judge.md")
 Z = 1.959963984540054  # of the normal distribution, two-sided 95 %
 TAIL = 2.5  # percent
 ALL = "all labels"
+_LINE = re.compile(rf"\b({'|'.join(CRITERIA)})\b\W{{0,6}}({'|'.join(LEVELS)})\b", re.IGNORECASE)
 
 Ratings = Sequence[Sequence[int | None]]  # a row per label, a column per rater
+
+
+def judge(items: Sequence[Item], config: Config, prompt: str, cache: Path) -> list[Rating]:
+    """Ratings of the items whose answer rates every criterion.
+
+    Args:
+        items: rows of `sheet.ITEMS`.
+        config: its section `labels` names the judge.
+        prompt: name or path of a prompt file; {question} in it is the text to judge.
+        cache: folder of the judge's answers.
+    """
+    labels = config.labels.model_copy(update={"labeler": "openai", "prompt": prompt})
+    template = configured_prompt(labels)
+    texts = {item["item"]: item["label"] for item in items}
+
+    def new_state(request: Request) -> RetryState:
+        return RetryState(request, replace(template, questions=(texts[request.id],)), RatingValidator(), labels, config.seed)
+
+    requests = [
+        Request(
+            item["item"],
+            item["image"]["bytes"],
+            Facts.from_json(item["facts"]) if item["facts"] else Facts(item["street"], item["district"]),
+        )
+        for item in items
+    ]
+    with open_for_writing(cache) as responses:
+        answers = OpenAILabeler(labels, new_state, responses, lambda line: print(line, flush=True)).label(requests)
+    source = label_source(labels)
+    return [
+        Rating(request.id, f"judge {source}", parse_levels(answer.text))
+        for request, answer in zip(requests, answers, strict=True)
+        if answer.source == source
+    ]
+
+
+class RatingValidator(LabelValidator):
+    """Accepts an answer that rates every criterion."""
+
+    def problems(self, text: str, facts: Facts) -> list[Problem]:
+        """The criteria that the answer does not rate."""
+        levels = parse_levels(text)
+        return [
+            Problem("rating", f"it lacks the line “{criterion}:” with one of the words {', '.join(LEVELS)}")
+            for criterion in CRITERIA
+            if criterion not in levels
+        ]
+
+
+def parse_levels(text: str) -> dict[str, int]:
+    """Criterion -> level of the lines `truth: right`; the first of each counts."""
+    levels: dict[str, int] = {}
+    for criterion, level in _LINE.findall(text):
+        levels.setdefault(criterion.lower(), LEVELS.index(level.lower()))
+    return levels
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A value with its 95 % interval, from `n` ratings or labels; all None where it is undefined."""
 
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-
-
-UNDEFINED = Estimate(None, None, None, 0)
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
 
 
 def wilson_share(hits: int, n: int) -> Estimate:
     """The share `hits` / `n` with its Wilson score interval, which has a width even for shares of 0 and 1."""
     if n == 0:
-        return UNDEFINED
+        return Estimate()
     p = hits / n
     middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
@@ -53,7 +116,7 @@ def stratified_share(strata: Sequence[tuple[float, int, int]]) -> Estimate:
     parts = [(rows, wilson_share(hits, n)) for rows, hits, n in strata if n]
     total = sum(rows for rows, _ in parts)
     if not parts or total <= 0:
-        return UNDEFINED
+        return Estimate()
     value = sum(rows / total * (part.value or 0) for rows, part in parts)
     below = math.sqrt(sum((rows / total * ((part.value or 0) - (part.low or 0))) ** 2 for rows, part in parts))
     above = math.sqrt(sum((rows / total * ((part.high or 0) - (part.value or 0))) ** 2 for rows, part in parts))
@@ -66,8 +129,12 @@ def krippendorff_alpha(ratings: Ratings, levels: int, ordinal: bool = True, resa
     Any number of raters, missing ratings allowed; with `ordinal`, neighbouring levels count as nearer than distant ones. The
     interval is a bootstrap over labels. None if all ratings are the same, for then agreement can't be told from chance.
     """
-    pairs = np.array([_pairs(row, levels) for row in ratings if sum(r is not None for r in row) > 1])
-    return _bootstrap(pairs, lambda o: _alpha(o, ordinal), resamples, seed)
+    coincidences = []  # of the ratings of one label, (levels, levels)
+    for row in ratings:
+        counts = np.bincount([r for r in row if r is not None], minlength=levels).astype(float)
+        if counts.sum() > 1:
+            coincidences.append((np.outer(counts, counts) - np.diag(counts)) / (counts.sum() - 1))
+    return _bootstrap(np.array(coincidences), lambda o: _alpha(o, ordinal), resamples, seed)
 
 
 def cohen_kappa(ratings: Ratings, levels: int, resamples: int = 2000, seed: int = 0) -> Estimate:
@@ -77,12 +144,6 @@ def cohen_kappa(ratings: Ratings, levels: int, resamples: int = 2000, seed: int 
     for table, (first, second) in zip(tables, both, strict=True):
         table[first, second] = 1
     return _bootstrap(tables, _kappa, resamples, seed)
-
-
-def _pairs(row: Sequence[int | None], levels: int) -> np.ndarray:
-    """Coincidences of the ratings of one label, (levels, levels)."""
-    counts = np.bincount([r for r in row if r is not None], minlength=levels).astype(float)
-    return (np.outer(counts, counts) - np.diag(counts)) / (counts.sum() - 1)
 
 
 def _alpha(coincidences: np.ndarray, ordinal: bool) -> float:
@@ -107,7 +168,7 @@ def _bootstrap(tables: np.ndarray, statistic: Callable[[np.ndarray], float], res
     """A statistic of the sum of tables (labels, levels, levels) with its bootstrap percentile interval over labels."""
     n = len(tables)
     if n == 0 or math.isnan(value := statistic(tables.sum(axis=0))):
-        return Estimate(None, None, None, n)
+        return Estimate(n=n)
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
     values = np.array([statistic(table) for table in np.tensordot(weights, tables, axes=1)])
     values = values[~np.isnan(values)]
@@ -191,17 +252,14 @@ def format_summary(summary: Mapping[str, Any]) -> str:
             for group, levels in shares.items():
                 n = next(iter(levels.values()))["n"]
                 lines.append(f"  {group:{width - 2}}{n:>4}" + "".join(f"{_percent(cell):>16}" for cell in levels.values()))
-        lines += [_format_agreement(entry) for entry in part["agreement"]]
+        for entry in part["agreement"]:
+            kappa = ""
+            if "same" in entry:
+                kappa = f"the same on {_percent(entry['same'])} of {entry['same']['n']}, kappa {_number(entry['kappa'])}, "
+            lines.append(f"{' and '.join(entry['raters'])}: {kappa}alpha {_number(entry['alpha'])}")
         lines.append("")
     lines.append("percent with 95 % intervals (Wilson); kappa is Cohen's, alpha Krippendorff's for ordered levels")
     return "\n".join(lines) + "\n"
-
-
-def _format_agreement(entry: Mapping[str, Any]) -> str:
-    parts = [f"alpha {_number(entry['alpha'])}"]
-    if "same" in entry:
-        parts = [f"the same on {_percent(entry['same'])} of {entry['same']['n']}", f"kappa {_number(entry['kappa'])}", *parts]
-    return f"{' and '.join(entry['raters'])}: {', '.join(parts)}"
 
 
 def _percent(cell: Mapping[str, Any]) -> str:
