@@ -15,45 +15,17 @@ from typing import NamedTuple, TypeVar
 Word = TypeVar("Word")
 
 # Abbreviation -> words it stands for. "Saint" and "Street" share "st"; the other words of a name tell them apart. Only words
-# that hardly ever mean something else in a name are listed; streets that share a form are told apart by their spelling.
+# that hardly ever mean something else in a name are listed; streets that share a form differ in their spelling.
 _SHORT = {
-    "st": ["street", "saint", "str", "strasse", "straat"],
-    "ste": ["sainte"],
-    "ave": ["avenue", "av", "avenida", "avda", "avinguda"],
-    "rd": ["road"],
-    "ln": ["lane"],
-    "dr": ["drive"],
-    "blvd": ["boulevard", "boul", "bd", "bvd"],
-    "pl": ["place", "platz", "plac"],
-    "plaza": ["plza", "pza"],
-    "sq": ["square"],
-    "ct": ["court"],
-    "ter": ["terrace", "terr"],
-    "cl": ["close"],
-    "cres": ["crescent"],
-    "gdns": ["gardens"],
-    "hwy": ["highway"],
-    "pkwy": ["parkway"],
-    "mt": ["mount"],
-    "r": ["rue", "rua"],
-    "c": ["calle", "carrer"],
-    "ul": ["ulica"],
-    "cd": ["caddesi", "cad"],
-    "sk": ["sokak", "sokağı", "sokagi"],
-    "ул": ["улица"],
-    "пр": ["проспект", "просп"],
-    "пер": ["переулок"],
-    "пл": ["площадь"],
-    "and": ["&"],
-    "n": ["north"],
-    "s": ["south"],
-    "e": ["east"],
-    "w": ["west"],
-    "ne": ["northeast"],
-    "nw": ["northwest"],
-    "se": ["southeast"],
-    "sw": ["southwest"],
-}
+    "st": ["street", "saint", "str", "strasse", "straat"], "ste": ["sainte"],
+    "ave": ["avenue", "av", "avenida", "avda", "avinguda"], "rd": ["road"], "ln": ["lane"], "dr": ["drive"],
+    "blvd": ["boulevard", "boul", "bd", "bvd"], "pl": ["place", "platz", "plac"], "plaza": ["plza", "pza"], "sq": ["square"],
+    "ct": ["court"], "ter": ["terrace", "terr"], "cl": ["close"], "cres": ["crescent"], "gdns": ["gardens"],
+    "hwy": ["highway"], "pkwy": ["parkway"], "mt": ["mount"], "r": ["rue", "rua"], "c": ["calle", "carrer"], "ul": ["ulica"],
+    "cd": ["caddesi", "cad"], "sk": ["sokak", "sokağı", "sokagi"], "ул": ["улица"], "пр": ["проспект", "просп"],
+    "пер": ["переулок"], "пл": ["площадь"], "and": ["&"], "n": ["north"], "s": ["south"], "e": ["east"], "w": ["west"],
+    "ne": ["northeast"], "nw": ["northwest"], "se": ["southeast"], "sw": ["southwest"],
+}  # fmt: skip
 _ABBREVIATIONS = {word: short for short, words in _SHORT.items() for word in words}
 _SUFFIX = re.compile(r"(?<=\w\w\w)(?:strasse|straat|str)$")  # as in Hauptstraße, Hauptstr.
 _APOSTROPHES = "'’‘ʼ`´"
@@ -82,9 +54,10 @@ def normalize_name(name: str) -> str:
 
 @lru_cache(maxsize=65536)
 def unaccented_name(name: str) -> str:
-    """The normal form without accents on Latin letters; it has as many words."""
-    words = (_strip_accents(word).translate(_PLAIN_LETTERS) for word in normalize_name(name).split())
-    return " ".join(_ABBREVIATIONS.get(word, word) for word in words)
+    """The normal form without accents on Latin letters (in other scripts the marks make other letters); it has as many words."""
+    characters = ((character, unicodedata.normalize("NFD", character)[0]) for character in normalize_name(name))
+    plain = "".join(base if "a" <= base <= "z" else character for character, base in characters).translate(_PLAIN_LETTERS)
+    return " ".join(_ABBREVIATIONS.get(word, word) for word in plain.split())
 
 
 def is_distinctive(name: str) -> bool:
@@ -95,7 +68,7 @@ def is_distinctive(name: str) -> bool:
 def osm_names(tags: Mapping[str, str], language: str | None = None) -> tuple[str, list[str]]:
     """The display name of an OpenStreetMap object and its variants; ("", []) if it has no name.
 
-    The display name is `name:<language>` if a language is given and the object has it, else `name`. Variants are the names in
+    The display name is `name:<language>` if there is a language and the object has it, else `name`. Variants are the names in
     other languages and `alt_name`, `old_name`, `official_name`, `short_name` …, which may list several between semicolons.
     """
     name = tags.get("name", "").strip()
@@ -121,15 +94,10 @@ class NameIndex:
         self._names: dict[tuple[str, ...], dict[str, list[str]]] = {}  # words -> name -> spellings with this form
         self._add({name: [name] for name in names}, normalize_name, shared=True)
         self._add({name: [name] for name in names}, unaccented_name, shared=False)
-        # of the variants not mere letters or numbers
-        others = {
-            name: [
-                v
-                for v in (variants or {}).get(name, ())
-                if len(f := normalize_name(v)) > 2 and not f.replace(" ", "").isdecimal()
-            ]
-            for name in names
-        }
+        others = {}
+        for name in names:
+            forms = {variant: normalize_name(variant) for variant in (variants or {}).get(name, ())}
+            others[name] = [v for v, form in forms.items() if len(form) > 2 and not form.replace(" ", "").isdecimal()]
         self._add(others, normalize_name, shared=True)
         self._add(others, unaccented_name, shared=False)
         self._longest = max(map(len, self._names), default=0)
@@ -174,12 +142,6 @@ class NameIndex:
                 if key and key not in self._names:
                     new[key].setdefault(name, []).append(spelling)
         self._names |= {key: entries for key, entries in new.items() if shared or len(entries) == 1}
-
-
-def _strip_accents(word: str) -> str:
-    """The word without the accents of Latin letters; in other scripts the marks make other letters."""
-    bases = ((character, unicodedata.normalize("NFD", character)[0]) for character in word)
-    return "".join(base if "a" <= base <= "z" else character for character, base in bases)
 
 
 class NameFinder:
@@ -279,12 +241,8 @@ class MentionFinder:
         return [normalize_name(mention.name) for mention in self.find(text)]
 
     def _longest_from(self, word: "_Word") -> int:
-        lengths = (
-            self._longest.get(word.form, 0),
-            self._longest.get(word.stem, 0),
-            self._more._longest_from(word) if self._more else 0,
-        )
-        return max(lengths)
+        more = self._more._longest_from(word) if self._more else 0
+        return max(self._longest.get(word.form, 0), self._longest.get(word.stem, 0), more)
 
     def _get(self, key: tuple[str, ...]) -> str | None:
         return self._names.get(key) or (self._more._get(key) if self._more else None)

@@ -34,9 +34,7 @@ def retry_after(headers: Any) -> float | None:
             return max(0.0, float(headers.get(name)) / 1000)
         except (TypeError, ValueError):
             continue
-    value = headers.get("retry-after")
-    if value is None:
-        return None
+    value = headers.get("retry-after") or ""
     try:
         return max(0.0, float(value))
     except ValueError:
@@ -142,7 +140,7 @@ class HttpClient:
 
         Args:
             timeout_s: of one request, whole body included.
-            max_wait_s: a server that asks to wait longer is not asked again.
+            max_wait_s: a server that asks to wait longer gets no further request.
             backoff_s: pause after a failed attempt, doubled with each more; the server's own Retry-After goes first.
             jitter: share by which a pause is drawn longer or shorter.
         """

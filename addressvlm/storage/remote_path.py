@@ -168,7 +168,13 @@ class RemotePath:
         try:
             yield filesystem(self.uri)
         except OSError as error:
-            raise _storage_error(error, self) from error
+            is_missing = isinstance(error, FileNotFoundError)
+            for pattern, cause in _STORAGE_ERRORS[:1] if is_missing else _STORAGE_ERRORS:
+                if re.search(pattern, str(error)):
+                    raise InputError(f"{self} can't be used, {cause}.") from error
+            if is_missing:
+                raise
+            raise InputError(f"{self} can't be used ({error_text(error)}): check the store, then rerun.") from error
 
     def _info(self) -> fs.FileInfo:
         with self.filesystem() as (store, path):
@@ -289,29 +295,13 @@ def error_text(error: OSError) -> str:
     return error.strerror or shorten(str(error), 160)
 
 
-# Pattern in the message of a store -> cause and fix.
+# Pattern in the message of a store -> cause and fix; the first also for a FileNotFoundError.
 _STORAGE_ERRORS = (
-    (
-        r"NO_?SUCH_?BUCKET|Bucket '[^']*' not found|bucket does not exist",
-        "there is no such bucket: create it, or fix `storage`",
-    ),
-    (
-        r"ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE|EXPIRED|UNRECOGNIZED_CLIENT|HTTP status 40[13]|"
-        r"PERMISSION_DENIED|UNAUTHENTICATED|credentials|Forbidden|AccessDenied",
-        "access is denied: set credentials in the environment that may list, read, write and delete there",
-    ),
-    (
-        r"NETWORK_CONNECTION|curl|resolve host|onnection|timed? ?out|UNAVAILABLE",
-        "the store can't be reached: check the address, the network and AWS_ENDPOINT_URL, then rerun to resume",
-    ),
-)
-
-
-def _storage_error(error: OSError, where: RemotePath) -> Exception:
-    """The error that RemotePath raises instead: FileNotFoundError, or an InputError without the store's own long message."""
-    for pattern, cause in _STORAGE_ERRORS[:1] if isinstance(error, FileNotFoundError) else _STORAGE_ERRORS:
-        if re.search(pattern, str(error)):
-            return InputError(f"{where} can't be used, {cause}.")
-    if isinstance(error, FileNotFoundError):
-        return error
-    return InputError(f"{where} can't be used ({error_text(error)}): check the store, then rerun.")
+    (r"NO_?SUCH_?BUCKET|Bucket '[^']*' not found|bucket does not exist",
+     "there is no such bucket: create it, or fix `storage`"),
+    (r"ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE|EXPIRED|UNRECOGNIZED_CLIENT|HTTP status 40[13]|"
+     r"PERMISSION_DENIED|UNAUTHENTICATED|credentials|Forbidden|AccessDenied",
+     "access is denied: set credentials in the environment that may list, read, write and delete there"),
+    (r"NETWORK_CONNECTION|curl|resolve host|onnection|timed? ?out|UNAVAILABLE",
+     "the store can't be reached: check the address, the network and AWS_ENDPOINT_URL, then rerun to resume"),
+)  # fmt: skip

@@ -164,7 +164,11 @@ def resumable_dir(folder: AnyPath, settings: dict[str, Any], redo: bool = False)
     partial = _partial(folder)
     now = json.loads(json.dumps({"settings": settings, "redo": redo}))
     with storage_errors(folder):
-        if not _can_resume(partial, now):
+        try:
+            before = json.loads((partial / BEGUN_FILE).read_text())
+        except (OSError, ValueError):
+            before = {}
+        if before.get("settings") != now["settings"] or (redo and not before["redo"]):
             _clear(partial)
             _write_text(partial / BEGUN_FILE, json.dumps(now))
         yield partial
@@ -185,14 +189,6 @@ def _clear(partial: AnyPath) -> None:
     for old, _ in partial.walk_files():
         if old != partial / BEGUN_FILE:
             old.unlink(missing_ok=True)
-
-
-def _can_resume(partial: AnyPath, now: dict[str, Any]) -> bool:
-    try:
-        before = json.loads((partial / BEGUN_FILE).read_text())
-    except (OSError, ValueError):
-        return False
-    return bool(before.get("settings") == now["settings"] and (before["redo"] or not now["redo"]))
 
 
 def _remove(folder: AnyPath, marker: str) -> None:

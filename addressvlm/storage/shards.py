@@ -184,16 +184,15 @@ def sources_fingerprint(*sources: str | None) -> str:
 
 def files_fingerprint(paths: Iterable[str]) -> str:
     """Changes when the size or modification time of a local file does; other paths count by their name."""
-    return digest([[path, *_size_and_time(path)] for path in paths])
-
-
-def _size_and_time(path: str) -> list[int]:
-    file = path_of(path)
-    try:
-        stat = file.stat() if isinstance(file, Path) else None
-    except (OSError, ValueError):
-        return []
-    return [stat.st_size, stat.st_mtime_ns] if stat else []
+    entries = []
+    for path in paths:
+        file = path_of(path)
+        try:
+            stat = file.stat() if isinstance(file, Path) else None
+        except (OSError, ValueError):
+            stat = None
+        entries.append([path, stat.st_size, stat.st_mtime_ns] if stat else [path])
+    return digest(entries)
 
 
 def _footer_digest(path: AnyPath) -> list[Any]:

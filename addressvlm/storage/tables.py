@@ -20,17 +20,13 @@ from addressvlm.storage.run_dir import is_unfinished
 ROWS_PER_GROUP = 64  # to get one row a reader loads this many images
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-ROUNDS = pa.list_(
-    pa.struct(
-        [
-            ("level", pa.string()),  # district, street, address, alignment or reasoning
-            ("kind", pa.string()),  # generation, judgment, choice or explanation
-            ("question", pa.string()),
-            ("answer", pa.string()),
-            ("options", pa.list_(pa.string())),  # choice: the names to choose from; judgment: the name in question
-        ]
-    )
-)
+ROUNDS = pa.list_(pa.struct([
+    ("level", pa.string()),  # district, street, address, alignment or reasoning
+    ("kind", pa.string()),  # generation, judgment, choice or explanation
+    ("question", pa.string()),
+    ("answer", pa.string()),
+    ("options", pa.list_(pa.string())),  # choice: the names to choose from; judgment: the name in question
+]))  # fmt: skip
 
 
 def with_features(schema: pa.Schema) -> pa.Schema:
@@ -50,58 +46,46 @@ def _feature(dtype: pa.DataType) -> Any:
     return {"dtype": names.get(str(dtype), str(dtype)), "_type": "Value"}
 
 
-PHOTOS = with_features(
-    pa.schema(
-        [
-            ("id", pa.string()),
-            ("place", pa.string()),
-            ("lat", pa.float64()),  # degrees, WGS84
-            ("lon", pa.float64()),
-            ("heading", pa.float32()),  # degrees clockwise from north, null if unknown
-            ("image", IMAGE),
-            ("street", pa.string()),  # name in the answers: the sub-street if city.answer is sub_street
-            ("main_street", pa.string()),  # the whole street if `street` is a sub-street
-            ("district", pa.string()),
-            ("sub_street", pa.string()),  # null without a partition
-            ("address_source", pa.string()),  # manifest, map, nominatim, google or neighbour
-            ("cross_street", pa.string()),  # the nearest other street, null if none is near
-            ("distance_m", pa.float32()),  # to the street
-            ("margin_m", pa.float32()),  # distance to `second_street` minus distance_m, null without one
-            ("second_street", pa.string()),  # the runner-up of the geocoding
-            ("ambiguous", pa.bool_()),
-            ("rounds", ROUNDS),
-        ]
-    )
-)
-GRAFTS = with_features(
-    pa.schema(
-        [
-            ("id", pa.string()),
-            ("place", pa.string()),
-            ("image", IMAGE),  # grafted image; with tiles.layout two the photo
-            ("tile", IMAGE),  # with tiles.layout two the tile, else null
-            ("street", pa.string()),
-            ("district", pa.string()),
-            ("names", pa.list_(pa.string())),  # street names written on the tile
-            ("facts", pa.string()),  # JSON of addressvlm.labels.facts.Facts
-        ]
-    )
-)
-ALIGNMENT = with_features(
-    pa.schema(
-        [
-            ("id", pa.string()),
-            ("place", pa.string()),
-            ("image", IMAGE),
-            ("tile", IMAGE),  # second image of the conversation, or null
-            ("street", pa.string()),
-            ("district", pa.string()),
-            ("rounds", ROUNDS),  # the last round is the question with the label
-            ("source", pa.string()),  # who wrote the label: template, <labeler>:<model>, or fallback:template
-            ("attempts", pa.int32()),
-        ]
-    )
-)
+PHOTOS = with_features(pa.schema([
+    ("id", pa.string()),
+    ("place", pa.string()),
+    ("lat", pa.float64()),  # degrees, WGS84
+    ("lon", pa.float64()),
+    ("heading", pa.float32()),  # degrees clockwise from north, null if unknown
+    ("image", IMAGE),
+    ("street", pa.string()),  # name in the answers: the sub-street if city.answer is sub_street
+    ("main_street", pa.string()),  # the whole street if `street` is a sub-street
+    ("district", pa.string()),
+    ("sub_street", pa.string()),  # null without a partition
+    ("address_source", pa.string()),  # manifest, map, nominatim, google or neighbour
+    ("cross_street", pa.string()),  # the nearest other street, null if none is near
+    ("distance_m", pa.float32()),  # to the street
+    ("margin_m", pa.float32()),  # distance to `second_street` minus distance_m, null without one
+    ("second_street", pa.string()),  # the runner-up of the geocoding
+    ("ambiguous", pa.bool_()),
+    ("rounds", ROUNDS),
+]))  # fmt: skip
+GRAFTS = with_features(pa.schema([
+    ("id", pa.string()),
+    ("place", pa.string()),
+    ("image", IMAGE),  # grafted image; with tiles.layout two the photo
+    ("tile", IMAGE),  # with tiles.layout two the tile, else null
+    ("street", pa.string()),
+    ("district", pa.string()),
+    ("names", pa.list_(pa.string())),  # street names written on the tile
+    ("facts", pa.string()),  # JSON of addressvlm.labels.facts.Facts
+]))  # fmt: skip
+ALIGNMENT = with_features(pa.schema([
+    ("id", pa.string()),
+    ("place", pa.string()),
+    ("image", IMAGE),
+    ("tile", IMAGE),  # second image of the conversation, or null
+    ("street", pa.string()),
+    ("district", pa.string()),
+    ("rounds", ROUNDS),  # the last round is the question with the label
+    ("source", pa.string()),  # who wrote the label: template, <labeler>:<model>, or fallback:template
+    ("attempts", pa.int32()),
+]))  # fmt: skip
 REASONING = ALIGNMENT  # labels of photos without a map (paper 003)
 _PHOTO_KEYS = [  # columns that identify the photo in tables of model outputs
     ("id", pa.string()),
@@ -111,20 +95,16 @@ _PHOTO_KEYS = [  # columns that identify the photo in tables of model outputs
     ("street", pa.string()),
     ("district", pa.string()),
 ]
-ANSWERS = with_features(
-    pa.schema(
-        [
-            *_PHOTO_KEYS,
-            ("level", pa.string()),
-            ("kind", pa.string()),
-            ("question", pa.string()),
-            ("options", pa.list_(pa.string())),
-            ("expected", pa.string()),
-            ("answer", pa.string()),  # raw model output
-            ("correct", pa.bool_()),
-        ]
-    )
-)
+ANSWERS = with_features(pa.schema([
+    *_PHOTO_KEYS,
+    ("level", pa.string()),
+    ("kind", pa.string()),
+    ("question", pa.string()),
+    ("options", pa.list_(pa.string())),
+    ("expected", pa.string()),
+    ("answer", pa.string()),  # raw model output
+    ("correct", pa.bool_()),
+]))  # fmt: skip
 # ln p of each address of the gazetteer, in its order; -inf: impossible
 SCORES = with_features(pa.schema([*_PHOTO_KEYS, ("scores", pa.list_(pa.float64()))]))
 REJECTS = pa.schema(

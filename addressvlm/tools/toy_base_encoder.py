@@ -72,10 +72,7 @@ def main() -> None:
         optimizer.zero_grad()
         if step % 50 == 0:
             recall = ((logits > 0) & (labels > 0)).sum() / labels.sum()
-            print(
-                f"encoder: step {step}/{total}, loss {loss.item():.2f}, recall {recall:.0%}, {elapsed:.0f} s",
-                flush=True,
-            )
+            print(f"encoder: step {step}/{total}, loss {loss.item():.2f}, recall {recall:.0%}, {elapsed:.0f} s", flush=True)
         step += 1
     save_file({key: value.contiguous() for key, value in model.encoder.state_dict().items()}, args.out)
 
