@@ -111,9 +111,8 @@ class TrainConfig(Section):
     cities: dict[str, float] = {}  # runs of this storage to train on instead of this one: name -> epochs of it in one epoch
     checkpoint_every: int = Field(50, ge=1)  # optimizer steps
     keep_checkpoints: int = Field(2, ge=1)  # the last ones; each holds the adapter that validated best too
-    checkpoint_to_merge: Literal["last", "best"] = (
-        "last"  # which adapter becomes the model; best: by validation, A_ds or else A
-    )
+    # which adapter becomes the model; best: by validation, A_ds or else A
+    checkpoint_to_merge: Literal["last", "best"] = "last"
     validate_every: int | None = Field(None, ge=1)  # optimizer steps; validates on the split `val`
     validate_photos: int = Field(16, ge=1)  # photos of a validation, drawn by seed, with all their questions
     loggers: list[Literal["mlflow", "wandb"]] = []  # besides TensorBoard; installed and set up by their environment variables

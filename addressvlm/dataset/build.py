@@ -100,9 +100,8 @@ def add_conversations(part: NDArray[np.int8], gazetteer: tuple[str, str], city: 
             continue
         split = SPLITS[part[row["index"]]]
         address, rng = Address(row["street"], row["district"]), random.Random(f"{seed}:{row['id']}")
-        uncertain = names.streets_within(
-            row["lat"], row["lon"], config.ambiguous_m
-        )  # may be right as well, so no wrong answers
+        # may be right as well, so no wrong answers
+        uncertain = names.streets_within(row["lat"], row["lon"], config.ambiguous_m)
         if row["ambiguous"]:
             uncertain.add(row["second_street"])
         if split == "train":
@@ -133,16 +132,13 @@ def build_gazetteer(
         places: from `answer_places`.
         sub_streets: shapes of sub-streets, where the addresses name them.
     """
-    photo_counts = Counter(photo.place for photo in photos)
-    addresses = [places[place].address for place in sorted(photo_counts)]
-    street_photos: Counter[str] = Counter()
-    for place, count in photo_counts.items():
-        street_photos[places[place].address.street] += count
+    photo_places = [photo.place for photo in photos]
+    addresses = [places[place].address for place in sorted(set(photo_places))]
     return Gazetteer(
         addresses,
         {**streets.street_shapes([a.street for a in addresses]), **(sub_streets or {})},
         streets.district_shapes([a.district for a in addresses]),
-        street_photos,
+        Counter(places[place].address.street for place in photo_places),
         Counter(a.street for a in addresses),
         city.name,
         city.attribution,

@@ -34,6 +34,7 @@ from addressvlm.storage.remote_path import AnyPath, list_files
 
 PARTS = ("train", "val", "test", "aside")
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}  # our names -> those of the Hugging Face hub
+HUB_SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B")
 LEVELS = ("district", "street", "address")
 KINDS = ("generation", "judgment", "choice")
 COUNTS = {"area_km2": "area, km²", "places": "places", "districts": "districts", "streets": "streets",
@@ -106,11 +107,8 @@ def count_questions(folder: AnyPath, split: str) -> dict[str, dict[str, int]]:
                 rounds = batch["rounds"].flatten()
                 levels, kinds = (pc.struct_field(rounds, field).to_pylist() for field in ("level", "kind"))
                 counts.update(zip(levels, kinds, strict=True))
-    return {
-        level: {kind: counts[level, kind] for kind in KINDS if counts[level, kind]}
-        for level in LEVELS
-        if any(counts[level, kind] for kind in KINDS)
-    }
+    by_level = {level: {kind: counts[level, kind] for kind in KINDS if counts[level, kind]} for level in LEVELS}
+    return {level: kinds for level, kinds in by_level.items() if kinds}
 
 
 def places_per(places: Iterable[Place]) -> dict[str, dict[str, int]]:
@@ -142,7 +140,17 @@ def write_card(
     (folder / "figures").mkdir(exist_ok=True)
     for name, png in figures.items():
         (folder / "figures" / f"{name}.png").write_bytes(png)
-    values = _template_values(card)
+    questions = {part: levels for part, levels in card["questions_by_kind"].items() if levels}
+    kinds = [(level, kind) for level in LEVELS for kind in KINDS if any(kind in q.get(level, {}) for q in questions.values())]
+    values = {
+        "card": card,
+        "parts": [part for part in PARTS if part in card["splits"]],
+        "rows": [(key, label) for key, label in COUNTS.items() if key in card],
+        "tail_rows": list(TAIL.items()),
+        "questions": questions,
+        "question_rows": kinds,
+        "address_sources": ADDRESS_SOURCES,
+    }
     header = _header(card, [part for part in HUB_SPLITS if tables.count_rows(folder, part)])
     (folder / "README.md").write_text(_render("card.md", header=header, **values), encoding="utf-8")
     embedded = {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in figures.items()}
@@ -150,7 +158,6 @@ def write_card(
 
 
 def _counts(photos: Sequence[Photo], places: Mapping[str, Place], questions: Iterable[Mapping[str, Mapping[str, int]]]) -> Any:
-    """The numbers of one column of the table."""
     photo_places = [places[photo.place] for photo in photos]
     distinct = list({place.id: place for place in photo_places}.values())
     sub_streets = {place.sub_street for place in distinct if place.sub_street}
@@ -173,7 +180,6 @@ def _area_km2(places: Sequence[Place]) -> float:
 
 
 def _tail(places_per_name: Mapping[str, int]) -> dict[str, float]:
-    """The long tail of places over names."""
     counts = np.sort(np.array(list(places_per_name.values())))[::-1]
     top = counts[: max(1, round(0.1 * len(counts)))]
     return {
@@ -188,7 +194,7 @@ def _tail(places_per_name: Mapping[str, int]) -> dict[str, float]:
 def _attribution(config: Config, more: Sequence[str]) -> list[str]:
     """That of the settings and sources, and OpenStreetMap's where its data is used and the settings lack it; each once."""
     city = config.city
-    lines = [*city.attribution, *([config.tiles.attribution] if config.tiles.attribution else []), *more]
+    lines = [*city.attribution, *filter(None, [config.tiles.attribution]), *more]
     uses_osm = any(str(path or "").lower().endswith(OSM_SUFFIXES) for path in (city.streets, city.districts))
     uses_osm |= city.geocoder is not None and city.geocoder.service == "nominatim"
     if uses_osm and not any("openstreetmap" in line.lower() for line in lines):
@@ -214,27 +220,10 @@ def _sources(city: CityConfig, tiles: TilesConfig) -> dict[str, str]:
     return sources
 
 
-def _template_values(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of both templates, in order."""
-    questions = {part: levels for part, levels in card["questions_by_kind"].items() if levels}
-    return {
-        "card": card,
-        "parts": [part for part in PARTS if part in card["splits"]],
-        "rows": [(key, label) for key, label in COUNTS.items() if key in card],
-        "tail_rows": list(TAIL.items()),
-        "questions": questions,
-        "question_rows": [
-            (level, kind) for level in LEVELS for kind in KINDS if any(kind in q.get(level, {}) for q in questions.values())
-        ],
-        "address_sources": ADDRESS_SOURCES,
-    }
-
-
 def _header(card: Mapping[str, Any], parts: Iterable[str]) -> str:
     """The YAML that the Hugging Face hub and `datasets.load_dataset` read."""
-    n = card["photos"]
-    bounds = [(10**power, f"{_thousands(10 ** (power - 1))}<n<{_thousands(10**power)}") for power in range(4, 10)]
-    size = "n<1K" if n < 1000 else next(size for bound, size in bounds if n < bound)
+    digits = len(str(card["photos"]))
+    size = "n<1K" if digits < 4 else f"{HUB_SIZES[digits - 4]}<n<{HUB_SIZES[digits - 3]}"
     header = {
         "pretty_name": card["city"],
         "license": card["license"],
@@ -248,10 +237,6 @@ def _header(card: Mapping[str, Any], parts: Iterable[str]) -> str:
         ],
     }  # fmt: skip
     return yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()
-
-
-def _thousands(n: int) -> str:
-    return next(f"{n // unit}{letter}" for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")) if n >= unit)
 
 
 def _render(name: str, **values: Any) -> str:

@@ -66,14 +66,7 @@ class CityFigures:
         figure, axes = self._map(9.4)
         lines = [FAINT if partitioned or name not in colours else f"{colours[name]}66" for name in self.streets]
         _draw_lines(axes, list(self.streets.values()), lines, 2.6 * self._line_scale)
-        axes.scatter(
-            self.xy[:, 0],
-            self.xy[:, 1],
-            s=16 * self._line_scale**2,
-            c=[colours[group] for group in groups],
-            linewidths=0,
-            zorder=3,
-        )
+        axes.scatter(*self.xy.T, s=16 * self._line_scale**2, c=[colours[group] for group in groups], linewidths=0, zorder=3)
         self._street_names(axes, self._district_names(axes))
         return _png(figure)
 
@@ -253,12 +246,11 @@ def _place_text(text: Text, boxes: list[BaseGeometry], axes: Axes, obstacles: Se
     text.set_rotation(angle)
     box = shapely.box(level.x0 - 2, level.y0, level.x1 + 2, level.y1)
     box = shapely.affinity.rotate(box, angle, origin="center")
-    free = shapely.box(*axes.bbox.extents).contains(box) and not any(box.intersects(other) for other in (*boxes, *obstacles))
-    if free:
+    if shapely.box(*axes.bbox.extents).contains(box) and not any(box.intersects(other) for other in (*boxes, *obstacles)):
         boxes.append(box)
-    else:
-        text.remove()
-    return free
+        return True
+    text.remove()
+    return False
 
 
 def _halo(width: float) -> list[object]:

@@ -95,8 +95,7 @@ def is_street(tags: Tags) -> bool:
     """Whether an address can be on it: a street of STREET_CLASSES that is not indoors or under the ground, or a square."""
     if tags.get("place") == "square":
         return True
-    covered = tags.get("tunnel") == "yes" or tags.get("indoor") == "yes"
-    return tags.get("highway") in STREET_CLASSES and not covered
+    return tags.get("highway") in STREET_CLASSES and "yes" not in (tags.get("tunnel"), tags.get("indoor"))
 
 
 def is_block(tags: Tags) -> bool:
@@ -145,7 +144,6 @@ def read_geo_file(path: str | AnyPath, key: str, select: TagFilter) -> GeoExtrac
 
 
 def _read_json(path: Path, key: str, select: TagFilter) -> GeoExtract:
-    """GeoJSON or Overpass JSON."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(tree, dict) and "elements" in tree:
@@ -321,18 +319,15 @@ def _build_extract(
             features.append(GeoFeature(tags, make_valid(shapely.polygons(line))))
         elif len(line) > 1:
             features.append(GeoFeature(tags, shapely.linestrings(line)))
-    shapes = [(tags, _area(border)) for tags, border in areas]
-    features += [GeoFeature(tags, shape) for tags, shape in shapes if not shape.is_empty]
-    return GeoExtract.from_features(features, bounds, osm=True, incomplete=sum(shape.is_empty for _, shape in shapes))
-
-
-def _area(border: list[tuple[str, Line]]) -> shapely.Geometry:
-    """What the outer rings of an area enclose, without its holes; empty if no ring is complete."""
-    enclosed = []
-    for inner in (False, True):
-        lines = [shapely.linestrings(line) for role, line in border if (role == "inner") == inner and len(line) > 1]
-        enclosed.append(shapely.union_all([make_valid(ring) for ring in shapely.get_parts(shapely.polygonize(lines))]))
-    return shapely.difference(*enclosed)
+    incomplete = 0
+    for tags, border in areas:
+        enclosed = []  # by the outer rings, and by the holes
+        for inner in (False, True):
+            ways = [shapely.linestrings(line) for role, line in border if (role == "inner") == inner and len(line) > 1]
+            enclosed.append(shapely.union_all([make_valid(ring) for ring in shapely.get_parts(shapely.polygonize(ways))]))
+        features.append(GeoFeature(tags, shapely.difference(*enclosed)))
+        incomplete += features[-1].shape.is_empty
+    return GeoExtract.from_features(features, bounds, osm=True, incomplete=incomplete)
 
 
 def make_valid(area: BaseGeometry) -> BaseGeometry:

@@ -284,7 +284,6 @@ def _measure(
 
 
 def _reject_reason(rows: _Places, i: int, nearby: Annotation, streets: StreetMap, city: CityConfig, no_street: bool) -> str:
-    """Why a place has no address."""
     lat, lon = float(rows.lat[i]), float(rows.lon[i])
     nearest = [*streets.street_names, None][nearby.street[i]]
     if streets.bounds is not None and nearest is None:
@@ -317,11 +316,27 @@ def _check_inputs(photos: Sequence[Photo], streets: StreetMap, city: CityConfig)
 
 
 def _group_by_place(photos: Sequence[Photo], streets: StreetMap, city: CityConfig, rejects: list[dict[str, Any]]) -> _Places:
-    """The places of the photos, in the order of their first rows; photos that don't fit their place become rejects."""
-    groups = {
-        place: _consistent_photos(place, group, streets, city, rejects) for place, group in _photos_by_place(photos).items()
-    }
-    groups = {place: group for place, group in groups.items() if group}
+    """The places in the order of their first rows; photos that differ from most of their place become rejects."""
+    groups: dict[str, list[Photo]] = {}
+    for place, group in _photos_by_place(photos).items():
+        if len(group) == 1:
+            groups[place] = group
+            continue
+        x, y = streets.to_metres([p.lat for p in group], [p.lon for p in group])
+        offset_m = np.hypot(x - np.median(x), y - np.median(y))
+        names = {column: _majority(group, column) for column in ("street", "district")}
+        consistent = []
+        for photo, metres in zip(group, offset_m, strict=True):
+            other = next((c for c, name in names.items() if getattr(photo, c) not in ("", name)), None)
+            if metres > city.max_distance_m:
+                rejects.append(photo.reject(f"place torn apart: {metres:.0f} m from the other photos of place '{place}'"))
+            elif other:
+                reason = f"place with two addresses: most photos of '{place}' have the {other} {names[other]}"
+                rejects.append(photo.reject(reason))
+            else:
+                consistent.append(photo)
+        if consistent:
+            groups[place] = consistent
     lat = np.array([np.mean([p.lat for p in group]) for group in groups.values()])
     lon = np.array([np.mean([p.lon for p in group]) for group in groups.values()])
     return _Places(list(groups), list(groups.values()), lat, lon, *streets.to_metres(lat, lon))
@@ -332,27 +347,6 @@ def _photos_by_place(photos: Sequence[Photo]) -> dict[str, list[Photo]]:
     for photo in photos:
         groups[photo.place].append(photo)
     return groups
-
-
-def _consistent_photos(
-    place: str, group: list[Photo], streets: StreetMap, city: CityConfig, rejects: list[dict[str, Any]]
-) -> list[Photo]:
-    """The photos that agree with most of their place on its position and address."""
-    if len(group) == 1:
-        return group
-    x, y = streets.to_metres([p.lat for p in group], [p.lon for p in group])
-    offset_m = np.hypot(x - np.median(x), y - np.median(y))
-    names = {column: _majority(group, column) for column in ("street", "district")}
-    consistent = []
-    for photo, metres in zip(group, offset_m, strict=True):
-        other = next((c for c, name in names.items() if getattr(photo, c) not in ("", name)), None)
-        if metres > city.max_distance_m:
-            rejects.append(photo.reject(f"place torn apart: {metres:.0f} m from the other photos of place '{place}'"))
-        elif other:
-            rejects.append(photo.reject(f"place with two addresses: most photos of '{place}' have the {other} {names[other]}"))
-        else:
-            consistent.append(photo)
-    return consistent
 
 
 def _majority(photos: list[Photo], column: str) -> str | None:

@@ -81,7 +81,8 @@ def check_bytes(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=_supported_formats())
+            Image.init()  # registers the decoders of this build of Pillow
+            image = Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
     except Image.DecompressionBombError:
         return f"photo too large: {path} has more than {max_megapixels:g} megapixels"
     except Exception:  # decoders raise anything on arbitrary bytes
@@ -107,13 +108,6 @@ def check_bytes(
             return _encode_jpeg(_upright(image))
         except Exception as error:  # decoders raise anything on arbitrary bytes
             return f"photo damaged: {path} ends early or is corrupt ({error})"
-
-
-@lru_cache
-def _supported_formats() -> tuple[str, ...]:
-    """Those of FORMATS that this build of Pillow can decode."""
-    Image.init()
-    return tuple(f for f in FORMATS if f in Image.OPEN)
 
 
 def _upright(image: Image.Image) -> Image.Image:

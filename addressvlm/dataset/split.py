@@ -1,8 +1,8 @@
 """Train, validation and test places, in blocks, with a buffer between them so that neighbouring views can't leak.
 
 Blocks (square cells of the city) go to the test split, then to validation, in an order drawn by seed. A block is moved only
-if every address (street and district) in it keeps a training place, for no answer can be right that was never learnt; where
-blocks as large as the settings say fail, halves and quarters of them are tried.
+if every address (street and district) in it keeps a training place, since a model can't answer with an address that it was
+never trained on; where blocks as large as the settings say fail, halves and quarters of them are tried.
 The training places can be thinned, by place and by view, to study the effect of density (paper 001, Fig. 5).
 """
 
@@ -47,8 +47,8 @@ class PlaceSplit:
 def split_places(places: Sequence[Place], city: CityConfig, seed: int) -> PlaceSplit:
     """Split by the shares, block, buffer and density of the city's settings; the same places and seed give the same split.
 
-    Every address of a held-out place keeps a training place.
-    Density is applied last and with draws of its own, so that the held-out places do not depend on it.
+    Every address of a validation or test place keeps a training place.
+    Density is applied last and with draws of its own, so that validation and test places do not depend on it.
     """
     places = sorted(places, key=lambda p: p.id)
     splitter = _Splitter(places, city.split_buffer_m)
@@ -65,7 +65,7 @@ def split_places(places: Sequence[Place], city: CityConfig, seed: int) -> PlaceS
 
 
 def thin_views(photos: Sequence[Photo], part: Mapping[str, Part], share: float, seed: int) -> list[Photo]:
-    """The photos with a share of the views of each training place, at least one; held-out places keep all.
+    """The photos with a share of the views of each training place, at least one; other places keep all.
 
     Args:
         photos: of places in `part`; their order stays.
@@ -143,12 +143,12 @@ class _Splitter:
             trained.add(self.addresses[i])
 
     def min_distance(self) -> float | None:
-        """Smallest distance between training and held-out places."""
+        """Smallest distance from a training place to a validation or test place."""
         train = self.points[[p == "train" for p in self.part]]
-        held_out = self.points[[p in ("val", "test") for p in self.part]]
-        if not len(train) or not len(held_out):
+        others = self.points[[p in ("val", "test") for p in self.part]]
+        if not len(train) or not len(others):
             return None
-        _, distances = shapely.STRtree(train).query_nearest(held_out, return_distance=True, all_matches=False)
+        _, distances = shapely.STRtree(train).query_nearest(others, return_distance=True, all_matches=False)
         return float(distances.min())
 
     def _blocks(self, side: float, rng: random.Random) -> list[list[int]]:

@@ -190,7 +190,13 @@ class StreetMap:
         for name, shape in zip(self._names, self._degrees, strict=True):
             if name in selected:
                 parts[name].append(shape)
-        return {name: _collect(shapes) for name, shapes in parts.items()}
+        build = {"LineString": shapely.multilinestrings, "Polygon": shapely.multipolygons, "Point": shapely.multipoints}
+        collected = {}
+        for name, shapes in parts.items():
+            kinds = {shape.geom_type for shape in shapes}
+            collect = build[kinds.pop()] if len(kinds) == 1 else shapely.geometrycollections
+            collected[name] = collect(shapes) if len(shapes) > 1 else shapes[0]
+        return collected
 
     def district_shapes(self, names: Sequence[str]) -> dict[str, BaseGeometry]:
         """The polygon of each district in degrees (lon, lat); unknown names are absent."""
@@ -376,12 +382,3 @@ def _unify_spellings(names: Sequence[str], shapes: Sequence[BaseGeometry]) -> di
                 rest = [name for name in rest if name not in near]
             display |= dict.fromkeys(street, street[0])
     return display
-
-
-def _collect(parts: list[BaseGeometry]) -> BaseGeometry:
-    """Several parts as one shape: a MultiLineString if they are lines."""
-    if len(parts) == 1:
-        return parts[0]
-    kinds = {part.geom_type for part in parts}
-    build = {"LineString": shapely.multilinestrings, "Polygon": shapely.multipolygons, "Point": shapely.multipoints}
-    return build[kinds.pop()](parts) if len(kinds) == 1 else shapely.geometrycollections(parts)

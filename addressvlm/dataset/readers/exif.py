@@ -78,7 +78,7 @@ def read_gps(file: str) -> Row:
         return cells | {"panorama": True} | ({"heading": float(pose[1]), "magnetic": False} if pose else {})
     focal_mm = _number(camera.get(ExifTags.Base.FocalLengthIn35mmFilm))
     if focal_mm:
-        width, height = size if exif.get(ExifTags.Base.Orientation, 1) < 5 else size[::-1]  # of the picture held upright
+        width, height = size if exif.get(ExifTags.Base.Orientation, 1) < 5 else size[::-1]  # of the upright picture
         half_width_mm = FILM_DIAGONAL_MM / 2 * width / math.hypot(width, height)
         cells["fov_deg"] = math.degrees(2 * math.atan(half_width_mm / focal_mm))
     return cells

@@ -91,9 +91,8 @@ class KartaView:
     Photos are looked up below city.photos by their `name`, their id, or `<sequence>_<index>`.
     """
 
-    UNIQUE = frozenset(
-        "sequenceindex sequence_index shotdate shot_date matchlat match_lat fileurlproc lth_name".split()
-    )  # no other table has these
+    # no other table has these
+    UNIQUE = frozenset("sequenceindex sequence_index shotdate shot_date matchlat match_lat fileurlproc lth_name".split())
 
     def recognizes(self, sample: SourceSample) -> bool:
         """Records with a position and a field that only this API has."""
@@ -103,24 +102,24 @@ class KartaView:
         """Positions as measured, before they were matched to a road."""
         files = photos_by_stem(city)
         for cells in open_table(source_path(city)).rows:
-            yield cells if "PROBLEM" in cells else self.parse(cells, files)
-
-    def parse(self, cells: Row, files: dict[str, str]) -> Row:
-        """One photo; `files` are those that exist, by name without ending."""
-        identifier, name = (clean_text(_first(cells, columns)) for columns in (("id", "photo_id"), ("file", "name")))
-        sequence, index = (clean_text(_first(cells, (f"sequence{end}", f"sequence_{end}"))) for end in ("id", "index"))
-        file = next((files[s] for s in (PurePosixPath(name).stem, identifier, f"{sequence}_{index}") if s and s in files), None)
-        fov_deg = cells.get("fieldofview")
-        projections = {clean_text(cells.get(column)).upper() for column in ("projection", "imagepartprojection")} - {""}
-        return {
-            "id": identifier,
-            "file": file or name or (f"{identifier}.jpg" if identifier else ""),
-            "lat": cells.get("lat"),
-            "lon": cells.get("lon"),
-            "heading": _first(cells, ("heading", "headers")),
-            "fov_deg": None if clean_text(fov_deg) in ("0", "") else fov_deg,
-            "panorama": "SPHERE" in projections if projections else None,
-        }
+            if "PROBLEM" in cells:
+                yield cells
+                continue
+            identifier, name = (clean_text(_first(cells, columns)) for columns in (("id", "photo_id"), ("file", "name")))
+            sequence, index = (clean_text(_first(cells, (f"sequence{end}", f"sequence_{end}"))) for end in ("id", "index"))
+            stems = (PurePosixPath(name).stem, identifier, f"{sequence}_{index}")
+            file = next((files[stem] for stem in stems if stem and stem in files), None)
+            fov_deg = cells.get("fieldofview")
+            projections = {clean_text(cells.get(column)).upper() for column in ("projection", "imagepartprojection")} - {""}
+            yield {
+                "id": identifier,
+                "file": file or name or (f"{identifier}.jpg" if identifier else ""),
+                "lat": cells.get("lat"),
+                "lon": cells.get("lon"),
+                "heading": _first(cells, ("heading", "headers")),
+                "fov_deg": None if clean_text(fov_deg) in ("0", "") else fov_deg,
+                "panorama": "SPHERE" in projections if projections else None,
+            }
 
 
 class Mapillary:

@@ -102,10 +102,7 @@ def parse_file_name(file: str) -> Row:
             if lat is not None and lon is not None:
                 degrees = math.hypot(cells["lat"] - lat, (cells["lon"] - lon) * math.cos(math.radians(cells["lat"])))
                 if degrees * METRES_PER_DEGREE > MAX_DIFFERENCE_M:
-                    return {
-                        "file": file,
-                        "PROBLEM": f"positions differ: UTM is {cells['lat']:.5f}, {cells['lon']:.5f} in degrees",
-                    }
+                    raise ValueError(f"positions differ: UTM is {cells['lat']:.5f}, {cells['lon']:.5f} in degrees")
     except ValueError as error:
         return {"file": file, "PROBLEM": str(error)}
     return cells

@@ -201,14 +201,17 @@ def to_photos(rows: Iterable[Row], panorama: PanoramaConfig | None) -> tuple[lis
     rejects: list[dict[str, Any]] = []
     first_row: dict[str, int] = {}
     for number, cells in enumerate(rows, start=1):
-        file = clean_text(cells.get("file"))
+        file, is_panorama = clean_text(cells.get("file")), clean_text(cells.get("panorama")).lower()
         identifier = clean_text(cells.get("id")) or file
         try:
             if "PROBLEM" in cells:
                 raise ValueError(cells["PROBLEM"])
             if identifier in first_row:
                 raise ValueError(f"duplicate id: '{identifier}' is already the id of row {first_row[identifier]}")
-            photos = list(_views(_photo(number, identifier, file, cells), _parse_bool(cells, "panorama"), panorama))
+            photo = _photo(number, identifier, file, cells)
+            if is_panorama and is_panorama not in BOOLEANS:
+                raise ValueError(f"not yes or no: panorama is {is_panorama!r}")
+            photos = _views(photo, BOOLEANS.get(is_panorama), panorama)
         except ValueError as error:
             rejects.append({"file": file, "row": number, "id": identifier, "reason": str(error)})
         else:
@@ -249,16 +252,17 @@ def _photo(row: int, identifier: str, file: str, cells: Row) -> Photo:
     )
 
 
-def _views(photo: Photo, is_panorama: bool | None, panorama: PanoramaConfig | None) -> Iterator[Photo]:
+def _views(photo: Photo, is_panorama: bool | None, panorama: PanoramaConfig | None) -> list[Photo]:
     """The photo itself, or the views that a panorama is cut into."""
     if is_panorama and panorama is None:
         raise ValueError("panorama: set city.panorama to cut it into views")
     if panorama is None or is_panorama is False:
-        yield photo
-        return
+        return [photo]
+    views = []
     for view in dict.fromkeys(_normalize_degrees(heading) for heading in panorama.headings):
         heading = None if photo.heading is None else _normalize_degrees(photo.heading + view)
-        yield replace(photo, id=f"{photo.id}@{view:g}", heading=heading, fov_deg=panorama.fov_deg, view=view)
+        views.append(replace(photo, id=f"{photo.id}@{view:g}", heading=heading, fov_deg=panorama.fov_deg, view=view))
+    return views
 
 
 def _normalize_degrees(degrees: float) -> float:
@@ -287,11 +291,3 @@ def parse_number(cells: Row, column: str) -> float | None:
     if not math.isfinite(result):
         raise ValueError(f"not a number: {column} is {str(value)!r}")
     return result
-
-
-def _parse_bool(cells: Row, column: str) -> bool | None:
-    """A cell as yes or no, None if empty; ValueError if it is something else."""
-    value = clean_text(cells.get(column)).lower()
-    if value and value not in BOOLEANS:
-        raise ValueError(f"not yes or no: {column} is {value!r}")
-    return BOOLEANS.get(value)
