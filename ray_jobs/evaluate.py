@@ -21,7 +21,7 @@ from addressvlm import InputError
 from addressvlm.answers.calibration import Calibration
 from addressvlm.config import Config
 from addressvlm.dataset.build import resolve_city_files
-from addressvlm.evaluation.decoding_comparison import BootstrapSettings, compare_decoding
+from addressvlm.evaluation.decoding_comparison import compare_decoding
 from addressvlm.evaluation.report import ReportSources, main_system
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
 from addressvlm.models.cards import set_metrics
@@ -107,8 +107,8 @@ def compare_modes(
     ids = {row["id"] for row in scores}
     same = {mode: [row for row in rows if row["id"] in ids] for mode, rows in answers.items()}
     gazetteer, calibration = evaluation.model_gazetteer(model, task.gazetteer), Calibration.load(path_of(model))
-    settings = BootstrapSettings(task.config.evaluate.bootstrap, task.config.seed)
-    result = {"system": name, **compare_decoding(scores, gazetteer, calibration, same, settings)}
+    bootstrap = (task.config.evaluate.bootstrap, task.config.seed)
+    result = {"system": name, **compare_decoding(scores, gazetteer, calibration, same, bootstrap)}
     (task.out / "modes.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     return result
 

@@ -53,7 +53,7 @@ class EvaluationTask:
     """The photos that systems are evaluated on, and where results go.
 
     Attributes:
-        config: its section `evaluate` says how a model is asked.
+        config: `evaluate` says how a model answers.
         data: folder of the photos table.
         split: the split that is judged.
         out: folder of the results.

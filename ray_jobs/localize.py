@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Localize photos by the million with a trained model.
 
-    python ray_jobs/localize.py --model runs/demo/models/addressvlm/merged --photos my_photos --out runs/found
-    python ray_jobs/localize.py --model runs/demo/models/addressvlm/merged --photos list.csv --out runs/found --top-k 3
-    python ray_jobs/localize.py --config demo --photos runs/demo/photos --split test --out runs/found
+    python ray_jobs/localize.py --model runs/demo/models/addressvlm/merged --photos my_photos --out runs/located
+    python ray_jobs/localize.py --model runs/demo/models/addressvlm/merged --photos list.csv --out runs/located --top-k 3
+    python ray_jobs/localize.py --config demo --photos runs/demo/photos --split test --out runs/located
 
 Photos are a folder, a manifest (CSV, JSONL or Parquet) with the column `file` and optionally `id`, or Parquet with the columns
 `id` and `image`. Writes <out>/located-*.parquet, one row a photo, and <out>/rejects.parquet with the photos that can't be used

@@ -67,7 +67,7 @@ def split_verdicts(main: Sequence[Row], other: Sequence[Row]) -> tuple[list[str]
 
 
 def mcnemar(main: Sequence[Row], other: Sequence[Row]) -> Row:
-    """McNemar's exact test on whole addresses that both were asked about.
+    """McNemar's exact test on whole addresses that both answered.
 
     Returns:
         `better` and `worse`, photos that only the main or only the other system got right; `p`, two-sided. It takes photos as

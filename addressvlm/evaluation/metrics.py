@@ -5,6 +5,7 @@ Photos of one place look alike, so the unit that intervals resample is the place
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ CELLS = {
     "A_ds": ("address", "generation"),
 }  # mean over the questions of one level and kind
 MEANS = {"A_d": ("A_d_G", "A_d_J", "A_d_M"), "A_s": ("A_s_G", "A_s_J", "A_s_M"), "A": ("A_d", "A_s")}
-METRICS = ["A_d_G", "A_d_J", "A_d_M", "A_d", "A_s_G", "A_s_J", "A_s_M", "A_s", "A", "A_ds"]
 DESCRIPTIONS = {
     "A_d_G": "district, generated",
     "A_d_J": "district, yes or no",
@@ -34,15 +34,15 @@ DESCRIPTIONS = {
     "A": "mean of A_d and A_s",
     "A_ds": "street and district both right in one generated answer",
 }
-LEVEL = 0.95
-TAIL = (1 - LEVEL) / 2
+METRICS = list(DESCRIPTIONS)
+TAIL = 0.025  # on either side of a 95 % interval
 
 
 def compute_metrics(answers: Iterable[Mapping[str, Any]], resamples: int = 1000, seed: int = 0) -> dict[str, Interval]:
     """All metrics of one system, from rows of `tables.ANSWERS`.
 
     Returns:
-        For each of METRICS `value`, `low`, `high` (shares between 0 and 1; None where no question was asked) and `n`, the
+        For each of METRICS `value`, `low`, `high` (shares between 0 and 1; None without questions) and `n`, the
         number of questions.
     """
     right, total = _count(list(answers))
@@ -65,10 +65,11 @@ def paired_difference_ci(
     Returns:
         For each metric `value` (a minus b, between -1 and 1), its `low` and `high`, and `n`, the questions in common.
     """
-    a, b = ({_key(row): row for row in answers} for answers in (answers_a, answers_b))
-    common = [key for key in a if key in b]
-    right_a, total = _count([a[key] for key in common])
-    right_b, _ = _count([b[key] for key in common])
+    key = itemgetter("id", "level", "kind", "question", "expected")
+    a, b = ({key(row): row for row in answers} for answers in (answers_a, answers_b))
+    common = [question for question in a if question in b]
+    right_a, total = _count([a[question] for question in common])
+    right_b, _ = _count([b[question] for question in common])
     weights = _resample(len(total), resamples, seed)
     values_a, values_b = (_values(right.sum(axis=0), total.sum(axis=0)) for right in (right_a, right_b))
     samples_a, samples_b = (_values(weights @ right, weights @ total) for right in (right_a, right_b))
@@ -84,10 +85,6 @@ def share_ci(right: Sequence[float] | np.ndarray, places: Sequence[str], resampl
     weights = _resample(len(numbers), resamples, seed)
     with np.errstate(invalid="ignore"):
         return _interval(sums.sum() / counts.sum(), (weights @ sums) / (weights @ counts), len(place), places=len(numbers))
-
-
-def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return row["id"], row["level"], row["kind"], row["question"], row["expected"]
 
 
 def _count(rows: list[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:

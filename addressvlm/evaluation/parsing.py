@@ -23,7 +23,7 @@ _LETTER = re.compile(r"(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?
 
 
 class Judge:
-    """Judges answers, given the names of all streets and districts."""
+    """Judges answers by the names of all streets and districts."""
 
     def __init__(
         self, streets: Iterable[str], districts: Iterable[str], variants: Mapping[str, Iterable[str]] | None = None

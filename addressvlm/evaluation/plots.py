@@ -62,15 +62,17 @@ class CityMap:
         return f'<svg class="map" viewBox="0 0 {size}" role="img"><use href="#city-streets"/>{marks}</svg>'
 
     def _mark(self, place: Mapping[str, Any]) -> str:
-        x, y = self._xy(np.array([[place["lon"], place["lat"]]]))[0].round(1)
+        x, y = map(float, self._xy(np.array([[place["lon"], place["lat"]]]))[0].round(1))
         note = f"<title>{html.escape(place['note'])}</title>"
         if place["share"] == 0:
             return f'<path class="wrong" d="M{x - 4} {y - 4}l8 8M{x + 4} {y - 4}l-8 8">{note}</path>'
         if place["share"] == 1:
             return f'<circle class="right" cx="{x}" cy="{y}" r="5">{note}</circle>'
+        angle, r = 2 * math.pi * place["share"], 4.5
+        arc = f"A{r} {r} 0 {int(place['share'] > 0.5)} 1 {x + r * math.sin(angle):.1f} {y - r * math.cos(angle):.1f}"
         return (
-            f'<g>{note}<circle class="partly" cx="{x}" cy="{y}" r="4.5"/>'
-            f'<path class="right" d="{_pie(float(x), float(y), 4.5, place["share"])}"/></g>'
+            f'<g>{note}<circle class="partly" cx="{x}" cy="{y}" r="{r}"/>'
+            f'<path class="right" d="M{x:.1f} {y:.1f}V{y - r:.1f}{arc}Z"/></g>'
         )
 
     def _xy(self, lonlat: np.ndarray) -> np.ndarray:
@@ -111,13 +113,6 @@ class CityMap:
         x = min(max(at.x, half + 4), self.width - half - 4)
         y = min(max(at.y, 12), self.height - 6)
         return f'<text class="district" x="{x:.0f}" y="{y:.0f}">{html.escape(name)}</text>'
-
-
-def _pie(x: float, y: float, r: float, share: float) -> str:
-    """A sector of `share` of a circle, from the top, clockwise."""
-    angle = 2 * math.pi * share
-    end = f"{x + r * math.sin(angle):.1f} {y - r * math.cos(angle):.1f}"
-    return f"M{x:.1f} {y:.1f}V{y - r:.1f}A{r} {r} 0 {int(share > 0.5)} 1 {end}Z"
 
 
 def loss_curves(stages: Mapping[str, Sequence[tuple[float, float]]], top: float, steps: float) -> str:
@@ -204,31 +199,28 @@ def distance_curves(systems: Sequence[Mapping[str, Any]]) -> str:
     return f'<svg class="loss reliability" viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
 
 
-SIDE, LEFT, BOTTOM, TOP = 300.0, 34.0, 34.0, 8.0
-
-
 def reliability_diagram(bins: Sequence[Mapping[str, float]]) -> str:
     """Confidence against accuracy, from `addressvlm.answers.calibration.reliability`."""
+    side, left, bottom, top = 300.0, 34.0, 34.0, 8.0
+
+    def xy(confidence: float, right: float) -> tuple[float, float]:
+        return round(left + confidence * (side - left - 10), 1), round(top + (1 - right) * (side - bottom - top), 1)
+
     most = max((b["photos"] for b in bins), default=1)
-    low, high = _xy(0, 0), _xy(1, 1)
+    low, high = xy(0, 0), xy(1, 1)
     parts = [
         f'<rect class="frame" x="{low[0]}" y="{high[1]}" width="{high[0] - low[0]}" height="{low[1] - high[1]}"/>',
         f'<line class="ideal" x1="{low[0]}" y1="{low[1]}" x2="{high[0]}" y2="{high[1]}"/>',
     ]
     for percent in (0, 25, 50, 75, 100):
-        x, y = _xy(percent / 100, percent / 100)
+        x, y = xy(percent / 100, percent / 100)
         parts.append(f'<text class="tick middle" text-anchor="middle" x="{x}" y="{low[1] + 14}">{percent}</text>')
         parts.append(f'<text class="tick end" x="{low[0] - 5}" y="{y + 4}">{percent}</text>')
     for b in bins:
-        (x, y), (_, ideal) = _xy(b["confidence"], b["right"]), _xy(b["confidence"], b["confidence"])
+        (x, y), (_, ideal) = xy(b["confidence"], b["right"]), xy(b["confidence"], b["confidence"])
         note = f"<title>{b['photos']:.0f} photos: confidence {b['confidence']:.0%}, right {b['right']:.0%}</title>"
         parts.append(f'<line class="gap" x1="{x}" x2="{x}" y1="{ideal}" y2="{y}"/>')
         parts.append(f'<circle class="bin" cx="{x}" cy="{y}" r="{3 + 7 * math.sqrt(b["photos"] / most):.1f}">{note}</circle>')
-    parts.append(f'<text class="tick" text-anchor="middle" x="{(low[0] + high[0]) / 2}" y="{SIDE - 2}">confidence, %</text>')
+    parts.append(f'<text class="tick" text-anchor="middle" x="{(low[0] + high[0]) / 2}" y="{side - 2}">confidence, %</text>')
     parts.append(f'<text class="tick" x="{low[0] + 8}" y="{high[1] + 16}">right, %</text>')
-    return f'<svg class="reliability" viewBox="0 0 {SIDE} {SIDE}" role="img">{"".join(parts)}</svg>'
-
-
-def _xy(confidence: float, right: float) -> tuple[float, float]:
-    span = SIDE - LEFT - 10
-    return round(LEFT + confidence * span, 1), round(TOP + (1 - right) * (SIDE - BOTTOM - TOP), 1)
+    return f'<svg class="reliability" viewBox="0 0 {side} {side}" role="img">{"".join(parts)}</svg>'

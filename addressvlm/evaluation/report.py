@@ -64,14 +64,11 @@ def write_report(
     """Write the page.
 
     Args:
-        metrics: what metrics.json holds: city, split, systems.
+        metrics: of metrics.json: city, split, systems; `modes` and `comparison`: of modes.json and comparison.json.
         answers: system name -> its rows of `tables.ANSWERS`.
         gazetteer: for the streets on the map.
-        sources: folders of the run.
         seed: decides which examples are shown.
         resamples: of the bootstrap of the differences between systems.
-        modes: what modes.json holds.
-        comparison: what comparison.json holds.
     """
     sources = sources or ReportSources()
     systems = [{**system, "hue": i % HUES} for i, system in enumerate(metrics["systems"])]
@@ -260,14 +257,7 @@ def comparison_section(
     photos: AnyPath | None,
     seed: int,
 ) -> Row:
-    """What comparison.html is rendered with.
-
-    Args:
-        comparison: what comparison.json holds.
-        systems: those that have answers, with their hue.
-        photos: folder of the photos table, for thumbnails.
-        seed: decides which photos are shown.
-    """
+    """What comparison.html is rendered with; `systems`: those that have answers, with their hue."""
     hues, main = {system["name"]: system["hue"] for system in systems}, comparison["main"]
     entries = [
         {**system, "hue": hues.get(system["name"], 0), "cells": cells(system, main)[ACCURACIES if "metrics" in system else 0 :]}

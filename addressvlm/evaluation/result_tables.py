@@ -63,19 +63,15 @@ def decoding_table(decoding: Row) -> str:
 def write_comparison(folder: AnyPath, comparison: Row) -> None:
     """Write comparison.json, comparison.md and comparison.csv into a folder."""
     (folder / "comparison.json").write_text(json.dumps(comparison, indent=1, ensure_ascii=False), encoding="utf-8")
-    (folder / "comparison.md").write_text(comparison_markdown(comparison), encoding="utf-8")
+    lines = ["| | " + " | ".join(HEAD) + " |", "|---" * (len(HEAD) + 1) + "|"]
+    lines += [f"| {system['name']} | {' | '.join(cells(system, comparison['main']))} |" for system in comparison["systems"]]
+    markdown = "\n".join([*lines, "", *_footnotes(comparison)]) + "\n"
+    (folder / "comparison.md").write_text(markdown, encoding="utf-8")
     (folder / "comparison.csv").write_text(_comparison_csv(comparison), encoding="utf-8")
 
 
-def comparison_markdown(comparison: Row) -> str:
-    """The table of a comparison with its footnotes."""
-    lines = ["| | " + " | ".join(HEAD) + " |", "|---" * (len(HEAD) + 1) + "|"]
-    lines += [f"| {system['name']} | {' | '.join(cells(system, comparison['main']))} |" for system in comparison["systems"]]
-    return "\n".join([*lines, "", *_footnotes(comparison)]) + "\n"
-
-
 def comparison_text(comparison: Row) -> str:
-    """The same for a terminal."""
+    """The table of a comparison with its footnotes, for the terminal."""
     systems, main = comparison["systems"], comparison["main"]
     body = [[system["name"], *cells(system, main)] for system in systems if "metrics" in system]
     failures = [f"{system['name']}: {cells(system, main)[0]}" for system in systems if "metrics" not in system]
@@ -150,7 +146,7 @@ def _footnotes(comparison: Row) -> list[str]:
     for system in comparison["systems"]:
         seen = system.get("by_training", {})
         if "unseen" in seen:
-            known = f"{percent_with_interval(seen['seen'])} of {seen['seen']['n']}" if "seen" in seen else "none asked"
+            known = f"{percent_with_interval(seen['seen'])} of {seen['seen']['n']}" if "seen" in seen else "no questions"
             lines.append(
                 f"{system['name']}: A_ds {known} where training has the address, {percent_with_interval(seen['unseen'])} of "
                 f"{seen['unseen']['n']} where it has not."

@@ -29,7 +29,7 @@ def run_questions(
         photos: rows of `tables.PHOTOS` with COLUMNS.
         config: `answers` is the decoding mode, free or constrained; likelihood: see `addressvlm.evaluation.likelihood`.
         seed: decides sampled answers, together with the questions of a batch, whichever worker asks them.
-        kinds: of questions that are asked.
+        kinds: of questions.
     """
     images = {photo["id"]: photo_image(photo) for photo in photos}
     questions = [question for photo in photos for question in questions_of(photo) if question["kind"] in kinds]

@@ -53,7 +53,7 @@ class AddressClipSystem(System[AddressClipConfig]):
             scores=scores,
             parameters=trained["parameters"],
             stored_bytes=sum(file.stat().st_size for file in list_files(folder, "*.safetensors")),
-            licences={self.settings.base or config.model.base: clip_licence(config, self.settings) or "not said"},
+            licences={self.settings.base or config.model.base: clip_licence(config, self.settings) or "not stated"},
             notes={"steps": trained["steps"], "photos without a caption": trained["without_caption"]},
             model=folder,
         )

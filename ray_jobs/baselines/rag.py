@@ -53,7 +53,7 @@ REPLIES = tables.with_features(
             ("dissimilar", pa.list_(pa.string())),
             ("prompt", pa.string()),
             ("reply", pa.string()),  # as the model wrote it; null if it gave none
-            ("found_lat", pa.float64()),  # null if the reply holds no usable coordinates, or addresses were asked for
+            ("found_lat", pa.float64()),  # null if the reply holds no usable coordinates, or the prompt wants addresses
             ("found_lon", pa.float64()),
             ("found_street", pa.string()),  # the address of those coordinates
             ("found_district", pa.string()),
@@ -66,7 +66,7 @@ PhotoLists = list[tuple[list[int], list[int]]]  # positions of the similar and o
 
 
 class RagSystem(System[RagConfig]):
-    """Answers to the questions of the kind generation, and coordinates where they are asked for."""
+    """Answers to the questions of the kind generation, and coordinates if the prompt wants them."""
 
     def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
         """Search, prompt, and read the replies."""
@@ -114,7 +114,7 @@ class RagSystem(System[RagConfig]):
             base = resolve_model(model)
             outcome.stored_bytes += sum(file.stat().st_size for file in list_files(path_of(base), "*.safetensors"))
             config = context.config.model_copy(update={"model": context.config.model.model_copy(update={"base": base})})
-            outcome.licences["model"] = base_licence(config) or "not said"
+            outcome.licences["model"] = base_licence(config) or "not stated"
         return outcome
 
 
@@ -251,7 +251,7 @@ def answer_text(row: Row, level: str, reply_kind: str) -> str:
     Args:
         row: of REPLIES.
         level: street, district or address.
-        reply_kind: coordinates or addresses, as the model was asked.
+        reply_kind: coordinates or addresses, as in the prompt.
     """
     if reply_kind == "addresses":
         return row["reply"] or ""

@@ -144,7 +144,7 @@ def stored_bytes(context: ComparisonContext, encoder: EncoderConfig, files: Sequ
 def encoder_licence(context: ComparisonContext, encoder: EncoderConfig) -> dict[str, str]:
     """The encoder's licence, as its card names it."""
     model = context.config.model.model_copy(update={"base": encoder_model(context, encoder)})
-    return {"encoder": base_licence(context.config.model_copy(update={"model": model})) or "not said"}
+    return {"encoder": base_licence(context.config.model_copy(update={"model": model})) or "not stated"}
 
 
 def encoder_model(context: ComparisonContext, encoder: EncoderConfig) -> str:
@@ -236,7 +236,7 @@ def open_gallery(
     gallery = everything.with_coordinates()
     if gallery.set_aside:
         rejects = [
-            {"file": None, "row": None, "id": photo["id"], "reason": "no coordinates: nothing can be learnt from finding it"}
+            {"file": None, "row": None, "id": photo["id"], "reason": "no coordinates, so it can't locate a query"}
             for photo in everything.photos
             if not has_coordinates(photo)
         ]

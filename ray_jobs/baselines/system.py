@@ -1,4 +1,4 @@
-"""The protocol of a system in a comparison: what it is given, what it returns, and what it cost."""
+"""The protocol of a system in a comparison: its input, its outcome and its cost."""
 
 import json
 import time
@@ -32,7 +32,7 @@ class ComparisonContext:
 
     Attributes:
         run: the run that is compared; its photos are those of `task.data`.
-        task: the photos of the split test, which all systems are asked about.
+        task: the photos of the split test, which all systems answer questions about.
         ids: split (`val`, to fit and to calibrate on; `test`, to judge) -> photos, in the order of the table.
         outcomes: of the systems before this one, by name.
     """
@@ -120,7 +120,7 @@ class System(ABC, Generic[SettingsT]):
         """Train it if need be, and score or ask about the photos of `context.ids`; what is done is read.
 
         Raises:
-            InputError: it can't be trained or asked.
+            InputError: it can't be trained or evaluated.
         """
 
 
@@ -138,7 +138,7 @@ def model_stats(config: Config, system: SystemConfig) -> SystemOutcome:
     return SystemOutcome(
         parameters=_count_parameters(adapter, trained_parts) if system.stages else 0,
         stored_bytes=sum(file.stat().st_size for file in list_files(folder, "*.safetensors")),
-        licences={"base model": base_licence(config) or "not said"},
+        licences={"base model": base_licence(config) or "not stated"},
     )
 
 

@@ -25,7 +25,7 @@ from ray_jobs.evaluation import TEST, EvaluationTask, Scores, trained_model
 
 
 class TrainedSystem(System[SystemConfig]):
-    """A system of `train.systems`: trained if it is not, then asked as `evaluate.answers` says."""
+    """A system of `train.systems`: trained if it is not, then evaluated as `evaluate.answers` says."""
 
     def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
         """Train, score and ask."""
@@ -33,7 +33,7 @@ class TrainedSystem(System[SystemConfig]):
 
 
 class VariantSystem(System[VariantConfig]):
-    """A system of `train.systems` in a run of its own with other settings, asked about the same photos."""
+    """A system of `train.systems` in a run of its own with other settings, evaluated on the same photos."""
 
     def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
         """Train, score and ask."""

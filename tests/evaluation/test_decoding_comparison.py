@@ -12,7 +12,7 @@ from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 ADDRESSES = [Address(f"Street {letter}", f"District {i % 3}") for i, letter in enumerate("ABCDEFGHIJKL")]
 LINES = {a.street: shapely.LineString([(i / 500, 0), (i / 500, 0.001)]) for i, a in enumerate(ADDRESSES)}
 CITY = Gazetteer(ADDRESSES, LINES, city="Toytown")
-SETTINGS = decoding_comparison.BootstrapSettings(resamples=100)
+SETTINGS = (100, 0)  # resamples and seed
 
 
 def rows(photos=120, skill=1.5, seed=0):

@@ -32,7 +32,7 @@ SYSTEMS = [
         {"kind": "rag", "model": "a/reader", "similar": 3, "form": "sentences", "endpoint": "http://host/v1"},
         ["`a/reader`, at an endpoint", "paper 004", "3 similar and 16 dissimilar (farthest)", "sentences", "refused 2", "sent"],
     ),
-    ({"kind": "rag", "model": "zero-shot", "ask": "addresses"}, ["the system zero-shot", "asked for addresses"]),
+    ({"kind": "rag", "model": "zero-shot", "ask": "addresses"}, ["the system zero-shot", "the question is for addresses"]),
     ({"kind": "likelihood", "of": "zero-shot"}, ["zero-shot", "`a/base`, not trained", "3 addresses"]),
     ({"kind": "likelihood", "of": "tuned"}, ["`models/tuned/merged`"]),
     (
@@ -97,7 +97,7 @@ def test_systems_of_the_presets_have_cards_and_stand_after_those_that_they_need(
 
 def test_no_licence_is_claimed_where_parts_differ_or_say_none(config: Config) -> None:
     (system,) = validate({"compare": {"systems": [{"name": "x", "kind": "retrieval"}]}}, "test").compare.systems
-    for licences in ({}, {"encoder": "not said"}, {"encoder": "mit", "model": "apache-2.0"}):
+    for licences in ({}, {"encoder": "not stated"}, {"encoder": "mit", "model": "apache-2.0"}):
         head = system_cards.system_card(config, system, {**RESULT, "licences": licences}, "test photos").split("---\n")[1]
         assert "license" not in yaml.safe_load(head)
 
