@@ -3,7 +3,7 @@
     python ray_jobs/train.py --config demo --set train.workers=1
     ADDRESSVLM_TRAIN__WORKERS=1 python ray_jobs/train.py --config my_city.yaml
 
-Presets are commented YAML files in `addressvlm/presets/`. Each section has a module here that describes its keys.
+Presets are commented YAML files in `addressvlm/presets/`. The modules here describe the keys of each section.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ import yaml
 from pydantic import ValidationError
 
 from addressvlm.config.base import Section
-from addressvlm.config.city import CityConfig
-from addressvlm.config.compare import CompareConfig
-from addressvlm.config.evaluate import EvaluateConfig
+from addressvlm.config.city import CityConfig, TilesConfig
+from addressvlm.config.compare import CompareConfig, EvaluateConfig
 from addressvlm.config.labels import LabelsConfig
-from addressvlm.config.tiles import TilesConfig
 from addressvlm.config.train import ModelConfig, TrainConfig
 from addressvlm.errors import InputError
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from addressvlm.answers.trie import Trie
-from addressvlm.config.evaluate import EvaluateConfig
+from addressvlm.config.compare import EvaluateConfig
 from addressvlm.evaluation.parsing import Judge
 from addressvlm.inference import Localizer
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
-from addressvlm.config.tiles import TilesConfig
+from addressvlm.config.city import TilesConfig
 from addressvlm.errors import InputError
 from addressvlm.grafting import encode_pair, graft_photo
 from addressvlm.labels.facts import graft_facts

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from addressvlm.config.tiles import TilesConfig
+from addressvlm.config.city import TilesConfig
 from addressvlm.errors import InputError
 from addressvlm.storage.files import local_copy
 from addressvlm.tiles import raster

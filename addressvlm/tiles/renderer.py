@@ -21,7 +21,7 @@ from PIL import Image
 from shapely.geometry.base import BaseGeometry
 from shapely.ops import substring
 
-from addressvlm.config.tiles import TilesConfig
+from addressvlm.config.city import TilesConfig
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.name_matcher import normalize_name
 from addressvlm.tiles.imagery import imagery_centre, open_imagery

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from addressvlm.config.tiles import TilesConfig
+from addressvlm.config.city import TilesConfig
 from addressvlm.demo.camera import photograph
 from addressvlm.demo.city import address_at, compass_heading, street_places, to_degrees, view_headings, write_maps
 from addressvlm.demo.world import Character, World, district_at, generate

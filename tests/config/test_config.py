@@ -1,4 +1,4 @@
-"""Settings: where they come from, and what is said when they are wrong."""
+"""Settings: where they come from, and the errors when they are wrong."""
 
 from pathlib import Path
 from typing import Any

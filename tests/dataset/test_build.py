@@ -63,7 +63,7 @@ def test_each_panorama_is_cut_at_the_heading_of_its_row(tmp_path: Path) -> None:
         assert abs(np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).astype(int) - expected).mean() < 4
     assert [(r["id"], r["row"]) for r in result.rejects] == [(PHOTOS[4].id, PHOTOS[4].row)]
     alone = [build.check_photos(str(tmp_path), city.model_dump_json(), [row]).tables["photos"] for row in rows()[:4]]
-    assert result.tables["photos"] == [row for found in alone for row in found]
+    assert result.tables["photos"] == [row for table in alone for row in table]
 
 
 def test_conversations_depend_on_the_seed_and_the_photo_alone(tmp_path: Path) -> None:

@@ -32,11 +32,11 @@ REJECTS = [{"reason": "no GPS: a.jpg"}, {"reason": "no GPS: b.jpg"}, {"reason": 
 MILL, HIGH = "Mill Street", "High Street"
 
 
-def place(number: int, x: float, y: float, street: str, **given: Any) -> Place:
+def place(number: int, x: float, y: float, street: str, **changes: Any) -> Place:
     fields = {"distance_m": 2.0, "cross_street": None, "ambiguous": False, "source": "map", "margin_m": None,
               "second_street": None, "sub_street": None}  # fmt: skip
     at = {"lat": y / DEGREE_M, "lon": x / DEGREE_M, "x": x, "y": y}
-    return Place(id=f"p{number}", address=Address(street, "Harbour"), **{**at, **fields, **given})
+    return Place(id=f"p{number}", address=Address(street, "Harbour"), **{**at, **fields, **changes})
 
 
 class City:
@@ -55,9 +55,9 @@ class City:
             [Address(MILL, "Harbour"), Address(HIGH, "Harbour")], lines, {"Harbour": shapely.box(-0.002, -0.002, 0.002, 0.002)}
         )
 
-    def card(self, questions: card.Questions | None = None, **given: Any) -> dict[str, Any]:
+    def card(self, questions: card.Questions | None = None, **changes: Any) -> dict[str, Any]:
         arguments = (self.config, self.places, self.photos, self.split, self.gazetteer, REJECTS)
-        return card.make_card(*arguments, questions or {}, **given)
+        return card.make_card(*arguments, questions or {}, **changes)
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Tables and card, as prepare does."""
@@ -66,8 +66,7 @@ class City:
         for part in ("train", "val", "test"):
             rows = [self._row(photo, part, buffer.getvalue()) for photo in self.photos if self.split.part[photo.place] == part]
             tables.write_table(folder, part, rows, tables.PHOTOS)
-        asked = {part: card.count_questions(folder, part) for part in ("train", "val", "test")}
-        written = self.card(asked)
+        written = self.card({part: card.count_questions(folder, part) for part in ("train", "val", "test")})
         card.write_card(folder, written, self.places.values(), self.split, self.gazetteer)
         return written
 

@@ -36,8 +36,8 @@ Reply = Callable[[int, dict[str, str]], tuple[int, dict[str, str], Any]]
 def serving(reply: Reply) -> AbstractContextManager[Server]:
     """A server that answers with JSON, or with bytes as they are, by the number of the request and its query."""
 
-    def answer(asked: Asked) -> Answer:
-        status, headers, body = reply(asked.number, asked.query)
+    def answer(request: Asked) -> Answer:
+        status, headers, body = reply(request.number, request.query)
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return status, {"Content-Type": "application/json", **headers}, data
 
@@ -92,8 +92,8 @@ def test_nominatim_is_queried_for_streets(tmp_path: Path) -> None:
         answers, sources = query(server, tmp_path, user_agent="me@example.org")
     assert answers == [external_geocoder.GeocoderAnswer("Forbes Avenue", "Oakland")]
     assert sources == ["nominatim"]
-    assert [asked.headers["User-Agent"] for asked in server.asked] == ["me@example.org"]
-    assert [asked.query for asked in server.asked] == [
+    assert [request.headers["User-Agent"] for request in server.asked] == ["me@example.org"]
+    assert [request.query for request in server.asked] == [
         {"format": "jsonv2", "lat": "40.000000", "lon": "-80.000000", "zoom": "17", "addressdetails": "1"}
     ]
 
@@ -125,7 +125,7 @@ def test_google_results_vote_without_rooftops(tmp_path: Path) -> None:
         answers, sources = query(server, tmp_path, service="google")
     assert answers == [external_geocoder.GeocoderAnswer("Forbes Avenue", "Oakland", "Craig Street", tie=False)]
     assert sources == ["google"]
-    assert [asked.query for asked in server.asked] == [{"latlng": "40.000000,-80.000000", "key": SECRET}]
+    assert [request.query for request in server.asked] == [{"latlng": "40.000000,-80.000000", "key": SECRET}]
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,9 @@ def test_a_sample_is_requested_and_the_rest_filled_from_the_nearest(tmp_path: Pa
     with serving(lambda n, q: (200, {}, road(f"Street {q['lat']}"))) as server:
         answers, sources = query(server, tmp_path, 40, share=0.25)
         assert len(server.asked) == 10
-        asked = {asked.query["lat"] for asked in server.asked}
+        latitudes = {request.query["lat"] for request in server.asked}
         known = [i for i in range(40) if sources[i] == "nominatim"]
-        assert {f"{40 + i * 10 * METRE:.6f}" for i in known} == asked
+        assert {f"{40 + i * 10 * METRE:.6f}" for i in known} == latitudes
         for i in range(40):
             nearest = min(abs(i - k) for k in known)
             assert answers[i] in [answers[k] for k in known if abs(i - k) == nearest]
@@ -188,7 +188,7 @@ def test_answers_are_cached_and_requests_limited(tmp_path: Path) -> None:
         query(server, tmp_path, 10, max_requests=4)
         assert len(server.asked) == 8
         query(server, tmp_path, 10)
-        assert len({asked.query["lat"] for asked in server.asked}) == len(server.asked) == 10
+        assert len({request.query["lat"] for request in server.asked}) == len(server.asked) == 10
     rows = sqlite3.connect(tmp_path / "answers.sqlite").execute("SELECT service, lat, reply FROM answers").fetchall()
     assert len(rows) == 10
     assert ("nominatim", "40.000000", json.dumps(road("Forbes Avenue"))) in rows
@@ -215,15 +215,15 @@ def test_replies_are_cached_by_service_server_language_and_position(tmp_path: Pa
     known = {"service": "nominatim", "server": "https://one/reverse", "language": "de", "lat": 52.1, "lon": 13.4}
     others = {"service": "google", "server": "https://two/reverse", "language": None, "lat": 13.4, "lon": 52.1}
 
-    def cache(asked: dict[str, Any]) -> ReplyCache:
-        return ReplyCache(tmp_path / "a.sqlite", asked["service"], asked["server"], asked["language"])
+    def cache(row: dict[str, Any]) -> ReplyCache:
+        return ReplyCache(tmp_path / "a.sqlite", row["service"], row["server"], row["language"])
 
     cases = [known, *(known | {field: other} for field, other in others.items())]
-    for number, asked in enumerate(cases):
-        assert cache(asked).get(asked["lat"], asked["lon"]) is None
-        cache(asked).put(asked["lat"], asked["lon"], {"number": number})
-    assert [cache(asked).get(asked["lat"], asked["lon"]) for asked in cases] == [{"number": n} for n in range(len(cases))]
-    assert cache(known).get(known["lat"] + 4e-7, known["lon"]) == {"number": 0}  # less than is asked for
+    for number, row in enumerate(cases):
+        assert cache(row).get(row["lat"], row["lon"]) is None
+        cache(row).put(row["lat"], row["lon"], {"number": number})
+    assert [cache(row).get(row["lat"], row["lon"]) for row in cases] == [{"number": n} for n in range(len(cases))]
+    assert cache(known).get(known["lat"] + 4e-7, known["lon"]) == {"number": 0}  # below the precision of a request
     assert cache(known).get(known["lat"] + 1e-6, known["lon"]) is None
     assert len(cache(known)) == 3
 
@@ -267,7 +267,7 @@ NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 @pytest.mark.parametrize("after", ["300", format_datetime(NOW + timedelta(seconds=300), usegmt=True)])
 def test_retry_after_is_waited_for(after: str, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Also by who asks about another place; what is asked for beyond five minutes ends the run."""
+    """Also of requests about other places; a wait beyond five minutes ends the run."""
     monkeypatch.setattr(http_client, "datetime", SimpleNamespace(now=lambda zone: NOW))
     at: list[float] = []
 
@@ -375,7 +375,7 @@ def test_a_server_that_keeps_failing_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_failures_between_answers_do_not_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(external_geocoder, "as_completed", list)  # in the order in which they were asked
+    monkeypatch.setattr(external_geocoder, "as_completed", list)  # in the order of the requests
     many = 4 * external_geocoder.MAX_FAILURES
     with serving(lambda n, q: (500, {}, {}) if n % external_geocoder.MAX_FAILURES else (200, {}, road("A"))) as server:
         _, sources = query(server, tmp_path, many, retries=0, **ONE_THREAD)

@@ -78,7 +78,7 @@ def test_roads_include_trails_and_nameless_streets(extract: Path) -> None:
 
 
 def test_roads_are_written_under_the_names_of_the_streets(extract: Path, tmp_path: Path) -> None:
-    """One spelling a street, in the language asked for, and the others still lead to it."""
+    """One spelling a street, in the language of the settings, and the others still lead to it."""
     whole, streets = Roads(extract), StreetMap.load(extract, extract, language="fr", with_roads=True)
     assert StreetMap.load(extract, extract).street_names == StreetMap.load(extract, extract, with_roads=True).street_names
     write_roads(tmp_path / "roads.fgb", streets.roads, *at((5, 5)))
@@ -87,8 +87,8 @@ def test_roads_are_written_under_the_names_of_the_streets(extract: Path, tmp_pat
     assert [road.line.wkb for road in roads.roads] == [road.line.wkb for road in whole.roads]
     names = {road.name for road in roads.roads}
     assert names == {"Rue du Moulin", "Forbes Avenue", "Senate Passage", "Green Trail", "", "Under Way", "Market Square"}
-    asked = ("Mill Street", "mill st.", "Millers Way", "RUE DU MOULIN", "Market Sq", "Oak Road")
-    assert [roads.resolve_name(name) for name in asked] == [*["Rue du Moulin"] * 4, "Market Square", None]
+    names = ("Mill Street", "mill st.", "Millers Way", "RUE DU MOULIN", "Market Sq", "Oak Road")
+    assert [roads.resolve_name(name) for name in names] == [*["Rue du Moulin"] * 4, "Market Square", None]
 
 
 def test_only_roads_that_a_tile_can_show_are_written(tmp_path: Path) -> None:

@@ -49,9 +49,9 @@ def town() -> StreetMap:
 CITY = CityConfig(manifest="m.csv", streets="s.geojson", districts="d.geojson")
 
 
-def photo(row: int, x: float, y: float, **given: Any) -> Photo:
+def photo(row: int, x: float, y: float, **fields: Any) -> Photo:
     lon, lat = degrees((x, y))
-    return Photo(row=row, id=f"{row}", file=f"{row}.jpg", **{"place": f"p{row}", "lat": lat, "lon": lon, **given})
+    return Photo(row=row, id=f"{row}", file=f"{row}.jpg", **{"place": f"p{row}", "lat": lat, "lon": lon, **fields})
 
 
 def placed(photos: list[Photo], town: StreetMap, **city: Any) -> tuple[list[Place], list[str]]:
@@ -84,10 +84,10 @@ def test_a_street_that_is_not_near_on_the_map(town: StreetMap) -> None:
     assert (far.address.street, far.distance_m, far.margin_m, far.second_street) == ("Far Road", None, None, "High Street")
 
 
-def at_metres(town: StreetMap, row: int, x: float, y: float, **given: Any) -> Photo:
+def at_metres(town: StreetMap, row: int, x: float, y: float, **fields: Any) -> Photo:
     """A photo at metres of the map's own plane."""
     lat, lon = town.to_degrees([x], [y])
-    return replace(photo(row, 0, 0, **given), lat=float(lat[0]), lon=float(lon[0]))
+    return replace(photo(row, 0, 0, **fields), lat=float(lat[0]), lon=float(lon[0]))
 
 
 def test_limits_are_inclusive(town: StreetMap) -> None:
@@ -272,7 +272,7 @@ def test_a_city_without_maps_takes_the_geocoders_district(tmp_path: Path) -> Non
 
 
 def test_the_geocoder_gets_the_settings(town: StreetMap, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Seed, language and the settings' own file of answers reach it; places whose street is given are not requested."""
+    """Seed, language and the settings' own file of answers reach it; places with a street in the table are not requested."""
     calls: list[Any] = []
 
     def locate(ids: list[str], lat: Any, lon: Any, x: Any, y: Any, *rest: Any) -> Any:

@@ -24,7 +24,7 @@ Line = list[tuple[float, float]]
 
 
 def town(lines: list[tuple[str, Line]]) -> StreetMap:
-    """Lines given in metres east and north of 0, 0."""
+    """Lines in metres east and north of 0, 0."""
     return StreetMap([name for name, _ in lines], [shapely.LineString(np.array(line) / DEGREE_M) for _, line in lines])
 
 

@@ -25,7 +25,7 @@ DEGREE_M = 111_195.0  # of latitude at the equator, about
 
 
 def geojson(path: Path, kind: str, shapes: dict[str | None, Any]) -> Path:
-    """Write shapes given as coordinates in metres east and north of 0, 0."""
+    """Write shapes with coordinates in metres east and north of 0, 0."""
 
     def degrees(c: Any) -> Any:
         return [degrees(x) for x in c] if isinstance(c[0], (list, tuple)) else [v / DEGREE_M for v in c]
@@ -50,9 +50,9 @@ def town(tmp_path: Path) -> CityConfig:
     )
 
 
-def photo(row: int, x: float, y: float, **given: Any) -> Photo:
-    given = {"place": f"p{row}"} | given
-    return Photo(row=row, id=f"{row}", file=f"{row}.jpg", lat=y / DEGREE_M, lon=x / DEGREE_M, **given)
+def photo(row: int, x: float, y: float, **fields: Any) -> Photo:
+    fields = {"place": f"p{row}"} | fields
+    return Photo(row=row, id=f"{row}", file=f"{row}.jpg", lat=y / DEGREE_M, lon=x / DEGREE_M, **fields)
 
 
 # streets
@@ -192,7 +192,7 @@ def grid(*at: tuple[float, float]) -> list[Place]:
 
 @pytest.mark.parametrize(("apart", "aside"), [(24.99, True), (25.0, False)])
 def test_the_buffer_puts_aside_what_is_nearer_and_no_more(apart: float, aside: bool) -> None:
-    """Pairs of places far from each other: where one is held out, the other is set aside or trains on."""
+    """Pairs of places far from each other: where one is a validation or test place, the other is aside or for training."""
     pairs = grid(*((1000.0 * (i // 2), apart * (i % 2)) for i in range(40)))
     city = CityConfig(split_buffer_m=25, split_block_m=20, split=SplitShares(train=0.8, val=0.0, test=0.2))
     result = split_places(pairs, city, 0)
@@ -249,8 +249,8 @@ def test_fewer_training_places_are_a_subset_of_more(
     fewer, more, everything = ({p for p, part in r.part.items() if part == "train"} for r in (*results, full))
     assert fewer <= more <= everything
     assert {address[p] for p in fewer} == {address[p] for p in everything}
-    wanted = round(min(share, other) * len(everything))
-    assert wanted <= len(fewer) <= wanted + len({address[p] for p in everything})
+    target = round(min(share, other) * len(everything))
+    assert target <= len(fewer) <= target + len({address[p] for p in everything})
     for result in results:
         held_out = {p: part for p, part in result.part.items() if part in ("val", "test")}
         assert held_out == {p: part for p, part in full.part.items() if part in ("val", "test")}

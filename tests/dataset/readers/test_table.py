@@ -254,7 +254,7 @@ def test_an_address_that_cannot_be_read_is_an_error(tmp_path: Path, address: str
     with pytest.raises(InputError, match=message):
         read(address)
     (tmp_path / "m.csv").write_text("file,lat,lon\na.jpg,1,2\n")
-    with pytest.raises(InputError, match=message):  # before any photo is asked for
+    with pytest.raises(InputError, match=message):  # before any photo is read
         read(tmp_path / "m.csv", photos=address)
 
 
