@@ -54,7 +54,7 @@ def connect() -> None:
         message = " ".join(str(error).split())[:300]
         raise InputError(
             f"Ray can't be reached ({message}): start one with `ray start --head`, and set RAY_AUTH_MODE=token both there "
-            "and here if ~/.ray/auth_token exists (see README, 'On a cluster')."
+            "and here if ~/.ray/auth_token exists (docs/cluster.md, Tokens)."
         ) from None
     except Exception as error:
         if "timed out during startup" not in str(error):
