@@ -110,7 +110,14 @@ class CostEstimate:
                 f"  tokens: about {self.tokens_in:,} in ({self.tokens_in / rows:,.0f} a row), at most {self.tokens_out:,} out, "
                 f"for one request a row; up to {config.max_attempts} where answers are not valid"
             )
-        lines.append(f"  cost: {self.cost()}; spent so far {self.spent_tokens:,} tokens, {self.spent_usd:.4g} US dollars")
+        cost = "unknown without labels.usd_per_million_in and labels.usd_per_million_out"
+        if config.usd_per_million_in is not None and config.usd_per_million_out is not None:
+            usd_in, usd_out = (
+                config.usd_per_million_in * self.tokens_in / 1e6,
+                config.usd_per_million_out * self.tokens_out / 1e6,
+            )
+            cost = f"at most {usd_in + usd_out:.4g} US dollars ({usd_in:.4g} for tokens in, {usd_out:.4g} for tokens out)"
+        lines.append(f"  cost: {cost}; spent so far {self.spent_tokens:,} tokens, {self.spent_usd:.4g} US dollars")
         if rows:
             requests = f"{config.requests_per_minute:,g} requests" if config.requests_per_minute else "no limit of requests"
             tokens = f"{config.tokens_per_minute:,g} tokens" if config.tokens_per_minute else "no limit of tokens"
@@ -119,14 +126,6 @@ class CostEstimate:
                 f"per answer, {requests} a minute, {tokens} a minute"
             )
         return "\n".join(lines)
-
-    def cost(self) -> str:
-        """Upper bound for one request per row."""
-        config = self.config
-        if config.usd_per_million_in is None or config.usd_per_million_out is None:
-            return "unknown without labels.usd_per_million_in and labels.usd_per_million_out"
-        usd_in, usd_out = config.usd_per_million_in * self.tokens_in / 1e6, config.usd_per_million_out * self.tokens_out / 1e6
-        return f"at most {usd_in + usd_out:.4g} US dollars ({usd_in:.4g} for tokens in, {usd_out:.4g} for tokens out)"
 
 
 def estimate_cost(

@@ -186,9 +186,7 @@ def colour_word(red: int, green: int, blue: int) -> str:
 
 
 # The word of every colour with 4 bits per channel: a lookup table for thumbnails.
-_TABLE = np.array(
-    [colour_word(17 * r, 17 * g, 17 * b) for r in range(16) for g in range(16) for b in range(16)]
-)  # fmt: skip
+_TABLE = np.array([colour_word(17 * r, 17 * g, 17 * b) for r in range(16) for g in range(16) for b in range(16)])
 
 
 def _colour_words(pixels: np.ndarray) -> np.ndarray:

@@ -100,11 +100,7 @@ def configured_prompt(config: LabelsConfig) -> Prompt:
 
 @cache
 def load_prompt(source: str = "alignment") -> Prompt:
-    """Read a shipped prompt by its name (`alignment`, `grounded`, `grounded_small`, `reasoning`), or any file by its path.
-
-    Raises:
-        InputError: there is no such file, a part of it is missing, or it has slots that can't be filled.
-    """
+    """Read a shipped prompt by its name (`alignment`, `grounded`, `grounded_small`, `reasoning`), or any file by its path."""
     path = Path(source) if source.endswith(".md") else FOLDER / f"{source}.md"
     try:
         content = path.read_text(encoding="utf-8")
@@ -148,7 +144,13 @@ def _parse_front_matter(front: str, path: Path) -> _FrontMatter:
 
 def _check_slots(texts: dict[str, str], declared: set[str], path: Path) -> None:
     """Check that the hint is there and that every slot can be filled."""
-    used = {name: _slots(texts[name], path) for name in ("user", "again")}
+    try:
+        used = {
+            part: {slot for _, slot, _, _ in string.Formatter().parse(texts[part]) if slot is not None}
+            for part in ("user", "again")
+        }
+    except ValueError as error:
+        raise InputError(f"prompt {path}: {error}; a brace that is no slot is written twice.") from None
     if missing := HINT - used["user"]:
         raise InputError(f"prompt {path} lacks the hint: write {{{sorted(missing)[0]}}} into its section # user.")
     if unknown := (used["user"] | declared) - SLOTS:
@@ -159,13 +161,6 @@ def _check_slots(texts: dict[str, str], declared: set[str], path: Path) -> None:
         raise InputError(f"prompt {path}: `slots` and the slots of its section # user differ in {', '.join(sorted(wrong))}.")
     if used["again"] != {"problems"}:
         raise InputError(f"prompt {path}: the section # again must have the one slot {{problems}}, for the reason.")
-
-
-def _slots(text: str, path: Path) -> set[str]:
-    try:
-        return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
-    except ValueError as error:
-        raise InputError(f"prompt {path}: {error}; a brace that is no slot is written twice.") from None
 
 
 def fact_notes(facts: Facts) -> str:

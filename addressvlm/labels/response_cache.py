@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from addressvlm.errors import InputError
 from addressvlm.storage.files import download, local_folder_for
 from addressvlm.storage.remote_path import AnyPath, RemotePath
-from addressvlm.storage.run_dir import storage_error
+from addressvlm.storage.run_dir import storage_error, storage_errors
 
 MAX_TEXT = 4000  # characters of an answer; the rest is cut off
 MAX_LINE = 32 * 1024  # bytes of an entry with such a text in any script
@@ -88,11 +88,9 @@ class ResponseCache:
         self._index: dict[bytes, tuple[Path, int, int]] = {}  # segment, offset, size in bytes
         self._files: dict[Path, BinaryIO] = {}  # stay open: on a network file system opening is slow
         self._opening = threading.Lock()
-        try:
+        with storage_errors(folder):
             for path in self.remote.fetch() if self.remote else sorted(Path(str(folder)).glob("*.jsonl")):
                 self._read(path)
-        except OSError as error:
-            raise storage_error(error, self.folder) from error
 
     def get(self, key: RequestKey) -> CachedAnswer | None:
         """The answer to a request, None if there is none."""
@@ -237,23 +235,19 @@ def open_for_writing(folder: AnyPath) -> Iterator[WritableResponseCache]:
         InputError: another job has it open, or the folder can't be written.
     """
     local = local_folder_for(folder)
-    holder = local / "holder.json"
-    lock = FileLock(local / "lock")
-    try:
+    holder, lock = local / "holder.json", FileLock(local / "lock")
+    with storage_errors(folder):
         local.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        job = _read_holder(holder)
-        who = f"process {job['process']} on {job['host']} since {job['started']}" if job else "just started"
-        raise InputError(f"another job labels {folder.parent} ({who}): wait until it has ended, or stop it.") from None
-    except OSError as error:
-        raise storage_error(error, folder) from error
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            job = _read_holder(holder)
+            who = f"process {job['process']} on {job['host']} since {job['started']}" if job else "just started"
+            raise InputError(f"another job labels {folder.parent} ({who}): wait until it has ended, or stop it.") from None
     try:
         job = {"host": socket.gethostname(), "process": os.getpid(), "started": f"{datetime.now():%Y-%m-%d %H:%M}"}
-        try:
+        with storage_errors(folder):
             holder.write_text(json.dumps(job))
-        except OSError as error:
-            raise storage_error(error, folder) from error
         if isinstance(folder, RemotePath):
             remote = RemoteSegments(folder)
             remote.renew_lease()

@@ -131,7 +131,11 @@ GREENERY = {
 
 def explain(facts: Facts, rng: random.Random) -> str:
     """A label of about 35 to 60 words for a grafted image: what the photo shows, what the map shows, then the address."""
-    return " ".join([*_photo(facts, rng), *_map(facts, rng), *_crossing(facts, rng), _conclusion(facts, rng)])
+    sentences = [*_photo(facts, rng), *_map(facts, rng)]
+    if facts.cross_street and facts.cross_distance_m is not None:
+        template = rng.choice(CORNER if facts.cross_distance_m < CORNER_M else CROSSING)
+        sentences.append(template.format(cross=facts.cross_street, metres=facts.cross_distance_m, way=facts.cross_direction))
+    return " ".join([*sentences, _conclusion(facts, rng)])
 
 
 def reason(facts: Facts, rng: random.Random) -> str:
@@ -177,11 +181,3 @@ def _map(facts: Facts, rng: random.Random) -> list[str]:
     if facts.tile_colours:
         sentences.append(rng.choice(FROM_ABOVE).format(colours=join_words(facts.tile_colours[:2])))
     return sentences
-
-
-def _crossing(facts: Facts, rng: random.Random) -> list[str]:
-    """The nearest crossing street."""
-    if not facts.cross_street or facts.cross_distance_m is None:
-        return []
-    templates = CORNER if facts.cross_distance_m < CORNER_M else CROSSING
-    return [rng.choice(templates).format(cross=facts.cross_street, metres=facts.cross_distance_m, way=facts.cross_direction)]

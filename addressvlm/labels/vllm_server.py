@@ -77,10 +77,12 @@ def serving(config: LabelsConfig, log: Path | None = None) -> Iterator[str]:
 
 def _wait(process: "subprocess.Popen[bytes]", port: int, limit_s: float, log: Path) -> None:
     """Return when the server answers its health check."""
+    problem, advice = f"was not ready after {limit_s:g} s", ", or raise labels.vllm_start_s"
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         try:
-            code = process.wait(POLL_S)
+            problem, advice = f"ended with code {process.wait(POLL_S)} before it was ready", ""
+            break
         except subprocess.TimeoutExpired:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
@@ -88,13 +90,6 @@ def _wait(process: "subprocess.Popen[bytes]", port: int, limit_s: float, log: Pa
                         return
             except OSError:  # not listening yet, or an error status
                 continue
-        else:
-            raise InputError(f"the vLLM server ended with code {code} before it was ready ({_last_lines(log)}): see {log}.")
-    raise InputError(
-        f"the vLLM server was not ready after {limit_s:g} s ({_last_lines(log)}): see {log}, or raise labels.vllm_start_s."
-    )
-
-
-def _last_lines(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return " / ".join(lines[-LOG_LINES:])[-500:] or "its log is empty"
+    end = " / ".join(lines[-LOG_LINES:])[-500:] or "its log is empty"
+    raise InputError(f"the vLLM server {problem} ({end}): see {log}{advice}.")

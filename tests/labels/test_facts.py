@@ -51,7 +51,7 @@ def test_facts_of_a_known_place(tmp_path: Path) -> None:
     assert Facts.from_json(facts.to_json()) == facts
     blind = graft_facts("mill st", "Harbour", *here, None, photo, tile, renderer.roads, imagery=False)
     assert (blind.view, blind.facing) == (None, None)
-    assert blind.direction == "east-west"  # the street is found under another spelling
+    assert blind.direction == "east-west"  # the map spells the street differently
     stranger = graft_facts("Elm Road", "Harbour", *here, 85.0, photo, tile, renderer.roads, imagery=False)
     assert (stranger.direction, stranger.view, stranger.cross_street) == (None, None, None)
 
@@ -172,8 +172,8 @@ def test_of_several_crossings_the_nearest_counts_as_seen_from_the_camera(tmp_pat
         "Far Lane": [(-300, 150), (300, 150)],
     }
     town = north(tmp_path, streets)
-    found = [town(at=at) for at in ((0, 0), (-10, 0), (0, -40), (34, 0))]
-    assert [(f.cross_street, f.cross_distance_m, f.cross_direction) for f in found] == [
+    facts = [town(at=at) for at in ((0, 0), (-10, 0), (0, -40), (34, 0))]
+    assert [(f.cross_street, f.cross_distance_m, f.cross_direction) for f in facts] == [
         ("King Street", 40, "east"), ("Elm Road", 40, "west"), ("King Street", 60, "northeast"), ("King Street", 10, "east"),
     ]  # fmt: skip
 

@@ -254,7 +254,7 @@ SHAPING = {
 
 
 def test_every_setting_that_shapes_an_answer_is_part_of_the_cache_key_and_no_other(tmp_path: Path) -> None:
-    """A new setting must be put into SHAPING here, or be found not to change any answer."""
+    """A new setting must be put into SHAPING here, or into the test's list of those that change no answer."""
     row, config = requests(1)[0], LabelsConfig(labeler="openai", model="m")
     plain = state_factory(config)(row).request_key()
     others = {

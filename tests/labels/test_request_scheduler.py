@@ -68,7 +68,7 @@ def test_each_row_gets_its_own_answer_whatever_fails_on_the_way(endpoint: Endpoi
 
     def reply(n: int, body: dict[str, Any]) -> Reply:
         (name,) = [name for name in names if name in body["messages"][1]["content"][1]["text"]]
-        if n and name in names[:2]:  # put off to the last round, and given up
+        if n and name in names[:2]:  # postponed to the final pass, which fails as well
             return refuses(500, "no")
         if n % 3 == 2:
             return refuses(503, "busy")
@@ -226,7 +226,7 @@ def test_what_fails_for_now_is_tried_again(endpoint: Endpoint, tmp_path: Path, r
     labels, stats = run_labeler(config_of(endpoint, concurrency=1), tmp_path, requests(2))
     assert {label.source for label in labels.values()} == {"openai:m"}
     assert (stats.asked, stats.again) == (4, Counter({kind: 2}))
-    assert labels[0].attempts == 1  # the model was asked once
+    assert labels[0].attempts == 1  # the failed requests do not count
 
 
 def test_a_slow_answer_is_given_up(endpoint: Endpoint, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_abbreviations_do_not_end_a_sentence() -> None:
     assert LabelValidator().problems(text, facts) == []
 
 
-# What is said and is not among the facts, with what GOOD says around it.
+# Claims that are not among the facts, checked inside GOOD.
 CLAIMS = [
     ("The camera looks to the north.", "direction"),
     ("The camera looks across the road.", "direction"),

@@ -18,7 +18,7 @@ from addressvlm.config import load
 from addressvlm.errors import InputError
 from addressvlm.labels.audit import sheet
 from addressvlm.labels.audit.ratings import JUDGE_PROMPT, format_summary, judge, summarize
-from addressvlm.storage.run_dir import storage_error
+from addressvlm.storage.run_dir import storage_errors
 
 
 def _draw(args: argparse.Namespace) -> None:
@@ -44,10 +44,8 @@ def _summary(args: argparse.Namespace) -> None:
     summary = summarize(items, sheet.read_ratings(args.ratings, items))
     print(format_summary(summary), end="")
     if args.json:
-        try:
+        with storage_errors(args.json.parent):
             args.json.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise storage_error(error, args.json.parent) from error
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -127,7 +127,7 @@ def krippendorff_alpha(ratings: Ratings, levels: int, ordinal: bool = True, resa
     """Krippendorff's alpha: 1 for raters who always agree, 0 for agreement by chance.
 
     Any number of raters, missing ratings allowed; with `ordinal`, neighbouring levels count as nearer than distant ones. The
-    interval is a bootstrap over labels. None if all ratings are the same, for then agreement can't be told from chance.
+    interval is a bootstrap over labels. None if all ratings are the same, which leaves chance agreement undefined.
     """
     coincidences = []  # of the ratings of one label, (levels, levels)
     for row in ratings:

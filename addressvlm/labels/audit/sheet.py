@@ -19,7 +19,7 @@ from addressvlm.grafting import display_image
 from addressvlm.labels.facts import Facts
 from addressvlm.labels.prompt import fact_notes
 from addressvlm.storage import tables
-from addressvlm.storage.run_dir import storage_error
+from addressvlm.storage.run_dir import storage_errors
 
 LEVELS = ("wrong", "partly", "right")  # from the worst
 CRITERIA = {
@@ -140,18 +140,14 @@ def write_page(path: Path, items: Sequence[Item]) -> None:
     page = environment.get_template("sheet.html").render(
         sheet=sheet_id(items), items=shown, criteria=CRITERIA, levels=LEVELS[::-1], columns=",".join(COLUMNS)
     )
-    try:
+    with storage_errors(path.parent):
         path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise storage_error(error, path.parent) from error
 
 
 def write_items(path: Path, items: Sequence[Item]) -> None:
     """Write the items as a table, for the summary and the judge."""
-    try:
+    with storage_errors(path.parent):
         pq.write_table(pa.Table.from_pylist(list(items), schema=ITEMS), path)
-    except OSError as error:
-        raise storage_error(error, path.parent) from error
 
 
 def read_items(path: Path) -> list[Item]:
@@ -199,12 +195,9 @@ def _parse_rating(row: Mapping[str, str], where: str) -> Rating:
 def write_ratings(path: Path, ratings: Iterable[Rating], items: Sequence[Item]) -> None:
     """Write the same CSV as the sheet's button."""
     sheet, ids = sheet_id(items), {item["item"]: item["id"] for item in items}
-    try:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for rating in ratings:
-                words = [LEVELS[rating.levels[c]] if c in rating.levels else "" for c in CRITERIA]
-                writer.writerow([sheet, rating.item, ids[rating.item], rating.rater, *words, rating.note])
-    except OSError as error:
-        raise storage_error(error, path.parent) from error
+    with storage_errors(path.parent), path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for rating in ratings:
+            words = [LEVELS[rating.levels[c]] if c in rating.levels else "" for c in CRITERIA]
+            writer.writerow([sheet, rating.item, ids[rating.item], rating.rater, *words, rating.note])

@@ -35,7 +35,7 @@ def test_a_model_judges_the_sheet_and_is_paid_once(tmp_path: Path) -> None:
         main(command)
         requests = len(endpoint.requests)
         main(command)
-    assert requests == len(endpoint.requests) == 3 + 2  # the broken one is asked twice, the second run asks nothing
+    assert requests == len(endpoint.requests) == 3 + 2  # the broken one is sent twice, the second run sends nothing
     user = endpoint.requests[0]["messages"][1]["content"]
     assert user[0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
     assert "King Street meets Mill Street" in user[1]["text"]

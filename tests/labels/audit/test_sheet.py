@@ -125,7 +125,7 @@ def test_rate_by_keyboard_download_and_sum_up(tmp_path: Path) -> None:
         page.keyboard.press("h")
         assert page.get_by_text("Mill Street, Harbour").locator("visible=true").count() == 1
         page.click("#download")
-        assert "write it first" in page.locator("#said").inner_text()
+        assert "write it first" in page.locator("#message").inner_text()
         page.keyboard.type("Ann")
         with page.expect_download() as download:
             page.click("#download")
