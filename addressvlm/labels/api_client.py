@@ -126,7 +126,7 @@ class EndpointClient:
         if choice.get("finish_reason") == "content_filter":
             refusal = refusal or "content filter"
         return CachedAnswer(
-            text=None if refusal or not isinstance(text, str) else self._without_key(text.strip(), KEY_PATTERN)[:MAX_TEXT],
+            text=None if refusal or not isinstance(text, str) else self._redact(text.strip(), KEY_PATTERN, MAX_TEXT),
             refusal=self._redact(str(refusal)) if refusal else None,
             tokens_in=int(usage.get("prompt_tokens") or 0),
             tokens_out=int(usage.get("completion_tokens") or 0),
@@ -157,16 +157,12 @@ class EndpointClient:
             "labels.extra_body."
         )
 
-    def _redact(self, message: str) -> str:
-        """A short message of the endpoint without the key."""
-        return self._without_key(message, BEARER_PATTERN)[:MAX_MESSAGE]
-
-    def _without_key(self, text: str, similar: re.Pattern[str]) -> str:
-        """The text without the key and what looks like one."""
+    def _redact(self, text: str, similar: re.Pattern[str] = BEARER_PATTERN, length: int = MAX_MESSAGE) -> str:
+        """The text without the key and what looks like one, cut to `length`."""
         text = text.encode(errors="replace").decode()
         if self._key != "none":
             text = text.replace(self._key, "…")
-        return similar.sub("…", text)
+        return similar.sub("…", text)[:length]
 
 
 def endpoint_key(config: LabelsConfig) -> str:

@@ -146,46 +146,42 @@ class WritableResponseCache(ResponseCache):
         self._full = False
         self._lock = threading.Lock()
         self._end = self._synced = 0
-        try:
+        with self._writing():
             self._file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-        except OSError as error:
-            raise self._error(error) from error
 
     def reserve_space(self, answers: int) -> None:
         """Reserve disk space for as many answers as may be in flight."""
-        try:
-            file = os.open(self._reserve, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
+        with self._writing():
             try:
-                _write_at(file, os.urandom(answers * MAX_LINE), 0)  # some file systems store zeros in no space
-                os.fsync(file)  # a network file system reports a full disk only here
-            finally:
-                os.close(file)
-        except OSError as error:
-            self._reserve.unlink(missing_ok=True)
-            raise self._error(error) from None
+                file = os.open(self._reserve, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
+                try:
+                    _write_at(file, os.urandom(answers * MAX_LINE), 0)  # some file systems store zeros in no space
+                    os.fsync(file)  # a network file system reports a full disk only here
+                finally:
+                    os.close(file)
+            except OSError:
+                self._reserve.unlink(missing_ok=True)
+                raise
 
     def check_space(self) -> None:
         """Call before each request: raises if the disk is full."""
         if self._full:
-            raise self._error(OSError(errno.ENOSPC, "full"))
+            raise storage_error(OSError(errno.ENOSPC, "full"), self.folder)
 
     def add(self, key: RequestKey, answer: CachedAnswer) -> None:
         """Append an answer: it survives a kill of this process when this returns, a crash of the machine after `sync`."""
         texts = {name: value[:MAX_TEXT] if isinstance(value, str) else value for name, value in vars(answer).items()}
         entry = {"asked": vars(key), **texts, "at": datetime.now(UTC).isoformat(timespec="seconds")}
         line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
-        with self._lock:
+        with self._lock, self._writing():
             try:
-                try:
-                    _write_at(self._file, line, self._end)
-                except OSError as error:
-                    if error.errno not in DISK_FULL or self._full:
-                        raise
-                    self._full = True
-                    self._reserve.unlink(missing_ok=True)
-                    _write_at(self._file, line, self._end)
+                _write_at(self._file, line, self._end)
             except OSError as error:
-                raise self._error(error) from None
+                if error.errno not in DISK_FULL or self._full:
+                    raise
+                self._full = True
+                self._reserve.unlink(missing_ok=True)
+                _write_at(self._file, line, self._end)
             self._add_to_index(key, answer, (self._path, self._end, len(line)))
             self._end += len(line)
 
@@ -195,10 +191,8 @@ class WritableResponseCache(ResponseCache):
             self.remote.renew_lease()
         end = self._end
         if end > self._synced:
-            try:
+            with self._writing():
                 os.fsync(self._file)
-            except OSError as error:
-                raise self._error(error) from None
             if self.remote:
                 self.remote.send(self._path, self._file, self._synced, end)
             self._synced = end
@@ -208,7 +202,7 @@ class WritableResponseCache(ResponseCache):
         if self.remote:
             self.sync()
             self.remote.merge(self._path, self._file, self._end)
-        try:
+        with self._writing():
             self._reserve.unlink(missing_ok=True)
             os.ftruncate(self._file, self._end)  # less the part of a line that a full disk refused
             os.fsync(self._file)
@@ -217,23 +211,20 @@ class WritableResponseCache(ResponseCache):
                 file.close()
             if self.remote or not self._end:
                 self._path.unlink()
-        except OSError as error:
-            raise self._error(error) from error
 
-    def _error(self, error: OSError) -> InputError:
-        problem = storage_error(error, self.folder)
-        if isinstance(problem, InputError):
-            return problem
-        return InputError(f"{self.folder} can't be written ({error.strerror}): check its disk.")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raise every OSError as an InputError."""
+        try:
+            with storage_errors(self.folder):
+                yield
+        except OSError as error:
+            raise InputError(f"{self.folder} can't be written ({error.strerror}): check its disk.") from None
 
 
 @contextmanager
 def open_for_writing(folder: AnyPath) -> Iterator[WritableResponseCache]:
-    """The cache of a folder, for one job at a time.
-
-    Raises:
-        InputError: another job has it open, or the folder can't be written.
-    """
+    """The cache of a folder, for one job at a time; an InputError if another job has it open."""
     local = local_folder_for(folder)
     holder, lock = local / "holder.json", FileLock(local / "lock")
     with storage_errors(folder):

@@ -335,9 +335,13 @@ def _address(text: str, facts: Facts, streets: MentionFinder, districts: Mention
         problems.append(Problem("conclusion", f"its last sentence about a street does not conclude on {facts.street}"))
     elif last and _DENIAL.search(last[0]):
         problems.append(Problem("conclusion", f"its conclusion denies {facts.street}"))
-    first = next(filter(None, (_first_district(sentence, streets, districts) for sentence in sentences)), None)
-    if first and first != district:
-        problems.append(Problem("conclusion", f"its last sentence about a district does not conclude on {facts.district}"))
+    for sentence in sentences:
+        spans = [(street.start, street.end) for street in streets.find(sentence)]  # a street's name may contain a district's
+        mentions = [m for m in districts.find(sentence) if not any(start <= m.start and m.end <= end for start, end in spans)]
+        if mentions and normalize_name(mentions[0].name) != district:
+            problems.append(Problem("conclusion", f"its last sentence about a district does not conclude on {facts.district}"))
+        if mentions:
+            break
     return problems
 
 
@@ -347,15 +351,6 @@ def _concluded_street(sentence: str, mentions: list[NameMention]) -> str:
         if after := [mention for mention in mentions if mention.start >= word.start()]:
             return normalize_name(after[0].name)
     return normalize_name(mentions[0].name)
-
-
-def _first_district(sentence: str, streets: MentionFinder, districts: MentionFinder) -> str | None:
-    """Normal form of the first district in a sentence that is not part of a street's name."""
-    spans = [(mention.start, mention.end) for mention in streets.find(sentence)]
-    for mention in districts.find(sentence):
-        if not any(start <= mention.start and mention.end <= end for start, end in spans):
-            return normalize_name(mention.name)
-    return None
 
 
 def _remove_names(text: str, names: MentionFinder) -> str:
