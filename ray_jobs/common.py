@@ -6,9 +6,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 import ray
 
@@ -74,6 +74,12 @@ def require_resources(resource: str, needed: float, what: str, key: str) -> None
         raise InputError(f"{what} needs {needed:g} {resource}s and the cluster has {available:g}: lower {key}, or add nodes.")
 
 
+def require_evaluation_workers(config: Config, step: str) -> None:
+    """Stop if the cluster can't hold the workers of `evaluate`."""
+    cpus = config.evaluate.workers * config.evaluate.cpus_per_worker
+    require_resources("CPU", cpus, step, "evaluate.workers or evaluate.cpus_per_worker")
+
+
 _last_shown: dict[str, float] = {}
 
 
@@ -97,22 +103,20 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-class Heartbeat:
-    """Prints the text that `status` returns, if any, every `interval_s` seconds until the block ends."""
+@contextmanager
+def heartbeat(status: Callable[[], str], interval_s: float = 30.0) -> Iterator[None]:
+    """Print the text that `status` returns, if any, every `interval_s` seconds until the block ends."""
+    stopped = threading.Event()
 
-    def __init__(self, status: Callable[[], str], interval_s: float = 30.0) -> None:
-        self._status, self._interval_s = status, interval_s
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _beat(self) -> None:
-        while not self._stopped.wait(self._interval_s):
-            if text := self._status():
+    def beat() -> None:
+        while not stopped.wait(interval_s):
+            if text := status():
                 print(text, flush=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()

@@ -32,8 +32,8 @@ from addressvlm.storage.run_dir import Run, fresh_dir, slug
 from ray_jobs import evaluation, prepare
 from ray_jobs.baselines import SystemSettings, load_system, system_settings
 from ray_jobs.baselines.system import ComparisonContext, SystemOutcome
-from ray_jobs.common import connect, job_parser, load_config, require_resources, run_main
-from ray_jobs.evaluation import TEST, VALIDATION, Answers, Row, Scores
+from ray_jobs.common import connect, job_parser, load_config, require_evaluation_workers, run_main
+from ray_jobs.evaluation import TEST, VALIDATION, Answers, Row
 
 
 @dataclass
@@ -46,11 +46,6 @@ class SystemResult:
     answers: list[Row] = field(default_factory=list)
     failed: str = ""
 
-    @property
-    def name(self) -> str:
-        """The system's."""
-        return self.settings.name
-
 
 def run_step(config: Config, redo: bool = False, only: Sequence[str] = ()) -> dict[str, Any]:
     """Run every system, or those named, then write table and report; returns what comparison.json holds.
@@ -59,8 +54,8 @@ def run_step(config: Config, redo: bool = False, only: Sequence[str] = ()) -> di
         InputError: a name is unknown or stands for two systems, the cluster is too small, or the city can't be prepared.
     """
     check_names(config, only)
-    need, run = config.evaluate, Run(config)
-    require_resources("CPU", need.workers * need.cpus_per_worker, "compare", "evaluate.workers or evaluate.cpus_per_worker")
+    require_evaluation_workers(config, "compare")
+    run = Run(config)
     prepare.run_step(config)
     task = evaluation.open_task(config, run.photos, TEST, run.folder)
     ids = {TEST: task.ids}
@@ -77,11 +72,7 @@ def run_step(config: Config, redo: bool = False, only: Sequence[str] = ()) -> di
 
 
 def check_names(config: Config, only: Sequence[str]) -> None:
-    """Refuse systems that would share a folder, and flags that name none.
-
-    Raises:
-        InputError: there are such, or systems that need photos are to be shown grafts.
-    """
+    """Refuse systems that would share a folder or need photos and would see grafts, and flags that name no system."""
     if config.evaluate.images == "grafts" and config.compare.systems:
         raise InputError("evaluate.images is grafts, but compare.systems need photos: set it in compare.variants instead.")
     names = [settings.name for _, settings in system_settings(config)]
@@ -93,10 +84,20 @@ def check_names(config: Config, only: Sequence[str]) -> None:
 
 
 def run_system(context: ComparisonContext, kind: str, settings: SystemSettings, redo: bool) -> SystemResult:
-    """Run one system and judge its answers; an error is its result and stops no other system."""
+    """Run one system and judge its answers; an error is its result and stops no other system.
+
+    The scores of a baseline, from which its answers follow, are stored in <run>/scores/<system>.
+    """
     try:
         outcome = load_system(kind, settings).run(context, redo)
-        answers = outcome.answers or answers_of_scores(context, settings, outcome.scores)
+        answers = outcome.answers
+        if not answers:
+            depends_on = {"system": settings.model_dump()}
+            with fresh_dir(context.task.out / "scores" / slug(settings.name), depends_on) as folder:
+                for split, rows in outcome.scores.items():
+                    tables.write_table(folder, split, rows, tables.SCORES)
+            scored = evaluation.scored_answers(context.task, outcome.scores[TEST], context.gazetteer)
+            answers = Answers(settings.name, scored, depends_on)
         return SystemResult(kind, settings, outcome, evaluation.judge(context.task, answers))
     except InputError as error:
         failed = str(error)
@@ -107,19 +108,10 @@ def run_system(context: ComparisonContext, kind: str, settings: SystemSettings, 
     return SystemResult(kind, settings, failed=failed)
 
 
-def answers_of_scores(context: ComparisonContext, settings: SystemSettings, scores: Scores) -> Answers:
-    """The answers that follow from a baseline's scores; the scores are stored in <run>/scores/<system>."""
-    depends_on = {"system": settings.model_dump()}
-    with fresh_dir(context.task.out / "scores" / slug(settings.name), depends_on) as folder:
-        for split, rows in scores.items():
-            tables.write_table(folder, split, rows, tables.SCORES)
-    return Answers(settings.name, evaluation.scored_answers(context.task, scores[TEST], context.gazetteer), depends_on)
-
-
 def report(context: ComparisonContext, results: Sequence[SystemResult]) -> dict[str, Any]:
     """Write all files of the comparison and print the table; returns what comparison.json holds."""
     config, run, task = context.config, context.run, context.task
-    answers = {result.name: result.answers for result in results if not result.failed and result.answers}
+    answers = {result.settings.name: result.answers for result in results if not result.failed and result.answers}
     main = config.compare.main if config.compare.main in answers else (main_system(list(answers)) if answers else "")
     columns = ["id", "lat", "lon", "street", "district"]
     training = tables.read_table(run.photos, "train", columns).to_pylist()
@@ -131,7 +123,7 @@ def report(context: ComparisonContext, results: Sequence[SystemResult]) -> dict[
         "validation_photos": len(context.ids.get(VALIDATION, [])), "systems": entries,
     }  # fmt: skip
     out = task.out / "comparison"
-    with fresh_dir(out, {"systems": [result.name for result in results]}) as folder:
+    with fresh_dir(out, {"systems": [result.settings.name for result in results]}) as folder:
         write_comparison(folder, tree)
         if answers:
             answered = {**tree, "systems": [entry for entry in entries if entry["name"] in answers]}
@@ -156,7 +148,7 @@ def system_entry(
         distances_m: photo -> metres to the nearest training photo.
     """
     bootstrap, city, outcome = (context.config.evaluate.bootstrap, context.config.seed), context.gazetteer, result.outcome
-    entry: dict[str, Any] = {"name": result.name, "kind": result.kind, "failed": result.failed}
+    entry: dict[str, Any] = {"name": result.settings.name, "kind": result.kind, "failed": result.failed}
     if result.failed or not result.answers:
         return entry
     test, validation = outcome.scores.get(TEST, []), outcome.scores.get(VALIDATION, [])
@@ -170,7 +162,7 @@ def system_entry(
         "trust": comparison.confidence_accuracy(validation, test, city),
         "neighbours": comparison.neighbours(result.answers, city),
         "within": accuracy_within(context, outcome, bootstrap),
-        "cost": {**context.costs(result.name), "parameters": outcome.parameters, "stored_bytes": outcome.stored_bytes},
+        "cost": {**context.costs(result.settings.name), "parameters": outcome.parameters, "stored_bytes": outcome.stored_bytes},
         "licences": outcome.licences,
         "notes": outcome.notes,
     }
@@ -197,12 +189,11 @@ def write_card(context: ComparisonContext, result: SystemResult, entry: dict[str
     if result.outcome.model:
         set_metrics(result.outcome.model, entry["metrics"], photos)
     elif result.kind not in ("generated", "variant") and not isinstance(settings, AddressClipConfig):
-        with fresh_dir(context.run.folder / "cards" / slug(result.name), {"system": settings.model_dump()}) as folder:
+        with fresh_dir(context.run.folder / "cards" / slug(result.settings.name), {"system": settings.model_dump()}) as folder:
             (folder / "README.md").write_text(system_card(config, settings, entry, photos), encoding="utf-8")
 
 
 def main() -> None:
-    """Command line."""
     parser = job_parser(__doc__ or "")
     parser.add_argument("--row", action="append", default=[], metavar="NAME", help="run only this system (may be repeated)")
     args = parser.parse_args()

@@ -28,8 +28,8 @@ from addressvlm.models.cards import set_metrics
 from addressvlm.models.loading import resolve_model
 from addressvlm.storage.remote_path import AnyPath, path_of
 from addressvlm.storage.run_dir import DONE_FILE, Run, is_done, parse_model_flag, slug
-from ray_jobs import evaluation, prepare
-from ray_jobs.common import connect, job_parser, load_config, require_resources, run_main
+from ray_jobs import evaluation, graft, prepare
+from ray_jobs.common import connect, job_parser, load_config, require_evaluation_workers, run_main
 from ray_jobs.evaluation import TEST, EvaluationTask, Row, Scores
 
 
@@ -41,8 +41,8 @@ def run_step(config: Config, redo: bool, priors: bool = False, only: Sequence[st
     """
     run = Run(config)
     models = {name: resolve_model(model) for name, model in run_models(config, only).items()}
-    images = evaluation.graft_images(config, run, TEST, redo)
-    require_workers(config)
+    images = graft.graft_photos(config, run, TEST, redo)
+    require_evaluation_workers(config, "evaluate")
     out = output_folder(run, None) if images else run.folder
     task = evaluation.open_task(config, run.photos, TEST, out, models.values(), images)
     sources = ReportSources(run.photos, run.alignment, run.training, run.rejects)
@@ -83,27 +83,18 @@ def evaluate(
     if task.split in scores[main]:
         by_mode = {answer_mode: answers[main]} if answer_mode != "likelihood" else {}
         if priors and answer_mode != "constrained":
-            by_mode["constrained"] = constrained_answers(task, main, models[main], redo)
+            settings = task.config.evaluate.model_copy(update={"answers": "constrained"})
+            constrained = replace(task, config=task.config.model_copy(update={"evaluate": settings}))
+            generated = evaluation.ask(constrained, f"{main} constrained", models[main], {}, ["generation"], redo)
+            by_mode["constrained"] = evaluation.judge(task, generated)
         decoding = compare_modes(task, main, models[main], scores[main][task.split], by_mode)
     return evaluation.report(task, answers, sources, decoding)
-
-
-def constrained_answers(task: EvaluationTask, name: str, model: str, redo: bool) -> list[Row]:
-    """What a system names when it can only say names of the city; stored beside its own answers."""
-    settings = task.config.evaluate.model_copy(update={"answers": "constrained"})
-    constrained = replace(task, config=task.config.model_copy(update={"evaluate": settings}))
-    return evaluation.judge(task, evaluation.ask(constrained, f"{name} constrained", model, {}, ["generation"], redo))
 
 
 def compare_modes(
     task: EvaluationTask, name: str, model: str, scores: Sequence[Row], answers: Mapping[str, Sequence[Row]]
 ) -> Row:
-    """The decoding modes of one system on the photos that have scores, also written to modes.json.
-
-    Args:
-        scores: rows of `tables.SCORES` of the split.
-        answers: mode -> judged rows.
-    """
+    """The decoding modes of one system on the photos that have scores, also written to modes.json; `answers`: mode -> rows."""
     ids = {row["id"] for row in scores}
     same = {mode: [row for row in rows if row["id"] in ids] for mode, rows in answers.items()}
     gazetteer, calibration = evaluation.model_gazetteer(model, task.gazetteer), Calibration.load(path_of(model))
@@ -113,12 +104,6 @@ def compare_modes(
     return result
 
 
-def require_workers(config: Config) -> None:
-    """Refuse more workers than the cluster can hold."""
-    need = config.evaluate
-    require_resources("CPU", need.workers * need.cpus_per_worker, "evaluate", "evaluate.workers or evaluate.cpus_per_worker")
-
-
 def run_models(config: Config, only: Sequence[str] | None = None) -> dict[str, str]:
     """System -> model folder of all systems of the run, or of those named."""
     systems = [system for system in config.train.systems if not only or system.name in only]
@@ -126,11 +111,7 @@ def run_models(config: Config, only: Sequence[str] | None = None) -> dict[str, s
 
 
 def named_models(flags: Sequence[str]) -> dict[str, str]:
-    """`name=folder` or `folder` flags as name -> model folder.
-
-    Raises:
-        InputError: two models have one name.
-    """
+    """`name=folder` or `folder` flags as name -> model folder."""
     models: dict[str, str] = {}
     for flag in flags:
         name, folder = parse_model_flag(flag)
@@ -172,7 +153,6 @@ def output_folder(run: Run, data: str | None) -> AnyPath:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
     parser = job_parser(__doc__ or "")
     parser.add_argument("--model", action="append", default=[], metavar="[NAME=]FOLDER", help="evaluate this model; repeatable")
     parser.add_argument("--data", metavar="PATH", help="a run, a folder with test-*.parquet, or a manifest (default: the run)")
@@ -192,8 +172,8 @@ def main(argv: list[str] | None = None) -> None:
     models = {name: resolve_model(model) for name, model in (named_models(args.model) or run_models(config)).items()}
     out = (args.out or output_folder(run, args.data)).absolute()
     data = photos_folder(config, args.data, args.photos, models, out, args.redo) if args.data else run.photos
-    images = evaluation.graft_images(config, run, args.split, args.redo)
-    require_workers(config)
+    images = graft.graft_photos(config, run, args.split, args.redo)
+    require_evaluation_workers(config, "evaluate")
     task = evaluation.open_task(config, data, args.split, out, models.values(), images)
     evaluate(task, models, ReportSources(photos=data), calibrate=False, priors=args.priors, redo=args.redo)
 

@@ -34,8 +34,7 @@ from addressvlm.storage.files import digest, local_model_copy, open_parquet
 from addressvlm.storage.remote_path import AnyPath, RemotePath, path_of
 from addressvlm.storage.run_dir import DONE_FILE, Run, fresh_dir, is_done, slug
 from addressvlm.storage.shards import sources_fingerprint
-from ray_jobs import graft
-from ray_jobs.common import Heartbeat, progress
+from ray_jobs.common import heartbeat, progress
 from ray_jobs.ray_data import to_input_error
 
 TRAINING, VALIDATION, TEST = "train", "val", "test"
@@ -94,14 +93,7 @@ class Answers:
 def open_task(
     config: Config, data: AnyPath, split: str, out: AnyPath, models: Iterable[str] = (), images: AnyPath | None = None
 ) -> EvaluationTask:
-    """Draw the photos to ask about and make the judge.
-
-    Args:
-        models: model folders whose gazetteers the judge knows too.
-
-    Raises:
-        InputError: the split has no photos.
-    """
+    """Draw the photos to ask about and make the judge; `models`: folders whose gazetteers it knows too."""
     tables.table_files(data, split)
     ids = draw_photos(images or data, split, config.evaluate.max_photos, config.seed)
     if not ids:
@@ -120,10 +112,6 @@ def score(
         ids: split -> photos. Splits that were scored before stay.
         settings: what scores depend on; default: the model, its dtype, the seed and the images of each split.
         worker: holds a model that is no vision-language model.
-
-    Raises:
-        InputError: neither the model nor the data has a gazetteer, the model can't be loaded, or the stored scores
-            depend on other settings.
     """
     folder = task.out / "scores" / slug(name)
     before = {} if redo or not (folder / DONE_FILE).is_file() else json.loads((folder / DONE_FILE).read_text())
@@ -184,11 +172,7 @@ def ask(
 ) -> Answers:
     """A model's answers to the questions of some kinds, from <out>/answers/<system> or new.
 
-    Args:
-        scores: those of `task.split`, from which the answers follow if `evaluate.answers` is likelihood; else not needed.
-
-    Raises:
-        InputError: the model can't be loaded, or the stored answers depend on other settings.
+    If `evaluate.answers` is likelihood, they follow from `scores`.
     """
     config, folder = task.config, task.out / "answers" / slug(name)
     keys = {"answers", "max_new_tokens", "temperature", "max_photos", *({"images"} if task.images else ())}
@@ -241,9 +225,6 @@ def report(
     Args:
         answers: system -> its judged rows.
         decoding: how the main system's ways of answering compare, see `decoding_comparison`.
-
-    Raises:
-        InputError: the folder can't be written.
     """
     resamples, seed = task.config.evaluate.bootstrap, task.config.seed
     systems = [{"name": n, "metrics": metrics.compute_metrics(rows, resamples, seed)} for n, rows in answers.items()]
@@ -293,11 +274,7 @@ def make_judge(data: AnyPath, split: str, models: Iterable[str] = ()) -> tuple[J
 
 
 def trained_model(config: Config, system: SystemConfig) -> str:
-    """The merged model of a system of the run, or the base model of one without stages.
-
-    Raises:
-        InputError: it is not trained yet.
-    """
+    """The merged model of a system of the run, or the base model of one without stages."""
     if not system.stages:
         return config.model.base
     merged = Run(config).model_dir(system.name) / "merged"
@@ -310,11 +287,6 @@ def model_gazetteer(model: str, city: Gazetteer) -> Gazetteer:
     """The gazetteer in a model's folder, else the city's."""
     file = path_of(model) / GAZETTEER_FILE
     return Gazetteer.load(file) if file.is_file() else city
-
-
-def graft_images(config: Config, run: Run, split: str, redo: bool = False) -> AnyPath | None:
-    """The photos of a run on the tiles of their places if `evaluate.images` is grafts; None: models see the photos."""
-    return graft.graft_photos(config, run, split, redo) if config.evaluate.images == "grafts" else None
 
 
 def score_photos(
@@ -375,7 +347,7 @@ def run_workers(
     )
     rows: list[Row] = []
     try:
-        with Heartbeat(lambda: f"{step}: {len(rows):,}/{total:,}, working"):
+        with heartbeat(lambda: f"{step}: {len(rows):,}/{total:,}, working"):
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 rows += batch.to_pylist()
                 progress(step, len(rows), total)
@@ -436,7 +408,6 @@ class QuestionWorker(ModelWorker):
     columns, schema = run_questions.COLUMNS, UNJUDGED
 
     def work(self, photos: list[Row]) -> Iterable[list[Row]]:
-        """The answers."""
         return run_questions.run_questions(self.load(), photos, self.config.evaluate, self.config.seed, self.kinds)
 
 
@@ -446,7 +417,6 @@ class ScoringWorker(ModelWorker):
     columns, schema = likelihood.COLUMNS, tables.SCORES
 
     def work(self, photos: list[Row]) -> Iterable[list[Row]]:
-        """The scores."""
         return likelihood.score_photos(self.load().address_scores, photos, SCORED_PHOTOS)
 
 
@@ -461,9 +431,7 @@ def model_digest(model: str) -> str:
 
 def files_digest(files: Sequence[AnyPath]) -> str:
     """Identifies some files by names and content."""
-    if any(
-        isinstance(file, RemotePath) for file in files
-    ):  # not downloaded for this: the footers of Parquet files identify them
+    if any(isinstance(file, RemotePath) for file in files):  # the footers of Parquet files identify them, without a download
         return sources_fingerprint(*map(str, sorted(files)))[:16]
     total = hashlib.sha256()
     for file in sorted(files):

@@ -50,8 +50,8 @@ def run_step(config: Config, redo: bool) -> None:
     print(f"graft: {written:,} grafted images in {run.grafts}, {rejected:,} rejected", flush=True)
 
 
-def graft_photos(config: Config, source: Run, split: str, redo: bool = False) -> AnyPath:
-    """Graft the photos of a split for `evaluate.images: grafts`; the folder of their table, with grafts as images.
+def graft_photos(config: Config, source: Run, split: str, redo: bool = False) -> AnyPath | None:
+    """Graft the photos of a split if `evaluate.images` is grafts; the folder of their table, with grafts as images.
 
     Args:
         config: settings of the tiles, and of the run that stores the result.
@@ -60,6 +60,8 @@ def graft_photos(config: Config, source: Run, split: str, redo: bool = False) ->
     Raises:
         InputError: as `run_step`, or tiles.layout is two.
     """
+    if config.evaluate.images != "grafts":
+        return None
     if config.tiles.layout == "two":
         raise InputError(
             "evaluate.images is grafts and tiles.layout is two, but questions are about one image: set it to graft."

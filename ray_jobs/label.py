@@ -32,7 +32,7 @@ from addressvlm.storage.files import local_folder_for, write_parquet
 from addressvlm.storage.run_dir import Run, is_done, resumable_dir
 from addressvlm.storage.shards import Shard, ShardWork, plan_shards, sources_fingerprint
 from ray_jobs import common, graft, prepare
-from ray_jobs.common import Heartbeat
+from ray_jobs.common import heartbeat
 from ray_jobs.ray_data import run_shards, to_input_error
 
 SHARD_ROWS = 2048  # for a labeler that takes no time
@@ -59,8 +59,11 @@ def run_step(config: Config, redo: bool, dry_run: bool = False) -> None:
     Raises:
         InputError: there are none, the labeler can't be used, or the budget is exhausted.
     """
-    config = _with_absolute_paths(config)
     labels, run = config.labels, Run(config)
+    local = {"model": labels.labeler in ("local", "vllm"), "prompt": labels.prompt.endswith(".md"), "vllm_python": True}
+    paths = {key: getattr(labels, key) for key, is_path in local.items() if is_path and getattr(labels, key)}
+    labels = labels.model_copy(update={key: common.absolute_path(path) for key, path in paths.items()})
+    config = config.model_copy(update={"labels": labels})  # workers run in another folder
     grafts, cached = configured_prompt(labels).shows == "graft", labels.labeler in CACHED_LABELERS
     source, target = (run.grafts, run.alignment) if grafts else (run.photos, run.reasoning)
     if not dry_run and is_done(target, settings(config), redo):
@@ -86,19 +89,6 @@ def run_step(config: Config, redo: bool, dry_run: bool = False) -> None:
         file = run.rejects / ("label.parquet" if grafts else "label-reasoning.parquet")
         write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), file)
     print(f"label: {target}: {report_summary(report)}; {len(rejects):,} rejected", flush=True)
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """Workers run in another folder."""
-    config = config.model_copy(deep=True)
-    labels = config.labels
-    if labels.labeler in ("local", "vllm"):
-        labels.model = common.absolute_path(labels.model)
-    if labels.prompt.endswith(".md"):
-        labels.prompt = common.absolute_path(labels.prompt)
-    if labels.vllm_python:
-        labels.vllm_python = common.absolute_path(labels.vllm_python)
-    return config
 
 
 def _fill_cache(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
@@ -142,7 +132,7 @@ def _send_requests(config: Config, shards: list[Shard], redo: bool) -> dict[str,
 def _estimate(config: Config, shards: list[Shard], cache: ResponseCache, redo: bool) -> CostEstimate:
     """What is left to do; `redo` sends rows again for which the endpoint kept failing."""
     new_state = state_factory(config.labels, config.seed, load_gazetteer(str(Run(config).gazetteer)))
-    with Heartbeat(lambda: "label: reading the cached answers"):
+    with heartbeat(lambda: "label: reading the cached answers"):
         return estimate_cost(config.labels, new_state, _requests(config, shards), cache, redo)
 
 

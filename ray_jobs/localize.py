@@ -30,7 +30,7 @@ from addressvlm.storage.files import digest, open_parquet, write_parquet
 from addressvlm.storage.remote_path import AnyPath, path_of
 from addressvlm.storage.run_dir import DONE_FILE, WORK_DIR, Run, is_done, is_unfinished, resumable_dir
 from addressvlm.storage.shards import Shard, ShardWork, files_fingerprint, plan_file_shards, plan_shards, sources_fingerprint
-from ray_jobs.common import connect, job_parser, load_config, require_resources, run_main
+from ray_jobs.common import connect, job_parser, load_config, require_evaluation_workers, run_main
 from ray_jobs.evaluation import model_digest
 from ray_jobs.ray_data import run_shards
 
@@ -76,7 +76,7 @@ def localize(config: Config, model: str, photos: str, split: str, out: AnyPath, 
     if not (path_of(model) / GAZETTEER_FILE).is_file():
         raise InputError(f"{model} holds no {GAZETTEER_FILE}: give a model that was trained on a city.")
     need = config.evaluate
-    require_resources("CPU", need.workers * need.cpus_per_worker, "localize", "evaluate.workers or evaluate.cpus_per_worker")
+    require_evaluation_workers(config, "localize")
     path = path_of(photos)
     base = str((path if path.is_dir() else path.parent).absolute())
     source = open_photos(photos, split)
@@ -166,7 +166,6 @@ def require_own_folder(out: AnyPath, settings: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
     parser = job_parser(__doc__ or "")
     parser.add_argument("--model", metavar="FOLDER", help="a trained model's folder (default: AddressVLM of the run)")
     parser.add_argument("--photos", metavar="PATH", required=True, help="a folder, a manifest, or Parquet with images")

@@ -87,7 +87,6 @@ def score_batch(segmentation: str, clip: str, texts: LocatabilityTexts, photos: 
 
 
 def main() -> None:
-    """Command line."""
     parser = common.job_parser(__doc__ or "")
     parser.add_argument("--segmentation", required=True, metavar="MODEL", help="folder or hub name: SegFormer, Mask2Former …")
     parser.add_argument("--clip", required=True, metavar="MODEL", help="folder or hub name of a CLIP-like model")

@@ -49,7 +49,7 @@ from addressvlm.storage.run_dir import WORK_DIR, Run, is_done, resumable_dir, st
 from addressvlm.storage.shards import ShardWork, Summary, invalidate_shards, plan_shards, sources_fingerprint
 from addressvlm.tiles.imagery import open_imagery
 from addressvlm.tiles.roads import write_roads
-from ray_jobs.common import Heartbeat, connect, job_parser, load_config, run_main
+from ray_jobs.common import connect, heartbeat, job_parser, load_config, run_main
 from ray_jobs.ray_data import run_shards
 
 CHECK_SHARD = 256  # photos
@@ -100,7 +100,7 @@ def run_step(config: Config, redo: bool = False) -> None:
     if is_done(run.photos, settings(config), redo):
         print("prepare: already done", flush=True)
         return
-    with Heartbeat(lambda: "prepare: preparing the input files", 10.0):
+    with heartbeat(lambda: "prepare: preparing the input files", 10.0):
         filled = resolve_city_files(config, run)
     imagery = filled.tiles.imagery and open_imagery(filled.tiles.imagery, "EPSG:3857", filled.tiles).attribution
     with resumable_dir(run.photos, settings(config), redo) as folder:
@@ -127,8 +127,7 @@ def run_step(config: Config, redo: bool = False) -> None:
             for place, reason in ((data.places[i], reason) for i, reason in split.reason.items())
         ]  # fmt: skip
         write_parquet(pa.Table.from_pylist(aside, schema=ASIDE), run.folder / "aside.parquet")
-        card = _write_card(filled, folder, data, photos, split, gazetteer, [imagery] if imagery else [])
-    _print_card(card)
+        _write_card(filled, folder, data, photos, split, gazetteer, [imagery] if imagery else [])
 
 
 def prepare_test(config: Config, folder: AnyPath, gazetteer: Gazetteer | None = None) -> None:
@@ -145,14 +144,13 @@ def prepare_test(config: Config, folder: AnyPath, gazetteer: Gazetteer | None = 
         split = PlaceSplit({photo.place: "test" for photo in data.usable}, {}, None)
         gazetteer = gazetteer or build_gazetteer(filled.city, data.streets, data.answers, data.usable, data.sub_streets)
         _write_tables(config, work, data, data.usable, split, gazetteer)
-        card = _write_card(filled, work, data, data.usable, split, gazetteer)
-    _print_card(card)
+        _write_card(filled, work, data, data.usable, split, gazetteer)
 
 
 def _load_city(config: Config, folder: AnyPath, rejects_file: AnyPath) -> CityData:
     """Read the photos' table or folder, assign addresses, check the photos; bad rows go to the rejects table."""
     city, source = config.city, readers.source_path(config.city)
-    with Heartbeat(lambda: "prepare: assigning addresses"):
+    with heartbeat(lambda: "prepare: assigning addresses"):
         rows, rejects = readers.read(city)
         total = len(rows) + len(rejects)
         centre = (float(np.mean([p.lat for p in rows])), float(np.mean([p.lon for p in rows]))) if rows else (0.0, 0.0)
@@ -223,18 +221,14 @@ def _write_card(
     split: PlaceSplit,
     gazetteer: Gazetteer,
     attribution: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Count the rows of the tables and write the card into their folder."""
-    with Heartbeat(lambda: "prepare: drawing the dataset card"):
+) -> None:
+    """Count the rows of the tables, write the card into their folder and print its main figures."""
+    with heartbeat(lambda: "prepare: drawing the dataset card"):
         questions = {part: count_questions(folder, part) for part in SPLITS}
         questions = {part: counts for part, counts in questions.items() if counts}
         card = make_card(config, data.places, photos, split, gazetteer, data.rejects, questions, attribution)
         used = {photo.place for photo in photos}
         write_card(folder, card, [place for place in data.places.values() if place.id in used], split, gazetteer)
-    return card
-
-
-def _print_card(card: dict[str, Any]) -> None:
     for part, n in card["splits"].items():
         print(f"prepare: {part:5} {n['photos']:,} photos of {n['places']:,} places, {n['streets']:,} streets", flush=True)
     if card.get("min_train_to_held_out_m") is not None:
@@ -246,7 +240,6 @@ def _print_card(card: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
     args = job_parser(__doc__ or "").parse_args(argv)
     config = load_config(args)
     connect()

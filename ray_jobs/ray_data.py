@@ -14,7 +14,7 @@ import ray.data
 from addressvlm import InputError
 from addressvlm.storage.remote_path import AnyPath
 from addressvlm.storage.shards import MARKS_DIR, Shard, ShardWork, Summary, process_shard, remove_stale_files
-from ray_jobs.common import Heartbeat, progress
+from ray_jobs.common import heartbeat, progress
 
 STOP = "stop"  # key of the message with which a task stops the job; Ray does not keep the type of an exception
 MAX_GROUP = 8  # shards per task; their summaries return together
@@ -55,7 +55,7 @@ def run_shards(
     else:
         dataset = items.flat_map(_GroupWorker(shards, folder, work).__call__, concurrency=tasks)
     done, summaries = 0, []
-    with Heartbeat(lambda: f"{step}: {sum(1 for _ in (folder / MARKS_DIR).iterdir()):,} of {len(shards):,} shards, working"):
+    with heartbeat(lambda: f"{step}: {sum(1 for _ in (folder / MARKS_DIR).iterdir()):,} of {len(shards):,} shards, working"):
         for row in dataset.iter_rows():
             summary = json.loads(row["summary"])
             if STOP in summary:

@@ -31,7 +31,7 @@ from addressvlm.config import Config
 from addressvlm.storage.remote_path import AnyPath, filesystem
 from addressvlm.storage.run_dir import Run, slug, storage_dir
 from addressvlm.training.checkpoint import TrainingCheckpoint
-from ray_jobs.common import Heartbeat, absolute_path, require_resources
+from ray_jobs.common import absolute_path, heartbeat, require_resources
 
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # or every line of a worker is printed twice
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # prints an error line; lost nodes are noticed without it
@@ -91,7 +91,7 @@ def run_training(
     )
     print(f"train: {name}: starting {train.workers} worker{'s' if train.workers > 1 else ''}", flush=True)
     try:
-        with Heartbeat(functools.partial(_heartbeat_line, name, run.training_dir(name) / "loss.jsonl"), HEARTBEAT_S):
+        with heartbeat(functools.partial(_heartbeat_line, name, run.training_dir(name) / "loss.jsonl"), HEARTBEAT_S):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise noticed_error(notice) or to_user_error(error, config, name) or error from error

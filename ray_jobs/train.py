@@ -145,7 +145,6 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Command line."""
     parser = job_parser(__doc__ or "")
     parser.add_argument("--system", action="append", metavar="NAME", help="train only this system (may be repeated)")
     parser.add_argument("--evaluate", action="store_true", help="then evaluate, and write table and report")

@@ -33,7 +33,6 @@ class AddressClipSystem(System[AddressClipConfig]):
     """A dual encoder whose nearest address text is the answer."""
 
     def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
-        """Train the dual encoder if it is not trained, and score the photos."""
         config, folder = context.config, context.run.model_dir(self.name)
         depends_on = settings(config, self.settings)
         if not is_done(folder, depends_on, redo):

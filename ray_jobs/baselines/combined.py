@@ -18,7 +18,6 @@ class FusionSystem(System[FusionConfig]):
     """Several systems as one, with weights fitted on the split `val`; it costs what they cost together."""
 
     def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
-        """Fit the weights and fuse both splits."""
         names = self.settings.of
         if VALIDATION not in context.ids:
             raise InputError(
@@ -39,7 +38,6 @@ class PriorSystem(System[PriorConfig]):
     """Another system with prior information about each photo: addresses that it rules out score -inf. Costs are the other's."""
 
     def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
-        """Restrict the scores of both splits."""
         other, seed = self.settings.of, context.config.seed
         scores = scores_of(context, other, f"'{self.name}' is of")
         restricted = {split: restrict_scores(rows, self.settings, context.gazetteer, seed) for split, rows in scores.items()}

@@ -69,7 +69,6 @@ class RagSystem(System[RagConfig]):
     """Answers to the questions of the kind generation, and coordinates if the prompt wants them."""
 
     def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
-        """Search, prompt, and read the replies."""
         settings, name = self.settings, self.name
         gallery, files = retrieval.open_gallery(context, settings.encoder, name, redo)
         model = model_of(context, settings)

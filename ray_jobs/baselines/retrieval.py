@@ -39,7 +39,7 @@ from addressvlm.storage.remote_path import AnyPath, list_files, path_of
 from addressvlm.storage.run_dir import fresh_dir, is_done, parse_model_flag, resumable_dir, slug
 from addressvlm.storage.shards import ShardWork, plan_shards
 from ray_jobs.baselines.system import ComparisonContext, System, SystemOutcome, worker_resources
-from ray_jobs.common import absolute_path, require_resources
+from ray_jobs.common import absolute_path, require_evaluation_workers
 from ray_jobs.evaluation import TEST, TRAINING, Row, files_digest, model_digest
 from ray_jobs.ray_data import run_shards
 
@@ -68,7 +68,6 @@ class RetrievalSystem(System[RetrievalConfig]):
     """Scores of all addresses, and coordinates, from the most similar training photos."""
 
     def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
-        """Embed the photos, search, and geocode what is most similar."""
         encoder, city = self.settings.encoder, context.gazetteer
         gallery, files = open_gallery(context, encoder, self.name, redo)
         folder = context.run.folder / "retrieval" / slug(self.name)
@@ -191,12 +190,7 @@ class Embeddings:
 
 
 def embed_split(context: ComparisonContext, encoder: EncoderConfig, split: str, redo: bool = False) -> Embeddings:
-    """The photos of a split with their vectors, from <run>/embeddings or new.
-
-    Raises:
-        InputError: the encoder is not there or is none, the vectors that are there are another encoder's, the split has no
-            photos, or the cluster is too small.
-    """
+    """The photos of a split with their vectors, from <run>/embeddings or new."""
     config, photos = context.config, context.run.photos
     base = encoder_model(context, encoder)
     name, data = parse_model_flag(base)[0], files_digest(tables.table_files(photos, split))
@@ -204,9 +198,7 @@ def embed_split(context: ComparisonContext, encoder: EncoderConfig, split: str, 
     folder = context.run.folder / "embeddings" / slug(name) / split
     if not is_done(folder, settings, redo):
         need = config.evaluate
-        require_resources(
-            "CPU", need.workers * need.cpus_per_worker, "embedding", "evaluate.workers or evaluate.cpus_per_worker"
-        )
+        require_evaluation_workers(config, "embedding")
         per_shard = max(tables.ROWS_PER_GROUP, min(SHARD, tables.count_rows(photos, split) // (4 * need.workers)))
         shards = plan_shards(photos, split, per_shard)
         arguments = (base, config.model.dtype, config.model.trust_remote_code, need.cpus_per_worker, encoder.batch_size, split)
@@ -227,11 +219,7 @@ def embed_split(context: ComparisonContext, encoder: EncoderConfig, split: str, 
 def open_gallery(
     context: ComparisonContext, encoder: EncoderConfig, name: str, redo: bool = False
 ) -> tuple[Embeddings, list[AnyPath]]:
-    """The training photos that queries are compared with, and the files of their index; their cost is saved.
-
-    Raises:
-        InputError: as `embed_split`, or no training photo has coordinates.
-    """
+    """The training photos that queries are compared with, and the files of their index; their cost is saved."""
     everything = embed_split(context, encoder, TRAINING, redo)
     gallery = everything.with_coordinates()
     if gallery.set_aside:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from addressvlm.config import Config
 from addressvlm.config.compare import BaselineConfig, VariantConfig
-from addressvlm.config.train import Part, SystemConfig
+from addressvlm.config.train import SystemConfig
 from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.models.cards import base_licence
 from addressvlm.models.loading import resolve_model
@@ -134,22 +134,13 @@ def model_stats(config: Config, system: SystemConfig) -> SystemOutcome:
     """Trained parameters, stored bytes and licence of a trained system; without scores and answers."""
     folder = path_of(local_model_copy(resolve_model(trained_model(config, system))))
     trained_parts = {part for stage in system.stages for part in config.train.stages[stage].parts}
-    adapter = Run(config).model_dir(system.name) / "adapter"
+    parameters = 0
+    for file in list_files(Run(config).model_dir(system.name) / "adapter", "*.safetensors") if system.stages else []:
+        with safe_open(str(local_copy(file)), framework="np") as weights:  # of all parts, trained or not
+            names = [name for name in weights.keys() if (part_of_any_family(name) or "llm") in trained_parts]  # noqa: SIM118
+            parameters += sum(prod(weights.get_slice(name).get_shape()) for name in names)
     return SystemOutcome(
-        parameters=_count_parameters(adapter, trained_parts) if system.stages else 0,
+        parameters=parameters,
         stored_bytes=sum(file.stat().st_size for file in list_files(folder, "*.safetensors")),
         licences={"base model": base_licence(config) or "not stated"},
     )
-
-
-def _count_parameters(adapter: AnyPath, parts: set[Part]) -> int:
-    """Parameters of some parts in the safetensors files of an adapter, which has all parts, trained or not."""
-    total = 0
-    for file in list_files(adapter, "*.safetensors"):
-        with safe_open(str(local_copy(file)), framework="np") as weights:
-            total += sum(
-                prod(weights.get_slice(name).get_shape())
-                for name in weights.keys()  # noqa: SIM118
-                if (part_of_any_family(name) or "llm") in parts
-            )
-    return total

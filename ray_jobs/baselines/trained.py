@@ -19,7 +19,7 @@ from addressvlm.storage import tables
 from addressvlm.storage.remote_path import path_of
 from addressvlm.storage.run_dir import DONE_FILE, Run, slug
 from addressvlm.training.stages import training_runs
-from ray_jobs import evaluation, prepare, train
+from ray_jobs import evaluation, graft, prepare, train
 from ray_jobs.baselines.system import ComparisonContext, System, SystemOutcome, model_stats, worker_resources
 from ray_jobs.evaluation import TEST, EvaluationTask, Scores, trained_model
 
@@ -28,7 +28,6 @@ class TrainedSystem(System[SystemConfig]):
     """A system of `train.systems`: trained if it is not, then evaluated as `evaluate.answers` says."""
 
     def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
-        """Train, score and ask."""
         return run_trained(context, self.name, context.config, self.settings, redo)
 
 
@@ -36,7 +35,6 @@ class VariantSystem(System[VariantConfig]):
     """A system of `train.systems` in a run of its own with other settings, evaluated on the same photos."""
 
     def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
-        """Train, score and ask."""
         config, name = variant_config(context.config, self.settings), self.settings.system
         system = next((system for system in config.train.systems if system.name == name), None)
         if system is None:
@@ -51,7 +49,6 @@ class LikelihoodSystem(System[LikelihoodConfig]):
     """A system of `train.systems` that answers by its scores of all addresses, calibrated as the model's folder says."""
 
     def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
-        """Score the photos."""
         start = time.monotonic()
         stored = (context.run.folder / "scores" / slug(self.settings.of) / DONE_FILE).is_file() and not redo
         scores = system_scores(context, self.settings.of, redo)
@@ -98,7 +95,7 @@ def run_trained(
         train.run_step(config, redo, [system.name])
         context.save_cost(name, "training", training_cost(config, system.name))
     model = resolve_model(trained_model(config, system))
-    images = evaluation.graft_images(config, context.run, TEST, redo)
+    images = graft.graft_photos(config, context.run, TEST, redo)
     task = replace(context.task, config=config, images=images)
     with_image = set(tables.read_table(task.image_table, TEST, ["id"])["id"].to_pylist())
     task = replace(task, ids=[photo for photo in task.ids if photo in with_image])
@@ -135,11 +132,7 @@ def training_cost(config: Config, system: str) -> dict[str, Any]:
 
 
 def variant_config(config: Config, variant: VariantConfig) -> Config:
-    """The configuration of a variant's run, `<name>-<variant>`.
-
-    Raises:
-        InputError: there is no such configuration, a key is unknown or a value has the wrong type.
-    """
+    """The configuration of a variant's run, `<name>-<variant>`."""
     tree = config.model_dump()
     if variant.config is not None:
         other = load(variant.config)
@@ -155,11 +148,7 @@ def variant_config(config: Config, variant: VariantConfig) -> Config:
 
 
 def require_same_split(context: ComparisonContext, name: str, config: Config) -> None:
-    """Refuse a variant that would be trained on photos near the test photos.
-
-    Raises:
-        InputError: its settings draw another split, or another city that it is trained on is this one.
-    """
+    """Refuse a variant that would be trained on photos near the test photos: of another split, or of the same city twice."""
     buffer_m, columns = config.city.split_buffer_m, ["id", "lat", "lon"]
     test = tables.read_table(context.run.photos, TEST, columns).to_pylist()
     for run, _ in training_runs(config):

@@ -21,7 +21,7 @@ from addressvlm.evaluation.run_questions import questions_of
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run, mark_done
-from ray_jobs import evaluate, evaluation
+from ray_jobs import evaluate, evaluation, graft
 from ray_jobs.evaluation import Answers, EvaluationTask
 from tests.support.baselines import GAZETTEER, photo
 
@@ -236,7 +236,7 @@ def test_modes_are_compared_on_photos_that_have_scores(tmp_path: Path, monkeypat
     result = evaluate.compare_modes(task, "A", str(tmp_path), scores_of(config, "test"), {"free": answers})
     assert result == json.loads((tmp_path / "modes.json").read_text()) == {"system": "A", "x": 1}
     assert calls[0][3] == {"free": [{"id": "test1"}, {"id": "test0"}]}
-    assert (calls[0][2].temperature, calls[0][4].seed) == (2.5, 3)
+    assert (calls[0][2].temperature, calls[0][4][1]) == (2.5, 3)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_where_photos_are_and_where_their_result_goes(tmp_path: Path) -> None:
     results = run.folder / "evaluations"
     assert evaluate.output_folder(run, "some/photos.csv") == results / "photos"
     assert evaluate.output_folder(run, "other/run/photos") == evaluate.output_folder(run, "other/run") == results / "run"
-    assert evaluation.graft_images(config, run, "test") is None
+    assert graft.graft_photos(config, run, "test") is None
     config.evaluate.images = "grafts"
     assert evaluate.output_folder(Run(config), None) == results / "grafts"
 
