@@ -53,8 +53,6 @@ TEMPLATES = {
 CLAIMS = {"district": "Is it in {name}?", "street": "Is it on {name}?"}
 SUFFIXES = {"generation": "Name it.", "judgment": "Answer Yes or No.", "choice": "Options: {options}."}
 ADDRESS_QUESTION = f"{TEMPLATES['address'][0]} {SUFFIXES['generation']}"  # the question of the service
-
-
 Round = dict[str, Any]  # a row of `tables.ROUNDS`
 
 
@@ -65,13 +63,9 @@ def templates(level: str, kind: str) -> list[str]:
 
 
 def training_rounds(
-    address: Address,
-    gazetteer: Gazetteer,
-    rng: random.Random,
-    rounds: int = 7,
-    hard_negative_share: float = 0.5,
+    address: Address, gazetteer: Gazetteer, rng: random.Random, rounds: int = 7, hard_negative_share: float = 0.5,
     ambiguous: Collection[str] = (),
-) -> list[Round]:
+) -> list[Round]:  # fmt: skip
     """A conversation of `rounds` questions in random order.
 
     The three kinds are equally frequent (1:1:1 over many photos); one generation question is for the full address. Where a
@@ -101,13 +95,10 @@ def training_rounds(
 
 
 def evaluation_rounds(
-    address: Address,
-    gazetteer: Gazetteer,
-    rng: random.Random,
-    hard_negative_share: float = 0.5,
+    address: Address, gazetteer: Gazetteer, rng: random.Random, hard_negative_share: float = 0.5,
     ambiguous: Collection[str] = (),
-) -> list[Round]:
-    """The nine questions that the metrics are computed from, each asked on its own.
+) -> list[Round]:  # fmt: skip
+    """The nine questions that the metrics are computed from, each in a conversation of its own.
 
     For district and street: generation, judgment with Yes, judgment with No, choice; then the full address. A level without
     negatives has only the first two.

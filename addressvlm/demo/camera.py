@@ -84,13 +84,9 @@ def _cast_rays(world: World, x: float, y: float, heading: float, pixels: int) ->
 def _first_wall(world: World, x: float, y: float, direction: np.ndarray) -> tuple[np.ndarray, ...]:
     """First wall of each ray: distance (m), building or -1, metres along the wall, and its brightness."""
     boxes = world.boxes
-    near = (
-        (boxes[:, 0] < x + MAX_DISTANCE)
-        & (boxes[:, 2] > x - MAX_DISTANCE)
-        & (boxes[:, 1] < y + MAX_DISTANCE)
-        & (boxes[:, 3] > y - MAX_DISTANCE)
-    )
-    index = np.flatnonzero(near)
+    position = np.array([x, y])
+    near = (boxes[:, :2] < position + MAX_DISTANCE) & (boxes[:, 2:] > position - MAX_DISTANCE)
+    index = np.flatnonzero(near.all(axis=1))
     b = boxes[index]
     safe = np.where(np.abs(direction) < 1e-6, 1e-6, direction)
     tx = np.sort((b[None, :, [0, 2]] - x) / safe[:, None, :1], axis=2)
@@ -104,7 +100,7 @@ def _first_wall(world: World, x: float, y: float, direction: np.ndarray) -> tupl
     is_hit = np.isfinite(distance) & (distance < MAX_DISTANCE)
     distance = np.where(is_hit, distance, MAX_DISTANCE)
     faces_x = tx[pick, first, 0] >= ty[pick, first, 0]
-    point = np.array([x, y]) + distance[:, None] * direction
+    point = position + distance[:, None] * direction
     along = np.where(faces_x, point[:, 1], point[:, 0])
     light = np.where(faces_x, 0.84, 1.0)
     return distance, np.where(is_hit, index[first], -1), along, light

@@ -130,18 +130,9 @@ def write_maps(world: World, paths: dict[str, Path]) -> None:
         paths[key].write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
     image, west, north = satellite(world)
     with rasterio.open(
-        paths["imagery"],
-        "w",
-        driver="GTiff",
-        height=image.shape[0],
-        width=image.shape[1],
-        count=3,
-        dtype="uint8",
-        crs=UTM,
-        transform=from_origin(west, north, GROUND_PIXEL, GROUND_PIXEL),
-        compress="deflate",
-        tiled=True,
-    ) as out:
+        paths["imagery"], "w", driver="GTiff", height=image.shape[0], width=image.shape[1], count=3, dtype="uint8", crs=UTM,
+        transform=from_origin(west, north, GROUND_PIXEL, GROUND_PIXEL), compress="deflate", tiled=True,
+    ) as out:  # fmt: skip
         out.write(image.transpose(2, 0, 1))
 
 

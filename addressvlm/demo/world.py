@@ -12,17 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 PALETTE: dict[str, tuple[int, int, int]] = {
-    "red": (176, 62, 52),
-    "orange": (214, 126, 58),
-    "yellow": (222, 192, 98),
-    "cream": (228, 214, 184),
-    "white": (236, 236, 234),
-    "grey": (142, 142, 144),
-    "dark": (74, 74, 82),
-    "brown": (120, 84, 60),
-    "blue": (88, 118, 168),
+    "red": (176, 62, 52), "orange": (214, 126, 58), "yellow": (222, 192, 98), "cream": (228, 214, 184),
+    "white": (236, 236, 234), "grey": (142, 142, 144), "dark": (74, 74, 82), "brown": (120, 84, 60), "blue": (88, 118, 168),
     "green": (104, 146, 104),
-}
+}  # fmt: skip
 CROWNS = {"plane": (92, 128, 58), "cherry": (206, 138, 156), "pine": (38, 84, 62), "maple": (196, 112, 40)}
 PAVINGS = {"asphalt": (92, 92, 96), "concrete": (158, 156, 150), "brick": (150, 100, 84), "gravel": (184, 166, 132)}
 FLOORS = (2, 3, 4, 5, 6)

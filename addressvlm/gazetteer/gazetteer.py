@@ -47,16 +47,11 @@ class Gazetteer:
     """
 
     def __init__(
-        self,
-        addresses: Iterable[Address],
-        geometry: Mapping[str, BaseGeometry] | None = None,
-        district_geometry: Mapping[str, BaseGeometry] | None = None,
-        photos: Mapping[str, int] | None = None,
-        places: Mapping[str, int] | None = None,
-        city: str = "",
-        attribution: Iterable[str] = (),
+        self, addresses: Iterable[Address], geometry: Mapping[str, BaseGeometry] | None = None,
+        district_geometry: Mapping[str, BaseGeometry] | None = None, photos: Mapping[str, int] | None = None,
+        places: Mapping[str, int] | None = None, city: str = "", attribution: Iterable[str] = (),
         variants: Mapping[str, Sequence[str]] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.addresses = sorted(set(addresses))
         self.streets = sorted({a.street for a in self.addresses})
         self.districts = sorted({a.district for a in self.addresses})
@@ -84,14 +79,9 @@ class Gazetteer:
         return [other for other in candidates if other not in excluded][:n]
 
     def sample_negatives(
-        self,
-        name: str,
-        n: int,
-        rng: random.Random,
-        level: Level = "street",
-        hard_negative_share: float = 0.5,
+        self, name: str, n: int, rng: random.Random, level: Level = "street", hard_negative_share: float = 0.5,
         exclude: Collection[str] = (),
-    ) -> list[str]:
+    ) -> list[str]:  # fmt: skip
         """Up to n other names of the level that are not in `exclude`, in random order.
 
         About `hard_negative_share` of them are among the 2n nearest, the others from anywhere.
@@ -160,9 +150,8 @@ class Gazetteer:
                 {f["properties"]["name"]: f["properties"].get("variants", []) for f in streets + districts},
             )
         except OSError as error:
-            raise InputError(
-                f"no gazetteer at {path} ({error.strerror}): run prepare, or give a folder that has one."
-            ) from None
+            cause = error.strerror
+            raise InputError(f"no gazetteer at {path} ({cause}): run prepare, or give a folder that has one.") from None
         except (ValueError, KeyError, TypeError, AttributeError, shapely.errors.ShapelyError) as error:
             raise InputError(f"{path} is not a gazetteer ({type(error).__name__}: {error}): rerun prepare.") from None
 

@@ -54,7 +54,7 @@ def normalize_name(name: str) -> str:
 
 @lru_cache(maxsize=65536)
 def unaccented_name(name: str) -> str:
-    """The normal form without accents on Latin letters (in other scripts the marks make other letters); it has as many words."""
+    """The normal form without the accents of Latin letters, which in other scripts make other letters; it has as many words."""
     characters = ((character, unicodedata.normalize("NFD", character)[0]) for character in normalize_name(name))
     plain = "".join(base if "a" <= base <= "z" else character for character, base in characters).translate(_PLAIN_LETTERS)
     return " ".join(_ABBREVIATIONS.get(word, word) for word in plain.split())

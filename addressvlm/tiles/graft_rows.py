@@ -76,18 +76,9 @@ class Grafter:
         else:
             image, decoded = graft_photo(tile.image, encoded, config.covered, config.jpeg_quality)
         facts = graft_facts(
-            photo["street"],
-            photo["district"],
-            photo["lat"],
-            photo["lon"],
-            photo["heading"],
-            decoded,
-            tile,
-            self.renderer.roads,
-            config.covered,
-            imagery=self.renderer.imagery is not None,
-            main_street=photo["main_street"],
-        )
+            photo["street"], photo["district"], photo["lat"], photo["lon"], photo["heading"], decoded, tile,
+            self.renderer.roads, config.covered, imagery=self.renderer.imagery is not None, main_street=photo["main_street"],
+        )  # fmt: skip
         return {
             "image": {"bytes": image, "path": path},
             "tile": encoded_tile and {"bytes": encoded_tile, "path": None},

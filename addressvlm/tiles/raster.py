@@ -38,13 +38,9 @@ def three_corners(bounds: Bounds) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cut_window(
-    values: Image.Image,
-    covered: Image.Image,
-    corners: np.ndarray,
-    pixels: int,
-    source: str,
+    values: Image.Image, covered: Image.Image, corners: np.ndarray, pixels: int, source: str,
     resampling: Image.Resampling = Image.Resampling.BILINEAR,
-) -> Image.Image:
+) -> Image.Image:  # fmt: skip
     """The square of pixels x pixels whose three corners (3, 2) lie at these columns and rows of `values`.
 
     Args:
@@ -96,8 +92,7 @@ class GeoTiff:
         corners = np.column_stack((t.a * x + t.b * y + t.c, t.d * x + t.e * y + t.f))
         if not np.isfinite(corners).all():
             raise InputError(f"{self.path} covers only 0% of the tile.")
-        fourth = corners[1] + corners[2] - corners[0]
-        square = np.vstack((corners, fourth))
+        square = np.vstack((corners, corners[1] + corners[2] - corners[0]))
         first = np.floor(square.min(axis=0) - MARGIN).clip(0).astype(int)
         last = np.ceil(square.max(axis=0) + MARGIN).clip(max=(self._source.width, self._source.height)).astype(int)
         if (last <= first).any():

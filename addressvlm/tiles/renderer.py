@@ -47,7 +47,16 @@ class Lettering:
             InputError: the file is missing or is not a font.
         """
         files = [str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf")), *([font] if font else [])]
-        self._fonts = [_load_font(file) for file in files]
+        self._fonts = []
+        for file in files:
+            try:
+                face = FT2Font(file)
+                face.set_size(UNIT_PX, 72)
+            except (OSError, RuntimeError) as error:
+                text = " ".join(str(error).split())
+                raise InputError(f"{file} is not a font ({text}): set tiles.font to a TTF or OTF file.") from None
+            mapnik.FontEngine.register_font(file)
+            self._fonts.append(face)
         self._letters = [frozenset(map(chr, face.get_charmap())) for face in self._fonts]
         self.faces = [f"{face.family_name} {face.style_name}" for face in self._fonts]
 
@@ -64,18 +73,6 @@ class Lettering:
         number = next((i for i, letters in enumerate(self._letters) if letter in letters), 0)
         glyph = self._fonts[number].load_char(ord(letter), flags=LoadFlags.NO_HINTING)
         return float(glyph.linearHoriAdvance) / 65536 / UNIT_PX
-
-
-def _load_font(file: str) -> FT2Font:
-    try:
-        face = FT2Font(file)
-        face.set_size(UNIT_PX, 72)
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"{file} is not a font ({' '.join(str(error).split())}): set tiles.font to a TTF or OTF file."
-        ) from None
-    mapnik.FontEngine.register_font(file)
-    return face
 
 
 def map_style(pixels_per_m: float, over_imagery: bool) -> str:
@@ -168,30 +165,23 @@ class TileRenderer:
         bounds = (x - half, y - half, x + half, y + half)
         roads = self.roads.within(x, y, half)
         canvas = mapnik.Image(self.config.pixels, self.config.pixels)
-        if self.imagery is None:
-            if not roads:
-                raise InputError(f"no street of the map is within {half:g} m of ({lat:.6f}, {lon:.6f}).")
-            self._draw_roads(canvas, bounds, roads)
-            background = None
-        else:
-            background = self.imagery.read(bounds, self.config.pixels)
-            if self.config.names:
-                self._draw_roads(canvas, bounds, roads)
+        if self.imagery is None and not roads:
+            raise InputError(f"no street of the map is within {half:g} m of ({lat:.6f}, {lon:.6f}).")
+        background = self.imagery.read(bounds, self.config.pixels) if self.imagery else None
+        if background is None or self.config.names:
+            source = mapnik.MemoryDatasource()
+            for number, road in enumerate(sorted(roads, key=lambda r: r.width_m)):
+                source.add_feature(_feature(number, road.line, width=road.width_m))
+            for layer in self._map.layers:
+                layer.datasource = source
+            self._map.zoom_to_box(mapnik.Box2d(*bounds))
+            mapnik.render(self._map, canvas)
         names = self._draw_names(canvas, bounds, roads, street) if self.config.names else []
         drawing = Image.frombytes("RGBA", (self.config.pixels, self.config.pixels), canvas.to_string())
         if background is None:
             return Tile(drawing.convert("RGB"), names, bounds)
         background.paste(drawing, mask=drawing.getchannel("A"))
         return Tile(background, names, bounds)
-
-    def _draw_roads(self, canvas: mapnik.Image, bounds: Bounds, roads: list[Road]) -> None:
-        source = mapnik.MemoryDatasource()
-        for number, road in enumerate(sorted(roads, key=lambda r: r.width_m)):
-            source.add_feature(_feature(number, road.line, width=road.width_m))
-        for layer in self._map.layers:
-            layer.datasource = source
-        self._map.zoom_to_box(mapnik.Box2d(*bounds))
-        mapnik.render(self._map, canvas)
 
     def _draw_names(self, canvas: mapnik.Image, bounds: Bounds, roads: list[Road], street: str) -> list[str]:
         """Write each street's name once where there is room, the place's street first; return the names written.
@@ -223,14 +213,9 @@ class TileRenderer:
         return written
 
     def _write(
-        self,
-        canvas: mapnik.Image,
-        detector: mapnik.LabelCollisionDetector,
-        bounds: Bounds,
-        name: str,
-        geometry: BaseGeometry,
-        on_line: bool,
-    ) -> bool:
+        self, canvas: mapnik.Image, detector: mapnik.LabelCollisionDetector, bounds: Bounds,
+        name: str, geometry: BaseGeometry, on_line: bool,
+    ) -> bool:  # fmt: skip
         """Try to write a name at one place; whether it was drawn (its letters then occupy boxes in the detector)."""
         source = mapnik.MemoryDatasource()
         source.add_feature(_feature(1, geometry, name=name))

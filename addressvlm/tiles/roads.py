@@ -22,21 +22,10 @@ from addressvlm.storage.remote_path import AnyPath
 
 # Width of the carriageway in metres by OpenStreetMap's `highway`.
 WIDTHS_M = {
-    "motorway": 16.0,
-    "trunk": 14.0,
-    "primary": 12.0,
-    "secondary": 10.5,
-    "tertiary": 9.0,
-    "unclassified": 7.5,
-    "residential": 7.5,
-    "living_street": 6.0,
-    "service": 4.5,
-    "pedestrian": 5.5,
-    "footway": 2.5,
-    "cycleway": 2.5,
-    "path": 2.0,
-    "steps": 2.0,
-}
+    "motorway": 16.0, "trunk": 14.0, "primary": 12.0, "secondary": 10.5, "tertiary": 9.0, "unclassified": 7.5,
+    "residential": 7.5, "living_street": 6.0, "service": 4.5, "pedestrian": 5.5, "footway": 2.5, "cycleway": 2.5,
+    "path": 2.0, "steps": 2.0,
+}  # fmt: skip
 DEFAULT_WIDTH_M = 7.5
 COLUMNS = ["name", "highway", "alt_name"]
 MAX_DISTANCE_M = 2100.0  # a road further from every photo is on no tile, since tiles.side_m is at most 4 km
@@ -59,12 +48,15 @@ class Roads:
     ) -> None:
         """Read a file that `addressvlm.dataset.geo_files` reads; without one there are no roads around `centre` (lat, lon).
 
-        Names are in the language, if the file has them in it.
+        Of an OpenStreetMap file the roads and paths, of another all lines. Names are in `language`, if the file has them.
 
         Raises:
             InputError: the file is missing or damaged, or has no lines.
         """
-        features = _read(path) if path else []
+        features = geo_files.read_geo_file(path, "city.streets", is_road).features if path else []
+        features = [f for f in features if f.dimension == 1 or (f.dimension == 2 and is_road(f.tags))]
+        if path and not features:
+            raise InputError(f"{path} has no lines: give the file of the city's streets.")
         lines = [f.shape if f.dimension == 1 else shapely.boundary(f.shape) for f in features]  # the edge of a paved area
         west, south, east, north = shapely.total_bounds(lines or [shapely.Point(centre[::-1])])
         lat, lon = (south + north) / 2, (west + east) / 2
@@ -104,8 +96,13 @@ def write_roads(path: AnyPath, roads: Sequence[GeoFeature], lat: NDArray[np.floa
 
     `Roads` opens it faster than the original file.
     """
-    near = _near_points(np.array([road.shape for road in roads], dtype=object), lat, lon)
-    written = [roads[i] for i in near] or roads
+    written = roads
+    if len(lat):  # the roads in the grid cell of a photo or in one of the cells around it
+        side = MAX_DISTANCE_M / METRES_PER_DEGREE * np.array([1 / max(np.cos(np.radians(np.abs(lat).max())), 0.01), 1])
+        cells = np.unique(np.floor(np.column_stack([lon, lat]) / side), axis=0)
+        boxes = shapely.box(*((cells - 1) * side).T, *((cells + 2) * side).T)
+        tree = shapely.STRtree([road.shape for road in roads])
+        written = [roads[i] for i in np.unique(tree.query(boxes, predicate="intersects")[1])] or roads
     columns = [np.array([road.tags.get(key, "") for road in written], dtype=object) for key in COLUMNS]
     with atomic_write(path) as temporary:
         file = temporary.with_suffix(".fgb")  # with another suffix GDAL makes a folder
@@ -114,22 +111,3 @@ def write_roads(path: AnyPath, roads: Sequence[GeoFeature], lat: NDArray[np.floa
             layer="roads", driver="FlatGeobuf", geometry_type="Unknown", crs="EPSG:4326", SPATIAL_INDEX="NO",
         )  # fmt: skip
         file.replace(temporary)
-
-
-def _near_points(shapes: NDArray[np.object_], lat: NDArray[np.float64], lon: NDArray[np.float64]) -> list[int]:
-    """Indices of the shapes in the grid cell of a point or in one of the cells around it."""
-    if not len(lat):
-        return []
-    side = MAX_DISTANCE_M / METRES_PER_DEGREE * np.array([1 / max(np.cos(np.radians(np.abs(lat).max())), 0.01), 1])
-    cells = np.unique(np.floor(np.column_stack([lon, lat]) / side), axis=0)
-    boxes = shapely.box(*((cells - 1) * side).T, *((cells + 2) * side).T)
-    return np.unique(shapely.STRtree(shapes).query(boxes, predicate="intersects")[1]).tolist()
-
-
-def _read(path: str | AnyPath) -> list[GeoFeature]:
-    """The roads and paths of an OpenStreetMap file, or all lines of another file."""
-    features = geo_files.read_geo_file(path, "city.streets", is_road).features
-    roads = [f for f in features if f.dimension == 1 or (f.dimension == 2 and is_road(f.tags))]
-    if not roads:
-        raise InputError(f"{path} has no lines: give the file of the city's streets.")
-    return roads

@@ -35,15 +35,9 @@ class XyzServer:
     """Web mercator tiles of an address with {z}, {x} and {y} ({-y} counts from the south), or with {q} (quadkey)."""
 
     def __init__(
-        self,
-        template: str,
-        cache: Path,
-        user_agent: str,
-        per_second: float = 4.0,
-        attribution: str | None = None,
-        timeout_s: float = TIMEOUT_S,
-        backoff_s: float = BACKOFF_S,
-    ) -> None:
+        self, template: str, cache: Path, user_agent: str, per_second: float = 4.0, attribution: str | None = None,
+        timeout_s: float = TIMEOUT_S, backoff_s: float = BACKOFF_S,
+    ) -> None:  # fmt: skip
         """Create the cache folder; nothing is requested yet.
 
         Raises:

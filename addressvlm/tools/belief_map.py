@@ -3,8 +3,8 @@
     python -m addressvlm.tools.belief_map --model before=runs/demo/models/stage-2-only/merged \\
         --model after=runs/demo/models/addressvlm/merged --photo photo.jpg --at 52.2053,0.1218 --out belief.png
 
-A model that names no street of the city, such as one not trained on it, is asked again with the streets that the others
-named as options (paper 001, E.1).
+A model that names no street of the city, such as one not trained on it, gets a second question with the streets that the
+others named as options (paper 001, E.1).
 """
 
 import argparse
@@ -19,7 +19,6 @@ import numpy as np
 import shapely
 import torch
 from PIL import Image, UnidentifiedImageError
-from shapely.geometry.base import BaseGeometry
 
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
@@ -28,6 +27,7 @@ from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE
 from addressvlm.inference import Localizer
 from addressvlm.questions import SUFFIXES, TEMPLATES
 from addressvlm.storage.run_dir import parse_model_flag
+from addressvlm.tools.map_drawing import draw_outline, new_figure, save_figure, set_extent, squeeze
 
 QUESTION = TEMPLATES["street"][0]
 BATCH_SIZE = 50  # answers generated together
@@ -85,7 +85,7 @@ def sample_all(
 
 def spread_m(sample: SampledAnswers, gazetteer: Gazetteer, lat: float, lon: float) -> float | None:
     """Mean distance of the named streets from the true place, in metres; None if none of them has a geometry."""
-    scale = np.array([METRES_PER_DEGREE * _squeeze(lat), METRES_PER_DEGREE])
+    scale = np.array([METRES_PER_DEGREE * squeeze(lat), METRES_PER_DEGREE])
     place = shapely.Point(np.array([lon, lat]) * scale)
     located = [(count, gazetteer.geometry[street]) for street, count in sample.counts.items() if street in gazetteer.geometry]
     if not located:
@@ -104,30 +104,21 @@ def draw_belief_map(
     Args:
         at: latitude and longitude of the true place in degrees, drawn as a star.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     panels = len(names) + (photo is not None)
-    figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 5.4), squeeze=False, layout="constrained")
+    figure, axes = new_figure(panels, (5.2 * panels, 5.4))
     if photo is not None:
-        axes[0, 0].imshow(photo)
-        axes[0, 0].set_axis_off()
+        axes[0].imshow(photo)
+        axes[0].set_axis_off()
     highest = max((max(sample.counts.values(), default=0) / sample.answers for sample in samples), default=0) or 1.0
     view = _view(samples, gazetteer, at)
-    for axis, name, sample in zip(axes[0, panels - len(names) :], names, samples, strict=True):
+    for axis, name, sample in zip(axes[panels - len(names) :], names, samples, strict=True):
         mappable = _draw_map(axis, sample, gazetteer, at, highest, view)
-        axis.set_title(
-            f"{name}{', options given' if sample.has_options else ''}\n{_caption(sample, gazetteer, at)}", fontsize=11
-        )
+        title = f"{name}, with options" if sample.has_options else name
+        axis.set_title(f"{title}\n{_caption(sample, gazetteer, at)}", fontsize=11)
     figure.colorbar(
-        mappable, ax=axes[0, -1], label="share of the answers", shrink=0.7, format=lambda share, _: f"{100 * share:g} %"
+        mappable, ax=axes[-1], label="share of the answers", shrink=0.7, format=lambda share, _: f"{100 * share:g} %"
     )
-    if gazetteer.attribution:
-        figure.supxlabel("; ".join(gazetteer.attribution), fontsize=7)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, gazetteer.attribution)
 
 
 def _draw_map(axis: Any, sample: SampledAnswers, gazetteer: Gazetteer, at: Any, highest: float, view: tuple[float, ...]) -> Any:
@@ -137,11 +128,11 @@ def _draw_map(axis: Any, sample: SampledAnswers, gazetteer: Gazetteer, at: Any, 
     scale = colors.Normalize(0, highest)
     mappable = cm.ScalarMappable(scale, "YlOrRd")
     for street, shape in gazetteer.geometry.items():
-        _line(axis, shape, "#d3d0c8", 1.0, 1)
+        draw_outline(axis, shape, "#d3d0c8", 1.0, 1)
         if sample.counts[street]:
             share = sample.counts[street] / sample.answers
-            _line(axis, shape, "#55504a", 4.4, 2)
-            _line(axis, shape, mappable.cmap(scale(share)), 3.2, 3 + share)
+            draw_outline(axis, shape, "#55504a", 4.4, 2)
+            draw_outline(axis, shape, mappable.cmap(scale(share)), 3.2, 3 + share)
     for rank, (street, _) in enumerate(sample.counts.most_common(3)):
         if street in gazetteer.geometry:
             inside = shapely.clip_by_rect(gazetteer.geometry[street], *view)
@@ -151,19 +142,8 @@ def _draw_map(axis: Any, sample: SampledAnswers, gazetteer: Gazetteer, at: Any, 
                 axis.annotate(street, (label.x, label.y), fontsize=9 - rank, ha="center", bbox=box, zorder=6)
     if at:
         axis.plot(at[1], at[0], "*", markersize=17, color="#1668c7", markeredgecolor="white", zorder=7)
-    axis.set_xlim(view[0], view[2])
-    axis.set_ylim(view[1], view[3])
-    axis.set_aspect(1 / _squeeze((view[1] + view[3]) / 2))
-    axis.set_xticks([])
-    axis.set_yticks([])
+    set_extent(axis, *view)
     return mappable
-
-
-def _line(axis: Any, shape: BaseGeometry, colour: Any, width: float, order: float) -> None:
-    for part in shapely.get_parts(shape):
-        points = shapely.get_coordinates(part)
-        if len(points) > 1:
-            axis.plot(points[:, 0], points[:, 1], color=colour, linewidth=width, solid_capstyle="round", zorder=order)
 
 
 def _view(samples: Sequence[SampledAnswers], gazetteer: Gazetteer, at: Any) -> tuple[float, float, float, float]:
@@ -171,38 +151,15 @@ def _view(samples: Sequence[SampledAnswers], gazetteer: Gazetteer, at: Any) -> t
     named_shapes = [gazetteer.geometry[s] for sample in samples for s in sample.counts if s in gazetteer.geometry]
     shapes = named_shapes or list(gazetteer.geometry.values())
     west, south, east, north = shapely.total_bounds([*shapes, *([shapely.Point(at[1], at[0])] if at else [])])
-    squeeze = _squeeze((south + north) / 2)
-    half = max((east - west) * squeeze, north - south) * (1 + MARGIN) / 2
     x, y = (west + east) / 2, (south + north) / 2
-    return x - half / squeeze, y - half, x + half / squeeze, y + half
+    half = max((east - west) * squeeze(y), north - south) * (1 + MARGIN) / 2
+    return x - half / squeeze(y), y - half, x + half / squeeze(y), y + half
 
 
 def _caption(sample: SampledAnswers, gazetteer: Gazetteer, at: tuple[float, float] | None) -> str:
     distance_m = spread_m(sample, gazetteer, *at) if at else None
     streets = f"{sample.valid:.0%} of {sample.answers} answers name a street, {len(sample.counts)} different"
     return streets if distance_m is None else f"{streets}\n{distance_m:,.0f} m from the place on average"
-
-
-def _squeeze(lat: float) -> float:
-    return float(np.cos(np.radians(lat)))
-
-
-def _load_gazetteer(localizers: Sequence[Localizer], path: Path | None) -> Gazetteer:
-    """The gazetteer of this file, by default of the first model that has one."""
-    gazetteer = Gazetteer.load(path) if path else next((model.gazetteer for model in localizers if model.gazetteer), None)
-    if gazetteer is None or not gazetteer.geometry:
-        raise InputError(f"no streets to draw: give --gazetteer, the dataset's {GAZETTEER_FILE}, or a trained model.")
-    return gazetteer
-
-
-def _parse_place(text: str | None) -> tuple[float, float] | None:
-    if not text:
-        return None
-    try:
-        lat, lon = map(float, text.split(","))
-    except ValueError:
-        raise InputError(f"--at {text}: write it as latitude,longitude in degrees.") from None
-    return lat, lon
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -225,9 +182,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         photo = Image.open(args.photo).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise InputError(f"{args.photo} is not a photo that can be read ({error}): give another one.") from None
-    at, models = _parse_place(args.at), [parse_model_flag(flag) for flag in args.model]
+    at = None
+    if args.at:
+        try:
+            lat, lon = map(float, args.at.split(","))
+        except ValueError:
+            raise InputError(f"--at {args.at}: write it as latitude,longitude in degrees.") from None
+        at = (lat, lon)
+    models = [parse_model_flag(flag) for flag in args.model]
     localizers = [Localizer(folder) for _, folder in models]
-    city = _load_gazetteer(localizers, args.gazetteer)
+    city = Gazetteer.load(args.gazetteer) if args.gazetteer else next((m.gazetteer for m in localizers if m.gazetteer), None)
+    if city is None or not city.geometry:
+        raise InputError(f"no streets to draw: give --gazetteer, the dataset's {GAZETTEER_FILE}, or a trained model.")
     samples = sample_all(localizers, photo, city, args.samples, args.temperature, args.seed)
     names = [name for name, _ in models]
     draw_belief_map(names, samples, city, args.out, at, photo)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import shapely
 
 from addressvlm.baselines.dual_encoder import DualEncoder, open_encoder
 from addressvlm.errors import InputError
@@ -22,6 +21,7 @@ from addressvlm.evaluation.run_questions import photo_image
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
 from addressvlm.storage import tables
 from addressvlm.storage.remote_path import AnyPath, path_of
+from addressvlm.tools.map_drawing import draw_outline, new_figure, save_figure, set_extent, squeeze
 
 COLUMNS = ["id", "place", "lat", "lon", "image"]
 BATCH_SIZE = 32  # photos encoded together
@@ -83,51 +83,33 @@ def named_shapes(text: str, gazetteer: Gazetteer) -> list[Any]:
 
 def draw_similarity_map(texts: Sequence[str], photos: PhotoSimilarity, gazetteer: Gazetteer, path: Path) -> None:
     """Write one map per text, side by side, as SVG, PNG or PDF by the file's suffix."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "similarity"  # reproducible files
-    from matplotlib import pyplot as plt
-
     lonlat, similarity = photos.by_place()
-    figure, axes = plt.subplots(1, len(texts), squeeze=False, layout="constrained")
-    for number, (axis, text) in enumerate(zip(axes[0], texts, strict=True)):
+    extent = map_extent(lonlat)
+    figure, axes = new_figure(len(texts))
+    for number, (axis, text) in enumerate(zip(axes, texts, strict=True)):
         values = similarity[:, number]
         order = np.argsort(values)
         axis.set_facecolor("#1d1f27")
         for shape in gazetteer.geometry.values():
-            _outline(axis, shape, "#4a4e5c", 1.0)
+            draw_outline(axis, shape, "#4a4e5c", 1.0, 1.1)
         for shape in named_shapes(text, gazetteer):
-            _outline(axis, shape, NAMED_COLOUR, 2.4)
+            draw_outline(axis, shape, NAMED_COLOUR, 2.4, 1.24)
         points = axis.scatter(*lonlat[order].T, c=values[order], cmap="viridis", s=26, zorder=3, edgecolors="none")
         axis.set_title(text, fontsize=11)
-        _frame(axis, lonlat)
+        set_extent(axis, *extent)
         figure.colorbar(points, ax=axis, shrink=0.7, label="similarity")
-    (left, right), (bottom, top) = axes[0, 0].get_xlim(), axes[0, 0].get_ylim()
-    figure.set_size_inches(5 * len(texts), 0.9 + 4 * min((top - bottom) / (right - left) * axes[0, 0].get_aspect(), 2))
-    if gazetteer.attribution:
-        figure.supxlabel("; ".join(gazetteer.attribution), fontsize=7)
-    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
+    west, south, east, north = extent
+    height = (north - south) / (east - west) / squeeze((south + north) / 2)
+    figure.set_size_inches(5 * len(texts), 0.9 + 4 * min(height, 2))
+    save_figure(figure, path, gazetteer.attribution)
 
 
-def _outline(axis: Any, shape: Any, colour: str, width: float) -> None:
-    lines = shapely.get_parts(shapely.boundary(shape) if shape.geom_type.endswith("Polygon") else shape)
-    for line in lines:
-        points = shapely.get_coordinates(line)
-        axis.plot(points[:, 0], points[:, 1], color=colour, linewidth=width, solid_capstyle="round", zorder=1 + width / 10)
-
-
-def _frame(axis: Any, lonlat: np.ndarray) -> None:
-    """Set the extent of the map: the places and a margin of 5 %."""
+def map_extent(lonlat: np.ndarray) -> tuple[float, float, float, float]:
+    """The part of a map (west, south, east, north) with these places (N, 2) and a margin of 5 %."""
     (west, south), (east, north) = lonlat.min(axis=0), lonlat.max(axis=0)
-    squeeze = float(np.cos(np.radians((south + north) / 2)))
-    pad = max((east - west) * squeeze, north - south, 1e-4) / 20
-    axis.set_xlim(west - pad / squeeze, east + pad / squeeze)
-    axis.set_ylim(south - pad, north + pad)
-    axis.set_aspect(1 / squeeze)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    width = squeeze((south + north) / 2)
+    pad = max((east - west) * width, north - south, 1e-4) / 20
+    return west - pad / width, south - pad, east + pad / width, north + pad
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from addressvlm import InputError
 from addressvlm.baselines.dual_encoder import build_dual_encoder
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
-from addressvlm.tools import similarity_map
+from addressvlm.tools import map_drawing, similarity_map
 from tests.support.dual_encoders import photo_run
 from tests.support.tiny import tiny_llava
 
@@ -46,7 +46,7 @@ def test_a_place_is_the_mean_of_its_photos_on_a_map_that_is_true_to_shape() -> N
     from matplotlib.figure import Figure
 
     axis = Figure().subplots()
-    similarity_map._frame(axis, np.array([[10.0, 59.9], [10.2, 60.1]]))  # 11 by 22 kilometres
+    map_drawing.set_extent(axis, *similarity_map.map_extent(np.array([[10.0, 59.9], [10.2, 60.1]])))  # 11 by 22 kilometres
     (west, east), (south, north) = axis.get_xlim(), axis.get_ylim()
     assert (10.0 - west, east - 10.2, 59.9 - south, north - 60.1) == pytest.approx((0.02, 0.02, 0.01, 0.01))
     assert axis.get_aspect() == pytest.approx(2)
