@@ -174,7 +174,7 @@ def _counts(photos: Sequence[Photo], places: Mapping[str, Place], questions: Ite
 
 
 def _area_km2(places: Sequence[Place]) -> float:
-    """Of the convex hull of the places, on the ellipsoid."""
+    """Of the convex hull, on the ellipsoid."""
     hull = shapely.MultiPoint([(place.lon, place.lat) for place in places]).convex_hull
     return round(abs(pyproj.Geod(ellps="WGS84").geometry_area_perimeter(hull)[0]) / 1e6, 3)
 

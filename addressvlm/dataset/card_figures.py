@@ -66,7 +66,8 @@ class CityFigures:
         figure, axes = self._map(9.4)
         lines = [FAINT if partitioned or name not in colours else f"{colours[name]}66" for name in self.streets]
         _draw_lines(axes, list(self.streets.values()), lines, 2.6 * self._line_scale)
-        axes.scatter(*self.xy.T, s=16 * self._line_scale**2, c=[colours[group] for group in groups], linewidths=0, zorder=3)
+        x, y = self.xy.T
+        axes.scatter(x, y, s=16 * self._line_scale**2, c=[colours[group] for group in groups], linewidths=0, zorder=3)
         self._street_names(axes, self._district_names(axes))
         return _png(figure)
 

@@ -159,7 +159,13 @@ class DistrictIndex:
         self._classify(cell)
         codes = np.where(inside, self._cells.ravel()[cell], np.int32(MIXED))
         rest = np.flatnonzero(codes == MIXED)
-        codes[rest] = self._containing(lat[rest], lon[rest])
+        codes[rest] = NO_DISTRICT
+        points = shapely.points(lon[rest], lat[rest])
+        point, polygon = self._tree.query(points)  # by bounding box
+        containing = shapely.intersects(self._degrees[polygon], points[point])
+        point, polygon = point[containing], polygon[containing]
+        smallest_last = np.lexsort((-polygon, -self._areas[polygon]))
+        codes[rest[point[smallest_last]]] = polygon[smallest_last]
         outside = rest[codes[rest] < 0]
         codes[outside] = self._nearest(lat[outside], lon[outside])
         return codes
@@ -185,17 +191,6 @@ class DistrictIndex:
         new_codes[cell] = MIXED
         new_codes[cell[covered]] = polygon[covered]
         codes[new] = new_codes
-
-    def _containing(self, lat: Floats, lon: Floats) -> NDArray[np.int32]:
-        """The smallest polygon that contains each point, -1 where there is none."""
-        points = shapely.points(lon, lat)
-        point, polygon = self._tree.query(points)  # by bounding box
-        inside = shapely.intersects(self._degrees[polygon], points[point])
-        point, polygon = point[inside], polygon[inside]
-        smallest_last = np.lexsort((-polygon, -self._areas[polygon]))
-        codes = np.full(len(points), NO_DISTRICT, dtype=np.int32)
-        codes[point[smallest_last]] = polygon[smallest_last]
-        return codes
 
     def _nearest(self, lat: Floats, lon: Floats) -> NDArray[np.int32]:
         """The nearest polygon within the tolerance, of equally near ones the smallest; -1 where there is none."""

@@ -200,67 +200,59 @@ def _read_osm(path: Path, select: TagFilter) -> GeoExtract:
         with osmium.io.Reader(str(path), osmium.osm.NOTHING) as reader:
             box = reader.header().box()
         bounds = (box.bottom_left.lon, box.bottom_left.lat, box.top_right.lon, box.top_right.lat) if box.valid() else None
-        return _OsmReader(path, select).extract(bounds)
+        return _read_osm_objects(str(path), select, bounds)
     except RuntimeError as error:  # the only kind that pyosmium raises
         detail = " ".join(str(error).split())[:120]
         raise InputError(f"{path} is cut short or damaged ({detail}): download it again.") from None
 
 
-class _OsmReader:
-    """The three passes over one file."""
+def _read_osm_objects(path: str, select: TagFilter, bounds: Bounds | None) -> GeoExtract:
+    """The three passes over one file: selected objects, the ways of selected areas, the nodes of all these."""
+    points: list[tuple[Tags, tuple[float, float]]] = []
+    ways: list[tuple[Tags, int]] = []
+    areas: list[tuple[Tags, list[tuple[str, int]]]] = []  # role and id of each way of the border
+    refs: dict[int, NDArray[np.int64]] = {}  # node ids of each way, selected or of an area
+    needed = osmium.IdTracker()
 
-    def __init__(self, path: Path, select: TagFilter) -> None:
-        """The first two passes: selected objects, and the ways of selected areas."""
-        self.path = str(path)
-        self.points: list[tuple[Tags, tuple[float, float]]] = []
-        self.ways: list[tuple[Tags, int]] = []
-        self.areas: list[tuple[Tags, list[tuple[str, int]]]] = []  # role and id of each way of the border
-        self.refs: dict[int, NDArray[np.int64]] = {}  # node ids of each way, selected or of an area
-        self.needed = osmium.IdTracker()
-        objects: Iterable[Any] = osmium.FileProcessor(self.path).with_filter(KeyFilter(*OBJECT_KEYS))
-        for item in objects:
-            tags = _relevant_tags((tag.k, tag.v) for tag in item.tags)
-            if not select(tags):
-                continue
-            if item.is_node() and "place" in tags and item.location.valid():
-                self.points.append((tags, (item.lon, item.lat)))
-            elif item.is_way():
-                self.ways.append((tags, item.id))
-                self._add_refs(item)
-            elif item.is_relation() and _is_area_relation(tags):
-                self.areas.append((tags, [(m.role, m.ref) for m in item.members if m.type == "w"]))
-                self.needed.add_references(item)
-        if self.areas:
-            for way in osmium.FileProcessor(self.path, WAY).with_filter(self.needed.id_filter()):
-                self._add_refs(way)
+    def add_refs(way: Any) -> None:
+        if way.id not in refs:
+            refs[way.id] = np.fromiter((node.ref for node in way.nodes), dtype=np.int64)
+            needed.add_references(way)
 
-    def extract(self, bounds: Bounds | None) -> GeoExtract:
-        """The third pass: the nodes; then shapes."""
-        node_ids, lon, lat = array("q"), array("d"), array("d")
-        nodes: Iterable[Any] = osmium.FileProcessor(self.path, NODE).with_filter(self.needed.id_filter())
-        for node in nodes:
-            if node.location.valid():
-                node_ids.append(node.id)
-                lon.append(node.lon)
-                lat.append(node.lat)
-        order = np.argsort(np.asarray(node_ids))
-        ids, lonlat = np.asarray(node_ids)[order], np.column_stack([lon, lat])[order]
+    objects: Iterable[Any] = osmium.FileProcessor(path).with_filter(KeyFilter(*OBJECT_KEYS))
+    for item in objects:
+        tags = _relevant_tags((tag.k, tag.v) for tag in item.tags)
+        if not select(tags):
+            continue
+        if item.is_node() and "place" in tags and item.location.valid():
+            points.append((tags, (item.lon, item.lat)))
+        elif item.is_way():
+            ways.append((tags, item.id))
+            add_refs(item)
+        elif item.is_relation() and _is_area_relation(tags):
+            areas.append((tags, [(m.role, m.ref) for m in item.members if m.type == "w"]))
+            needed.add_references(item)
+    if areas:
+        for way in osmium.FileProcessor(path, WAY).with_filter(needed.id_filter()):
+            add_refs(way)
+    node_ids, lon, lat = array("q"), array("d"), array("d")
+    nodes: Iterable[Any] = osmium.FileProcessor(path, NODE).with_filter(needed.id_filter())
+    for node in nodes:
+        if node.location.valid():
+            node_ids.append(node.id)
+            lon.append(node.lon)
+            lat.append(node.lat)
+    order = np.argsort(np.asarray(node_ids))
+    ids, lonlat = np.asarray(node_ids)[order], np.column_stack([lon, lat])[order]
 
-        def line(way: int) -> Line:
-            refs = self.refs.get(way)
-            if refs is None or not len(ids):
-                return EMPTY_LINE
-            at = np.minimum(np.searchsorted(ids, refs), len(ids) - 1)
-            return lonlat[at[ids[at] == refs]]
+    def line(way: int) -> Line:
+        if way not in refs or not len(ids):
+            return EMPTY_LINE
+        at = np.minimum(np.searchsorted(ids, refs[way]), len(ids) - 1)
+        return lonlat[at[ids[at] == refs[way]]]
 
-        lines = [(tags, line(way)) for tags, way in self.ways]
-        areas = [(tags, [(role, line(way)) for role, way in members]) for tags, members in self.areas]
-        return _build_extract(self.points, lines, areas, bounds)
-
-    def _add_refs(self, way: Any) -> None:
-        if way.id not in self.refs:
-            self.refs[way.id] = np.fromiter((node.ref for node in way.nodes), dtype=np.int64)
-            self.needed.add_references(way)
+    borders = [(tags, [(role, line(way)) for role, way in members]) for tags, members in areas]
+    return _build_extract(points, [(tags, line(way)) for tags, way in ways], borders, bounds)
 
 
 def _read_overpass(tree: dict[str, Any], select: TagFilter) -> GeoExtract:

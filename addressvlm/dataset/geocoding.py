@@ -264,19 +264,14 @@ def _measure(
 ) -> list[tuple[float | None, str | None, float | None]]:
     """For the named street of each place: metres to it, the nearest street of another name, metres to that."""
     street_names = [*streets.street_names, None]
-    candidates: list[list[tuple[str, float]]] = []
-    far = []  # places whose street is neither of the two nearest
-    for i, name in enumerate(names):
-        first, second = street_names[nearby.street[i]], street_names[nearby.second[i]]
-        both = [(first, float(nearby.distance_m[i])), (second, float(nearby.second_distance_m[i]))]
-        candidates.append([(street, metres) for street, metres in both if street is not None])
-        if name is not None and name not in (first, second):
-            far.append(i)
-    if far:
-        for i, around in zip(far, streets.around(rows.lat[far], rows.lon[far], CROSS_STREET_M), strict=True):
-            candidates[i] = around
+    nearest = [(street_names[a], street_names[b]) for a, b in zip(nearby.street, nearby.second, strict=True)]
+    # places whose street is neither of the two nearest
+    far = [i for i, name in enumerate(names) if name is not None and name not in nearest[i]]
+    around = dict(zip(far, streets.around(rows.lat[far], rows.lon[far], CROSS_STREET_M), strict=True)) if far else {}
     distances = []
-    for name, near in zip(names, candidates, strict=True):
+    for i, name in enumerate(names):
+        both = zip(nearest[i], (float(nearby.distance_m[i]), float(nearby.second_distance_m[i])), strict=True)
+        near = around[i] if i in around else [(street, metres) for street, metres in both if street is not None]
         metres = next((d for street, d in near if street == name), None)
         other, other_metres = next(((street, d) for street, d in near if street != name), (None, None))
         distances.append((metres, other, other_metres))

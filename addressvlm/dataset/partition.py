@@ -228,11 +228,10 @@ class Crossings:
         if len(node) and node.mean() > 0.5:
             xy, first, second = xy[node], first[node], second[node]
         self._names = streets.street_names
-        self._xy = np.concatenate([xy, xy])
-        self._street = np.concatenate([codes[first], codes[second]])
-        self._other = np.concatenate([codes[second], codes[first]])
-        order = np.lexsort((self._xy[:, 1], self._xy[:, 0], self._other, self._street))
-        self._xy, self._street, self._other = self._xy[order], self._street[order], self._other[order]
+        both = np.concatenate([xy, xy])
+        street, other = codes[np.concatenate([first, second])], codes[np.concatenate([second, first])]
+        order = np.lexsort((both[:, 1], both[:, 0], other, street))
+        self._xy, self._street, self._other = both[order], street[order], other[order]
         length = np.bincount(codes, shapely.length(lines), len(self._names)) if len(lines) else np.zeros(0)
         self._length = dict(zip(self._names, length.tolist(), strict=True))
 
