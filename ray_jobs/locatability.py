@@ -90,15 +90,9 @@ def main() -> None:
     parser = common.job_parser(__doc__ or "")
     parser.add_argument("--segmentation", required=True, metavar="MODEL", help="folder or hub name: SegFormer, Mask2Former …")
     parser.add_argument("--clip", required=True, metavar="MODEL", help="folder or hub name of a CLIP-like model")
-    parser.add_argument(
-        "--clues", type=Path, metavar="FILE", help="YAML with lists of texts, clues and others (default: built in)"
-    )
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        default=THRESHOLD,
-        help=f"least locatability of a photo that is not rejected (default: {THRESHOLD})",
-    )
+    parser.add_argument("--clues", type=Path, metavar="FILE", help="YAML with texts, clues and others (default: built in)")
+    least = f"least locatability of a photo that is not rejected (default: {THRESHOLD})"
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help=least)
     args = parser.parse_args()
     config, texts = common.load_config(args), LocatabilityTexts.read(args.clues) if args.clues else DEFAULT_TEXTS
     common.connect()

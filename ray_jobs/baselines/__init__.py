@@ -15,8 +15,8 @@ KINDS = {  # kind -> module and class; a module, and what it imports, is loaded 
     "retrieval": ("retrieval", "RetrievalSystem"),
     "rag": ("rag", "RagSystem"),
     "addressclip": ("addressclip", "AddressClipSystem"),
-    "fusion": ("combined", "FusionSystem"),
-    "prior": ("combined", "PriorSystem"),
+    "fusion": ("trained", "FusionSystem"),
+    "prior": ("trained", "PriorSystem"),
 }
 
 SystemSettings = SystemConfig | AnyBaseline | VariantConfig

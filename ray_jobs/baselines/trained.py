@@ -1,18 +1,21 @@
-"""Systems that are vision-language models of the project: trained ones, variants of them, and their likelihoods."""
+"""Systems that are vision-language models of the project (trained ones, variants, likelihoods) or made of others' scores."""
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from addressvlm import InputError
 from addressvlm.answers.calibration import Calibration
+from addressvlm.baselines.fusion import fit_fusion, fuse_scores
 from addressvlm.config import Config, load, validate
-from addressvlm.config.compare import LikelihoodConfig, VariantConfig
+from addressvlm.config.compare import FusionConfig, LikelihoodConfig, PriorConfig, VariantConfig
 from addressvlm.config.train import SystemConfig
 from addressvlm.evaluation.comparison import nearest_training_m
-from addressvlm.evaluation.likelihood import calibrated_rows
+from addressvlm.evaluation.likelihood import calibrated_rows, restrict_scores, restriction_stats, scored_photos
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE
 from addressvlm.models.loading import resolve_model
 from addressvlm.storage import tables
@@ -21,7 +24,7 @@ from addressvlm.storage.run_dir import DONE_FILE, Run, slug
 from addressvlm.training.stages import training_runs
 from ray_jobs import evaluation, graft, prepare, train
 from ray_jobs.baselines.system import ComparisonContext, System, SystemOutcome, model_stats, worker_resources
-from ray_jobs.evaluation import TEST, EvaluationTask, Scores, trained_model
+from ray_jobs.evaluation import TEST, VALIDATION, EvaluationTask, Scores, trained_model
 
 
 class TrainedSystem(System[SystemConfig]):
@@ -57,6 +60,44 @@ class LikelihoodSystem(System[LikelihoodConfig]):
             context.save_cost(self.name, "answering", {**cost, **worker_resources(context.config)})
         system = next(system for system in context.config.train.systems if system.name == self.settings.of)
         return replace(model_stats(context.config, system), scores=scores)
+
+
+class FusionSystem(System[FusionConfig]):
+    """Several systems as one, with weights fitted on the split `val`; it costs what they cost together."""
+
+    def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
+        names = self.settings.of
+        if VALIDATION not in context.ids:
+            raise InputError(
+                f"{context.run.photos} has no split {VALIDATION}, on which the weights of '{self.name}' are fitted."
+            )
+        scores = {name: scores_of(context, name, f"'{self.name}' fuses") for name in names}
+        truth = scored_photos(scores[names[0]][VALIDATION], context.gazetteer).truth
+        arrays = {  # split -> system -> float64 (photos, addresses)
+            split: {name: np.array([row["scores"] for row in scores[name][split]], dtype=np.float64) for name in names}
+            for split in context.ids
+        }
+        weights = fit_fusion(arrays[VALIDATION], truth)
+        fused: Scores = {}
+        for split in context.ids:
+            total = fuse_scores(arrays[split], weights)
+            fused[split] = [{**row, "scores": line.tolist()} for row, line in zip(scores[names[0]][split], total, strict=True)]
+        notes = {f"weight of {name}": weight for name, weight in weights.items()}
+        return replace(combined_stats(context, names), scores=fused, notes=notes)
+
+
+class PriorSystem(System[PriorConfig]):
+    """Another system with prior information about each photo: addresses that it rules out score -inf. Costs are the other's."""
+
+    def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
+        other, seed = self.settings.of, context.config.seed
+        scores = scores_of(context, other, f"'{self.name}' is of")
+        restricted = {split: restrict_scores(rows, self.settings, context.gazetteer, seed) for split, rows in scores.items()}
+        if other in context.outcomes and context.outcomes[other].scores:
+            for part, cost in context.costs(other).items():
+                context.save_cost(self.name, part, cost)
+        notes = restriction_stats(restricted[TEST], context.gazetteer)
+        return replace(combined_stats(context, [other]), scores=restricted, notes=notes)
 
 
 def system_scores(context: ComparisonContext, name: str, redo: bool = False) -> Scores:
@@ -161,3 +202,31 @@ def require_same_split(context: ComparisonContext, name: str, config: Config) ->
                 f"split_buffer_m = {buffer_m:g} m: leave seed and city.split, split_buffer_m and split_block_m as they are "
                 "(train.seed draws other weights)."
             )
+
+
+def scores_of(context: ComparisonContext, name: str, use: str) -> Scores:
+    """The scores of a system before this one, or of a system of `train.systems`, in the order of the photos.
+
+    `use` begins the error sentence, such as `'Fusion' fuses`.
+    """
+    outcome = context.outcomes.get(name)
+    scores = outcome.scores if outcome else {}
+    if not scores:
+        if name not in {system.name for system in context.config.train.systems}:
+            raise InputError(
+                f"{use} '{name}', which has no scores: name systems of train.systems, or systems of the kinds likelihood, "
+                "retrieval, addressclip, fusion and prior that stand before it and did not fail."
+            )
+        scores = system_scores(context, name)
+    rows = {split: {row["id"]: row for row in split_rows} for split, split_rows in scores.items()}
+    return {split: [rows[split][photo] for photo in ids] for split, ids in context.ids.items()}
+
+
+def combined_stats(context: ComparisonContext, names: Iterable[str]) -> SystemOutcome:
+    """Trained parameters, stored bytes and licences of some systems together."""
+    outcomes = [context.outcomes[name] for name in names if name in context.outcomes]
+    return SystemOutcome(
+        parameters=sum(outcome.parameters for outcome in outcomes),
+        stored_bytes=sum(outcome.stored_bytes for outcome in outcomes),
+        licences={part: licence for outcome in outcomes for part, licence in outcome.licences.items()},
+    )

@@ -18,7 +18,7 @@ from addressvlm.baselines.retrieval import VectorIndex
 from addressvlm.config import validate
 from addressvlm.config.compare import RagConfig
 from addressvlm.gazetteer.gazetteer import Gazetteer
-from ray_jobs.baselines import combined, rag, retrieval, trained
+from ray_jobs.baselines import rag, retrieval, trained
 from ray_jobs.baselines.retrieval import Embeddings, GallerySearch, IndexParts, build_index, index_loaders
 from ray_jobs.baselines.system import ComparisonContext, SystemOutcome
 from tests.support.baselines import GAZETTEER, comparison_in, photo
@@ -254,9 +254,9 @@ def test_a_system_made_of_others_has_all_that_they_have(context: ComparisonConte
             "b": SystemOutcome(parameters=4, stored_bytes=20, licences={"encoder": "apache-2.0"}),
         },
     )
-    assert combined.scores_of(context, "a", "'F' fuses") == {"test": scores}  # in the order of the photos
+    assert trained.scores_of(context, "a", "'F' fuses") == {"test": scores}  # in the order of the photos
     with pytest.raises(InputError, match="'F' fuses 'b', which has no scores"):
-        combined.scores_of(context, "b", "'F' fuses")
-    result = combined.combined_stats(context, ["a", "b", "a system that did not run"])
+        trained.scores_of(context, "b", "'F' fuses")
+    result = trained.combined_stats(context, ["a", "b", "a system that did not run"])
     assert (result.parameters, result.stored_bytes) == (7, 30)
     assert result.licences == {"model": "mit", "encoder": "apache-2.0"}
