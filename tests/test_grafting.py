@@ -136,7 +136,7 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
 def test_pixels_are_close_to_those_of_plain_pillow(size: tuple[int, int]) -> None:
     """Draft decoding and a cheaper filter against opening all of it and LANCZOS, on the scale to 255."""
     tile, photo = textured((336, 336), 1), encoded(textured(size, 2), "JPEG", quality=90)
-    found, _ = graft_photo(tile, photo, delta=0.5, quality=92)
+    jpeg, _ = graft_photo(tile, photo, delta=0.5, quality=92)
 
     expected = tile.copy()
     opened = Image.open(io.BytesIO(photo)).convert("RGB")
@@ -144,7 +144,7 @@ def test_pixels_are_close_to_those_of_plain_pillow(size: tuple[int, int]) -> Non
     expected.paste(small, (336 - small.width, 0))
     plain = encoded(expected, "JPEG", quality=92, subsampling=0)
 
-    first, second = (np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in (plain, found))
+    first, second = (np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in (plain, jpeg))
     apart = abs(first - second)
     assert apart.mean() < 2
     assert np.percentile(apart, 99.9) <= 25

@@ -20,13 +20,13 @@ HERE = Address("Mill Street", "Harbour")
 @pytest.mark.parametrize("level", ["district", "street"])
 @pytest.mark.parametrize("kind", ["generation", "judgment", "choice"])
 def test_all_ten_templates_of_a_level_and_kind_are_used(level: str, kind: str) -> None:
-    asked = set()
+    used = set()
     for seed in range(150):
         for r in questions.training_rounds(HERE, gazetteer(), random.Random(seed)):
             if (r["level"], r["kind"]) == (level, kind):
-                asked.add(r["question"].replace("; ".join(r["options"]) or "-", "{options}" if kind == "choice" else "{name}"))
-    assert len(asked) == 10
-    assert asked == set(questions.templates(level, kind))
+                used.add(r["question"].replace("; ".join(r["options"]) or "-", "{options}" if kind == "choice" else "{name}"))
+    assert len(used) == 10
+    assert used == set(questions.templates(level, kind))
 
 
 def test_training_rounds_are_balanced() -> None:
@@ -65,11 +65,11 @@ def test_the_right_option_is_at_any_position() -> None:
     stood: dict[str, Counter[int]] = {"training": Counter(), "test": Counter()}
     rng = random.Random(0)
     for _ in range(400):
-        for name, asked in (
+        for name, conversation in (
             ("training", questions.training_rounds(HERE, gazetteer(), rng)),
             ("test", questions.evaluation_rounds(HERE, gazetteer(), rng)),
         ):
-            chosen = [r for r in asked if r["kind"] == "choice" and r["level"] == "street"]
+            chosen = [r for r in conversation if r["kind"] == "choice" and r["level"] == "street"]
             stood[name].update(r["options"].index(r["answer"]) for r in chosen)
     for places in stood.values():
         assert sorted(places) == [0, 1, 2, 3]
@@ -113,10 +113,10 @@ def test_hard_negative_share_sets_the_mix_of_negatives(hard_negative_share: floa
     here, city, wrong = Address("Street 0", "Town"), far_and_wide(), []
     for seed in range(300):
         rng = random.Random(seed)
-        asked = questions.training_rounds(here, city, rng, 7, hard_negative_share) + questions.evaluation_rounds(
+        conversation = questions.training_rounds(here, city, rng, 7, hard_negative_share) + questions.evaluation_rounds(
             here, city, rng, hard_negative_share
         )
-        wrong += [name for r in asked if r["kind"] == "choice" for name in r["options"] if name != here.street]
+        wrong += [name for r in conversation if r["kind"] == "choice" for name in r["options"] if name != here.street]
     near = sum(int(name.removeprefix("Street ")) <= 6 for name in wrong)  # near are the nearest six for three wrong names
     assert low <= near / len(wrong) <= high
 
@@ -127,10 +127,10 @@ def test_ambiguous_streets_are_no_negatives() -> None:
     doubtful = {"Street 6", "Street 8", "Elsewhere"}
     for seed in range(100):
         rng = random.Random(seed)
-        asked = questions.training_rounds(here, city, rng, 7, 1.0, doubtful) + questions.evaluation_rounds(
+        conversation = questions.training_rounds(here, city, rng, 7, 1.0, doubtful) + questions.evaluation_rounds(
             here, city, rng, 1.0, doubtful
         )
-        assert not doubtful & {name for r in asked for name in r["options"]}
+        assert not doubtful & {name for r in conversation for name in r["options"]}
     two = Gazetteer([here, Address("Street 8", "Town")])
     kinds = [
         r["kind"] for r in questions.evaluation_rounds(here, two, random.Random(0), 1.0, doubtful) if r["level"] == "street"
@@ -178,8 +178,8 @@ def test_a_city_of_one_street_has_no_negatives() -> None:
     training = questions.training_rounds(HERE, city, random.Random(0))
     assert len(training) == 7
     assert {r["kind"] for r in training} == {"generation"}
-    asked = questions.evaluation_rounds(HERE, city, random.Random(0))
-    assert [(r["kind"], r["answer"]) for r in asked if r["level"] == "street"] == [
+    conversation = questions.evaluation_rounds(HERE, city, random.Random(0))
+    assert [(r["kind"], r["answer"]) for r in conversation if r["level"] == "street"] == [
         ("generation", "Mill Street"),
         ("judgment", "Yes"),
     ]

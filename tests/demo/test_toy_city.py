@@ -79,21 +79,21 @@ def test_segmentation_matches_the_photo() -> None:
     seen: set[str] = set()
     for street, x, y in rng.sample(list(street_places(world)), 6):
         for heading in view_headings(street, rng):
-            found = segment(world, x, y, heading)
+            classes = segment(world, x, y, heading)
             photo, without = (np.asarray(photograph(w, x, y, heading, 1.0)).astype(int) for w in (world, bare))
-            assert found.shape == photo.shape[:2]
-            tree, unchanged = found == CLASSES.index("tree"), (photo == without).all(axis=-1)
+            assert classes.shape == photo.shape[:2]
+            tree, unchanged = classes == CLASSES.index("tree"), (photo == without).all(axis=-1)
             assert unchanged[~tree].all()
-            assert (segment(bare, x, y, heading) == found)[~tree].all()
-            horizon = len(found) // 2
+            assert (segment(bare, x, y, heading) == classes)[~tree].all()
+            horizon = len(classes) // 2
             for part, colours in (("pavement", [PAVEMENT]), ("yard", [YARD]), ("road", [*PAVINGS.values(), (238, 238, 230)])):
-                shown = photo[found == CLASSES.index(part)]
+                shown = photo[classes == CLASSES.index(part)]
                 assert (shown[:, None] == np.array(colours)[None]).all(axis=-1).any(axis=-1).all()
-                assert not (found[:horizon] == CLASSES.index(part)).any()
-            assert not (found[horizon + 1 :] == CLASSES.index("sky")).any()
-            wall = photo[found == CLASSES.index("building")]
+                assert not (classes[:horizon] == CLASSES.index(part)).any()
+            assert not (classes[horizon + 1 :] == CLASSES.index("sky")).any()
+            wall = photo[classes == CLASSES.index("building")]
             assert not (wall[:, None] == np.array([PAVEMENT, YARD])[None]).all(axis=-1).any()
-            seen |= {CLASSES[number] for number in np.unique(found)}
+            seen |= {CLASSES[number] for number in np.unique(classes)}
     assert seen == set(CLASSES)
 
 
@@ -151,7 +151,7 @@ def test_places_of_the_manifest_match_the_street_and_district_files(
     assert len(rows) == len(truth)
     lat, lon = (np.array([float(row[column]) for row in rows]) for column in ("lat", "lon"))
     near = streets.around(lat, lon, 3)
-    assert all(names[0] in [name for name, _ in found] for found, (_, _, _, names) in zip(near, truth, strict=True))
+    assert all(names[0] in [name for name, _ in near_names] for near_names, (_, _, _, names) in zip(near, truth, strict=True))
     for district, (_, x, y, (_, known)), at in zip(streets.district(lat, lon), truth, np.column_stack([lat, lon]), strict=True):
         edges = [abs(v - e) for d in world.districts for v, e in ((x, d.box[0]), (x, d.box[2]), (y, d.box[1]), (y, d.box[3]))]
         assert district == known or min(edges) < 3, at
@@ -182,7 +182,7 @@ def test_clues_of_the_toy_city_score_its_photos(tmp_path: Path) -> None:
     assert all(0 < score < 1 for score in scorer.scores([one.photo for one in some]))
     assert scorer.classes([some[0].photo])[0].shape == some[0].classes.shape
     tokens = scorer.clip.tokens(["red fronts", "red roofs of all houses"])["input_ids"]
-    assert (tokens == scorer.clip.tokenizer.eos_token_id).any(dim=1).all()
+    assert (tokens == scorer.clip.processor.tokenizer.eos_token_id).any(dim=1).all()
 
 
 def test_trees_have_the_species_of_their_street() -> None:

@@ -111,8 +111,8 @@ def test_nearest_equals_brute_force(places: list[tuple[int, int, int]], n: int, 
         return metres[one].distance(metres[other]) if one in metres and other in metres else math.inf
 
     for one in names[:5]:
-        found = [away(one, other) for other in city.nearest(one, n)]
-        assert found == pytest.approx(sorted(away(one, other) for other in names if other != one)[:n], rel=0.01, abs=0.01)
+        distances = [away(one, other) for other in city.nearest(one, n)]
+        assert distances == pytest.approx(sorted(away(one, other) for other in names if other != one)[:n], rel=0.01, abs=0.01)
         left = city.nearest(one, n, exclude=set(names[::2]))
         assert left == [other for other in city.nearest(one, len(names)) if other not in names[::2]][:n]
         for share in (0.0, 0.5, 1.0):

@@ -21,7 +21,7 @@ def test_longest_name_wins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         ("at Mill Street's end", ["Mill Street"]),
         ("Rue de l'Eveche", ["Rue de l'Évêché"]),
@@ -31,9 +31,9 @@ def test_longest_name_wins() -> None:
         ("Mill-Street/Broadway", ["Mill Street", "Broadway"]),
     ],
 )
-def test_names_in_free_text(text: str, found: list[str]) -> None:
+def test_names_in_free_text(text: str, expected: list[str]) -> None:
     names = MentionFinder(["Mill Street", "Rue de l'Évêché", "Broadway", "Market", "銀座通り"])
-    assert [mention.name for mention in names.find(text)] == found
+    assert [mention.name for mention in names.find(text)] == expected
 
 
 @pytest.mark.parametrize(

@@ -65,16 +65,16 @@ def test_atomic_replace_dir_replaces_only_when_complete(tmp_path: Path) -> None:
 def test_remote_config_files_are_removed_first_and_uploaded_last(
     memory_store: RemotePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, told = memory_store / "model", []
+    folder, events = memory_store / "model", []
     upload, unlink = files.upload, RemotePath.unlink
-    monkeypatch.setattr(files, "upload", lambda file, target: (told.append(("put", target.name)), upload(file, target)))
-    monkeypatch.setattr(RemotePath, "unlink", lambda path, **how: (told.append(("gone", path.name)), unlink(path, **how)))
+    monkeypatch.setattr(files, "upload", lambda file, target: (events.append(("put", target.name)), upload(file, target)))
+    monkeypatch.setattr(RemotePath, "unlink", lambda path, **how: (events.append(("gone", path.name)), unlink(path, **how)))
     for _ in range(2):
         with atomic_replace_dir(folder) as new:
             for name in ("a.txt", "config.json", "z.safetensors"):
                 (new / name).write_text(name)
     one = [("put", "a.txt"), ("put", "z.safetensors"), ("put", "config.json")]
-    assert told == [*one, ("gone", "config.json"), ("gone", "a.txt"), ("gone", "z.safetensors"), *one]
+    assert events == [*one, ("gone", "config.json"), ("gone", "a.txt"), ("gone", "z.safetensors"), *one]
 
 
 def test_a_local_copy_is_made_once_per_remote_file(memory_store: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,10 +38,10 @@ def test_slots_are_an_interval_apart(tmp_path_factory: pytest.TempPathFactory, p
         patch.setattr(http_client, "time", clock)
         ours, slots = http_client.SharedRateLimiter(tmp_path_factory.mktemp("pace") / "pace", per_second), []
         for pause in [*pauses, 0.0]:
-            told = clock.now
+            paused_at = clock.now
             ours.pause(pause)
             ours.wait()
-            assert clock.now >= told + pause
+            assert clock.now >= paused_at + pause
             slots.append(clock.now)
     assert all(b - a >= 1 / per_second - 1e-9 for a, b in itertools.pairwise(slots))
 

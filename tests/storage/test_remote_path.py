@@ -70,7 +70,7 @@ def progress_of(step: int) -> StepMetrics:
     return StepMetrics("stage", step, 4, 1.0 / step, 0.1, 1.0, 1.0, 10, 10.0, None, 0.1)
 
 
-def found(folder: Path) -> list[str]:
+def file_names(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
@@ -108,7 +108,7 @@ def test_a_remote_step_resumes_by_shard_and_partial_output_does_not_count(bucket
     (here / "even-00000.parquet").write_bytes(b"of a worker that was stopped")
     assert [made["counts"] for made in step(out)] == [{"seen": 64}] * 3
     assert (here / "odd-00000.parquet").stat().st_mtime_ns == before  # not made again
-    assert found(here) == [DONE_FILE, "odd-00000.parquet", "odd-00001.parquet", "odd-00002.parquet"]
+    assert file_names(here) == [DONE_FILE, "odd-00000.parquet", "odd-00001.parquet", "odd-00002.parquet"]
     assert is_done(out, {"seed": 1})
     assert tables.count_rows(out, "odd") == 96
     assert [row["n"] for row in tables.iter_rows(out, "odd")] == list(range(1, 192, 2))
@@ -117,7 +117,7 @@ def test_a_remote_step_resumes_by_shard_and_partial_output_does_not_count(bucket
         is_done(out, {"seed": 2})
     with suppress(ZeroDivisionError):
         step(out, made=0, redo=True, settings={"seed": 2})
-    assert found(here) == [BEGUN_FILE]  # what was made before is gone, and the mark says that nothing is there
+    assert file_names(here) == [BEGUN_FILE]  # what was made before is gone, and the mark says that nothing is there
     assert is_unfinished(out)
 
 
@@ -195,11 +195,11 @@ def test_a_remote_loss_curve_resumes_from_its_last_upload(bucket: Path) -> None:
     resumed.sync()
     assert (bucket / "journal" / "loss.jsonl").read_text().splitlines()[0] == lines[0]
     assert len((bucket / "journal" / "loss.jsonl").read_text().splitlines()) == 2
-    assert any(p.startswith("tensorboard/") for p in found(bucket / "journal"))
+    assert any(p.startswith("tensorboard/") for p in file_names(bucket / "journal"))
 
 
 @pytest.mark.parametrize(
-    ("where", "said"),
+    ("where", "message"),
     [
         ("s3://absent/runs", "there is no such bucket: create it, or fix `storage`"),
         ("s3://secret/runs", "access is denied: set credentials in the environment"),
@@ -208,8 +208,8 @@ def test_a_remote_loss_curve_resumes_from_its_last_upload(bucket: Path) -> None:
         ("s3://key:hidden@bucket/runs", "contains credentials: remove them"),
     ],
 )
-def test_errors_of_a_store_are_one_sentence(bucket: Path, where: str, said: str) -> None:
-    with pytest.raises(InputError, match=said) as refused, resumable_dir(path_of(where) / "step", {}):
+def test_errors_of_a_store_are_one_sentence(bucket: Path, where: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as refused, resumable_dir(path_of(where) / "step", {}):
         pass
     assert "hidden" not in str(refused.value)
     assert str(refused.value).count("\n") == 0

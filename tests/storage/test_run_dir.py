@@ -51,13 +51,13 @@ def test_settings_that_differ_from_a_finished_step_are_named(tmp_path: Path) -> 
     with fresh_dir(tmp_path / "step", settings):
         pass
     assert is_done(tmp_path / "step", {"f": 6, "e": 5, "b": {"d": None, "c": (1, 2)}, "a": 1})  # as JSON has it
-    for change, said in (
+    for change, message in (
         ({"b": {"c": [1], "d": None}}, r"\(b.c: \[1, 2\] -> \[1\]\)"),
         ({"g": 7}, r"\(g: None -> 7\)"),
         ({"a": 2, "e": 6, "f": 7}, r"\(a: 1 -> 2, e: 5 -> 6, f: 6 -> 7\)"),
         ({"a": 2, "b": {}, "e": 6, "f": 7}, r"\(a: 1 -> 2, b\.c: \[1, 2\] -> None, e: 5 -> 6, …\)"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             is_done(tmp_path / "step", settings | change)
 
 
@@ -93,10 +93,10 @@ def test_a_remote_step_is_unfinished_until_its_done_marker(memory_store: RemoteP
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(13, "can't be written"), (17, "can't be written"), (28, "is full"), (122, "is full")]
+    ("number", "message"), [(13, "can't be written"), (17, "can't be written"), (28, "is full"), (122, "is full")]
 )
-def test_disk_errors_become_sentences_and_others_are_unchanged(number: int, said: str) -> None:
-    assert said in str(storage_error(OSError(number, "so it says"), Path("/x")))
+def test_disk_errors_become_sentences_and_others_are_unchanged(number: int, message: str) -> None:
+    assert message in str(storage_error(OSError(number, "so it says"), Path("/x")))
     other = OSError(5, "Input/output error")
     assert storage_error(other, Path("/x")) is other
 

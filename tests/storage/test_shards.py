@@ -67,19 +67,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @settings(deadline=None, max_examples=25)
-@given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4), wanted=st.integers(1, 500), in_file=st.integers(1, 200))
+@given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4), shard_rows=st.integers(1, 500), in_file=st.integers(1, 200))
 def test_shards_cover_every_row_once_in_order(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], wanted: int, in_file: int
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], shard_rows: int, in_file: int
 ) -> None:
     folder = tmp_path_factory.mktemp("plan")
     for number, size in enumerate(sizes):
         tables.write_table(folder, f"all-{number}", ({"n": n, "text": ""} for n in range(size)), SCHEMA, in_file)
-    shards = plan_shards(folder, "all", wanted)
-    found = [[row["n"] for batch in shard.batches() for row in batch] for shard in shards]
-    assert [n for shard in found for n in shard] == [row["n"] for row in tables.iter_rows(folder, "all")]
-    assert [len(ns) for ns in found] == [shard.rows for shard in shards]
+    shards = plan_shards(folder, "all", shard_rows)
+    numbers = [[row["n"] for batch in shard.batches() for row in batch] for shard in shards]
+    assert [n for shard in numbers for n in shard] == [row["n"] for row in tables.iter_rows(folder, "all")]
+    assert [len(ns) for ns in numbers] == [shard.rows for shard in shards]
     assert [shard.number for shard in shards] == list(range(len(shards)))
-    assert all(shard.rows <= max(wanted, tables.ROWS_PER_GROUP) for shard in shards)
+    assert all(shard.rows <= max(shard_rows, tables.ROWS_PER_GROUP) for shard in shards)
 
 
 def test_a_shard_is_processed_once_and_again_after_a_change(tmp_path: Path) -> None:
@@ -153,12 +153,12 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_other_settings_or_redo_start_from_scratch(tmp_path: Path) -> None:
     def attempt(settings: dict[str, Any], redo: bool = False) -> list[str]:
         """What an attempt that fails finds there."""
-        found: list[str] = []
+        leftover: list[str] = []
         with suppress(ZeroDivisionError), resumable_dir(tmp_path / "step", settings, redo) as folder:
-            found += sorted(p.name for p in folder.iterdir() if p.name != WORK_DIR)
-            (folder / f"file{len(found)}").write_text("")
+            leftover += sorted(p.name for p in folder.iterdir() if p.name != WORK_DIR)
+            (folder / f"file{len(leftover)}").write_text("")
             raise ZeroDivisionError
-        return found
+        return leftover
 
     assert attempt({"a": 1}) == []
     assert attempt({"a": 1}) == ["file0"]
@@ -202,8 +202,8 @@ def _slow_rmtree(moment: Any, folder: Path, ignore_errors: bool = False) -> None
 def test_a_step_killed_at_any_moment_is_completed_by_the_next_attempt(tmp_path: Path, redo: bool) -> None:
     inputs = table(tmp_path / "in", 230)
     step(inputs, tmp_path / "undisturbed", ShardWork(even_and_odd, SCHEMA))
-    wanted = contents(tmp_path / "undisturbed")
-    assert not any(WORK_DIR in name for name in wanted)
+    expected = contents(tmp_path / "undisturbed")
+    assert not any(WORK_DIR in name for name in expected)
 
     def attempt(out: Path, die_at: int) -> int:
         if child := os.fork():
@@ -224,9 +224,9 @@ def test_a_step_killed_at_any_moment_is_completed_by_the_next_attempt(tmp_path: 
         if redo or not is_done(out, SETTINGS):
             step(inputs, out, ShardWork(even_and_odd, SCHEMA), redo)
         assert is_done(out, SETTINGS)
-        assert contents(out) == wanted
+        assert contents(out) == expected
     assert die_at > 20
-    assert json.loads(wanted["_done.json"]) == SETTINGS
+    assert json.loads(expected["_done.json"]) == SETTINGS
 
 
 def numbers(count: int, first: int = 0) -> list[dict[str, Any]]:

@@ -22,16 +22,16 @@ def numbers(count: int, first: int = 0) -> list[dict[str, Any]]:
 def test_files_have_the_requested_number_of_rows(tmp_path: Path, rows: int, in_file: int) -> None:
     assert tables.write_table(tmp_path, "train", iter(numbers(rows)), SCHEMA, in_file) == rows
     assert tables.count_rows(tmp_path, "train") == rows
-    wanted = [in_file] * (rows // in_file) + [rows % in_file] * (rows % in_file > 0)
-    found = sorted(tmp_path.iterdir())
-    assert [p.name for p in found] == [f"train-{number:05d}.parquet" for number in range(len(wanted))]
-    assert [tables.count_file_rows(path) for path in found] == wanted
+    expected = [in_file] * (rows // in_file) + [rows % in_file] * (rows % in_file > 0)
+    files = sorted(tmp_path.iterdir())
+    assert [p.name for p in files] == [f"train-{number:05d}.parquet" for number in range(len(expected))]
+    assert [tables.count_file_rows(path) for path in files] == expected
     if rows:
         assert list(tables.iter_rows(tmp_path, "train")) == numbers(rows) == tables.read_table(tmp_path, "train").to_pylist()
         assert list(tables.iter_rows(tmp_path, "train", ["text"])) == [{"text": row["text"]} for row in numbers(rows)]
         groups = [
             g
-            for path in found
+            for path in files
             for g in [
                 tables.open_parquet(path).metadata.row_group(i).num_rows
                 for i in range(tables.open_parquet(path).num_row_groups)

@@ -65,14 +65,14 @@ def test_same_ground_as_the_geotiff(tmp_path: Path, name: str, pixels: int) -> N
     config = CONFIG.model_copy(update={"pixels": pixels})
     archive, geotiff = write(tmp_path / name), town.write_imagery(tmp_path / "satellite.tif")
     renderer = TileRenderer(None, archive, config)
-    found = np.asarray(renderer.tile(*town.degrees(-60, 60)).image).astype(int)
+    drawn = np.asarray(renderer.tile(*town.degrees(-60, 60)).image).astype(int)
     expected = np.asarray(TileRenderer(None, geotiff, config).tile(*town.degrees(-60, 60)).image).astype(int)
-    assert (abs(found - expected).max(axis=-1) > 60).mean() < 0.015
+    assert (abs(drawn - expected).max(axis=-1) > 60).mean() < 0.015
     assert renderer.imagery is not None
     assert renderer.imagery.attribution == "© Town"
-    given = TileRenderer(None, archive, config.model_copy(update={"attribution": "© Me"}))
-    assert given.imagery is not None
-    assert given.imagery.attribution == "© Me"
+    credited = TileRenderer(None, archive, config.model_copy(update={"attribution": "© Me"}))
+    assert credited.imagery is not None
+    assert credited.imagery.attribution == "© Me"
 
 
 @pytest.mark.parametrize("name", ["town.mbtiles", "town.pmtiles"])

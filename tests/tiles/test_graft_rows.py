@@ -25,12 +25,12 @@ def streets(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(town.write_streets(tmp_path_factory.mktemp("town") / "streets.geojson", STREETS))  # type: ignore[arg-type]
 
 
-def photo(key: str, x: float, y: float, colour: tuple[int, int, int], **given: Any) -> dict[str, Any]:
+def photo(key: str, x: float, y: float, colour: tuple[int, int, int], **changes: Any) -> dict[str, Any]:
     buffer, (lat, lon) = io.BytesIO(), town.degrees(x, y)
     Image.new("RGB", (64, 48), colour).save(buffer, "JPEG")
     where = {"lat": lat, "lon": lon, "heading": None, "main_street": "Mill Street", "street": "Mill Street"}
     row = {"id": key, "place": f"p{key}", "district": "Harbour", "image": {"bytes": buffer.getvalue(), "path": f"{key}.jpg"}}
-    return row | where | given
+    return row | where | changes
 
 
 PHOTOS = [

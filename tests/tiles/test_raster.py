@@ -18,10 +18,10 @@ class Source:
 
     def __init__(self, lat: float, lon: float, zooms: tuple[int, int] = (0, 22)) -> None:
         self.lat, self.lon, self.zooms = lat, lon, zooms
-        self.asked: list[tuple[int, int, int]] = []
+        self.requests: list[tuple[int, int, int]] = []
 
     def tile(self, z: int, x: int, y: int) -> Image.Image:
-        self.asked.append((z, x, y))
+        self.requests.append((z, x, y))
         columns, rows = np.meshgrid((np.arange(256) + 0.5) / 256, (np.arange(256) + 0.5) / 256)
         lon = (x + columns) / 2**z * 360 - 180
         lat = np.degrees(np.arctan(np.sinh(np.pi * (1 - 2 * (y + rows) / 2**z))))
@@ -61,17 +61,17 @@ def test_the_first_zoom_level_that_is_fine_enough_is_read(
     """At the equator level 16 has 2.39 m a pixel."""
     source, half = Source(0.0, 25.0, zooms), 64 * 2.3887
     Mosaic(source, "EPSG:3857", fixed).read((2782987.27 - half, -half, 2782987.27 + half, half), pixels)
-    assert {z for z, _, _ in source.asked} == {zoom}
+    assert {z for z, _, _ in source.requests} == {zoom}
 
 
 def test_tiles_wrap_around_the_date_line() -> None:
     """The last column's neighbour is the first; there is nothing north of the first row."""
     source, edge = Source(0.0, 179.99), 20037508.34
     Mosaic(source, "EPSG:3857", 10).read((edge - 60_000, -30_000, edge - 1, 30_000 - 1), 64)
-    assert all(0 <= x < 1024 for _, x, _ in source.asked)
-    assert {x for _, x, _ in source.asked} >= {0, 1023}
+    assert all(0 <= x < 1024 for _, x, _ in source.requests)
+    assert {x for _, x, _ in source.requests} >= {0, 1023}
     Mosaic(source, "EPSG:3857", 10).read((-30_000, edge - 60_001, 30_000, edge - 1), 64)
-    assert all(0 <= y < 1024 for _, _, y in source.asked)
+    assert all(0 <= y < 1024 for _, _, y in source.requests)
 
 
 def test_each_tile_is_decoded_once() -> None:
@@ -79,11 +79,11 @@ def test_each_tile_is_decoded_once() -> None:
     mosaic = Mosaic(source, crs(60.0, 25.0))
     for _ in range(2):
         mosaic.read((-100, -100, 100, 100), 50)
-    assert len(source.asked) == len(set(source.asked))
+    assert len(source.requests) == len(set(source.requests))
 
 
 def test_too_many_tiles_are_refused() -> None:
     source = Source(60.0, 25.0)
     with pytest.raises(InputError, match=r"needs 81 tiles of source at zoom 20: set tiles\.zoom lower"):
         Mosaic(source, "EPSG:3857", 20).read((0.0, 0.0, 305.0, 305.0), 50)
-    assert source.asked == []
+    assert source.requests == []

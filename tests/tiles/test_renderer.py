@@ -218,17 +218,17 @@ def test_imagery_in_any_projection_and_scale(tmp_path: Path, streets: Path, imag
             size = {"width": width * finer, "height": height * finer, "transform": transform * transform.scale(1 / finer)}
             with rasterio.open(other, "w", **{**source.profile, **size, "crs": crs}) as out:
                 reproject(rasterio.band(source, [1, 2, 3]), rasterio.band(out, [1, 2, 3]))
-        found = np.asarray(TileRenderer(None, other, bare).tile(*town.degrees(-60, 60)).image).astype(int)
-        assert (abs(found - expected).max(axis=-1) > 60).mean() < 0.01
+        drawn = np.asarray(TileRenderer(None, other, bare).tile(*town.degrees(-60, 60)).image).astype(int)
+        assert (abs(drawn - expected).max(axis=-1) > 60).mean() < 0.01
 
 
 def test_imagery_by_http(imagery: Path) -> None:
     """A GeoTIFF on a web server is read in ranges."""
     data, bare = imagery.read_bytes(), CONFIG.model_copy(update={"names": False})
     with Server(lambda path: (200, {}, data)).running() as running:
-        found = TileRenderer(None, f"{running.url}/satellite.tif", bare).tile(*town.degrees(-60, 60))
+        remote_tile = TileRenderer(None, f"{running.url}/satellite.tif", bare).tile(*town.degrees(-60, 60))
         assert {asked.headers["Range"][:6] for asked in running.asked[1:]} == {"bytes="}  # the first is a HEAD
-    assert found.image.tobytes() == TileRenderer(None, imagery, bare).tile(*town.degrees(-60, 60)).image.tobytes()
+    assert remote_tile.image.tobytes() == TileRenderer(None, imagery, bare).tile(*town.degrees(-60, 60)).image.tobytes()
 
 
 def test_imagery_of_one_band_and_with_a_palette(tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def test_same_ground_as_the_geotiff(tmp_path: Path, streets: Path, zoom: int | N
     chosen = config(tmp_path, zoom=zoom, pixels=pixels)
     with Server(good).running() as running:
         renderer = TileRenderer(streets, f"{running.url}/{{z}}/{{x}}/{{y}}.png", chosen)
-        found = np.asarray(renderer.tile(*town.degrees(-60, 60)).image).astype(int)
+        drawn = np.asarray(renderer.tile(*town.degrees(-60, 60)).image).astype(int)
     expected = np.asarray(TileRenderer(streets, geotiff, chosen).tile(*town.degrees(-60, 60)).image).astype(int)
-    assert (abs(found - expected).max(axis=-1) > 60).mean() < 0.01
+    assert (abs(drawn - expected).max(axis=-1) > 60).mean() < 0.01
     levels = {int(asked.path.split("/")[1]) for asked in running.asked}
     assert levels == {zoom or (18 if pixels == 336 else 19)}  # 0.60 or 0.33 m a pixel; level 18 has 0.37 m here
 
@@ -110,7 +110,7 @@ NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 def test_429_waits_as_long_as_the_server_says(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, after: str
 ) -> None:
-    """All who share the folder wait, not only the one who was told."""
+    """All who share the folder wait, not only the one with the answer 429."""
     monkeypatch.setattr(http_client, "datetime", SimpleNamespace(now=lambda zone: NOW))
     at: list[float] = []
 

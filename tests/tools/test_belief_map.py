@@ -22,37 +22,37 @@ CITY = Gazetteer([Address(street, "Harbour") for street in LINES], LINES, city="
 LINES_BY_NUMBER = [*LINES, "no idea"]
 
 
-class Said:
-    """A model that gives these answers in turn, whatever it is asked."""
+class ScriptedModel:
+    """A model that gives these answers in turn, whatever the question."""
 
     def __init__(self, *answers, with_options=()):
-        self.answers, self.with_options, self.asked = answers, with_options, []
+        self.answers, self.with_options, self.questions = answers, with_options, []
 
     def answer(self, images, questions, max_tokens, temperature):
-        self.asked += questions
-        said = self.with_options if "Options" in questions[0] else self.answers
-        return [said[i % len(said)] for i in range(len(questions))]
+        self.questions += questions
+        answers = self.with_options if "Options" in questions[0] else self.answers
+        return [answers[i % len(answers)] for i in range(len(questions))]
 
 
 def test_only_answers_that_name_one_street_count():
-    said = Said("Mill Street", "mill st.", "Oak Avenue", "no idea", "Mill Street or Oak Avenue")
-    found = belief_map.sample_answers(said, picture(1), CITY, n=100)
-    assert found.counts == Counter({"Mill Street": 40, "Oak Avenue": 20})
-    assert found.valid == 0.6
-    assert not found.has_options
+    model = ScriptedModel("Mill Street", "mill st.", "Oak Avenue", "no idea", "Mill Street or Oak Avenue")
+    sample = belief_map.sample_answers(model, picture(1), CITY, n=100)
+    assert sample.counts == Counter({"Mill Street": 40, "Oak Avenue": 20})
+    assert sample.valid == 0.6
+    assert not sample.has_options
 
 
 def test_a_model_that_names_no_street_gets_the_streets_of_the_others_as_options():
-    knows, lost = Said("Mill Street"), Said("a street", with_options=["Mill Street", "?"])
+    knows, lost = ScriptedModel("Mill Street"), ScriptedModel("a street", with_options=["Mill Street", "?"])
     before, after = belief_map.sample_all([lost, knows], picture(1), CITY, 10, 0.8, 0)
     assert (before.counts["Mill Street"], before.has_options) == (5, True)
     assert (after.counts["Mill Street"], after.has_options) == (10, False)
-    assert "Options: Mill Street." in lost.asked[-1]
+    assert "Options: Mill Street." in lost.questions[-1]
 
 
 def test_mean_distance_of_the_answers():
-    found = SampledAnswers(Counter({"Mill Street": 3, "Oak Avenue": 1}), 4)
-    assert belief_map.spread_m(found, CITY, 0, 0.005) == pytest.approx(0.25 * 0.01 * 111_320, rel=1e-3)
+    sample = SampledAnswers(Counter({"Mill Street": 3, "Oak Avenue": 1}), 4)
+    assert belief_map.spread_m(sample, CITY, 0, 0.005) == pytest.approx(0.25 * 0.01 * 111_320, rel=1e-3)
     assert belief_map.spread_m(SampledAnswers(Counter(), 4), CITY, 0, 0) is None
 
 
@@ -80,23 +80,23 @@ def test_distances_and_extent_far_from_the_equator():
 
     class Axis:
         def __getattr__(self, name):
-            return lambda *given, **named: drawn.setdefault(name, given)
+            return lambda *arguments, **named: drawn.setdefault(name, arguments)
 
     belief_map._draw_map(Axis(), one, NORTH, (north.LAT, north.LON), 1.0, (west, south, east, north_end))
     assert drawn["set_aspect"] == (pytest.approx(across / up * (north_end - south) / (east - west) / 0.25, rel=0.01),)
 
 
 def test_sampling_is_seeded_and_returns_n_answers():
-    class Draws(Said):
+    class Draws(ScriptedModel):
         def answer(self, images, questions, max_tokens, temperature):
-            self.asked.append((len(images), len(questions), temperature))
+            self.questions.append((len(images), len(questions), temperature))
             return [LINES_BY_NUMBER[int(i)] for i in torch.randint(3, (len(questions),))]
 
     draws = Draws()
     first, again, other = (belief_map.sample_answers(draws, picture(1), CITY, 130, 0.7, seed) for seed in (1, 1, 2))
     assert first == again
     assert first.counts != other.counts
-    assert draws.asked[:3] == [(50, 50, 0.7), (50, 50, 0.7), (30, 30, 0.7)]
+    assert draws.questions[:3] == [(50, 50, 0.7), (50, 50, 0.7), (30, 30, 0.7)]
     assert first.answers == 130
 
 
@@ -105,7 +105,7 @@ def test_the_command_draws_the_map_of_a_real_model(tmp_path, capsys, monkeypatch
     picture(1).save(tmp_path / "photo.jpg")
     counted = SampledAnswers(Counter({"Mill Street": 6}), 8)
     monkeypatch.setattr(
-        belief_map, "sample_all", lambda *given: [belief_map.sample_answers(given[0][0], given[1], CITY, 2), counted]
+        belief_map, "sample_all", lambda *inputs: [belief_map.sample_answers(inputs[0][0], inputs[1], CITY, 2), counted]
     )
     out = tmp_path / "belief.png"
     models = ["--model", f"before={localizer.folder}", "--model", str(localizer.folder)]

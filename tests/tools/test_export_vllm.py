@@ -12,11 +12,11 @@ from tests.support.tiny import tiny_llava
 
 
 def names_in(folder: Path) -> set[str]:
-    found: set[str] = set()
+    names: set[str] = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
-            found |= set(weights.keys())
-    return found
+            names |= set(weights.keys())
+    return names
 
 
 def test_weight_names_of_vllm() -> None:
