@@ -135,10 +135,7 @@ class Localizer(ChatModel):
         """ln p of each address of the gazetteer, float64 (images, addresses).
 
         Each address is scored on its shortest unique prefix: tokens that must follow it (`Forbes` -> ` Avenue, Oakland`) do
-        not count.
-
-        Raises:
-            InputError: the folder has no gazetteer, or one without addresses.
+        not count. InputError as `require_gazetteer`.
         """
         gazetteer = self.require_gazetteer()
         if self._scorer is None:
@@ -161,16 +158,15 @@ class Localizer(ChatModel):
 
         An image object that occurs several times goes through the model once, if the model's family allows it.
         """
-        _require_pairs(images, questions)
-        answers = generate_batch(self, images, questions, max_new_tokens, temperature) if images else []
-        return [answer.text for answer in answers]
+        if not (images or questions):
+            return []
+        return [answer.text for answer in generate_batch(self, images, questions, max_new_tokens, temperature)]
 
     def answer_from(
         self, images: Sequence[Image.Image], questions: Sequence[str], tries: Sequence[Trie], beams: int = 1
     ) -> list[DecodedAnswer]:
         """Like `answer`, but each answer is one of its trie; forced tokens are not decoded."""
-        _require_pairs(images, questions)
-        if not images:
+        if not (images or questions):
             return []
         prefill = prefill_batch(self, images, questions)
         longest = prefill.mask.shape[1] + max(len(trie) for trie in tries)
@@ -213,17 +209,13 @@ class Localizer(ChatModel):
             {"role": m["role"], "content": [{"type": "text", "text": c}] if isinstance(c := m["content"], str) else c}
             for m in messages
         ]
-        places = sum(part["type"] == "image" for turn in turns for part in turn["content"])
-        if places != len(images):
-            raise InputError(f"the messages show {places} images and {len(images)} were given: they must be as many.")
+        placeholders = sum(part["type"] == "image" for turn in turns for part in turn["content"])
+        if placeholders != len(images):
+            raise InputError(f"the messages show {placeholders} images and there are {len(images)}: they must be as many.")
         return self.prefill_prompt(self.prompt(turns), images)
 
     def require_gazetteer(self) -> Gazetteer:
-        """The gazetteer.
-
-        Raises:
-            InputError: the folder has none, or one without addresses.
-        """
+        """The gazetteer; InputError if the folder has none, or one without addresses."""
         if self.gazetteer is None or not self.gazetteer.addresses:
             raise InputError(
                 f"{self.folder} holds no {GAZETTEER_FILE} with addresses: copy the dataset's into it to rank addresses."
@@ -244,8 +236,3 @@ class Localizer(ChatModel):
             if self.photo_caches.max_bytes:
                 ids = inputs["input_ids"][row : row + 1]
                 cache.prefix = PrefixCacheEntry.up_to_image(self, prompt, ids, prefill.rows([row]))
-
-
-def _require_pairs(images: Sequence[Image.Image], questions: Sequence[str]) -> None:
-    if len(images) != len(questions):
-        raise ValueError(f"{len(images)} images and {len(questions)} questions: there must be one image a question")

@@ -29,10 +29,10 @@ def localizer(request, tmp_path_factory):
 def test_probabilities_equal_those_of_full_forward_passes(localizer):
     image = picture(1)
     addresses = localizer.gazetteer.addresses
-    said = [localizer.answer_tokens([user_turn(ADDRESS_QUESTION)], a.text()) for a in addresses]
+    sequences = [localizer.answer_tokens([user_turn(ADDRESS_QUESTION)], a.text()) for a in addresses]
     firsts = [
-        next(n for n in range(1, len(one) + 1) if not any(other[:n] == one[:n] for other in said if other is not one))
-        for one in said
+        next(n for n in range(1, len(one) + 1) if not any(other[:n] == one[:n] for other in sequences if other is not one))
+        for one in sequences
     ]
     naive = torch.stack(
         [
@@ -41,10 +41,10 @@ def test_probabilities_equal_those_of_full_forward_passes(localizer):
         ]
     )
     expected = dict(zip(addresses, torch.softmax(naive, dim=0).tolist(), strict=True))
-    found = localizer.localize(image, top_k=None).candidates
-    assert {Address(c.street, c.district): c.probability for c in found} == pytest.approx(expected, rel=1e-3, abs=1e-6)
-    assert [c.probability for c in found] == sorted((c.probability for c in found), reverse=True)
-    assert sum(c.probability for c in found) == pytest.approx(1)
+    result = localizer.localize(image, top_k=None).candidates
+    assert {Address(c.street, c.district): c.probability for c in result} == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert [c.probability for c in result] == sorted((c.probability for c in result), reverse=True)
+    assert sum(c.probability for c in result) == pytest.approx(1)
 
 
 def test_scores_do_not_depend_on_how_many_are_scored_together(localizer, monkeypatch):
@@ -56,11 +56,11 @@ def test_scores_do_not_depend_on_how_many_are_scored_together(localizer, monkeyp
 
 
 def test_top_k(localizer):
-    found = localizer.localize(picture(3), top_k=2)
+    result = localizer.localize(picture(3), top_k=2)
     everything = localizer.localize(picture(3), top_k=None)
-    assert found.candidates == everything.candidates[:2]
+    assert result.candidates == everything.candidates[:2]
     assert len(everything.candidates) == len(ADDRESSES)
-    assert found.confidence == found.candidates[0].probability
+    assert result.confidence == result.candidates[0].probability
     with pytest.raises(InputError, match="top_k is 0"):
         localizer.localize(picture(3), top_k=0)
 
@@ -92,10 +92,10 @@ def test_many_photos_are_located_like_one_by_one(localizer, monkeypatch):
     images = [picture(seed) for seed in (11, 12, 13)]
     together = localizer.localize_many([*images, images[0]])
     again = Localizer(localizer.folder, device="cpu", memory_mb=0, loaded=(localizer.model, localizer.processor))
-    for image, found in zip([*images, images[0]], together, strict=True):
+    for image, result in zip([*images, images[0]], together, strict=True):
         alone = again.localize(image).candidates
-        assert [(c.street, c.district) for c in alone] == [(c.street, c.district) for c in found.candidates]
-        assert [c.probability for c in alone] == pytest.approx([c.probability for c in found.candidates], rel=1e-3)
+        assert [(c.street, c.district) for c in alone] == [(c.street, c.district) for c in result.candidates]
+        assert [c.probability for c in alone] == pytest.approx([c.probability for c in result.candidates], rel=1e-3)
     assert localizer.localize_many([]) == []
 
 
@@ -106,25 +106,25 @@ def test_each_of_many_photos_has_its_own_prior_and_look(localizer, monkeypatch):
         Prior(districts=("Harbour",)), None, Prior(streets=("Oak Avenue",)), Prior(weights={"Mill Street": 9}), Prior()
     ]  # fmt: skip
     together = localizer.localize_many(images, None, priors)
-    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Tell."}]}]
-    for image, prior, found in zip(images, priors, together, strict=True):
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Tell."}]}]
+    for image, prior, result in zip(images, priors, together, strict=True):
         fresh = Localizer(localizer.folder, device="cpu", memory_mb=0, loaded=(localizer.model, localizer.processor))
         alone = fresh.localize(image, None, prior).candidates
-        assert [(c.street, c.district) for c in alone] == [(c.street, c.district) for c in found.candidates]
-        assert [c.probability for c in alone] == pytest.approx([c.probability for c in found.candidates], rel=1e-3)
-        assert localizer.chat(asked, [image], Sampling(6)) == fresh.chat(asked, [image], Sampling(6))
+        assert [(c.street, c.district) for c in alone] == [(c.street, c.district) for c in result.candidates]
+        assert [c.probability for c in alone] == pytest.approx([c.probability for c in result.candidates], rel=1e-3)
+        assert localizer.chat(messages, [image], Sampling(6)) == fresh.chat(messages, [image], Sampling(6))
 
 
 def test_a_threshold_of_0_is_not_that_of_the_calibration(localizer, monkeypatch):
     monkeypatch.setattr(localizer, "calibration", Calibration(target=0.8, thresholds={"0.5": 0.1, "0.8": 1.0}))
-    found = [localizer.localize(picture(3), threshold=least) for least in (None, 0.0)]
-    assert [(f.known, f.threshold) for f in found] == [(False, 1.0), (True, 0.0)]
+    result = [localizer.localize(picture(3), threshold=least) for least in (None, 0.0)]
+    assert [(f.known, f.threshold) for f in result] == [(False, 1.0), (True, 0.0)]
 
 
 def test_the_same_photo_is_looked_at_once(localizer):
     image = picture(21)
     passes = []
-    hook = localizer.model.register_forward_hook(lambda module, given, out: passes.append(1))
+    hook = localizer.model.register_forward_hook(lambda module, args, out: passes.append(1))
     first = localizer.localize(image)
     before = len(passes)
     assert localizer.localize(image.copy()) == first
@@ -151,7 +151,7 @@ def test_questions_about_one_image_share_it(localizer, monkeypatch):
     images = [first, second, first, second, second, first, second, first]
     passes = []
     tower = localizer.model.model.vision_tower
-    hook = tower.register_forward_hook(lambda module, given, out: passes.append(len(out.last_hidden_state)))
+    hook = tower.register_forward_hook(lambda module, args, out: passes.append(len(out.last_hidden_state)))
     together = localizer.answer(images, questions, max_new_tokens=6)
     hook.remove()
     assert passes == [2]
@@ -200,7 +200,7 @@ def test_chat_over_several_turns(localizer):
     assert [c.text for c in localizer.chat(messages, [picture(1)], sampling)] == [expected]
     assert localizer.chat(messages, [picture(1)], sampling)[0].text == expected  # from what is kept of the photo
     assert localizer.chat([{"role": "user", "content": "Yes?"}], sampling=Sampling(max_tokens=3))[0].tokens <= 3
-    with pytest.raises(InputError, match="1 images and 0 were given"):
+    with pytest.raises(InputError, match="1 images and there are 0"):
         localizer.chat(messages)
 
 

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -46,15 +46,23 @@ class BatchLocalizer:
     max_megapixels: float
     top_k: int
     threads: int
-    batch_size: int = field(default=16)
+    batch_size: int = 16
 
     def __call__(self, rows: Rows) -> ShardResult:
         """Rows of PHOTO_LIST_SCHEMA, or with `id` and `image` as in `tables.PHOTOS`, -> rows of LOCALIZED_SCHEMA, rejects."""
-        localized: Rows = []
-        rejects: Rows = []
+        localized, rejects = [], []
         for start in range(0, len(rows), self.batch_size):
-            photos, rejected = self._read(rows[start : start + self.batch_size])
-            rejects += rejected
+            photos = []
+            for row in rows[start : start + self.batch_size]:
+                if "image" in row:
+                    image = row["image"] or {}
+                    content = check_bytes(image.get("bytes") or b"", image.get("path") or row["id"], self.max_megapixels)
+                else:
+                    content = check_photo(remote_path.join(self.base, row["file"]), self.max_megapixels)
+                if isinstance(content, str):
+                    rejects.append({"file": row.get("file"), "row": row.get("row"), "id": row["id"], "reason": content})
+                else:
+                    photos.append((row, Image.open(io.BytesIO(content)).convert("RGB")))
             results = self._localizer.localize_many([image for _, image in photos], self.top_k)
             for (row, _), result in zip(photos, results, strict=True):
                 best = result.candidates[0]
@@ -83,27 +91,10 @@ class BatchLocalizer:
         localizer.require_gazetteer()
         return localizer
 
-    def _read(self, rows: Rows) -> tuple[list[tuple[dict[str, Any], Image.Image]], Rows]:
-        """The decoded photos with their rows, and the rejects."""
-        photos, rejects = [], []
-        for row in rows:
-            if "image" in row:
-                image = row["image"] or {}
-                content = check_bytes(image.get("bytes") or b"", image.get("path") or row["id"], self.max_megapixels)
-            else:
-                content = check_photo(remote_path.join(self.base, row["file"]), self.max_megapixels)
-            if isinstance(content, str):
-                rejects.append({"file": row.get("file"), "row": row.get("row"), "id": row["id"], "reason": content})
-            else:
-                photos.append((row, Image.open(io.BytesIO(content)).convert("RGB")))
-        return photos, rejects
-
 
 def photo_table(files: Sequence[tuple[str | None, str | None]]) -> tuple[Rows, Rows]:
     """Rows of PHOTO_LIST_SCHEMA from a manifest's ids and files, and rejects: rows without a file, repeated ids."""
-    photos: Rows = []
-    rejects: Rows = []
-    seen: set[str] = set()
+    photos, rejects, seen = [], [], set[str]()
     for number, (name, file) in enumerate(files, start=1):
         photo_id = name or file
         if not file or not photo_id:

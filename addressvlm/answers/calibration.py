@@ -80,11 +80,7 @@ class Calibration:
         return self.thresholds.get(f"{self.target:g}", ALWAYS)
 
     def apply(self, scores: np.ndarray) -> np.ndarray:
-        """Calibrated scores, whose softmax are the probabilities; float64 (photos, addresses) or (addresses,).
-
-        Raises:
-            InputError: the calibration has another number of addresses.
-        """
+        """Calibrated scores, whose softmax are the probabilities; float64 (photos, addresses) or (addresses,)."""
         if not self.own_prior:
             return scores / self.temperature
         if len(self.own_prior) != scores.shape[-1]:
@@ -100,11 +96,7 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: AnyPath) -> "Calibration":
-        """Read it; the default where there is none.
-
-        Raises:
-            InputError: the file is not a calibration.
-        """
+        """Read it; the default where there is none, InputError where it is something else."""
         file = folder / CALIBRATION_FILE
         if not file.is_file():
             return cls()

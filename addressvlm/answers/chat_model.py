@@ -87,10 +87,11 @@ class ChatModel:
     def prompt(self, turns: Sequence[Turn], finished: bool = False) -> str:
         """The turns in the model's chat template; a user's text can't pass for an image or the end of a turn."""
         turns = [
-            turn
-            | {"content": [p | {"text": self.plain_text(p["text"])} if p["type"] == "text" else p for p in turn["content"]]}
+            turn | {"content": [
+                p | {"text": " ".join(self._special.split(p["text"]))} if p["type"] == "text" else p for p in turn["content"]
+            ]}
             for turn in turns
-        ]
+        ]  # fmt: skip
         return self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=not finished)
 
     def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
@@ -125,10 +126,6 @@ class ChatModel:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def plain_text(self, text: str) -> str:
-        """Text without anything that the model would take for an image or the end of a turn."""
-        return " ".join(self._special.split(text))
 
 
 def user_turn(question: str) -> Turn:

@@ -35,23 +35,15 @@ class DecodedAnswer:
 
 @dataclass
 class _Path:
-    """A partial answer.
-
-    Attributes:
-        prompt: its number.
-        row: of the cache.
-        node: where it is in the trie.
-        cached: the last node in the cache.
-        pending: tokens that are not in the cache yet.
-    """
+    """A partial answer."""
 
     prompt: int
-    row: int
+    row: int  # of the cache
     node: int = ROOT
     log_p: float = 0.0
     passes: int = 1
-    cached: int = ROOT
-    pending: list[int] = field(default_factory=list)
+    cached: int = ROOT  # the last node in the cache
+    pending: list[int] = field(default_factory=list)  # tokens that are not in the cache yet
 
 
 @torch.inference_mode()
@@ -137,7 +129,12 @@ def greedy_decode(model: ChatModel, prefill: PrefillCache, tries: Sequence[Trie]
     while active := [path for path in active if tries[path.prompt].children(path.node)]:
         rows = torch.tensor([path.row for path in active], device=mask.device)
         mask, cache = mask[rows], fork_cache(cache, rows=rows)
-        nodes = [_nodes_to_feed(tries[path.prompt], path, lookahead) for path in active]
+        nodes = []  # for each path, from the cache to its fork and, where they are few, all inner ones below the fork
+        for path in active:
+            trie = tries[path.prompt]
+            run = trie.nodes_to(path.node)[trie.depths[path.cached] :]
+            below = [n for n in range(path.node + 1, int(trie.stops[path.node])) if trie.stops[n] > n + 1]
+            nodes.append(run + (below if len(below) <= lookahead else []))
         position = prefill.position[[path.prompt for path in active]]
         logits, mask = _feed_nodes(model, cache, mask, position, [tries[path.prompt] for path in active], nodes)
         for row, (path, row_nodes) in enumerate(zip(active, nodes, strict=True)):
@@ -157,16 +154,6 @@ def _descend(path: _Path, trie: Trie, logits: Mapping[int, torch.Tensor]) -> Non
             path.node, path.log_p = children[best], path.log_p + float(log_p[best])
         else:
             return
-
-
-def _nodes_to_feed(trie: Trie, path: _Path, lookahead: int) -> list[int]:
-    """The nodes from the cache to the fork and, if they are at most `lookahead`, all inner ones below it."""
-    run, node = [], path.node
-    while node != path.cached:
-        run.append(node)
-        node = int(trie.parents[node])
-    below = [n for n in range(path.node + 1, int(trie.stops[path.node])) if trie.stops[n] > n + 1]
-    return run[::-1] + (below if len(below) <= lookahead else [])
 
 
 def _feed_nodes(

@@ -21,16 +21,14 @@ if TYPE_CHECKING:
 def stream_tokens(model: ChatModel, prefill: PrefillCache, sampling: Sampling) -> Iterator[TextChunk]:
     """The continuations of one prompt, a chunk whenever one has new text; stop iterating to stop the model.
 
-    Text that may be the beginning of a stop text, or of a character of several tokens, is held back until that is decided.
+    Text that may be the beginning of a stop text, or of a character of several tokens, waits until that is decided.
     """
     answers = [_PartialAnswer(model, sampling, i, int(prefill.mask.sum())) for i in range(sampling.n)]
     for row_tokens, logits in _decode_steps(model, prefill, sampling, answers):
         log_p = torch.log_softmax(logits.float(), dim=-1) if sampling.logprobs is not None else None
         for row, (answer, token) in enumerate(zip(answers, row_tokens, strict=True)):
-            if answer.finish is None:
-                chunk = answer.add(token, None if log_p is None else log_p[row])
-                if chunk:
-                    yield chunk
+            if answer.finish is None and (chunk := answer.add(token, None if log_p is None else log_p[row])):
+                yield chunk
 
 
 def complete_chat(model: ChatModel, prefill: PrefillCache, sampling: Sampling) -> list[Completion]:
@@ -52,9 +50,7 @@ def _decode_steps(
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """A token for each answer and the logits it was drawn from (n, vocabulary), until all are finished."""
     device = prefill.mask.device
-    generator = None
-    if sampling.seed is not None:
-        generator = torch.Generator(device).manual_seed(sampling.seed)
+    generator = None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)
     penalty = getattr(model.model.generation_config, "repetition_penalty", None)
     penalize = RepetitionPenaltyLogitsProcessor(penalty) if penalty and penalty != 1.0 else None
     rows = prefill.rows([0] * sampling.n)
@@ -109,33 +105,28 @@ class _PartialAnswer:
         """Append a token; the next chunk, if there is any."""
         self.ids.append(token)
         if log_p is not None:
-            self.scores.append(self._token_score(token, log_p))
+            decode = self.model.tokenizer.decode
+            best = torch.topk(log_p, min(self.sampling.logprobs or 0, len(log_p)))
+            top = tuple((decode([i]), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            self.scores.append(TokenScore(decode([token]), float(log_p[token]), top))
         ended = token in self.model.end_tokens
         text = self.model.decode(self.ids[:-1] if ended else self.ids)
-        cut = min((at for stop in self.sampling.stop if (at := text.find(stop)) >= 0), default=None)
+        stops = self.sampling.stop
+        cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
         if cut is not None or ended:
             self.finish = "stop"
         elif len(self.ids) >= self.sampling.max_tokens:
             self.finish = "length"
-        ready = text[:cut] if self.finish else text[: len(text) - self._undecided(text)]
+        # characters at the end that may still change, or turn out to be the beginning of a stop
+        partial = [n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])]
+        undecided = max(len(text) - len(text.rstrip("\ufffd")), *partial, 0)
+        ready = text[:cut] if self.finish else text[: len(text) - undecided]
         new = ready[len(self.sent) :]
         if not (new or self.finish):
             return None
         self.sent += new
         scores, self.scores = tuple(self.scores), []
         return TextChunk(self.index, new, self.finish, scores, self.prompt_tokens, len(self.ids))
-
-    def _undecided(self, text: str) -> int:
-        """Number of characters at the end that may still change or turn out to be the beginning of a stop."""
-        incomplete = len(text) - len(text.rstrip("\ufffd"))
-        stops = (n for stop in self.sampling.stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
-        return max(incomplete, max(stops, default=0))
-
-    def _token_score(self, token: int, log_p: torch.Tensor) -> TokenScore:
-        decode = self.model.tokenizer.decode
-        best = torch.topk(log_p, min(self.sampling.logprobs or 0, len(log_p)))
-        top = tuple((decode([i]), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return TokenScore(decode([token]), float(log_p[token]), top)
 
 
 @torch.inference_mode()
@@ -144,14 +135,13 @@ def generate_batch(
 ) -> list[Completion]:
     """One answer to each question about the image at the same position, without surrounding blanks."""
     inputs = _batch_inputs(model, images, questions)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
-    )
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     ids = model.model.generate(
         **inputs,
         max_new_tokens=max_tokens,
         eos_token_id=sorted(model.end_tokens),
         pad_token_id=model.tokenizer.pad_token_id,
+        do_sample=temperature > 0,
         **sampling,
     )
     prompts, new = inputs["attention_mask"].sum(1).tolist(), ids[:, inputs["input_ids"].shape[1] :].tolist()
@@ -180,6 +170,8 @@ def prefill_batch(model: ChatModel, images: Sequence[Image.Image], questions: Se
 
 
 def _batch_inputs(model: ChatModel, images: Sequence[Image.Image], questions: Sequence[str]) -> dict[str, Any]:
+    if len(images) != len(questions):
+        raise ValueError(f"{len(images)} images and {len(questions)} questions: there must be one image a question")
     prompts = [model.prompt([user_turn(question)]) for question in questions]
     return share_image_prefixes(model, model.inputs(prompts, [[image] for image in images]), images)
 
@@ -204,19 +196,14 @@ def share_image_prefixes(model: ChatModel, inputs: Any, images: Sequence[Image.I
         return dict(inputs)
     end, first = ends.pop(), torch.tensor(list(first_rows.values()), device=ids.device)
     number = {image: n for n, image in enumerate(first_rows)}
-    ids, mask = _move_padding(ids, padding, end), _move_padding(mask, padding, end)
+    order = [[*range(p, p + end), *range(p), *range(p + end, ids.shape[1])] for p in padding]
+    ids, mask = (rows.gather(1, torch.tensor(order, device=ids.device)) for rows in (ids, mask))
     distinct = {key: value[first] for key, value in others.items()}
     cache = model.model(
         input_ids=ids[first, :end], attention_mask=mask[first, :end], **distinct, use_cache=True
     ).past_key_values
     cache.batch_select_indices(torch.tensor([number[id(image)] for image in images], device=ids.device))
     return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-
-
-def _move_padding(rows: torch.Tensor, padding: list[int], end: int) -> torch.Tensor:
-    """Rows (B, T) with their padding moved from the left to behind the first `end` tokens."""
-    moved = [torch.cat([r[p : p + end], r[:p], r[p + end :]]) for r, p in zip(rows, padding, strict=True)]
-    return torch.stack(moved)
 
 
 @dataclass(frozen=True)
@@ -250,7 +237,7 @@ class Conversation:
         else:
             prompt = localizer.prompt(turns)
             prefill = localizer.prefill_prompt(prompt, [self._image], self._prefix)
-            self._prefix = PrefixCacheEntry.full_prompt(prompt, prefill)
+            self._prefix = PrefixCacheEntry(prompt, prefill.cache, prefill.mask.shape[1], int(prefill.position[0]))
             answer = ConversationAnswer(complete_chat(localizer, prefill, Sampling(max_tokens, temperature))[0].text)
         if remember:
             self._turns = [*turns, {"role": "assistant", "content": [{"type": "text", "text": answer.text}]}]

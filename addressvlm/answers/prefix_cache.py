@@ -33,11 +33,6 @@ class PrefixCacheEntry:
     position: int
 
     @classmethod
-    def full_prompt(cls, prompt: str, prefill: PrefillCache) -> "PrefixCacheEntry":
-        """The state after all of one prompt."""
-        return cls(prompt, prefill.cache, prefill.mask.shape[1], int(prefill.position[0]))
-
-    @classmethod
     def up_to_image(cls, model: ChatModel, prompt: str, ids: torch.Tensor, prefill: PrefillCache) -> "PrefixCacheEntry | None":
         """The state after the only image of one prompt with tokens `ids` (1, T); None if nothing can continue from there.
 
@@ -56,11 +51,6 @@ class PrefixCacheEntry:
         cache = fork_cache(prefill.cache, remove=len(rest))
         return cls(prompt[:text_end], cache, end, int(prefill.position[0]) - len(rest))
 
-    def nbytes(self) -> int:
-        """Size of the cache."""
-        tensors = (tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
 
 @dataclass
 class PhotoCache:
@@ -71,7 +61,9 @@ class PhotoCache:
 
     def nbytes(self) -> int:
         """Approximate size."""
-        return 4096 + (self.prefix.nbytes() if self.prefix else 0) + (0 if self.scores is None else self.scores.nbytes)
+        layers = self.prefix.cache.layers if self.prefix else []
+        tensors = [*(tensor for layer in layers for tensor in (layer.keys, layer.values)), self.scores]
+        return 4096 + sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @dataclass

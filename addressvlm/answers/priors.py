@@ -55,12 +55,10 @@ class Prior:
         """
         addresses = gazetteer.addresses
         weights = np.zeros(len(addresses))
-        if self.districts:
-            allowed = {_gazetteer_name(name, "district", gazetteer) for name in self.districts}
-            weights[[a.district not in allowed for a in addresses]] = -math.inf
-        if self.streets:
-            allowed = {_gazetteer_name(name, "street", gazetteer) for name in self.streets}
-            weights[[a.street not in allowed for a in addresses]] = -math.inf
+        for level, names in (("district", self.districts), ("street", self.streets)):
+            if names:
+                allowed = {_gazetteer_name(name, level, gazetteer) for name in names}
+                weights[[getattr(a, level) not in allowed for a in addresses]] = -math.inf
         if self.weights:
             by_name = _log_street_weights(self.weights, gazetteer)
             weights += [by_name.get(a.street, 0.0) for a in addresses]
@@ -69,8 +67,8 @@ class Prior:
             weights += [by_distance[a.street] for a in addresses]
         if len(addresses) and not np.isfinite(weights).any():
             parts = {"districts": self.districts, "streets": self.streets, "weights": self.weights, "circle": self.circle}
-            names = " or ".join(name for name, value in parts.items() if value)
-            raise InputError(f"no address of {gazetteer.city or 'the city'} is left by the prior: widen {names}.")
+            used = " or ".join(name for name, value in parts.items() if value)
+            raise InputError(f"no address of {gazetteer.city or 'the city'} is left by the prior: widen {used}.")
         return weights
 
 

@@ -79,7 +79,10 @@ def _parse_judgment(question: str, gazetteer: Gazetteer) -> ParsedQuestion | Non
     district = gazetteer.find_district(" ".join(words) if street else question)
     if district:
         words = _remove_name(words, district, gazetteer)
-    if not _asks_only_location(unaccented_name(" ".join(words))):
+    rest = ANSWER_HINT.sub(" ", unaccented_name(" ".join(words))).strip()
+    template = next((template for template in LONGEST_FIRST if f"{rest} ".startswith(f"{template} ")), "")
+    other_words = set(rest.removeprefix(template).split())
+    if not other_words <= LOCATION_WORDS or other_words.isdisjoint(PHOTO_WORDS):
         return None
     if street and district:
         return ParsedQuestion("judgment", "address", (Address(street, district).text(),))
@@ -98,11 +101,3 @@ def _remove_name(words: list[str], name: str, gazetteer: Gazetteer) -> list[str]
             if tuple(bare[start:stop]) == spelling:
                 return _remove_name(words[:start] + words[stop:], name, gazetteer)
     return words
-
-
-def _asks_only_location(text: str) -> bool:
-    """Whether a question without its names asks where the photo is: as a template does, or in words of place alone."""
-    text = ANSWER_HINT.sub(" ", text).strip()
-    template = next((template for template in LONGEST_FIRST if f"{text} ".startswith(f"{template} ")), "")
-    words = set(text.removeprefix(template).split())
-    return words <= LOCATION_WORDS and not words.isdisjoint(PHOTO_WORDS)

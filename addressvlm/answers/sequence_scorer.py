@@ -4,7 +4,6 @@ All nodes of a chunk of the trie are fed in one pass; a mask lets each attend to
 Families that forget early tokens, or attend in another way, score the sequences as a batch instead.
 """
 
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,12 @@ TOKENS_AT_ONCE = 16_384  # cached prompt tokens over all sequences of a batch
 
 
 class SequenceScorer:
-    """Scores the sequences of one trie.
-
-    Attributes:
-        as_batch: score the sequences as a batch, whatever the model's family; slower.
-    """
+    """Scores the sequences of one trie; `as_batch` does it as a batch, slower, whatever the model's family."""
 
     def __init__(self, model: ChatModel, trie: Trie, as_batch: bool = False) -> None:
         self.model, self.trie = model, trie
         self.as_batch = as_batch or not model.takes_4d_masks
+        self._children = [trie.children(node) for node in range(len(trie))]
         self._chunks: dict[int, list[Chunk]] = {}  # largest number of nodes -> the trie in chunks
 
     def score(self, prefill: PrefillCache) -> torch.Tensor:
@@ -72,40 +68,30 @@ class SequenceScorer:
         total = torch.logsumexp(logits, dim=2)
         log_p[:, children] = (logits[:, parents, tokens] - total[:, parents]).double().cpu()
 
-    @cached_property
-    def _children(self) -> list[list[int]]:
-        children: list[list[int]] = [[] for _ in range(len(self.trie))]
-        for node in range(1, len(self.trie)):
-            children[self.trie.parents[node]].append(node)
-        return children
-
     @torch.inference_mode()
     def _score_as_batch(self, prefill: PrefillCache) -> torch.Tensor:
         """The same for one prompt, (sequences,): batches of sequences, each with a copy of the prompt's cache."""
-        sequences = [self.trie.path(end) for end in self.trie.ends.tolist()]
+        sequences, device = [self.trie.path(end) for end in self.trie.ends.tolist()], prefill.mask.device
         batch_size = max(1, min(64, TOKENS_AT_ONCE // prefill.mask.shape[1]))
         scores = torch.empty(len(sequences), dtype=torch.float64)
         by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         for start in range(0, len(sequences), batch_size):
             batch = by_length[start : start + batch_size]
-            scores[batch] = self._score_batch(prefill, [sequences[i] for i in batch])
+            rows, longest = len(batch), len(sequences[batch[-1]])  # B, T; logits are (B, T, vocabulary)
+            tokens, real = torch.zeros((2, rows, longest), dtype=torch.long, device=device)
+            for row, i in enumerate(batch):
+                tokens[row, : len(sequences[i])] = torch.tensor(sequences[i])
+                real[row, : len(sequences[i])] = 1
+            logits: Any = prefill.logits[:, None].expand(rows, -1, -1)
+            if longest > 1:
+                rest = self.model.model(
+                    input_ids=tokens[:, :-1],
+                    attention_mask=torch.cat([prefill.mask.expand(rows, -1), real[:, :-1]], dim=1),
+                    position_ids=(prefill.position + torch.arange(longest - 1, device=device)).expand(rows, -1),
+                    past_key_values=fork_cache(prefill.cache, rows=torch.zeros(rows, dtype=torch.long, device=device)),
+                    use_cache=True,
+                )
+                logits = torch.cat([logits, rest.logits], dim=1)
+            log_p = torch.log_softmax(logits.float(), dim=-1).gather(2, tokens[..., None])[..., 0]
+            scores[batch] = (log_p.double() * real).sum(dim=1).cpu()
         return scores
-
-    def _score_batch(self, prefill: PrefillCache, sequences: list[list[int]]) -> torch.Tensor:
-        rows, longest = len(sequences), max(map(len, sequences))  # B, T; logits are (B, T, vocabulary)
-        tokens, real = torch.zeros((2, rows, longest), dtype=torch.long, device=prefill.mask.device)
-        for row, ids in enumerate(sequences):
-            tokens[row, : len(ids)] = torch.tensor(ids)
-            real[row, : len(ids)] = 1
-        logits: Any = prefill.logits[:, None].expand(rows, -1, -1)
-        if longest > 1:
-            rest = self.model.model(
-                input_ids=tokens[:, :-1],
-                attention_mask=torch.cat([prefill.mask.expand(rows, -1), real[:, :-1]], dim=1),
-                position_ids=(prefill.position + torch.arange(longest - 1, device=tokens.device)).expand(rows, -1),
-                past_key_values=fork_cache(prefill.cache, rows=torch.zeros(rows, dtype=torch.long, device=tokens.device)),
-                use_cache=True,
-            )
-            logits = torch.cat([logits, rest.logits], dim=1)
-        log_p = torch.log_softmax(logits.float(), dim=-1).gather(2, tokens[..., None])[..., 0]
-        return (log_p.double() * real).sum(dim=1).cpu()

@@ -18,15 +18,10 @@ ROOT = 0
 
 
 class Chunk(NamedTuple):
-    """Some neighbouring sequences.
+    """Some neighbouring sequences."""
 
-    Attributes:
-        nodes: the inner nodes of their paths, in order, without the root.
-        ends: their last nodes.
-    """
-
-    nodes: np.ndarray
-    ends: np.ndarray
+    nodes: np.ndarray  # the inner nodes of their paths, in order, without the root
+    ends: np.ndarray  # their last nodes
 
 
 @dataclass(frozen=True)
@@ -92,10 +87,8 @@ class Trie:
     def forced(self, node: int) -> list[int]:
         """The nodes that must follow, up to the next fork or the end."""
         forced: list[int] = []
-        children = self.children(node)
-        while len(children) == 1:
+        while len(children := self.children(forced[-1] if forced else node)) == 1:
             forced += children
-            children = self.children(forced[-1])
         return forced
 
     def unique_prefixes(self) -> "Trie":
@@ -109,7 +102,15 @@ class Trie:
 
     def path(self, node: int) -> list[int]:
         """The tokens from the root to a node."""
-        return self.tokens[[*self._inner(node), node]].tolist() if node != ROOT else []
+        return self.tokens[self.nodes_to(node)].tolist()
+
+    def nodes_to(self, node: int) -> list[int]:
+        """The nodes from the root, which is left out, to a node."""
+        nodes = []
+        while node > ROOT:
+            nodes.append(node)
+            node = int(self.parents[node])
+        return nodes[::-1]
 
     def path_mask(self, nodes: Sequence[int] | np.ndarray) -> np.ndarray:
         """Which of some nodes, parents first, lie on the path to each of them, itself included, bool (nodes, nodes)."""
@@ -128,9 +129,9 @@ class Trie:
     def chunks(self, max_nodes: int) -> Iterator[Chunk]:
         """All sequences, in chunks of at most `max_nodes` inner nodes each (one sequence may have more)."""
         leaves = np.unique(self.ends)
-        first, nodes = 0, self._inner(int(leaves[0]))
+        first, nodes = 0, self.nodes_to(int(leaves[0]))[:-1]
         for number, (left, right) in enumerate(pairwise(leaves.tolist()), start=1):
-            path = self._inner(right)
+            path = self.nodes_to(right)[:-1]
             new = [node for node in path if node > left]
             if len(nodes) + len(new) > max_nodes:
                 yield Chunk(np.array(nodes, dtype=np.int64), leaves[first:number])
@@ -138,11 +139,3 @@ class Trie:
             else:
                 nodes += new
         yield Chunk(np.array(nodes, dtype=np.int64), leaves[first:])
-
-    def _inner(self, end: int) -> list[int]:
-        """The nodes on the path to an end, without the root and the end."""
-        path, node = [], int(self.parents[end])
-        while node > ROOT:
-            path.append(node)
-            node = int(self.parents[node])
-        return path[::-1]

@@ -126,20 +126,20 @@ class _Gather(torch.autograd.Function):
         return gradients[0][ctx.first : ctx.first + ctx.count] * dist.get_world_size()
 
 
-def all_gather_features(features: Mapping[str, torch.Tensor], shared: Sequence[str] = ("scale",)) -> dict[str, torch.Tensor]:
-    """The features of all workers' photos, so that they are each other's negatives; `shared` are equal on all workers.
+def all_gather_features(features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The features of all workers' photos, so that they are each other's negatives; `scale` is equal on all workers.
 
     With gradients averaged over workers, as DistributedDataParallel does, they are those of the joint batch on one worker.
     Workers must have equally many photos.
     """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return dict(features)
-    return {name: value if name in shared else _Gather.apply(value) for name, value in features.items()}
+    return {name: value if name == "scale" else _Gather.apply(value) for name, value in features.items()}
 
 
 BETAS = (0.9, 0.98)  # paper 002, App. B
 STAGE = "contrast"
-TRAINED_FILE = "learnt.json"
+TRAINED_FILE = "trained.json"
 
 
 class DualEncoderTowers(nn.Module):
@@ -173,7 +173,14 @@ class DualEncoderTowers(nn.Module):
         """Unit vectors (N, D), each distinct text encoded once, and the texts' numbers (N,)."""
         distinct = list(dict.fromkeys(texts))
         row = {text: number for number, text in enumerate(distinct)}
-        vectors = self.encoder.project_texts(self._encode_texts(distinct))[[row[text] for text in texts]]
+        if self.system.train_text:
+            states = self._encode_texts(distinct)
+        else:
+            if new := [text for text in distinct if text not in self.text_states]:
+                with torch.no_grad():
+                    self.text_states |= zip(new, self._encode_texts(new), strict=True)
+            states = torch.stack([self.text_states[text] for text in distinct])
+        vectors = self.encoder.project_texts(states)[[row[text] for text in texts]]
         return vectors, torch.tensor([text_number(text) for text in texts], device=self.encoder.device)
 
     def _encode_photos(self, batch: ClipBatch) -> torch.Tensor:
@@ -190,14 +197,6 @@ class DualEncoderTowers(nn.Module):
         return torch.stack([self.photo_states[sample.index] for sample in batch.samples])
 
     def _encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        if self.system.train_text:
-            return self._new_text_states(texts)
-        if new := [text for text in texts if text not in self.text_states]:
-            with torch.no_grad():
-                self.text_states |= zip(new, self._new_text_states(new), strict=True)
-        return torch.stack([self.text_states[text] for text in texts])
-
-    def _new_text_states(self, texts: Sequence[str]) -> torch.Tensor:
         tokens = self.encoder.tokens(texts)
         self.tokens += int(tokens.get("attention_mask", tokens["input_ids"]).count_nonzero())
         return self.encoder.text_states({name: value.to(self.encoder.device) for name, value in tokens.items()})
@@ -290,11 +289,10 @@ def train_addressclip(
     rejects = SkippedRows(run.rejects / f"train-{slug(system.name)}.parquet", resumed=start > 0)
     logger = None
     if rank == 0:
-        logger = MetricsLogger(
-            run.training_dir(system.name), system.name, start, stage.steps, config.train.loggers, config.name
-        )
-    if logger and captions.missing:
-        print(f"train: {system.name}: {captions.missing:,} photos without an explanation: their address alone", flush=True)
+        folder = run.training_dir(system.name)
+        logger = MetricsLogger(folder, system.name, start, stage.steps, config.train.loggers, config.name)
+        if captions.missing:
+            print(f"train: {system.name}: {captions.missing:,} photos without an explanation: their address alone", flush=True)
 
     for number, batch in data.batches(start, stage.steps, rank, world):
         progress = clip_step(learner, stage, number, batch, (rank, world), context)
@@ -313,9 +311,8 @@ def train_addressclip(
         if left_out:
             print(f"train: {system.name}: {left_out:,} photos were left out: see {rejects.file}", flush=True)
         parameters = sum(weights.numel() for weights in learner.trainable.values())
-        save_dual_encoder(
-            config, system, encoder, {"parameters": parameters, "steps": stage.steps, "without_caption": captions.missing}
-        )
+        trained = {"parameters": parameters, "steps": stage.steps, "without_caption": captions.missing}
+        save_dual_encoder(config, system, encoder, trained)
 
 
 def clip_step(
@@ -358,8 +355,7 @@ def save_dual_encoder(config: Config, system: AddressClipConfig, encoder: DualEn
 
 def trained_parameters(folder: AnyPath) -> dict[str, int]:
     """`parameters`, `steps` and photos `without_caption` of a folder that `save_dual_encoder` wrote."""
-    trained: dict[str, int] = json.loads((folder / TRAINED_FILE).read_text(encoding="utf-8"))
-    return trained
+    return json.loads((folder / TRAINED_FILE).read_text(encoding="utf-8"))
 
 
 USE = """from pathlib import Path
@@ -388,9 +384,7 @@ def clip_card(config: Config, system: AddressClipConfig, steps: int, parameters:
     gazetteer, base = Gazetteer.load(run.gazetteer), system.base or config.model.base
     city = gazetteer.city or config.name
     head = {"library_name": "transformers", "base_model": base, "tags": ["addressvlm", "image-geolocation", "addressclip"]}
-    trained = (
-        " and ".join(name for name, train in (("image", system.train_image), ("text", system.train_text)) if train) or "neither"
-    )
+    trained = " and ".join(name for name in ("image", "text") if getattr(system, f"train_{name}")) or "neither"
     weights = ", ".join(f"{name} {weight:g}" for name, weight in system.weights.model_dump().items())
     lines = [
         front_matter(head, clip_licence(config, system)),

@@ -45,11 +45,7 @@ class Captions:
 
 
 def caption_texts(run: Run, kind: str) -> Captions:
-    """The captions of a run's training photos.
-
-    Raises:
-        InputError: the kind is `alignment` and there are no explanations.
-    """
+    """The captions of a run's training photos; InputError where the kind is `alignment` and there are no explanations."""
     if kind != "alignment":
         return Captions(kind)
     if not tables.count_rows(run.alignment, "train"):
@@ -68,18 +64,13 @@ COLUMNS = ("id", "image", "street", "district", "lat", "lon")  # of tables.PHOTO
 
 @dataclass(frozen=True)
 class ClipSample:
-    """One training photo.
-
-    Attributes:
-        image: None if the frozen encoder's output for it is cached.
-        lonlat: degrees; NaN if unknown.
-    """
+    """One training photo."""
 
     index: int
-    image: Image.Image | None
+    image: Image.Image | None  # None if the frozen encoder's output for it is cached
     address: str
     caption: str | None
-    lonlat: tuple[float, float]
+    lonlat: tuple[float, float]  # degrees; NaN if unknown
 
 
 @dataclass(frozen=True)
@@ -96,11 +87,7 @@ class ClipBatch:
 
 
 class ClipData(Schedule):
-    """The photos of every step.
-
-    Attributes:
-        without_image: samples whose image is not needed again, by row.
-    """
+    """The photos of every step; `without_image` are samples whose image is not needed again, by row."""
 
     def __init__(self, rows: RowSource, per_step: int, seed: int, captions: Captions, encoder: DualEncoder) -> None:
         super().__init__(rows, per_step, seed)

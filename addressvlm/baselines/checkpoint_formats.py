@@ -24,11 +24,7 @@ Renames = Iterable[tuple[str, str]]
 
 
 class CheckpointWeights:
-    """The tensors of a safetensors file, and which of them were used.
-
-    Attributes:
-        name: of the file, for messages.
-    """
+    """The tensors of a safetensors file, and which of them were used; `name` is the file's, for messages."""
 
     def __init__(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         self.name, self._tensors, self._used, self._last = name, tensors, set[str](), ""
@@ -86,11 +82,7 @@ class CheckpointWeights:
 
 
 def checkpoint_format(where: str) -> Format:
-    """The format of a model; an unknown one is left to transformers.
-
-    Args:
-        where: folder or Hub name.
-    """
+    """The format of a folder or Hub model; an unknown one is left to transformers."""
     settings = read_settings(where, CONFIG)
     if settings and settings.get("model_type") in CONFIG_MAPPING:
         return "transformers"
@@ -107,9 +99,7 @@ def checkpoint_format(where: str) -> Format:
             names = list(file.keys())
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is no safetensors file ({error}): get the file again.") from error
-    if any(PLACE_RECOGNITION.fullmatch(name) for name in names):
-        return "places"
-    return "transformers"
+    return "places" if any(map(PLACE_RECOGNITION.fullmatch, names)) else "transformers"
 
 
 def find_file(where: str, file: str) -> Path | None:
@@ -152,12 +142,7 @@ def read_weights(where: str, file: str) -> CheckpointWeights:
 def build_and_load(
     kind: Any, config: Any, dtype: torch.dtype, weights: CheckpointWeights, source: Callable[[str], torch.Tensor]
 ) -> Any:
-    """A model of transformers in eval mode on the CPU.
-
-    Args:
-        kind: its class.
-        source: the tensor for a name of its state dict.
-    """
+    """A model of the class `kind` in eval mode on the CPU; `source` gives the tensor for a name of its state dict."""
     with torch.device("meta"):
         like = kind(config).state_dict()
     return kind.from_pretrained(None, config=config, state_dict=weights.state_dict(like, source), dtype=dtype).eval()

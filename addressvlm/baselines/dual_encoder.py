@@ -188,17 +188,11 @@ class PairedEncoders(DualEncoder):
 
     def save(self, folder: Path) -> None:
         super().save(folder)
-        save_file(self._projection_state(), folder / PROJECTIONS)
+        save_file(self.projection_state(), folder / PROJECTIONS)
 
-    def _projection_state(self) -> Tensors:
+    def projection_state(self) -> Tensors:
+        """The weights of `projections.safetensors`."""
         return {name: value.contiguous() for name, value in self.state_dict().items() if not name.startswith("model.")}
-
-    def load_projections(self, file: Path) -> None:
-        """Load `projections.safetensors`."""
-        state = load_file(file)
-        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in self._projection_state().items()}:
-            raise InputError(f"{PROJECTIONS} belongs to another model: train it again.")
-        self.load_state_dict(state, strict=False)
 
 
 def build_dual_encoder(base: str | None, vlm: str, dtype: str, seed: int, trust_remote_code: bool = False) -> DualEncoder:
@@ -249,7 +243,10 @@ def open_encoder(folder: AnyPath, dtype: str = "float32", device: str | torch.de
         if about["kind"] == ClipLike.kind:
             return ClipLike(*load_clip_like(str(here), dtype), about["largest_scale"]).eval().to(device)
         encoder = PairedEncoders(*load_model(str(here), dtype), about["largest_scale"])
-        encoder.load_projections(here / PROJECTIONS)
+        state = load_file(here / PROJECTIONS)
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in encoder.projection_state().items()}:
+            raise InputError(f"{PROJECTIONS} belongs to another model: train it again.")
+        encoder.load_state_dict(state, strict=False)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{folder} holds no dual encoder ({' '.join(str(error).split())[:120]}): train it again.") from error
     return encoder.eval().to(device)
@@ -261,19 +258,9 @@ def _vectors(features: Any) -> Any:
 
 
 class AddressIndex:
-    """The encoded texts of all addresses, each distinct text encoded once.
-
-    Attributes:
-        texts: the distinct texts, in the order of the addresses.
-        index: number of each address's text, int64 (addresses,).
-    """
+    """The encoded texts of all addresses, each distinct text encoded once, so that equal ones get equal scores."""
 
     def __init__(self, encoder: DualEncoder, addresses: Iterable[Address]) -> None:
-        """Addresses with equal texts, such as one that is listed twice, get equal scores.
-
-        Raises:
-            InputError: there is no address.
-        """
         texts = [address.text() for address in addresses]
         if not texts:
             raise InputError("there is no address to compare photos with: give a gazetteer that has some.")

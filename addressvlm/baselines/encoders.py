@@ -53,27 +53,31 @@ class Encoder:
 
     def __init__(self, base: str, dtype: str = "float32", trust_remote_code: bool = False, device: str | None = None) -> None:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        where = local(base)
-        load = OTHER_FORMATS.get(checkpoint_format(where))
-        is_vlm = load is None and _is_vlm(where, base, trust_remote_code)
+        where, options = local(base), {"trust_remote_code": trust_remote_code}
+        load, is_vlm, model = OTHER_FORMATS.get(checkpoint_format(where)), False, None
         if load:
             model, self._processor = load(where, dtype)
-        elif is_vlm:
+        else:
+            try:
+                is_vlm = AutoConfig.from_pretrained(where, **options).model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+                if not is_vlm:
+                    self._processor = AutoImageProcessor.from_pretrained(where, backend="pil", **options)
+                    model = AutoModel.from_pretrained(where, dtype=dtype_of(dtype), use_safetensors=True, **options)
+            except LOAD_ERRORS as error:
+                reason = " ".join(str(error).split())[:300]
+                raise InputError(
+                    f"'{base}' can't be loaded as an image encoder ({reason}): give a folder or hub name of one."
+                ) from error
+        if is_vlm:
             model, processor = load_model(base, dtype, trust_remote_code)
             model.set_submodule(parts_of(model)["llm"], torch.nn.Identity())
             self._processor = processor.image_processor
-        else:
-            model, self._processor = _load_image_encoder(where, base, dtype, trust_remote_code)
         self._model = to_device(model, self.device).eval()
         self._features = self._adapter_inputs if is_vlm else self._pooled
 
     @torch.inference_mode()
     def encode(self, photos: Sequence[Image.Image]) -> np.ndarray:
-        """Unit vectors, float32 (photos, D).
-
-        Raises:
-            InputError: the model's output is not one vector a photo.
-        """
+        """Unit vectors, float32 (photos, D); InputError if the model's output is not one vector a photo."""
         vectors = self._features([photo.convert("RGB") for photo in photos]).float()
         return torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()
 
@@ -108,38 +112,10 @@ class Encoder:
         return torch.stack([photo_patches.float().flatten(0, -2).mean(0) for photo_patches in patches])
 
 
-def _is_vlm(where: str, base: str, trust_remote_code: bool) -> bool:
-    try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
-    except LOAD_ERRORS as error:
-        raise _load_error(base, error) from error
-    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-
-def _load_image_encoder(where: str, base: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Model and image processor."""
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    try:
-        processor = AutoImageProcessor.from_pretrained(where, backend="pil", **options)
-        model = AutoModel.from_pretrained(where, dtype=dtype_of(dtype), use_safetensors=True, **options)
-    except LOAD_ERRORS as error:
-        raise _load_error(base, error) from error
-    return model, processor
-
-
-def _load_error(base: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:300]
-    return InputError(f"'{base}' can't be loaded as an image encoder ({reason}): give a folder or hub name of one.")
-
-
 def embed_photos(
     base: str, dtype: str, trust_remote_code: bool, threads: float, batch_size: int, split: str, photos: Rows
 ) -> ShardResult:
-    """Rows of `tables.PHOTOS` -> rows of `split` with `vector` instead of `image`; the encoder stays loaded.
-
-    Args:
-        threads: of torch.
-    """
+    """Rows of `tables.PHOTOS` -> rows of `split` with `vector` instead of `image`; the encoder stays loaded."""
     encoder, rows = _cached_encoder(base, dtype, trust_remote_code, threads), []
     for start in range(0, len(photos), batch_size):
         batch = photos[start : start + batch_size]

@@ -40,12 +40,7 @@ GREY = 127
 
 @dataclass(frozen=True)
 class LocatabilityTexts:
-    """Texts for the CLIP-like model. The paper's are not published; the defaults are ours.
-
-    Attributes:
-        clues: what distinguishes places.
-        others: what does not.
-    """
+    """Texts of what distinguishes places and what does not. The paper's are not published; the defaults are ours."""
 
     clues: tuple[str, ...] = (
         "a street sign with a name on it",
@@ -66,16 +61,15 @@ class LocatabilityTexts:
 
     @staticmethod
     def read(path: Path) -> "LocatabilityTexts":
-        """From a YAML file with the lists `clues` and `others`.
-
-        Raises:
-            InputError: the file can't be read, or has other content.
-        """
+        """From a YAML file with the lists `clues` and `others`; InputError if it can't be read or has other content."""
         try:
             texts = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"{path} can't be read ({' '.join(str(error).split())[:120]}): give a YAML file.") from error
-        if not (isinstance(texts, dict) and texts.keys() == {"clues", "others"} and all(map(_is_texts, texts.values()))):
+        lists = list(texts.values()) if isinstance(texts, dict) and texts.keys() == {"clues", "others"} else [None]
+        if not all(
+            isinstance(part, list) and part and all(isinstance(text, str) and text.strip() for text in part) for part in lists
+        ):
             raise InputError(f"{path} does not hold what it should: give two lists of texts, `clues` and `others`.")
         return LocatabilityTexts(tuple(texts["clues"]), tuple(texts["others"]))
 
@@ -85,16 +79,11 @@ DEFAULT_TEXTS = LocatabilityTexts()
 
 @dataclass(frozen=True)
 class Curve:
-    """The photos at or above each threshold.
-
-    Attributes:
-        kept: their share of all photos.
-        mean: their mean locatability, None where there are none.
-    """
+    """The photos at or above each threshold."""
 
     thresholds: tuple[float, ...]
-    kept: list[float]
-    mean: list[float | None]
+    kept: list[float]  # their share of all photos
+    mean: list[float | None]  # their mean locatability, None where there are none
 
 
 class Locatability:
@@ -108,11 +97,7 @@ class Locatability:
         dtype: str = "float32",
         device: str | torch.device = "cpu",
     ) -> None:
-        """`segmentation` and `clip` are folders or Hub names; safetensors only.
-
-        Raises:
-            InputError: one is missing or another kind of model.
-        """
+        """`segmentation` and `clip` are folders or Hub names with safetensors; InputError for another kind of model."""
         self.device, self.clues = torch.device(device), len(texts.clues)
         self.model, self.processor = _load_segmentation(segmentation, dtype)
         self.model.to(self.device)
@@ -123,16 +108,21 @@ class Locatability:
         """Locatability of each photo."""
         return [self._score(photo.convert("RGB"), classes) for photo, classes in zip(photos, self.classes(photos), strict=True)]
 
+    @torch.inference_mode()
     def classes(self, photos: Sequence[Image.Image]) -> list[np.ndarray]:
         """The class of each pixel, int (H, W); batches are neighbours of equal size, so that none is padded."""
-        return [part for _, batch in groupby(photos, key=lambda photo: photo.size) for part in self._classes(list(batch))]
-
-    @torch.inference_mode()
-    def _classes(self, photos: Sequence[Image.Image]) -> list[np.ndarray]:
-        inputs = self.processor(images=[photo.convert("RGB") for photo in photos], return_tensors="pt").to(self.device)
-        logits = _class_logits(self.model(pixel_values=inputs["pixel_values"].to(self.model.dtype))).float()
-        resized = F.interpolate(logits, size=(photos[0].height, photos[0].width), mode="bilinear")
-        return list(resized.argmax(dim=1).cpu().numpy())
+        classes: list[np.ndarray] = []
+        for (width, height), batch in groupby(photos, key=lambda photo: photo.size):
+            inputs = self.processor(images=[photo.convert("RGB") for photo in batch], return_tensors="pt").to(self.device)
+            output = self.model(pixel_values=inputs["pixel_values"].to(self.model.dtype))
+            if hasattr(output, "logits"):
+                logits = output.logits
+            else:  # queries that each have a mask and a class, the last of which is none
+                p = output.class_queries_logits.softmax(dim=-1)[..., :-1]
+                logits = torch.einsum("nqc,nqhw->nchw", p, output.masks_queries_logits.sigmoid())
+            resized = F.interpolate(logits.float(), size=(height, width), mode="bilinear")
+            classes += list(resized.argmax(dim=1).cpu().numpy())
+        return classes
 
     @torch.inference_mode()
     def _score(self, photo: Image.Image, classes: np.ndarray) -> float:
@@ -159,11 +149,7 @@ def masked_part(photo: Image.Image, part: np.ndarray) -> Image.Image:
 
 
 def curve(scores: Sequence[float], thresholds: Sequence[float] = THRESHOLDS) -> Curve:
-    """The share of photos that each threshold keeps, and their mean locatability.
-
-    Raises:
-        InputError: there are no photos.
-    """
+    """The share of photos that each threshold keeps, and their mean locatability; InputError without photos."""
     if not len(scores):
         raise InputError("there are no photos whose locatability a threshold could be chosen for: score some first.")
     array = np.asarray(scores, dtype=float)
@@ -189,19 +175,6 @@ def draw_curve(curve: Curve, path: Any, threshold: float = THRESHOLD) -> None:
     axis.legend(loc="lower left")
     figure.savefig(path, format="svg")
     plt.close(figure)
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) and text.strip() for text in value)
-
-
-def _class_logits(output: Any) -> torch.Tensor:
-    """Scores of classes (N, C, h, w), of a semantic model or of one whose queries each have a class and a mask."""
-    if hasattr(output, "logits"):
-        logits: torch.Tensor = output.logits
-        return logits
-    classes = output.class_queries_logits.softmax(dim=-1)[..., :-1]  # the last is none
-    return torch.einsum("nqc,nqhw->nchw", classes, output.masks_queries_logits.sigmoid())
 
 
 class _SegformerPixels(ViTImageProcessorPil):

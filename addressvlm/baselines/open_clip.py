@@ -107,31 +107,30 @@ TEXT_NAMES = (
 
 @dataclass(frozen=True)
 class OpenClipSettings:
-    """The content of `open_clip_config.json`.
+    """The content of `open_clip_config.json`."""
 
-    Attributes:
-        where: folder or Hub name.
-        model: its section `model_cfg`.
-        vision, text: `vision_cfg` and `text_cfg` in it.
-        photos: its section `preprocess_cfg`.
-    """
-
-    where: str
-    model: dict[str, Any]
-    vision: dict[str, Any]
-    text: dict[str, Any]
-    photos: dict[str, Any]
+    where: str  # folder or Hub name
+    model: dict[str, Any]  # section `model_cfg`
+    vision: dict[str, Any]  # `vision_cfg` in it
+    text: dict[str, Any]  # `text_cfg` in it
+    photos: dict[str, Any]  # section `preprocess_cfg`
 
     @classmethod
     def read(cls, where: str) -> "OpenClipSettings":
-        """Read and check the file of a folder or Hub model."""
+        """Read the file of a folder or Hub model; refuse an architecture that transformers can't reproduce."""
         config = read_settings(where, OPEN_CLIP_CONFIG) or {}
         model, photos = config.get("model_cfg"), config.get("preprocess_cfg") or {}
         sections = [*((model.get(part) for part in ("vision_cfg", "text_cfg")) if isinstance(model, dict) else [None]), photos]
         if not (isinstance(model, dict) and all(isinstance(section, dict) for section in sections)):
             raise InputError(f"{OPEN_CLIP_CONFIG} of '{where}' has no model_cfg with vision_cfg and text_cfg: get it again.")
         settings = cls(where, model, *sections)
-        settings.check()
+        timm, family, arguments = settings.timm, settings.timm_family, settings.vision.get("timm_model_kwargs") or {}
+        if timm and (family not in HEADS or "_siglip_" not in timm or "_gap_" in timm):
+            settings.refuse("vision_cfg.timm_model_name", timm)
+        if timm and not arguments.keys() <= TIMM_ARGUMENTS:
+            settings.refuse("vision_cfg.timm_model_kwargs", arguments)
+        settings._allow("vision", *((SIGLIP_IMAGE, TIMM) if timm else (PLAIN_IMAGE_SETTINGS, VISION)))
+        settings._allow("text", SIGLIP_TEXT_SETTINGS if timm else PLAIN_TEXT, TEXT_SETTINGS)
         return settings
 
     @property
@@ -153,20 +152,6 @@ class OpenClipSettings:
             self.refuse("vision_cfg.image_size", size)
         return sides.pop()
 
-    def check(self) -> None:
-        """Refuse an architecture that transformers can't reproduce."""
-        if not self.timm:
-            self._allow("vision", PLAIN_IMAGE_SETTINGS, VISION)
-            self._allow("text", PLAIN_TEXT, TEXT_SETTINGS)
-            return
-        arguments = self.vision.get("timm_model_kwargs") or {}
-        if self.timm_family not in HEADS or "_siglip_" not in self.timm or "_gap_" in self.timm:
-            self.refuse("vision_cfg.timm_model_name", self.timm)
-        if not arguments.keys() <= TIMM_ARGUMENTS:
-            self.refuse("vision_cfg.timm_model_kwargs", arguments)
-        self._allow("vision", SIGLIP_IMAGE, TIMM)
-        self._allow("text", SIGLIP_TEXT_SETTINGS, TEXT_SETTINGS)
-
     def _allow(self, part: str, values: dict[str, tuple[Any, ...]], supported: Collection[str]) -> None:
         section = getattr(self, part)
         for key, allowed in values.items():
@@ -184,11 +169,7 @@ class OpenClipSettings:
 
 
 def load_open_clip(where: str, dtype: str) -> tuple[Any, Any]:
-    """A dual encoder in eval mode on the CPU and its image processor.
-
-    Args:
-        where: folder or Hub name.
-        dtype: see `dtype_of`.
+    """A dual encoder (folder or Hub name) in eval mode on the CPU and its image processor.
 
     Raises:
         InputError: files are missing or don't fit each other, or transformers does not have the architecture.

@@ -56,11 +56,8 @@ def sinkhorn(scores: torch.Tensor, dustbin: torch.Tensor, rounds: int = ROUNDS) 
     patch's shares sum to exactly 1.
 
     Args:
-        scores: (B, N, K), N above K.
+        scores: (B, N, K), N above K; the result has the same shape, without the dustbin.
         dustbin: score of the dustbin, one number.
-
-    Returns:
-        (B, N, K), without the dustbin.
     """
     batch, patches, clusters = scores.shape
     plan = torch.cat([scores, dustbin.to(scores.dtype).expand(batch, patches, 1)], dim=2).float()
@@ -76,13 +73,9 @@ class Aggregation(nn.Module):
     """Tokens of a photo -> its vector (SALAD, Sec. 3).
 
     Args:
-        width: of a token.
-        hidden: width of the perceptrons.
+        width, hidden: of a token and of the perceptrons; the attribute `width` is that of the vector.
         clusters: number of clusters.
         cluster, scene: dimensions of a cluster's and of the whole photo's part of the vector.
-
-    Attributes:
-        width: of the vector.
     """
 
     def __init__(self, width: int, hidden: int, clusters: int, cluster: int, scene: int) -> None:
@@ -102,12 +95,7 @@ class Aggregation(nn.Module):
 
 
 class PlaceRecognition(nn.Module):
-    """Photos -> vectors that are similar for photos of one place.
-
-    Args:
-        backbone: DINOv2.
-        linear: MegaLoc's last layer; SALAD has none.
-    """
+    """Photos -> vectors that are similar for photos of one place, by DINOv2; `linear` is MegaLoc's last layer."""
 
     def __init__(self, backbone: Any, aggregation: Aggregation, linear: nn.Linear | None) -> None:
         super().__init__()
@@ -135,10 +123,7 @@ def interpolate_positions(embeddings: torch.Tensor, rows: int, columns: int) -> 
     The embedding layer of transformers interpolates a little differently.
 
     Args:
-        embeddings: (1, 1 + M * M, W), first that of the whole photo.
-
-    Returns:
-        (1, 1 + rows * columns, W).
+        embeddings: (1, 1 + M * M, W), first that of the whole photo; the result is (1, 1 + rows * columns, W).
     """
     side = math.isqrt(embeddings.shape[1] - 1)
     if (rows, columns) == (side, side):
@@ -154,7 +139,6 @@ def load_place_recognition(where: str, dtype: str) -> tuple[PlaceRecognition, An
 
     Args:
         where: folder or Hub name. `image_size` in its config.json, one side or [height, width], replaces `SIDE`.
-        dtype: see `dtype_of`.
 
     Raises:
         InputError: a weight is missing or has another shape, or the photos' size doesn't fit.

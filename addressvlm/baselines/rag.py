@@ -100,21 +100,16 @@ _PAIR = re.compile(_FIRST + r"\s*(?:[,;/|]|\band\b|\s)\s*" + _SECOND)
 
 @dataclass(frozen=True)
 class Reply:
-    """The coordinates of a reply.
+    """The coordinates of a reply."""
 
-    Attributes:
-        point: None if there are none that can be used.
-        why: `refused` or `out of range` without a point, `swapped` where the two were exchanged.
-    """
-
-    point: Point | None
-    why: str = ""
+    point: Point | None  # None if there are none that can be used
+    why: str = ""  # `refused` or `out of range` without a point, `swapped` where the two were exchanged
 
 
 def parse_coordinates(text: str, city: Bounds | None = None) -> Reply:
     """Parse a reply; `city` are the bounds of the photos, by which exchanged coordinates are detected."""
     text = text.translate(_SAME).replace('\\"', '"').replace("\\u00b0", "°")  # as JSON in JSON writes them
-    point = _labelled(text) or _with_hemispheres(text) or _pair(text)
+    point = _find_point(text)
     if point is None:
         return Reply(None, "refused")
     lat, lon = point
@@ -125,22 +120,15 @@ def parse_coordinates(text: str, city: Bounds | None = None) -> Reply:
     return Reply(point) if abs(lat) <= 90 and abs(lon) <= 180 else Reply(None, "out of range")
 
 
-def _labelled(text: str) -> Point | None:
-    lats, lons = list(_LAT.finditer(text)), list(_LON.finditer(text))
-    return (_degrees(lats[-1]), _degrees(lons[-1])) if lats and lons else None
-
-
-def _with_hemispheres(text: str) -> Point | None:
+def _find_point(text: str) -> Point | None:
+    """The last coordinates with names, else with hemispheres, else the last two decimals or angles side by side."""
+    candidates = [(list(_LAT.finditer(text)), list(_LON.finditer(text)))]
     for pattern in (_AFTER, _BEFORE):
         matches = list(pattern.finditer(text))
-        lats = [m for m in matches if m["half1"] in "NSns"]
-        lons = [m for m in matches if m["half1"] in "EWew"]
+        candidates.append(([m for m in matches if m["half1"] in "NSns"], [m for m in matches if m["half1"] in "EWew"]))
+    for lats, lons in candidates:
         if lats and lons:
             return _degrees(lats[-1]), _degrees(lons[-1])
-    return None
-
-
-def _pair(text: str) -> Point | None:
     pairs = [m for m in _PAIR.finditer(text) if all("." in m[f"deg{n}"] or m[f"mark{n}"] for n in (1, 2))]
     return (_degrees(pairs[-1], 1), _degrees(pairs[-1], 2)) if pairs else None
 
@@ -226,13 +214,14 @@ def endpoint_replies(
     def done(number: int, label: Label) -> None:
         replies[ids[number]] = label.text or None
 
-    def show_line(line: str) -> None:
-        show(line.replace("label:", f"compare: {system.name}:"))
-
     try:
         with open_for_writing(cache) as responses:
             labeler = OpenAILabeler(
-                config, lambda request: _PhotoRequest(request, prompts[request.id], config), responses, show_line, redo_failed
+                config,
+                lambda request: _PhotoRequest(request, prompts[request.id], config),
+                responses,
+                lambda line: show(line.replace("label:", f"compare: {system.name}:")),
+                redo_failed,
             )
             labeler.run(requests(), total, done)
     except InputError as error:

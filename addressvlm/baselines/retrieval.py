@@ -49,12 +49,12 @@ class Neighbours:
 class VectorIndex:
     """A gallery, or a part of one, in memory.
 
-    Attributes:
+    Args:
+        vectors: of length 1, float32 (N, D).
         encoder: of the vectors, as named in the settings of a run's step.
     """
 
     def __init__(self, vectors: np.ndarray, encoder: str) -> None:
-        """`vectors` have length 1, float32 (N, D)."""
         self.encoder = encoder
         self._flat: Any = faiss.IndexFlatIP(vectors.shape[1])
         self._flat.add(np.ascontiguousarray(vectors, dtype=np.float32))
@@ -73,11 +73,7 @@ class VectorIndex:
         return faiss.rev_swig_ptr(self._flat.get_xb(), len(self) * self.dimension).reshape(len(self), self.dimension)
 
     def search(self, queries: np.ndarray, k: int, farthest: bool = False) -> Neighbours:
-        """The k nearest photos of each query, or the k farthest; all photos if they are fewer.
-
-        Args:
-            queries: float32 (N, D).
-        """
+        """The k nearest photos of each query, float32 (N, D), or the k farthest; all photos if they are fewer."""
         self._check_dimension(queries)
         sign = np.float32(-1 if farthest else 1)
         similarity, position = self._flat.search(np.ascontiguousarray(sign * queries), min(k, len(self)))
@@ -119,8 +115,8 @@ class VectorIndex:
             settings = json.loads(_settings_file(file).read_text(encoding="utf-8"))
             if (settings["encoder"], settings["dimension"]) != (encoder, dimension):
                 raise InputError(
-                    f"{file} was made by the encoder {settings['encoder']} with {settings['dimension']} numbers a photo, and "
-                    f"{encoder} with {dimension} is asked for: make the index again with --redo."
+                    f"{file} was made by the encoder {settings['encoder']} with {settings['dimension']} numbers a photo, but "
+                    f"{encoder} with {dimension} is needed: make the index again with --redo."
                 )
             flat = faiss.read_index(str(local_copy(file)))
         except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -154,11 +150,7 @@ def random_neighbours(ids: Sequence[str], gallery: int, k: int, seed: int) -> np
 
 
 def cluster_representatives(vectors: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """Positions of the photos that represent the clusters of a gallery, int64 (clusters,), distinct.
-
-    Args:
-        k: number of photos that a query chooses among them.
-    """
+    """Positions of the photos that represent a gallery's clusters, int64 (clusters,), distinct; a query chooses k of them."""
     clusters = min(len(vectors), CLUSTERS_PER_PHOTO * k)
     if not clusters:
         return np.zeros(0, dtype=np.int64)
@@ -220,12 +212,9 @@ class Geocoder:
 
 
 def street_map(city: CityConfig, gazetteer: Gazetteer) -> StreetMap:
-    """The map from which a city's photos got their addresses, empty without one.
+    """The map from which a city's photos got their addresses, empty without one; InputError if a file is damaged.
 
     Where addresses name sub-streets it consists of the gazetteer's shapes.
-
-    Raises:
-        InputError: a file is missing or damaged.
     """
     if city.answer == "sub_street":
         shapes = gazetteer.geometry
@@ -295,5 +284,4 @@ def share_within(
 
 def has_coordinates(photo: Row) -> bool:
     """Whether a photo has coordinates."""
-    lat, lon = photo["lat"], photo["lon"]
-    return lat is not None and lon is not None and bool(np.isfinite(lat) and np.isfinite(lon))
+    return all(photo[axis] is not None and np.isfinite(photo[axis]) for axis in ("lat", "lon"))

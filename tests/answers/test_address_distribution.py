@@ -26,8 +26,8 @@ def ask(distribution, question):
 @settings(deadline=None)
 def test_the_three_kinds_never_contradict_each_other(scores, level, data):
     distribution = AddressDistribution(CITY.addresses, np.array(scores))
-    found = distribution.ranked()[0]
-    name = getattr(found, level)
+    result = distribution.ranked()[0]
+    name = getattr(result, level)
     wording = {kind: data.draw(st.sampled_from(templates(level, kind))) for kind in ("generation", "judgment", "choice")}
     assert ask(distribution, wording["generation"]) == name
     for other in NAMES[level]:
@@ -46,19 +46,19 @@ def test_probabilities(scores):
     assert len(ranked) == sum(score > -math.inf for score in scores)
     assert [c.probability for c in ranked] == sorted((c.probability for c in ranked), reverse=True)
     assert sum(distribution.probability(street, "street") for street in NAMES["street"]) == pytest.approx(1)
-    found = distribution.localization(3, threshold=0.5)
-    assert found.candidates == ranked[:3]
-    assert found.known == (found.confidence > 0.5)
+    result = distribution.localization(3, threshold=0.5)
+    assert result.candidates == ranked[:3]
+    assert result.known == (result.confidence > 0.5)
 
 
 def test_answers_come_with_the_probability_that_they_are_right():
     """Mill Street 0.1 + 0.2, Oak Avenue 0.4 in Old Town, which is likeliest; Harbour 0.3 + 0.1 of all, Old Town 0.6."""
-    held = {"Elm Row": (0.2, 0.0), "Mill Street": (0.1, 0.2), "Oak Avenue": (0.0, 0.4), "Station Road": (0.1, 0.0)}
+    street_p = {"Elm Row": (0.2, 0.0), "Mill Street": (0.1, 0.2), "Oak Avenue": (0.0, 0.4), "Station Road": (0.1, 0.0)}
     with np.errstate(divide="ignore"):
         distribution = AddressDistribution(
-            CITY.addresses, np.log([held[a.street][a.district == "Old Town"] for a in CITY.addresses]) - 7
+            CITY.addresses, np.log([street_p[a.street][a.district == "Old Town"] for a in CITY.addresses]) - 7
         )
-    for asked, answer, probability in [
+    for parsed, answer, probability in [
         (question_parser.ParsedQuestion("generation", "street"), "Oak Avenue", 0.4),
         (question_parser.ParsedQuestion("generation", "district"), "Old Town", 0.6),
         (question_parser.ParsedQuestion("generation", "address"), "Oak Avenue, Old Town", 0.4),
@@ -70,7 +70,7 @@ def test_answers_come_with_the_probability_that_they_are_right():
         (question_parser.ParsedQuestion("choice", "street", ("Elm Row", "Oak Avenue")), "Oak Avenue", 0.4),
         (question_parser.ParsedQuestion("choice", "district", ("Atlantis", "Harbour")), "Harbour", 0.4),
     ]:
-        assert asked.answer(distribution) == (answer, pytest.approx(probability))
+        assert parsed.answer(distribution) == (answer, pytest.approx(probability))
 
 
 def test_of_equal_addresses_the_first_is_named_and_ranked_first():
@@ -78,9 +78,9 @@ def test_of_equal_addresses_the_first_is_named_and_ranked_first():
     first = [CITY.addresses[i] for i in (1, 2, 4, 7, 0, 5, 6)]
     assert distribution.name("address") == first[0].text()
     assert [(c.street, c.district) for c in distribution.ranked()] == [(a.street, a.district) for a in first]
-    found = distribution.localization(2, threshold=distribution.ranked()[0].probability)
-    assert not found.known  # the confidence has to be above the threshold
-    assert len(found.candidates) == 2
+    result = distribution.localization(2, threshold=distribution.ranked()[0].probability)
+    assert not result.known  # the confidence has to be above the threshold
+    assert len(result.candidates) == 2
 
 
 @pytest.mark.parametrize(

@@ -127,10 +127,10 @@ def test_all_right_has_a_closed_form():
 
 
 def generative(photos, common, seed=0, addresses=8):
-    """A model that was told the first address 20 times as often, asked about photos of which it is as common, or all alike."""
+    """A model trained on the first address 20 times as often, on photos of which it is as common, or all alike."""
     rng = np.random.default_rng(seed)
-    learnt = np.array([1.0, *[0.05] * (addresses - 1)]) if common else np.ones(addresses)
-    truth = rng.choice(addresses, photos, p=learnt / learnt.sum())
+    frequency = np.array([1.0, *[0.05] * (addresses - 1)]) if common else np.ones(addresses)
+    truth = rng.choice(addresses, photos, p=frequency / frequency.sum())
     evidence = rng.normal(0, 1, (photos, addresses))
     evidence[np.arange(photos), truth] += 1.0  # ln p(photo | address) up to a constant
     prior = np.log(np.array([1.0, *[0.05] * (addresses - 1)]))
@@ -139,7 +139,7 @@ def generative(photos, common, seed=0, addresses=8):
 
 def test_a_prior_that_photos_do_not_bear_out_is_divided_by():
     training, validation, test = generative(600, True, 1), generative(300, False, 2), generative(300, False, 3)
-    plain, fitted = (calibration.fit_calibration(validation, 0.8, given) for given in (None, training.scores))
+    plain, fitted = (calibration.fit_calibration(validation, 0.8, scores) for scores in (None, training.scores))
     assert not plain.own_prior
     assert np.argmax(fitted.own_prior) == 0
     assert fitted.measured["nll"]["after"] < plain.measured["nll"]["after"] - 0.1

@@ -27,28 +27,28 @@ def pieces(localizer, **sampling):
 
 def test_pieces_are_the_whole_answer(localizer):
     whole = localizer.chat(MESSAGES, [picture(1)], Sampling(max_tokens=12))[0]
-    found = pieces(localizer, max_tokens=12)
-    assert "".join(p.text for p in found).strip() == whole.text
-    assert [p.finish for p in found[:-1]] == [None] * (len(found) - 1)
-    assert found[-1].finish == whole.finish == ("length" if whole.tokens == 12 else "stop")
-    assert found[-1].tokens == whole.tokens
+    result = pieces(localizer, max_tokens=12)
+    assert "".join(p.text for p in result).strip() == whole.text
+    assert [p.finish for p in result[:-1]] == [None] * (len(result) - 1)
+    assert result[-1].finish == whole.finish == ("length" if whole.tokens == 12 else "stop")
+    assert result[-1].tokens == whole.tokens
     inputs = localizer.inputs([localizer.prompt(MESSAGES)], [[picture(1)]])
     assert whole.prompt_tokens == int(inputs["attention_mask"].sum())
 
 
 def test_no_piece_ends_inside_a_character(localizer):
     for seed in range(5):
-        found = pieces(localizer, max_tokens=40, temperature=3.0, seed=seed)
-        assert all(not p.text.endswith("\ufffd") for p in found[:-1])
+        result = pieces(localizer, max_tokens=40, temperature=3.0, seed=seed)
+        assert all(not p.text.endswith("\ufffd") for p in result[:-1])
 
 
 def test_a_stop_ends_the_answer_before_it(localizer):
     free = localizer.chat(MESSAGES, [picture(1)], Sampling(max_tokens=30, temperature=2.0, seed=3))[0].text
     stop = free[len(free) // 2 : len(free) // 2 + 3]
-    found = pieces(localizer, max_tokens=30, temperature=2.0, seed=3, stop=(stop,))
-    text = "".join(p.text for p in found)
+    result = pieces(localizer, max_tokens=30, temperature=2.0, seed=3, stop=(stop,))
+    text = "".join(p.text for p in result)
     assert text.strip() == free[: free.index(stop)].strip()
-    assert found[-1].finish == "stop"
+    assert result[-1].finish == "stop"
     assert stop not in text
 
 
@@ -69,9 +69,9 @@ def test_a_small_top_p_is_greedy(localizer):
 
 
 def test_log_probabilities(localizer):
-    found = localizer.chat(MESSAGES, [picture(1)], Sampling(max_tokens=6, logprobs=3))[0]
-    assert len(found.scores) == found.tokens
-    for score in found.scores:
+    result = localizer.chat(MESSAGES, [picture(1)], Sampling(max_tokens=6, logprobs=3))[0]
+    assert len(result.scores) == result.tokens
+    for score in result.scores:
         assert len(score.top) == 3
         assert score.log_p == pytest.approx(score.top[0][1])  # greedy takes the likeliest
         assert sum(math.exp(p) for _, p in score.top) <= 1 + 1e-6
@@ -80,7 +80,7 @@ def test_log_probabilities(localizer):
 
 def test_stopping_to_listen_stops_the_model(localizer):
     passes = []
-    hook = localizer.model.register_forward_hook(lambda module, given, out: passes.append(1))
+    hook = localizer.model.register_forward_hook(lambda module, args, out: passes.append(1))
     stream = localizer.stream(MESSAGES, [picture(1)], Sampling(max_tokens=50, temperature=2.0, seed=1))
     next(stream)
     stream.close()
@@ -93,7 +93,7 @@ def vision_passes(localizer, work):
     """How often the vision encoder runs during some work."""
     tower = getattr(localizer.model.model, "vision_tower", None) or localizer.model.model.visual
     passes = []
-    hook = tower.register_forward_hook(lambda module, given, out: passes.append(1))
+    hook = tower.register_forward_hook(lambda module, args, out: passes.append(1))
     work()
     hook.remove()
     return len(passes)

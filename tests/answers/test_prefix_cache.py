@@ -19,7 +19,7 @@ def test_photos_that_were_asked_about_last_are_kept():
     caches = PhotoCaches(3 * 10_000)
     for seed in (0, 1):
         caches.get(picture(seed)).scores = torch.zeros(1000, dtype=torch.float64)
-    assert caches.get(picture(0)).scores is not None  # so that 1 is the one that was not asked about for longest
+    assert caches.get(picture(0)).scores is not None  # so that 1 is the one used least recently
     caches.get(picture(2)).scores = torch.zeros(1000, dtype=torch.float64)
     caches.get(picture(2))
     assert caches.get(picture(0)).scores is not None

@@ -39,10 +39,10 @@ def read(localizer, images=IMAGES):
 @pytest.mark.parametrize("texts", FORMATS)
 def test_scores_are_the_log_likelihoods_of_each_answer(localizer, texts):
     trie = localizer.trie(texts)
-    found = SequenceScorer(localizer, trie).score(read(localizer))
+    result = SequenceScorer(localizer, trie).score(read(localizer))
     naive = torch.tensor([[naive_log_likelihood(localizer, i, QUESTION, text) for text in texts] for i in IMAGES])
-    assert torch.allclose(found, naive.double(), rtol=1e-5, atol=1e-4)
-    assert torch.allclose(SequenceScorer(localizer, trie, as_batch=True).score(read(localizer)), found, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(result, naive.double(), rtol=1e-5, atol=1e-4)
+    assert torch.allclose(SequenceScorer(localizer, trie, as_batch=True).score(read(localizer)), result, rtol=1e-5, atol=1e-4)
 
 
 def test_the_tree_equals_one_answer_after_another(localizer, monkeypatch):
@@ -86,9 +86,9 @@ def greedy(localizer, image, trie):
 def test_greedy_takes_the_best_way_at_each_fork_and_skips_the_rest(localizer):
     texts = ["Mill Street, Harbour", "Mill Street, Old Town", "Oak Avenue, Harbour", "Oak Avenue, Old Town"]
     trie = localizer.trie(texts)
-    found = localizer.answer_from(IMAGES, [QUESTION] * 3, [trie] * 3)
-    assert [(d.index, d.passes) for d in found] == [greedy(localizer, image, trie) for image in IMAGES]
-    assert all(d.passes == 2 < len(localizer.answer_tokens([user_turn(QUESTION)], texts[d.index])) for d in found)
+    result = localizer.answer_from(IMAGES, [QUESTION] * 3, [trie] * 3)
+    assert [(d.index, d.passes) for d in result] == [greedy(localizer, image, trie) for image in IMAGES]
+    assert all(d.passes == 2 < len(localizer.answer_tokens([user_turn(QUESTION)], texts[d.index])) for d in result)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -99,11 +99,11 @@ def test_answers_that_begin_alike_part_after_their_beginning(localizer, texts, b
     sequences = [localizer.answer_tokens([user_turn("")], text) for text in texts]
     looked_ahead = localizer.answer_from(IMAGES, [QUESTION] * 3, [trie] * 3, beams)
     followed = beam_decode(localizer, read(localizer), [trie] * 3, beams)
-    for image, *found in zip(IMAGES, looked_ahead, followed, strict=True):
+    for image, *result in zip(IMAGES, looked_ahead, followed, strict=True):
         expected = [decided(localizer, image, trie, sequence) for sequence in sequences]
         best = greedy(localizer, image, trie)[0] if beams == 1 else max(range(len(texts)), key=expected.__getitem__)
-        assert [d.index for d in found] == [best, best]
-        assert [d.log_p for d in found] == pytest.approx([expected[best]] * 2, rel=1e-3, abs=1e-3)
+        assert [d.index for d in result] == [best, best]
+        assert [d.log_p for d in result] == pytest.approx([expected[best]] * 2, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("ahead", [0, 2, 32])
@@ -111,13 +111,13 @@ def test_a_look_ahead_changes_nothing_but_the_passes(localizer, monkeypatch, ahe
     monkeypatch.setattr("addressvlm.answers.constrained_decoding.LOOKAHEAD", ahead)
     tries = [localizer.trie(texts) for texts in (TEXTS, FORMATS[1], ["Yes"], TEXTS[:2])]
     images = [*IMAGES, IMAGES[0]]
-    found = localizer.answer_from(images, [QUESTION] * 4, tries)
+    result = localizer.answer_from(images, [QUESTION] * 4, tries)
     followed = beam_decode(localizer, read(localizer, images), tries)
-    assert [d.index for d in found] == [d.index for d in followed]
-    assert [d.log_p for d in found] == pytest.approx([d.log_p for d in followed], rel=1e-3, abs=1e-3)
-    assert all(d.passes <= f.passes for d, f in zip(found, followed, strict=True))
-    assert ahead < 32 or max(d.passes for d in found) <= 2
-    assert found[2].passes == 1
+    assert [d.index for d in result] == [d.index for d in followed]
+    assert [d.log_p for d in result] == pytest.approx([d.log_p for d in followed], rel=1e-3, abs=1e-3)
+    assert all(d.passes <= f.passes for d, f in zip(result, followed, strict=True))
+    assert ahead < 32 or max(d.passes for d in result) <= 2
+    assert result[2].passes == 1
 
 
 def test_each_question_has_its_own_answers(localizer):
@@ -158,8 +158,8 @@ def test_enough_beams_find_the_best_decisions(localizer):
     letters = [localizer.tokenizer.convert_tokens_to_ids(letter) for letter in "QX"]
     sequences = [[*way, localizer.tokenizer.eos_token_id] for n in (1, 2, 3) for way in itertools.product(letters, repeat=n)]
     trie = Trie.build(sequences)
-    found = localizer.answer_from(IMAGES, [QUESTION] * 3, [trie] * 3, beams=len(sequences))
-    for image, decoded in zip(IMAGES, found, strict=True):
+    result = localizer.answer_from(IMAGES, [QUESTION] * 3, [trie] * 3, beams=len(sequences))
+    for image, decoded in zip(IMAGES, result, strict=True):
         expected = [decided(localizer, image, trie, sequence) for sequence in sequences]
         assert decoded.log_p == pytest.approx(max(expected), rel=1e-3, abs=1e-3)
         assert expected[decoded.index] == pytest.approx(max(expected), rel=1e-3, abs=1e-3)

@@ -1,4 +1,4 @@
-"""Free generation from a model that is a table of logits, so that all can be said by hand."""
+"""Free generation from a model that is a table of logits, so that all can be computed by hand."""
 
 import math
 from collections.abc import Callable
@@ -23,8 +23,8 @@ class Forward:
     forward: Callable
     generation_config: SimpleNamespace
 
-    def __call__(self, **given):
-        return self.forward(**given)
+    def __call__(self, **kwargs):
+        return self.forward(**kwargs)
 
 
 class Cache:
@@ -47,7 +47,7 @@ class Table:
     def decode(self, ids):
         return "".join(LETTERS[i] for i in ids)
 
-    def forward(self, input_ids, attention_mask, position_ids, **given):
+    def forward(self, input_ids, attention_mask, position_ids, **kwargs):
         self.fed.append((input_ids.tolist(), attention_mask.shape[1], position_ids.tolist()))
         return SimpleNamespace(logits=self.logits[input_ids])
 
@@ -76,8 +76,8 @@ def pieces(model, **sampling):
 
 def test_tokens_are_fed_one_after_the_other_at_their_positions():
     model = chain("abc")
-    found = pieces(model, n=2)
-    assert [(p.index, p.text, p.finish, p.prompt_tokens, p.tokens) for p in found] == [
+    result = pieces(model, n=2)
+    assert [(p.index, p.text, p.finish, p.prompt_tokens, p.tokens) for p in result] == [
         (0, "b", None, 3, 1), (1, "b", None, 3, 1), (0, "c", None, 3, 2), (1, "c", None, 3, 2),
         (0, "", "stop", 3, 3), (1, "", "stop", 3, 3),
     ]  # fmt: skip
@@ -91,10 +91,10 @@ def test_tokens_are_fed_one_after_the_other_at_their_positions():
         ({}, ["b", "c", "d", "e", "f", ""], "stop", 6),
         ({"max_tokens": 6}, ["b", "c", "d", "e", "f", ""], "stop", 6),
         ({"max_tokens": 5}, ["b", "c", "d", "e", "f"], "length", 5),
-        ({"stop": ("e", "cd")}, ["b", ""], "stop", 3),  # the stop that comes first, not the first one given
+        ({"stop": ("e", "cd")}, ["b", ""], "stop", 3),  # the stop that comes first, not the first in the list
         ({"stop": ("cd", "e")}, ["b", ""], "stop", 3),
-        ({"stop": ("cx",)}, ["b", "cd", "e", "f", ""], "stop", 6),  # held back until it can be no stop
-        ({"stop": ("ffx", "fx")}, ["b", "c", "d", "e", "f"], "stop", 6),  # held back to the end
+        ({"stop": ("cx",)}, ["b", "cd", "e", "f", ""], "stop", 6),  # waits until it can be no stop
+        ({"stop": ("ffx", "fx")}, ["b", "c", "d", "e", "f"], "stop", 6),  # waits to the end
         ({"stop": ("cx",), "max_tokens": 2}, ["b", "c"], "length", 2),
         ({"stop": ("cde",)}, ["b", ""], "stop", 4),
         ({"stop": ("f",), "max_tokens": 5}, ["b", "c", "d", "e", ""], "stop", 5),
@@ -103,10 +103,10 @@ def test_tokens_are_fed_one_after_the_other_at_their_positions():
     ],
 )
 def test_where_an_answer_ends(sampling, texts, finish, tokens):
-    found = pieces(chain("abcdef"), **sampling)
-    assert [p.text for p in found] == texts
-    assert [p.finish for p in found] == [*[None] * (len(texts) - 1), finish]
-    assert found[-1].tokens == tokens
+    result = pieces(chain("abcdef"), **sampling)
+    assert [p.text for p in result] == texts
+    assert [p.finish for p in result] == [*[None] * (len(texts) - 1), finish]
+    assert result[-1].tokens == tokens
     (whole,) = generate.complete_chat(chain("abcdef"), chain("abcdef").read(), Sampling(**sampling))
     assert (whole.text, whole.finish, whole.tokens, whole.prompt_tokens) == ("".join(texts), finish, tokens, 3)
 
@@ -114,18 +114,18 @@ def test_where_an_answer_ends(sampling, texts, finish, tokens):
 def test_a_penalty_of_what_was_said_counts_once_a_letter():
     logits = torch.full((len(LETTERS), len(LETTERS)), -9.0)
     logits[:, [LETTERS.index(letter) for letter in "abc"]] = torch.tensor([2.0, 1.5, 1.2])
-    for penalty, said in ((None, "aaaaa"), (1.0, "aaaaa"), (2.0, "abcaa")):
+    for penalty, expected in ((None, "aaaaa"), (1.0, "aaaaa"), (2.0, "abcaa")):
         model = Table(logits, penalty)
-        assert "".join(p.text for p in pieces(model, max_tokens=5)) == said
+        assert "".join(p.text for p in pieces(model, max_tokens=5)) == expected
 
 
 def test_each_answer_has_its_own_tokens_ends_and_log_probabilities():
     """Those of the model, whatever the temperature."""
     model, log_p = drawing(), torch.log_softmax(drawing().logits, dim=1)
-    found = pieces(model, n=5, temperature=1.7, seed=4, max_tokens=9, logprobs=2)
+    result = pieces(model, n=5, temperature=1.7, seed=4, max_tokens=9, logprobs=2)
     lengths = set()
     for index in range(5):
-        of = [p for p in found if p.index == index]
+        of = [p for p in result if p.index == index]
         assert [p.finish is None for p in of] == [True] * (len(of) - 1) + [False]
         assert "".join(s.text for p in of for s in p.scores).rstrip(".") == "".join(p.text for p in of)
         last = "a"
@@ -144,20 +144,20 @@ def test_each_answer_has_its_own_tokens_ends_and_log_probabilities():
 
 
 def test_a_seed_draws_the_same_again_and_leaves_torchs_own_state_alone():
-    def said(**sampling):
+    def texts(**sampling):
         return [c.text for c in generate.complete_chat(drawing(), drawing().read(), Sampling(8, 1.5, n=4, **sampling))]
 
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    first = said(seed=1)
+    first = texts(seed=1)
     assert torch.equal(torch.get_rng_state(), before)
-    assert said(seed=1) == first != said(seed=2)
-    assert said(seed=0) != said(seed=1)
+    assert texts(seed=1) == first != texts(seed=2)
+    assert texts(seed=0) != texts(seed=1)
     torch.manual_seed(7)
-    once = said()
-    assert once != said()
+    once = texts()
+    assert once != texts()
     torch.manual_seed(7)
-    assert said() == once
+    assert texts() == once
     assert len(set(first)) > 1
 
 

@@ -21,9 +21,9 @@ def spelt(name):
 
 
 def completions(trie, node=ROOT):
-    """Everything that can be said, by walking all ways down."""
+    """All answers, by walking all ways down."""
     following = trie.children(node)
-    return [trie.path(node)] if not following else [said for child in following for said in completions(trie, child)]
+    return [trie.path(node)] if not following else [path for child in following for path in completions(trie, child)]
 
 
 @given(TOKENS)
@@ -31,9 +31,9 @@ def completions(trie, node=ROOT):
 def test_every_answer_is_in_it_and_nothing_else(sequences):
     trie = Trie.build(sequences)
     assert [trie.path(end) for end in trie.ends.tolist()] == sequences
-    said = [tuple(path) for path in completions(trie)]
-    assert len(said) == len(set(said))
-    assert set(said) == set(map(tuple, sequences))
+    paths = [tuple(path) for path in completions(trie)]
+    assert len(paths) == len(set(paths))
+    assert set(paths) == set(map(tuple, sequences))
     assert all(sequences[trie.sequence_at(end)] == trie.path(end) for end in trie.ends.tolist())
 
 
@@ -56,10 +56,10 @@ def test_what_answers_share_is_there_once(sequences):
 def test_beginnings_are_as_long_as_it_takes_to_tell_answers_apart(sequences):
     beginnings = Trie.build(sequences).unique_prefixes()
     for sequence, end in zip(sequences, beginnings.ends.tolist(), strict=True):
-        said, others = beginnings.path(end), [other for other in sequences if other != sequence]
-        assert said == sequence[: len(said)]
-        assert all(other[: len(said)] != said for other in others)
-        assert len(said) == 1 or any(other[: len(said) - 1] == said[:-1] for other in others)
+        prefix, others = beginnings.path(end), [other for other in sequences if other != sequence]
+        assert prefix == sequence[: len(prefix)]
+        assert all(other[: len(prefix)] != prefix for other in others)
+        assert len(prefix) == 1 or any(other[: len(prefix) - 1] == prefix[:-1] for other in others)
 
 
 @given(TOKENS, st.integers(1, 12))
@@ -78,8 +78,8 @@ def test_parts_cover_it(sequences, most):
 @settings(deadline=None, max_examples=30)
 def test_names_in_any_script(names):
     trie = Trie.build([spelt(name) for name in names])
-    said = {TOKENIZER.decode(path[:-1]) for path in completions(trie)}
-    assert said == set(names)
+    decoded = {TOKENIZER.decode(path[:-1]) for path in completions(trie)}
+    assert decoded == set(names)
 
 
 def test_a_name_that_begins_another_one():

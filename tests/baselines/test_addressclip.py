@@ -86,17 +86,17 @@ def test_photos_of_one_address_are_no_negatives_of_each_other() -> None:
 
 def test_near_photos_are_pulled_together_and_far_ones_apart() -> None:
     vectors = F.normalize(torch.ones(4, 6) + 0.3 * unit(4, 6).float(), dim=-1)
-    learnt = vectors.clone().requires_grad_()
-    optimizer = torch.optim.SGD([learnt], lr=1.0)
+    images = vectors.clone().requires_grad_()
+    optimizer = torch.optim.SGD([images], lr=1.0)
     for _ in range(200):
         optimizer.zero_grad()
-        geography_loss(F.normalize(learnt, dim=-1), HERE).backward()
+        geography_loss(F.normalize(images, dim=-1), HERE).backward()
         optimizer.step()
-    after = F.normalize(learnt.detach(), dim=-1)
+    after = F.normalize(images.detach(), dim=-1)
     similarity = after @ after.T
     assert similarity[0, 1] > 0.97
     assert similarity[0, 3] < 0.1 < 0.9 < similarity[2, 3]
-    assert float(geography_loss(after, HERE)) < 1e-3  # vectors with the similarities that are asked for exist
+    assert float(geography_loss(after, HERE)) < 1e-3  # vectors with the target similarities exist
 
 
 def test_distances_know_no_unit_and_photos_without_coordinates_are_left_out() -> None:
@@ -124,8 +124,8 @@ def test_geography_draws_similarity_to_one_less_half_the_distance() -> None:
     vectors, positions = unit(3, 5), torch.tensor([[0.0, 60.0], [1.0, 60.0], [0.25, 64.0]])
     apart = np.array([[0, 1, 1.25], [1, 0, 1.75], [1.25, 1.75, 0]])  # east and north, each as a share of the whole
     assert pairwise_distances(positions).numpy() == pytest.approx(apart)
-    wanted = ((vectors @ vectors.T).numpy() - (1 - apart / 2)) ** 2
-    assert float(geography_loss(vectors, positions.double())) == pytest.approx(wanted.mean())
+    expected = ((vectors @ vectors.T).numpy() - (1 - apart / 2)) ** 2
+    assert float(geography_loss(vectors, positions.double())) == pytest.approx(expected.mean())
 
 
 def test_the_total_is_each_loss_times_its_weight() -> None:
@@ -143,10 +143,10 @@ def test_the_total_is_each_loss_times_its_weight() -> None:
     assert {name: part.item() for name, part in parts.items()} == {name: part.item() for name, part in alone.items()}
     assert float(total) == pytest.approx(sum(weights[name] * float(part) for name, part in alone.items()))
     for of in (images, scale):
-        (found,) = torch.autograd.grad(total, of, retain_graph=True)
+        (gradient,) = torch.autograd.grad(total, of, retain_graph=True)
         each = {n: torch.autograd.grad(p, of, retain_graph=True, allow_unused=True)[0] for n, p in alone.items()}
         expected = sum(weights[name] * pull for name, pull in each.items() if pull is not None)
-        assert torch.allclose(found, expected)
+        assert torch.allclose(gradient, expected)
     some, parts = total_loss(features, LossWeights(address=0, caption=0.5, geography=0))
     assert list(parts) == ["caption"]
     assert float(some) == pytest.approx(0.5 * float(alone["caption"]))
@@ -154,27 +154,27 @@ def test_the_total_is_each_loss_times_its_weight() -> None:
 
 def test_all_workers_gradients_add_up_to_those_of_the_joint_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     joint, weights, world = features_of(), LossWeights(), 2
-    learnt = {name: joint[name].clone().requires_grad_() for name in ("images", "addresses", "captions")}
-    total_loss(joint | learnt, weights)[0].backward()
+    leaves = {name: joint[name].clone().requires_grad_() for name in ("images", "addresses", "captions")}
+    total_loss(joint | leaves, weights)[0].backward()
     shares = [
         {name: value if name == "scale" else value[2 * rank : 2 * rank + 2] for name, value in joint.items()} for rank in (0, 1)
     ]
 
-    def exchange(found: list[torch.Tensor], mine: torch.Tensor) -> None:
+    def exchange(gathered: list[torch.Tensor], mine: torch.Tensor) -> None:
         at = next(name for name in joint if name != "scale" and torch.equal(shares[rank][name], mine.to(joint[name].dtype)))
-        found[:] = [share[at] for share in shares]
+        gathered[:] = [share[at] for share in shares]
 
     monkeypatch.setattr(addressclip.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(addressclip.dist, "get_world_size", lambda: world)
     monkeypatch.setattr(addressclip.dist, "get_rank", lambda: rank)
     monkeypatch.setattr(addressclip.dist, "all_gather", exchange)
     for rank in range(world):
-        own = {name: shares[rank][name].clone().requires_grad_() for name in learnt}
+        own = {name: shares[rank][name].clone().requires_grad_() for name in leaves}
         loss, _ = total_loss(all_gather_features(shares[rank] | own), weights)
         assert float(loss) == pytest.approx(float(total_loss(joint, weights)[0]))
         loss.backward()
         for name, value in own.items():  # the gradients of weights are averaged over workers afterwards
-            assert torch.allclose(value.grad / world, learnt[name].grad[2 * rank : 2 * rank + 2]), name
+            assert torch.allclose(value.grad / world, leaves[name].grad[2 * rank : 2 * rank + 2]), name
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "llava", "fastvlm"])
@@ -285,16 +285,16 @@ def test_a_step_has_the_features_of_its_own_photos_and_texts(learns: bool, base:
     with torch.no_grad():
         for number in (0, 1, 0, 7):  # the third time from what is kept; the epoch after that mixes known and new photos
             batch = data.batch(number)
-            found = towers(batch)
+            result = towers(batch)
             for at, sample in enumerate(batch.samples):
                 image = sample.image or clip_data(config, encoder).sample(sample.index).image
                 alone = encoder.encode_images([image])[0], *encoder.encode_texts([sample.address, sample.caption])
                 for name, vector in zip(("images", "addresses", "captions"), alone, strict=True):
-                    assert torch.allclose(found[name][at], vector, atol=1e-5), (name, number, at)
-                assert found["address_names"][at] == text_number(sample.address)
-                assert found["caption_names"][at] == text_number(sample.caption)
-            assert torch.equal(found["positions"], batch.positions)
-            assert float(found["scale"]) == pytest.approx(float(encoder.scale))
+                    assert torch.allclose(result[name][at], vector, atol=1e-5), (name, number, at)
+                assert result["address_names"][at] == text_number(sample.address)
+                assert result["caption_names"][at] == text_number(sample.caption)
+            assert torch.equal(result["positions"], batch.positions)
+            assert float(result["scale"]) == pytest.approx(float(encoder.scale))
 
 
 def test_new_projections_have_a_rate_of_their_own_and_no_decay(base: Path, tmp_path: Path) -> None:
@@ -385,9 +385,9 @@ def test_it_learns_the_colours_and_says_what_it_is(base: Path, tmp_path: Path, c
     tables.write_table(photos, "train", rows, tables.read_table_file(next(photos.glob("train-*"))).schema)
     addressclip.train_addressclip(config, addressclip_config(epochs=20.0, max_steps=80, captions="alignment"), None, ignored)
     run = Run(config)
-    found = losses(config)
-    assert len(found) == 80
-    assert found[-1] < 0.7 * found[0]
+    result = losses(config)
+    assert len(result) == 80
+    assert result[-1] < 0.7 * result[0]
     (bad,) = tables.read_table_file(run.rejects / "train-addressclip.parquet").to_pylist()
     assert (bad["id"], bad["stage"]) == ("train5", "contrast")
     folder = run.model_dir("AddressCLIP")
@@ -427,7 +427,7 @@ def test_frozen_encoders_stay_as_they_are_and_see_each_photo_once(tmp_path: Path
     addressclip.train_addressclip(config, addressclip_config(max_steps=2), None, ignored)
     statistics = [name for name in before if "running_mean" in name]
     assert statistics
-    assert all(torch.equal(weights(config)[name], before[name]) for name in statistics)  # batch statistics are not learnt
+    assert all(torch.equal(weights(config)[name], before[name]) for name in statistics)  # batch statistics are frozen
 
 
 def test_nothing_to_learn_is_an_error(base: Path, tmp_path: Path) -> None:

@@ -81,8 +81,8 @@ def test_open_clip_gives_its_own_vectors(kind: str, tmp_path: Path) -> None:
     dual = build_dual_encoder(str(folder), "toy", "float32", 0)
     assert dual.encode_images(PHOTOS).numpy() == pytest.approx(vectors, abs=1e-6)
     with torch.no_grad():
-        found = dual.project_texts(dual.text_states({"input_ids": IDS}))
-    assert found[:, :6].numpy() == pytest.approx(np.array(texts), abs=2e-5)
+        result = dual.project_texts(dual.text_states({"input_ids": IDS}))
+    assert result[:, :6].numpy() == pytest.approx(np.array(texts), abs=2e-5)
 
 
 @pytest.mark.parametrize("kind", OPEN_CLIP)
@@ -101,9 +101,9 @@ def test_it_is_saved_as_a_model_of_transformers(kind: str, tmp_path: Path) -> No
 
 def test_texts_are_cleaned_as_open_clip_does(tmp_path: Path) -> None:
     siglip = build_dual_encoder(str(write_open_clip(tmp_path / "siglip", SIGLIP_CFG, SQUASH)), "toy", "float32", 0)
-    said = siglip.tokens(["  Mill_Street,\n (HARBOUR)!"])
-    assert said.keys() == {"input_ids"}  # its padding is looked at
-    assert torch.equal(said["input_ids"], siglip.tokens(["mill street harbour"])["input_ids"])
+    tokens = siglip.tokens(["  Mill_Street,\n (HARBOUR)!"])
+    assert tokens.keys() == {"input_ids"}  # its padding is looked at
+    assert torch.equal(tokens["input_ids"], siglip.tokens(["mill street harbour"])["input_ids"])
     plain = build_dual_encoder(str(write_open_clip(tmp_path / "plain")), "toy", "float32", 0)
     spaced, tight, lower = (plain.tokens([text])["input_ids"] for text in (" Mill  Street ", "Mill Street", "mill street"))
     assert torch.equal(spaced, tight)
@@ -115,8 +115,8 @@ def test_addressclip_learns_from_open_clip(tmp_path: Path) -> None:
     clip = write_open_clip(tmp_path / "clip")
     addressclip.train_addressclip(config, addressclip_config(base=str(clip), max_steps=2), None, lambda metrics, snapshot: None)
     folder = Run(config).model_dir("AddressCLIP")
-    learnt = load_file(folder / "model.safetensors")["visual_projection.weight"]
-    assert (learnt - load_file(clip / "open_clip_model.safetensors")["visual.proj"].T).abs().max() > 0
+    trained = load_file(folder / "model.safetensors")["visual_projection.weight"]
+    assert (trained - load_file(clip / "open_clip_model.safetensors")["visual.proj"].T).abs().max() > 0
     assert open_encoder(folder).encode_texts(["Mill Street"]).shape == (1, 16)
 
 
@@ -128,7 +128,7 @@ def changed(cfg: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("cfg", "photos", "said"),
+    ("cfg", "photos", "message"),
     [
         (changed(PLAIN_CFG, vision_cfg={"layers": [3, 4, 6, 3]}), {}, r"vision_cfg.layers \[3, 4, 6, 3\] .*no model of transf"),
         (changed(SIGLIP_CFG, vision_cfg={"timm_model_name": "convnext_base"}), {}, "timm_model_name 'convnext_base'"),
@@ -145,12 +145,12 @@ def changed(cfg: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
         ({"embed_dim": 16}, {}, "no model_cfg with vision_cfg and text_cfg"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_taken_from_open_clip_says_why(cfg: dict, photos: dict, said: str, tmp_path: Path) -> None:
+def test_what_cannot_be_taken_from_open_clip_says_why(cfg: dict, photos: dict, message: str, tmp_path: Path) -> None:
     write_open_clip(tmp_path / "clip", cfg if "vision_cfg" in cfg else PLAIN_CFG)
     (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": photos}))
-    with pytest.raises(InputError, match=said) as found:
+    with pytest.raises(InputError, match=message) as error:
         Encoder(str(tmp_path / "clip"))
-    assert str(tmp_path / "clip") in str(found.value)
+    assert str(tmp_path / "clip") in str(error.value)
 
 
 def test_files_of_open_clip_that_are_missing(tmp_path: Path) -> None:
@@ -218,11 +218,11 @@ def test_the_order_of_patches_does_not_matter() -> None:
 
 
 def test_positions_stay_where_the_grid_is_the_learnt_one() -> None:
-    learnt = torch.randn(1, 1 + 16, 3)
-    assert interpolate_positions(learnt, 4, 4) is learnt
-    assert interpolate_positions(learnt, 2, 7).shape == (1, 15, 3)
-    assert torch.equal(interpolate_positions(learnt, 2, 7)[:, 0], learnt[:, 0])
-    flat = interpolate_positions(torch.ones_like(learnt), 3, 9)
+    embeddings = torch.randn(1, 1 + 16, 3)
+    assert interpolate_positions(embeddings, 4, 4) is embeddings
+    assert interpolate_positions(embeddings, 2, 7).shape == (1, 15, 3)
+    assert torch.equal(interpolate_positions(embeddings, 2, 7)[:, 0], embeddings[:, 0])
+    flat = interpolate_positions(torch.ones_like(embeddings), 3, 9)
     assert torch.allclose(flat, torch.ones_like(flat), atol=1e-5)
 
 
@@ -235,7 +235,7 @@ def put(name: str, *shape: int) -> Callable[[dict], None]:
 
 
 @pytest.mark.parametrize(
-    ("change", "size", "said"),
+    ("change", "size", "message"),
     [
         (dropped("backbone.model.blocks.1.ls2.gamma"), 42, r"has no 'backbone.model.blocks.1.ls2.gamma': get the whole file"),
         (dropped("aggregator.dust_bin"), 42, r"has no 'aggregator.dust_bin'"),
@@ -247,14 +247,14 @@ def put(name: str, *shape: int) -> Callable[[dict], None]:
         (lambda weights: None, "large", "is large: give a side in pixels"),
     ],
 )
-def test_what_is_no_place_recognition_says_why(change: Callable[[dict], None], size: Any, said: str, tmp_path: Path) -> None:
+def test_what_is_no_place_recognition_says_why(change: Callable[[dict], None], size: Any, message: str, tmp_path: Path) -> None:
     folder = write_places(tmp_path, salad_weights(), image_size=size)
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(InputError, match=said) as found:
+    with pytest.raises(InputError, match=message) as error:
         Encoder(str(folder))
-    assert str(folder) in str(found.value)
+    assert str(folder) in str(error.value)
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:

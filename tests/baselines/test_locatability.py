@@ -58,7 +58,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def test_a_photo_is_scored_between_0_and_1_by_its_own_classes(models: tuple[str, str]) -> None:
     scorer, photos = Locatability(*models), [picture(1), picture(2, (64, 48))]
-    assert [found.shape for found in scorer.classes(photos)] == [(30, 40), (48, 64)]
+    assert [classes.shape for classes in scorer.classes(photos)] == [(30, 40), (48, 64)]
     scores = scorer.scores(photos)
     assert all(0 < score < 1 for score in scores)
     assert scores == pytest.approx([scorer.scores([photo])[0] for photo in photos], abs=1e-5)
@@ -97,8 +97,8 @@ def test_photos_of_other_sizes_beside_it_change_nothing_of_a_photo(models: tuple
     photos = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in ((30, 40), (40, 90), (60, 40))]
     alone = [scorer.classes([photo])[0] for photo in photos]
     together = scorer.classes(photos)
-    assert [found.shape for found in together] == [(30, 40), (40, 90), (60, 40)]
-    assert len({number for found in alone for number in np.unique(found)}) > 1
+    assert [classes.shape for classes in together] == [(30, 40), (40, 90), (60, 40)]
+    assert len({number for classes in alone for number in np.unique(classes)}) > 1
     assert all((a == b).mean() > 0.99 for a, b in zip(alone, together, strict=True))
 
 
@@ -109,11 +109,11 @@ def test_shares_count_by_what_their_part_tells(models: tuple[str, str], monkeypa
     scorer._texts_TD = torch.eye(2)
     scorer.clues = 1
 
-    def told(parts: list[Image.Image]) -> torch.Tensor:
+    def encode(parts: list[Image.Image]) -> torch.Tensor:
         red = [float((np.asarray(part)[..., 1] == 0).mean()) for part in parts]
         return torch.tensor([[1.0, 0.0] if share < 0.5 else [0.0, 1.0] for share in red])  # the small part is the clue
 
-    monkeypatch.setattr(scorer.clip, "encode_images", told)
+    monkeypatch.setattr(scorer.clip, "encode_images", encode)
     monkeypatch.setattr(scorer.clip, "max_scale", 1e9)
     scorer.clip.log_scale.data.fill_(5.0)
     assert scorer._score(photo, classes) == pytest.approx(0.3)
@@ -125,11 +125,11 @@ def test_parts_below_a_hundredth_of_the_photo_weigh_nothing(models: tuple[str, s
     scorer._texts_TD, scorer.clues = torch.eye(2), 1
     seen: list[int] = []
 
-    def told(parts: list[Image.Image]) -> torch.Tensor:
+    def encode(parts: list[Image.Image]) -> torch.Tensor:
         seen.extend(int((np.asarray(part)[..., 0] == 255).sum()) for part in parts)
         return torch.tensor([[1.0, 0.0]] * len(parts))
 
-    monkeypatch.setattr(scorer.clip, "encode_images", told)
+    monkeypatch.setattr(scorer.clip, "encode_images", encode)
     monkeypatch.setattr(scorer.clip, "max_scale", 1e9)
     scorer.clip.log_scale.data.fill_(5.0)
     assert scorer._score(Image.new("RGB", (20, 20), "red"), classes) == pytest.approx(397 / 400)
@@ -155,12 +155,12 @@ def test_a_batch_of_photos_is_scored_each_by_itself(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_curve_says_what_thresholds_keep(tmp_path: Path) -> None:
-    found = curve([0.2, 0.4, 0.6, 0.65])
-    at = dict(zip(found.thresholds, zip(found.kept, found.mean, strict=True), strict=True))
+    result = curve([0.2, 0.4, 0.6, 0.65])
+    at = dict(zip(result.thresholds, zip(result.kept, result.mean, strict=True), strict=True))
     assert at[0.1] == (1.0, pytest.approx(0.4625))
     assert at[0.4] == (0.75, pytest.approx(0.55))
     assert at[0.7] == (0.0, None)
-    locatability.draw_curve(found, tmp_path / "curve.svg")
+    locatability.draw_curve(result, tmp_path / "curve.svg")
     assert "<svg" in (tmp_path / "curve.svg").read_text()
     with pytest.raises(InputError, match="there are no photos"):
         curve([])

@@ -34,9 +34,9 @@ HERE = (52.205, 0.119)
     ],
 )
 def test_coordinates_in_any_dress(text: str) -> None:
-    found = parse_coordinates(text, CITY)
-    assert found.point == pytest.approx(HERE)
-    assert found.why == ""
+    reply = parse_coordinates(text, CITY)
+    assert reply.point == pytest.approx(HERE)
+    assert reply.why == ""
 
 
 @pytest.mark.parametrize(
@@ -78,5 +78,5 @@ def test_what_is_written_is_read(lat: float, lon: float, as_dms: bool) -> None:
 
 @given(st.text())
 def test_any_text_is_read(text: str) -> None:
-    found = parse_coordinates(text, CITY)
-    assert (found.point is None) == (found.why in ("refused", "out of range"))
+    reply = parse_coordinates(text, CITY)
+    assert (reply.point is None) == (reply.why in ("refused", "out of range"))

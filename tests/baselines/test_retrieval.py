@@ -112,22 +112,22 @@ def test_shards_find_what_the_whole_finds(photos: int, shards: int, k: int, fart
     gallery, queries = unit(rng, photos), unit(rng, 5)
     cuts = [part for part in np.array_split(np.arange(photos), shards) if len(part)]
     parts = [VectorIndex(gallery[part], "e").search(queries, k, farthest) for part in cuts]
-    found = merge_neighbours(
+    result = merge_neighbours(
         [Neighbours(p.similarity, p.position + c[0]) for p, c in zip(parts, cuts, strict=True)], k, farthest
     )
     like = queries @ gallery.T
     expected = np.sort(like if farthest else -like, axis=1)[:, :k]
-    assert found.similarity == pytest.approx(expected if farthest else -expected, abs=1e-5)
-    assert np.take_along_axis(like, found.position, 1) == pytest.approx(found.similarity, abs=1e-5)
-    assert all(len(set(row)) == len(row) == min(k, photos) for row in found.position.tolist())
+    assert result.similarity == pytest.approx(expected if farthest else -expected, abs=1e-5)
+    assert np.take_along_axis(like, result.position, 1) == pytest.approx(result.similarity, abs=1e-5)
+    assert all(len(set(row)) == len(row) == min(k, photos) for row in result.position.tolist())
 
 
 def test_best_photo_of_each_group() -> None:
     rng = np.random.default_rng(0)
     gallery, queries, group = unit(rng, 40), unit(rng, 3), rng.integers(-1, 4, 40)
-    found = VectorIndex(gallery, "e").best(queries, group, 5)
-    assert found[:, :4] == pytest.approx(np.stack([(queries @ gallery[group == g].T).max(1) for g in range(4)], 1), abs=1e-6)
-    assert np.isneginf(found[:, 4]).all()
+    result = VectorIndex(gallery, "e").best(queries, group, 5)
+    assert result[:, :4] == pytest.approx(np.stack([(queries @ gallery[group == g].T).max(1) for g in range(4)], 1), abs=1e-6)
+    assert np.isneginf(result[:, 4]).all()
 
 
 def test_best_is_the_same_however_many_queries_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,12 +266,12 @@ def test_distances_are_those_on_the_sphere(lat: float, lon: float) -> None:
 
 def test_shares_within_a_radius_are_in_metres_far_north() -> None:
     geod, photos = pyproj.Geod(ellps="sphere"), []
-    found = {}
+    coordinates = {}
     for number, metres in enumerate((24.8, 25.2, 49, 99, 101, 900, 24_000)):
         photos.append({"id": str(number), "place": str(number), "lat": 60.0, "lon": 10.0 + number})
         lon, lat, _ = geod.fwd(10.0 + number, 60.0, 90, metres)
-        found[str(number)] = (lat, lon)
-    shares = share_within(photos, found, 100)
+        coordinates[str(number)] = (lat, lon)
+    shares = share_within(photos, coordinates, 100)
     assert [round(7 * share["value"]) for share in shares.values()] == [1, 3, 4, 5, 6, 7, 7, 7, 7]
     assert list(shares) == ["25 m", "50 m", "100 m", "500 m", "1 km", "25 km", "200 km", "750 km", "2500 km"]
 
@@ -281,11 +281,11 @@ def test_distances_and_shares() -> None:
     assert distance_m(0, 0, 0, 180) == pytest.approx(np.pi * 6_371_008.8)
     photos = [{"id": str(i), "place": str(i), "lat": 52.0, "lon": 0.0} for i in range(4)]
     unknown = {"id": "x", "place": "x", "lat": None, "lon": None}
-    found = share_within([*photos, unknown], {"0": (52.0, 0.0), "1": (52.0004, 0.0), "2": (53.0, 0.0), "x": (1.0, 1.0)}, 100)
-    assert {name: found[name]["value"] for name in ("25 m", "50 m", "1 km", "200 km", "2500 km")} == {
+    result = share_within([*photos, unknown], {"0": (52.0, 0.0), "1": (52.0004, 0.0), "2": (53.0, 0.0), "x": (1.0, 1.0)}, 100)
+    assert {name: result[name]["value"] for name in ("25 m", "50 m", "1 km", "200 km", "2500 km")} == {
         "25 m": 0.25, "50 m": 0.5, "1 km": 0.5, "200 km": 0.75, "2500 km": 0.75,
     }  # fmt: skip
-    assert found["25 m"]["n"] == 4
+    assert result["25 m"]["n"] == 4
 
 
 # Prompts
@@ -294,19 +294,19 @@ def test_distances_and_shares() -> None:
 def test_prompts_say_what_they_are_told_to() -> None:
     near, far = PHOTOS[:2], PHOTOS[2:]
 
-    def said(**settings: Any) -> str:
+    def prompt(**settings: Any) -> str:
         return rag_prompt(RagConfig(name="rag", kind="rag", **settings), near, far)
 
-    assert '{"similar": [{"lat": 52.0051, "lon": 0.01}, {"lat": 52.0149, "lon": 0.01}], "dissimilar": [{"lat"' in said()
-    assert '"lat": "52°00\'18.4\\"N"' in said(degrees="dms")
-    backwards = said(form="sentences", order="dissimilar first")
+    assert '{"similar": [{"lat": 52.0051, "lon": 0.01}, {"lat": 52.0149, "lon": 0.01}], "dissimilar": [{"lat"' in prompt()
+    assert '"lat": "52°00\'18.4\\"N"' in prompt(degrees="dms")
+    backwards = prompt(form="sentences", order="dissimilar first")
     assert backwards.index("unlike this one were taken at 52.01000, 0.01000.") < backwards.index("52.00510, 0.01000; 52.01490")
-    assert "taken at King Street, Harbour; King Street, Harbour." in said(ask="addresses", form="sentences")
-    assert "52." not in said(ask="addresses")
-    turned = said(order="dissimilar first")
+    assert "taken at King Street, Harbour; King Street, Harbour." in prompt(ask="addresses", form="sentences")
+    assert "52." not in prompt(ask="addresses")
+    turned = prompt(order="dissimilar first")
     assert turned.index('"dissimilar": [{"lat": 52.01,') < turned.index('"similar": [{"lat": 52.0051')
-    assert "the similar photos and unlikely near the dissimilar ones" in said()
-    assert said().endswith('{"lat": <latitude in decimal degrees>, "lon": <longitude in decimal degrees>}')
+    assert "the similar photos and unlikely near the dissimilar ones" in prompt()
+    assert prompt().endswith('{"lat": <latitude in decimal degrees>, "lon": <longitude in decimal degrees>}')
     west = [{"lat": -33.99999, "lon": -70.5}]
     assert '"lat": "33°59\'60.0' not in rag_prompt(RagConfig(name="rag", kind="rag", degrees="dms"), west, [])
     assert '{"lat": "34°00\'00.0\\"S", "lon": "70°30\'00.0\\"W"}' in rag_prompt(
