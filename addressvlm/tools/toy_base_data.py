@@ -75,16 +75,9 @@ def _place(
     for heading in rng.sample(view_headings(street, rng), 2):
         photo = photograph(world, x, y, heading, rng.uniform(0.8, 1.12))
         facts = graft_facts(
-            address.street,
-            address.district,
-            lat,
-            lon,
-            compass_heading(world, heading),
-            photo,
-            tile,
-            renderer.roads,
-            TILES.delta,
-        )
+            address.street, address.district, lat, lon, compass_heading(world, heading), photo, tile,
+            renderer.roads, TILES.delta,
+        )  # fmt: skip
         traits = [*street.character.traits(district_at(world, *place[1:]).character), facts.view or ""]
         conversations = [
             _localization(address, gazetteer, rng),
