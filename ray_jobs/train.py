@@ -26,7 +26,7 @@ except ImportError as missing:
 
 from addressvlm import InputError
 from addressvlm.config import Config
-from addressvlm.config.train import Data, StageConfig, SystemConfig
+from addressvlm.config.train import Data, SystemConfig
 from addressvlm.models.loading import resolve_model
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import LAST_MODEL_FILE, Run, begin_or_resume, is_done, mark_done
@@ -44,23 +44,17 @@ def settings(config: Config, system: SystemConfig) -> dict[str, Any]:
     if config.train.checkpoint_to_merge == "best":
         keys |= {"validate_every", "validate_photos"}
     train = config.train.model_dump(include=keys, exclude_none=True)
-    stages = {name: stage_settings(config.train.stages[name]) for name in system.stages}
+    stages = {name: config.train.stages[name].model_dump() for name in system.stages}
     reference = next((s for s in config.train.systems if s.name == system.match_steps_of), None)
-    others = {name: stage_settings(config.train.stages[name]) for name in reference.stages} if reference else {}
+    others = {name: config.train.stages[name].model_dump() for name in reference.stages} if reference else {}
     tables_used = tables_of(config, system)
     inputs = (label if "alignment" in tables_used else prepare).settings(config)
     if "reasoning" in tables_used:
         inputs["reasoning"] = label.settings(reasoning_labels(config))["labels"]
-    if any("locatability" in stage for stage in [*stages.values(), *others.values()]):
+    if any(stage["locatability"] is not None for stage in [*stages.values(), *others.values()]):
         inputs["locatability"] = {run.folder.name: locatability_scored_by(run) for run, _ in training_runs(config)}
     train = {**train, "system": system.model_dump(), "stages": stages, "equal_to": others}
     return {**inputs, "model": config.model.model_dump(), "train": train}
-
-
-def stage_settings(stage: StageConfig) -> dict[str, Any]:
-    """A stage's settings, of the optional ones those that are set."""
-    optional = {"locatability", "augment"}
-    return stage.model_dump(exclude=optional) | stage.model_dump(include=optional, exclude_defaults=True)
 
 
 def tables_of(config: Config, system: SystemConfig) -> set[Data]:

@@ -17,6 +17,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on Ray come first: they are one group of one worker, and the longest."""
+    groups = [item.get_closest_marker("xdist_group") for item in items]
+    on_ray = {item for item, group in zip(items, groups, strict=True) if group and group.args == ("ray",)}
+    items.sort(key=lambda item: item not in on_ray)
+
+
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A real Ray of this process, four CPUs by its own count so that small test jobs never wait for each other."""

@@ -179,7 +179,7 @@ def test_what_was_located_is_kept_for_the_same_model_and_question_alone(model, p
         return [{"number": 0, "rows": len(rows), "written": {"located": len(rows) - 1}, "rejects": [reject]}]
 
     monkeypatch.setattr(localize, "run_shards", made)
-    monkeypatch.setattr(localize, "require_resources", lambda *_: None)
+    monkeypatch.setattr(localize, "require_evaluation_workers", lambda *_: None)
     here = tmp_path / "photos"
     shutil.copytree(photos, here)
     copied = tmp_path / "model"

@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
     "checks": {"positive_data_acceptance": {"expected-statuses": FITTING}},
     "phases": {"coverage": {"enabled": EXAMPLES > 100}},
 }
-routes = Routes(ServiceSettings(), [], None, ServiceMetrics(), None, None)  # type: ignore[arg-type]
+routes = Routes(ServiceSettings(), [], None, ServiceMetrics())  # type: ignore[arg-type]
 document = routes.app().openapi()
 schema = schemathesis.openapi.from_dict(document, config=SchemathesisConfig.from_dict(CONFIG))
 tried: Counter[int] = Counter()
