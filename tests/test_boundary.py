@@ -23,7 +23,7 @@ def imported(source: str) -> Iterator[str]:
 
 def test_the_domain_imports_nothing_of_ray() -> None:
     modules = {path.relative_to(DOMAIN).as_posix(): BEYOND & set(imported(path.read_text())) for path in DOMAIN.rglob("*.py")}
-    assert {module: found for module, found in modules.items() if found} == {}
+    assert {module: result for module, result in modules.items() if result} == {}
     assert "training/trainer.py" in modules
 
 

@@ -41,9 +41,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def localized(model: Path, seed: int, top_k: int = 3) -> dict:
     """What the library says of a photo, as the command's JSON has it."""
-    found = Localizer(model, device="cpu").localize(picture(seed), top_k)
-    candidates = [vars(candidate) for candidate in found.candidates]
-    return {"known": found.known, "confidence": found.confidence, "threshold": found.threshold, "candidates": candidates}
+    result = Localizer(model, device="cpu").localize(picture(seed), top_k)
+    candidates = [vars(candidate) for candidate in result.candidates]
+    return {"known": result.known, "confidence": result.confidence, "threshold": result.threshold, "candidates": candidates}
 
 
 def close(row: dict) -> dict:

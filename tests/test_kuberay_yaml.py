@@ -51,8 +51,8 @@ def clusters(documents: dict[str, Tree]) -> list[Tree]:
 
 def groups(cluster: Tree) -> dict[str, Tree]:
     """The pods of a cluster by the name of their group."""
-    found = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
-    return {name: group["template"]["spec"] for name, group in {"head": cluster["headGroupSpec"], **found}.items()}
+    result = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    return {name: group["template"]["spec"] for name, group in {"head": cluster["headGroupSpec"], **result}.items()}
 
 
 def test_only_fields_that_kuberay_knows(documents: dict[str, Tree]) -> None:

@@ -37,18 +37,18 @@ def photo(colour: tuple[int, int, int]) -> bytes:
 
 def rows(places: int = 8, views: int = 3) -> list[dict[str, Any]]:
     """Photos along Mill Street; the views of a place follow one another."""
-    found = []
+    result = []
     for place in range(places):
         lat, lon = town.degrees(12 * place - 40, 0)
         for view in range(views):
-            found.append({
+            result.append({
                 "id": f"{place}_{view}", "place": str(place), "lat": lat, "lon": lon,
                 "heading": None if view == 0 else 120.0 * view,
                 "image": {"bytes": photo((200, 30, 30)), "path": f"{place}_{view}.jpg"},
                 "street": "Mill Street", "main_street": "Mill Street",
                 "district": "Harbour", "cross_street": "King Street", "distance_m": 1.0, "ambiguous": False, "rounds": [],
             })  # fmt: skip
-    return found
+    return result
 
 
 def config_of(folder: Path, **changes: Any) -> Config:
@@ -112,9 +112,9 @@ def test_photos_become_reasoning_labels(config: Config, ray_local: None, capsys:
     """The prompt decides what is read and written; a photo that is none is rejected."""
     labels = config.labels.model_copy(update={"prompt": "reasoning"})
     label.run_step(config.model_copy(update={"labels": labels}), redo=False)
-    found = list(tables.iter_rows(Run(config).reasoning, "train"))
-    assert len(found) == 23
-    assert {row["rounds"][0]["level"] for row in found} == {"reasoning"}
+    result = list(tables.iter_rows(Run(config).reasoning, "train"))
+    assert len(result) == 23
+    assert {row["rounds"][0]["level"] for row in result} == {"reasoning"}
     (reject,) = pq.read_table(Run(config).rejects / "label-reasoning.parquet").to_pylist()
     assert (reject["id"], reject["file"]) == ("1_2", "1_2.jpg")
     assert "23 template; 1 rejected" in capsys.readouterr().out
@@ -220,8 +220,8 @@ def test_a_places_tile_is_rendered_once(tmp_path: Path, monkeypatch: pytest.Monk
     drawn = []
     draw = grafter.renderer.tile
     monkeypatch.setattr(grafter.renderer, "tile", lambda *spot: (drawn.append(spot), draw(*spot))[1])
-    found = list(grafter.graft_rows(rows(places=4, views=3)))
-    assert len(found) == 12
+    result = list(grafter.graft_rows(rows(places=4, views=3)))
+    assert len(result) == 12
     assert len(drawn) == 4
 
 

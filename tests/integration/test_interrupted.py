@@ -152,8 +152,8 @@ def test_graft(tmp_path: Path) -> None:
         kept = files(partial_of(folder))
         graft.run_step(config, redo=False)
     assert len(kept) < len(plan_shards(Run(config).photos, "train", graft.SHARD_ROWS))
-    found = files(folder)
-    assert {name: found[name] for name in kept} == kept  # not made again
+    result = files(folder)
+    assert {name: result[name] for name in kept} == kept  # not made again
     assert [row["id"] for row in tables.iter_rows(folder, "train", ["id"])] == [row["id"] for row in photos]
     undisturbed = elsewhere(config, tmp_path / "undisturbed")
     town.write_run_roads(undisturbed)

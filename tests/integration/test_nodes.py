@@ -84,9 +84,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, nodes: Nodes) -> Iterator[tup
             wait_for(lambda: losses.is_file() and len(losses.read_text().splitlines()) >= KILL_AT, process)
             nodes.replace("RayTrainWorker")
             kills.trained = losses.read_text().splitlines()
-            said, _ = process.communicate()
-        assert process.returncode == 0, said
-        yield config, kills, endpoint, said
+            text, _ = process.communicate()
+        assert process.returncode == 0, text
+        yield config, kills, endpoint, text
 
 
 def config_of(folder: Path, base: Path, url: str) -> Config:
@@ -121,13 +121,13 @@ def ids(folder: Path, split: str = "train") -> list[str]:
 
 
 def test_photos_are_grafted_once_when_a_node_is_lost(made: tuple[Config, Kills, Endpoint, str]) -> None:
-    config, kills, _, said = made
+    config, kills, _, text = made
     run = Run(config)
     assert 0 < len(kills.grafted) < len(plan_shards(run.photos, "train", graft.SHARD_ROWS))
     photos = ids(run.photos)
     assert len(photos) > 600
     assert ids(run.grafts) == photos
-    assert f"graft: {len(photos):,} grafted images" in said
+    assert f"graft: {len(photos):,} grafted images" in text
 
 
 def test_no_label_is_requested_twice(made: tuple[Config, Kills, Endpoint, str]) -> None:
@@ -142,11 +142,11 @@ def test_no_label_is_requested_twice(made: tuple[Config, Kills, Endpoint, str]) 
 
 
 def test_training_resumes_from_the_checkpoint(made: tuple[Config, Kills, Endpoint, str]) -> None:
-    config, kills, _, said = made
+    config, kills, _, text = made
     run = Run(config)
     lines = (run.training_dir(SYSTEM) / "loss.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(1, STEPS + 1)] * 2
-    resumed = [int(step) for step in re.findall(r"resuming after step (\d+) of 20", said)]  # anew while a node is missing
+    resumed = [int(step) for step in re.findall(r"resuming after step (\d+) of 20", text)]  # anew while a node is missing
     assert 0 < min(resumed, default=0) <= len(kills.trained) < 2 * STEPS
     assert lines[: min(resumed)] == kills.trained[: min(resumed)]  # not trained again, their very timings are kept
     assert (run.model_dir(SYSTEM) / "merged" / "model.safetensors").is_file()
@@ -167,8 +167,8 @@ def test_photos_are_localized_once_when_a_node_is_lost(
     command = job(tmp_path, config, "localize", "--photos", str(run.photos), "--split", "val", "--out", str(out))
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment(nodes), stdout=subprocess.PIPE, text=True) as process:
         nodes.replace("ray::MapWorker")
-        said, _ = process.communicate()
-    assert process.returncode == 0, said
+        text, _ = process.communicate()
+    assert process.returncode == 0, text
     assert sorted(ids(out, "located")) == sorted(ids(run.photos, "val"))
     assert pq.read_metadata(out / "rejects.parquet").num_rows == 0
 
@@ -229,11 +229,11 @@ def test_training_continues_with_fewer_workers_after_a_node_loss(nodes: Nodes, t
         wait_for(lambda: losses.is_file() and len(losses.read_text().splitlines()) >= STEPS, process)
         nodes.lose("RayTrainWorker")
         trained = losses.read_text().splitlines()
-        said, _ = process.communicate()
-    assert process.returncode == 0, said
+        text, _ = process.communicate()
+    assert process.returncode == 0, text
     lines = losses.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(1, steps + 1)]
-    resumed = [int(step) for step in re.findall(rf"resuming after step (\d+) of {steps}", said)]
+    resumed = [int(step) for step in re.findall(rf"resuming after step (\d+) of {steps}", text)]
     assert 0 < min(resumed, default=0) <= len(trained) < steps
     assert lines[: min(resumed)] == trained[: min(resumed)]
     listed = json.loads((journal / "checkpoint_manager_snapshot.json").read_text())["checkpoint_results"]

@@ -192,9 +192,9 @@ def test_a_killed_job_goes_on_when_the_command_is_given_again(tmp_path: Path, ba
     assert not Run(config).model_dir(SYSTEM).exists()
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    told = re.search(r"resuming after step (\d+) of 48", again.stdout)
-    assert told
-    assert checkpointed(then) <= int(told[1]) == listed <= len(then)
+    message = re.search(r"resuming after step (\d+) of 48", again.stdout)
+    assert message
+    assert checkpointed(then) <= int(message[1]) == listed <= len(then)
     assert went_on(config, then)
     assert curve(config) == curve(alone)
     assert same(weights(config), weights(alone))

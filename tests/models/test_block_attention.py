@@ -70,9 +70,9 @@ def test_attention_by_blocks_is_that_of_a_mask_with_heads_that_share_keys() -> N
     gradients = torch.autograd.grad((expected * weights).sum(), (query, key, value))
     for chosen in (slice(0, 2), slice(0, 1), slice(1, 2)):
         inputs = query[chosen], key[chosen], value[chosen]
-        found, _ = block_attention(None, *inputs, None, 0.3, position_ids=torch.stack(rows)[chosen])
-        torch.testing.assert_close(found, expected[chosen])
-        ours = torch.autograd.grad((found * weights[chosen]).sum(), (query, key, value))
+        result, _ = block_attention(None, *inputs, None, 0.3, position_ids=torch.stack(rows)[chosen])
+        torch.testing.assert_close(result, expected[chosen])
+        ours = torch.autograd.grad((result * weights[chosen]).sum(), (query, key, value))
         for one, other in zip(ours, gradients, strict=True):
             torch.testing.assert_close(one[chosen], other[chosen])
 

@@ -67,13 +67,13 @@ def test_only_the_chosen_parts_learn(base: Path, chosen: list) -> None:
 def test_parts_have_their_own_dropout(base: Path) -> None:
     settings = ModelConfig(vision=PartConfig(rank=2, dropout=0.0), llm=PartConfig(rank=2, dropout=0.4), lora_dropout=0.1)
     model, _ = attach_lora(load_model(str(base))[0], settings)
-    found = {
+    result = {
         part: {
             getattr(m.lora_dropout["default"], "p", 0.0) for n, m in model.named_modules() if hasattr(m, "lora_A") and part in n
         }
         for part in ("vision_tower", "language_model")
     }
-    assert found == {"vision_tower": {0.0}, "language_model": {0.4}}
+    assert result == {"vision_tower": {0.0}, "language_model": {0.4}}
 
 
 def test_an_adapter_scales_by_alpha_over_rank_of_its_own_part(base: Path) -> None:
@@ -82,12 +82,12 @@ def test_an_adapter_scales_by_alpha_over_rank_of_its_own_part(base: Path) -> Non
     )
     model, parts = attach_lora(load_model(str(base), "bfloat16")[0], settings)
     assert {weights.dtype for _, weights in adapter_weights(model)} == {torch.float32}  # small updates vanish in bfloat16
-    found: dict[str, set[tuple[int, float]]] = {part: set() for part in parts}
+    result: dict[str, set[tuple[int, float]]] = {part: set() for part in parts}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             part = next(part for part, word in WORDS.items() if word in name)
-            found[part].add((module.lora_A["default"].weight.shape[0], module.scaling["default"]))
-    assert found == {"vision": {(2, 3.0)}, "adapter": {(5, 1.0)}, "llm": {(8, 0.5)}}
+            result[part].add((module.lora_A["default"].weight.shape[0], module.scaling["default"]))
+    assert result == {"vision": {(2, 3.0)}, "adapter": {(5, 1.0)}, "llm": {(8, 0.5)}}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -129,14 +129,14 @@ class Echo(evaluation.ModelWorker):
 @pytest.mark.parametrize("photos", [1, 2, 5])
 def test_units_have_every_photo_that_is_asked_about_once_and_in_order(tmp_path: Path, photos: int) -> None:
     files = write_groups(tmp_path, {"a.parquet": 7, "b.parquet": 4})
-    wanted = [f"p{number}" for number in (0, 1, 2, 4, 6, 7, 10)]
-    units = list(evaluation.work_units(files, set(wanted), photos))
-    assert [name for unit in units for name in unit["ids"].to_pylist()[0]] == wanted
+    target = [f"p{number}" for number in (0, 1, 2, 4, 6, 7, 10)]
+    units = list(evaluation.work_units(files, set(target), photos))
+    assert [name for unit in units for name in unit["ids"].to_pylist()[0]] == target
     assert all(len(unit["ids"].to_pylist()[0]) <= photos for unit in units)
     worker = Echo("m", Gazetteer([]), Config())
     for given_together in (units, [pa.concat_tables(units)]):
         result = [batch for unit in given_together for batch in worker(unit)]
-        assert [row["id"] for batch in result for row in batch.to_pylist()] == wanted
+        assert [row["id"] for batch in result for row in batch.to_pylist()] == target
         assert all(len(batch) <= 2 for batch in result)
 
 

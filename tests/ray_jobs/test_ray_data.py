@@ -76,8 +76,8 @@ def test_errors_of_a_failed_training_are_sentences() -> None:
     assert memory is not None
     assert "lower batch_size" in memory
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        said = ray_train.user_message(OSError(number, "why"), config)
-        assert said == "/data can't be written (why): free space or set storage elsewhere, then rerun."
+        text = ray_train.user_message(OSError(number, "why"), config)
+        assert text == "/data can't be written (why): free space or set storage elsewhere, then rerun."
     assert ray_train.user_message(OSError(errno.ENOENT, "x"), config) is None
     assert ray_train.user_message(KeyError("x"), config) is None
 

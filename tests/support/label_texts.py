@@ -176,16 +176,16 @@ def _district(text: str, facts: Facts, rng: random.Random) -> str:
 
 
 def _colour(text: str, facts: Facts, rng: random.Random) -> str:
-    said = (*facts.photo_colours, *facts.tile_colours)
-    return _swap(text, rf"\b({'|'.join(said)})\b", lambda old: rng.choice(_other(sorted(COLOURS), *said)), rng)
+    reply = (*facts.photo_colours, *facts.tile_colours)
+    return _swap(text, rf"\b({'|'.join(reply)})\b", lambda old: rng.choice(_other(sorted(COLOURS), *reply)), rng)
 
 
 def _view(text: str, facts: Facts, rng: random.Random) -> str:
     turned = {"along": ["along", "down"], "across": ["across", "over"]}
-    for said, words in turned.items():
+    for reply, words in turned.items():
         for word in words:
-            if facts.view == said and re.search(rf"\b{word} the (street|road)", text):
-                other = "across" if said == "along" else "along"
+            if facts.view == reply and re.search(rf"\b{word} the (street|road)", text):
+                other = "across" if reply == "along" else "along"
                 return re.sub(rf"\b{word} the (street|road)", rf"{other} the \1", text)
     return text
 
@@ -208,8 +208,8 @@ def _repeated(text: str, facts: Facts, rng: random.Random) -> str:
 
 
 def _foreign(text: str, facts: Facts, rng: random.Random) -> str:
-    said = "Auf dem Bild sieht man vor allem Häuser, und die Kamera schaut die Straße entlang. Daher ist das"
-    return f"{said} {facts.street} in {facts.district}."
+    reply = "Auf dem Bild sieht man vor allem Häuser, und die Kamera schaut die Straße entlang. Daher ist das"
+    return f"{reply} {facts.street} in {facts.district}."
 
 
 def _short(text: str, facts: Facts, rng: random.Random) -> str:
@@ -221,8 +221,8 @@ def _listed(text: str, facts: Facts, rng: random.Random) -> str:
 
 
 def _empty_words(text: str, facts: Facts, rng: random.Random) -> str:
-    said = "It is plain to everybody who knows the city well that this can only be one address, and it is"
-    return f"{said} {facts.street} in {facts.district}."
+    reply = "It is plain to everybody who knows the city well that this can only be one address, and it is"
+    return f"{reply} {facts.street} in {facts.district}."
 
 
 CORRUPTIONS: dict[str, Callable[[str, Facts, random.Random], str]] = {

@@ -60,16 +60,16 @@ class Node:
         A raylet whose agents take longer than 15 s to start dies, and no setting gives them more: then once more.
         """
         for _ in range(STARTS):
-            said = []
+            text = []
             assert self._process.stdout is not None
             for line in self._process.stdout:
-                said.append(line)
+                text.append(line)
                 if "Ray runtime started" in line:
                     return self
             self.kill()
             self._process = self._start()
         self.kill()
-        raise AssertionError("".join(said))
+        raise AssertionError("".join(text))
 
     def works(self, on: str) -> bool:
         """Whether a worker of this node is called so: `ray::` and the class or function that it runs."""

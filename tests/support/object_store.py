@@ -54,15 +54,15 @@ class Handler(BaseHTTPRequestHandler):
             self.refused(path)
         elif not key:
             keys, below = self.listed(query)
-            found = "".join(
+            result = "".join(
                 f"<Contents><Key>{escape(k)}</Key><Size>{(self.folder / k).stat().st_size}</Size>"
                 "<LastModified>2024-01-01T00:00:00.000Z</LastModified></Contents>"
                 for k in keys
             )
-            found += "".join(f"<CommonPrefixes><Prefix>{escape(k)}</Prefix></CommonPrefixes>" for k in below)
+            result += "".join(f"<CommonPrefixes><Prefix>{escape(k)}</Prefix></CommonPrefixes>" for k in below)
             count = len(keys) + len(below)
             head = f"<Name>bucket</Name><KeyCount>{count}</KeyCount><IsTruncated>false</IsTruncated>"
-            self.answer(f"<?xml version='1.0'?><ListBucketResult>{head}{found}</ListBucketResult>".encode(), "application/xml")
+            self.answer(f"<?xml version='1.0'?><ListBucketResult>{head}{result}</ListBucketResult>".encode(), "application/xml")
         elif path.startswith("/secret"):
             self.refused(path)
         elif not file.is_file():
@@ -147,9 +147,9 @@ class Handler(BaseHTTPRequestHandler):
         return {"name": key, "bucket": "bucket", "size": size, "generation": "1", "timeCreated": time, "updated": time}
 
     def answer(self, data: bytes, kind: str, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        total, wanted = len(data), self.headers.get("Range")
-        if wanted and status == 200:
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
+        total, expected = len(data), self.headers.get("Range")
+        if expected and status == 200:
+            first, _, last = expected.removeprefix("bytes=").partition("-")
             data, status = data[int(first) : int(last) + 1 if last else None], 206
         self.send_response(status)
         if status == 206:

@@ -18,11 +18,11 @@ class Reader:
 
     def read(self, tile: Image.Image) -> list[str]:
         """All lines of text found on the tile."""
-        found: list[str] = []
+        result: list[str] = []
         for turn in TURNS:
             pixels = np.asarray(tile.rotate(turn, Image.Resampling.BICUBIC, expand=True, fillcolor=(242, 239, 233)))
-            found += self._engine(pixels[:, :, ::-1]).txts or []
-        return found
+            result += self._engine(pixels[:, :, ::-1]).txts or []
+        return result
 
 
 def letters(text: str) -> str:
@@ -31,8 +31,8 @@ def letters(text: str) -> str:
 
 def wrong(name: str, texts: list[str]) -> float:
     """Letters wrong in the best reading of a name, as a share of its letters (1 if it was not read)."""
-    wanted = letters(name)
-    return min((_edits_inside(wanted, letters(text)) for text in texts), default=len(wanted)) / len(wanted)
+    expected = letters(name)
+    return min((_edits_inside(expected, letters(text)) for text in texts), default=len(expected)) / len(expected)
 
 
 def _edits_inside(name: str, text: str) -> int:

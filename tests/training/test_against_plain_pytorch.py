@@ -242,8 +242,8 @@ def test_dropout_draws_other_masks_at_each_step_on_each_worker_and_in_each_stage
     for rank in range(2):
         as_worker(monkeypatch, rank, 2)
         others.append(losses())
-    found = [round(loss, 5) for curve in (whole, *others) for loss in curve]
-    assert len(set(found)) == len(found)
+    result = [round(loss, 5) for curve in (whole, *others) for loss in curve]
+    assert len(set(result)) == len(result)
 
 
 def test_two_workers_count_their_rows_and_peaks_together(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,13 +266,13 @@ def test_losses_by_kind_are_means_over_the_tokens_of_that_kind(base: Path, apart
     model, processor = load_model(str(base))
     rows = uneven(6, "Mill")
     rows[1]["rounds"][0]["kind"] = "riddle"
-    found: dict[str, list[torch.Tensor]] = {}
+    result: dict[str, list[torch.Tensor]] = {}
     with torch.inference_mode():
         for row in rows:
             for one, losses in zip(row["rounds"], of_row(model, processor, row, apart), strict=True):
-                found.setdefault("other" if one["kind"] == "riddle" else one["kind"], []).append(losses)
-    expected = {kind: float(torch.cat(losses).mean()) for kind, losses in found.items()}
-    every = torch.cat([one for losses in found.values() for one in losses])
+                result.setdefault("other" if one["kind"] == "riddle" else one["kind"], []).append(losses)
+    expected = {kind: float(torch.cat(losses).mean()) for kind, losses in result.items()}
+    every = torch.cat([one for losses in result.values() for one in losses])
     lengths = [len(Collator(processor, apart).encode(sample_from_row(row)).ids) for row in rows]
 
     assert enable_packing(model, "on", torch.device("cpu"), "tiny") or not packed

@@ -57,7 +57,7 @@ def test_a_checkpoint_of_another_base_is_refused(base: Path, tmp_path: Path) -> 
 def test_the_adapter_that_validated_best_is_kept_and_can_be_merged(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    result: dict[str, dict[str, torch.Tensor]] = {}
     for merge in ("last", "best"):
         config = trained_config(tmp_path / merge, base, checkpoint_to_merge=merge, validate_every=2)
         config.train.stages["localization"].max_steps = 8
@@ -66,18 +66,18 @@ def test_the_adapter_that_validated_best_is_kept_and_can_be_merged(
         kept: list[Path] = []
         train_system(config, "stage 2 only", None, keeping(kept, tmp_path / merge))
         folder = Run(config).model_dir("stage 2 only")
-        found[merge] = load_file(folder / "adapter" / "adapter_model.safetensors")
+        result[merge] = load_file(folder / "adapter" / "adapter_model.safetensors")
         if merge == "last":
-            found["kept"] = load_file(folder / "best" / "adapter_model.safetensors")
+            result["kept"] = load_file(folder / "best" / "adapter_model.safetensors")
         held = TrainingCheckpoint.read(kept[-1]).best
         assert held is not None
         assert (held.step, held.metric, held.value) == (6, "A_ds", 0.75)  # of equal ones the later
         turns.append(0.5)
         train_system(config, "stage 2 only", kept[-2], nothing)  # goes on after the best
         again = load_file(Run(config).model_dir("stage 2 only") / "adapter" / "adapter_model.safetensors")
-        assert all(torch.equal(again[name], found[merge][name]) for name in again)
-    assert all(torch.equal(found["best"][name], found["kept"][name]) for name in found["best"])
-    assert any(not torch.equal(found["best"][name], found["last"][name]) for name in found["best"])
+        assert all(torch.equal(again[name], result[merge][name]) for name in again)
+    assert all(torch.equal(result["best"][name], result["kept"][name]) for name in result["best"])
+    assert any(not torch.equal(result["best"][name], result["last"][name]) for name in result["best"])
 
 
 def test_what_validates_best_is_of_the_last_stage_and_by_the_first_metric_there_is(
@@ -101,7 +101,7 @@ def test_what_validates_best_is_of_the_last_stage_and_by_the_first_metric_there_
     assert better_adapter(last, 9, {}, {}) is last
     assert better_adapter(None, 9, {}, {}) is None
     names = [
-        (found := better_adapter(None, 1, dict.fromkeys(given, 0.5), {})) and found.metric
+        (result := better_adapter(None, 1, dict.fromkeys(given, 0.5), {})) and result.metric
         for given in (["A_s_G", "A_s"], ["A_s", "A"])
     ]
     assert names == ["A_s", "A"]

@@ -51,8 +51,8 @@ def test_tokens_are_those_of_the_whole_text(loaded: tuple) -> None:
     rounds = [("Which street is this?", "Mill Street"), ("Is it?", "Yes")]
     batch = Collator(processor)([sample(*rounds), sample(rounds[0])])
     text = processor.tokenizer.decode(batch["input_ids"][0])
-    told = "<|user|>Which street is this?<|end|><|assistant|>Mill Street<|end|><|user|>Is it?<|end|><|assistant|>Yes<|end|>"
-    assert text.replace("<image>", "") == told
+    message = "<|user|>Which street is this?<|end|><|assistant|>Mill Street<|end|><|user|>Is it?<|end|><|assistant|>Yes<|end|>"
+    assert text.replace("<image>", "") == message
     assert text.count("<image>") == 16  # (32 / 8)^2: none is ever cut
     assert batch["attention_mask"][1].sum() < batch["attention_mask"][0].sum()
 

@@ -94,10 +94,10 @@ def test_an_estimate_that_does_not_fit_is_refused_and_one_that_fits_is_printed(
     config = paper(full_size, tmp_path, "train.peak_tflops=71")
     systems = config.train.systems[1:2]
     print_estimate(config, systems, 177_840)
-    told = capsys.readouterr().out
-    assert "parameters: vision 303,507,456, adapter 12,589,056, llm 3,821,079,552" in told
-    assert "steps: 1,389" in told
-    assert "40 % of 71 TFLOP/s" in told
+    message = capsys.readouterr().out
+    assert "parameters: vision 303,507,456, adapter 12,589,056, llm 3,821,079,552" in message
+    assert "steps: 1,389" in message
+    assert "40 % of 71 TFLOP/s" in message
     config.train.gpu_memory_gib = 8
     with pytest.raises(
         InputError, match=r"stage 2 only, localization needs about \d+\.\d GiB a GPU, which has 8: lower batch_size"
@@ -151,17 +151,17 @@ def test_the_shape_of_llava_is_counted_and_not_guessed(base: Path) -> None:
 def test_memory_is_what_the_strategy_does_not_shard(full_size: Path, tmp_path: Path) -> None:
     config = paper(full_size, tmp_path)
     made = model_shape(config)
-    found = {}
+    result = {}
     for strategy in ("ddp", "zero2", "fsdp2", "zero3"):
         config.train.strategy = strategy
-        found[strategy] = estimate_stages(config, config.train.systems[1], made, photos=1000)[0]
-    whole = found["ddp"]
-    assert found["zero2"].weights == whole.weights
-    assert whole.weights / 8 < found["fsdp2"].weights < found["zero3"].weights < whole.weights
+        result[strategy] = estimate_stages(config, config.train.systems[1], made, photos=1000)[0]
+    whole = result["ddp"]
+    assert result["zero2"].weights == whole.weights
+    assert whole.weights / 8 < result["fsdp2"].weights < result["zero3"].weights < whole.weights
     for strategy in ("zero2", "fsdp2", "zero3"):
-        assert found[strategy].optimizer == whole.optimizer / 8
-        assert found[strategy].gradients == whole.gradients / 8
-        assert found[strategy].activations == whole.activations
+        assert result[strategy].optimizer == whole.optimizer / 8
+        assert result[strategy].gradients == whole.gradients / 8
+        assert result[strategy].activations == whole.activations
     config.train.checkpoint_activations = True
     twice = estimate_stages(config, config.train.systems[1], made, photos=1000)[0]
     assert twice.flops == whole.flops

@@ -38,8 +38,8 @@ def progress_of(step: int, **given: Any) -> metrics_logger.StepMetrics:
 def test_time_left_is_that_of_the_steps_since_the_start_of_this_run(tmp_path: Path) -> None:
     account = metrics_logger.MetricsLogger(tmp_path, "system", 4, 10)
     account.began, account.done = 0.0, 6
-    told = account._progress_line(progress_of(2, mfu=0.25, rejected=3), now=10.0)
-    assert told == (
+    message = account._progress_line(progress_of(2, mfu=0.25, rejected=3), now=10.0)
+    assert message == (
         "localization step 2/9, loss 2.000, 4.0 photos/s, 60 tokens/s, 25.0 % of peak, 0.5 GiB, 3 rows skipped, 20 s left"
     )
 
@@ -70,8 +70,8 @@ def test_validation_after_the_step_resumed_from_is_forgotten(tmp_path: Path) -> 
     for before.done in (2, 4, 6):
         before.log_validation("localization", before.done, {"A": 0.5})
     journal_of(4)
-    found = (tmp_path / "validation.jsonl").read_text().splitlines()
-    assert [json.loads(line)["done"] for line in found] == [2, 4]
+    result = (tmp_path / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["done"] for line in result] == [2, 4]
 
 
 def test_a_missing_external_logger_is_an_error() -> None:

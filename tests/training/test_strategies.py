@@ -126,10 +126,10 @@ def test_a_strategy_trains_what_one_process_does(kind: str, pair: Path, alone: C
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_strategy_validates_as_one_process_does(kind: str, pair: Path, alone: Config) -> None:
     name = f"training/{Run(alone).training_dir(SYSTEM).name}/validation.jsonl"
-    found = [json.loads(line) for line in (pair / kind / "runs" / "small" / name).read_text().splitlines()]
+    result = [json.loads(line) for line in (pair / kind / "runs" / "small" / name).read_text().splitlines()]
     expected = [json.loads(line) for line in (Run(alone).folder / name).read_text().splitlines()]
     assert [line["done"] for line in expected] == [STEPS, 2 * STEPS]
-    assert found[-1] == expected[-1]
+    assert result[-1] == expected[-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

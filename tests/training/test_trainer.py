@@ -123,17 +123,17 @@ def test_merged_folder_needs_nothing_of_ours(tmp_path: Path, base: Path) -> None
         "    out = m.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs['input_ids'].shape[1]:]\n"
         "    print(p.tokenizer.decode(out, skip_special_tokens=True))\n"
     )
-    told = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert told.stdout == "".join(f"{line}\n" for line in answers_of_the_adapter(folder.parent / "adapter", base))
+    message = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert message.stdout == "".join(f"{line}\n" for line in answers_of_the_adapter(folder.parent / "adapter", base))
 
 
 def test_bfloat16_is_for_matrix_products_only(tmp_path: Path, base: Path) -> None:
     square = torch.ones(2, 2)
-    found = {}
+    result = {}
     for precision in ("float32", "bfloat16"):
         with autocast(torch.device("cpu"), torch.float32, precision):
-            found[precision] = (square @ square).dtype
-    assert found == {"float32": torch.float32, "bfloat16": torch.bfloat16}
+            result[precision] = (square @ square).dtype
+    assert result == {"float32": torch.float32, "bfloat16": torch.bfloat16}
     config = trained_config(tmp_path, base, precision="bfloat16")
     train_system(config, "stage 2 only", None, lambda metrics, folder: None)
     curve = losses(Run(config), "stage 2 only")

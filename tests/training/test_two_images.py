@@ -60,17 +60,17 @@ def opened(image: dict[str, Any]) -> Image.Image:
 
 
 def test_a_row_holds_the_photo_and_the_whole_tile(grafts: tuple[Config, list[dict[str, Any]]]) -> None:
-    config, found = grafts
-    assert [row["reason"] is None for row in found] == [True, True, True, False]
-    assert "can't be decoded" in found[3]["reason"]
-    photo, tile = opened(found[0]["image"]), opened(found[0]["tile"])
+    config, result = grafts
+    assert [row["reason"] is None for row in result] == [True, True, True, False]
+    assert "can't be decoded" in result[3]["reason"]
+    photo, tile = opened(result[0]["image"]), opened(result[0]["tile"])
     assert (photo.size, tile.size) == ((64, 48), (160, 160))
     assert abs(np.asarray(photo).astype(int) - (200, 30, 30)).max() < 8
     drawn = Grafter(config.city.streets, None, config.tiles).renderer.tile(*[photos()[0][k] for k in ("lat", "lon", "street")])
     assert abs(np.asarray(tile).astype(int) - np.asarray(drawn.image)).mean() < 2
-    assert found[0]["names"] == drawn.names
+    assert result[0]["names"] == drawn.names
 
-    both = Image.open(io.BytesIO(display_image(found[0])))
+    both = Image.open(io.BytesIO(display_image(result[0])))
     assert both.size == (160 + 64, 160)
     assert abs(np.asarray(both)[60:100, 164:220].astype(int) - (200, 30, 30)).max() < 8
 
