@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # or every line of a worker is printed twice
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # prints an error line; lost nodes are noticed without it
+
 import ray
 import ray.train
 import ray.train.torch
@@ -32,10 +35,6 @@ from addressvlm.storage.remote_path import AnyPath, filesystem
 from addressvlm.storage.run_dir import Run, slug, storage_dir
 from addressvlm.training.checkpoint import TrainingCheckpoint
 from ray_jobs.common import absolute_path, heartbeat, require_resources
-
-os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # or every line of a worker is printed twice
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # prints an error line; lost nodes are noticed without it
-
 
 HEARTBEAT_S = 30.0  # without a step for so long, the driver prints that training is running
 PLACE_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # how long Ray waits for resources for all workers

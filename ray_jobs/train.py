@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """The main job: train all systems; first prepares, grafts and labels whatever they train on and is missing.
 
     ray job submit ray_jobs/train.py
