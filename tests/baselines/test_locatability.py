@@ -237,7 +237,7 @@ def test_a_stage_learns_from_photos_above_its_threshold_alone(tmp_path: Path, ca
 def test_scores_that_a_stage_needs_and_that_are_missing_are_told(tmp_path: Path) -> None:
     config = trained_config(tmp_path, tmp_path, rows=6)
     system, stage = config.train.systems[1], config.train.stages["localization"]
-    assert "locatability" not in str(train.settings(config, system))  # runs that finished without it stay finished
+    assert "locatability" not in train.settings(config, system)  # needs no scores
     stage.locatability = 0.4
     for missing in (lambda: training_rows(config, ["photos"], 0.4), lambda: train.settings(config, system)):
         with pytest.raises(InputError, match=r"has no scores: run `.*ray_jobs/locatability\.py"):
