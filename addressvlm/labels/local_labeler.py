@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,15 +65,15 @@ def load_writer(config: LabelsConfig) -> "Writer":
     return TextWriter(config, folder) if text_only else VisionWriter(config)
 
 
-class Writer:
+class Writer(ABC):
     """A model that continues conversations; subclasses make its inputs."""
 
     def __init__(self, config: LabelsConfig, model: Any, tokenizer: Any, end_tokens: set[int]) -> None:
         self.config, self.model, self.tokenizer, self.end_tokens = config, model, tokenizer, end_tokens
 
+    @abstractmethod
     def inputs(self, conversations: Sequence[Messages]) -> Any:
         """Tensors for `generate`, padded on the left."""
-        raise NotImplementedError
 
     @torch.inference_mode()
     def write(self, conversations: Sequence[Messages], seed: int) -> list[str]:
