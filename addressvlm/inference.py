@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from addressvlm.answers.address_distribution import AddressDistribution, Candidate, Level, Localization
+from addressvlm.answers.address_distribution import AddressDistribution, Candidate, Circle, Level, Localization, Prior
 from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.chat_model import ChatModel, PrefillCache, keeps_all_tokens, user_turn
 from addressvlm.answers.constrained_decoding import DecodedAnswer, beam_decode, greedy_decode
@@ -33,7 +33,6 @@ from addressvlm.answers.generate import (
     stream_tokens,
 )
 from addressvlm.answers.prefix_cache import PhotoCache, PhotoCaches, PrefixCacheEntry, extend_prefixes
-from addressvlm.answers.priors import Circle, Prior
 from addressvlm.answers.sequence_scorer import SequenceScorer
 from addressvlm.answers.trie import Trie
 from addressvlm.errors import InputError

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from addressvlm.answers.priors import Prior
+from addressvlm.answers.address_distribution import Prior
 from addressvlm.answers.types import Sampling
 from serve.errors import ApiError
 from serve.schemas import LocalizeFields, LocalizeRequest

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from addressvlm.answers.priors import Circle, Prior
+from addressvlm.answers.address_distribution import Circle, Prior
 from addressvlm.answers.types import Sampling
 
 MAX_TOP_K = 50

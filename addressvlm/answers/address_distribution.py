@@ -1,19 +1,25 @@
-"""The probabilities of all addresses for one photo, and the answers that follow from them.
+"""The probabilities of all addresses for one photo, prior knowledge of it, and the answers that follow from them.
 
 The most likely address decides first: it is the generated answer, it alone is confirmed in a judgment, and it is chosen
-where it is an option. So the three kinds of questions, and the three levels, never contradict each other.
+where it is an option. So the three kinds of questions, and the three levels, never contradict each other. A prior is what is
+known beforehand: districts, streets, a rough position (paper 002, D.1, Table 12).
 """
 
-from collections.abc import Sequence
+import difflib
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import shapely
 
 from addressvlm.answers.calibration import softmax
-from addressvlm.gazetteer.gazetteer import Address
+from addressvlm.errors import InputError
+from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.gazetteer.name_matcher import normalize_name
+from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE
 
 Level = Literal["street", "district", "address"]
 
@@ -98,3 +104,105 @@ class AddressDistribution:
 
 def _name(address: Address, level: Level) -> str:
     return {"street": address.street, "district": address.district, "address": address.text()}[level]
+
+
+PROPOSALS = 3  # names proposed for an unknown one
+
+
+@dataclass(frozen=True)
+class Circle:
+    """A rough position: a street is inside if any part of its shape is.
+
+    Attributes:
+        lat, lon: degrees, WGS84.
+        radius_m: metres.
+        soft: rule nothing out; a street at distance d has the weight exp(-(d / radius)^2 / 2), one through the centre 1.
+    """
+
+    lat: float
+    lon: float
+    radius_m: float
+    soft: bool = False
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Restrictions, which hold together, and weights; an empty prior changes nothing.
+
+    Attributes:
+        districts, streets: names of the gazetteer, in any of their spellings; nothing else can be the answer.
+        circle: no street outside can be the answer.
+        weights: street -> its weight; a street not named here has 1, and 0 rules a street out.
+    """
+
+    districts: tuple[str, ...] = ()
+    streets: tuple[str, ...] = ()
+    circle: Circle | None = None
+    weights: Mapping[str, float] | None = None
+
+    def log_weights(self, gazetteer: Gazetteer) -> np.ndarray:
+        """ln of the weight of each address of the gazetteer, float64 (addresses,); -inf where it is ruled out.
+
+        Raises:
+            InputError: a name is unknown, a number is out of its range, or every address is ruled out.
+        """
+        addresses = gazetteer.addresses
+        weights = np.zeros(len(addresses))
+        for level, names in (("district", self.districts), ("street", self.streets)):
+            if names:
+                allowed = {_gazetteer_name(name, level, gazetteer) for name in names}
+                weights[[getattr(a, level) not in allowed for a in addresses]] = -math.inf
+        if self.weights:
+            by_name = _log_street_weights(self.weights, gazetteer)
+            weights += [by_name.get(a.street, 0.0) for a in addresses]
+        if self.circle:
+            by_distance = _log_circle_weights(self.circle, gazetteer)
+            weights += [by_distance[a.street] for a in addresses]
+        if len(addresses) and not np.isfinite(weights).any():
+            parts = {"districts": self.districts, "streets": self.streets, "weights": self.weights, "circle": self.circle}
+            used = " or ".join(name for name, value in parts.items() if value)
+            raise InputError(f"no address of {gazetteer.city or 'the city'} is left by the prior: widen {used}.")
+        return weights
+
+
+def _gazetteer_name(name: str, level: str, gazetteer: Gazetteer) -> str:
+    """The gazetteer's spelling of a name."""
+    names, find = (
+        (gazetteer.streets, gazetteer.find_street) if level == "street" else (gazetteer.districts, gazetteer.find_district)
+    )
+    match = name if name in names else find(name)
+    if match is not None:
+        return match
+    forms = {normalize_name(known): known for known in names}
+    near = [forms[form] for form in difflib.get_close_matches(normalize_name(name), forms, n=PROPOSALS, cutoff=0.5)]
+    proposal = f"the nearest is {' or '.join(near)}" if near else f"such as {', '.join(list(forms.values())[:PROPOSALS])}"
+    raise InputError(f"no {level} '{name}' in {gazetteer.city or 'the city'}: give one of its {level}s, {proposal}.")
+
+
+def _log_street_weights(weights: Mapping[str, float], gazetteer: Gazetteer) -> dict[str, float]:
+    """Street of the gazetteer -> ln of its weight."""
+    log_weights: dict[str, float] = {}
+    for name, weight in weights.items():
+        street = _gazetteer_name(name, "street", gazetteer)
+        if street in log_weights:
+            raise InputError(f"the prior's weights name '{street}' twice, once as '{name}': give each street one weight.")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise InputError(f"the prior's weight of '{name}' is {weight}: give a number from 0 on.")
+        log_weights[street] = math.log(weight) if weight else -math.inf
+    return log_weights
+
+
+def _log_circle_weights(circle: Circle, gazetteer: Gazetteer) -> dict[str, float]:
+    """Street -> ln of its weight by distance from the circle's centre; a street without a shape is never inside."""
+    if not (-90 <= circle.lat <= 90 and -180 <= circle.lon <= 180):
+        raise InputError(f"the circle's middle is {circle.lat}, {circle.lon}: give latitude and longitude in degrees.")
+    if not (math.isfinite(circle.radius_m) and circle.radius_m > 0):
+        raise InputError(f"the circle's radius_m is {circle.radius_m}: give metres above 0.")
+    if not gazetteer.geometry:
+        raise InputError(f"no street of {gazetteer.city or 'the city'} has a shape, so no circle can choose: leave it out.")
+    scale = np.array([METRES_PER_DEGREE * math.cos(math.radians(circle.lat)), METRES_PER_DEGREE])
+    shapes = shapely.transform(list(gazetteer.geometry.values()), lambda lonlat: (lonlat - [circle.lon, circle.lat]) * scale)
+    distances = shapely.distance(shapely.Point(0, 0), shapes)
+    inside = np.where(distances <= circle.radius_m, 0.0, -math.inf)
+    weights = -((distances / circle.radius_m) ** 2) / 2 if circle.soft else inside
+    return dict.fromkeys(gazetteer.streets, -math.inf) | dict(zip(gazetteer.geometry, weights.tolist(), strict=True))

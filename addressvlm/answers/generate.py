@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from addressvlm.answers.address_distribution import Prior
 from addressvlm.answers.chat_model import ChatModel, PrefillCache, Turn, user_turn
 from addressvlm.answers.prefix_cache import PrefixCacheEntry
-from addressvlm.answers.priors import Prior
 from addressvlm.answers.question_parser import parse_question
 from addressvlm.answers.types import Completion, Sampling, TextChunk, TokenScore
 

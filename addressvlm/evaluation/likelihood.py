@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from addressvlm.answers.address_distribution import AddressDistribution
+from addressvlm.answers.address_distribution import AddressDistribution, Circle, Prior
 from addressvlm.answers.calibration import Calibration, ScoredPhotos
-from addressvlm.answers.priors import Circle, Prior
 from addressvlm.config.compare import SimulatedPriorConfig
 from addressvlm.errors import InputError
 from addressvlm.evaluation.run_questions import photo_image, questions_of

@@ -9,7 +9,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from addressvlm import InputError
-from addressvlm.answers.priors import Prior
+from addressvlm.answers.address_distribution import Prior
 from addressvlm.answers.types import Sampling, TextChunk
 from serve.backend import Backend
 from serve.errors import ApiError

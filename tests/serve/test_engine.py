@@ -11,9 +11,8 @@ from PIL import Image
 
 import serve as service
 from addressvlm import InputError
-from addressvlm.answers.address_distribution import Localization
+from addressvlm.answers.address_distribution import Circle, Localization, Prior
 from addressvlm.answers.calibration import Calibration
-from addressvlm.answers.priors import Circle, Prior
 from addressvlm.answers.types import Sampling
 from addressvlm.inference import Localizer
 from serve.cities import find_cities

@@ -10,8 +10,7 @@ import pytest
 import shapely
 from fastapi.testclient import TestClient
 
-from addressvlm.answers.address_distribution import Candidate, Localization
-from addressvlm.answers.priors import Circle, Prior
+from addressvlm.answers.address_distribution import Candidate, Circle, Localization, Prior
 from addressvlm.answers.types import Completion, TextChunk
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from serve.cities import City, CityGeometry

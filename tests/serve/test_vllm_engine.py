@@ -14,8 +14,8 @@ from openai import APIStatusError, AsyncOpenAI
 from PIL import Image
 
 from addressvlm import InputError
+from addressvlm.answers.address_distribution import Prior
 from addressvlm.answers.calibration import Calibration
-from addressvlm.answers.priors import Prior
 from addressvlm.answers.types import Completion, Sampling, TextChunk, TokenScore
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.image_decode_worker import decode_image
