@@ -4,14 +4,17 @@ with serving(config) as base_url:
     ...  # OpenAILabeler with labels.base_url = base_url
 """
 
+import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from addressvlm.config.labels import LabelsConfig
@@ -19,6 +22,7 @@ from addressvlm.errors import InputError
 
 POLL_S = 0.5
 STOP_S = 30.0  # then the server is killed
+GRACE_S = 15.0  # between SIGTERM and SIGKILL
 LOG_LINES = 5  # the last ones, in an error
 
 
@@ -51,7 +55,7 @@ def serving(config: LabelsConfig, log: Path | None = None) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
     command = [
-        sys.executable, str(Path(__file__).with_name("process_guard.py")),
+        sys.executable, "-c", f"import sys; sys.path = {sys.path}; from {__name__} import guard; guard()",
         python, "-m", "vllm.entrypoints.openai.api_server",
         "--model", config.model, "--served-model-name", config.model,
         "--host", "127.0.0.1", "--port", str(port),
@@ -93,3 +97,29 @@ def _wait(process: "subprocess.Popen[bytes]", port: int, limit_s: float, log: Pa
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     end = " / ".join(lines[-LOG_LINES:])[-500:] or "its log is empty"
     raise InputError(f"the vLLM server {problem} ({end}): see {log}{advice}.")
+
+
+def guard() -> None:
+    """Run the command in the arguments until standard input closes, as it does when the parent dies; exit with its status.
+
+    Then the command and its children are ended.
+    """
+    process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def signal_group(number: signal.Signals) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+
+    def end_with_parent() -> None:
+        while os.read(0, 1024):
+            pass
+        signal_group(signal.SIGTERM)
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            signal_group(signal.SIGKILL)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    code = process.wait()
+    signal_group(signal.SIGKILL)  # children that outlive the command
+    sys.exit(code if code >= 0 else 128 - code)

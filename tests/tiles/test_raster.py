@@ -1,12 +1,23 @@
-"""Squares of ground out of web mercator tiles"""
+"""Squares of ground out of web mercator tiles, and archives of tiles."""
+
+import sqlite3
+import struct
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pyproj
 import pytest
 from PIL import Image
+from pmtiles.tile import Compression, TileType, zxy_to_tileid
+from pmtiles.writer import Writer
 
 from addressvlm import InputError
-from addressvlm.tiles.raster import Mosaic
+from addressvlm.config import TilesConfig
+from addressvlm.tiles.raster import Mosaic, decode_tile
+from addressvlm.tiles.renderer import TileRenderer
+from tests.support import town
+from tests.support.tile_server import png, tiles_of_town
 
 GLOBE = pyproj.Geod(ellps="WGS84")
 
@@ -87,3 +98,138 @@ def test_too_many_tiles_are_refused() -> None:
     with pytest.raises(InputError, match=r"needs 81 tiles of source at zoom 20: set tiles\.zoom lower"):
         Mosaic(source, "EPSG:3857", 20).read((0.0, 0.0, 305.0, 305.0), 50)
     assert source.requests == []
+
+
+CONFIG = TilesConfig(names=False)
+ZOOMS = (17, 18)
+
+
+def write_mbtiles(path: Path, metadata: dict[str, str] | None = None, zooms: tuple[int, ...] = ZOOMS) -> Path:
+    """An MBTiles file of the town."""
+    metadata = {"format": "png", "attribution": "© Town", "bounds": bounds(), **(metadata or {})}
+    with sqlite3.connect(path) as base:
+        base.execute("CREATE TABLE metadata (name TEXT, value TEXT)")
+        base.execute("CREATE TABLE tiles (zoom_level INTEGER, tile_column INTEGER, tile_row INTEGER, tile_data BLOB)")
+        base.executemany("INSERT INTO metadata VALUES (?, ?)", metadata.items())
+        for z in zooms:
+            for x, y in tiles_of_town(z):
+                base.execute("INSERT INTO tiles VALUES (?, ?, ?, ?)", (z, x, 2**z - 1 - y, png(z, x, y)))
+    base.close()
+    return path
+
+
+def bounds() -> str:
+    (south, west), (north, east) = town.degrees(-250, -250), town.degrees(250, 250)
+    return f"{west},{south},{east},{north}"
+
+
+def write_pmtiles(path: Path, kind: TileType = TileType.PNG) -> Path:
+    """A PMTiles file of the town."""
+    west, south, east, north = (round(float(part) * 1e7) for part in bounds().split(","))
+    header = {
+        "tile_type": kind, "tile_compression": Compression.NONE, "min_lon_e7": west, "min_lat_e7": south, "max_lon_e7": east,
+        "max_lat_e7": north, "center_zoom": 17, "center_lon_e7": (west + east) // 2, "center_lat_e7": (south + north) // 2,
+    }  # fmt: skip
+    with path.open("wb") as file:
+        writer = Writer(file)
+        for z in ZOOMS:
+            for tile, x, y in sorted((zxy_to_tileid(z, x, y), x, y) for x, y in tiles_of_town(z)):
+                writer.write_tile(tile, png(z, x, y))
+        writer.finalize(header, {"attribution": "© Town"})
+    return path
+
+
+def write(path: Path) -> Path:
+    return write_mbtiles(path) if path.suffix == ".mbtiles" else write_pmtiles(path)
+
+
+@pytest.mark.parametrize("name", ["town.mbtiles", "town.pmtiles"])
+@pytest.mark.parametrize("pixels", [150, 336, 1000])
+def test_same_ground_as_the_geotiff(tmp_path: Path, name: str, pixels: int) -> None:
+    """At level 17, at 18, and beyond the finest that there is."""
+    config = CONFIG.model_copy(update={"pixels": pixels})
+    archive, geotiff = write(tmp_path / name), town.write_imagery(tmp_path / "satellite.tif")
+    renderer = TileRenderer(None, archive, config)
+    drawn = np.asarray(renderer.tile(*town.degrees(-60, 60)).image).astype(int)
+    expected = np.asarray(TileRenderer(None, geotiff, config).tile(*town.degrees(-60, 60)).image).astype(int)
+    assert (abs(drawn - expected).max(axis=-1) > 60).mean() < 0.015
+    assert renderer.imagery is not None
+    assert renderer.imagery.attribution == "© Town"
+    credited = TileRenderer(None, archive, config.model_copy(update={"attribution": "© Me"}))
+    assert credited.imagery is not None
+    assert credited.imagery.attribution == "© Me"
+
+
+@pytest.mark.parametrize("name", ["town.mbtiles", "town.pmtiles"])
+def test_outside_the_archive(tmp_path: Path, name: str) -> None:
+    renderer = TileRenderer(None, write(tmp_path / name), CONFIG)
+    half = np.asarray(renderer.tile(*town.degrees(-240, -100)).image)  # the west of the square is not covered
+    assert half[200, 20].max() == 0
+    assert half[200, -20].argmax() == 0
+    with pytest.raises(InputError, match=rf"{name} at zoom 18 covers only 0% of the tile"):
+        renderer.tile(*town.degrees(5000, 5000))
+
+
+def test_vector_archives_are_errors(tmp_path: Path) -> None:
+    for path in (
+        write_mbtiles(tmp_path / "vector.mbtiles", {"format": "pbf"}),
+        write_pmtiles(tmp_path / "vector.pmtiles", TileType.MVT),
+    ):
+        with pytest.raises(InputError, match=f"{path.name} holds vector tiles: give a raster archive"):
+            TileRenderer(None, path, CONFIG)
+
+
+@pytest.mark.parametrize("name", ["x.mbtiles", "x.pmtiles"])
+def test_files_that_are_no_archive(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=rf"{name} does not exist"):
+        TileRenderer(None, tmp_path / name, CONFIG)
+    for content in (b"", b"no tiles here, only words\n" * 50):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name} is not a"):
+            TileRenderer(None, tmp_path / name, CONFIG)
+
+
+@pytest.mark.parametrize("name", ["x.mbtiles", "x.pmtiles"])
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.9])
+def test_truncated_archives(tmp_path: Path, name: str, share: float) -> None:
+    """A sentence, at opening or where the tiles are missing; never another exception."""
+    path = write(tmp_path / name)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: round(len(whole) * share)])
+    with pytest.raises(InputError, match=name):
+        everything(path)
+
+
+def everything(path: Path) -> None:
+    """Read all of an archive."""
+    renderer = TileRenderer(None, path, CONFIG)
+    for x in range(-150, 151, 100):
+        for y in range(-150, 151, 100):
+            renderer.tile(*town.degrees(x, y))
+
+
+def test_an_empty_archive_and_one_without_bounds(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no tiles"):
+        TileRenderer(None, write_mbtiles(tmp_path / "empty.mbtiles", zooms=()), CONFIG)
+    lost = write_mbtiles(tmp_path / "lost.mbtiles", {"bounds": "everywhere"})
+    with pytest.raises(InputError, match=r"has no bounds in its metadata: set city\.streets"):
+        TileRenderer(None, lost, CONFIG)
+    assert TileRenderer(town.write_streets(tmp_path / "s.geojson"), lost, CONFIG).tile(*town.degrees(0, 0)).image
+
+
+def test_tiles_that_are_no_image(tmp_path: Path) -> None:
+    path = write_mbtiles(tmp_path / "bad.mbtiles")
+    with sqlite3.connect(path) as base:
+        base.execute("UPDATE tiles SET tile_data = 'GIF89a'")
+    base.close()
+    with pytest.raises(InputError, match="is not a PNG, JPEG or WebP image"):
+        TileRenderer(None, path, CONFIG).tile(*town.degrees(0, 0))
+
+
+def test_oversized_tiles_are_refused_before_decoding() -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    with pytest.raises(InputError, match=r"bomb .*(60000|limit)"):
+        decode_tile(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""), "bomb")

@@ -14,11 +14,11 @@ from PIL import Image
 from addressvlm import InputError
 from addressvlm.config import TilesConfig
 from addressvlm.storage import http_client
-from addressvlm.tiles import imagery, xyz
+from addressvlm.tiles import imagery
 from addressvlm.tiles.graft_rows import Grafter
+from addressvlm.tiles.imagery import XyzServer
 from addressvlm.tiles.raster import Mosaic
 from addressvlm.tiles.renderer import TileRenderer
-from addressvlm.tiles.xyz import XyzServer
 from tests.support import town
 from tests.support.clock import Clock
 from tests.support.http_server import Answer, Asked, Server
@@ -31,7 +31,7 @@ HTML = b"<html><body>Sign in</body></html>"
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """All waits of the client and of its rate limit."""
     ours = Clock()
-    monkeypatch.setattr(xyz, "time", ours)
+    monkeypatch.setattr(imagery, "time", ours)
     monkeypatch.setattr(http_client, "time", ours)
     return ours
 
@@ -122,7 +122,7 @@ def test_429_waits_as_long_as_the_server_says(
         first, second = (server_of(running, tmp_path) for _ in range(2))
         assert first.tile(18, 131159, 86000) is not None
         assert at[1] - at[0] == pytest.approx(60)
-        monkeypatch.setattr(xyz, "MAX_ATTEMPTS", 1)
+        monkeypatch.setattr(imagery, "MAX_ATTEMPTS", 1)
         with pytest.raises(InputError, match="429"):
             first.tile(18, 131159, 86001)
         assert second.tile(18, 131159, 86001) is not None
@@ -303,7 +303,7 @@ def test_a_bad_server_rejects_rows_and_the_rest_goes_on(tmp_path: Path, streets:
 @given(z=st.integers(1, 22), data=st.data())
 def test_placeholders_of_addresses(z: int, data: st.DataObject) -> None:
     x, y = (data.draw(st.integers(0, 2**z - 1)) for _ in "xy")
-    plain, flipped, key, part = xyz._address("h/{z}/{x}/{y}|{-y}|{q}|{s}", z, x, y).split("|")
+    plain, flipped, key, part = imagery._address("h/{z}/{x}/{y}|{-y}|{q}|{s}", z, x, y).split("|")
     assert plain == f"h/{z}/{x}/{y}"
     assert int(flipped) + y == 2**z - 1
     assert len(key) == z
