@@ -34,9 +34,8 @@ from addressvlm.models.lora import freeze_batchnorm, lora_config, set_trainable_
 from addressvlm.models.parts import parts_of
 from addressvlm.training.collator import Collator, sample_from_row
 from addressvlm.training.dataset import Schedule
-from addressvlm.training.device_stats import memory_gib
 from addressvlm.training.memory_estimate import GIB, estimate_stages, model_shape
-from addressvlm.training.metrics_logger import StepMetrics
+from addressvlm.training.metrics_logger import StepMetrics, memory_gib
 from addressvlm.training.stages import Stage, training_rows
 from addressvlm.training.trainer import AdaptedModel, Trainer, attach_adapter
 

@@ -32,13 +32,10 @@ from addressvlm.storage.remote_path import AnyPath
 from addressvlm.storage.run_dir import Run, slug
 from addressvlm.training.checkpoint import TrainingCheckpoint
 from addressvlm.training.dataset import Schedule, TableRows, count_steps
-from addressvlm.training.device_stats import memory_gib
-from addressvlm.training.metrics_logger import MetricsLogger, StepMetrics
+from addressvlm.training.metrics_logger import MetricsLogger, StepMetrics, memory_gib
 from addressvlm.training.optim import learning_rate
-from addressvlm.training.skipped_rows import SkippedRows
-from addressvlm.training.stages import Stage
-from addressvlm.training.strategy import is_distributed
-from addressvlm.training.strategy.ddp import Ddp
+from addressvlm.training.stages import SkippedRows, Stage
+from addressvlm.training.strategy import Ddp, is_distributed
 from addressvlm.training.trainer import Report
 
 

@@ -24,7 +24,7 @@ from addressvlm.questions import templates
 from addressvlm.training.activation_checkpointing import checkpoint_activations
 from addressvlm.training.collator import IGNORE_INDEX, Collator, EncodedSample, Sample, SkipSampleError, sample_from_row
 from addressvlm.training.dataset import RowSource, count_steps
-from addressvlm.training.device_stats import peak_flops, total_memory_gib
+from addressvlm.training.metrics_logger import peak_flops, total_memory_gib
 from addressvlm.training.stages import remaining_steps, training_rows
 from addressvlm.training.strategy import SHARDS_WEIGHTS
 

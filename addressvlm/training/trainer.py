@@ -23,18 +23,15 @@ from addressvlm.models.loading import autocast, context_length, enable_packing, 
 from addressvlm.models.lora import attach_lora, export_merged, freeze_batchnorm, load_adapter_state, set_trainable_parts
 from addressvlm.storage.files import atomic_replace_dir
 from addressvlm.storage.run_dir import Run, slug
-from addressvlm.training.activation_checkpointing import checkpoint_activations
+from addressvlm.training.activation_checkpointing import checkpoint_activations, probe_first_row
 from addressvlm.training.checkpoint import BestAdapter, TrainingCheckpoint, better_adapter
 from addressvlm.training.collator import IGNORE_INDEX, KINDS, Collator
 from addressvlm.training.dataset import low_locatability
-from addressvlm.training.device_stats import memory_gib, peak_flops
 from addressvlm.training.loss import token_losses
-from addressvlm.training.metrics_logger import MetricsLogger, StepMetrics
+from addressvlm.training.metrics_logger import MetricsLogger, StepMetrics, memory_gib, peak_flops
 from addressvlm.training.optim import learning_rate
-from addressvlm.training.skipped_rows import SkippedRows
-from addressvlm.training.stages import Stage, StepBatches, build_stages, training_runs
+from addressvlm.training.stages import SkippedRows, Stage, StepBatches, build_stages, training_runs
 from addressvlm.training.strategy import SHARDS_WEIGHTS, OptimizerState, Strategy, is_distributed, make_strategy
-from addressvlm.training.unused_parameters import probe_first_row
 from addressvlm.training.validation import Validation
 
 Report = Callable[[dict[str, Any], TrainingCheckpoint | None], None]

@@ -4,17 +4,12 @@ python -m pytest -q tests/models/test_cards.py
 """
 
 from pathlib import Path
-from typing import Any
 
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.models import cards
 from addressvlm.storage.run_dir import Run
 from addressvlm.training.trainer import train_system
-from tests.support.training_tables import trained_config
-
-
-def nothing(metrics: dict[str, Any], folder: Path) -> None:
-    """A report that keeps no checkpoint."""
+from tests.support.training_tables import nothing, trained_config
 
 
 def test_the_card_tells_base_data_and_licence_and_takes_metrics(tmp_path: Path, base: Path) -> None:

@@ -21,6 +21,10 @@ from addressvlm.training.trainer import AdaptedModel, Report, Trainer
 STREETS = {"Mill Street": "red", "Oak Avenue": "blue", "Lake Road": "green"}
 
 
+def nothing(metrics: dict[str, Any], checkpoint: TrainingCheckpoint | None) -> None:
+    """A report that keeps no checkpoint."""
+
+
 def keeping(kept: list[Path], folder: Path) -> Report:
     """A report that writes every snapshot into a folder of its own and notes it."""
 

@@ -30,7 +30,7 @@ from addressvlm.training.metrics_logger import StepMetrics
 from addressvlm.training.stages import Stage, build_stages
 from addressvlm.training.trainer import AdaptedModel, train_system
 from tests.support.families import tiny_fastvlm
-from tests.support.training_tables import ListTable, keeping, picture, table_rows, train_stage, trained_config
+from tests.support.training_tables import ListTable, keeping, nothing, picture, table_rows, train_stage, trained_config
 
 WORDS = {"vision": "vision_tower", "adapter": "multi_modal_projector", "llm": "language_model"}
 
@@ -48,10 +48,6 @@ STAGES: dict[str, dict[str, Any]] = {
         "weight_decay": 1.0, "isolate_questions": True,
     },
 }  # fmt: skip
-
-
-def nothing(metrics: dict[str, Any], snapshot: TrainingCheckpoint | None) -> None:
-    """A report that keeps no checkpoint."""
 
 
 def asked(question: str, answer: str, kind: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ python -m pytest -q tests/training/test_checkpoint.py
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,11 +15,7 @@ from addressvlm.training import trainer
 from addressvlm.training.checkpoint import TrainingCheckpoint, better_adapter
 from addressvlm.training.trainer import train_system
 from tests.support.tiny import tiny_llava
-from tests.support.training_tables import keeping, trained_config
-
-
-def nothing(metrics: dict[str, Any], folder: Path) -> None:
-    """A report that keeps no checkpoint."""
+from tests.support.training_tables import keeping, nothing, trained_config
 
 
 @pytest.mark.parametrize("name", ["state.pt", "position.json"])
@@ -32,7 +27,7 @@ def test_an_incomplete_checkpoint_is_an_error(tmp_path: Path, base: Path, name: 
     content = (kept[0] / name).read_bytes()
     (kept[0] / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=r"the checkpoint in .* is incomplete \(.*: remove it to resume from the one before"):
-        train_system(config, "stage 2 only", kept[0], lambda metrics, folder: None)
+        train_system(config, "stage 2 only", kept[0], nothing)
 
 
 def test_checkpoint_of_another_rank_is_refused(tmp_path: Path, base: Path) -> None:
@@ -41,7 +36,7 @@ def test_checkpoint_of_another_rank_is_refused(tmp_path: Path, base: Path) -> No
     train_system(config, "stage 2 only", None, keeping(kept, tmp_path))
     config.model.llm.rank = 3
     with pytest.raises(InputError, match="another base model or other LoRA settings"):
-        train_system(config, "stage 2 only", kept[0], lambda metrics, folder: None)
+        train_system(config, "stage 2 only", kept[0], nothing)
 
 
 def test_a_checkpoint_of_another_base_is_refused(base: Path, tmp_path: Path) -> None:
@@ -50,7 +45,7 @@ def test_a_checkpoint_of_another_base_is_refused(base: Path, tmp_path: Path) -> 
     train_system(config, "stage 2 only", None, keeping(kept, tmp_path))
     config.model.base = str(tiny_llava(tmp_path / "other", seed=1, patch=16))
     with pytest.raises(InputError, match="another base model or other LoRA settings"):
-        train_system(config, "stage 2 only", kept[0], lambda metrics, folder: None)
+        train_system(config, "stage 2 only", kept[0], nothing)
     assert torch.load(kept[-1] / "state.pt", weights_only=True)["adapter"]
 
 

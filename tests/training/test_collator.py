@@ -91,3 +91,20 @@ def test_a_row_longer_than_the_context_is_skipped(loaded: tuple) -> None:
     with pytest.raises(SkipSampleError, match=f"{length} tokens are more than the model's context of {length - 1}"):
         Collator(processor, context=length - 1).encode(SAMPLES[0])
     Collator(processor, isolate_questions=True, context=length - 1).encode(SAMPLES[0])  # positions of rounds apart are fewer
+
+
+def test_loss_equals_that_of_the_rows_alone(loaded: tuple) -> None:
+    model, processor = loaded
+    collate = Collator(processor)
+    samples = [sample(("Which street is this?", "Mill Street")), sample(("Is it?", "Yes"), ("Which?", "Oak Avenue"))]
+    together, count = answer_loss(model, collate(samples))
+    alone = [answer_loss(model, collate([s])) for s in samples]
+    assert count == sum(n for _, n in alone)
+    torch.testing.assert_close(together, sum(loss for loss, _ in alone), rtol=1e-5, atol=1e-5)
+
+
+def test_loss_equals_that_of_transformers(loaded: tuple) -> None:
+    model, processor = loaded
+    batch = Collator(processor)([sample(("Which street is this?", "Mill Street"))])
+    total, count = answer_loss(model, batch)
+    torch.testing.assert_close(total / count, model(**batch).loss, rtol=1e-5, atol=1e-5)

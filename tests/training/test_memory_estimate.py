@@ -18,11 +18,11 @@ from addressvlm.config import load as configuration
 from addressvlm.config.train import ModelConfig, PartConfig
 from addressvlm.models import load_model
 from addressvlm.models.lora import attach_lora, set_trainable_parts
+from addressvlm.training.activation_checkpointing import probe_first_row
 from addressvlm.training.collator import Collator, sample_from_row
 from addressvlm.training.dataset import Schedule
 from addressvlm.training.memory_estimate import GIB, StageEstimate, estimate_stages, model_shape, print_estimate, row_cost
 from addressvlm.training.stages import Stage
-from addressvlm.training.unused_parameters import probe_first_row
 from tests.support.tiny_families import FAMILIES
 from tests.support.training_tables import ListTable, table_rows, trained_config
 

@@ -16,13 +16,9 @@ from addressvlm import InputError
 from addressvlm.config import Config
 from addressvlm.storage.run_dir import Run
 from addressvlm.training import metrics_logger
-from addressvlm.training.device_stats import peak_of_gpu
+from addressvlm.training.metrics_logger import peak_of_gpu
 from addressvlm.training.trainer import train_system
-from tests.support.training_tables import trained_config
-
-
-def nothing(metrics: dict[str, Any], folder: Path) -> None:
-    """A report that keeps no checkpoint."""
+from tests.support.training_tables import nothing, trained_config
 
 
 def steps(config: Config, system: str) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ python -m pytest -q tests/training/test_optim.py
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,11 +13,7 @@ from addressvlm.storage.run_dir import Run
 from addressvlm.training.dataset import count_steps
 from addressvlm.training.optim import clip_and_step, learning_rate
 from addressvlm.training.trainer import train_system
-from tests.support.training_tables import trained_config
-
-
-def nothing(metrics: dict[str, Any], folder: Path) -> None:
-    """A report that keeps no checkpoint."""
+from tests.support.training_tables import nothing, trained_config
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine() -> None:

@@ -21,15 +21,11 @@ from addressvlm.training.collator import Collator
 from addressvlm.training.dataset import Schedule
 from addressvlm.training.stages import Stage, build_stages, training_rows, training_runs
 from addressvlm.training.trainer import train_system
-from tests.support.training_tables import ListTable, keeping, table_rows, trained_config
+from tests.support.training_tables import ListTable, keeping, nothing, table_rows, trained_config
 
 
 def named(name: str, count: int) -> ListTable:
     return ListTable([row | {"id": f"{name}{row['id']}"} for row in table_rows(count)])
-
-
-def nothing(metrics: dict[str, Any], folder: Path) -> None:
-    """A report that keeps no checkpoint."""
 
 
 def steps(config: Config, system: str) -> list[dict[str, Any]]:

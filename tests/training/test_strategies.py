@@ -19,7 +19,7 @@ from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
 from addressvlm.training.checkpoint import TrainingCheckpoint
 from addressvlm.training.trainer import train_system
-from tests.support.training_tables import keeping, table_rows, trained_config
+from tests.support.training_tables import keeping, nothing, table_rows, trained_config
 
 pytestmark = pytest.mark.xdist_group("strategies")
 
@@ -53,22 +53,18 @@ def work(rank: int, folder: Path, base: Path) -> None:
         train_system(config, SYSTEM, None, first_only(rank, folder / kind))
         dist.barrier()
         whole = keep(rank, config, "whole")
-        train_system(config, SYSTEM, whole / f"checkpoint{RESUMED}", ignored)
+        train_system(config, SYSTEM, whole / f"checkpoint{RESUMED}", nothing)
     for kind in KINDS:
         settings = {"strategy": kind, "checkpoint_activations": True, "precision": "bfloat16"}
         config = config_of(folder / f"{kind} in bfloat16", base, **settings)
         config.model.dtype = "bfloat16"
-        train_system(config, "stage 2 only", None, ignored)
+        train_system(config, "stage 2 only", None, nothing)
     dist.destroy_process_group()
 
 
 def first_only(rank: int, folder: Path) -> Any:
     """A report that keeps the first worker's snapshots."""
-    return keeping([], folder) if rank == 0 else ignored
-
-
-def ignored(metrics: dict[str, Any], snapshot: TrainingCheckpoint | None) -> None:
-    """A report that keeps nothing."""
+    return keeping([], folder) if rank == 0 else nothing
 
 
 def keep(rank: int, config: Config, name: str) -> Path:
@@ -93,7 +89,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 def alone(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Config:
     """The same, trained by one process."""
     config = config_of(tmp_path_factory.mktemp("alone"), base)
-    train_system(config, SYSTEM, None, ignored)
+    train_system(config, SYSTEM, None, nothing)
     return config
 
 
@@ -141,7 +137,7 @@ def test_a_strategy_goes_on_from_its_own_checkpoint_to_equal_weights(kind: str, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_process_goes_on_from_the_checkpoint_of_two_workers(kind: str, pair: Path, base: Path, tmp_path: Path) -> None:
     config = config_of(tmp_path, base, strategy=kind)
-    train_system(config, SYSTEM, pair / kind / f"checkpoint{RESUMED}", ignored)
+    train_system(config, SYSTEM, pair / kind / f"checkpoint{RESUMED}", nothing)
     assert close(adapter(Run(config).model_dir(SYSTEM)), adapter(pair / kind / "whole"))
 
 

@@ -26,7 +26,7 @@ from addressvlm.training import trainer
 from addressvlm.training.collator import messages
 from addressvlm.training.stages import build_stages
 from addressvlm.training.trainer import AdaptedModel, train_system
-from tests.support.training_tables import keeping, table_rows, train_stage, trained_config
+from tests.support.training_tables import keeping, nothing, table_rows, train_stage, trained_config
 
 
 def losses(run: Run, system: str) -> list[float]:
@@ -48,10 +48,6 @@ def answers_of_the_adapter(adapter: Path, base: Path) -> list[str]:
         tokens = tuned.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         answers.append(processor.tokenizer.decode(tokens, skip_special_tokens=True))
     return answers
-
-
-def nothing(metrics: dict[str, Any], folder: Path) -> None:
-    """A report that keeps no checkpoint."""
 
 
 def spoiled(base: Path, folder: Path, **changes: Any) -> Path:
@@ -79,7 +75,7 @@ def test_training_learns_and_resumes_to_equal_weights(tmp_path: Path, base: Path
     middle = next(k for k in kept if json.loads((k / "position.json").read_text()) == {"stage": 0, "step": 10})
     for checkpoint in (middle, kept[-3]):
         shutil.rmtree(run.model_dir("AddressVLM"))
-        train_system(config, "AddressVLM", checkpoint, lambda metrics, folder: None)
+        train_system(config, "AddressVLM", checkpoint, nothing)
         again = load_file(run.model_dir("AddressVLM") / "adapter" / "adapter_model.safetensors")
         assert all(torch.equal(whole[k], again[k]) for k in whole)
         assert losses(run, "AddressVLM") == curve
@@ -89,7 +85,7 @@ def test_training_learns_and_resumes_to_equal_weights(tmp_path: Path, base: Path
 def test_losses_are_those_of_before(tmp_path: Path, base: Path, packing: str) -> None:
     config = trained_config(tmp_path, base, packing=packing)
     config.model.lora_dropout = 0.0  # masks depend on the shape of a batch
-    train_system(config, "stage 2 only", None, lambda metrics, folder: None)
+    train_system(config, "stage 2 only", None, nothing)
     assert losses(Run(config), "stage 2 only") == pytest.approx(EXPECTED, rel=1e-3)
 
 
@@ -98,7 +94,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path, base: Path) ->
     for twice in (False, True):
         config = trained_config(tmp_path / str(twice), base, checkpoint_activations=twice, peak_tflops=1.0)
         config.train.stages["localization"].max_steps = 4
-        train_system(config, "stage 2 only", None, lambda metrics, folder: None)
+        train_system(config, "stage 2 only", None, nothing)
         lines = (Run(config).training_dir("stage 2 only") / "loss.jsonl").read_text().splitlines()
         steps = [json.loads(line) for line in lines]
         curves.append([step["loss"] for step in steps])
@@ -109,7 +105,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path, base: Path) ->
 
 def test_merged_folder_needs_nothing_of_ours(tmp_path: Path, base: Path) -> None:
     config = trained_config(tmp_path, base)
-    train_system(config, "stage 2 only", None, lambda metrics, folder: None)
+    train_system(config, "stage 2 only", None, nothing)
     folder = Run(config).model_dir("stage 2 only") / "merged"
     script = (
         "import sys; sys.modules['addressvlm'] = None\n"
@@ -135,7 +131,7 @@ def test_bfloat16_is_for_matrix_products_only(tmp_path: Path, base: Path) -> Non
             result[precision] = (square @ square).dtype
     assert result == {"float32": torch.float32, "bfloat16": torch.bfloat16}
     config = trained_config(tmp_path, base, precision="bfloat16")
-    train_system(config, "stage 2 only", None, lambda metrics, folder: None)
+    train_system(config, "stage 2 only", None, nothing)
     curve = losses(Run(config), "stage 2 only")
     assert sum(curve[-3:]) < 0.9 * sum(curve[:3])
     saved = load_file(Run(config).model_dir("stage 2 only") / "merged" / "model.safetensors")
@@ -159,7 +155,7 @@ def test_a_diverging_loss_is_an_error(tmp_path: Path, base: Path) -> None:
     for stage in config.train.stages.values():
         stage.learning_rate, stage.max_grad_norm = 1e30, 1e30
     with pytest.raises(InputError, match=r"lower train\.stages\.localization\.learning_rate"):
-        train_system(config, "stage 2 only", None, lambda metrics, folder: None)
+        train_system(config, "stage 2 only", None, nothing)
 
 
 def test_validation_is_logged_and_changes_nothing(tmp_path: Path, base: Path) -> None:
@@ -198,4 +194,4 @@ def test_a_processor_with_another_number_of_image_tokens_is_an_error(base: Path,
     other = spoiled(base, tmp_path / "spoiled", processor_config={"num_additional_image_tokens": 3})
     config = trained_config(tmp_path, other)
     with pytest.raises(InputError, match="the base model and its processor disagree on the number of image tokens"):
-        train_system(config, "stage 2 only", None, lambda metrics, folder: None)
+        train_system(config, "stage 2 only", None, nothing)

@@ -24,13 +24,13 @@ from addressvlm.models.lora import attach_lora, set_trainable_parts
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
 from addressvlm.tiles.graft_rows import Grafter
+from addressvlm.training.activation_checkpointing import probe_first_row
 from addressvlm.training.collator import Collator, Sample, SkipSampleError, sample_from_row
 from addressvlm.training.dataset import Schedule, TableRows
 from addressvlm.training.loss import answer_loss
 from addressvlm.training.memory_estimate import estimate_stages, model_shape, row_cost
 from addressvlm.training.stages import Stage
 from addressvlm.training.trainer import AdaptedModel
-from addressvlm.training.unused_parameters import probe_first_row
 from tests.integration.test_graft import config_of
 from tests.integration.test_graft import rows as photos
 from tests.support.families import picture as noise
