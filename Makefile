@@ -30,7 +30,7 @@ demo: install  ## the whole pipeline on the toy city: data, training, accuracy t
 	@echo "      python ray_jobs/train.py --config my_city.yaml --evaluate   # your city: README, 'Your own city'"
 
 test: install lint  ## format, lint, types and all tests but those of `make nodes`
-	$(BIN)/python -m pytest -q -m "not nodes" -n 2 --dist loadgroup   # what needs Ray is one group: one Ray at a time
+	$(BIN)/python -m pytest -q -m "not nodes" -n 2 --dist loadgroup   # what needs Ray are two groups: a Ray for each
 
 nodes: install  ## tests with three Ray nodes, one of which is killed: some minutes
 	$(BIN)/python -m pytest -q -m nodes

@@ -18,10 +18,13 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on Ray come first: they are one group of one worker, and the longest."""
-    groups = [item.get_closest_marker("xdist_group") for item in items]
-    on_ray = {item for item, group in zip(items, groups, strict=True) if group and group.args == ("ray",)}
-    items.sort(key=lambda item: item not in on_ray)
+    """Tests on Ray come first, being the longest: what makes models and data, and what asks models, a Ray for each."""
+
+    def order(item: pytest.Item) -> int:
+        group = item.get_closest_marker("xdist_group")
+        return {"ray": 0, "ray-answers": 1}.get(group.args[0], 2) if group else 2
+
+    items.sort(key=order)
 
 
 @pytest.fixture(scope="session")

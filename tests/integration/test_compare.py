@@ -24,7 +24,7 @@ from tests.support.baselines import comparison_in, photo, tiny_dino, where
 from tests.support.tiny import tiny_llava
 from tests.support.training_tables import trained_config
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = pytest.mark.xdist_group("ray-answers")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from addressvlm.storage.run_dir import Run
 from ray_jobs import evaluate, evaluation
 from tests.support.tiny import tiny_llava
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = pytest.mark.xdist_group("ray-answers")
 
 ADDRESSES = [Address("Mill Street", "Harbour"), Address("Oak Avenue", "Old Town"), Address("Elm Row", "Old Town")]
 GAZETTEER = Gazetteer(ADDRESSES, city="Toytown", attribution=["generated"])

@@ -26,7 +26,7 @@ from tests.integration.test_graft import config_of
 from tests.integration.test_graft import rows as photos
 from tests.support.tiny import tiny_llava
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = pytest.mark.xdist_group("ray-answers")
 
 CITY = Gazetteer([Address("Mill Street", "Harbour"), Address("King Street", "Harbour")])
 

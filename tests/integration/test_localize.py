@@ -28,7 +28,7 @@ from ray_jobs import localize
 from tests.support.families import picture
 from tests.support.tiny import tiny_llava
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = pytest.mark.xdist_group("ray-answers")
 
 CITY = Gazetteer([Address("Mill Street", "Harbour"), Address("Oak Avenue", "Old Town")], city="Toytown")
 CPUS = ["--set", "evaluate.workers=2", "--set", "evaluate.cpus_per_worker=0.5"]

@@ -16,7 +16,7 @@ from ray import serve as ray_serve
 import serve as service
 from tests.support.running_service import check_error, photo, running_service
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = pytest.mark.xdist_group("ray-answers")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from tests.support.running_service import STREETS, photo, running_service, two_c
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH (install the package `chromium`)"),
-    pytest.mark.xdist_group("ray"),
+    pytest.mark.xdist_group("ray-answers"),
 ]
 PATIENCE = 120_000  # ms; bounds a hang, nothing waits this long
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}

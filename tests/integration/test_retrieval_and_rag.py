@@ -18,7 +18,7 @@ from tests.support.label_requests import KEY
 from tests.support.openai_endpoint import Endpoint, says
 from tests.support.tiny import tiny_llava
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = pytest.mark.xdist_group("ray-answers")
 
 
 @pytest.fixture(scope="module")

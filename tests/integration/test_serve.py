@@ -16,7 +16,7 @@ import serve as service
 from addressvlm.inference import Localizer
 from tests.support.running_service import STREETS, chat_messages, check_error, data_url, photo, running_service, two_cities
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = pytest.mark.xdist_group("ray-answers")
 MODEL = "run0/addressvlm"
 
 
