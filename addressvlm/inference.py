@@ -9,7 +9,9 @@
 The parts are in `addressvlm/answers/`; this module puts them together.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from PIL import Image
 
 from addressvlm.answers.address_distribution import AddressDistribution, Candidate, Circle, Level, Localization, Prior
 from addressvlm.answers.calibration import Calibration
-from addressvlm.answers.chat_model import ChatModel, PrefillCache, keeps_all_tokens, user_turn
+from addressvlm.answers.chat_model import ChatModel, PreparedPrompt, Tensors, input_shapes, merge_inputs, user_turn
 from addressvlm.answers.constrained_decoding import DecodedAnswer, beam_decode, greedy_decode
 from addressvlm.answers.generate import (
     Completion,
@@ -29,10 +31,9 @@ from addressvlm.answers.generate import (
     TokenScore,
     complete_chat,
     generate_batch,
-    prefill_batch,
     stream_tokens,
 )
-from addressvlm.answers.prefix_cache import PhotoCache, PhotoCaches, PrefixCacheEntry, extend_prefixes
+from addressvlm.answers.kv_cache import PhotoCaches, PrefillCache, keeps_all_tokens
 from addressvlm.answers.sequence_scorer import SequenceScorer
 from addressvlm.answers.trie import Trie
 from addressvlm.errors import InputError
@@ -57,14 +58,16 @@ __all__ = [
     "user_turn",
 ]  # fmt: skip
 
-BATCH_SIZE = 8  # photos that go through the model together
+PREFILL_TOKENS = 16_384  # of the photos that are scored together
+
+States = list[tuple[list[int], PrefillCache]]
 
 
 class Localizer(ChatModel):
     """A vision-language model with the gazetteer and the calibration of its city, where its folder has them.
 
     Args:
-        folder, device, dtype, trust_remote_code, loaded: see ChatModel.
+        folder, device, dtype, trust_remote_code, loaded, adapters, adapter: see ChatModel.
         memory_mb: for key-value caches of recent photos, which make further questions about one of them cheap.
 
     Raises:
@@ -79,15 +82,16 @@ class Localizer(ChatModel):
         trust_remote_code: bool = False,
         memory_mb: float = 256,
         loaded: tuple[Any, Any] | None = None,
+        adapters: Any = None,
+        adapter: str = "",
     ) -> None:
-        super().__init__(folder, device, dtype, trust_remote_code, loaded)
+        super().__init__(folder, device, dtype, trust_remote_code, loaded, adapters, adapter)
         gazetteer = self.folder / GAZETTEER_FILE
         self.gazetteer: Gazetteer | None = Gazetteer.load(gazetteer) if gazetteer.is_file() else None
         self.calibration = Calibration.load(self.folder)
         if self.gazetteer:
             self.calibration.apply(np.zeros(len(self.gazetteer.addresses)))  # refuses one of another gazetteer
         self.photo_caches = PhotoCaches(int(memory_mb * 2**20))
-        self._scorer: SequenceScorer | None = None
 
     def localize(
         self, image: Image.Image, top_k: int | None = 5, prior: Prior | None = None, threshold: float | None = None
@@ -136,15 +140,27 @@ class Localizer(ChatModel):
         Each address is scored on its shortest unique prefix: tokens that must follow it (`Forbes` -> ` Avenue, Oakland`) do
         not count. InputError as `require_gazetteer`.
         """
-        gazetteer = self.require_gazetteer()
-        if self._scorer is None:
-            self._scorer = SequenceScorer(self, self.trie([a.text() for a in gazetteer.addresses]).unique_prefixes())
-        caches = [self.photo_caches.get(image) for image in images]
-        new = {id(cache): (image, cache) for image, cache in zip(images, caches, strict=True) if cache.scores is None}
-        photos = list(new.values())
-        for start in range(0, len(photos), BATCH_SIZE):
-            self._score(self._scorer, photos[start : start + BATCH_SIZE])
-        return torch.stack([c.scores for c in caches if c.scores is not None]).numpy() if caches else np.empty((0, 0))
+        self.require_gazetteer()
+        return self.score_prompts(self.prepare_questions(images, [ADDRESS_QUESTION] * len(images)))
+
+    @cached_property
+    def scorer(self) -> SequenceScorer:
+        """Of the addresses of the gazetteer; takes a while for many."""
+        return SequenceScorer(self, self.trie([a.text() for a in self.require_gazetteer().addresses]).unique_prefixes())
+
+    def score_prompts(self, prompts: Sequence[PreparedPrompt]) -> np.ndarray:
+        """`address_scores` of photos whose prompts are prepared by `prepare_questions` with ADDRESS_QUESTION."""
+        if not prompts:
+            return np.empty((0, 0))
+        caches = {prompt.photo: self.photo_caches.get(prompt.photo or b"") for prompt in prompts}
+        new = list({prompt.photo: prompt for prompt in prompts if caches[prompt.photo].scores is None}.values())
+        together = max(1, PREFILL_TOKENS // max(map(len, prompts)))
+        for start in range(0, len(new), together):
+            batch = new[start : start + together]
+            for rows, state in self.prefill_prompts(batch):
+                for row, scores in zip(rows, self.scorer.score(state), strict=True):
+                    caches[batch[row].photo].scores = scores
+        return torch.stack([scores for prompt in prompts if (scores := caches[prompt.photo].scores) is not None]).numpy()
 
     def trie(self, answers: Sequence[str]) -> Trie:
         """The possible answers to a question as a trie of this model's tokens."""
@@ -167,11 +183,16 @@ class Localizer(ChatModel):
         """Like `answer`, but each answer is one of its trie; forced tokens are not decoded."""
         if not (images or questions):
             return []
-        prefill = prefill_batch(self, images, questions)
-        longest = prefill.mask.shape[1] + max(len(trie) for trie in tries)
-        if beams == 1 and self.takes_4d_masks and keeps_all_tokens(prefill.cache, longest):
-            return greedy_decode(self, prefill, tries)
-        return beam_decode(self, prefill, tries, beams)
+        answers: dict[int, DecodedAnswer] = {}
+        for rows, state in self.prefill_questions(images, questions):
+            some = [tries[row] for row in rows]
+            longest = state.mask.shape[1] + max(map(len, some))
+            if beams == 1 and self.takes_4d_masks and keeps_all_tokens(state.cache, longest):
+                decoded = greedy_decode(self, state, some)
+            else:
+                decoded = beam_decode(self, state, some, beams)
+            answers |= dict(zip(rows, decoded, strict=True))
+        return [answers[row] for row in range(len(tries))]
 
     def conversation(self, image: Image.Image, prior: Prior | None = None) -> Conversation:
         """A conversation about one photo; `.ask(question)` gives a `ConversationAnswer`."""
@@ -193,15 +214,63 @@ class Localizer(ChatModel):
         """The same as it is generated; stop iterating to stop the model. The prompt is prefilled at once."""
         return stream_tokens(self, self._prefill_chat(messages, images), sampling or Sampling())
 
-    def prefill_prompt(self, prompt: str, images: Sequence[Image.Image], *prefixes: PrefixCacheEntry | None) -> PrefillCache:
-        """Prefill one prompt, from the cache of its photo or from one of `prefixes` where it starts with one."""
-        cache = self.photo_caches.get(images[0]) if len(images) == 1 else PhotoCache()
-        prefill = extend_prefixes(self, prompt, [*prefixes, cache.prefix])
-        if prefill is None:
-            inputs = self.inputs([prompt], [images])
-            prefill = self.prefill(inputs)
-            cache.prefix = PrefixCacheEntry.up_to_image(self, prompt, inputs["input_ids"], prefill)
-        return prefill
+    def prepare_questions(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[PreparedPrompt]:
+        """Questions, each about the image at the same position; an image object that occurs again is processed once."""
+        if len(images) != len(questions):
+            raise ValueError(f"{len(images)} images and {len(questions)} questions: there must be one image a question")
+        first: dict[int, PreparedPrompt] = {}
+        prepared = []
+        for image, question in zip(images, questions, strict=True):
+            prepared.append(self.prepare(self.prompt([user_turn(question)]), [image], first.get(id(image))))
+            first.setdefault(id(image), prepared[-1])
+        return prepared
+
+    def prefill_questions(self, images: Sequence[Image.Image], questions: Sequence[str]) -> States:
+        """`prefill_prompts` of questions, each about the image at the same position."""
+        return self.prefill_prompts(self.prepare_questions(images, questions))
+
+    @torch.inference_mode()
+    def prefill_prompts(self, prompts: Sequence[PreparedPrompt]) -> States:
+        """The state after prompts: the numbers of prompts, and the state whose rows they are; one such pair if possible.
+
+        A photo that several of them show, or a recent one, goes through the model once, if the model's family allows it.
+        """
+        can_continue = self.can_continue(max(map(len, prompts)))
+        caches = {prompt.photo: self.photo_caches.get(prompt.photo) for prompt in prompts if prompt.photo and prompt.rest}
+        shown = Counter(prompt.photo for prompt in prompts if prompt.rest)
+        repeated = {p.photo: p for p in prompts if can_continue and shown[p.photo] > 1 and caches[p.photo].text != p.text}
+        new = list(repeated.values())
+        for rows, state in self._prefill_whole([prompt.inputs for prompt in new]):
+            for place, row in enumerate(rows):
+                cache = caches[new[row].photo]
+                cache.text, cache.state = new[row].text, state.beginning(place, 0)
+        states: States = []
+        known = [i for i, p in enumerate(prompts) if p.photo in caches and caches[p.photo].text == p.text]
+        if known:
+            photos = list(dict.fromkeys(prompts[i].photo for i in known))
+            state = PrefillCache.concat([state for photo in photos if (state := caches[photo].state)])
+            state = state.rows([photos.index(prompts[i].photo) for i in known])
+            states.append((known, self.extend(state, [prompts[i].rest for i in known])))
+        others = [i for i in range(len(prompts)) if i not in known]
+        for rows, state in self._prefill_whole([prompts[i].whole() for i in others]):
+            for place, row in enumerate(rows):
+                prompt = prompts[others[row]]
+                if can_continue and prompt.rest and self.photo_caches.max_bytes:
+                    cache = caches[prompt.photo]
+                    cache.text, cache.state = prompt.text, state.beginning(place, len(prompt.rest))
+            states.append(([others[row] for row in rows], state))
+        if can_continue and len(states) > 1:
+            states = [([i for rows, _ in states for i in rows], PrefillCache.concat([state for _, state in states]))]
+        return states
+
+    def _prefill_whole(self, inputs: Sequence[Tensors]) -> States:
+        """The states of inputs, those with images of the same shape as one batch."""
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for row, tensors in enumerate(inputs):
+            groups[input_shapes(tensors)].append(row)
+        pad = self.tokenizer.pad_token_id
+        merged = [(rows, merge_inputs([inputs[row] for row in rows], pad)) for rows in groups.values()]
+        return [(rows, self.prefill(self.to_device(tensors))) for rows, tensors in merged]
 
     def _prefill_chat(self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> PrefillCache:
         turns = [
@@ -211,7 +280,8 @@ class Localizer(ChatModel):
         placeholders = sum(part["type"] == "image" for turn in turns for part in turn["content"])
         if placeholders != len(images):
             raise InputError(f"the messages show {placeholders} images and there are {len(images)}: they must be as many.")
-        return self.prefill_prompt(self.prompt(turns), images)
+        ((_, state),) = self.prefill_prompts([self.prepare(self.prompt(turns), images)])
+        return state
 
     def require_gazetteer(self) -> Gazetteer:
         """The gazetteer; InputError if the folder has none, or one without addresses."""
@@ -220,18 +290,3 @@ class Localizer(ChatModel):
                 f"{self.folder} holds no {GAZETTEER_FILE} with addresses: copy the dataset's into it to rank addresses."
             )
         return self.gazetteer
-
-    def _score(self, scorer: SequenceScorer, photos: list[tuple[Image.Image, PhotoCache]]) -> None:
-        """Fill in the scores of photos and, where there is memory for it, the state after each."""
-        prompt = self.prompt([user_turn(ADDRESS_QUESTION)])
-        if len(photos) == 1:
-            image, cache = photos[0]
-            cache.scores = scorer.score(self.prefill_prompt(prompt, [image]))[0]
-            return
-        inputs = self.inputs([prompt] * len(photos), [[image] for image, _ in photos])
-        prefill = self.prefill(inputs)
-        for row, ((_, cache), scores) in enumerate(zip(photos, scorer.score(prefill), strict=True)):
-            cache.scores = scores
-            if self.photo_caches.max_bytes:
-                ids = inputs["input_ids"][row : row + 1]
-                cache.prefix = PrefixCacheEntry.up_to_image(self, prompt, ids, prefill.rows([row]))

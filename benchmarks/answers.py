@@ -69,7 +69,7 @@ def compare_passes(localizer: Localizer, photos: list[dict[str, Any]], batch: in
             constrained_passes.append(decoded.passes)
             expected = Address(photo["street"], photo["district"]).text()
             correct.append([judge.correct("address", "generation", expected, text, street=photo["street"])
-                            for text in (answer, texts[decoded.number])])  # fmt: skip
+                            for text in (answer, texts[decoded.index])])  # fmt: skip
     wins, losses = sum(c and not f for f, c in correct), sum(f and not c for f, c in correct)
     free, constrained = statistics.mean(free_passes), statistics.mean(constrained_passes)
     print(

@@ -1,45 +1,55 @@
 """A vision-language model and its processor, prompts in and tokens out: the base of every way of answering.
 
 Everything goes through `AutoProcessor`'s chat template and the model's forward pass, so any image-text-to-text family works.
-A key-value cache is never changed in place: `fork_cache` gives another one that shares its tensors.
 """
 
-import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from PIL import Image
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache
 
+from addressvlm.answers.kv_cache import PrefillCache, fork_cache, keeps_all_tokens, photo_key
 from addressvlm.models.loading import has_1d_positions, load_model, resolve_model, to_device
 from addressvlm.storage.remote_path import AnyPath, path_of
 
 Turn = dict[str, Any]
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class PrefillCache:
-    """The state after B prompts, from which answers continue.
+class PreparedPrompt:
+    """A prompt as tensors on the CPU, made without the model.
 
     Attributes:
-        cache: key-value cache of all rows.
-        mask: 1 where a token is real, long (B, P).
-        logits: of the token that follows, (B, vocabulary).
-        position: of the token that follows, long (B,).
+        text: of the prompt up to its image, with the marker for the image; all of it unless it shows exactly one image.
+        inputs: the processor's tensors of `text` and of the images, one row.
+        rest: tokens of what follows `text`.
+        photo: `photo_key` of its only image.
     """
 
-    cache: Any
-    mask: torch.Tensor
-    logits: torch.Tensor
-    position: torch.Tensor
+    text: str
+    inputs: Tensors
+    rest: Sequence[int] = ()
+    photo: bytes | None = None
 
-    def rows(self, numbers: Sequence[int]) -> "PrefillCache":
-        """Some of the prompts, in this order, each as often as its number occurs."""
-        rows = torch.tensor(numbers, device=self.mask.device)
-        return PrefillCache(fork_cache(self.cache, rows=rows), self.mask[rows], self.logits[rows], self.position[rows])
+    def __len__(self) -> int:
+        """Number of tokens, images included."""
+        return self.inputs["input_ids"].shape[1] + len(self.rest)
+
+    def whole(self) -> Tensors:
+        """Its tensors with the rest."""
+        ids = self.inputs["input_ids"]
+        rest = {"input_ids": torch.tensor([self.rest], dtype=ids.dtype), "attention_mask": torch.ones(1, len(self.rest))}
+        return {
+            key: torch.cat([value, rest.get(key, torch.zeros(1, len(self.rest))).to(value.dtype)], dim=1)
+            if value.shape == ids.shape else value
+            for key, value in self.inputs.items()
+        }  # fmt: skip
 
 
 class ChatModel:
@@ -50,6 +60,7 @@ class ChatModel:
         device: `cuda` where there is one, else `cpu`.
         dtype: float32, bfloat16 or auto, see `load_model`.
         loaded: model and processor if they are loaded already; then only the city's files are read from the folder.
+        adapters: the PEFT model around a loaded model, of which this one is the adapter `adapter`.
 
     Raises:
         InputError: the folder does not exist or is not a model.
@@ -62,11 +73,16 @@ class ChatModel:
         dtype: str = "float32",
         trust_remote_code: bool = False,
         loaded: tuple[Any, Any] | None = None,
+        adapters: Any = None,
+        adapter: str = "",
     ) -> None:
         self.folder = path_of(folder if loaded else resolve_model(str(folder)))
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.adapters, self.adapter = adapters, adapter
         model, self.processor = loaded or load_model(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
         self.model = to_device(model, self.device).eval()
+        if loaded is None:
+            use_float32_head(self.model)
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
@@ -83,6 +99,8 @@ class ChatModel:
         self.has_1d_positions = has_1d_positions(self.model)
         # whether attention takes a mask of its own for every token
         self.takes_4d_masks = config.get_text_config()._attn_implementation in ("eager", "sdpa")
+        self._splits_prompts: bool | None = None  # whether a prompt's tokens are those of its parts; None: not known yet
+        self._splits_head: bool | None = None  # whether logits are the head's of what `model.model` returns
 
     def prompt(self, turns: Sequence[Turn], finished: bool = False) -> str:
         """The turns in the model's chat template; a user's text can't pass for an image or the end of a turn."""
@@ -96,9 +114,33 @@ class ChatModel:
 
     def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
         """The processor's tensors of prompts and the images of each."""
+        return self._process(prompts, images).to(self.device, dtype=self.model.dtype)
+
+    def _process(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
         rgb = [[image.convert("RGB") for image in row] for row in images] if any(images) else None
-        inputs = self.processor(text=list(prompts), images=rgb, padding=True, return_tensors="pt")
-        return inputs.to(self.device, dtype=self.model.dtype)
+        return self.processor(text=list(prompts), images=rgb, padding=len(prompts) > 1, return_tensors="pt")
+
+    def prepare(self, prompt: str, images: Sequence[Image.Image], same_photo: PreparedPrompt | None = None) -> PreparedPrompt:
+        """The prompt as tensors, for `prefill_prompts`; needs no model, any thread may call it.
+
+        Args:
+            same_photo: another prompt about the same photo, whose tensors are taken if it begins alike.
+        """
+        marker = getattr(self.processor, "image_token", None)
+        if len(images) != 1 or not marker or self.image_token is None or self._splits_prompts is False:
+            photo = photo_key(images[0]) if len(images) == 1 else None
+            return PreparedPrompt(prompt, dict(self._process([prompt], [images])), photo=photo)
+        ids = self.tokenizer(prompt)["input_ids"]
+        rest = ids[ids.index(self.image_token) + 1 :]
+        text = prompt[: prompt.index(marker) + len(marker)]
+        if same_photo and same_photo.text == text:
+            return PreparedPrompt(text, same_photo.inputs, rest, same_photo.photo)
+        prepared = PreparedPrompt(text, dict(self._process([text], [images])), rest, photo_key(images[0]))
+        if self._splits_prompts is None:
+            whole = dict(self._process([prompt], [images]))
+            self._splits_prompts = torch.equal(whole["input_ids"], prepared.whole()["input_ids"])
+            return self.prepare(prompt, images)
+        return prepared
 
     def answer_tokens(self, turns: Sequence[Turn], answer: str) -> list[int]:
         """The tokens of an answer to the turns, its end included; tokenized apart from the prompt, as in training."""
@@ -111,17 +153,75 @@ class ChatModel:
                 return ids[: index + 1]
         return [*ids, self.tokenizer.eos_token_id]
 
+    def forward(self, rows: Sequence["ChatModel"] = (), **inputs: Any) -> Any:
+        """The model's output, by its adapter; or each row by that of another model on the same base."""
+        names = list(dict.fromkeys(row.adapter for row in rows)) or [self.adapter]
+        if len(names) > 1:
+            return self.adapters(adapter_names=[row.adapter for row in rows], **inputs)
+        self._activate(names[0])
+        return self.model(**inputs)
+
+    def _activate(self, adapter: str) -> None:
+        if self.adapters is not None and self.adapters.active_adapter != adapter:
+            self.adapters.set_adapter(adapter, inference_mode=True)
+
     @torch.inference_mode()
     def prefill(self, inputs: Any) -> PrefillCache:
         """The prompts through the model, once."""
-        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
         mask = inputs["attention_mask"]
-        if self.has_1d_positions:
-            position = torch.full((len(mask),), mask.shape[1], device=mask.device)
-        else:  # images whose positions have rows and columns shorten their prompts
+        positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if self.has_1d_positions else {}
+        output = self.forward(**inputs, **positions, use_cache=True, logits_to_keep=1)
+        position = mask.sum(1)
+        if not self.has_1d_positions:  # images whose positions have rows and columns shorten their prompts
             deltas = next(module.rope_deltas for module in self.model.modules() if hasattr(module, "get_rope_index"))
-            position = mask.sum(1) + deltas[:, 0]
+            position = position + deltas[:, 0]
         return PrefillCache(output.past_key_values, mask, output.logits[:, -1], position)
+
+    @torch.inference_mode()
+    def extend(self, state: PrefillCache, runs: Sequence[Sequence[int]], models: Sequence["ChatModel"] = ()) -> PrefillCache:
+        """The state after one or more further tokens of each row; `models`: whose adapter is that of each."""
+        longest, device = max(map(len, runs)), state.mask.device
+        tokens = torch.tensor([[0] * (longest - len(run)) + list(run) for run in runs])
+        lengths = torch.tensor([len(run) for run in runs])[:, None]
+        real = torch.arange(longest) >= longest - lengths
+        mask = torch.cat([state.mask, real.to(state.mask)], dim=1)
+        position = state.position + lengths[:, 0].to(device)
+        output = self.forward(
+            models,
+            input_ids=tokens.to(device),
+            attention_mask=mask,
+            position_ids=position[:, None] - torch.arange(longest, 0, -1, device=device),
+            past_key_values=fork_cache(state.cache),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return PrefillCache(output.past_key_values, mask, output.logits[:, -1], position)
+
+    def body(self, **inputs: Any) -> tuple[torch.Tensor, Any]:
+        """What the head reads for each token, (rows, tokens, …), and the grown cache; see `head`."""
+        if self._splits_head is None:
+            ids = torch.tensor([[self.tokenizer.eos_token_id] * 2], device=self.device)
+            hidden = self.model.model(input_ids=ids)[0] if hasattr(self.model, "model") else None
+            expected = self.forward(input_ids=ids).logits
+            self._splits_head = hidden is not None and torch.equal(self.model.get_output_embeddings()(hidden), expected)
+        self._activate(self.adapter)
+        output = (self.model.model if self._splits_head else self.model)(**inputs)
+        return output[0], output.past_key_values
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits in float32, (…, vocabulary), of some of what `body` returns."""
+        return (self.model.get_output_embeddings()(hidden) if self._splits_head else hidden).float()
+
+    def can_continue(self, length: int) -> bool:
+        """Whether caches of up to so many tokens can be cut and put together."""
+        return keeps_all_tokens(DynamicCache(config=self.model.config.get_text_config()), length)
+
+    def to_device(self, inputs: Tensors) -> Tensors:
+        """Prepared tensors where the model is, pixels in its dtype."""
+        return {
+            key: value.to(self.device, self.model.dtype if value.is_floating_point() else None, non_blocking=True)
+            for key, value in inputs.items()
+        }
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special tokens."""
@@ -133,26 +233,34 @@ def user_turn(question: str) -> Turn:
     return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
 
 
-def fork_cache(cache: Any, remove: int = 0, rows: torch.Tensor | None = None) -> Any:
-    """A cache that grows independently of this one, without its last `remove` tokens, of some `rows` (or all)."""
-    fork = copy.copy(cache)
-    fork.layers = [copy.copy(layer) for layer in cache.layers]
-    if remove:
-        fork.crop(-remove)
-    if rows is not None:
-        fork.batch_select_indices(rows)
-    return fork
+def use_float32_head(model: Any) -> None:
+    """Make the logits of a bfloat16 model float32; rounded to bfloat16, the likeliest token can change places."""
+    head = model.get_output_embeddings()
+    if type(head) is torch.nn.Linear and head.weight.dtype != torch.float32:
+        weight = head.weight.detach().float()
+        bias = None if head.bias is None else head.bias.detach().float()
+        head.forward = lambda hidden: F.linear(hidden.float(), weight, bias)
+
+
+def merge_inputs(rows: Sequence[Tensors], pad_token: int) -> Tensors:
+    """The inputs of several prompts with the same `input_shapes` as one batch, padded on the left."""
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    merged = {}
+    for key in rows[0]:
+        values = [row[key] for row in rows]
+        if values[0].shape == rows[0]["input_ids"].shape:
+            fill = pad_token if key == "input_ids" else 0
+            values = [F.pad(value, (longest - value.shape[1], 0), value=fill) for value in values]
+        merged[key] = torch.cat(values)
+    return merged
+
+
+def input_shapes(inputs: Tensors) -> tuple[Any, ...]:
+    """What inputs of one batch must have in common: the kinds and sizes of their images."""
+    return tuple((key, value.shape[1:]) for key, value in inputs.items() if value.shape != inputs["input_ids"].shape)
 
 
 def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A mask (rows, tokens, cache), true where a token attends to another, as attention adds it: (rows, 1, tokens, cache)."""
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
-
-
-def keeps_all_tokens(cache: Any, length: int) -> bool:
-    """Whether all layers keep keys and values of all tokens up to this length, so that a mask can choose among them."""
-    return all(
-        type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and length < layer.sliding_window)
-        for layer in cache.layers
-    )

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from addressvlm.answers.chat_model import ChatModel, PrefillCache, additive_mask, fork_cache
+from addressvlm.answers.chat_model import ChatModel, additive_mask
+from addressvlm.answers.kv_cache import PrefillCache, fork_cache
 from addressvlm.answers.trie import ROOT, Trie
 
 LOOKAHEAD = 32  # nodes below a fork that are fed together with it
@@ -51,9 +52,9 @@ def beam_decode(model: ChatModel, prefill: PrefillCache, tries: Sequence[Trie], 
     """The answer to each prompt, from the trie at the same position: greedy, or the best of `beams` hypotheses."""
     finished: list[list[_Path]] = [[] for _ in tries]
     active = [_Path(i, i) for i in range(len(tries))]
-    logits, cache, mask = prefill.logits, prefill.cache, prefill.mask
+    state = prefill
     while active:
-        log_p = torch.log_softmax(logits.float(), dim=-1)
+        log_p = torch.log_softmax(state.logits.float(), dim=-1)
         candidates: list[list[_Path]] = [[] for _ in tries]
         for path in active:
             candidates[path.prompt] += _continuations(path, tries[path.prompt], log_p[path.row])
@@ -65,11 +66,7 @@ def beam_decode(model: ChatModel, prefill: PrefillCache, tries: Sequence[Trie], 
             finished[prompt] = [path for path in best if not tries[prompt].children(path.node)]
             active += [path for path in best if tries[prompt].children(path.node)]
         if active:
-            rows = torch.tensor([path.row for path in active], device=mask.device)
-            depths = torch.tensor([int(tries[path.prompt].depths[path.node]) for path in active], device=mask.device)
-            next_position = prefill.position[[path.prompt for path in active]] + depths
-            cache, mask = fork_cache(cache, rows=rows), mask[rows]
-            logits, mask = _feed_tokens(model, cache, mask, [path.pending for path in active], next_position)
+            state = model.extend(state.rows([path.row for path in active]), [path.pending for path in active])
             for row, path in enumerate(active):
                 path.row, path.passes = row, path.passes + 1
     best_paths = [max(paths, key=lambda path: path.log_p) for paths in finished]
@@ -91,31 +88,6 @@ def _continuations(path: _Path, trie: Trie, log_p: torch.Tensor) -> list[_Path]:
         score = path.log_p + float(log_p[trie.tokens[child]])
         paths.append(replace(path, node=run[-1], log_p=score, pending=trie.tokens[run].tolist()))
     return paths
-
-
-def _feed_tokens(
-    model: ChatModel, cache: object, mask: torch.Tensor, runs: Sequence[Sequence[int]], next_position: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits after each run of tokens (rows, vocabulary), and the mask of the grown cache, runs padded on the left.
-
-    `next_position` is the position that follows each run, (rows,).
-    """
-    longest = max(map(len, runs))
-    tokens = torch.zeros(len(runs), longest, dtype=torch.long)
-    real = torch.zeros_like(tokens)
-    for row, run in enumerate(runs):
-        tokens[row, longest - len(run) :] = torch.tensor(run)
-        real[row, longest - len(run) :] = 1
-    grown_mask = torch.cat([mask, real.to(mask)], dim=1)
-    output = model.model(
-        input_ids=tokens.to(mask.device),
-        attention_mask=grown_mask,
-        position_ids=next_position[:, None] - torch.arange(longest, 0, -1, device=mask.device),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1], grown_mask
 
 
 @torch.inference_mode()
@@ -174,7 +146,7 @@ def _feed_nodes(
         allowed[row, :n, :n] = torch.from_numpy(trie.path_mask(row_nodes))
         real[row, :n] = 1
     prompt = mask.bool()[:, None].expand(-1, longest, -1)
-    output = model.model(
+    output = model.forward(
         input_ids=tokens.to(device),
         attention_mask=additive_mask(torch.cat([prompt, allowed.to(device)], dim=2), model.model.dtype),
         position_ids=position[:, None] + depths.to(device) - 1,

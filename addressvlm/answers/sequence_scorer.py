@@ -1,19 +1,42 @@
 """Exact probabilities of all sequences in a trie; tokens that they share go through the model once.
 
-All nodes of a chunk of the trie are fed in one pass; a mask lets each attend to the prompt and to the nodes on its own path.
-Families that forget early tokens, or attend in another way, score the sequences as a batch instead.
+The trie is cut into chunks of neighbouring sequences. What chunks share, their trunk, is fed once; then each chunk is fed in
+one pass, in which a mask lets every node attend to the prompt and to the nodes on its own path. Logits are made of a few nodes
+at a time, and the children's probabilities stay on the device until all are known. Families that forget early tokens, or
+attend in another way, score the sequences as a batch instead.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from addressvlm.answers.chat_model import ChatModel, PrefillCache, additive_mask, fork_cache, keeps_all_tokens
-from addressvlm.answers.trie import ROOT, Chunk, Trie
+from addressvlm.answers.chat_model import ChatModel, additive_mask
+from addressvlm.answers.kv_cache import PrefillCache, fork_cache, keeps_all_tokens
+from addressvlm.answers.trie import ROOT, Trie
 
-NODES_AT_ONCE = 512  # tokens of a pass, over all photos; bounds the memory for logits
+NODES_AT_ONCE = {"eager": 512, "sdpa": 4096}  # tokens of a pass, over all photos; attention keeps a row of scores for each
+LOGITS_AT_ONCE = 256  # tokens, over all photos, whose logits are in memory
 TOKENS_AT_ONCE = 16_384  # cached prompt tokens over all sequences of a batch
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Nodes of a trie that are fed together, as tensors on the model's device.
+
+    Attributes:
+        tokens, depths: of the nodes, long (nodes,).
+        allowed: whether a node attends to the nodes of the trunk and of this pass, bool (nodes, trunk + nodes).
+        parents, children: a pair for each child: its parent's index in this pass, the child's node; long (pairs,).
+    """
+
+    tokens: torch.Tensor
+    depths: torch.Tensor
+    allowed: torch.Tensor
+    parents: torch.Tensor
+    children: torch.Tensor
 
 
 class SequenceScorer:
@@ -22,56 +45,78 @@ class SequenceScorer:
     def __init__(self, model: ChatModel, trie: Trie, as_batch: bool = False) -> None:
         self.model, self.trie = model, trie
         self.as_batch = as_batch or not model.takes_4d_masks
+        self._tokens = torch.from_numpy(trie.tokens).to(model.device)
         self._children = [trie.children(node) for node in range(len(trie))]
-        self._chunks: dict[int, list[Chunk]] = {}  # largest number of nodes -> the trie in chunks
+        self._plans: dict[int, list[_Pass]] = {}  # largest number of nodes -> passes, the trunk's first
 
     def score(self, prefill: PrefillCache) -> torch.Tensor:
         """ln p(sequence | prompt) of each sequence of the trie, its end included, float64 (prompts, sequences) on the CPU."""
         prompts, length = prefill.mask.shape
         if self.as_batch or not keeps_all_tokens(prefill.cache, length + len(self.trie)):
             return torch.stack([self._score_as_batch(prefill.rows([i])) for i in range(prompts)])
-        log_p = torch.zeros(prompts, len(self.trie), dtype=torch.float64)
-        self._set_children(log_p, [ROOT], prefill.logits[:, None])
-        max_nodes = max(1, NODES_AT_ONCE // prompts)
-        if max_nodes not in self._chunks:
-            self._chunks[max_nodes] = list(self.trie.chunks(max_nodes))
-        for chunk in self._chunks[max_nodes]:
-            if len(chunk.nodes):
-                self._set_children(log_p, chunk.nodes.tolist(), self._logits(prefill, chunk))
+        attention = self.model.model.config.get_text_config()._attn_implementation
+        max_nodes = max(1, NODES_AT_ONCE[attention] // prompts)
+        if max_nodes not in self._plans:
+            self._plans[max_nodes] = self._plan(max_nodes)
+        log_p = torch.zeros(prompts, len(self.trie), device=prefill.mask.device)
+        first = torch.tensor(self._children[ROOT], device=log_p.device)
+        log_p[:, first] = torch.log_softmax(prefill.logits.float(), dim=-1)[:, self._tokens[first]]
+        trunk, *chunks = self._plans[max_nodes]
+        cache = self._feed(prefill, prefill.cache, trunk, log_p)
+        for chunk in chunks:
+            self._feed(prefill, cache, chunk, log_p)
+        result = log_p.double().cpu()
         for depth in range(2, int(self.trie.depths.max()) + 1):
             level = np.flatnonzero(self.trie.depths == depth)
-            log_p[:, level] += log_p[:, self.trie.parents[level]]
-        return log_p[:, self.trie.ends]
+            result[:, level] += result[:, self.trie.parents[level]]
+        return result[:, self.trie.ends]
+
+    def _plan(self, max_nodes: int) -> list[_Pass]:
+        """The passes: the trunk, which may be empty, and chunks of at most `max_nodes` nodes with their part of it."""
+        chunks = [chunk.nodes for chunk in self.trie.chunks(max_nodes)]
+        nodes, counts = np.unique(np.concatenate(chunks), return_counts=True)
+        trunk = nodes[counts > 1]
+        passes = [self._pass(trunk, np.array([], dtype=np.int64))]
+        passes += [self._pass(np.setdiff1d(chunk, trunk), trunk) for chunk in chunks]
+        return [passes[0], *(one for one in passes[1:] if len(one.tokens))]
+
+    def _pass(self, nodes: np.ndarray, trunk: np.ndarray) -> _Pass:
+        pairs = [(index, child) for index, node in enumerate(nodes.tolist()) for child in self._children[node]]
+        allowed = self.trie.path_mask(np.concatenate([trunk, nodes]))[len(trunk) :]
+        parents, children = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        arrays = (self.trie.tokens[nodes], self.trie.depths[nodes], allowed, parents, children)
+        return _Pass(*(torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device) for array in arrays))
 
     @torch.inference_mode()
-    def _logits(self, prefill: PrefillCache, chunk: Chunk) -> torch.Tensor:
-        """Logits after each node of a chunk, (prompts, nodes, vocabulary)."""
-        rows, nodes, device = len(prefill.mask), len(chunk.nodes), prefill.mask.device
-        paths = torch.from_numpy(self.trie.path_mask(chunk.nodes)).to(device)
-        allowed = torch.cat([prefill.mask.bool()[:, None].expand(-1, nodes, -1), paths.expand(rows, -1, -1)], dim=2)
-        depths = torch.from_numpy(self.trie.depths[chunk.nodes]).to(device)
-        return self.model.model(
-            input_ids=torch.from_numpy(self.trie.tokens[chunk.nodes]).to(device).expand(rows, -1),
+    def _feed(self, prefill: PrefillCache, cache: Any, nodes: _Pass, log_p: torch.Tensor) -> Any:
+        """Write ln p of the nodes' children into `log_p`; the grown cache."""
+        rows, count = len(prefill.mask), len(nodes.tokens)
+        if not count:
+            return cache
+        prompt = prefill.mask.bool()[:, None].expand(-1, count, -1)
+        allowed = torch.cat([prompt, nodes.allowed.expand(rows, -1, -1)], dim=2)
+        hidden, grown = self.model.body(
+            input_ids=nodes.tokens.expand(rows, -1),
             attention_mask=additive_mask(allowed, self.model.model.dtype),
-            position_ids=prefill.position[:, None] + depths - 1,
-            past_key_values=fork_cache(prefill.cache),
+            position_ids=prefill.position[:, None] + nodes.depths - 1,
+            past_key_values=fork_cache(cache),
             use_cache=True,
-        ).logits
-
-    def _set_children(self, log_p: torch.Tensor, nodes: list[int], logits: torch.Tensor) -> None:
-        """Write ln p of the nodes' children into `log_p`, from the logits after the nodes (prompts, nodes, vocabulary)."""
-        pairs = [(index, child) for index, node in enumerate(nodes) for child in self._children[node]]
-        parents = torch.tensor([index for index, _ in pairs], device=logits.device)
-        children = [child for _, child in pairs]
-        tokens = torch.from_numpy(self.trie.tokens[children]).to(logits.device)
-        logits = logits.float()
-        total = torch.logsumexp(logits, dim=2)
-        log_p[:, children] = (logits[:, parents, tokens] - total[:, parents]).double().cpu()
+        )
+        some = max(1, LOGITS_AT_ONCE // rows)
+        starts = range(0, count, some)
+        pairs = torch.searchsorted(nodes.parents, torch.tensor([*starts, count], device=nodes.parents.device)).tolist()
+        for start, first, last in zip(starts, pairs, pairs[1:], strict=False):
+            logits = self.model.head(hidden[:, start : start + some])
+            parents, children = nodes.parents[first:last] - start, nodes.children[first:last]
+            total = torch.logsumexp(logits, dim=2)
+            log_p[:, children] = logits[:, parents, self._tokens[children]] - total[:, parents]
+        return grown
 
     @torch.inference_mode()
     def _score_as_batch(self, prefill: PrefillCache) -> torch.Tensor:
         """The same for one prompt, (sequences,): batches of sequences, each with a copy of the prompt's cache."""
-        sequences, device = [self.trie.path(end) for end in self.trie.ends.tolist()], prefill.mask.device
+        sequences: Sequence[list[int]] = [self.trie.path(end) for end in self.trie.ends.tolist()]
+        device = prefill.mask.device
         batch_size = max(1, min(64, TOKENS_AT_ONCE // prefill.mask.shape[1]))
         scores = torch.empty(len(sequences), dtype=torch.float64)
         by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -84,7 +129,7 @@ class SequenceScorer:
                 real[row, : len(sequences[i])] = 1
             logits: Any = prefill.logits[:, None].expand(rows, -1, -1)
             if longest > 1:
-                rest = self.model.model(
+                rest = self.model.forward(
                     input_ids=tokens[:, :-1],
                     attention_mask=torch.cat([prefill.mask.expand(rows, -1), real[:, :-1]], dim=1),
                     position_ids=(prefill.position + torch.arange(longest - 1, device=device)).expand(rows, -1),

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from addressvlm.answers.generate import Answer, AnswerText, Decoder, completion
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
-from addressvlm.inference import Prior, Sampling
+from addressvlm.inference import Prior, Sampling, user_turn
 from tests.support.families import localizer_of, picture
 
 CITY = Gazetteer([Address("Mill Street", "Harbour"), Address("Oak Avenue", "Old Town")])
@@ -149,3 +150,68 @@ def test_what_is_not_to_be_remembered_changes_nothing(localizer):
     plain, other = localizer.conversation(picture(1)), localizer.conversation(picture(1))
     other.ask("Something else?", max_tokens=3, remember=False)
     assert plain.ask("What do you see?", max_tokens=6) == other.ask("What do you see?", max_tokens=6)
+
+
+PROMPTS = ["What do you see?", "Tell me.", "Which streets are near here, and which of them is the longest?"]
+SAMPLINGS = [
+    Sampling(9), Sampling(3), Sampling(7, 0.9, seed=4), Sampling(9, 1.4, 0.7, seed=5), Sampling(5, 2.0, seed=4, logprobs=2),
+    Sampling(8, 1e-38), Sampling(6, stop=("e",)),
+]  # fmt: skip
+
+
+def asked(localizer, number):
+    prompt = localizer.prompt([user_turn(PROMPTS[number % 3])])
+    ((_, state),) = localizer.prefill_prompts([localizer.prepare(prompt, [picture(number % 4, (40 + 10 * (number % 2), 30))])])
+    return state, Answer(localizer, SAMPLINGS[number % len(SAMPLINGS)], int(state.mask.sum()))
+
+
+def texts_of(decoder, joining):
+    """The answers, in order; those of `joining[step]` join before that step."""
+    texts, chunks, step = {}, {}, 0
+    while step < len(joining) or len(decoder):
+        tokens = []
+        for state, answer in joining[step] if step < len(joining) else []:
+            texts[answer], chunks[answer] = AnswerText(answer), []
+            tokens += decoder.join(state, [answer])
+        for answer, token in [*tokens, *decoder.step()]:
+            if chunk := texts[answer].add(token):
+                chunks[answer].append(chunk)
+        step += 1
+    return [completion(some) for some in chunks.values()]
+
+
+@pytest.mark.parametrize("penalty", [None, 1.3])
+def test_answers_that_join_and_leave_are_those_of_each_alone(localizer, monkeypatch, penalty):
+    monkeypatch.setattr(localizer.model.generation_config, "repetition_penalty", penalty)
+    alone = [texts_of(Decoder(), [[asked(localizer, number)]])[0] for number in range(12)]
+    joined = [asked(localizer, number) for number in range(12)]
+    together = texts_of(Decoder(), [joined[:3], [], joined[3:4], joined[4:9], [], [], [], joined[9:]])
+    for one, other in zip(alone, together, strict=True):
+        assert (one.text, one.finish, one.tokens, one.prompt_tokens) == (
+            other.text, other.finish, other.tokens, other.prompt_tokens
+        )  # fmt: skip
+        assert [s.text for s in one.scores] == [s.text for s in other.scores]
+        assert [s.log_p for s in one.scores] == pytest.approx([s.log_p for s in other.scores], abs=1e-4)
+    assert len({one.text for one in alone}) > 6
+
+
+def test_a_cancelled_answer_leaves_and_no_other_changes(localizer):
+    (state, answer), (other_state, other) = asked(localizer, 0), asked(localizer, 2)
+    expected = texts_of(Decoder(), [[asked(localizer, 2)]])
+    decoder = Decoder()
+    decoder.join(state, [answer])
+    assert decoder.cached_tokens() == state.mask.shape[1] + 9 - 1
+    answer.cancelled = True
+    assert texts_of(decoder, [[(other_state, other)]]) == expected
+    assert len(answer.ids) == 1
+    assert len(decoder) == decoder.cached_tokens() == 0
+
+
+def test_the_bound_of_cached_tokens_holds_to_the_end(localizer):
+    decoder, joined = Decoder(), [asked(localizer, number) for number in range(5)]
+    bound = decoder.cached_tokens([(answer.prompt_tokens, answer.sampling.max_tokens) for _, answer in joined])
+    for state, answer in joined:
+        decoder.join(state, [answer])
+    while len(decoder):
+        assert sum(batch.state.mask.numel() for batch in decoder._batches) <= decoder.cached_tokens() <= bound
+        decoder.step()

@@ -54,7 +54,7 @@ def test_the_tree_equals_one_answer_after_another(localizer, monkeypatch):
         together = SequenceScorer(localizer, trie).score(prefix)
         apart = torch.cat([SequenceScorer(localizer, localizer.trie([t]), as_batch=True).score(prefix) for t in TEXTS], dim=1)
         assert (together - apart).abs().max() < 1e-5
-        monkeypatch.setattr("addressvlm.answers.sequence_scorer.NODES_AT_ONCE", 9)
+        monkeypatch.setattr("addressvlm.answers.sequence_scorer.NODES_AT_ONCE", {"eager": 9})
         assert (SequenceScorer(localizer, trie).score(prefix) - together).abs().max() < 1e-5
     finally:
         with torch.no_grad():
@@ -65,7 +65,7 @@ def test_attention_that_takes_no_mask_scores_beside(localizer, monkeypatch):
     trie, prefix = localizer.trie(TEXTS), read(localizer)
     expected = SequenceScorer(localizer, trie).score(prefix)
     monkeypatch.setattr("addressvlm.answers.sequence_scorer.keeps_all_tokens", lambda cache, length: False)
-    monkeypatch.setattr(SequenceScorer, "_logits", None)
+    monkeypatch.setattr(SequenceScorer, "_feed", None)
     assert torch.allclose(SequenceScorer(localizer, trie).score(prefix), expected, atol=1e-3)
 
 

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from addressvlm.answers import generate
-from addressvlm.answers.chat_model import PrefillCache
+from addressvlm.answers.chat_model import ChatModel
+from addressvlm.answers.kv_cache import PrefillCache
 from addressvlm.answers.types import Sampling
 
 LETTERS = ".abcdef"  # the first one ends an answer
@@ -36,20 +39,21 @@ class Cache:
         pass
 
 
-class Table:
+class Table(ChatModel):
     """A model whose next token depends on the last one alone, by logits (letters, letters)."""
 
     def __init__(self, logits, repetition_penalty=None):
         self.logits, self.fed, self.end_tokens = logits, [], {END}
         self.tokenizer = SimpleNamespace(decode=self.decode)
-        self.model = Forward(self.forward, SimpleNamespace(repetition_penalty=repetition_penalty))
+        self.model, self.folder = Forward(self.table, SimpleNamespace(repetition_penalty=repetition_penalty)), "the table"
+        self.adapters, self.adapter = None, ""
 
     def decode(self, ids):
         return "".join(LETTERS[i] for i in ids)
 
-    def forward(self, input_ids, attention_mask, position_ids, **kwargs):
+    def table(self, input_ids, attention_mask, position_ids, past_key_values, **kwargs):
         self.fed.append((input_ids.tolist(), attention_mask.shape[1], position_ids.tolist()))
-        return SimpleNamespace(logits=self.logits[input_ids])
+        return SimpleNamespace(logits=self.logits[input_ids], past_key_values=past_key_values)
 
     def read(self, last="a"):
         """A prompt of four tokens, the first of them padding, that ends with this letter."""
@@ -82,7 +86,7 @@ def test_tokens_are_fed_one_after_the_other_at_their_positions():
         (0, "", "stop", 3, 3), (1, "", "stop", 3, 3),
     ]  # fmt: skip
     b, c = (LETTERS.index(letter) for letter in "bc")
-    assert model.fed == [([[b], [b]], 5, [[3], [3]]), ([[c], [c]], 6, [[4], [4]])]
+    assert model.fed == [([[b], [b]], 4, [[3], [3]]), ([[c], [c]], 5, [[4], [4]])]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,39 @@ def test_a_seed_draws_the_same_again_and_leaves_torchs_own_state_alone():
 )
 def test_how_often_a_token_is_drawn(temperature, top_p, expected):
     logits = torch.log(torch.tensor([0.2, 0.5, 0.3])).expand(20_000, -1)
-    drawn = generate.sample_tokens(logits, Sampling(temperature=temperature, top_p=top_p), torch.Generator().manual_seed(0))
+    draws = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = generate.sample_tokens(logits, [Sampling(temperature=temperature, top_p=top_p)] * 20_000, draws)
     shares = (torch.bincount(drawn, minlength=3) / 20_000)[[1, 2, 0]]
     assert shares.tolist() == pytest.approx(expected, abs=0.015)
     assert [share > 0 for share in shares.tolist()] == [share > 0 for share in expected]
+
+
+@given(
+    st.lists(st.floats(-1e4, 1e4, width=32), min_size=2, max_size=6),
+    st.floats(0, 1e3),
+    st.floats(1e-12, 1),
+    st.floats(0, 1, exclude_max=True),
+)
+@settings(deadline=None)
+def test_a_drawn_token_is_one_that_can_be(logits, temperature, top_p, draw):
+    tokens = generate.sample_tokens(
+        torch.tensor([logits, logits]), [Sampling(temperature=temperature, top_p=top_p), Sampling()],
+        torch.tensor([draw, draw], dtype=torch.float64),
+    ).tolist()  # fmt: skip
+    best = max(logits)
+    assert logits[tokens[1]] == best
+    assert 0 <= tokens[0] < len(logits)
+    if temperature < generate.GREEDY_BELOW:
+        assert logits[tokens[0]] == best
+    else:
+        assert (best - logits[tokens[0]]) / temperature < 110  # exp(-110) is 0 in float32
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_logits_that_are_not_finite_end_their_own_answer_with_an_error(wrong):
+    model, other = Table(torch.full((len(LETTERS), len(LETTERS)), wrong)), chain("abc")
+    with pytest.raises(RuntimeError, match="not finite"):
+        pieces(model, temperature=0.5)
+    logits = torch.stack([model.logits[0], other.logits[1]])
+    drawn = generate.sample_tokens(logits, [Sampling(temperature=1.0)] * 2, torch.zeros(2, dtype=torch.float64))
+    assert drawn.tolist() == [generate.UNUSABLE, LETTERS.index("b")]

@@ -146,9 +146,9 @@ def test_chats_of_one_batch_are_answered_as_each_alone(engine: Engine, monkeypat
 
 
 def test_alike_chats_go_through_the_model_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts, inputs = [], Localizer.inputs
+    prompts, prefill = [], Localizer.prefill
     monkeypatch.setattr(
-        Localizer, "inputs", lambda self, texts, images: prompts.append(len(texts)) or inputs(self, texts, images)
+        Localizer, "prefill", lambda self, inputs: prompts.append(len(inputs["input_ids"])) or prefill(self, inputs)
     )
     engine.chat([question for question in MIXED if question.sampling == Sampling(6) and len(question.images) == 1])
     assert sorted(prompts) == [1, 2, 3, 4]  # of each city those about the address, and the plain ones

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from addressvlm.answers.sequence_scorer import SequenceScorer
-from addressvlm.inference import Localizer, user_turn
+from addressvlm.inference import Localizer
 from addressvlm.models import load_model
 from addressvlm.tools.toy_base import CHAT_TEMPLATE, train_tokenizer
 from tests.support.tiny import TEXT, tiny_llava
@@ -114,8 +114,8 @@ def picture(seed, size=(40, 30)):
 @torch.inference_mode()
 def log_likelihoods(localizer, image, question, answers):
     """ln p(answer and its end | image, question) of each answer, float64 (answers,), by the package's own scorer."""
-    prefill = localizer.prefill_prompt(localizer.prompt([user_turn(question)]), [image])
-    return SequenceScorer(localizer, localizer.trie(answers)).score(prefill)[0]
+    ((_, state),) = localizer.prefill_questions([image], [question])
+    return SequenceScorer(localizer, localizer.trie(answers)).score(state)[0]
 
 
 def naive_log_likelihood(localizer, image, question, answer, first=None):
