@@ -7,6 +7,7 @@ known beforehand: districts, streets, a rough position (paper 002, D.1, Table 12
 
 import difflib
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,9 +88,16 @@ class AddressDistribution:
 
     def probability(self, name: str, level: Level) -> float:
         """The probability of a street, district or address by name, over all addresses with it; 0 for an unknown name."""
-        name = normalize_name(name)
-        pairs = zip(self.addresses, self.probabilities.tolist(), strict=True)
-        return sum((p for address, p in pairs if normalize_name(_name(address, level)) == name), 0.0)
+        if level not in self._by_name:
+            sums = self._by_name.setdefault(level, defaultdict(float))
+            for address, p in zip(self.addresses, self.probabilities.tolist(), strict=True):
+                sums[normalize_name(_name(address, level))] += p
+        return self._by_name[level].get(normalize_name(name), 0.0)
+
+    @cached_property
+    def _by_name(self) -> dict[Level, dict[str, float]]:
+        """Level -> normal form of a name -> its probability; filled as levels are asked for."""
+        return {}
 
     def judge(self, name: str, level: Level) -> bool:
         """Whether a judgment is Yes: only for the name that would be generated."""

@@ -1,6 +1,10 @@
-"""Find free-text questions about the address, so that its probabilities can answer them."""
+"""Find free-text questions about the address, so that its probabilities can answer them.
+
+Callers of a service write these texts: each is read in time proportional to its length, and only up to MAX_LENGTH.
+"""
 
 import re
+import string
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,9 +14,10 @@ from addressvlm.gazetteer.name_matcher import normalize_name, unaccented_name
 from addressvlm.questions import SUFFIXES, TEMPLATES
 
 YES_NO = re.compile(r"(?:^|[.?!,]\s*)(?:is|was|are|were|could|did|does)\b|\byes or no\b", re.IGNORECASE)
-OPTIONS = re.compile(
-    r"(?:options|choose (?:one )?(?:from|of)|select [^\[]*from)\s*:?\s*\[?(?P<names>[^\[\]]+?)\]?[.\s]*$", re.I
-)
+OPTIONS = re.compile(r"(?:options|choose (?:one )?(?:from|of)|select [^\[]{0,60}from)\s*:?\s*", re.IGNORECASE)
+MAX_LENGTH = 4000  # characters of a question
+MAX_OPTIONS = 100
+MAX_INTRODUCTION = 200  # characters before a list in brackets that may introduce it
 ANSWER_HINT = re.compile(r"\b(?:(?:please )?(?:ans|answer|reply|say) )?(?:(?:only|just) )?(?:with )?(?:a )?yes or no\b")
 PHOTO_WORDS = set(unaccented_name("this that it here photo photograph picture image view scene place we i").split())
 LOCATION_WORDS = PHOTO_WORDS | set(
@@ -49,23 +54,35 @@ class ParsedQuestion:
 
 def parse_question(question: str, gazetteer: Gazetteer) -> ParsedQuestion | None:
     """The question, None if it is not about the address or names nothing in the gazetteer."""
+    if len(question) > MAX_LENGTH:
+        return None
     level = TEMPLATE_LEVELS.get(normalize_name(question))
     if level:
         return ParsedQuestion("generation", level)
-    options = OPTIONS.search(question)
-    if options:
-        return _parse_choice(options["names"], gazetteer)
+    if listed := _option_list(question):
+        return _parse_choice(listed, gazetteer)
     return _parse_judgment(question, gazetteer) if YES_NO.search(question) else None
 
 
-def _parse_choice(names: str, gazetteer: Gazetteer) -> ParsedQuestion | None:
+def _option_list(question: str) -> str:
+    """What follows `options:`, `choose from` … up to the end, with or without square brackets around it; or nothing."""
+    text = question.rstrip(string.whitespace + ".").removesuffix("]")
+    start = max(text.rfind("["), text.rfind("]")) + 1  # a list holds no brackets
+    head = text[: start - 1][-MAX_INTRODUCTION:] if text[start - 1 : start] == "[" else ""
+    if any(match.end() == len(head) for match in OPTIONS.finditer(head)):
+        return text[start:].strip()
+    introduction = OPTIONS.search(text, start)
+    return text[introduction.end() :].strip() if introduction else ""
+
+
+def _parse_choice(listed: str, gazetteer: Gazetteer) -> ParsedQuestion | None:
     """A choice, if an option is a street or a district."""
-    levels: tuple[tuple[Level, list[str]], ...] = (("street", gazetteer.streets), ("district", gazetteer.districts))
     for separator in (";", ","):
-        options = [name.strip() for name in names.split(separator) if name.strip()]
-        for level, known_names in levels:
-            forms = {normalize_name(name) for name in known_names}
-            if len(options) > 1 and any(normalize_name(option) in forms for option in options):
+        options = [name.strip() for name in listed.split(separator) if name.strip()]
+        if not 1 < len(options) <= MAX_OPTIONS:
+            continue
+        for level, names in gazetteer.normal_names.items():
+            if not names.isdisjoint(map(normalize_name, options)):
                 return ParsedQuestion("choice", level, tuple(options))
     return None
 
@@ -79,8 +96,8 @@ def _parse_judgment(question: str, gazetteer: Gazetteer) -> ParsedQuestion | Non
     district = gazetteer.find_district(" ".join(words) if street else question)
     if district:
         words = _remove_name(words, district, gazetteer)
-    rest = ANSWER_HINT.sub(" ", unaccented_name(" ".join(words))).strip()
-    template = next((template for template in LONGEST_FIRST if f"{rest} ".startswith(f"{template} ")), "")
+    rest = ANSWER_HINT.sub(" ", unaccented_name(" ".join(words))).strip() + " "
+    template = next((template for template in LONGEST_FIRST if rest.startswith(f"{template} ")), "")
     other_words = set(rest.removeprefix(template).split())
     if not other_words <= LOCATION_WORDS or other_words.isdisjoint(PHOTO_WORDS):
         return None
@@ -93,11 +110,12 @@ def _parse_judgment(question: str, gazetteer: Gazetteer) -> ParsedQuestion | Non
 
 def _remove_name(words: list[str], name: str, gazetteer: Gazetteer) -> list[str]:
     """Normalized words without a name, in any of its spellings."""
-    spellings = {tuple(unaccented_name(spelling).split()) for spelling in (name, *gazetteer.variants.get(name, ()))}
-    bare = unaccented_name(" ".join(words)).split()
-    for spelling in sorted(spellings - {()}, key=len, reverse=True):
-        for start in range(len(bare) - len(spelling) + 1):
-            stop = start + len(spelling)
-            if tuple(bare[start:stop]) == spelling:
-                return _remove_name(words[:start] + words[stop:], name, gazetteer)
-    return words
+    forms = {tuple(unaccented_name(spelling).split()) for spelling in (name, *gazetteer.variants.get(name, ()))}
+    spellings = sorted(forms - {()}, key=len, reverse=True)
+    bare = tuple(unaccented_name(" ".join(words)).split())
+    kept, start = [], 0
+    while start < len(words):
+        length = next((len(form) for form in spellings if bare[start : start + len(form)] == form), 0)
+        kept += [] if length else [words[start]]
+        start += length or 1
+    return kept

@@ -8,13 +8,14 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import shapely
 from shapely.geometry.base import BaseGeometry
 
 from addressvlm.errors import InputError
-from addressvlm.gazetteer.name_matcher import NameIndex
+from addressvlm.gazetteer.name_matcher import NameIndex, normalize_name
 from addressvlm.gazetteer.spatial_index import NearestNames
 from addressvlm.storage.remote_path import AnyPath
 
@@ -62,7 +63,7 @@ class Gazetteer:
         self.attribution = list(attribution)
         self._photos = Counter(photos or {})
         self._places = Counter(places or {})
-        self._names = {"street": frozenset(self.streets), "district": frozenset(self.districts)}
+        self._names: dict[Level, frozenset[str]] = {"street": frozenset(self.streets), "district": frozenset(self.districts)}
         self._nearest = {
             "street": NearestNames(self.streets, self.geometry),
             "district": NearestNames(self.districts, self.district_geometry),
@@ -101,6 +102,11 @@ class Gazetteer:
     def streets_within(self, lat: float, lon: float, metres: float) -> set[str]:
         """The streets whose geometry is at most that far from a point in degrees."""
         return self._nearest["street"].within(lat, lon, metres)
+
+    @cached_property
+    def normal_names(self) -> dict[Level, frozenset[str]]:
+        """The normal forms of all names of a level."""
+        return {level: frozenset(map(normalize_name, names)) for level, names in self._names.items()}
 
     def find_street(self, text: str) -> str | None:
         """The one street that a free text mentions, by any of its names; None if there is none or several."""

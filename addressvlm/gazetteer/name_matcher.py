@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import NamedTuple, TypeVar
 
 Word = TypeVar("Word")
@@ -27,6 +27,8 @@ _SHORT = {
     "ne": ["northeast"], "nw": ["northwest"], "se": ["southeast"], "sw": ["southwest"],
 }  # fmt: skip
 _ABBREVIATIONS = {word: short for short, words in _SHORT.items() for word in words}
+LONGEST_CACHED = 64  # characters; both caches together hold at most about 100 MB
+MAX_MARKS = 30  # as in Unicode's stream-safe text
 _SUFFIX = re.compile(r"(?<=\w\w\w)(?:strasse|straat|str)$")  # as in Hauptstraße, Hauptstr.
 _APOSTROPHES = "'’‘ʼ`´"
 _PLAIN_LETTERS = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "æ": "ae", "œ": "oe", "ı": "i", "ё": "е"})
@@ -34,14 +36,25 @@ _LANGUAGE = re.compile(r"name:[a-z]{2,3}([-_]\w+)*")  # not name:left, name:etym
 _OTHER_NAMES = re.compile(r"(alt_name|old_name|official_name|short_name|int_name|loc_name)(:[a-z]{2,3}([-_]\w+)*)?|name_\d+")
 
 
-@lru_cache(maxsize=65536)
+def _cache_short(form: Callable[[str], str]) -> Callable[[str], str]:
+    """Remember the forms of names, but not of long texts, which callers of a service may send without end."""
+    remembered = lru_cache(maxsize=65536)(form)
+
+    @wraps(form)
+    def wrapper(text: str) -> str:
+        return remembered(text) if len(text) <= LONGEST_CACHED else form(text)
+
+    return wrapper
+
+
+@_cache_short
 def normalize_name(name: str) -> str:
     """A form in which all spellings of a name are equal: `St. Mary's Rd` and `saint marys road`.
 
     It ignores case, character width, punctuation and common abbreviations; scripts without spaces are split into characters.
     """
     characters = []
-    for character in unicodedata.normalize("NFKC", name).casefold():
+    for character in unicodedata.normalize("NFKC", _without_long_runs(name)).casefold():
         if character in _APOSTROPHES:
             continue
         if character != "&" and unicodedata.category(character)[0] in "PSZC":
@@ -52,7 +65,18 @@ def normalize_name(name: str) -> str:
     return " ".join(_ABBREVIATIONS.get(w, _SUFFIX.sub("str", w)) for w in "".join(characters).split())
 
 
-@lru_cache(maxsize=65536)
+def _without_long_runs(text: str) -> str:
+    """A text with at most MAX_MARKS combining characters in a row: Python sorts them, in time that grows by the square."""
+    if len(text) <= MAX_MARKS or text.isascii():
+        return text
+    kept, run = [], 0
+    for character in text:
+        run = run + 1 if unicodedata.combining(character) else 0
+        kept += [character] if run <= MAX_MARKS else []
+    return "".join(kept)
+
+
+@_cache_short
 def unaccented_name(name: str) -> str:
     """The normal form without the accents of Latin letters, which in other scripts make other letters; it has as many words."""
     characters = ((character, unicodedata.normalize("NFD", character)[0]) for character in normalize_name(name))
@@ -100,21 +124,27 @@ class NameIndex:
             others[name] = [v for v, form in forms.items() if len(form) > 2 and not form.replace(" ", "").isdecimal()]
         self._add(others, normalize_name, shared=True)
         self._add(others, unaccented_name, shared=False)
-        self._longest = max(map(len, self._names), default=0)
+        self._longest = _longest_by_first_word(self._names)
 
     def find(self, text: str) -> str | None:
-        """The one name in the text, None if there is none or several."""
-        words, plain_words = normalize_name(text).split(), unaccented_name(text).split()
-        matches: dict[tuple[int, int], tuple[str, ...]] = {}
-        for length in range(min(self._longest, len(words)), 0, -1):
-            for start in range(len(words) - length + 1):
-                span = (start, start + length)
-                for key in (tuple(words[slice(*span)]), tuple(plain_words[slice(*span)])):
-                    if key in self._names:
-                        matches.setdefault(span, key)
-        outermost = [s for s in matches if not any(o != s and o[0] <= s[0] and s[1] <= o[1] for o in matches)]
-        names = {self._disambiguate(matches[span], text) for span in outermost}
-        return names.pop() if len(names) == 1 else None
+        """The one name in the text, None if there is none or several; one inside a longer one does not count."""
+        words, plain_words = tuple(normalize_name(text).split()), tuple(unaccented_name(text).split())
+        keys: dict[tuple[str, ...], None] = {}
+        end = 0  # of the names so far
+        for start in range(len(words)):
+            longest = max(self._longest.get(words[start], 0), self._longest.get(plain_words[start], 0))
+            for stop in range(min(start + longest, len(words)), max(start, end), -1):
+                found = [key for key in (words[start:stop], plain_words[start:stop]) if key in self._names]
+                if found:
+                    keys[found[0]], end = None, stop
+                    break
+        name = None
+        for key in keys:
+            other = self._disambiguate(key, text)
+            if other is None or name not in (None, other):
+                return None
+            name = other
+        return name
 
     def resolve(self, name: str) -> str | None:
         """The entry that the whole text is a spelling of, None if there is none."""
@@ -129,7 +159,8 @@ class NameIndex:
         names = self._names[key]
         if len(names) == 1:
             return next(iter(names))
-        literal = {(len(s), name) for name, spellings in names.items() for s in spellings if s.casefold() in text.casefold()}
+        text = text.casefold()
+        literal = {(len(s), name) for name, spellings in names.items() for s in spellings if s.casefold() in text}
         longest = [name for length, name in literal if length == max(literal)[0]]
         return longest[0] if len(longest) == 1 else None
 
