@@ -26,10 +26,12 @@ def config(args: ServiceSettings) -> Application:
     from serve.cities import find_cities
     from serve.errors import LOGGING_CONFIG
     from serve.images import ImagesDeployment
-    from serve.middleware import RateLimit, key_hashes
+    from serve.middleware import API_KEYS, RateLimit, key_hashes
     from serve.routes import HttpApi
 
-    cities = find_cities(args)
+    cities, hashes = find_cities(args), key_hashes()
+    if args.require_keys and not hashes:
+        raise SettingsError(f"require_keys is set and there is no key: put keys into {API_KEYS}, separated by commas.")
     delays = {"upscale_delay_s": args.upscale_delay_s, "downscale_delay_s": args.downscale_delay_s}
     if args.engine == "vllm":
         if args.vllm_python is None and find_spec("vllm") is None:
@@ -70,4 +72,4 @@ def config(args: ServiceSettings) -> Application:
         limiter = limiter.options(num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
         rate_limit = limiter.bind(args.rate_limit)
     model, images = model.bind(args.subset(MODEL_SETTINGS), cities), images.bind(args.subset(IMAGE_SETTINGS))
-    return http.bind(model, images, rate_limit, args, cities, key_hashes())
+    return http.bind(model, images, rate_limit, args, cities, hashes)

@@ -1,30 +1,35 @@
-"""Calls from the HTTP front to all deployments: retries, time limits, streams."""
+"""Calls from the HTTP front to all deployments: time limits, cancellation, streams.
+
+Nothing is asked twice: Ray Serve itself gives a request to another replica only if none has begun it, and a request that killed
+one replica must not kill the next.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from prometheus_client.core import Metric
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from addressvlm.answers.address_distribution import Localization
 from addressvlm.answers.types import Completion, TextChunk
-from serve.errors import ApiError, to_api_error
+from serve.errors import to_api_error
 from serve.metrics import ServiceMetrics
 from serve.requests import ChatQuery, LocalizeQuery
 
 METRICS_TIMEOUT_S = 5
+STATUS_TIMEOUT_S = 5
 
 
 class Backend:
-    """Calls to the model and image deployments. An ApiError is the caller's to see, whatever went wrong.
+    """Calls to the model and image deployments. Whatever goes wrong is an ApiError, which the caller may see.
 
     Args:
         multiplexed: whether replicas hold several cities, so that a request goes to one that has its city loaded.
-        timeout_s: time limit of a call, its retry included; of a stream, for each chunk.
+        timeout_s: time limit of a call; of a stream, for each chunk. What is given up is cancelled.
     """
 
     def __init__(
@@ -33,6 +38,7 @@ class Backend:
         self.model, self.images, self.metrics = model, images, metrics
         self.multiplexed, self.timeout_s = multiplexed, timeout_s
         self._image_size: int | None = None
+        self._status_thread = ThreadPoolExecutor(1)  # the controller may be slow, and must not hold what requests need
 
     async def read_image(self, source: bytes | str) -> np.ndarray:
         """Pixels of a photo at the size that the model needs, uint8 (height, width, 3)."""
@@ -51,23 +57,26 @@ class Backend:
     async def stream_chat(self, query: ChatQuery) -> AsyncIterator[TextChunk]:
         """The answers to a conversation, chunk by chunk; returns when the first chunk is there."""
 
-        async def start() -> tuple[TextChunk, AsyncIterator[TextChunk]]:
-            chunks = self._model_of(query.city).options(stream=True).stream_chat.remote(query)
-            return _raise_if_error(await anext(aiter(chunks))), chunks
+        chunks = self._model_of(query.city).options(stream=True).stream_chat.remote(query)
 
         async def stream() -> AsyncIterator[TextChunk]:
             chunk, done = first, object()
-            while chunk is not done:
-                yield _raise_if_error(chunk)
-                async with asyncio.timeout(self.timeout_s):
-                    chunk = await anext(chunks, done)
+            try:
+                while chunk is not done:
+                    yield _raise_if_error(chunk)
+                    async with asyncio.timeout(self.timeout_s):
+                        chunk = await anext(chunks, done)
+            finally:  # it failed, or the caller left
+                chunks.cancel()
 
-        first, chunks = await self._with_retry(start)
+        first = await self._within_time(chunks, anext(chunks))
         return stream()
 
     async def running_replicas(self) -> int:
         """Number of model replicas that run."""
-        status, app = await asyncio.to_thread(serve.status), serve.get_replica_context().app_name
+        app, loop = serve.get_replica_context().app_name, asyncio.get_running_loop()
+        async with asyncio.timeout(STATUS_TIMEOUT_S):
+            status = await loop.run_in_executor(self._status_thread, serve.status)
         replicas = status.applications[app].deployments["Localizer"].replica_states
         return sum(count for state, count in replicas.items() if str(getattr(state, "value", state)) == "RUNNING")
 
@@ -88,24 +97,19 @@ class Backend:
         return self.model.options(multiplexed_model_id=city) if self.multiplexed else self.model
 
     async def _call(self, handle: Any, method: str, *args: Any) -> Any:
-        async def call() -> Any:
-            return _raise_if_error(await getattr(handle, method).remote(*args))
+        response = getattr(handle, method).remote(*args)
+        return await self._within_time(response, response)
 
-        return await self._with_retry(call)
-
-    async def _with_retry(self, call: Any) -> Any:
-        """Call, and once more if the replica died. Ray Serve would answer a full queue itself, hence the ApiError."""
+    async def _within_time(self, response: Any, result: Any) -> Any:
+        """The result of a response, which is cancelled if it fails, takes too long, or the caller leaves."""
         try:
             async with asyncio.timeout(self.timeout_s):
-                try:
-                    return await call()
-                except RayActorError:
-                    self.metrics.count("addressvlm_retries")
-                    return await call()
-        except ApiError:
+                return _raise_if_error(await result)
+        except BaseException as error:
+            response.cancel()
+            if isinstance(error, Exception):  # Ray Serve would answer a full queue itself, hence an ApiError
+                raise to_api_error(error) from None
             raise
-        except Exception as error:
-            raise to_api_error(error) from None
 
 
 def _raise_if_error(value: Any) -> Any:

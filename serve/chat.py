@@ -13,12 +13,22 @@ from serve.schemas import ChatRequest
 
 MODEL_ALIAS = "addressvlm"  # accepted as the model's name if the service has one model
 MAX_IMAGES = 8
+UNSUPPORTED = (
+    "presence_penalty frequency_penalty repetition_penalty top_k min_p logit_bias tools tool_choice functions function_call "
+    "modalities audio prediction web_search_options"
+).split()
 MAX_TEXT = 100_000  # characters of all messages; no model here reads as many, and counting their tokens takes time
 
 
 def parse_chat(payload: Any) -> ChatRequest:
     """Check a request against the format. ApiError: 400 naming the parameter."""
-    request = validate(ChatRequest, payload)
+    try:
+        request = validate(ChatRequest, payload)
+    except ApiError as error:
+        field = (error.param or "").partition(".")[0]
+        if field in UNSUPPORTED:
+            raise ApiError(400, f"{field} is not supported, and would change the answer: leave it out.", field) from None
+        raise
     if (request.response_format or {"type": "text"}).get("type") != "text":
         raise ApiError(400, "Answers are plain text: leave out response_format.", param="response_format")
     if request.top_logprobs and not request.logprobs:
@@ -60,12 +70,14 @@ class ChatResponse:
 
     Attributes:
         usage: tokens read and written so far.
+        error: that ended the stream early.
     """
 
     def __init__(self, model: str, logprobs: bool) -> None:
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.logprobs = logprobs
         self.usage = (0, 0)
+        self.error: ApiError | None = None
 
     def completion(self, answers: Sequence[Completion]) -> dict[str, Any]:
         """A `chat.completion` object."""
@@ -83,6 +95,7 @@ class ChatResponse:
 
     async def events(self, chunks: AsyncIterator[TextChunk], include_usage: bool) -> AsyncIterator[str]:
         """`chat.completion.chunk` events as the chunks come, then `[DONE]`; an error on the way is an event, too."""
+        usage: dict[str, Any] = {"usage": None} if include_usage else {}
         tokens: dict[int, int] = {}
         blanks: dict[int, str] = {}  # at the end of an answer so far
         started: set[int] = set()  # answers that have text
@@ -90,25 +103,29 @@ class ChatResponse:
             async for chunk in chunks:
                 index = chunk.index
                 if index not in tokens:
-                    yield self._event(index, {"role": "assistant", "content": ""})
+                    yield self._event(index, {"role": "assistant", "content": ""}, **usage)
                 tokens[index] = chunk.tokens
                 self.usage = chunk.prompt_tokens, sum(tokens.values())
                 text, blanks[index] = strip_stream(blanks.get(index, ""), chunk.text, index not in started)
                 started |= {index} if text else set()
                 if text or chunk.scores:
-                    yield self._event(index, {"content": text}, scores=chunk.scores)
+                    yield self._event(index, {"content": text}, scores=chunk.scores, **usage)
                 if chunk.finish:
-                    yield self._event(index, {}, chunk.finish)
+                    yield self._event(index, {}, chunk.finish, **usage)
         except Exception as error:
-            yield f"data: {json.dumps(to_api_error(error).body())}\n\n"
+            self.error = to_api_error(error)
+            yield f"data: {json.dumps(self.error.body())}\n\n"
             return
         if include_usage:
             yield self._encode({"choices": [], "usage": _usage(*self.usage)})
         yield "data: [DONE]\n\n"
 
-    def _event(self, index: int, delta: dict[str, str], finish: str | None = None, scores: Sequence[TokenScore] = ()) -> str:
+    def _event(
+        self, index: int, delta: dict[str, str], finish: str | None = None, scores: Sequence[TokenScore] = (), **usage: None
+    ) -> str:
         logprobs = self._logprobs(scores) if scores else None
-        return self._encode({"choices": [{"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}]})
+        choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
+        return self._encode({"choices": [choice], **usage})
 
     def _encode(self, body: dict[str, Any]) -> str:
         return f"data: {json.dumps({**self.head, 'object': 'chat.completion.chunk', **body})}\n\n"

@@ -169,6 +169,11 @@ class CityGeometry:
         self.city = city
 
     @cached_property
+    def gazetteer(self) -> Gazetteer | None:
+        """The streets that answers can name."""
+        return self.city.gazetteer()
+
+    @cached_property
     def geojson(self) -> bytes:
         """The city's map. ApiError: 404 the model has no gazetteer."""
         file = self.city.folder / GAZETTEER_FILE
@@ -185,16 +190,15 @@ class CityGeometry:
     @cached_property
     def summary(self) -> CityAnswer:
         """The city's entry in `/v1/cities`."""
-        gazetteer, city = self.city.gazetteer() or Gazetteer([]), self.city
+        gazetteer, city = self.gazetteer or Gazetteer([]), self.city
         counts = {"streets": len(gazetteer.streets), "districts": len(gazetteer.districts)}
         return CityAnswer(id=city.id, name=city.name, model=city.model, addresses=len(gazetteer.addresses), **counts)
 
     @cached_property
     def streets(self) -> dict[str, dict[str, Any]]:
         """Street -> {lat, lon, geometry}: a point on it in degrees, and its shape as GeoJSON geometry."""
-        gazetteer = self.city.gazetteer()
         streets = {}
-        for name, shape in gazetteer.geometry.items() if gazetteer else ():
+        for name, shape in self.gazetteer.geometry.items() if self.gazetteer else ():
             longest = max(shapely.get_parts(shape).tolist(), key=lambda part: part.length)
             line = longest.geom_type in ("LineString", "LinearRing")
             point = longest.interpolate(0.5, normalized=True) if line else shape.representative_point()

@@ -17,7 +17,6 @@ COUNTERS = {
     "addressvlm_requests": ("Requests answered.", ("method", "route", "status")),
     "addressvlm_localized": ("Photos localized; known is false where the answer was don't know.", ("city", "known")),
     "addressvlm_tokens": ("Tokens read and written in chats.", ("kind",)),
-    "addressvlm_retries": ("Requests given to another replica because theirs died.", ()),
 }
 HISTOGRAMS = {
     "addressvlm_request_seconds": ("From request to the last byte of its answer.", ("route",), SECONDS),

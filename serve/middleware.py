@@ -17,10 +17,12 @@ from typing import Any
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import ApiError, error_response, overloaded, to_api_error
 from serve.metrics import ServiceMetrics
+from serve.requests import BodyReader, Memory, Share
 from serve.settings import ServiceSettings, SettingsError
 
 API_KEYS = "ADDRESSVLM_API_KEYS"  # environment variable: keys with commas between them
@@ -79,7 +81,7 @@ class AccessMiddleware:
         key_hashes: of the API keys; without any, everyone may call.
         wait: `RateLimit.wait` of the whole service, or None.
         set_request_id: whether to put X-Request-Id on responses; Ray Serve's proxy does so itself.
-        routes: paths for the label `route` of the metrics; all others count as "other".
+        routes: those of the application, for the label `route` of the metrics; all other paths count as "other".
         pages: paths that need no key, besides PUBLIC_PATHS.
     """
 
@@ -91,13 +93,14 @@ class AccessMiddleware:
         key_hashes: Sequence[str] = (),
         wait: Callable[[str], Awaitable[float]] | None = None,
         set_request_id: bool = True,
-        routes: Collection[str] = (),
+        routes: Sequence[Route] = (),
         pages: Collection[str] = (),
     ) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
-        self.key_hashes, self.wait, self.set_request_id, self.routes = key_hashes, wait, set_request_id, frozenset(routes)
+        self.key_hashes, self.wait, self.set_request_id, self.routes = key_hashes, wait, set_request_id, routes
         self.public_paths = frozenset({*PUBLIC_PATHS, *pages})
-        self.in_flight = 0  # POST requests
+        self.in_flight = 0  # POST requests whose body is here
+        self.bodies, self.memory = BodyReader(settings.max_body_mb), Memory(settings.request_memory_mb * 1e6)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -117,16 +120,13 @@ class AccessMiddleware:
             size += len(message.get("body", b""))
             await send(message)
 
+        state["memory"] = share = Share(self.memory)
         try:
             await self._check_access(scope, headers)
-            post = scope["method"] == "POST"
-            if post and self.in_flight >= self.settings.max_in_flight:  # refused before its body is read
-                raise overloaded()
-            self.in_flight += post
-            try:
+            if scope["method"] == "POST":
+                await self._post(scope, receive, observed_send, headers, share)
+            else:
                 await self.app(scope, receive, observed_send)
-            finally:
-                self.in_flight -= post
         except ClientDisconnect:
             status = 499
         except Exception as error:
@@ -135,7 +135,26 @@ class AccessMiddleware:
                 raise
             await error_response(to_api_error(error))(scope, receive, observed_send)
         finally:
+            share.release()
+            status = state.get("stream_status", status)
             self._log(scope, status or 499, size, time.perf_counter() - start)  # 499: the caller left before a response
+
+    async def _post(self, scope: Scope, receive: Receive, send: Send, headers: Headers, share: Share) -> None:
+        """Read the body, then take one of the places for requests in flight, so that a slow body holds none."""
+        if self.in_flight >= self.settings.max_in_flight:
+            raise overloaded()
+        messages = [{"type": "http.request", "body": await self.bodies.read(headers, receive, share), "more_body": False}]
+        if self.in_flight >= self.settings.max_in_flight:
+            raise overloaded()
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
+
+        self.in_flight += 1
+        try:
+            await self.app(scope, replay, send)
+        finally:
+            self.in_flight -= 1
 
     async def _check_access(self, scope: Scope, headers: Headers) -> None:
         """Check API key and rate limit, except on public paths. ApiError: 401, 429."""
@@ -180,7 +199,7 @@ class AccessMiddleware:
     def _log(self, scope: Scope, status: int, size: int, seconds: float) -> None:
         """Write the access log line and the metrics; of the body, only the route's `log_fields`."""
         path = get_route_path(scope)
-        route = path if path in self.routes else "other"
+        route = next((route.path_format for route in self.routes if route.path_regex.match(path)), "other")
         method = scope["method"] if scope["method"] in LOGGED_METHODS else "other"
         self.metrics.count("addressvlm_requests", method, route, str(status))
         self.metrics.observe("addressvlm_request_seconds", seconds, route)

@@ -9,15 +9,22 @@ from typing import Any, TypeVar
 import numpy as np
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 
 from addressvlm.answers.address_distribution import Prior
 from addressvlm.answers.types import Sampling
-from serve.errors import ApiError
+from serve.errors import ApiError, overloaded
 from serve.schemas import LocalizeFields, LocalizeRequest
+from serve.settings import BODY_COPIES
 
+GRACE_S = 10  # for the first bytes of a body
+MIN_BYTES_PER_S = 8_000  # afterwards, on average
 BODY_TIMEOUT_S = 120
+MAX_VALUES = 200_000  # of a JSON body: small ones take a hundred bytes of memory each
+MAX_ARRIVING = 256  # bodies at the same time; with `ServiceSettings.max_in_flight` below HttpApi's `max_ongoing_requests`
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
@@ -54,43 +61,93 @@ class ChatQuery:
     sampling: Sampling
 
 
-async def read_body(request: Request, max_mb: float) -> bytes:
-    """Read the body; too large a one is refused before it is read to the end. ApiError: 408 too slow, 413 too large."""
-    limit = int(max_mb * 1e6)
-    too_large = ApiError(413, f"The request is larger than {max_mb:g} MB: send a smaller photo.", code="too_large")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for chunk in request.stream():
-                if len(body) + len(chunk) > limit:
-                    raise too_large
-                body += chunk
-    except TimeoutError:
-        raise ApiError(408, f"The request took more than {BODY_TIMEOUT_S} s to arrive: send a smaller photo.") from None
-    return bytes(body)
+class Memory:
+    """Bytes that the requests of one HTTP replica hold together, at most `limit`."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.used = limit, 0
 
 
-async def read_json(request: Request, max_mb: float) -> Any:
-    """Read a JSON body. ApiError: as `read_body`, 400 not JSON, 415 another content type."""
+class Share:
+    """What one request holds of a `Memory`."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory, self.held = memory, 0
+
+    def take(self, size: int) -> None:
+        """Hold so many more bytes. ApiError: 503 there is no room for them."""
+        if self.memory.used + size > self.memory.limit:
+            raise overloaded()
+        self.memory.used += size
+        self.held += size
+
+    def release(self) -> None:
+        """Give all of them back."""
+        self.memory.used -= self.held
+        self.held = 0
+
+
+class BodyReader:
+    """Reads the bodies of requests, several at a time: at most `max_mb` each, and none that arrives too slowly.
+
+    A body has GRACE_S seconds, and one more for each MIN_BYTES_PER_S bytes that came. Where MAX_ARRIVING are on their way,
+    another one ends the one that has least time left, so that slow ones keep out nobody.
+    """
+
+    def __init__(self, max_mb: float) -> None:
+        self.max_mb = max_mb
+        self.arriving: set[asyncio.Timeout] = set()
+
+    async def read(self, headers: Headers, receive: Receive, share: Share) -> bytes:
+        """The whole body. ApiError: 408 too slow, 413 too large, 503 no room for it. ClientDisconnect: the caller left."""
+        limit = int(self.max_mb * 1e6)
+        too_large = ApiError(413, f"The request is larger than {self.max_mb:g} MB: send a smaller photo.", code="too_large")
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length[:20]) > limit:
+            raise too_large
+        if len(self.arriving) >= MAX_ARRIVING:
+            min(self.arriving, key=lambda timeout: timeout.when() or 0).reschedule(0)
+        start, body = asyncio.get_running_loop().time(), bytearray()
+        try:
+            async with asyncio.timeout(GRACE_S) as timeout:
+                self.arriving.add(timeout)
+                try:
+                    while True:
+                        message = await receive()
+                        if message["type"] == "http.disconnect":
+                            raise ClientDisconnect
+                        chunk = message.get("body", b"")
+                        if len(body) + len(chunk) > limit:
+                            raise too_large
+                        share.take(BODY_COPIES * len(chunk))
+                        body += chunk
+                        if not message.get("more_body", False):
+                            return bytes(body)
+                        timeout.reschedule(start + min(GRACE_S + len(body) / MIN_BYTES_PER_S, BODY_TIMEOUT_S))
+                finally:
+                    self.arriving.discard(timeout)
+        except TimeoutError:
+            raise ApiError(408, "The request arrives too slowly: send a smaller photo, or use a faster connection.") from None
+
+
+async def read_json(request: Request) -> Any:
+    """Read a JSON body. ApiError: 400 not JSON, 415 another content type."""
     if _content_type(request) not in ("application/json", ""):
         raise ApiError(415, "Send the request as application/json.")
-    return _parse_json(await read_body(request, max_mb), "The body")
+    return _parse_json(await request.body(), "The body")
 
 
-async def read_localize(request: Request, max_mb: float) -> tuple[bytes | str, LocalizeFields]:
+async def read_localize(request: Request) -> tuple[bytes | str, LocalizeFields]:
     """Read the encoded image and the options, from a form (`file`, the other fields as text) or from JSON (`image`).
 
-    ApiError: as `read_body`, 400 a field is missing or wrong, 415 another content type.
+    ApiError: 400 a field is missing or wrong, 415 another content type.
     """
     if _content_type(request) == "application/json":
-        fields = validate(LocalizeRequest, await read_json(request, max_mb))
+        fields = validate(LocalizeRequest, await read_json(request))
         return fields.image, fields
     if _content_type(request) != "multipart/form-data":
         raise ApiError(415, "Send the photo as multipart/form-data (field 'file') or as application/json (key 'image').")
-    body = await read_body(request, max_mb)
+    body = await request.body()
 
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
@@ -135,7 +192,9 @@ def _parse_field(name: str, value: Any) -> Any:
 
 
 def _parse_json(text: bytes, name: str) -> Any:
-    """Parse JSON safely: no NaN, no deep nesting, nothing that can't be encoded again."""
+    """Parse JSON safely: no NaN, no deep nesting, not more values than fit in memory, nothing that can't be encoded again."""
+    if sum(map(text.count, b",[{")) > MAX_VALUES:
+        raise ApiError(400, f"{name} has more than {MAX_VALUES} commas and brackets: send fewer values.")
     try:
         parsed = json.loads(text, parse_constant=int)  # raises ValueError for NaN and Infinity
         if b"\\ud" in text.lower():  # half of a pair of surrogates is no character

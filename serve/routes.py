@@ -7,11 +7,15 @@ Try it:
 import asyncio
 import logging
 import mimetypes
+import re
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.middleware.gzip import GZipMiddleware
@@ -24,6 +28,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.routing import Route
 
+from addressvlm.answers.address_distribution import Localization
 from serve.backend import Backend
 from serve.chat import MODEL_ALIAS, ChatResponse, conversation, parse_chat
 from serve.cities import City, CityGeometry, pick_city
@@ -57,6 +62,7 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 TOP_K = 5
+HEALTH_S = 1.0  # for so long an answer of /healthz holds
 
 # ---- what FastAPI can't derive for /openapi.json: error responses, and bodies that are read by hand to bound their size
 ERRORS = {
@@ -105,6 +111,7 @@ class Routes:
     def __init__(self, settings: ServiceSettings, cities: Sequence[City], backend: Backend, metrics: ServiceMetrics) -> None:
         self.settings, self.cities, self.backend, self.metrics = settings, list(cities), backend, metrics
         self.geometries = {city.id: CityGeometry(city) for city in cities}
+        self._health_lock, self._health_until, self._replicas = asyncio.Lock(), 0.0, cast("int | None", None)
 
     def app(self, key_hashes: Sequence[str] = (), **access: Any) -> FastAPI:
         """The ASGI application; the arguments go to `serve.middleware.AccessMiddleware`."""
@@ -114,14 +121,16 @@ class Routes:
             description="Photo in, street address out.",
             docs_url=None,
             redoc_url=None,
-            generate_unique_id_function=lambda route: f"{min(route.methods).lower()}{route.path.replace('/', '_')}",
+            generate_unique_id_function=lambda route: re.sub(
+                r"\W+", "_", f"{min(route.methods).lower()}{route.path_format}"
+            ).strip("_"),
         )
         add_exception_handlers(app)
         self._add_routes(app, bool(key_hashes))
         pages = ["/" if file.name == "index.html" else f"/{file.name}" for file in sorted(PAGE.iterdir())]
         for path in pages:
             app.get(path, include_in_schema=False)(self.page_file)
-        routes = [route.path for route in app.routes if isinstance(route, Route)]
+        routes = [route for route in app.routes if isinstance(route, Route)]
         app.add_middleware(GZipMiddleware, minimum_size=4096)
         access |= {"settings": self.settings, "metrics": self.metrics, "key_hashes": key_hashes}
         app.add_middleware(AccessMiddleware, routes=routes, pages=pages, **access)
@@ -152,6 +161,7 @@ class Routes:
             openapi_extra=_request_body(CHAT_EXAMPLE, json=ChatRequest),
         )(self.chat)
         api.get("/v1/models", responses=_responses(READ_ERRORS))(self.list_models)
+        api.get("/v1/models/{model:path}", responses=_responses([404, *READ_ERRORS]))(self.model)
         api.get("/v1/cities", responses=_responses(READ_ERRORS))(self.list_cities)
         api.get(
             "/v1/map",
@@ -175,13 +185,15 @@ class Routes:
 
     async def localize(self, request: Request) -> Response:
         """Rank the addresses of a photo."""
-        source, fields = await read_localize(request, self.settings.max_body_mb)
+        source, fields = await read_localize(request)
         city = pick_city(self.cities, fields.city)
         geometry = self.geometries[city.id]
-        if not (await asyncio.to_thread(lambda: geometry.summary)).addresses:
+        gazetteer = await asyncio.to_thread(lambda: geometry.gazetteer)
+        if not (gazetteer and gazetteer.addresses):
             raise ApiError(404, "This model has no gazetteer: it can chat, but rank no addresses.", code="no_gazetteer")
-        pixels = await self.backend.read_image(source)
         prior = (fields.prior or PriorFields()).prior()
+        await asyncio.to_thread(prior.log_weights, gazetteer)  # InputError here, not among the other photos of a batch
+        pixels = await self._read_image(request, source)
         result = await self.backend.localize(LocalizeQuery(city.id, pixels, fields.top_k or TOP_K, prior, fields.threshold))
         self.metrics.count("addressvlm_localized", city.id, str(result.known).lower())
         self.metrics.observe("addressvlm_confidence", result.confidence, city.id)
@@ -191,6 +203,7 @@ class Routes:
         address = {key: candidates[0][key] for key in ("street", "district")} if result.known else None
         body = {
             "known": result.known,
+            "reason": None if result.known else _reason(result, fields.threshold),
             "confidence": result.confidence,
             "threshold": result.threshold,
             "address": address,
@@ -203,30 +216,42 @@ class Routes:
 
     async def chat(self, request: Request) -> Response:
         """OpenAI-compatible chat about photos."""
-        fields = parse_chat(await read_json(request, self.settings.max_body_mb))
-        named = [c for c in self.cities if fields.model == c.model or (fields.model == MODEL_ALIAS and len(self.cities) == 1)]
-        if not named:
-            served = ", ".join(f"'{city.model}'" for city in self.cities)
-            message = f"No model '{fields.model[:100]}' here, this service has {served}."
-            raise ApiError(404, message, "model", "model_not_found")
-        city = named[0]
+        fields = parse_chat(await read_json(request))
+        city = self._city_of_model(fields.model)
         messages, urls = conversation(fields)
-        images = list(await asyncio.gather(*map(self.backend.read_image, urls)))
+        images = list(await asyncio.gather(*(self._read_image(request, url) for url in urls)))
         query = ChatQuery(city.id, messages, images, fields.sampling(self.settings.max_tokens))
         response = ChatResponse(city.model, bool(fields.logprobs))
         request.state.log_fields = {"city": city.id, "images": len(images), "stream": bool(fields.stream)}
         if fields.stream:
             usage = bool(fields.stream_options and fields.stream_options.include_usage)
-            events = self._count_after(response, response.events(await self.backend.stream_chat(query), usage))
+            chunks = await self.backend.stream_chat(query)
+            events = self._count_after(request, response, response.events(chunks, usage))
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         body = response.completion(await self.backend.chat(query))
         self._count_tokens(response)
         return JSONResponse(body)
 
-    async def _count_after(self, response: ChatResponse, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    def _city_of_model(self, model: str) -> City:
+        """The city of a model's name. ApiError: 404 there is none."""
+        for city in self.cities:
+            if model == city.model or (model == MODEL_ALIAS and len(self.cities) == 1):
+                return city
+        served = ", ".join(f"'{city.model}'" for city in self.cities)
+        raise ApiError(404, f"No model '{model[:100]}' here, this service has {served}.", "model", "model_not_found")
+
+    async def _read_image(self, request: Request, source: bytes | str) -> np.ndarray:
+        """The pixels of a photo, which count as the request's memory."""
+        pixels = await self.backend.read_image(source)
+        request.state.memory.take(pixels.nbytes)
+        return pixels
+
+    async def _count_after(self, request: Request, response: ChatResponse, events: AsyncIterator[str]) -> AsyncIterator[str]:
+        request.state.stream_status = 499  # until it is complete
         try:
             async for event in events:
                 yield event
+            request.state.stream_status = response.error.status if response.error else 200
         finally:
             self._count_tokens(response)
 
@@ -237,6 +262,10 @@ class Routes:
     async def list_models(self) -> ModelList:
         """List the models, one per city."""
         return ModelList(data=[ModelAnswer(id=city.model) for city in self.cities])
+
+    async def model(self, model: str) -> ModelAnswer:
+        """One model."""
+        return ModelAnswer(id=self._city_of_model(model).model)
 
     async def list_cities(self) -> CityList:
         """List the cities."""
@@ -253,10 +282,17 @@ class Routes:
 
     async def health(self) -> Health:
         """200 if a model replica runs, 503 if none does."""
-        replicas = await self.backend.running_replicas()
-        if not replicas and self.settings.min_replicas:
+        async with self._health_lock:  # one question to the controller, however many ask
+            if time.monotonic() >= self._health_until:
+                self._replicas = None
+                with suppress(TimeoutError):
+                    self._replicas = await self.backend.running_replicas()
+                self._health_until = time.monotonic() + HEALTH_S
+        if self._replicas is None:
+            raise ApiError(503, "Ray Serve does not say whether a model replica is running.", code="not_ready")
+        if not self._replicas and self.settings.min_replicas:
             raise ApiError(503, "No model replica is running.", code="not_ready")
-        return Health(replicas=replicas)
+        return Health(replicas=self._replicas)
 
     async def export_metrics(self) -> Response:
         """The metrics of all replicas as Prometheus text."""
@@ -267,6 +303,14 @@ class Routes:
         file = PAGE / (request.scope["route"].path[1:] or "index.html")
         media_type = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
         return Response(file.read_bytes(), media_type=media_type, headers=PAGE_HEADERS)
+
+
+def _reason(result: Localization, requested: float | None) -> str:
+    """Why an address does not count as known."""
+    if requested is None and result.threshold >= 1:
+        return "On the validation photos no confidence was enough to promise the precision that this model aims at."
+    whose = "requested threshold" if requested is not None else "threshold of this model's target precision"
+    return f"The confidence, {result.confidence:.3f}, is not above the {whose}, {result.threshold:g}."
 
 
 @serve.deployment(

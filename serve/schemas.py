@@ -12,6 +12,7 @@ MAX_NAMES = 1000  # streets or districts of one prior
 MAX_MESSAGES = 64
 MAX_CHOICES = 8
 MAX_STOPS = 4
+LEAST_TEMPERATURE = 0.01  # below it answers are greedy: logits divided by less overflow
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Stop = Annotated[str, Field(max_length=200)]
 
@@ -121,7 +122,7 @@ class ChatRequest(LenientRequest):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
+    temperature: float | None = Field(None, ge=0, le=2, description="default 0, the likeliest answer (OpenAI's default is 1)")
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -130,17 +131,29 @@ class ChatRequest(LenientRequest):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     top_p: float | None = Field(None, gt=0, le=1)
+    response_format: dict[str, Any] | None = None
+    # Not supported: only values that change nothing are accepted
     presence_penalty: float | None = Field(None, ge=0, le=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0)
+    repetition_penalty: float | None = Field(None, ge=1, le=1)
+    top_k: int | None = Field(None, ge=-1, le=0)
+    min_p: float | None = Field(None, ge=0, le=0)
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    response_format: dict[str, Any] | None = None
+    tool_choice: Literal["none"] | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: Literal["none"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
 
     def sampling(self, max_tokens: int) -> Sampling:
         """The sampling parameters, with at most `max_tokens` tokens per answer."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return Sampling(
             max_tokens=min(self.max_completion_tokens or self.max_tokens or max_tokens, max_tokens),
-            temperature=self.temperature or 0.0,
+            temperature=temperature if (temperature := self.temperature or 0.0) >= LEAST_TEMPERATURE else 0.0,
             top_p=self.top_p or 1.0,
             n=self.n or 1,
             stop=[stop for stop in stops if stop],
@@ -190,9 +203,10 @@ class CandidateAnswer(AddressAnswer):
 
 
 class LocalizeAnswer(Answer):
-    """Where a photo was taken; `address` is null if the confidence is not above the threshold."""
+    """Where a photo was taken; `address` is null if the confidence is not above the threshold, and `reason` says why."""
 
     known: bool
+    reason: str | None
     confidence: float
     threshold: float
     address: AddressAnswer | None

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from addressvlm import InputError
 
 _DOMAIN = re.compile(r"\.?([a-z0-9_]([a-z0-9_-]*[a-z0-9_])?\.)*[a-z]([a-z0-9-]*[a-z0-9])?(:\d{1,5})?")
+BODY_COPIES = 3  # in memory: as it came, parsed, and on its way to another deployment
 _ORIGIN = re.compile(r"https?://[^/\s]+")
 
 
@@ -73,10 +74,12 @@ class ServiceSettings(BaseModel):
 
     # Limits of a request
     max_body_mb: float = Field(20, gt=0)
+    request_memory_mb: float = Field(1000, gt=0)  # per HTTP replica, bodies and pixels of its requests; beyond it 503
     max_megapixels: float = Field(50, gt=0)  # checked in the header, before decoding
     decode_s: int = Field(10, ge=1)  # CPU seconds for decoding one photo
     max_tokens: int = Field(512, ge=1)  # per answer; a request for more gets this many
     request_s: float = Field(300, gt=0)  # a request that takes longer is answered 503; of a stream, each chunk
+    require_keys: bool = False  # start only with API keys (ADDRESSVLM_API_KEYS), so that no open service is deployed by mistake
     rate_limit: float = Field(0, ge=0)  # requests per minute of an API key, or of an IP address without keys; 0: no limit
     forwarded: bool = False  # behind one proxy of yours: the caller's address is the last in X-Forwarded-For
     image_domains: Names = []  # hosts that images may be fetched from: host, host:port, or .example.org for all below it
@@ -109,6 +112,10 @@ class ServiceSettings(BaseModel):
             raise SettingsError(
                 f"max_ongoing_requests is {self.max_ongoing_requests}, give it more than target_ongoing_requests, "
                 f"{self.target_ongoing_requests:g}, or the service never scales up."
+            )
+        if self.request_memory_mb < (least := BODY_COPIES * self.max_body_mb):
+            raise SettingsError(
+                f"request_memory_mb is {self.request_memory_mb:g}, give it at least {least:g}: {BODY_COPIES} times max_body_mb."
             )
         if self.cities and self.model:
             raise SettingsError("both model and cities are given: a merged model knows one city, give one of the two.")

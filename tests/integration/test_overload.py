@@ -106,11 +106,12 @@ def test_an_update_under_load_fails_no_request(url: str, root: Path) -> None:
     assert not before & {str(replica) for replica in replicas()}
 
 
-def test_a_replica_that_dies_loses_no_request(url: str) -> None:
-    with load(url) as statuses:
+def test_a_replica_that_dies_loses_only_what_it_had_begun(url: str) -> None:
+    with load(url, clients=4) as statuses:
         wait_for(statuses, 8)
         before = replicas()
         ray.kill(before[0])
         wait_for(statuses, 24)
-    assert set(statuses) == {200}
+    assert set(statuses) <= {200, 503}
+    assert statuses[503] <= 4  # one of each client
     assert httpx.get(f"{url}/healthz").status_code == 200

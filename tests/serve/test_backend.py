@@ -1,4 +1,4 @@
-"""Calls to other deployments: dead replicas, time limits, streams. Doubles in place of Ray's handles."""
+"""Calls to other deployments: dead replicas, time limits, cancellation, streams. Doubles in place of Ray's handles."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -21,19 +21,42 @@ LOCALIZE = LocalizeQuery("toytown", np.zeros((16, 16, 3), np.uint8), 5, Prior(),
 CHAT = ChatQuery("toytown", [], [], Sampling())
 
 
+class Response:
+    """A `DeploymentResponse`, or its generator: a coroutine or an asynchronous generator that can be cancelled."""
+
+    def __init__(self, result: Any) -> None:
+        self.result, self.cancelled = result, False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def __await__(self) -> Any:
+        return self.result.__await__()
+
+    def __aiter__(self) -> Any:
+        return self
+
+    def __anext__(self) -> Any:
+        return self.result.__anext__()
+
+
 class Handle:
-    """Calls methods of a double and records the calls with their options."""
+    """Calls methods of a double and records the calls with their options, and their responses."""
 
     def __init__(self, calls: list[Any], options: dict[str, Any] | None = None, **methods: Callable[..., Any]) -> None:
         self._calls, self._options, self._methods = calls, options or {}, methods
+        self._responses: list[Response] = []
 
     def options(self, **options: Any) -> "Handle":
-        return Handle(self._calls, self._options | options, **self._methods)
+        handle = Handle(self._calls, self._options | options, **self._methods)
+        handle._responses = self._responses
+        return handle
 
     def __getattr__(self, name: str) -> Any:
         def remote(*args: Any) -> Any:
             self._calls.append((name, *args[1:], self._options))
-            return self._methods[name](*args)
+            self._responses.append(Response(self._methods[name](*args)))
+            return self._responses[-1]
 
         return type("Method", (), {"remote": staticmethod(remote)})
 
@@ -45,32 +68,22 @@ def backend(
     return Backend(Handle(calls, **methods), Handle(calls, **methods), metrics, multiplexed, timeout_s), calls
 
 
-def dies(times: int, answer: Any) -> Callable[..., Any]:
-    """A method whose replica dies the first `times` calls."""
-    deaths = [times]
+def gives(result: Any) -> Callable[..., Any]:
+    """A method that returns a result, or raises it."""
 
     async def method(*_: Any) -> Any:
-        deaths[0] -= 1
-        if deaths[0] >= 0:
-            raise RayActorError
-        return answer
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
     return method
 
 
-def retries(metrics: ServiceMetrics) -> float:
-    return sum(s.value for m in metrics.collect() for s in m.samples if s.name == "addressvlm_retries_total")
-
-
-def test_a_call_to_a_dead_replica_is_retried_once() -> None:
-    metrics = ServiceMetrics()
-    front, calls = backend(metrics, localize=dies(1, "result"))
-    assert asyncio.run(front.localize(LOCALIZE)) == "result"
-    assert (len(calls), retries(metrics)) == (2, 1)
-    front, calls = backend(ServiceMetrics(), localize=dies(2, "result"))
+def test_what_killed_a_replica_is_not_asked_again() -> None:
+    front, calls = backend(ServiceMetrics(), localize=gives(RayActorError()))
     with pytest.raises(ApiError) as caught:
         asyncio.run(front.localize(LOCALIZE))
-    assert (caught.value.status, len(calls)) == (503, 2)
+    assert (caught.value.status, len(calls)) == (503, 1)
 
 
 def test_a_call_that_takes_too_long_is_overloaded() -> None:
@@ -81,6 +94,25 @@ def test_a_call_that_takes_too_long_is_overloaded() -> None:
     with pytest.raises(ApiError) as caught:
         asyncio.run(front.chat(CHAT))
     assert (caught.value.status, caught.value.code) == (503, "overloaded")
+    assert [response.cancelled for response in front.model._responses] == [True]
+
+
+def test_a_call_whose_caller_left_is_cancelled() -> None:
+    async def leave() -> Backend:
+        asked = asyncio.Event()
+
+        async def never(*_: Any) -> Any:
+            asked.set()
+            return await asyncio.get_running_loop().create_future()
+
+        front, _ = backend(ServiceMetrics(), localize=never)
+        task = asyncio.create_task(front.localize(LOCALIZE))
+        await asked.wait()
+        task.cancel()
+        await asyncio.wait([task])
+        return front
+
+    assert asyncio.run(leave()).model._responses[0].cancelled
 
 
 def test_errors_that_come_as_values_are_raised() -> None:
@@ -95,14 +127,14 @@ def test_errors_that_come_as_values_are_raised() -> None:
 
 def test_requests_go_where_their_city_is_loaded() -> None:
     for multiplexed, options in ((True, {"multiplexed_model_id": "toytown"}), (False, {})):
-        front, calls = backend(ServiceMetrics(), multiplexed, localize=dies(0, 1), chat=dies(0, 1))
+        front, calls = backend(ServiceMetrics(), multiplexed, localize=gives(1), chat=gives(1))
         asyncio.run(front.localize(LOCALIZE))
         asyncio.run(front.chat(CHAT))
         assert calls == [("localize", options), ("chat", options)]
 
 
 def test_photos_are_read_at_the_models_image_size_which_is_requested_once() -> None:
-    front, calls = backend(ServiceMetrics(), image_size=dies(0, 336), read=dies(0, "pixels"))
+    front, calls = backend(ServiceMetrics(), image_size=gives(336), read=gives("pixels"))
 
     async def read_two() -> list[Any]:
         return [await front.read_image(b"one"), await front.read_image("two")]
@@ -124,28 +156,32 @@ def received(front: Backend) -> list[Any]:
     return asyncio.run(listen())
 
 
-def test_a_stream_is_retried_only_before_its_first_chunk() -> None:
-    tries = []
-
+def test_a_stream_that_breaks_off_is_not_asked_again() -> None:
     async def stream(_: ChatQuery) -> AsyncIterator[Any]:
-        tries.append(1)
-        if len(tries) == 1:
-            raise RayActorError
         yield TextChunk(0, "a")
         yield TextChunk(0, "b")
-        if len(tries) == 3:
-            raise RayActorError
-        yield TextChunk(0, "c")
+        raise RayActorError
 
-    metrics = ServiceMetrics()
-    front, calls = backend(metrics, True, stream_chat=stream)
-    assert received(front) == ["a", "b", "c"]
-    assert calls == [("stream_chat", {"multiplexed_model_id": "toytown", "stream": True})] * 2
-    assert retries(metrics) == 1
+    front, calls = backend(ServiceMetrics(), True, stream_chat=stream)
     *chunks, error = received(front)
     assert chunks == ["a", "b"]
     assert isinstance(error, RayActorError)
-    assert len(tries) == 3
+    assert calls == [("stream_chat", {"multiplexed_model_id": "toytown", "stream": True})]
+
+
+def test_a_stream_whose_caller_left_is_cancelled() -> None:
+    async def stream(_: ChatQuery) -> AsyncIterator[Any]:
+        while True:
+            yield TextChunk(0, "a")
+
+    async def leave() -> Backend:
+        front, _ = backend(ServiceMetrics(), stream_chat=stream)
+        chunks: Any = await front.stream_chat(CHAT)
+        await anext(chunks)
+        await chunks.aclose()
+        return front
+
+    assert asyncio.run(leave()).model._responses[0].cancelled
 
 
 def test_a_stream_that_is_refused_or_stalls() -> None:

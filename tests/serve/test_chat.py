@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from addressvlm.answers.types import Sampling, TextChunk, TokenScore
+from addressvlm.answers.types import Completion, Sampling, TextChunk, TokenScore
 from serve.chat import ChatResponse, conversation, parse_chat, strip_stream
 from serve.errors import ApiError
 from serve.schemas import ChatRequest
@@ -73,6 +74,9 @@ def test_limits_of_a_conversation_count_all_its_turns(turns: list[dict[str, Any]
         ({"max_tokens": 7, "max_completion_tokens": 9}, Sampling(9)),
         ({"max_completion_tokens": 101}, Sampling(100)),
         ({"temperature": 0.5, "top_p": 0.25, "n": 3, "seed": 0}, Sampling(100, 0.5, 0.25, 3, seed=0)),
+        ({"temperature": 1e-38}, Sampling(100)),
+        ({"temperature": 0.009}, Sampling(100)),
+        ({"temperature": 0.01}, Sampling(100, 0.01)),
         ({"stop": "ab"}, Sampling(100, stop=["ab"])),
         ({"stop": ["a", "", "b"]}, Sampling(100, stop=["a", "b"])),
         ({"logprobs": True}, Sampling(100, logprobs=0)),
@@ -83,6 +87,14 @@ def test_limits_of_a_conversation_count_all_its_turns(turns: list[dict[str, Any]
 def test_sampling_parameters(fields: dict[str, Any], expected: Sampling) -> None:
     sampling = ChatRequest.model_validate({"model": "x", "messages": [user("a")], **fields}).sampling(100)
     assert replace(sampling, stop=tuple(sampling.stop)) == replace(expected, stop=tuple(expected.stop))
+
+
+def test_log_probabilities_reach_whoever_asks_for_them() -> None:
+    answers = [Completion("A b", "stop", (TokenScore("A", -0.5), TokenScore(" b", -1.5)), 9, 3)]
+    body = ChatResponse("x", logprobs=True).completion(answers)
+    completion = openai.types.chat.ChatCompletion.model_validate(body)
+    assert [(t.token, t.logprob) for t in completion.choices[0].logprobs.content] == [("A", -0.5), (" b", -1.5)]
+    assert ChatResponse("x", logprobs=False).completion(answers)["choices"][0]["logprobs"] is None
 
 
 def events(reply: ChatResponse, *chunks: TextChunk | Exception, usage: bool = True) -> list[Any]:
@@ -132,10 +144,20 @@ def test_two_answers_in_turns() -> None:
     assert done == "[DONE]"
     assert reply.usage == (9, 7)
     assert len({chunk["id"] for chunk in (*chunks, usage)}) == 1
+    for chunk in (*chunks, usage):
+        openai.types.chat.ChatCompletionChunk.model_validate(chunk)
+    assert all(chunk["usage"] is None for chunk in chunks)  # as OpenAI does, where usage comes at the end
+
+
+def test_without_usage_no_chunk_has_it() -> None:
+    chunk, *_ = events(ChatResponse("x", logprobs=False), TextChunk(0, "A", "stop", (), 9, 1), usage=False)
+    assert "usage" not in chunk
 
 
 def test_a_stream_that_fails_ends_with_an_error_event() -> None:
-    *_, last = events(ChatResponse("x", logprobs=False), TextChunk(0, "A", None, (), 9, 1), RuntimeError("secret"))
+    response = ChatResponse("x", logprobs=False)
+    *_, last = events(response, TextChunk(0, "A", None, (), 9, 1), RuntimeError("secret"))
+    assert response.error.status == 500
     assert last["error"]["type"] == "server_error"
     assert "secret" not in str(last)
 

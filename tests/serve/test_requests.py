@@ -2,16 +2,16 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import Request
 from fastapi.testclient import TestClient
+from starlette.datastructures import Headers
 
 from serve.errors import ApiError
-from serve.requests import read_body
+from serve.requests import BodyReader, Memory, Share
 from tests.support.images import BAD, GOOD
 from tests.support.in_process_service import api
 from tests.support.running_service import chat_messages, check_error, data_url, photo
@@ -19,8 +19,8 @@ from tests.support.running_service import chat_messages, check_error, data_url, 
 pytestmark = pytest.mark.xdist_group("serve")
 
 
-def sent(chunks: list[bytes], **headers: str) -> Request:
-    """A request whose body comes in these chunks, and then never ends."""
+def read(reader: BodyReader, chunks: list[bytes], share: Share | None = None, **headers: str) -> Awaitable[bytes]:
+    """The body that comes in these chunks; after an empty one at the end it never ends."""
     left = list(chunks)
 
     async def receive() -> dict[str, Any]:
@@ -28,23 +28,60 @@ def sent(chunks: list[bytes], **headers: str) -> Request:
             return await asyncio.get_running_loop().create_future()
         return {"type": "http.request", "body": left.pop(0), "more_body": bool(left) or chunks[-1] == b""}
 
-    named = [(key.replace("_", "-").encode(), value.encode()) for key, value in headers.items()]
-    return Request({"type": "http", "method": "POST", "headers": named}, receive)
+    return reader.read(Headers({key.replace("_", "-"): value for key, value in headers.items()}), receive, share or room())
+
+
+def room(size: float = 1e6) -> Share:
+    return Share(Memory(size))
 
 
 def test_a_body_may_be_as_large_as_is_allowed_and_no_larger() -> None:
-    assert asyncio.run(read_body(sent([b"a" * 600, b"b" * 400], content_length="1000"), 0.001)) == b"a" * 600 + b"b" * 400
+    reader = BodyReader(0.001)
+    assert asyncio.run(read(reader, [b"a" * 600, b"b" * 400], content_length="1000")) == b"a" * 600 + b"b" * 400
     for chunks, headers in (([b"a" * 600, b"b" * 401], {}), ([b"a", b""], {"content_length": "1001"})):
         with pytest.raises(ApiError) as caught:
-            asyncio.run(read_body(sent(chunks, **headers), 0.001))
+            asyncio.run(read(reader, chunks, **headers))
         assert (caught.value.status, caught.value.code) == (413, "too_large")
+    assert not reader.arriving
+
+
+def test_bodies_that_find_no_room_are_refused_and_give_it_back() -> None:
+    memory = Memory(3 * 1000)  # a body counts three times
+    first, second = Share(memory), Share(memory)
+    assert len(asyncio.run(read(BodyReader(1), [b"a" * 600], first))) == 600
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(read(BodyReader(1), [b"a" * 300, b"a" * 300], second))
+    assert (caught.value.status, caught.value.code) == (503, "overloaded")
+    for share in (first, second, second):
+        share.release()
+    assert memory.used == 0
 
 
 def test_a_body_that_does_not_come_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.requests.BODY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("serve.requests.GRACE_S", 0.01)
     with pytest.raises(ApiError) as caught:
-        asyncio.run(read_body(sent([b"a", b""]), 1))
+        asyncio.run(read(BodyReader(1), [b"a", b""]))
     assert caught.value.status == 408
+
+
+def test_slow_bodies_keep_out_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.requests.MAX_ARRIVING", 3)
+
+    async def arrive() -> tuple[list[Any], bytes]:
+        reader = BodyReader(1)
+        sizes = (900_000, 1, 500_000)  # what has come of each; the second has least time left
+        slow = [asyncio.ensure_future(read(reader, [b"a" * size, b""], room(1e9))) for size in sizes]
+        while len(reader.arriving) < 3 or len({timeout.when() for timeout in reader.arriving}) < 3:
+            await asyncio.sleep(0)
+        body = await read(reader, [b"fast"])
+        (done,), waiting = await asyncio.wait(slow, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+        return [slow.index(done), done.exception()], body
+
+    (index, error), body = asyncio.run(arrive())
+    assert (index, error.status, body) == (1, 408, b"fast")
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +262,14 @@ WRONG_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["a", "b" * 201]}, "stop"),
     ({"presence_penalty": 1.0}, "presence_penalty"),
     ({"tools": [{"type": "function"}]}, "tools"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+    ({"tool_choice": "auto"}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    ({"logit_bias": {"50256": -100}}, "logit_bias"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"top_k": 5}, "top_k"),
+    ({"temperature": 10**400}, "temperature"),
+    ({"seed": 2**63}, "seed"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"stream": "yes"}, "stream"),
 ]
@@ -235,6 +280,17 @@ def test_wrong_chats(client: TestClient, change: dict[str, Any], param: str) -> 
     response = client.post("/v1/chat/completions", json=CHAT | change)
     check_error(response, 400, "")
     assert response.json()["error"]["param"].split(".")[0] == param.split(".")[0]
+
+
+def test_fields_that_change_nothing_are_accepted(client: TestClient) -> None:
+    neutral = {"logit_bias": {}, "tools": [], "tool_choice": "none", "modalities": ["text"], "user": "me", "temperature": 1e-38}
+    assert client.post("/v1/chat/completions", json=CHAT | neutral).status_code == 200
+
+
+def test_json_of_very_many_values(client: TestClient) -> None:
+    body = b'{"image": "", "prior": {"streets": [' + b'"",' * 300_000 + b'""]}}'
+    headers = {"content-type": "application/json"}
+    check_error(client.post("/v1/localize", content=body, headers=headers), 400, "commas and brackets")
 
 
 def test_another_model(client: TestClient) -> None:

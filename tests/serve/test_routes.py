@@ -55,6 +55,7 @@ class Double:
         return pieces()
 
     async def running_replicas(self) -> int:
+        self.requests.append("running_replicas")
         return 0
 
     async def collect_metrics(self) -> Any:
@@ -79,11 +80,11 @@ def client(tmp_path: Path, double: Double) -> TestClient:
 def test_every_field_of_a_localize_request_reaches_the_model(client: TestClient, double: Double) -> None:
     prior = {
         "districts": ["Harbour"],
-        "streets": ["Oak Avenue"],
+        "streets": ["Elm Row"],
         "circle": {"lat": 52.5, "lon": 0.25, "radius_m": 300, "soft": True},
-        "weights": {"Quay Lane": 2.5},
+        "weights": {"Elm Row": 2.5},
     }
-    expected = Prior(("Harbour",), ("Oak Avenue",), Circle(52.5, 0.25, 300, soft=True), {"Quay Lane": 2.5})
+    expected = Prior(("Harbour",), ("Elm Row",), Circle(52.5, 0.25, 300, soft=True), {"Elm Row": 2.5})
     fields = {"city": "alder", "top_k": 50, "threshold": 0, "prior": prior}
     assert client.post("/v1/localize", json={"image": "abcd", **fields}).status_code == 200
     form = {key: value if key == "city" else json.dumps(value) for key, value in fields.items()}
@@ -102,15 +103,20 @@ def test_the_whole_localization_reaches_the_caller(client: TestClient, double: D
     response = client.post("/v1/localize", json=body).json()
     assert (response["known"], response["confidence"], response["threshold"]) == (True, 0.625, 0.5)
     assert response["address"] == {"street": "Oak Avenue", "district": "Harbour"}
+    assert response["reason"] is None
     assert [(c["street"], c["probability"]) for c in response["candidates"]] == [("Oak Avenue", 0.625), ("Quay Lane", 0.25)]
     assert [(c["lat"], c["lon"]) for c in response["candidates"]] == [pytest.approx((52.01, 0.01))] * 2
     assert (response["city"], response["model"]) == ("Toytown", "run/toytown")
     double.result = Localization(double.result.candidates, False, 0.625, 0.7)
     response = client.post("/v1/localize", json=body).json()
     assert (response["known"], response["address"], len(response["candidates"])) == (False, None, 2)
+    assert response["reason"] == "The confidence, 0.625, is not above the threshold of this model's target precision, 0.7."
     text = client.get("/metrics").text
     for known in ("true", "false"):
         assert f'addressvlm_localized_total{{city="toytown",known="{known}",replica="front"}} 1.0' in text
+    double.result = Localization(double.result.candidates, False, 0.625, 1.0)
+    assert "no confidence was enough" in client.post("/v1/localize", json=body).json()["reason"]
+    assert "requested threshold, 1." in client.post("/v1/localize", json=body | {"threshold": 1}).json()["reason"]
 
 
 def test_lists_of_cities_and_models(client: TestClient) -> None:
@@ -118,7 +124,10 @@ def test_lists_of_cities_and_models(client: TestClient) -> None:
         {"id": "toytown", "name": "Toytown", "model": "run/toytown", "streets": 4, "districts": 1, "addresses": 4},
         {"id": "alder", "name": "Alder", "model": "run/alder", "streets": 1, "districts": 1, "addresses": 1},
     ]
-    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["run/toytown", "run/alder"]
+    models = client.get("/v1/models").json()["data"]
+    assert [model["id"] for model in models] == ["run/toytown", "run/alder"]
+    assert client.get("/v1/models/run/alder").json() == client.get("/v1/models/run%2Falder").json() == models[1]
+    check_error(client.get("/v1/models/gpt-4o"), 404, "'run/toytown', 'run/alder'")
     for city, streets in (("toytown", set(STREETS)), ("alder", {"Elm Row"})):
         shapes = client.get("/v1/map", params={"city": city}).json()["features"]
         assert streets <= {shape["properties"]["name"] for shape in shapes}
@@ -130,6 +139,47 @@ def test_without_a_model_replica_the_service_is_not_healthy_unless_it_may_scale_
     check_error(client.get("/healthz"), 503, "No model replica")
     idle = TestClient(Routes(ServiceSettings(min_replicas=0), [], double, double.metrics).app())
     assert idle.get("/healthz").json() == {"status": "ok", "replicas": 0}
+
+
+def test_the_controller_is_asked_once_a_second_however_many_want_to_know(client: TestClient, double: Double) -> None:
+    for _ in range(5):
+        check_error(client.get("/healthz"), 503, "No model replica")
+    assert double.requests == ["running_replicas"]
+
+
+def test_a_wrong_prior_is_refused_before_the_photo_is_read(client: TestClient, double: Double) -> None:
+    for prior in ({"streets": ["Nowhere"]}, {"circle": {"lat": 5, "lon": 0, "radius_m": 10}}):
+        check_error(client.post("/v1/localize", json={"image": "abcd", "city": "toytown", "prior": prior}), 400, "")
+    assert double.requests == []
+
+
+def test_photos_beyond_the_memory_of_requests_are_refused(tmp_path: Path, double: Double) -> None:
+    async def read_image(source: bytes | str) -> np.ndarray:
+        return np.zeros((1000, 1000, 3), np.uint8)
+
+    double.read_image = read_image  # type: ignore[method-assign]
+    save_gazetteer(tmp_path, "Toytown", STREETS)
+    settings = ServiceSettings(request_memory_mb=5, max_body_mb=1)
+    client = TestClient(Routes(settings, [City("t", "T", "t", tmp_path)], double, double.metrics).app())
+    for images, status in ((1, 200), (2, 503), (1, 200)):
+        body = {"model": "t", "messages": chat_messages("Where?", *["data:1"] * images)}
+        assert client.post("/v1/chat/completions", json=body).status_code == status
+
+
+def test_streams_that_fail_are_counted_as_failures(client: TestClient, double: Double) -> None:
+    async def stream_chat(question: ChatQuery) -> AsyncIterator[TextChunk]:
+        async def pieces() -> AsyncIterator[TextChunk]:
+            yield TextChunk(0, "One.", None, (), 40, 3)
+            raise TimeoutError
+
+        return pieces()
+
+    double.stream_chat = stream_chat  # type: ignore[method-assign]
+    body = {"model": "run/alder", "messages": chat_messages("Where?"), "stream": True}
+    assert "overloaded" in client.post("/v1/chat/completions", json=body).text
+    text = client.get("/metrics").text
+    assert 'method="POST",replica="front",route="/v1/chat/completions",status="503"' in text
+    assert 'route="/v1/chat/completions",status="200"' not in text
 
 
 def test_another_method_is_told_which_is_allowed(client: TestClient) -> None:

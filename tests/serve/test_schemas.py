@@ -68,6 +68,7 @@ def test_the_document_has_every_route_its_schemas_and_its_errors() -> None:
         ("/v1/localize", "post"): post | {"501"},
         ("/v1/chat/completions", "post"): post,
         ("/v1/models", "get"): read,
+        ("/v1/models/{model}", "get"): read | {"404"},
         ("/v1/cities", "get"): read,
         ("/v1/map", "get"): read | {"400", "404"},
         ("/healthz", "get"): {"200", "500", "503"},

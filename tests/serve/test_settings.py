@@ -30,6 +30,7 @@ pytestmark = pytest.mark.xdist_group("serve")
         ({"image_domains": "https://example.org"}, "give names such as"),
         ({"allowed_origins": "*"}, "allowed_origins has"),
         ({"rate_limit": "-1"}, "'rate_limit' is '-1'"),
+        ({"max_body_mb": "20", "request_memory_mb": "50"}, "give it at least 60"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments: dict[str, str], message: str) -> None:
@@ -53,12 +54,23 @@ def test_a_missing_vllm_is_an_input_error(tmp_path: Path) -> None:
         service.config(service.ServiceSettings(model=str(tmp_path), engine="vllm"))
 
 
+def test_a_service_that_requires_keys_does_not_start_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    settings = service.ServiceSettings(model=str(tmp_path), require_keys=True)
+    monkeypatch.delenv("ADDRESSVLM_API_KEYS", raising=False)
+    with pytest.raises(InputError, match="require_keys is set and there is no key"):
+        service.config(settings)
+    monkeypatch.setenv("ADDRESSVLM_API_KEYS", "a-key-of-sixteen-or-more")
+    assert service.config(settings)
+
+
 def test_serve_can_deploy_the_production_file() -> None:
     tree = yaml.safe_load((Path(service.__file__).parent / "production.yaml").read_text())
     (application,) = ServeDeploySchema.model_validate(tree).applications
     module, _, builder = application.import_path.partition(":")
     assert getattr(__import__(module), builder) is service.config
-    assert service.ServiceSettings.model_validate(application.args).min_replicas == 2
+    settings = service.ServiceSettings.model_validate(application.args)
+    assert (settings.min_replicas, settings.require_keys) == (2, True)
 
 
 def test_requests_in_flight_are_those_that_may_queue_and_be_processed() -> None:

@@ -1,5 +1,7 @@
 """The service's routes over a tiny model in this process, without Ray: for tests with many requests."""
 
+import asyncio
+import inspect
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -30,7 +32,27 @@ class Handle:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.served, name)
-        return type("Method", (), {"remote": staticmethod(method)})
+        return type("Method", (), {"remote": staticmethod(lambda *args: Response(method(*args)))})
+
+
+class Response:
+    """A `DeploymentResponse`, or its generator, of a coroutine or an asynchronous generator."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = asyncio.ensure_future(result) if inspect.iscoroutine(result) else result
+
+    def cancel(self) -> None:
+        if isinstance(self.result, asyncio.Future):
+            self.result.cancel()
+
+    def __await__(self) -> Any:
+        return self.result.__await__()
+
+    def __aiter__(self) -> Any:
+        return self
+
+    def __anext__(self) -> Any:
+        return self.result.__anext__()
 
 
 def application(root: Path, **settings: Any) -> FastAPI:
