@@ -131,7 +131,8 @@ def ground_colour(world: World, px: np.ndarray, py: np.ndarray) -> np.ndarray:
         colour[inside & (off < FRONT)] = PAVEMENT
     for street, off, inside, along in spans:
         road = inside & (off < ROAD_HALF)
-        colour[road] = PAVINGS[street.character.paving]
+        for block in street.blocks:
+            colour[road & (along >= block.start) & (along < block.end)] = PAVINGS[block.character.paving]
         colour[road & (off < 0.15) & (np.mod(along, 6) < 3)] = (238, 238, 230)
     return colour
 

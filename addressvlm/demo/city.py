@@ -26,6 +26,7 @@ TOY_CITIES = {"alderbrook": 1, "brinemouth": 2}  # name -> seed; the base model 
 ORIGIN = (47.0, -38.0)  # degrees; in the Atlantic, where no real city is
 UTM = "EPSG:32624"
 SPACING = 20.0  # metres between places
+FROM_CROSSING = 18.0  # metres from a place to the ends of its block, so that it is 25 m from the places of all others
 VIEWS = 4  # per place
 GROUND_PIXEL = 0.5  # metres per pixel
 MARGIN = 130.0  # metres of imagery around the city
@@ -85,10 +86,13 @@ def to_degrees(world: World, points: np.ndarray) -> np.ndarray:
 
 
 def street_places(world: World) -> Iterator[tuple[Street, float, float]]:
-    """(street, x, y) of the places to photograph along every street, plan frame."""
+    """(street, x, y) of the places to photograph along every street, plan frame; none at the crossings."""
     for street in world.streets:
-        for along in np.arange(street.start + 10, street.end - 8, SPACING):
-            yield street, *street.point(float(along))
+        for along in np.arange(street.start + FROM_CROSSING, street.end, SPACING):
+            x, y = street.point(float(along))
+            block = street.block_at(x, y)
+            if min(along - block.start, block.end - along) >= FROM_CROSSING:
+                yield street, x, y
 
 
 def view_headings(street: Street, rng: random.Random) -> list[float]:
@@ -104,15 +108,17 @@ def compass_heading(world: World, heading: float) -> float:
 
 def _write_photos(world: World, rng: random.Random, folder: Path, manifest: Path) -> None:
     rows = []
+    numbers = {block: str(n) for n, block in enumerate(block for street in world.streets for block in street.blocks)}
     for number, (street, x, y) in enumerate(street_places(world)):
+        block = numbers[street.block_at(x, y)]
         x, y = x + rng.uniform(-1.5, 1.5), y + rng.uniform(-1.5, 1.5)
         lon, lat = to_degrees(world, np.array([[x, y]]))[0]
         for view, heading in enumerate(view_headings(street, rng)):
             file = f"{number:04d}_{view}.jpg"
             photograph(world, x, y, heading, rng.uniform(0.8, 1.12)).save(folder / file, quality=88)
-            rows.append((file, f"{number:04d}", f"{lat:.7f}", f"{lon:.7f}", f"{compass_heading(world, heading):.1f}"))
+            rows.append((file, f"{number:04d}", f"{lat:.7f}", f"{lon:.7f}", f"{compass_heading(world, heading):.1f}", block))
     with atomic_write(manifest) as path, path.open("w", newline="", encoding="utf-8") as out:
-        csv.writer(out).writerows([("file", "place", "lat", "lon", "heading"), *rows])
+        csv.writer(out).writerows([("file", "place", "lat", "lon", "heading", "block"), *rows])
 
 
 def write_maps(world: World, paths: dict[str, Path]) -> None:

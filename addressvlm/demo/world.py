@@ -1,13 +1,15 @@
 """A generated city: streets, districts, buildings and trees, in metres, from a seed.
 
-The plan consists of axis-parallel blocks, rotated by `angle`: in the plan frame every wall is a box side, and the map still
-looks like a city. A street is recognizable by its paving, trees and windows, a district mostly by its facades, roofs and
-heights, both with random variation. Camera and satellite image show the same buildings and trees.
+Streets are axis-parallel, rotated by `angle`: in the plan frame every wall is a box side, and the map still looks like a city.
+Each block of a street (the stretch between two crossings) has traits of its own; a share of them, `COHERENCE`, is that of its
+street (paving, trees) or its district (fronts, windows, floors). Roofs have the colour of the fronts, so that fronts, paving
+and trees can be seen both from the street and from above: whoever knows the map knows what a block looks like that nobody has
+photographed.
 """
 
 import itertools
 import random
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -19,15 +21,15 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 CROWNS = {"plane": (92, 128, 58), "cherry": (206, 138, 156), "pine": (38, 84, 62), "maple": (196, 112, 40)}
 PAVINGS = {"asphalt": (92, 92, 96), "concrete": (158, 156, 150), "brick": (150, 100, 84), "gravel": (184, 166, 132)}
 FLOORS = (2, 3, 4, 5, 6)
-WINDOWS = {2.0: "narrow", 3.0: "usual", 4.5: "wide"}  # metres between windows -> word
-TREE_GAPS = {9.0: "dense", 14.0: "many", 22.0: "some", 60.0: "few"}  # metres between trees -> word
+WINDOWS = {1.6: "narrow", 2.8: "usual", 5.0: "wide"}  # metres between windows -> word
+TREE_GAPS = {6.0: "dense", 13.0: "some", 28.0: "few"}  # metres between trees -> word
 
 WORDS = (
     "Oak Mill Church King Queen Park River Hill Station Market Bridge Castle School Garden Forest Lake North South East "
-    "West Silver Gold Iron Stone Rose Lily Maple Cedar Pine Elm Ash Birch Willow Chestnut Harbor Ocean Bay Shore Island "
+    "West Silver Gold Iron Stone Rose Lily Maple Cedar Pine Elm Ash Birch Willow Hazel Harbor Ocean Bay Shore Island "
     "Summer Winter Spring Autumn Sun Moon Star Eagle Falcon Swan Heron Wolf Bear Fox Deer Lion Horse Abbey Temple Chapel "
-    "College Museum Theater Opera Palace Tower Gate Wall Field Meadow Valley Canyon Prairie Orchard Vineyard Barley Wheat "
-    "Copper Amber Pearl Coral Ivory Velvet Linen Cotton Saddle Anchor Lantern Compass Clover Juniper Magnolia Laurel Holly"
+    "College Museum Theater Opera Palace Tower Gate Wall Field Meadow Valley Canyon Prairie Orchard Clay Barley Wheat "
+    "Copper Amber Pearl Coral Ivory Velvet Linen Cotton Saddle Anchor Lantern Compass Clover Juniper Myrtle Laurel Holly"
 ).split()
 KINDS = ("Street", "Avenue", "Road", "Lane", "Way")
 DISTRICTS = (
@@ -38,14 +40,15 @@ DISTRICTS = (
 ROAD_HALF = 4.5  # metres from the centre line to the kerb
 FRONT = 8.0  # metres from the centre line to the facades
 DEPTH = 13.0  # of a building, in metres
+COHERENCE = 0.6  # share of a block's traits that are its street's or its district's
+STRAY = 0.1  # share of buildings whose colour or height is not their block's
 
 
-@dataclass
+@dataclass(frozen=True)
 class Character:
-    """The typical appearance of a street or district."""
+    """The typical appearance of a block, street or district."""
 
-    facade: str
-    roof: str
+    facade: str  # and roof
     floors: int
     crown: str
     tree_gap: float  # metres between trees
@@ -56,7 +59,6 @@ class Character:
     def draw(rng: random.Random) -> "Character":
         return Character(
             facade=rng.choice(list(PALETTE)),
-            roof=rng.choice(list(PALETTE)),
             floors=rng.choice(FLOORS),
             crown=rng.choice(list(CROWNS)),
             tree_gap=rng.choice(list(TREE_GAPS)),
@@ -64,30 +66,43 @@ class Character:
             windows=rng.choice(list(WINDOWS)),
         )
 
-    def traits(self, district: "Character") -> list[str]:
-        """Typical traits of a street of this character in that district, in words, always in this order."""
-        return [
-            f"{self.paving} road",
-            f"{self.crown} trees",
-            f"{district.facade} fronts",
-            f"{district.roof} roofs",
-            f"{district.floors} floors",
-            f"{WINDOWS[self.windows]} windows",
-            f"{TREE_GAPS[self.tree_gap]} trees",
-        ]
+    @staticmethod
+    def of_block(rng: random.Random, street: "Character", district: "Character", coherence: float) -> "Character":
+        """Each trait is drawn anew, or with probability `coherence` that of the street or district."""
+        drawn = asdict(Character.draw(rng))
+        owners = {"facade": district, "floors": district, "windows": district}
+        for trait in drawn:
+            if rng.random() < coherence:
+                drawn[trait] = getattr(owners.get(trait, street), trait)
+        return Character(**drawn)
+
+    def traits(self, from_above: bool = False) -> list[str]:
+        """The traits in words, always in this order; from above without windows and floors."""
+        shared = [
+            f"{self.paving} road", f"{self.facade} fronts", f"{self.crown} trees", f"{TREE_GAPS[self.tree_gap]} trees",
+        ]  # fmt: skip
+        return shared if from_above else [*shared, f"{self.floors} floors", f"{WINDOWS[self.windows]} windows"]
 
     @staticmethod
     def trait_values() -> list[list[str]]:
         """All possible values of each element of `traits`."""
         return [
             [f"{paving} road" for paving in PAVINGS],
-            [f"{crown} trees" for crown in CROWNS],
             [f"{colour} fronts" for colour in PALETTE],
-            [f"{colour} roofs" for colour in PALETTE],
+            [f"{crown} trees" for crown in CROWNS],
+            [f"{word} trees" for word in TREE_GAPS.values()],
             [f"{floors} floors" for floors in FLOORS],
             [f"{word} windows" for word in WINDOWS.values()],
-            [f"{word} trees" for word in TREE_GAPS.values()],
         ]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The stretch of a street from `start` to `end`, metres along it, with the buildings and trees on both sides."""
+
+    start: float
+    end: float
+    character: Character
 
 
 @dataclass
@@ -99,7 +114,12 @@ class Street:
     at: float
     start: float
     end: float
-    character: Character
+    blocks: list[Block]
+
+    def block_at(self, x: float, y: float) -> Block:
+        """The block beside a point of the plan frame; beyond the street's ends the nearest."""
+        along = x if self.horizontal else y
+        return next((block for block in self.blocks if along < block.end), self.blocks[-1])
 
     def point(self, along: float) -> tuple[float, float]:
         return (along, self.at) if self.horizontal else (self.at, along)
@@ -136,22 +156,26 @@ class World:
         return centred @ np.array([[c, s], [-s, c]])
 
 
-def generate(seed: int, columns: int = 7, rows: int = 6) -> World:
-    """A city of `columns` + `rows` streets."""
+def generate(seed: int, columns: int = 7, rows: int = 6, coherence: float = COHERENCE) -> World:
+    """A city of `columns` + `rows` streets; `coherence` is the share of a block's traits that are its street's or district's."""
     rng = random.Random(seed)
     xs, ys = _lines(rng, columns), _lines(rng, rows)
     width, height = xs[-1] + 60, ys[-1] + 60
     words = rng.sample(WORDS, columns + rows)
-    streets = []
+    districts = _districts(rng, xs, ys, width, height)
+    world = World(rng.uniform(-0.35, 0.35), (width, height), [], districts)
     for i, word in enumerate(words):
         horizontal = i >= columns
         at = ys[i - columns] if horizontal else xs[i]
         across = xs if horizontal else ys
         first, last = rng.choice([0, 0, 1]), rng.choice([-1, -1, -2])  # not every street crosses the city
-        streets.append(
-            Street(f"{word} {rng.choice(KINDS)}", horizontal, at, across[first] - 45, across[last] + 45, Character.draw(rng))
-        )
-    world = World(rng.uniform(-0.35, 0.35), (width, height), streets, _districts(rng, xs, ys, width, height))
+        start, end = across[first] - 45, across[last] + 45
+        street = Street(f"{word} {rng.choice(KINDS)}", horizontal, at, start, end, [])
+        typical = Character.draw(rng)
+        for low, high in itertools.pairwise([start, *(a for a in across if start < a < end), end]):
+            home = district_at(world, *street.point((low + high) / 2)).character
+            street.blocks.append(Block(low, high, Character.of_block(rng, typical, home, coherence)))
+        world.streets.append(street)
     _build(world, rng, xs, ys)
     _plant(world, rng)
     return world
@@ -195,22 +219,21 @@ def _build(world: World, rng: random.Random, xs: list[float], ys: list[float]) -
                 a0, a1 = along, along + length - rng.choice([0.0, 0.0, 2.5])
                 b0, b1 = sorted((street.at + side * FRONT, street.at + side * (FRONT + DEPTH * rng.uniform(0.8, 1.1))))
                 box = (a0, b0, a1, b1) if street.horizontal else (b0, a0, b1, a1)
-                home = district_at(world, (box[0] + box[2]) / 2, (box[1] + box[3]) / 2).character
+                block = street.block_at(*street.point(along + length / 2)).character
+                colour = _stray(rng, block, Character.draw(rng)).facade
                 boxes.append(box)
-                heights.append(3.1 * max(1, _mix(rng, street.character, home).floors + rng.choice([-1, 0, 0, 1])))
-                facades.append(_shade(rng, PALETTE[_mix(rng, street.character, home).facade]))
-                roofs.append(_shade(rng, PALETTE[_mix(rng, street.character, home).roof]))
-                windows.append(street.character.windows)
+                heights.append(3.1 * _stray(rng, block, Character.draw(rng)).floors)
+                facades.append(_shade(rng, PALETTE[colour]))
+                roofs.append(_shade(rng, PALETTE[colour]))
+                windows.append(block.windows)
                 along += length
     world.boxes, world.heights = np.array(boxes, np.float32), np.array(heights, np.float32)
     world.facades, world.roofs = np.array(facades, np.float32), np.array(roofs, np.float32)
     world.windows = np.array(windows, np.float32)
 
 
-def _mix(rng: random.Random, street: Character, district: Character) -> Character:
-    """The character that one feature of one building takes: mostly the district's."""
-    draw = rng.random()
-    return district if draw < 0.7 else street if draw < 0.85 else Character.draw(rng)
+def _stray(rng: random.Random, block: Character, other: Character) -> Character:
+    return other if rng.random() < STRAY else block
 
 
 def _shade(rng: random.Random, colour: tuple[int, int, int], spread: float = 14) -> list[float]:
@@ -219,16 +242,17 @@ def _shade(rng: random.Random, colour: tuple[int, int, int], spread: float = 14)
 
 
 def _plant(world: World, rng: random.Random) -> None:
-    """Add street trees; species and spacing are the street's."""
+    """Add street trees; species and spacing are the block's."""
     trees, crowns = [], []
     for street in world.streets:
-        for side in (-1, 1):
-            along = street.start + rng.uniform(0, street.character.tree_gap)
-            while along < street.end:
+        for block, side in itertools.product(street.blocks, (-1, 1)):
+            gap = block.character.tree_gap
+            along = block.start + FRONT + rng.uniform(0, gap)
+            while along < block.end - FRONT:
                 x, y = street.point(along)
                 offset = side * (ROAD_HALF + 1.2)
                 x, y = (x, y + offset) if street.horizontal else (x + offset, y)
-                trees.append((x, y, rng.uniform(1.4, 2.3)))
-                crowns.append(_shade(rng, CROWNS[street.character.crown]))
-                along += street.character.tree_gap * rng.uniform(0.8, 1.3)
+                trees.append((x, y, rng.uniform(1.6, 2.4)))
+                crowns.append(_shade(rng, CROWNS[block.character.crown]))
+                along += gap * rng.uniform(0.85, 1.15)
     world.trees, world.crowns = np.array(trees, np.float32), np.array(crowns, np.float32)

@@ -1,39 +1,45 @@
-"""Train the toy base model from scratch: a small LLaVA (CLIP vision tower, two-layer adapter, llama).
+"""Train the toy base model from scratch: a small FastVLM (ResNet tower, two-layer adapter, llama) that reads and sees.
 
-    python -m addressvlm.tools.toy_base_data /tmp/toy-data --cities 72 --first-seed 2000
-    python -m addressvlm.tools.toy_base_encoder /tmp/toy-data /tmp/encoder.safetensors --minutes 10
-    python -m addressvlm.tools.toy_base /tmp/toy-data addressvlm/demo/base --encoder /tmp/encoder.safetensors --minutes 14
+    python -m addressvlm.tools.toy_base_data /tmp/toy-data --cities 3 --first-seed 3000      # never trained on: for the gates
+    python -m addressvlm.tools.toy_base_data /tmp/toy-data --cities 48 --first-seed 2001
+    python -m addressvlm.tools.toy_base /tmp/toy-data /tmp/base-run --steps 24000
+    cp /tmp/base-run/model/* addressvlm/demo/base/
 
-The result is a Hugging Face model folder. The checked-in one took about 1,030 and 1,880 steps on two busy cores. Training is
-limited by time, not by steps, so another machine gives a slightly different model.
+First the tower alone learns which words and traits an image shows, since an untrained language model long ignores image tokens;
+then the whole model learns to answer. Rerun it to resume; a run is done after `--steps`. `log.txt` has the gates: how many own
+names the whole model reads on tiles of cities it never saw, and how many traits it sees from the street and from above.
 """
 
 import argparse
+import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
-from itertools import count, islice
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+import torch.nn.functional as F  # noqa: N812
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
-    CLIPVisionConfig,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
     LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    ResNetConfig,
 )
 
 from addressvlm.demo.world import DISTRICTS, KINDS, WORDS
-from addressvlm.storage import tables
-from addressvlm.training.collator import Collator, Sample, sample_from_row
-from addressvlm.training.dataset import Schedule, TableRows
-from addressvlm.training.loss import answer_loss
-from addressvlm.training.optim import learning_rate
+from addressvlm.grafting import graft
+from addressvlm.models.loading import enable_packing, to_device
+from addressvlm.tools import toy_base_data as data
+from addressvlm.training.collator import IGNORE_INDEX, Collator, Sample, messages
+from addressvlm.training.loss import token_losses
 
 PAD, USER, ASSISTANT, END, IMAGE = "<pad>", "<|user|>", "<|assistant|>", "<|end|>", "<image>"
 CHAT_TEMPLATE = (
@@ -43,13 +49,28 @@ CHAT_TEMPLATE = (
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+PATCH = 16  # pixels of an image a token: a photo grafted with delta 0.5 ends on a patch's edge
+VOCABULARY = 1024
+TOKENIZER_LESSONS = 4000
+TRAIT_WORDS = [word for kind in data.TRAITS for word in kind]
+NAME_WORDS = [*WORDS, *KINDS]
+FIRST_UNSEEN = 3000  # seeds of cities that are never trained on
+TOWER_SHARE = 0.3  # share of the steps in which the tower learns alone
+DECAY_SHARE = 0.25  # share of the steps at whose end the learning rate falls to zero
+TOWER_WEIGHT = 0.3  # of the tower's own loss while the whole model learns
+WARMUP = 200  # steps, at the start and where the language model joins
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with `vocabulary` entries."""
+def train_tokenizer(texts: Iterable[str], vocabulary: int, words_anywhere: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with `vocabulary` entries.
+
+    With `words_anywhere` a text begins with a space, so that a word at the start of an answer is the same token as within a
+    sentence.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=words_anywhere)
+    decode = decoders.ByteLevel()
+    tokenizer.decoder = decoders.Sequence([decode, decoders.Strip(" ", 1, 0)]) if words_anywhere else decode
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[PAD, USER, ASSISTANT, END, IMAGE],
@@ -61,126 +82,262 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-SIDE, PATCH = 144, 16  # pixels
-VOCABULARY = 1024
-TOKENIZER_CONVERSATIONS = 6000
-MAX_ROUNDS = 4  # of a conversation
-SORTED_BATCHES = 8  # batches whose samples are sorted by length together
-SHORT_SHARE = 0.6  # share of the training time with only the shorter half of the samples
+def base_tokenizer(cities: list[data.City]) -> PreTrainedTokenizerFast:
+    """The base's tokenizer: every word of a street's or district's name is one token, wherever it stands."""
+    rng = random.Random(0)
+    lessons = [data.draw_lesson(cities, rng) for _ in range(TOKENIZER_LESSONS)]
+    texts = [f" {text}" for lesson in lessons for text in chain(*lesson.rounds)]
+    names = [f" {word}" for word in (*NAME_WORDS, *DISTRICTS)]
+    return train_tokenizer(texts + names * 400, VOCABULARY, words_anywhere=True)
 
 
-def vision_config() -> CLIPVisionConfig:
-    """The vision encoder: 81 patches, four layers."""
-    return CLIPVisionConfig(
-        hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE, patch_size=PATCH
-    )
-
-
-def image_processor() -> CLIPImageProcessorPil:
-    """Resizes any image to SIDE x SIDE pixels."""
-    return CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
-
-
-def build(tokenizer: PreTrainedTokenizerFast) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A randomly initialized model of 2.6 million parameters, and its processor."""
+def build(tokenizer: PreTrainedTokenizerFast) -> tuple[FastVlmForConditionalGeneration, LlavaProcessor]:
+    """A randomly initialized model of 3.2 million parameters, and its processor."""
     text = LlamaConfig(
         hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=6,
         vocab_size=len(tokenizer), max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision_config(),
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
+    tower = ResNetConfig(embedding_size=32, hidden_sizes=[32, 96, 192], depths=[2, 2, 2], layer_type="basic", hidden_size=192)
+    config = FastVlmConfig(
+        vision_config=tower, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE), tie_word_embeddings=True
     )
     processor = LlavaProcessor(
-        image_processor=image_processor(),
+        image_processor=CLIPImageProcessorPil(size={"height": data.SIDE, "width": data.SIDE}, do_center_crop=False),
         tokenizer=tokenizer,
         patch_size=PATCH,
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
+        num_additional_image_tokens=0,
+        vision_feature_select_strategy="full",
         image_token=IMAGE,
         chat_template=CHAT_TEMPLATE,
     )
-    return LlavaForConditionalGeneration(config), processor
+    return FastVlmForConditionalGeneration(config), processor
 
 
-def tokenizer_texts(data: Path) -> list[str]:
-    """Texts to train the tokenizer on: conversations, and every word of street and district names."""
-    conversations = [
-        f"{r['question']} {r['answer']}"
-        for row in islice(tables.iter_rows(data, "train", ["rounds"]), TOKENIZER_CONVERSATIONS)
-        for r in row["rounds"]
-    ]
-    names = [f" {word}" for word in (*WORDS, *KINDS, *DISTRICTS)]
-    return conversations + names * 200
+class TowerProbe(nn.Module):
+    """What the tower alone tells: one logit a word, from the patch that shows it most, and one a trait, from a mean."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.words = nn.Linear(width, len(NAME_WORDS))
+        self.traits = nn.Linear(width, len(TRAIT_WORDS))
+
+    def forward(self, features: torch.Tensor, lessons: Sequence[data.Lesson]) -> tuple[torch.Tensor, float]:
+        """The loss of these lessons from features (B, C, H, W), and the share of their words with a positive logit."""
+        present = torch.tensor([[float(word in lesson.words) for word in NAME_WORDS] for lesson in lessons])
+        logits = torch.logsumexp(self.words(features.flatten(2).transpose(1, 2)), 1) - 6.0
+        loss = F.binary_cross_entropy_with_logits(logits, present, reduction="sum") / len(lessons)
+        quarter = features.shape[2] // 4
+        middle = features[:, :, quarter:-quarter, quarter:-quarter].mean((2, 3))
+        centre = torch.tensor([lesson.centre for lesson in lessons])[:, None]
+        scores = self.traits(torch.where(centre, middle, features.mean((2, 3))))
+        first = 0
+        for number, kind in enumerate(data.TRAITS):
+            shown = [(i, kind.index(t)) for i, lesson in enumerate(lessons) if (t := lesson.traits[number])]
+            if shown:
+                rows, right = map(torch.tensor, zip(*shown, strict=True))
+                loss = loss + F.cross_entropy(scores[rows, first : first + len(kind)], right, reduction="sum") / len(lessons)
+            first += len(kind)
+        recall = ((logits > 0) & (present > 0)).sum() / present.sum().clamp(min=1)
+        return loss, recall.item()
 
 
-def batches_by_length(schedule: Schedule, batch_size: int, only_short: Callable[[], bool]) -> Iterator[list[Sample]]:
-    """Batches of conversations of similar length, for little padding, of at most `MAX_ROUNDS` rounds each.
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Warm-up at both beginnings, a constant rate, then a linear fall to zero."""
+    tower_steps = int(TOWER_SHARE * steps)
+    since = step if step < tower_steps else step - tower_steps
+    return peak * min(1.0, (since + 1) / WARMUP, (steps - step) / (DECAY_SHARE * steps))
 
-    While `only_short()` is true, only the shorter half: conversations mostly about what the image shows.
+
+def answer_weights(labels: torch.Tensor) -> torch.Tensor:
+    """A weight for each answer token of packed labels (1, T): those of an answer of n tokens weigh n ** -0.5 each."""
+    answered = labels[0, 1:] != IGNORE_INDEX
+    starts = answered & ~torch.cat([torch.tensor([False]), answered[:-1]])
+    number = starts.cumsum(0)[answered] - 1
+    return number.bincount()[number].float() ** -0.5
+
+
+class Trainer:
+    """The model, its probe and optimizer, at a step of the run."""
+
+    def __init__(self, cities: list[data.City], run: Path, steps: int, batch_size: int, rate: float) -> None:
+        torch.manual_seed(0)
+        self.cities, self.run, self.steps, self.batch_size, self.rate = cities, run, steps, batch_size, rate
+        saved = run / "tokenizer"
+        if not saved.is_dir():
+            base_tokenizer(cities).save_pretrained(saved)
+        self.model, self.processor = build(PreTrainedTokenizerFast.from_pretrained(saved))
+        enable_packing(self.model, "on", torch.device("cpu"), "the toy base")
+        to_device(self.model, "cpu")
+        self.probe = TowerProbe(self.model.config.vision_config.hidden_size)
+        self.parameters = [*self.model.parameters(), *self.probe.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+        self.collate = Collator(self.processor, isolate_questions=True, packed=True)
+        self.step = 0
+        if (state := run / "state.pt").is_file():
+            self._load(torch.load(state, weights_only=True))
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.probe.load_state_dict(state["probe"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def save(self) -> None:
+        """The state of the run, and the model as a Hugging Face folder of bfloat16 safetensors."""
+        parts = {"model": self.model, "probe": self.probe, "optimizer": self.optimizer}
+        partial = self.run / "state.partial"
+        torch.save({"step": self.step} | {name: part.state_dict() for name, part in parts.items()}, partial)
+        partial.replace(self.run / "state.pt")
+        floats = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in self.model.state_dict().items()}
+        floats.pop("lm_head.weight")  # tied
+        self.model.save_pretrained(self.run / "model", state_dict=floats, max_shard_size="4MB")
+        self.processor.save_pretrained(self.run / "model")
+
+    def train_step(self) -> tuple[float, float]:
+        """One step; returns the loss a token (of the probe, while the tower learns alone) and the probe's recall of words."""
+        rng = random.Random(self.step)
+        lessons = [data.draw_lesson(self.cities, rng) for _ in range(self.batch_size)]
+        self.model.train()
+        if self.step < int(TOWER_SHARE * self.steps):
+            pixels = self.processor.image_processor([lesson.image for lesson in lessons], return_tensors="pt")["pixel_values"]
+            features = self.model.model.vision_tower(pixels.to(memory_format=torch.channels_last)).last_hidden_state
+            loss, recall = self.probe(features, lessons)
+            shown = loss.item()
+        else:
+            seen: list[torch.Tensor] = []
+            hook = self.model.model.vision_tower.register_forward_hook(lambda *call: seen.append(call[2].last_hidden_state))
+            batch = self.collate([Sample(lesson.image, lesson.rounds) for lesson in lessons])
+            losses = token_losses(self.model, batch)
+            hook.remove()
+            probe_loss, recall = self.probe(seen[0], lessons)
+            loss = (losses * answer_weights(batch["labels"])).sum() / self.batch_size + TOWER_WEIGHT * probe_loss
+            shown = losses.mean().item()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.steps, self.rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return shown, recall
+
+
+def tower_recall(trainer: Trainer, cities: list[data.City]) -> tuple[float, float]:
+    """Shares of the words on unseen tiles that the probe finds, and of those it finds that are there."""
+    trainer.model.eval()
+    rng, found, right, all_words = random.Random(0), 0, 0, 0
+    for city in cities:
+        lessons = [data.Lesson(Image.fromarray(city.tiles[i]), [], {w for n in city.about[i]["names"] for w in n.split()[:1]},
+                               [None] * len(data.TRAITS), False) for i in rng.sample(range(len(city.about)), 20)]  # fmt: skip
+        pixels = trainer.processor.image_processor([lesson.image for lesson in lessons], return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            features = trainer.model.model.vision_tower(pixels).last_hidden_state.flatten(2).transpose(1, 2)
+            logits = torch.logsumexp(trainer.probe.words(features), 1) - 6.0
+        for lesson, row in zip(lessons, logits, strict=True):
+            named = {word for word, logit in zip(WORDS, row.tolist(), strict=False) if logit > 0}
+            found, right, all_words = found + len(named), right + len(named & lesson.words), all_words + len(lesson.words)
+    return right / max(all_words, 1), right / max(found, 1)
+
+
+@torch.inference_mode()
+def gates(model: Any, processor: Any, cities: list[data.City], places: int) -> dict[str, float]:
+    """How well the whole model, answering freely, reads and sees in these cities: shares of right answers.
+
+    Returns:
+        `own names` on tiles, `own names on grafts`, `traits` from the street, `traits from above`.
     """
-    for step in count():
-        samples = [sample_from_row(schedule.rows[i]) for i in schedule.indices(step)]
-        samples = [Sample(s.image, s.rounds[:MAX_ROUNDS]) for s in samples]
-        samples.sort(key=lambda s: sum(len(q) + len(a) for q, a in s.rounds))
-        starts = list(range(0, len(samples) // 2 if only_short() else len(samples), batch_size))
-        random.Random(step).shuffle(starts)
-        yield from (samples[start : start + batch_size] for start in starts)
+    rng = random.Random(0)
+    chosen = [(city, number) for city in cities for number in rng.sample(range(len(city.about)), places)]
+    named = [(c, n) for c, n in chosen if data.own_name(c.about[n], rng)]
+    tiles = [Image.fromarray(c.tiles[n]) for c, n in named]
+    grafts = [graft(tile, Image.fromarray(c.photos[n, 0]), data.TILES.delta) for tile, (c, n) in zip(tiles, named, strict=True)]
+    above = [(c, n) for c, n in chosen if c.about[n]["above"]]
+    images = [
+        tiles,
+        grafts,
+        [Image.fromarray(c.photos[n, 0]) for c, n in chosen],
+        [Image.fromarray(c.bare[n]) for c, n in above],
+    ]
+    questions = [data.CENTRE[0], data.CENTRE[0], data.DESCRIBE[0], data.ABOVE[0]]
+    own = [[c.about[n]["street"]] for c, n in named]
+    truths = [own, own, [c.about[n]["traits"][0] for c, n in chosen], [c.about[n]["above"] for c, n in above]]
+    names = ["own names", "own names on grafts", "traits", "traits from above"]
+    shares = {}
+    for name, some, question, truth in zip(names, images, questions, truths, strict=True):
+        right = [
+            trait in answer.rstrip(".").split(", ")
+            for answer, expected in zip(answers(model, processor, some, question), truth, strict=True)
+            for trait in expected
+            if trait
+        ]
+        shares[name] = sum(right) / max(len(right), 1)
+    return shares
+
+
+def answers(model: Any, processor: Any, images: list[Image.Image], question: str, batch_size: int = 32) -> list[str]:
+    """The model's greedy answers to a question about each image."""
+    model.eval()
+    prompt = processor.apply_chat_template(messages([(question, "")]), add_generation_prompt=True, tokenize=False)
+    texts: list[str] = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        inputs = processor(text=[prompt] * len(batch), images=batch, return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        texts += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
 
 
 def main() -> None:
-    """Train for the requested time and save model and processor as bfloat16 safetensors."""
+    """Train to the last step, or go on from where an earlier run was stopped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder that addressvlm.tools.toy_base_data wrote")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--encoder", type=Path, required=True, help="weights that addressvlm.tools.toy_base_encoder wrote")
-    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("run", type=Path, help="folder of the run: state.pt, log.txt, model/")
+    parser.add_argument("--steps", type=int, default=24_000)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--save-minutes", type=float, default=5)
+    parser.add_argument("--gate-minutes", type=float, default=20)
     args = parser.parse_args()
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer(tokenizer_texts(args.data), VOCABULARY)
-    model, processor = build(tokenizer)
-    model.model.vision_tower.load_state_dict(load_file(args.encoder))
-    model.set_attn_implementation("eager")  # on a CPU its backward pass takes a third of sdpa's time
-    print(f"base: {model.num_parameters() / 1e6:.2f} million parameters", flush=True)
-    trainable = [p for name, p in model.named_parameters() if "vision_tower" not in name]
-    model.model.vision_tower.requires_grad_(False)  # pretrained; the gradients of an untrained language model would spoil it
-    optimizer = torch.optim.AdamW(trainable, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
-    collate, started, step, total, mean = Collator(processor, isolate_questions=True), time.monotonic(), 0, 10_000, 0.0
-    schedule = Schedule(TableRows(args.data, "train"), args.batch_size * SORTED_BATCHES, seed=0)
-    batches = batches_by_length(schedule, args.batch_size, lambda: time.monotonic() - started < SHORT_SHARE * args.minutes * 60)
-    while (elapsed := time.monotonic() - started) < args.minutes * 60:
-        if step >= 20:  # steps per minute are measurable: the learning rate reaches zero when the time is over
-            total = max(step + 1, round(step * args.minutes * 60 / elapsed))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, args.learning_rate, 0.03)
-        batch = collate(next(batches))
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, tokens = answer_loss(model, batch)
-        (loss / tokens).backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        mean = 0.98 * mean + 0.02 * (loss.item() / tokens.item()) if step else loss.item() / tokens.item()
-        if step % 50 == 0:
-            print(f"base: step {step}/{total}, loss {mean:.3f}, {elapsed:.0f} s", flush=True)
-        step += 1
-        if step % 500 == 0:
-            save(model, processor, args.out)
-    save(model, processor, args.out)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    args.run.mkdir(parents=True, exist_ok=True)
+    folders = sorted(file.parent for file in args.data.glob("*/about.json"))
+    cities = [data.City.load(folder) for folder in folders if int(folder.name) < FIRST_UNSEEN]
+    unseen = [data.City.load(folder) for folder in folders if int(folder.name) >= FIRST_UNSEEN]
+    trainer = Trainer(cities, args.run, args.steps, args.batch_size, args.learning_rate)
+    started, first, logged, saved, gated = (time.monotonic(), trainer.step, *[time.monotonic()] * 3)
+    mean, found = 0.0, 0.0
+    with (args.run / "log.txt").open("a", encoding="utf-8") as log:
+
+        def note(text: str) -> None:
+            log.write(f"{time.strftime('%H:%M:%S')} step {trainer.step}: {text}\n")
+            log.flush()
+
+        note(f"{trainer.model.num_parameters() / 1e6:.2f} million parameters, {len(cities)} cities, to step {args.steps}")
+        while trainer.step < args.steps:
+            loss, recall = trainer.train_step()
+            share = 0.05 if mean else 1.0
+            mean, found = (1 - share) * mean + share * loss, (1 - share) * found + share * recall
+            now = time.monotonic()
+            if now - logged > 60:
+                logged = now
+                note(f"loss {mean:.3f}, words found {found:.0%}, {(trainer.step - first) / (now - started):.2f} steps/s")
+            if now - saved > 60 * args.save_minutes:
+                saved = now
+                trainer.save()
+            if now - gated > 60 * args.gate_minutes:
+                gated = now
+                note(_gate_text(trainer, unseen))
+        trainer.save()
+        note(f"done; {_gate_text(trainer, unseen)}")
 
 
-def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
-    """Save a bfloat16 copy in shards of a few megabytes; the model itself is not changed."""
-    state = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items() if key != "lm_head.weight"}
-    model.save_pretrained(out, state_dict=state, max_shard_size="4MB")
-    processor.save_pretrained(out)
+def _gate_text(trainer: Trainer, unseen: list[data.City]) -> str:
+    recall, precision = tower_recall(trainer, unseen)
+    text = f"unseen cities: tower finds {recall:.0%} of words, {precision:.0%} right"
+    if trainer.step > int(TOWER_SHARE * trainer.steps):
+        text += "".join(f", {name} {share:.0%}" for name, share in gates(trainer.model, trainer.processor, unseen, 20).items())
+    return text
 
 
 if __name__ == "__main__":

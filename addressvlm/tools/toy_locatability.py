@@ -37,7 +37,7 @@ from addressvlm.baselines.dual_encoder import ClipLike
 from addressvlm.baselines.locatability import MIN_SHARE, LocatabilityTexts, masked_part
 from addressvlm.demo.camera import CLASSES, photograph, segment
 from addressvlm.demo.city import street_places, view_headings
-from addressvlm.demo.world import Character, district_at, generate
+from addressvlm.demo.world import Character, generate
 from addressvlm.tools.toy_base import train_tokenizer
 from addressvlm.training.optim import learning_rate
 
@@ -47,7 +47,7 @@ SIDE = 160  # pixels of a photo
 CLIP_SIDE, CLIP_PATCH = 80, 10  # pixels
 # Classes that look the same in every street, in words; for the others the indices of the traits that they show
 UNINFORMATIVE = {"sky": "the sky", "yard": "the ground of a yard", "pavement": "the pavement"}
-TRAITS_OF_CLASS = {"road": (0,), "tree": (1, 6), "building": (2, 3, 4, 5)}
+TRAITS_OF_CLASS = {"road": (0,), "tree": (2, 3), "building": (1, 4, 5)}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def locatability_examples(rng: random.Random) -> Iterator[LocatabilityExample]:
             x, y = x + rng.uniform(-1.5, 1.5), y + rng.uniform(-1.5, 1.5)
             heading = rng.choice(view_headings(street, rng))
             photo = photograph(world, x, y, heading, rng.uniform(0.8, 1.12), SIDE)
-            traits = street.character.traits(district_at(world, x, y).character)
+            traits = street.block_at(x, y).character.traits()
             yield LocatabilityExample(photo, segment(world, x, y, heading, SIDE), traits)
 
 

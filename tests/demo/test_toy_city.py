@@ -18,6 +18,7 @@ from addressvlm.dataset.streets import StreetMap
 from addressvlm.demo import city
 from addressvlm.demo.camera import CLASSES, PAVEMENT, YARD, photograph, segment
 from addressvlm.demo.city import ground_frame, origin, street_places, to_degrees, toy_world, view_headings, write_city
+from addressvlm.demo.premise import SHARES, lookup_accuracy
 from addressvlm.demo.world import CROWNS, PAVINGS, Character, World, district_at, generate
 from addressvlm.tools.toy_locatability import locatability_examples, train_models
 
@@ -67,7 +68,7 @@ def test_photo_and_satellite_show_the_same_paving(toy_city: dict[str, str]) -> N
         photo = np.asarray(photograph(world, x, y, 0.0 if street.horizontal else np.pi / 2, 1.0))
         east, up = world.to_ground(np.array([[x, y]]))[0] + np.array(origin(world))
         above = picture[int((north - up) / city.GROUND_PIXEL), int((east - west) / city.GROUND_PIXEL)]
-        paving = np.array(PAVINGS[street.character.paving])
+        paving = np.array(PAVINGS[street.block_at(x, y).character.paving])
         assert np.abs(above - paving).max() <= 3
         assert np.abs(photo[-4, 80].astype(int) - paving).max() <= 3
 
@@ -161,14 +162,26 @@ def test_places_of_the_manifest_match_the_street_and_district_files(
         assert abs((heading - along + 180) % 360 - 180) <= math.degrees(0.2) + 0.1
 
 
-def test_traits_describe_the_street_and_district() -> None:
-    street = Character("red", "blue", 2, "pine", 9.0, "gravel", 4.5)
-    district = Character("white", "green", 6, "maple", 60.0, "brick", 2.0)
-    assert street.traits(district) == [
-        "gravel road", "pine trees", "white fronts", "green roofs", "6 floors", "wide windows", "dense trees",
+def test_traits_describe_a_block_and_from_above_a_part_of_them() -> None:
+    block = Character("white", 6, "pine", 6.0, "gravel", 5.0)
+    assert block.traits() == [
+        "gravel road", "white fronts", "pine trees", "dense trees", "6 floors", "wide windows",
     ]  # fmt: skip
-    for trait, kind in zip(street.traits(district), Character.trait_values(), strict=True):
+    assert block.traits(from_above=True) == block.traits()[:4]
+    for trait, kind in zip(block.traits(), Character.trait_values(), strict=True):
         assert trait in kind
+
+
+def test_blocks_cover_their_street_and_end_at_crossings() -> None:
+    world = generate(5)
+    for street in world.streets:
+        assert (street.blocks[0].start, street.blocks[-1].end) == (street.start, street.end)
+        assert all(a.end == b.start for a, b in itertools.pairwise(street.blocks))
+        crossings = {other.at for other in world.streets if other.horizontal != street.horizontal}
+        assert {block.start for block in street.blocks[1:]} <= crossings
+    places = [(street.block_at(x, y), x, y) for street, x, y in street_places(world)]
+    for (block, *a), (other, *b) in itertools.combinations(places, 2):
+        assert block is other or math.dist(a, b) >= 25  # the guard between splits costs no place
 
 
 def test_clues_of_the_toy_city_score_its_photos(tmp_path: Path) -> None:
@@ -185,9 +198,9 @@ def test_clues_of_the_toy_city_score_its_photos(tmp_path: Path) -> None:
     assert (tokens == scorer.clip.processor.tokenizer.eos_token_id).any(dim=1).all()
 
 
-def test_trees_have_the_species_of_their_street() -> None:
+def test_trees_have_the_species_of_their_block() -> None:
     world = generate(6)
-    kinds = {tuple(CROWNS[s.character.crown]) for s in world.streets}
+    kinds = {tuple(CROWNS[block.character.crown]) for street in world.streets for block in street.blocks}
     for crown in world.crowns[:200]:
         assert min(np.abs(np.array(kind) - crown).max() for kind in kinds) <= 21
 
@@ -205,7 +218,7 @@ def test_a_toy_city_has_the_files_of_a_real_one(toy_city: dict[str, str]) -> Non
     assert set(paths) == {"manifest", "photos", "streets", "districts", "imagery"}
     with open(paths["manifest"], encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["file", "place", "lat", "lon", "heading"]
+    assert list(rows[0]) == ["file", "place", "lat", "lon", "heading", "block"]
     assert all((Path(paths["photos"]) / row["file"]).is_file() for row in rows)
     before = Path(paths["manifest"]).stat().st_mtime_ns
     assert write_city("alderbrook", Path(paths["manifest"]).parent) == paths
@@ -215,3 +228,12 @@ def test_a_toy_city_has_the_files_of_a_real_one(toy_city: dict[str, str]) -> Non
 def test_an_unknown_toy_city_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="alderbrook, brinemouth"):
         write_city("atlantis", tmp_path)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_the_map_tells_far_more_of_blocks_without_photos_than_photos_of_others(share: float) -> None:
+    """Nothing can be learnt from a map of which this is not so."""
+    worlds = [generate(seed) for seed in (1, 2, 3001, 3002)]
+    by_photos, by_map = np.mean([lookup_accuracy(world, share, random.Random(0)) for world in worlds], axis=0)
+    assert by_photos < 0.35
+    assert by_map > 0.85
