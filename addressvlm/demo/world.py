@@ -157,7 +157,7 @@ class World:
 
 
 def generate(seed: int, columns: int = 7, rows: int = 6, coherence: float = COHERENCE) -> World:
-    """A city of `columns` + `rows` streets; `coherence` is the share of a block's traits that are its street's or district's."""
+    """A city of `columns` + `rows` streets, whose blocks have a share `coherence` of the traits of their street or district."""
     rng = random.Random(seed)
     xs, ys = _lines(rng, columns), _lines(rng, rows)
     width, height = xs[-1] + 60, ys[-1] + 60
