@@ -14,6 +14,7 @@ import ray
 
 from addressvlm import InputError
 from addressvlm.config import Config, load
+from ray_jobs.cluster import Workers, notify_progress, wait_for_workers
 
 
 def job_parser(description: str) -> argparse.ArgumentParser:
@@ -47,9 +48,8 @@ def connect() -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     if not sys.stdout.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    has_cluster = os.environ.get("RAY_ADDRESS") or Path("/tmp/ray/ray_current_cluster").exists()
     try:
-        ray.init(address=None if has_cluster else "local", log_to_driver=True, logging_level="warning")
+        ray.init(log_to_driver=True, logging_level="warning")
     except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         message = " ".join(str(error).split())[:300]
         raise InputError(
@@ -62,22 +62,11 @@ def connect() -> None:
         raise InputError("Ray did not start within 30 s, this machine is too busy: try again when it has less to do.") from None
 
 
-def require_resources(resource: str, needed: float, what: str, key: str) -> None:
-    """Stop if the job needs more of a resource (CPU or GPU) than the cluster can have; Ray would wait forever.
-
-    Raises:
-        InputError: the cluster has fewer, and its autoscaler, if any, may not add enough.
-    """
-    available = ray.cluster_resources().get(resource, 0)
-    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    if needed > max(available, limits.get(resource, 0)):
-        raise InputError(f"{what} needs {needed:g} {resource}s and the cluster has {available:g}: lower {key}, or add nodes.")
-
-
 def require_evaluation_workers(config: Config, step: str) -> None:
-    """Stop if the cluster can't hold the workers of `evaluate`."""
-    cpus = config.evaluate.workers * config.evaluate.cpus_per_worker
-    require_resources("CPU", cpus, step, "evaluate.workers or evaluate.cpus_per_worker")
+    """Wait until the cluster has the workers of `evaluate`; InputError if it can't have them."""
+    need = config.evaluate
+    workers = Workers(step, need.workers, need.cpus_per_worker, need.gpus_per_worker, "evaluate")
+    wait_for_workers(workers, config.cluster.wait_s)
 
 
 _last_shown: dict[str, float] = {}
@@ -85,6 +74,7 @@ _last_shown: dict[str, float] = {}
 
 def progress(step: str, done: int, total: int) -> None:
     """Print `step: done/total`, at most every five seconds, and always at the end."""
+    notify_progress(step, done, total)
     now = time.monotonic()
     if done >= total or now - _last_shown.get(step, 0.0) >= 5:
         _last_shown[step] = now

@@ -32,6 +32,7 @@ from addressvlm.storage.files import local_folder_for, write_parquet
 from addressvlm.storage.run_dir import Run, is_done, resumable_dir
 from addressvlm.storage.shards import Shard, ShardWork, plan_shards, sources_fingerprint
 from ray_jobs import common, graft, prepare
+from ray_jobs.cluster import Workers, wait_for_workers
 from ray_jobs.common import heartbeat
 from ray_jobs.ray_data import run_shards, to_input_error
 
@@ -103,8 +104,7 @@ def _fill_cache(config: Config, shards: list[Shard], redo: bool) -> dict[str, An
         print(estimate.text(), flush=True)
         return {}
     cpus, gpus = config.labels.cpus_per_worker, config.labels.gpus_per_worker
-    common.require_resources("GPU", gpus, "the vLLM server", "labels.gpus_per_worker")
-    common.require_resources("CPU", cpus, "the vLLM server", "labels.cpus_per_worker")
+    wait_for_workers(Workers("the vLLM server", 1, cpus, gpus, "labels"), config.cluster.wait_s)
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=1)(_serve_and_send_requests)
     try:
         return ray.get(task.remote(config, shards, redo))
@@ -151,10 +151,8 @@ def _workers(config: Config) -> tuple[int | None, dict[str, float] | None]:
     labels = config.labels
     if labels.labeler != "local":
         return None, None
-    for resource, amount, setting in (("GPU", labels.gpus_per_worker, "gpus"), ("CPU", labels.cpus_per_worker, "cpus")):
-        common.require_resources(
-            resource, labels.workers * amount, "labelling", f"labels.workers or labels.{setting}_per_worker"
-        )
+    workers = Workers("labelling", labels.workers, labels.cpus_per_worker, labels.gpus_per_worker, "labels")
+    wait_for_workers(workers, config.cluster.wait_s)
     return labels.workers, {"num_cpus": labels.cpus_per_worker, "num_gpus": labels.gpus_per_worker}
 
 

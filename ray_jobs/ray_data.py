@@ -12,8 +12,10 @@ import ray
 import ray.data
 
 from addressvlm import InputError
+from addressvlm.config.train import ClusterConfig
 from addressvlm.storage.remote_path import AnyPath
 from addressvlm.storage.shards import MARKS_DIR, Shard, ShardWork, Summary, process_shard, remove_stale_files
+from ray_jobs.cluster import Workers, wait_for_workers
 from ray_jobs.common import heartbeat, progress
 
 STOP = "stop"  # key of the message with which a task stops the job; Ray does not keep the type of an exception
@@ -46,8 +48,11 @@ def run_shards(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
+    context.execution_no_progress_timeout_s = -1  # a task of a model on a slow GPU may take longer than the default half hour
 
-    groups = _groups(len(shards), tasks or int(ray.cluster_resources().get("CPU", 1)))
+    if not actor:
+        wait_for_workers(Workers(step, 1, 1.0, 0.0), ClusterConfig().wait_s)  # the first node; Ray Data asks for more
+    groups = _groups(len(shards), tasks or int(ray.cluster_resources()["CPU"]), 1 if actor else MAX_GROUP)
     items = ray.data.from_items(groups, override_num_blocks=len(groups))
     if actor:
         pool = ray.data.ActorPoolStrategy(size=min(tasks or 1, len(groups)))
@@ -84,13 +89,13 @@ class _GroupWorker:
         return [{"summary": json.dumps(summary)} for summary in summaries]
 
 
-def _groups(shards: int, workers: int) -> list[dict[str, int]]:
+def _groups(shards: int, workers: int, largest: int) -> list[dict[str, int]]:
     """Ranges of shards, one per task: long ones first, because a task costs a fifth of a second, then shorter and shorter ones,
     so that all workers finish at the same time."""
     groups: list[dict[str, int]] = []
     first = 0
     while first < shards:
-        last = first + min(max((shards - first) // (4 * workers), 1), MAX_GROUP)
+        last = first + min(max((shards - first) // (4 * workers), 1), largest)
         groups.append({"first": first, "last": last})
         first = last
     return groups

@@ -3,6 +3,7 @@
 import errno
 import functools
 import logging
+import math
 import os
 import tempfile
 import time
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # or every line of a worker is printed twice
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # prints an error line; lost nodes are noticed without it
 
 import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 from ray.train import (
@@ -34,20 +35,20 @@ from addressvlm.config import Config
 from addressvlm.storage.remote_path import AnyPath, filesystem
 from addressvlm.storage.run_dir import Run, slug, storage_dir
 from addressvlm.training.checkpoint import TrainingCheckpoint
-from ray_jobs.common import absolute_path, heartbeat, require_resources
+from ray_jobs.cluster import Workers
+from ray_jobs.common import absolute_path, heartbeat
 
+PREEMPTION_POLL_S = 2.0
 HEARTBEAT_S = 30.0  # without a step for so long, the driver prints that training is running
 PLACE_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # how long Ray waits for resources for all workers
 PLACE_TIMEOUT_SET = os.environ.get(PLACE_TIMEOUT)
 
 
-def require_workers(config: Config, name: str, min_workers: int | None = None) -> None:
-    """Refuse a training for whose workers the cluster has too few CPUs or GPUs, with an InputError."""
-    train = config.train
-    workers = min_workers or train.workers
-    what, key = f"training '{name}' with {workers} workers", "train.min_workers" if min_workers else "train.workers"
-    require_resources("CPU", workers * train.cpus_per_worker, what, f"{key} or train.cpus_per_worker")
-    require_resources("GPU", workers * train.gpus_per_worker, what, f"{key} or train.gpus_per_worker")
+def training_workers(config: Config, name: str, min_workers: int | None = None) -> Workers:
+    """The workers without which a training does not start."""
+    train, count = config.train, min_workers or config.train.workers
+    what, key = f"training '{name}' with {count} workers", "train.min_workers" if min_workers else "train.workers"
+    return Workers(what, count, train.cpus_per_worker, train.gpus_per_worker, "train", key)
 
 
 def run_training(
@@ -67,7 +68,7 @@ def run_training(
         InputError: a worker or Ray failed for a reason that a user can fix.
     """
     run, train, notice = Run(config), config.train, make_notice()
-    os.environ[PLACE_TIMEOUT] = PLACE_TIMEOUT_SET or place_timeout_s(min_workers)
+    os.environ[PLACE_TIMEOUT] = PLACE_TIMEOUT_SET or place_timeout_s(config, min_workers)
     storage: dict[str, Any] = {"storage_path": str(run.training)}
     if not isinstance(run.training, Path):  # a bucket, read and written as everywhere else
         remote, path = filesystem(str(run.training))
@@ -84,7 +85,8 @@ def run_training(
             name=slug(name),
             **storage,
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
-            failure_config=failure_config(config, min_workers),
+            # A worker that is lost while it starts, or nodes that are late, count as failures of the controller.
+            failure_config=FailureConfig(train.max_failures, controller_failure_limit=train.max_failures),
             logging_config=LoggingConfig(log_level="CRITICAL"),  # errors are raised below
         ),
     )
@@ -98,19 +100,13 @@ def run_training(
         raise user_error
 
 
-def place_timeout_s(min_workers: int | None) -> str:
+def place_timeout_s(config: Config, min_workers: int | None) -> str:
     """Seconds that Ray Train waits for its workers' resources.
 
     For all workers: until a lost node is replaced. With `min_workers`, Ray counts nodes every 20 s, so right after a loss it
     requests resources that are gone; that wait must end before it tries with the remaining nodes.
     """
-    return "60" if min_workers else "900"
-
-
-def failure_config(config: Config, min_workers: int | None) -> FailureConfig:
-    """How often Ray Train retries: after lost workers and, with `min_workers`, after a request without enough resources."""
-    limit = config.train.max_failures
-    return FailureConfig(max_failures=limit, controller_failure_limit=limit if min_workers else 0)
+    return "60" if min_workers else f"{config.cluster.wait_s:.0f}"
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -160,6 +156,25 @@ class CheckpointReporter:
 
     def __init__(self) -> None:
         self.uploading: Path | None = None
+        self._steps, self._every, self._began = 0, 0, 0.0
+        self._is_preempted = False
+
+    def is_due(self) -> bool:
+        """Whether a node of the training is about to be taken away, once; all workers call it after every step.
+
+        Asking costs the workers a round trip together, so they ask about every two seconds: the first worker's time for its
+        second step says how many steps that is.
+        """
+        self._steps += 1
+        if self._steps == 1:
+            self._began = time.monotonic()
+        elif self._steps == 2:
+            every = min(math.ceil(PREEMPTION_POLL_S / max(time.monotonic() - self._began, 1e-3)), 50)
+            self._every = ray.train.collective.broadcast_from_rank_zero(every)
+        if self._is_preempted or not self._every or self._steps % self._every:
+            return False
+        self._is_preempted = ray.train.get_preemption_info() is not None
+        return self._is_preempted
 
     def __call__(self, metrics: dict[str, Any], checkpoint: TrainingCheckpoint | None) -> None:
         """Report from every worker; the first has the checkpoint."""

@@ -18,7 +18,7 @@ try:
     import torch
 
     import addressvlm  # noqa: F401
-    from ray_jobs.ray_train import CheckpointReporter, require_workers, run_training, run_worker
+    from ray_jobs.ray_train import CheckpointReporter, run_training, run_worker, training_workers
 except ImportError as missing:
     sys.exit(
         f"error: {missing.name} is not installed for {sys.executable}: activate the environment of `make install` "
@@ -36,6 +36,7 @@ from addressvlm.training.memory_estimate import print_estimate
 from addressvlm.training.stages import training_runs
 from addressvlm.training.trainer import train_system
 from ray_jobs import graft, label, prepare
+from ray_jobs.cluster import nodes_ahead, require_possible, wait_for_workers
 from ray_jobs.common import connect, job_parser, load_config, run_main
 
 
@@ -113,14 +114,19 @@ def run_step(config: Config, redo: bool = False, only: list[str] | None = None) 
     resolve_model(config.model.base)
     systems = select_systems(config, only)
     missing = [s for s in systems if not is_done(run.model_dir(s.name), settings(config, s), redo)]
+    workers = {s.name: training_workers(config, s.name, config.train.min_workers) for s in missing}
     if missing:
-        make_data(config, redo, {kind for system in missing for kind in tables_of(config, system)})
+        first = workers[missing[0].name]
+        require_possible(first)  # before labels are paid for
+        with nodes_ahead(first, "label", config.cluster.boot_s):
+            make_data(config, redo, {kind for system in missing for kind in tables_of(config, system)})
+            wait_for_workers(first, config.cluster.wait_s)
     for system in systems:
         if system not in missing:
             print(f"train: {system.name}: already done", flush=True)
             continue
         depends_on = settings(config, system)
-        require_workers(config, system.name, config.train.min_workers)
+        wait_for_workers(workers[system.name], config.cluster.wait_s)
         begin_or_resume(run.training_dir(system.name), depends_on, redo)
         run_training(config, system.name, train_worker, {"system": system.name}, config.train.min_workers)
         mark_done(run.model_dir(system.name), depends_on)
@@ -134,7 +140,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     """Runs on each worker."""
 
     def work(config: Config, checkpoint: Path | None, device: torch.device) -> None:
-        train_system(config, arguments["system"], checkpoint, CheckpointReporter(), device)
+        reporter = CheckpointReporter()
+        train_system(config, arguments["system"], checkpoint, reporter, device, reporter.is_due)
 
     run_worker(arguments, work)
 

@@ -21,7 +21,7 @@ from addressvlm.config.base import Section
 from addressvlm.config.city import CityConfig, TilesConfig
 from addressvlm.config.compare import CompareConfig, EvaluateConfig
 from addressvlm.config.labels import LabelsConfig
-from addressvlm.config.train import ModelConfig, TrainConfig
+from addressvlm.config.train import ClusterConfig, ModelConfig, TrainConfig
 from addressvlm.errors import InputError
 
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -42,6 +42,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     compare: CompareConfig = CompareConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @property
     def training_seed(self) -> int:

@@ -1,4 +1,4 @@
-"""The sections `model` and `train` of the configuration."""
+"""The sections `model`, `train` and `cluster` of the configuration."""
 
 from __future__ import annotations
 
@@ -153,3 +153,10 @@ class TrainConfig(Section):
                     "with steps of its own"
                 )
         return self
+
+
+class ClusterConfig(Section):
+    """Nodes that Ray's autoscaler starts for a job."""
+
+    wait_s: float = Field(1800.0, gt=0)  # a job ends if its nodes are not there after so many seconds
+    boot_s: float = Field(300.0, ge=0)  # nodes for a training are asked for when labels are so many seconds from their end

@@ -38,13 +38,19 @@ Report = Callable[[dict[str, Any], TrainingCheckpoint | None], None]
 
 
 def train_system(
-    config: Config, name: str, checkpoint: Path | None, report: Report, device: str | torch.device = "cpu"
+    config: Config,
+    name: str,
+    checkpoint: Path | None,
+    report: Report,
+    device: str | torch.device = "cpu",
+    is_checkpoint_due: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train a system of the configuration, or resume it, and save it; every worker of the process group calls it.
 
     Args:
         checkpoint: folder with the checkpoint to resume from.
         report: called by all workers together at every checkpoint; only the first gets the checkpoint, the others None.
+        is_checkpoint_due: called by all workers after every step; whether to make a checkpoint besides the regular ones.
 
     Raises:
         InputError: data, base model or checkpoint can't be used, or see `Trainer.fit`.
@@ -53,6 +59,7 @@ def train_system(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     stages = build_stages(config, next(s for s in settings.systems if s.name == name))
     trainer = Trainer(settings, stages, lambda: load_adapted_model(config, stages, device), device, report)
+    trainer.is_checkpoint_due = is_checkpoint_due
     trainer.validation = Validation(config, whole_split=shards_weights(settings)) if settings.validate_every else None
     resumed = TrainingCheckpoint.read(checkpoint) if checkpoint else None
     done = sum(s.steps for s in stages[: resumed.stage]) + resumed.step if resumed else 0
@@ -115,6 +122,7 @@ class Trainer:
         self.rank: int = dist.get_rank() if dist.is_initialized() else 0
         self.world: int = dist.get_world_size() if dist.is_initialized() else 1
         self.model = load()
+        self.is_checkpoint_due: Callable[[], bool] = lambda: False
         self.validation: Validation | None = None
         self.logger: MetricsLogger | None = None
         self.skipped: SkippedRows | None = None
@@ -143,7 +151,7 @@ class Trainer:
                 every = self.settings.validate_every
                 if self.validation and every and (metrics.step % every == 0 or last):
                     self.validate(metrics.step)
-                if metrics.step % self.settings.checkpoint_every == 0 or last:
+                if self.is_checkpoint_due() or metrics.step % self.settings.checkpoint_every == 0 or last:
                     self.save_checkpoint(metrics)
             start, optimizer_state = 0, None
         assert self.strategy

@@ -24,9 +24,10 @@ from addressvlm.storage.remote_path import list_files, path_of
 from addressvlm.storage.run_dir import begin_or_resume, is_done, mark_done, slug
 from ray_jobs import evaluation, label, prepare
 from ray_jobs.baselines.system import ComparisonContext, System, SystemOutcome, worker_resources
+from ray_jobs.cluster import wait_for_workers
 from ray_jobs.common import absolute_path
 from ray_jobs.evaluation import SCORED_PHOTOS, ModelWorker, Row, model_digest
-from ray_jobs.ray_train import CheckpointReporter, require_workers, run_training, run_worker
+from ray_jobs.ray_train import CheckpointReporter, run_training, run_worker, training_workers
 
 
 class AddressClipSystem(System[AddressClipConfig]):
@@ -60,7 +61,7 @@ class AddressClipSystem(System[AddressClipConfig]):
     def train(self, context: ComparisonContext, depends_on: Row, redo: bool) -> None:
         """Train the dual encoder."""
         config, need, run = context.config, context.config.train, context.run
-        require_workers(config, self.name)
+        wait_for_workers(training_workers(config, self.name), config.cluster.wait_s)
         caption_texts(run, self.settings.captions)
         begin_or_resume(run.training_dir(self.name), depends_on, redo)
         base = self.settings.base and absolute_path(self.settings.base)

@@ -19,9 +19,8 @@ import pytest
 import torch
 import yaml
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
-from ray.train import ControllerError, WorkerGroupError
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from safetensors.torch import load_file
 
 from addressvlm import InputError
@@ -29,7 +28,7 @@ from addressvlm.config import Config
 from addressvlm.storage.run_dir import LAST_MODEL_FILE, Run, mark_done
 from addressvlm.training.trainer import train_system
 from ray_jobs import graft, label, prepare, train
-from ray_jobs.ray_train import failure_config, place_timeout_s, to_user_error
+from ray_jobs.ray_train import place_timeout_s, to_user_error
 from tests.support.tiny import tiny_llava
 from tests.support.training_tables import trained_config
 
@@ -234,13 +233,9 @@ def test_more_workers_than_the_cluster_has_is_told(tmp_path: Path, base: Path, r
 
 def test_room_that_went_away_is_not_waited_for_when_fewer_workers_will_do() -> None:
     config = Config.model_validate({"name": "x", "train": {"max_failures": 2}})
-    gone = ControllerError(WorkerGroupStartupTimeoutError(2))
-    fewer, all_of_them = (DefaultFailurePolicy(failure_config(config, min_workers)) for min_workers in (1, None))
-    decisions = [fewer.make_decision(gone) for _ in range(3)]
-    assert decisions == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
-    assert all_of_them.make_decision(gone) == FailureDecision.RAISE
     counted_every = _AutoscalingCoordinatorActor.TICK_INTERVAL_S
-    assert counted_every < float(place_timeout_s(1)) < float(place_timeout_s(None))  # so the second try knows what is left
+    fewer, all_of_them = (float(place_timeout_s(config, workers)) for workers in (1, None))
+    assert counted_every < fewer < all_of_them == config.cluster.wait_s  # so the second try knows what is left
 
 
 def test_labels_are_made_only_for_systems_that_learn_from_them(
