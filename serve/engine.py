@@ -1,5 +1,6 @@
 """The model in one process: all cities of a replica on one base model, requests answered in batches. Not thread-safe."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from serve.cities import City, base_model
 from serve.requests import ChatQuery, LocalizeQuery
 from serve.settings import ServiceSettings
 
-LARGEST_SIDE_SETTING = 4096  # a processor's "size" above this counts all pixels, not those of one side
+LARGEST_SIDE_SETTING = 4096  # a processor's "longest_edge" above this counts all pixels, not those of one side
 
 
 class Engine:
@@ -31,7 +32,7 @@ class Engine:
     Attributes:
         image_size: longer side of the model's input in pixels.
         context_length: tokens.
-        tokens_per_image: tokens of an image beyond its placeholder in the prompt.
+        tokens_per_image: tokens of a square image of that size beyond its placeholder in the prompt.
 
     Raises:
         InputError: the model can't be loaded.
@@ -182,9 +183,11 @@ class Engine:
         answers = []
         for query, distribution in zip(queries, distributions, strict=True):
             question = self._address_question(query)
-            text = question.answer(distribution)[0] if question else ""
-            tokens = len(localizer.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
-            answers.append([Completion(text, "stop", (), self._prompt_length(query), tokens)])
+            text, most = question.answer(distribution)[0] if question else "", query.sampling.max_tokens
+            ids = localizer.tokenizer(text, add_special_tokens=False)["input_ids"]
+            cut = len(ids) >= most
+            text, tokens = (localizer.decode(ids[:most]).strip(), most) if cut else (text, len(ids) + 1)
+            answers.append([Completion(text, "length" if cut else "stop", (), self._prompt_length(query), tokens)])
         return answers
 
     def _fit_context(self, query: ChatQuery) -> Sampling:
@@ -200,15 +203,27 @@ class Engine:
         """Tokens of the prompt, images included, without encoding them."""
         localizer = self._activate(query.city)
         text = localizer.prompt(query.messages)
-        return len(localizer.tokenizer(text)["input_ids"]) + len(query.images) * self.tokens_per_image
+        sizes = [pixels.shape[:2] for pixels in query.images]
+        extra = [tokens - 1 for tokens in image_tokens(self.processor, sizes, self.image_size, self.tokens_per_image + 1)]
+        return len(localizer.tokenizer(text)["input_ids"]) + sum(extra)
 
 
 def input_size(processor: Any) -> int:
-    """Pixels of the longer side to which an image processor resizes."""
+    """Pixels of the longer side to which an image processor resizes; the side of a square for one that limits the area."""
     sizes = [getattr(processor, name, None) for name in ("size", "crop_size")]
-    values = [value for size in sizes if size for value in dict(size).values() if isinstance(value, int)]
-    sides = [value if value <= LARGEST_SIDE_SETTING else int(value**0.5) for value in values]
-    return min(max(sides, default=MAX_SIDE), MAX_SIDE)
+    values = {key: value for size in sizes if size for key, value in dict(size).items() if isinstance(value, int)}
+    if "longest_edge" in values and (hasattr(processor, "merge_size") or values["longest_edge"] > LARGEST_SIDE_SETTING):
+        return min(math.isqrt(values["longest_edge"]), MAX_SIDE)  # Qwen's names for the least and the largest area
+    return min(max(values.values(), default=MAX_SIDE), MAX_SIDE)
+
+
+def image_tokens(processor: Any, sizes: Sequence[tuple[int, ...]], side: int, square: int) -> list[int]:
+    """Tokens of images of these sizes (height, width), from those of a square image of that `side`."""
+    count = getattr(processor, "_get_num_multimodal_tokens", None)  # as vLLM counts them
+    if count is None or not sizes:
+        return [square] * len(sizes)
+    *tokens, reference = count(image_sizes=[*sizes, (side, side)])["num_image_tokens"]
+    return [square + n - reference for n in tokens]
 
 
 def _images(query: ChatQuery) -> list[Image.Image]:

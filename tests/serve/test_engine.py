@@ -16,9 +16,10 @@ from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.types import Sampling
 from addressvlm.inference import Localizer
 from serve.cities import find_cities
-from serve.engine import Engine, input_size
+from serve.engine import Engine, image_tokens, input_size
 from serve.requests import ChatQuery, LocalizeQuery
 from tests.support.running_service import two_cities
+from tests.support.tiny_families import FAMILIES
 
 pytestmark = pytest.mark.xdist_group("serve")
 
@@ -306,8 +307,38 @@ def test_a_stream_goes_on_while_another_city_answers(systems: list[Path]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("size", "side"),
-    [({"height": 32, "width": 48}, 48), ({"shortest_edge": 3136, "longest_edge": 12_845_056}, 2048), ({}, 2048)],
+    ("size", "by_area", "side"),
+    [
+        ({"height": 32, "width": 48}, False, 48),
+        ({"shortest_edge": 378, "longest_edge": 980}, False, 980),
+        ({"shortest_edge": 3136, "longest_edge": 12_845_056}, False, 2048),
+        ({"shortest_edge": 3136, "longest_edge": 1_003_520}, True, 1001),
+        ({"shortest_edge": 256, "longest_edge": 4096}, True, 64),
+        ({}, False, 2048),
+    ],
 )
-def test_the_side_of_a_models_input(size: dict[str, int], side: int) -> None:
-    assert input_size(type("Processor", (), {"size": size, "crop_size": None})) == side
+def test_the_side_of_a_models_input(size: dict[str, int], by_area: bool, side: int) -> None:
+    fields = {"size": size, "crop_size": None} | ({"merge_size": 2} if by_area else {})
+    assert input_size(type("Processor", (), fields)) == side
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_images_tokens_are_counted_as_the_processor_makes_them(family: str) -> None:
+    processor = FAMILIES[family]()[1]
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+    prompt = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    side, text_tokens = input_size(processor.image_processor), len(processor.tokenizer(prompt)["input_ids"])
+
+    def tokens(size: tuple[int, int]) -> int:
+        inputs = processor(text=[prompt], images=[[Image.new("RGB", size[::-1])]], return_tensors="pt")
+        return inputs["input_ids"].shape[1] - text_tokens + 1
+
+    sizes = [(side, side), (30, 40), (120, 40), (40, 200)]
+    assert image_tokens(processor, sizes, side, tokens(sizes[0])) == [tokens(size) for size in sizes]
+
+
+def test_answers_from_probabilities_keep_to_max_tokens(engine: Engine) -> None:
+    whole, cut, one = (engine.chat([chat_query("Which street is this?", 1, max_tokens=n)])[0][0] for n in (30, 2, 1))
+    assert (whole.finish, cut.finish, one.finish, cut.tokens, one.tokens) == ("stop", "length", "length", 2, 1)
+    assert whole.text.startswith(cut.text)
+    assert len(one.text) <= len(cut.text) < len(whole.text)
