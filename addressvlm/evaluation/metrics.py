@@ -1,5 +1,7 @@
 """The metrics of paper 001 (Sec. 4.1) with 95 % intervals, and differences between systems on the same questions.
 
+Averages are over questions, as in the paper's tables; judgments, asked with Yes and with No, weigh twice.
+
 Photos of one place look alike, so the unit that intervals resample is the place (a cluster bootstrap), not the question.
 """
 
@@ -21,17 +23,17 @@ CELLS = {
     "A_s_M": ("street", "choice"),
     "A_ds": ("address", "generation"),
 }  # mean over the questions of one level and kind
-MEANS = {"A_d": ("A_d_G", "A_d_J", "A_d_M"), "A_s": ("A_s_G", "A_s_J", "A_s_M"), "A": ("A_d", "A_s")}
+MEANS = {"A_d": ("district",), "A_s": ("street",), "A": ("district", "street")}  # over all questions of these levels
 DESCRIPTIONS = {
     "A_d_G": "district, generated",
     "A_d_J": "district, yes or no",
     "A_d_M": "district, chosen from options",
-    "A_d": "district, mean of the three",
+    "A_d": "district, over all questions",
     "A_s_G": "street, generated",
     "A_s_J": "street, yes or no",
     "A_s_M": "street, chosen from options",
-    "A_s": "street, mean of the three",
-    "A": "mean of A_d and A_s",
+    "A_s": "street, over all questions",
+    "A": "district and street, over all questions",
     "A_ds": "street and district both right in one generated answer",
 }
 METRICS = list(DESCRIPTIONS)
@@ -87,6 +89,16 @@ def share_ci(right: Sequence[float] | np.ndarray, places: Sequence[str], resampl
         return _interval(sums.sum() / counts.sum(), (weights @ sums) / (weights @ counts), len(place), places=len(numbers))
 
 
+def averages(shares: Mapping[str, float], questions: Mapping[str, float]) -> dict[str, float]:
+    """A_d, A_s and A from the shares of right answers in each of CELLS and the numbers of questions, as paper 001 has them.
+
+    Judgments are asked twice, once with Yes and once with No: of four questions a level, A_d is (G + 2 J + M) / 4.
+    """
+    total = np.array([questions.get(cell, 0) for cell in CELLS], dtype=float)
+    values = _values(total * [shares.get(cell, 0.0) for cell in CELLS], total)
+    return {name: float(values[name]) for name in MEANS}
+
+
 def _count(rows: list[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Right answers and questions, both (places, cells)."""
     places = {place: i for i, place in enumerate(dict.fromkeys(row["place"] for row in rows))}
@@ -111,17 +123,19 @@ def _values(right: np.ndarray, total: np.ndarray) -> dict[str, Any]:
     with np.errstate(invalid="ignore"):
         shares = right / total
     values = {name: shares[..., i] for i, name in enumerate(CELLS)}
-    for name, parts in MEANS.items():
-        values[name] = sum(values[part] for part in parts) / len(parts)
+    for name, levels in MEANS.items():
+        cells = [[i for i, (level, _) in enumerate(CELLS.values()) if level == wanted] for wanted in levels]
+        sums = [(right[..., of_level].sum(axis=-1), total[..., of_level].sum(axis=-1)) for of_level in cells]
+        with np.errstate(invalid="ignore"):
+            empty = np.any([n == 0 for _, n in sums], axis=0)
+            values[name] = np.where(empty, np.nan, sum(r for r, _ in sums) / sum(n for _, n in sums))
     return values
 
 
 def _questions(total: np.ndarray) -> dict[str, int]:
     """How many questions each metric is of."""
     n = dict(zip(CELLS, total.sum(axis=0).astype(int).tolist(), strict=True))
-    for name, parts in MEANS.items():
-        n[name] = sum(n[part] for part in parts)
-    return n
+    return n | {name: sum(n[c] for c, (level, _) in CELLS.items() if level in levels) for name, levels in MEANS.items()}
 
 
 def _interval(value: Any, samples: np.ndarray, n: int, places: int | None = None) -> Interval:

@@ -169,14 +169,36 @@ def test_metrics_by_hand():
     values = {name: scored[name]["value"] for name in metrics.METRICS}
     assert values == pytest.approx(
         {
-            "A_d_G": 1 / 2, "A_d_J": 3 / 4, "A_d_M": 1.0, "A_d": (1 / 2 + 3 / 4 + 1) / 3,
-            "A_s_G": 0.0, "A_s_J": 1 / 2, "A_s_M": 1 / 2, "A_s": 1 / 3,
-            "A": ((1 / 2 + 3 / 4 + 1) / 3 + 1 / 3) / 2, "A_ds": 1 / 2,
+            "A_d_G": 1 / 2, "A_d_J": 3 / 4, "A_d_M": 1.0, "A_d": 5 / 7,
+            "A_s_G": 0.0, "A_s_J": 1 / 2, "A_s_M": 1 / 2, "A_s": 2 / 6, "A": 7 / 13, "A_ds": 1 / 2,
         }
     )  # fmt: skip
     assert {name: scored[name]["n"] for name in ("A_d_J", "A_d", "A_s", "A", "A_ds")} == {
         "A_d_J": 4, "A_d": 7, "A_s": 6, "A": 13, "A_ds": 2
     }  # fmt: skip
+
+
+TABLE_1 = {  # paper 001: A_d of G, J, M, then their average, the same for A_s, then A
+    "baseline, Pitts": ((84.51, 92.72, 93.23), 90.70, (64.31, 90.25, 91.27), 84.00, 87.27),
+    "GeoReasoner, Pitts": ((83.29, 91.65, 91.50), 89.41, (61.89, 89.87, 89.68), 82.80, 86.03),
+    "AddressVLM, Pitts": ((88.73, 93.54, 95.16), 92.70, (72.51, 91.70, 93.98), 87.46, 90.02),
+    "baseline, SF": ((82.19, 93.46, 93.14), 90.49, (65.48, 88.25, 88.57), 82.61, 86.51),
+    "GeoReasoner, SF": ((81.40, 91.07, 90.81), 88.53, (62.89, 86.46, 84.64), 80.08, 84.26),
+    "AddressVLM, SF": ((86.48, 93.72, 94.50), 92.06, (76.09, 88.92, 92.75), 86.66, 89.33),
+}
+
+
+PER_PHOTO = {"Pitts": 168409 / 19152, "SF": 181943 / 20484}  # test questions, Table 6: one of the address, four of the street
+
+
+@pytest.mark.parametrize("system", TABLE_1)
+def test_averages_are_those_of_the_papers_table(system):
+    district, a_d, street, a_s, a = TABLE_1[system]
+    of_district = (PER_PHOTO[system.split(", ")[1]] - 1 - 4) / 4
+    shares = dict(zip(("A_d_G", "A_d_J", "A_d_M", "A_s_G", "A_s_J", "A_s_M"), (*district, *street), strict=True))
+    weight = {cell: 2 if cell.endswith("J") else 1 for cell in shares}
+    found = metrics.averages(shares, {cell: w * (of_district if "_d_" in cell else 1) for cell, w in weight.items()})
+    assert found == pytest.approx({"A_d": a_d, "A_s": a_s, "A": a}, abs=0.12)
 
 
 def test_two_places_resample_to_all_or_nothing():
@@ -254,8 +276,8 @@ def test_all_right_leaves_room_for_doubt():
 def test_no_question_no_value():
     scored = metrics.compute_metrics([row("p", "street", "generation", True)])
     assert scored["A_ds"] == {"value": None, "low": None, "high": None, "n": 0}
-    assert scored["A_s"]["value"] is None
-    assert scored["A_s_G"]["value"] == 1
+    assert (scored["A_s"]["value"], scored["A_s_G"]["value"]) == (1, 1)
+    assert scored["A_d"]["value"] is scored["A"]["value"] is None
     assert metrics.compute_metrics([])["A"]["n"] == 0
 
 
@@ -337,7 +359,7 @@ SYSTEMS = [
 def test_plain_table():
     lines = result_tables.metrics_table(SYSTEMS).splitlines()
     assert lines[0].split() == metrics.METRICS
-    assert lines[2].split()[:5] == ["zero-shot", "50.0", "75.0", "100.0", "75.0"]
+    assert lines[2].split()[:5] == ["zero-shot", "50.0", "75.0", "100.0", "71.4"]
     assert lines[3].split()[-1] == "0–100"
     assert lines[4].split() == ["ours", *["–"] * 10]
     assert max(map(len, lines)) <= 120
