@@ -1,29 +1,73 @@
-"""The model in one process: all cities of a replica on one base model, requests answered in batches. Not thread-safe."""
+"""The model in one process: all cities of a replica on one base model, every request a job of the model's thread.
+
+What needs no model is done before, in other threads: `Engine.prepare_localize` and `Engine.prepare_chat` check a request and
+make its tensors. The model's thread takes turns: a batch of photos is scored, waiting chats begin, every answer that is being
+written gets its next token. So no request waits for another one's last token.
+"""
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+import threading
+import time
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.utils import load_peft_weights, set_peft_model_state_dict
 from PIL import Image
 
 from addressvlm import InputError
-from addressvlm.answers.generate import generate_batch
+from addressvlm.answers.address_distribution import AddressDistribution, Localization
+from addressvlm.answers.chat_model import PreparedPrompt, use_float32_head
+from addressvlm.answers.generate import Answer, Decoder, Token
 from addressvlm.answers.question_parser import ParsedQuestion, parse_question
-from addressvlm.answers.types import Completion, Sampling, TextChunk
+from addressvlm.answers.types import TextChunk
 from addressvlm.image_decode_worker import MAX_SIDE
-from addressvlm.inference import Localization, Localizer
-from addressvlm.models.loading import load_model
+from addressvlm.inference import PREFILL_TOKENS, Localizer
+from addressvlm.models.loading import context_length, load_model, to_device
+from addressvlm.questions import ADDRESS_QUESTION
 from addressvlm.storage.files import local_model_copy
 from serve.cities import City, base_model
+from serve.errors import ApiError, overloaded
+from serve.metrics import ServiceMetrics
 from serve.requests import ChatQuery, LocalizeQuery
 from serve.settings import ServiceSettings
 
 LARGEST_SIDE_SETTING = 4096  # a processor's "longest_edge" above this counts all pixels, not those of one side
+GPU_CACHE_SHARE = 0.5  # of the memory that is free after loading, for the key-value caches of chats
+CPU_CACHE_SHARE = 0.25
+
+Tokens = list[tuple[Answer, Token]]
+
+
+@dataclass(eq=False)
+class Job:
+    """A request for the model's thread, prepared.
+
+    Attributes:
+        put: gets the scores of all addresses, or again and again new tokens, or an exception; called in the model's thread.
+        answers: to be written; without any, addresses are scored.
+        result: what the request wants to know, from the scores.
+    """
+
+    localizer: Localizer
+    prompt: PreparedPrompt
+    put: Callable[[Any], None]
+    answers: Sequence[Answer] = ()
+    result: Callable[[np.ndarray], Any] = field(default=lambda scores: scores)
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        self.cancelled = True
+        for answer in self.answers:
+            answer.cancelled = True
 
 
 class Engine:
@@ -32,180 +76,409 @@ class Engine:
     Attributes:
         image_size: longer side of the model's input in pixels.
         context_length: tokens.
-        tokens_per_image: tokens of a square image of that size beyond its placeholder in the prompt.
+        cache_tokens: room for the key-value caches of chats.
+        failure: why the process can't be used any more.
 
     Raises:
         InputError: the model can't be loaded.
     """
 
-    def __init__(self, settings: ServiceSettings, cities: Sequence[City]) -> None:
-        self.settings = settings
+    def __init__(self, settings: ServiceSettings, cities: Sequence[City], metrics: ServiceMetrics | None = None) -> None:
+        self.settings, self.metrics = settings, metrics or ServiceMetrics()
         self.cities = {city.id: city for city in cities}
-        self.adapter_names = {city.id: f"city{number}" for number, city in enumerate(cities)}  # PEFT takes no dots in names
-        self.localizers: dict[str, Localizer] = {}
+        self.localizers: OrderedDict[str, Localizer] = OrderedDict()  # the one that was used last comes last
         self.base: Any = None  # the model below the adapters; None for a merged model
+        self.adapters: PeftModel | None = None
         options: dict[str, Any] = {"dtype": settings.dtype, "trust_remote_code": settings.trust_remote_code}
         first = cities[0]
         if first.adapter is None:
             localizer = Localizer(first.folder, memory_mb=settings.photo_memory_mb, **options)
-            self.localizers[first.id], self.processor, config = localizer, localizer.processor, localizer.model.config
+            self.localizers[first.id], self.processor, self.model = localizer, localizer.processor, localizer.model
         else:
-            self.base, self.processor = load_model(base_model(cities, settings.base), **options)
-            config = self.base.config
+            self.base_name = base_model(cities, settings.base)
+            model, self.processor = load_model(self.base_name, **options)
+            self.base = self.model = to_device(model, "cuda" if torch.cuda.is_available() else "cpu")
+            use_float32_head(self.base)
         self.image_size = input_size(self.processor.image_processor)
-        self.context_length = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
-        prompt = self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        image = Image.fromarray(np.zeros((self.image_size, self.image_size, 3), np.uint8))
-        length = self.processor(text=[prompt], images=[[image]], return_tensors="pt")["input_ids"].shape[1]
-        self.tokens_per_image = length - len(self.processor.tokenizer(prompt)["input_ids"])
+        self.context_length = context_length(self.model) or 2**20
+        self.cache_tokens = self._cache_tokens()
+        self.decoder = Decoder()
+        self.failure: Exception | None = None
+        self._numbers = {city.id: f"city{number}" for number, city in enumerate(cities)}  # PEFT takes no dots in names
+        self._uses: dict[str, int] = defaultdict(int)
+        self._loading, self._wake = threading.Lock(), threading.Condition()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._photos: deque[Job] = deque()
+        self._chats: deque[Job] = deque()
+        self._jobs: dict[Answer, Job] = {}
+        self._turn_began: float | None = None
+        self._thread: threading.Thread | None = None
 
-    def add_city(self, city: str) -> None:
-        """Load a city's adapter beside the others. InputError: it does not fit the base."""
-        if city in self.localizers:
-            return
-        name, folder = self.adapter_names[city], self.cities[city].folder
-        adapter = str(local_model_copy(self.cities[city].adapter or ""))
+    # ---- cities
+
+    def acquire(self, city: str) -> Localizer:
+        """A city's localizer, loaded beside the model's thread if need be; it stays until `release`.
+
+        Raises:
+            InputError: its adapter does not fit the base.
+        """
+        localizer = self.acquire_loaded(city)
+        if localizer is None:
+            with self._loading:
+                if city not in self.localizers:
+                    localizer = self._load(city)
+                    with self._wake:
+                        self.localizers[city] = localizer
+                localizer = self.acquire_loaded(city)
+                self._evict()
+        assert localizer
+        return localizer
+
+    def acquire_loaded(self, city: str) -> Localizer | None:
+        """The same for a city that is loaded; None if it is not."""
+        with self._wake:
+            if localizer := self.localizers.get(city):
+                self.localizers.move_to_end(city)
+                self._uses[city] += 1
+            return localizer
+
+    def release(self, city: str) -> None:
+        """Allow that the city is evicted."""
+        with self._wake:
+            self._uses[city] -= 1
+
+    def _load(self, city: str) -> Localizer:
+        name, adapter = self._numbers[city], local_model_copy(self.cities[city].adapter or "")
         try:
-            if isinstance(self.base, PeftModel):
-                self.base.load_adapter(adapter, adapter_name=name, torch_device=str(self.base.device))
-            else:
-                self.base = PeftModel.from_pretrained(self.base, adapter, adapter_name=name)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise InputError(f"{adapter} can't be put on the base model: {' '.join(str(error).split())[:300]}.") from error
-        memory_mb = self.settings.photo_memory_mb / self.settings.cities_per_replica
-        self.localizers[city] = Localizer(folder, memory_mb=memory_mb, loaded=(self.base.get_base_model(), self.processor))
+            config = PeftConfig.from_pretrained(str(adapter))
+            weights = load_peft_weights(str(adapter), device=str(self.base.device))
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{adapter} is no adapter that can be read: {' '.join(str(error).split())[:300]}.") from error
+        config.inference_mode = True
+        weights = {key: tensor.to(self.base.dtype) for key, tensor in weights.items()}
+        try:
+            self.call(partial(self._attach, name, config, weights))
+        except (ValueError, RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{adapter} can't be put on the base model {self.base_name}, it was trained on "
+                f"{config.base_model_name_or_path} ({reason}): serve it on that one, or train the city again."
+            ) from error
+        memory_mb = self.settings.photo_memory_mb / min(self.settings.cities_per_replica, len(self.cities))
+        localizer = Localizer(
+            self.cities[city].folder,
+            memory_mb=memory_mb,
+            loaded=(self.base, self.processor),
+            adapters=self.adapters,
+            adapter=name,
+        )
+        if localizer.gazetteer and localizer.gazetteer.addresses:
+            _ = localizer.scorer
+        return localizer
 
-    def remove_city(self, city: str) -> None:
-        """Evict a city's adapter."""
-        if self.localizers.pop(city, None) is None:
-            return
-        if self.localizers:
-            self.base.delete_adapter(self.adapter_names[city])
+    def _attach(self, name: str, config: PeftConfig, weights: dict[str, torch.Tensor]) -> None:
+        """Put an adapter's weights on the base, in the base's dtype."""
+        first = self.adapters is None
+        if self.adapters is None:
+            self.adapters = PeftModel(self.base, config, name, autocast_adapter_dtype=False)
         else:
-            self.base = self.base.unload()  # PEFT keeps no model without adapters
-
-    def localize(self, queries: Sequence[LocalizeQuery]) -> list[Localization | Exception]:
-        """One result or exception per photo; those of one city go through the model together."""
-        results: list[Any] = [None] * len(queries)
-        for city, positions in _group_by(queries, lambda query: query.city).items():
-            batch = _result_or_error(self._localize_batch, city, [queries[i] for i in positions])
-            retry = isinstance(batch, Exception) and len(positions) > 1  # one bad prior must not fail the others
-            for row, i in enumerate(positions):
-                result = _result_or_error(self._localize_batch, city, [queries[i]]) if retry else batch
-                results[i] = result if isinstance(result, Exception) else result[0 if retry else row]
-        return results
-
-    def chat(self, queries: Sequence[ChatQuery]) -> list[list[Completion] | Exception]:
-        """Answers or an exception per query; similar queries about one photo each are batched, others go one by one."""
-        results: list[Any] = [None] * len(queries)
-        for key, positions in _group_by(queries, lambda query: _result_or_error(self._batch_key, query)).items():
-            group = [queries[i] for i in positions]
-            if isinstance(key, Exception):
-                batch: Any = key
-            elif key is None or (len(group) == 1 and key[0] == "generate"):
-                batch = [_result_or_error(self._chat_one, query) for query in group]
+            self.adapters.add_adapter(name, config, autocast_adapter_dtype=False)
+        try:
+            result = set_peft_model_state_dict(self.adapters, weights, name)
+            missing = [key for key in result.missing_keys if name in key.split(".")]
+            if missing or result.unexpected_keys:
+                raise ValueError(f"{(missing or result.unexpected_keys)[0]} is in only one of them")
+        except (ValueError, RuntimeError, KeyError):
+            if first:
+                self.adapters.unload()
+                self.adapters = None
             else:
-                batch = _result_or_error(self._answer_address if key[0] == "address" else self._generate_batch, group)
-            for row, i in enumerate(positions):
-                results[i] = batch if isinstance(batch, Exception) else batch[row]
-        return results
+                self.adapters.delete_adapter(name)
+            raise
+        self.adapters.eval()
 
-    def stream_chat(self, query: ChatQuery) -> Iterator[TextChunk]:
-        """The answers chunk by chunk. Other cities may be used between two chunks, so each activates its adapter again."""
-        if self._address_question(query):
-            answer = self._answer_address([query])[0][0]
-            yield TextChunk(0, answer.text, answer.finish, (), answer.prompt_tokens, answer.tokens)
-            return
-        sampling = self._fit_context(query)
-        chunks = self._activate(query.city).stream(query.messages, _images(query), sampling)
-        while True:
-            self._activate(query.city)
-            chunk = next(chunks, None)
-            if chunk is None:
-                return
-            yield chunk
+    def _evict(self) -> None:
+        """Remove the least recently used adapters beyond `cities_per_replica` that no request uses."""
+        with self._wake:
+            idle = [city for city in self.localizers if not self._uses[city]]
+            evicted = idle[: max(0, len(self.localizers) - self.settings.cities_per_replica)]
+            for city in evicted:
+                del self.localizers[city]
+        for city in evicted:
+            self.call(partial(self._detach, self._numbers[city]))
 
-    def _activate(self, city: str) -> Localizer:
-        """A city's localizer with its adapter active; loads it if it was evicted, and evicts others for it."""
-        if self.base is not None:
-            self.add_city(city)
-            if self.base.active_adapter != self.adapter_names[city]:
-                self.base.set_adapter(self.adapter_names[city], inference_mode=True)
-            while len(self.localizers) > self.settings.cities_per_replica:
-                self.remove_city(next(other for other in self.localizers if other != city))
-        return self.localizers[city]
+    def _detach(self, name: str) -> None:
+        assert self.adapters
+        if self.adapters.active_adapter == name:
+            self.adapters.set_adapter(next(other for other in self.adapters.peft_config if other != name), inference_mode=True)
+        self.adapters.delete_adapter(name)
 
-    def _localize_batch(self, city: str, queries: Sequence[LocalizeQuery]) -> list[Localization]:
-        localizer = self._activate(city)
-        photos, priors = [Image.fromarray(query.pixels) for query in queries], [query.prior for query in queries]
-        results = []
-        for distribution, query in zip(localizer.address_distributions(photos, priors), queries, strict=True):
-            threshold = localizer.calibration.threshold if query.threshold is None else query.threshold
-            results.append(distribution.localization(query.top_k, threshold))
-        return results
+    # ---- requests, in any thread
 
-    def _batch_key(self, query: ChatQuery) -> tuple[Any, ...] | None:
-        """What queries of one batch have in common; None for those that go alone."""
-        if self._address_question(query):
-            return "address", query.city
-        s = query.sampling
-        special = s.stop or s.n > 1 or s.logprobs is not None or s.top_p < 1 or s.seed is not None
-        first, part_types = query.messages[0], [part["type"] for m in query.messages for part in m["content"]]
-        if special or len(query.messages) > 1 or first["role"] != "user" or part_types != ["image", "text"]:
-            return None
-        return "generate", query.city, self._fit_context(query).max_tokens, s.temperature
+    def prepare_localize(self, localizer: Localizer, query: LocalizeQuery, put: Callable[[Any], None]) -> Job:
+        """The job whose result is a `Localization`. InputError: no gazetteer, or the prior excludes all of it."""
+        gazetteer = localizer.require_gazetteer()
+        weights = query.prior.log_weights(gazetteer)
+        threshold = localizer.calibration.threshold if query.threshold is None else query.threshold
 
-    def _generate_batch(self, queries: Sequence[ChatQuery]) -> list[list[Completion]]:
-        """Answers to queries with the same batch key."""
-        sampling, localizer = self._fit_context(queries[0]), self._activate(queries[0].city)
-        images = [_images(query)[0] for query in queries]
-        texts = [query.messages[0]["content"][1]["text"] for query in queries]
-        return [[answer] for answer in generate_batch(localizer, images, texts, sampling.max_tokens, sampling.temperature)]
+        def result(scores: np.ndarray) -> Localization:
+            distribution = AddressDistribution(gazetteer.addresses, localizer.calibration.apply(scores) + weights)
+            return distribution.localization(query.top_k, threshold)
 
-    def _chat_one(self, query: ChatQuery) -> list[Completion]:
-        sampling = self._fit_context(query)
-        return self._activate(query.city).chat(query.messages, _images(query), sampling)
+        (prompt,) = localizer.prepare_questions([Image.fromarray(query.pixels)], [ADDRESS_QUESTION])
+        return Job(localizer, prompt, put, result=result)
 
-    def _address_question(self, query: ChatQuery) -> ParsedQuestion | None:
+    def prepare_chat(self, localizer: Localizer, query: ChatQuery, put: Callable[[Any], None]) -> Job:
+        """The job of a conversation; the result of one about the address is a list of one `TextChunk`.
+
+        Raises:
+            InputError: the prompt is longer than the model's context.
+            ApiError: 503, its answers need more memory than there is.
+        """
+        images, text = [Image.fromarray(pixels) for pixels in query.images], localizer.prompt(query.messages)
+        question = self._address_question(localizer, query)
+        if question:
+            (prompt,) = localizer.prepare_questions(images, [ADDRESS_QUESTION])
+            image_tokens = len(prompt) - len(localizer.tokenizer(localizer.prompt(ADDRESS_TURN))["input_ids"])
+            length = image_tokens + len(localizer.tokenizer(text)["input_ids"])
+        else:
+            prompt = localizer.prepare(text, images)
+            length = len(prompt)
+        if length >= self.context_length:
+            raise InputError(
+                f"The conversation has {length} tokens and the model reads {self.context_length}: send a shorter one."
+            )
+        most = min(query.sampling.max_tokens, self.context_length - length)
+        if question:
+            return Job(localizer, prompt, put, result=_exact_answer(localizer, question, length, most))
+        sampling = replace(query.sampling, max_tokens=most)
+        needed = sampling.n * (length + most)
+        if needed > self.cache_tokens:
+            message = f"{needed:,} tokens in {sampling.n} answers are more than the {self.cache_tokens:,} that fit in memory"
+            raise ApiError(503, f"{message}: ask for fewer or shorter answers.", code="overloaded")
+        answers = [Answer(localizer, sampling, length, index) for index in range(sampling.n)]
+        return Job(localizer, prompt, put, answers)
+
+    def submit(self, job: Job) -> None:
+        """Give a job to the model's thread."""
+        with self._wake:
+            (self._chats if job.answers else self._photos).append(job)
+            self._wake.notify()
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """The result of a function that changes the model, called between two turns of the model's thread."""
+        if self._thread is None:
+            return function()
+        future: Future[Any] = Future()
+        with self._wake:
+            self._calls.append((function, future))
+            self._wake.notify()
+        return future.result()
+
+    def check_health(self) -> None:
+        """RuntimeError if the device failed, or a turn takes longer than a request may."""
+        began, limit = self._turn_began, self.settings.request_s
+        if self.failure:
+            raise RuntimeError(f"the model's device failed: {self.failure}")
+        if began is not None and time.monotonic() - began > limit:
+            raise RuntimeError(f"the model's thread has been in one turn for more than {limit:g} s")
+
+    # ---- the model's thread
+
+    def start(self) -> None:
+        """Start the model's thread; until then whoever calls `turn` is it."""
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        size, wait_s = self.settings.batch_size, self.settings.batch_wait_s
+        while not self.failure:
+            with self._wake:
+                self._wake.wait_for(lambda: self._calls or self._photos or self._chats or len(self.decoder))
+                if not (len(self.decoder) or self._calls):
+                    self._wake.wait_for(lambda: max(len(self._photos), len(self._chats)) >= size or self._calls, wait_s)
+            self._turn_began = time.monotonic()
+            self.turn()
+            self._turn_began = None
+        while True:  # whatever comes until Ray Serve has replaced the replica
+            with self._wake:
+                self._wake.wait_for(lambda: self._calls or self._photos or self._chats)
+                for _, future in self._calls:
+                    future.set_exception(overloaded())
+                self._calls.clear()
+            self._fail([*self._take(self._photos, 2**20), *self._take(self._chats, 2**20)], overloaded())
+
+    def turn(self) -> bool:
+        """Score a batch of photos, begin chats, and write a token of every answer; whether there was anything to do."""
+        calls = self._calls
+        while calls:
+            function, future = calls.popleft()
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+        scored, began = self._score_photos(), self._begin_chats()
+        return self._write() or scored or began
+
+    def _score_photos(self) -> bool:
+        jobs = self._take(self._photos, self.settings.batch_size)
+        if not jobs:
+            return False
+
+        def score(some: list[Job]) -> None:
+            for job, scores in zip(some, some[0].localizer.score_prompts([job.prompt for job in some]), strict=True):
+                job.put(scores)
+
+        with self._timed("localize", len(jobs)):
+            for group in _by_localizer(jobs):
+                self._attempt(score, group)
+        return True
+
+    def _begin_chats(self) -> bool:
+        """Prefill waiting chats as far as there is room in the cache, in the order they came."""
+        joining: list[tuple[int, int]] = []
+        jobs: list[Job] = []
+        with self._wake:
+            while self._chats:
+                job = self._chats[0]
+                lengths = [(len(job.prompt), job.answers[0].sampling.max_tokens)] * len(job.answers)
+                full = sum(len(job.prompt) for job in jobs) + len(job.prompt) > PREFILL_TOKENS and jobs
+                if not job.cancelled and (full or self.decoder.cached_tokens(joining + lengths) > self.cache_tokens):
+                    break
+                self._chats.popleft()
+                if not job.cancelled:
+                    jobs.append(job)
+                    joining += lengths
+        if not jobs:
+            return False
+
+        def begin(some: list[Job]) -> None:
+            for rows, state in some[0].localizer.prefill_prompts([job.prompt for job in some]):
+                answers = [(row, answer) for row, i in enumerate(rows) for answer in some[i].answers]
+                self._jobs |= {answer: some[i] for i in rows for answer in some[i].answers}
+                self._put(self.decoder.join(state.rows([row for row, _ in answers]), [answer for _, answer in answers]))
+
+        with self._timed("prefill", len(jobs)):
+            for group in _by_localizer(jobs):
+                self._attempt(begin, group)
+        return True
+
+    def _write(self) -> bool:
+        count = len(self.decoder)
+        if not count:
+            return False
+        try:
+            with self._timed("chat", count):
+                self._put(self.decoder.step())
+        except Exception as error:
+            jobs = list(dict.fromkeys(self._jobs.values()))
+            self.decoder, self._jobs = Decoder(), {}
+            self._fail(jobs, self._for_caller(error))
+        return True
+
+    def _put(self, tokens: Tokens) -> None:
+        """Hand tokens to their jobs."""
+        by_job: dict[Job, Tokens] = defaultdict(list)
+        for answer, token in tokens:
+            by_job[self._jobs[answer]].append((answer, token))
+            if not answer.live:
+                del self._jobs[answer]
+        for job, some in by_job.items():
+            job.put(some)
+        for answer in [answer for answer in self._jobs if answer.cancelled]:
+            del self._jobs[answer]
+
+    def _attempt(self, work: Callable[[list[Job]], None], jobs: list[Job]) -> None:
+        """Do the work for jobs together; in halves if there is not enough memory."""
+        try:
+            work(jobs)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            if len(jobs) == 1:
+                return self._fail(jobs, self._for_caller(error))
+            half = len(jobs) // 2
+            self._attempt(work, jobs[:half])
+            self._attempt(work, jobs[half:])
+        except Exception as error:
+            self._fail(jobs, self._for_caller(error))
+
+    def _for_caller(self, error: Exception) -> Exception:
+        """The error that a job gets; one of the device ends the process."""
+        if isinstance(error, torch.AcceleratorError):
+            self.failure = error
+            return overloaded()
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            return ApiError(503, "The model's device has no memory left for this: send fewer images.", code="overloaded")
+        return error
+
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+        for job in jobs:
+            job.put(error)
+
+    def _take(self, queue: deque[Job], count: int) -> list[Job]:
+        """The first jobs of a queue that somebody waits for."""
+        jobs: list[Job] = []
+        with self._wake:
+            while queue and len(jobs) < count:
+                if not queue[0].cancelled:
+                    jobs.append(queue[0])
+                queue.popleft()
+        return jobs
+
+    def _timed(self, kind: str, size: int) -> Any:
+        self.metrics.observe("addressvlm_batch_size", size, kind)
+        return self.metrics.time("addressvlm_model_seconds", kind)
+
+    def _cache_tokens(self) -> int:
+        """Tokens of chats that may be in key-value caches together."""
+        text, cuda = self.model.config.get_text_config(), self.model.device.type == "cuda"
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        token_bytes = 2 * text.num_hidden_layers * heads * head_dim * self.model.dtype.itemsize
+        free = torch.cuda.mem_get_info()[0] * GPU_CACHE_SHARE if cuda else psutil.virtual_memory().available * CPU_CACHE_SHARE
+        return int((self.settings.chat_memory_mb * 2**20 or free) // token_bytes)
+
+    def warm_up(self) -> None:
+        """Answer about a grey photo, alone and on a GPU also as a full batch, so that the first callers need not wait."""
+        city = next(iter(self.cities))
+        localizer = self.acquire(city)
+        pixels = np.full((self.image_size, self.image_size, 3), 128, np.uint8)
+        for size in {1, self.settings.batch_size if self.model.device.type == "cuda" else 1}:
+            images = [Image.fromarray(pixels + np.uint8(number % 100)) for number in range(size)]
+            if localizer.gazetteer and localizer.gazetteer.addresses:
+                localizer.address_scores(images)
+            localizer.answer(images, ["?"] * size, max_new_tokens=2)
+        localizer.photo_caches.clear()
+        self.release(city)
+
+    def _address_question(self, localizer: Localizer, query: ChatQuery) -> ParsedQuestion | None:
         """The query as a question about the address, if the address distribution is to answer it."""
-        gazetteer, sampling = self._activate(query.city).gazetteer, query.sampling
+        gazetteer, sampling = localizer.gazetteer, query.sampling
         greedy = sampling.temperature == 0 and sampling.n == 1 and sampling.logprobs is None and not sampling.stop
         if not (self.settings.exact_answers and greedy and gazetteer and gazetteer.addresses and len(query.images) == 1):
             return None
         text = " ".join(part["text"] for part in query.messages[-1]["content"] if part["type"] == "text")
         return parse_question(text, gazetteer)
 
-    def _answer_address(self, queries: Sequence[ChatQuery]) -> list[list[Completion]]:
-        """Answers to one city's questions about the address, from the address distributions."""
-        localizer = self._activate(queries[0].city)
-        distributions = localizer.address_distributions([_images(query)[0] for query in queries])
-        answers = []
-        for query, distribution in zip(queries, distributions, strict=True):
-            question = self._address_question(query)
-            text, most = question.answer(distribution)[0] if question else "", query.sampling.max_tokens
-            ids = localizer.tokenizer(text, add_special_tokens=False)["input_ids"]
-            cut = len(ids) >= most
-            text, tokens = (localizer.decode(ids[:most]).strip(), most) if cut else (text, len(ids) + 1)
-            answers.append([Completion(text, "length" if cut else "stop", (), self._prompt_length(query), tokens)])
-        return answers
 
-    def _fit_context(self, query: ChatQuery) -> Sampling:
-        """The query's sampling with at most as many tokens as the context has left."""
-        used, sampling = self._prompt_length(query), query.sampling
-        if used >= self.context_length:
-            raise InputError(
-                f"The conversation has {used} tokens and the model reads {self.context_length}: send a shorter one."
-            )
-        return replace(sampling, max_tokens=min(sampling.max_tokens, self.context_length - used))
+ADDRESS_TURN = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ADDRESS_QUESTION}]}]
 
-    def _prompt_length(self, query: ChatQuery) -> int:
-        """Tokens of the prompt, images included, without encoding them."""
-        localizer = self._activate(query.city)
-        text = localizer.prompt(query.messages)
-        sizes = [pixels.shape[:2] for pixels in query.images]
-        extra = [tokens - 1 for tokens in image_tokens(self.processor, sizes, self.image_size, self.tokens_per_image + 1)]
-        return len(localizer.tokenizer(text)["input_ids"]) + sum(extra)
+
+def _exact_answer(
+    localizer: Localizer, question: ParsedQuestion, prompt_tokens: int, max_tokens: int
+) -> Callable[[np.ndarray], list[TextChunk]]:
+    """From the scores of all addresses to the answer."""
+
+    def result(scores: np.ndarray) -> list[TextChunk]:
+        distribution = AddressDistribution(localizer.require_gazetteer().addresses, localizer.calibration.apply(scores))
+        text = question.answer(distribution)[0]
+        ids = localizer.answer_tokens(ADDRESS_TURN, text)
+        if len(ids) <= max_tokens:
+            return [TextChunk(0, text, "stop", (), prompt_tokens, len(ids))]
+        return [TextChunk(0, localizer.decode(ids[:max_tokens]), "length", (), prompt_tokens, max_tokens)]
+
+    return result
 
 
 def input_size(processor: Any) -> int:
@@ -217,33 +490,8 @@ def input_size(processor: Any) -> int:
     return min(max(values.values(), default=MAX_SIDE), MAX_SIDE)
 
 
-def image_tokens(processor: Any, sizes: Sequence[tuple[int, ...]], side: int, square: int) -> list[int]:
-    """Tokens of images of these sizes (height, width), from those of a square image of that `side`."""
-    count = getattr(processor, "_get_num_multimodal_tokens", None)  # as vLLM counts them
-    if count is None or not sizes:
-        return [square] * len(sizes)
-    *tokens, reference = count(image_sizes=[*sizes, (side, side)])["num_image_tokens"]
-    return [square + n - reference for n in tokens]
-
-
-def _images(query: ChatQuery) -> list[Image.Image]:
-    return [Image.fromarray(pixels) for pixels in query.images]
-
-
-def _group_by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[int]]:
-    """Positions of the items by key, in order."""
-    groups: dict[Any, list[int]] = defaultdict(list)
-    for position, item in enumerate(items):
-        groups[key(item)].append(position)
-    return groups
-
-
-def _result_or_error(function: Callable[..., Any], *args: Any) -> Any:
-    """The result, or the exception as a value: one bad request must not fail the others of its batch."""
-    try:
-        return function(*args)
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return InputError("The request needs more memory than the model's device has: send fewer images or a shorter text.")
-    except Exception as error:
-        return error
+def _by_localizer(jobs: Sequence[Job]) -> list[list[Job]]:
+    groups: dict[int, list[Job]] = defaultdict(list)
+    for job in jobs:
+        groups[id(job.localizer)].append(job)
+    return list(groups.values())

@@ -28,8 +28,8 @@ def _split(value: Any) -> Any:
 
 # The settings that the model and the image deployments get: a change to others does not restart their replicas.
 MODEL_SETTINGS = (
-    "engine vllm_python vllm_options dtype trust_remote_code base exact_answers cities_per_replica photo_memory_mb batch_size "
-    "batch_wait_s request_s"
+    "engine vllm_python vllm_options dtype trust_remote_code base exact_answers cities_per_replica photo_memory_mb "
+    "chat_memory_mb batch_size batch_wait_s request_s"
 ).split()
 IMAGE_SETTINGS = "image_processes decode_s max_megapixels max_body_mb image_domains private_addresses fetch_s".split()
 Names = Annotated[list[str], BeforeValidator(_split)]
@@ -65,7 +65,8 @@ class ServiceSettings(BaseModel):
     num_gpus: float = Field(0, ge=0)
     cities_per_replica: int = Field(8, ge=1)  # adapters in a model replica; the least recently used one is evicted
     photo_memory_mb: float = Field(256, ge=0)  # per model replica, of the latest photos: more questions on them are faster
-    batch_size: int = Field(8, ge=1)  # requests answered together
+    chat_memory_mb: float = Field(0, ge=0)  # per model replica, of the chats in progress; 0: half of what the GPU has free
+    batch_size: int = Field(8, ge=1)  # photos scored together
     batch_wait_s: float = Field(0.01, ge=0)  # how long the first of a batch waits for others, in seconds
     http_replicas: int = Field(2, ge=1)  # at most
     image_replicas: int = Field(2, ge=1)  # at most; they fetch and decode

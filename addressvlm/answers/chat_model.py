@@ -80,7 +80,7 @@ class ChatModel:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.adapters, self.adapter = adapters, adapter
         model, self.processor = loaded or load_model(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
-        self.model = to_device(model, self.device).eval()
+        self.model = model if adapters is not None else to_device(model, self.device).eval()
         if loaded is None:
             use_float32_head(self.model)
         self.tokenizer = self.processor.tokenizer

@@ -106,6 +106,10 @@ class PhotoCaches:
                 del self._caches[old]
         return cache
 
+    def clear(self) -> None:
+        """Forget all photos."""
+        self._caches.clear()
+
 
 def photo_key(image: Image.Image) -> bytes:
     """The same for photos of the same pixels, and for no others."""

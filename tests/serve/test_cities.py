@@ -55,8 +55,8 @@ def test_cities_that_can_not_be_served_are_input_errors(systems: list[Path], tmp
     engine = Engine(
         settings(systems, base=str(systems[0].parents[2] / "base")), [*cities, City("x", "X", "x", tmp_path, tmp_path)]
     )
-    with pytest.raises(InputError, match="can't be put on the base model"):
-        engine.add_city("x")
+    with pytest.raises(InputError, match="is no adapter that can be read"):
+        engine.acquire("x")
 
 
 def test_the_city_of_a_request(systems: list[Path]) -> None:

@@ -1,7 +1,11 @@
 """Requests of one batch are answered as each alone, in order: two cities on one tiny base, without Ray."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -13,13 +17,18 @@ import serve as service
 from addressvlm import InputError
 from addressvlm.answers.address_distribution import Circle, Localization, Prior
 from addressvlm.answers.calibration import Calibration
-from addressvlm.answers.types import Sampling
+from addressvlm.answers.generate import AnswerText, completion
+from addressvlm.answers.types import Completion, Sampling
+from addressvlm.config.train import ModelConfig, PartConfig
 from addressvlm.inference import Localizer
+from addressvlm.models.loading import load_model
+from addressvlm.models.lora import attach_lora
 from serve.cities import find_cities
-from serve.engine import Engine, image_tokens, input_size
+from serve.engine import Engine, Job, input_size
+from serve.errors import ApiError
 from serve.requests import ChatQuery, LocalizeQuery
 from tests.support.running_service import two_cities
-from tests.support.tiny_families import FAMILIES
+from tests.support.tiny import tiny_llava
 
 pytestmark = pytest.mark.xdist_group("serve")
 
@@ -53,12 +62,65 @@ def chat_query(
     return ChatQuery(city, turns, [pixels(seed) for seed in photos], Sampling(**{"max_tokens": 6, **sampling}))
 
 
+def jobs_of(
+    engine: Engine, prepare: Callable[..., Job], queries: Sequence[Any], put: Callable[[int, Any], None]
+) -> dict[int, Job]:
+    """The submitted jobs of queries that can be answered, by number; errors of others are put."""
+    jobs = {}
+    for number, query in enumerate(queries):
+        try:
+            jobs[number] = prepare(engine.acquire(query.city), query, partial(put, number))
+        except (InputError, ApiError) as error:
+            put(number, error)
+        else:
+            engine.submit(jobs[number])
+        engine.release(query.city)
+    return jobs
+
+
+def localize(engine: Engine, queries: Sequence[LocalizeQuery]) -> list[Any]:
+    """Results or errors, of jobs that wait together."""
+    results: dict[int, Any] = {}
+    jobs = jobs_of(engine, engine.prepare_localize, queries, results.__setitem__)
+    while engine.turn():
+        pass
+    return [jobs[n].result(r) if isinstance(r := results[n], np.ndarray) else r for n in range(len(queries))]
+
+
+def chat(engine: Engine, queries: Sequence[ChatQuery]) -> list[Any]:
+    """Answers or errors, of jobs that wait together."""
+    answers: list[Any] = [[[] for _ in range(query.sampling.n)] for query in queries]
+    texts: dict[Any, AnswerText] = {}
+
+    def put(number: int, result: Any) -> None:
+        if isinstance(result, Exception):
+            answers[number] = result
+        elif isinstance(result, np.ndarray):
+            answers[number] = [jobs[number].result(result)]
+        else:
+            for answer, token in result:
+                if chunk := texts.setdefault(answer, AnswerText(answer)).add(token):
+                    answers[number][chunk.index].append(chunk)
+
+    jobs = jobs_of(engine, engine.prepare_chat, queries, put)
+    while engine.turn():
+        pass
+    return [a if isinstance(a, Exception) else [completion(chunks) for chunks in a] for a in answers]
+
+
 def same(result: Localization | Exception, single: Localization | Exception) -> None:
     assert isinstance(result, Localization)
     assert isinstance(single, Localization)
     assert (result.known, result.threshold) == (single.known, single.threshold)
     assert [c.street for c in result.candidates] == [c.street for c in single.candidates]
     assert [c.probability for c in result.candidates] == pytest.approx([c.probability for c in single.candidates], rel=1e-3)
+
+
+def same_answers(result: Sequence[Completion], single: Sequence[Completion], about: Any = None) -> None:
+    for one, other in zip(result, single, strict=True):
+        assert replace(one, scores=()) == replace(other, scores=()), about
+        assert [score.text for score in one.scores] == [score.text for score in other.scores]
+        assert [s.log_p for s in one.scores] == pytest.approx([s.log_p for s in other.scores], abs=1e-4)
 
 
 # ---- addresses
@@ -73,42 +135,41 @@ def test_photos_of_one_batch_are_localized_as_each_alone(engine: Engine) -> None
         LocalizeQuery("st-alder", pixels(5), 9, Prior(weights={"Elm Row": 0.2}), 0.3),
         LocalizeQuery("toytown", pixels(6), 9, Prior(circle=Circle(52.01, 0.0, 300, soft=True)), 0.2),
     ]
-    single = [engine.localize([query])[0] for query in queries]
+    single = [localize(engine, [query])[0] for query in queries]
     assert len({str(result) for result in single}) == len(queries)
     assert [result.threshold for result in single if isinstance(result, Localization)] == [0.9, 0.0, 0.0, 1.0, 0.3, 0.2]
     assert [len(result.candidates) for result in single if isinstance(result, Localization)] == [4, 1, 2, 3, 2, 4]
-    for one, other in zip(engine.localize(queries), single, strict=True):
+    for one, other in zip(localize(engine, queries), single, strict=True):
         same(one, other)
-    for one, other in zip(engine.localize(queries[::-1]), single[::-1], strict=True):
+    for one, other in zip(localize(engine, queries[::-1]), single[::-1], strict=True):
         same(one, other)
 
 
 def test_photos_of_one_city_go_through_the_model_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, distributions = [], Localizer.address_distributions
-    monkeypatch.setattr(
-        Localizer,
-        "address_distributions",
-        lambda self, images, priors: sizes.append(len(images)) or distributions(self, images, priors),
-    )
-    engine.localize(
-        [LocalizeQuery(city, pixels(3), 1, Prior(), None) for city in ("toytown", "st-alder", "toytown", "toytown")]
+    sizes, score = [], Localizer.score_prompts
+    monkeypatch.setattr(Localizer, "score_prompts", lambda self, prompts: sizes.append(len(prompts)) or score(self, prompts))
+    localize(
+        engine, [LocalizeQuery(city, pixels(3), 1, Prior(), None) for city in ("toytown", "st-alder", "toytown", "toytown")]
     )
     assert sizes == [3, 1]
 
 
-def test_a_bad_prior_fails_alone_and_moves_no_other_answer(engine: Engine) -> None:
+def test_a_bad_prior_fails_alone_and_leaves_the_others_one_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     fine = [LocalizeQuery("toytown", pixels(seed), 2, Prior(), None) for seed in (1, 2, 3)]
-    single = [engine.localize([query])[0] for query in fine]
-    first, refused, second, third = engine.localize(
-        [fine[0], LocalizeQuery("toytown", pixels(4), 2, Prior(streets=("Elm Row",)), None), *fine[1:]]
+    single = [localize(engine, [query])[0] for query in fine]
+    sizes, score = [], Localizer.score_prompts
+    monkeypatch.setattr(Localizer, "score_prompts", lambda self, prompts: sizes.append(len(prompts)) or score(self, prompts))
+    first, refused, second, third = localize(
+        engine, [fine[0], LocalizeQuery("toytown", pixels(4), 2, Prior(streets=("Elm Row",)), None), *fine[1:]]
     )
     assert isinstance(refused, InputError)
+    assert sizes == [3]
     for result, expected in zip((first, second, third), single, strict=True):
         same(result, expected)
 
 
 def test_a_threshold_of_0_counts_every_answer_of_a_calibrated_model(engine: Engine) -> None:
-    result = [engine.localize([LocalizeQuery("toytown", pixels(1), 1, Prior(), threshold)])[0] for threshold in (None, 0.0)]
+    result = [localize(engine, [LocalizeQuery("toytown", pixels(1), 1, Prior(), threshold)])[0] for threshold in (None, 0.0)]
     assert [(f.known, f.threshold) for f in result if isinstance(f, Localization)] == [(False, 0.9), (True, 0.0)]
 
 
@@ -137,13 +198,14 @@ MIXED = [
 
 
 def test_chats_of_one_batch_are_answered_as_each_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    single = [engine.chat([question])[0] for question in MIXED]
+    single = [chat(engine, [question])[0] for question in MIXED]
     assert not [result for result in single if isinstance(result, Exception)]
     assert len({result[0].text for result in single if not isinstance(result, Exception)}) > len(MIXED) / 2
-    together = engine.chat(MIXED)
+    together = chat(engine, MIXED)
     for question, result, expected in zip(MIXED, together, single, strict=True):
-        assert result == expected, question.messages
-    assert engine.chat(MIXED[::-1]) == together[::-1]
+        same_answers(result, expected, question.messages)
+    for result, expected in zip(chat(engine, MIXED[::-1]), together[::-1], strict=True):
+        same_answers(result, expected)
 
 
 def test_alike_chats_go_through_the_model_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +213,8 @@ def test_alike_chats_go_through_the_model_together(engine: Engine, monkeypatch: 
     monkeypatch.setattr(
         Localizer, "prefill", lambda self, inputs: prompts.append(len(inputs["input_ids"])) or prefill(self, inputs)
     )
-    engine.chat([question for question in MIXED if question.sampling == Sampling(6) and len(question.images) == 1])
-    assert sorted(prompts) == [1, 2, 3, 4]  # of each city those about the address, and the plain ones
+    chat(engine, [question for question in MIXED if question.sampling == Sampling(6) and len(question.images) == 1])
+    assert sorted(prompts) == [1, 1, 3, 4]  # photos: of each city those about the address, and the plain ones
 
 
 def test_a_temperature_is_of_its_own_question(engine: Engine) -> None:
@@ -160,10 +222,10 @@ def test_a_temperature_is_of_its_own_question(engine: Engine) -> None:
         chat_query("Tell me a story.", 1, max_tokens=8),
         chat_query("Tell me a story.", 1, max_tokens=8, temperature=9.0),
     )
-    (greedy,) = engine.chat([cold])[0]
+    (greedy,) = chat(engine, [cold])[0]
     for seed in range(2):
         torch.manual_seed(seed)
-        (first,), (one,), (two,), (other,) = engine.chat([hot, cold, cold, hot])
+        (first,), (one,), (two,), (other,) = chat(engine, [hot, cold, cold, hot])
         assert one.text == two.text == greedy.text
         assert len({first.text, other.text, greedy.text}) == 3
 
@@ -171,12 +233,12 @@ def test_a_temperature_is_of_its_own_question(engine: Engine) -> None:
 @pytest.mark.parametrize("special", [{"seed": 3}, {"top_p": 1e-6}])
 def test_a_seed_and_top_p_hold_in_a_batch_too(engine: Engine, special: dict[str, Any]) -> None:
     one, other = (chat_query("Tell me a story.", 1, temperature=9.0, **more) for more in (special, {}))
-    alone = engine.chat([one])[0]
-    assert engine.chat([other, one, other])[1] == alone
+    alone = chat(engine, [one])[0]
+    assert chat(engine, [other, one, other])[1] == alone
 
 
 def test_only_plain_questions_are_answered_by_probabilities(engine: Engine) -> None:
-    plain = engine.chat([chat_query("Which street is this?", 1, max_tokens=1)])[0][0]
+    plain = chat(engine, [chat_query("Which street is this?", 1, max_tokens=60)])[0][0]
     assert plain.finish == "stop"
     assert plain.text in {"Mill Street", "Oak Avenue", "Quay Lane", "Station Road"}
     for free in (
@@ -187,7 +249,7 @@ def test_only_plain_questions_are_answered_by_probabilities(engine: Engine) -> N
         chat_query("Which street is this?", 1, 2, max_tokens=1),
         chat_query("Which street is this?", max_tokens=1),
     ):
-        assert engine.chat([free])[0][0].tokens == 1
+        assert chat(engine, [free])[0][0].tokens == 1
 
 
 def test_a_prompts_length_is_known_before_it_is_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,21 +259,20 @@ def test_a_prompts_length_is_known_before_it_is_read(engine: Engine, monkeypatch
         chat_query("Hello.", 1, 2),
         chat_query("Which street is this?", 1, stop=["x"]),
     ):
-        (read,) = engine.chat([question])[0]
+        (read,) = chat(engine, [question])[0]
         monkeypatch.setattr(engine, "context_length", read.prompt_tokens + 2)
-        assert engine.chat([question])[0][0].tokens <= 2
+        assert chat(engine, [question])[0][0].tokens <= 2
         monkeypatch.setattr(engine, "context_length", read.prompt_tokens)
-        assert isinstance(engine.chat([question])[0], InputError)
-        with pytest.raises(InputError, match=f"has {read.prompt_tokens} tokens"):
-            next(engine.stream_chat(question))
+        (refused,) = chat(engine, [question])
+        assert isinstance(refused, InputError)
+        assert f"has {read.prompt_tokens} tokens" in str(refused)
         monkeypatch.undo()
 
 
 def test_memory_for_photos_is_shared_by_the_cities_of_a_replica(systems: list[Path]) -> None:
     config = service.ServiceSettings(cities=[str(s) for s in systems], dtype="float32", photo_memory_mb=8, cities_per_replica=4)
     engine = Engine(config, find_cities(config))
-    engine.add_city("toytown")
-    assert engine.localizers["toytown"].photo_caches.max_bytes == 2 * 2**20
+    assert engine.acquire("toytown").photo_caches.max_bytes == 4 * 2**20
 
 
 # ---- adapters of several cities
@@ -233,11 +294,11 @@ def test_each_city_answers_as_its_merged_model(systems: list[Path]) -> None:
     for city in ("toytown", "st-alder", "toytown"):
         merged = Localizer(systems[0 if city == "toytown" else 1] / "merged")
         expected = merged.localize(Image.fromarray(PIXELS), top_k=None)
-        (result,) = engine.localize([LocalizeQuery(city, PIXELS, 9, Prior(), None)])
+        (result,) = localize(engine, [LocalizeQuery(city, PIXELS, 9, Prior(), None)])
         assert [c.street for c in result.candidates] == [c.street for c in expected.candidates]
         assert result.confidence == pytest.approx(expected.confidence, rel=1e-3)
         (expected_answer,) = merged.chat(query.messages, [Image.fromarray(PIXELS)], query.sampling)
-        (answer,) = engine.chat([ChatQuery(city, query.messages, query.images, query.sampling)])
+        (answer,) = chat(engine, [ChatQuery(city, query.messages, query.images, query.sampling)])
         assert answer[0].text == expected_answer.text
 
 
@@ -247,33 +308,50 @@ def test_cities_in_one_batch_do_not_mix(systems: list[Path]) -> None:
     cities = ["toytown", "st-alder", "toytown", "st-alder"]
     photos = np.random.default_rng(2).integers(0, 255, (4, 40, 60, 3), dtype=np.uint8)
     queries = [LocalizeQuery(city, pixels, 9, Prior(), None) for city, pixels in zip(cities, photos, strict=True)]
-    separate = [engine.localize([query])[0] for query in queries]
+    separate = [localize(engine, [query])[0] for query in queries]
     engine = Engine(config, find_cities(config))  # that remembers no photo
-    together = engine.localize(queries)
+    together = localize(engine, queries)
     assert [t.confidence for t in together] == pytest.approx([a.confidence for a in separate], rel=1e-4)
     assert len({round(a.confidence, 4) for a in separate}) == 4
     bad = LocalizeQuery("toytown", PIXELS, 9, Prior(streets=("Elm Row",)), None)
-    refused, fine = engine.localize([bad, queries[0]])
+    refused, fine = localize(engine, [bad, queries[0]])
     assert isinstance(refused, InputError)
     assert fine.confidence == pytest.approx(separate[0].confidence, rel=1e-4)
 
 
-def test_a_city_is_evicted_and_loaded_again(systems: list[Path]) -> None:
+def test_the_city_used_least_recently_is_evicted_unless_a_request_needs_it(systems: list[Path]) -> None:
+    config = settings(systems, cities_per_replica=1)
+    engine = Engine(config, find_cities(config))
+    query = LocalizeQuery("toytown", PIXELS, 9, Prior(), None)
+    before = localize(engine, [query])[0]
+    other = LocalizeQuery("st-alder", PIXELS, 1, Prior(), None)
+    localize(engine, [other])
+    assert list(engine.localizers) == ["st-alder"]
+    assert localize(engine, [query])[0].confidence == pytest.approx(before.confidence, rel=1e-5)
+    assert list(engine.localizers) == ["toytown"]
+    engine.acquire("toytown")
+    localize(engine, [other])
+    assert list(engine.localizers) == ["toytown", "st-alder"]
+    engine.release("toytown")
+    localize(engine, [other])
+    engine.acquire("st-alder")
+    assert localize(engine, [query])[0].confidence == pytest.approx(before.confidence, rel=1e-5)
+
+
+def test_an_adapter_of_another_base_is_refused_and_the_others_stay(systems: list[Path], tmp_path: Path) -> None:
+    wider = tiny_llava(tmp_path / "base", side=48)
+    model, _ = attach_lora(load_model(str(wider))[0], ModelConfig(base=str(wider), vision=PartConfig(full=True)))
+    model.save_pretrained(tmp_path / "adapter")
     config = settings(systems)
     engine = Engine(config, find_cities(config))
     query = LocalizeQuery("toytown", PIXELS, 9, Prior(), None)
-    before = engine.localize([query])[0]
-    engine.remove_city("toytown")
-    engine.remove_city("toytown")
-    engine.add_city("st-alder")
-    assert list(engine.localizers) == ["st-alder"]
-    assert engine.localize([query])[0].confidence == pytest.approx(before.confidence, rel=1e-5)
-    assert set(engine.localizers) == {"toytown", "st-alder"}
-    engine.settings = settings(systems, cities_per_replica=1)
-    assert engine.localize([query])[0].confidence == pytest.approx(before.confidence, rel=1e-5)
-    assert list(engine.localizers) == ["toytown"]
-    engine.localize([LocalizeQuery("st-alder", PIXELS, 1, Prior(), None)])
-    assert list(engine.localizers) == ["st-alder"]
+    for loaded_before in (False, True):
+        if loaded_before:
+            before = localize(engine, [query])[0]
+        engine.cities["st-alder"] = replace(engine.cities["st-alder"], adapter=tmp_path / "adapter")
+        with pytest.raises(InputError, match=f"was trained on {wider} .*serve it on that one"):
+            engine.acquire("st-alder")
+    assert localize(engine, [query])[0].confidence == before.confidence
 
 
 def test_a_question_that_is_too_long_fails_alone(systems: list[Path]) -> None:
@@ -285,25 +363,137 @@ def test_a_question_that_is_too_long_fails_alone(systems: list[Path]) -> None:
         return ChatQuery("toytown", [turn], [PIXELS], Sampling(max_tokens))
 
     short = question("Tell.", 6)
-    single = engine.chat([short])[0]
-    engine.context_length = engine._prompt_length(short) + 6
-    (expected_answer,), refused, (cut,) = engine.chat([short, question("Tell. " * 50, 6), question("Tell me.", 6)])
+    single = chat(engine, [short])[0]
+    engine.context_length = single[0].prompt_tokens + 6
+    (expected_answer,), refused, (cut,) = chat(engine, [short, question("Tell. " * 50, 6), question("Tell me.", 6)])
     assert expected_answer.text == single[0].text
     assert isinstance(refused, InputError)
     assert cut.tokens < 6
 
 
-def test_a_stream_goes_on_while_another_city_answers(systems: list[Path]) -> None:
+def test_photos_and_short_answers_of_another_city_do_not_wait_for_a_long_answer(systems: list[Path]) -> None:
     config = settings(systems)
     engine = Engine(config, find_cities(config))
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Tell."}]}]
-    question = ChatQuery("toytown", turn, [PIXELS], Sampling(8))
-    single = "".join(chunk.text for chunk in engine.stream_chat(question))
-    chunks, between = engine.stream_chat(question), []
-    while (chunk := next(chunks, None)) is not None:
-        between.append(chunk.text)
-        engine.localize([LocalizeQuery("st-alder", PIXELS, 1, Prior(), None)])
-    assert "".join(between) == single
+    (alone,) = chat(engine, [ChatQuery("toytown", turn, [PIXELS], Sampling(40, 2.0, seed=1))])
+    order: list[str] = []
+    long = ChatQuery("toytown", turn, [PIXELS], Sampling(40, 2.0, seed=1))
+    short = ChatQuery("st-alder", turn, [PIXELS], Sampling(1))
+    ids: list[int] = []
+
+    def put_long(_: int, tokens: Any) -> None:
+        order.append("long")
+        ids.extend(token.id for _, token in tokens)
+
+    jobs_of(engine, engine.prepare_chat, [long], put_long)
+    engine.turn()
+    jobs_of(engine, engine.prepare_chat, [short], lambda *_: order.append("short"))
+    jobs_of(
+        engine, engine.prepare_localize, [LocalizeQuery("st-alder", PIXELS, 1, Prior(), None)], lambda *_: order.append("photo")
+    )
+    while engine.turn():
+        pass
+    assert order[:4] == ["long", "long", "photo", "short"]
+    assert len(ids) == alone[0].tokens > 5
+    assert (
+        engine.localizers["toytown"].decode([i for i in ids if i not in engine.localizers["toytown"].end_tokens]).strip()
+        == alone[0].text
+    )
+
+
+def test_answers_of_two_cities_are_one_batch(systems: list[Path]) -> None:
+    config = settings(systems)
+    engine = Engine(config, find_cities(config))
+    queries = [chat_query("Tell me a story.", n, city=("toytown", "st-alder")[n % 2], max_tokens=9) for n in range(6)]
+    alone = [chat(engine, [query])[0] for query in queries]
+    jobs_of(engine, engine.prepare_chat, queries, lambda *_: None)
+    engine.turn()
+    assert len(engine.decoder._batches) == 1
+    while engine.turn():
+        pass
+    assert chat(engine, queries) == alone
+    assert len({answers[0].text for answers in alone}) > 3
+
+
+def test_chats_wait_until_there_is_room_for_them_and_none_that_never_fits_is_taken(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = [chat_query("Tell me a story.", n, max_tokens=6, n=2, temperature=1.0, seed=n) for n in range(4)]
+    alone = [chat(engine, [query])[0] for query in queries]
+    length = alone[0][0].prompt_tokens
+    monkeypatch.setattr(engine, "cache_tokens", 4 * (length + 6))
+    most = []
+    step = engine.decoder.step
+    monkeypatch.setattr(engine.decoder, "step", lambda: most.append(engine.decoder.cached_tokens()) or step())
+    assert chat(engine, queries) == alone
+    assert length < max(most) <= engine.cache_tokens
+    (refused,) = chat(engine, [chat_query("Tell me a story.", 1, max_tokens=6, n=5)])
+    assert isinstance(refused, ApiError)
+    assert refused.status == 503
+
+
+def test_one_for_which_nobody_waits_any_more_frees_its_place(engine: Engine) -> None:
+    got: list[Any] = []
+    long, photo = (
+        chat_query("Tell me a story.", 1, max_tokens=50, temperature=1.0),
+        LocalizeQuery("toytown", PIXELS, 1, Prior(), None),
+    )
+    jobs = jobs_of(engine, engine.prepare_chat, [long], lambda *r: got.append(r))
+    engine.turn()
+    jobs[0].cancel()
+    engine.turn()
+    assert len(engine.decoder) == 0
+    assert engine._jobs == {}
+    before = len(got)
+    jobs_of(engine, engine.prepare_localize, [photo], lambda *r: got.append(r))[0].cancel()
+    assert not engine.turn()
+    assert len(got) == before
+
+
+def test_an_error_of_the_device_fails_the_health_check_and_all_that_wait(
+    systems: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(systems)
+    engine = Engine(config, find_cities(config))
+    query = LocalizeQuery("toytown", PIXELS, 9, Prior(), None)
+    engine.check_health()
+
+    def broken(*_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700)
+
+    monkeypatch.setattr(Localizer, "score_prompts", broken)
+    (failed,) = localize(engine, [query])
+    assert isinstance(failed, ApiError)
+    assert failed.status == 503
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        engine.check_health()
+    engine.start()
+    results: Queue[Any] = Queue()
+    jobs_of(engine, engine.prepare_localize, [query], lambda *result: results.put(result[1]))
+    assert results.get(timeout=60).status == 503
+
+
+def test_a_stuck_thread_fails_the_health_check(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_turn_began", time.monotonic() - engine.settings.request_s + 60)
+    engine.check_health()
+    monkeypatch.setattr(engine, "_turn_began", time.monotonic() - engine.settings.request_s - 1)
+    with pytest.raises(RuntimeError, match="in one turn for more than 300 s"):
+        engine.check_health()
+
+
+def test_too_little_memory_for_a_batch_is_enough_for_its_halves(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, score = [], Localizer.score_prompts
+
+    def two_at_most(self: Localizer, prompts: Sequence[Any]) -> Any:
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(prompts))
+        return score(self, prompts)
+
+    monkeypatch.setattr(Localizer, "score_prompts", two_at_most)
+    results = localize(engine, [LocalizeQuery("toytown", pixels(seed), 2, Prior(), None) for seed in range(5)])
+    assert [isinstance(result, Localization) for result in results] == [True] * 5
+    assert sizes == [2, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -322,23 +512,8 @@ def test_the_side_of_a_models_input(size: dict[str, int], by_area: bool, side: i
     assert input_size(type("Processor", (), fields)) == side
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_images_tokens_are_counted_as_the_processor_makes_them(family: str) -> None:
-    processor = FAMILIES[family]()[1]
-    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
-    prompt = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-    side, text_tokens = input_size(processor.image_processor), len(processor.tokenizer(prompt)["input_ids"])
-
-    def tokens(size: tuple[int, int]) -> int:
-        inputs = processor(text=[prompt], images=[[Image.new("RGB", size[::-1])]], return_tensors="pt")
-        return inputs["input_ids"].shape[1] - text_tokens + 1
-
-    sizes = [(side, side), (30, 40), (120, 40), (40, 200)]
-    assert image_tokens(processor, sizes, side, tokens(sizes[0])) == [tokens(size) for size in sizes]
-
-
 def test_answers_from_probabilities_keep_to_max_tokens(engine: Engine) -> None:
-    whole, cut, one = (engine.chat([chat_query("Which street is this?", 1, max_tokens=n)])[0][0] for n in (30, 2, 1))
+    whole, cut, one = (chat(engine, [chat_query("Which street is this?", 1, max_tokens=n)])[0][0] for n in (30, 2, 1))
     assert (whole.finish, cut.finish, one.finish, cut.tokens, one.tokens) == ("stop", "length", "length", 2, 1)
     assert whole.text.startswith(cut.text)
     assert len(one.text) <= len(cut.text) < len(whole.text)
