@@ -106,17 +106,21 @@ def run_step(config: Config, redo: bool = False) -> None:
     with resumable_dir(run.photos, settings(config), redo) as folder:
         data = _load_city(filled, folder, run.rejects / "prepare.parquet")
         split = split_places(
-            [data.answers[p] for p in sorted({photo.place for photo in data.usable})], filled.city, config.seed
+            [data.answers[p] for p in sorted({photo.place for photo in data.usable})], filled.city, config.seed, data.usable
         )
         for part in ("train", "test"):
             if not split.count(part):
+                fix = {
+                    "blocks": "or lower city.split_block_m and city.split_buffer_m, or set city.split_method to random",
+                    "random": "or change city.split",
+                    "table": "or name some in the table's column split",
+                }[filled.city.split_method]
                 raise InputError(
-                    f"{len(split.part)} places are too few for a {part} split in blocks of {filled.city.split_block_m:g} m: "
-                    "add photos of more places, or lower city.split_block_m and city.split_buffer_m."
+                    f"{len(split.part)} places give no place for the {part} split: add photos of more places, {fix}."
                 )
         photos = thin_views(data.usable, split.part, filled.city.density.views, config.seed)
         train = [photo for photo in photos if split.part[photo.place] == "train"]
-        gazetteer = build_gazetteer(filled.city, data.streets, data.answers, train, data.sub_streets)
+        gazetteer = build_gazetteer(filled.city, data.streets, data.answers, train, data.sub_streets, split.map_only)
         _write_tables(config, folder, data, photos, split, gazetteer)
         if data.streets.roads:
             lat, lon = np.array([(photo.lat, photo.lon) for photo in photos]).T

@@ -55,6 +55,7 @@ class PartitionConfig(Section):
 class DensityConfig(Section):
     """How much of the training data is used (paper 001, Fig. 5); test places are never thinned."""
 
+    blocks: float = Field(1.0, gt=0, le=1)  # share of the blocks with training places; the others have no photo at all
     places: float = Field(1.0, gt=0, le=1)  # share of training places
     views: float = Field(1.0, gt=0, le=1)  # share of the views of each training place, at least one
 
@@ -81,8 +82,11 @@ class CityConfig(Section):
     geocoder: GeocoderConfig | None = None  # an external one instead of the street map
     partition: PartitionConfig | None = None  # also name the sub-street of each place
     answer: Literal["street", "sub_street"] = "street"  # what questions mean by street; sub_street needs city.partition
+    # blocks: stratified, with a buffer; random: place by place, as in the papers; table: the column `split` of the manifest
+    split_method: Literal["blocks", "random", "table"] = "blocks"
     split_buffer_m: float = Field(25.0, ge=0)  # no training place is nearer than this to a test or validation place
-    split_block_m: float = Field(100.0, gt=0)  # places are split in blocks of this side, so that the buffer costs little
+    # places are split in blocks of this side, so that the buffer costs little; a column `block` of the manifest comes first
+    split_block_m: float = Field(100.0, gt=0)
     split: SplitShares = SplitShares()
     density: DensityConfig = DensityConfig()
     rounds: int = Field(7, ge=1)  # questions about each training photo (paper 001: 7)

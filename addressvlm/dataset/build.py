@@ -125,21 +125,23 @@ def build_gazetteer(
     places: Mapping[str, Place],
     photos: Iterable[Photo],
     sub_streets: Mapping[str, BaseGeometry] | None = None,
+    map_only: Iterable[Address] = (),
 ) -> Gazetteer:
-    """The addresses of these photos with the shapes of their streets and districts.
+    """The addresses of these photos, and those known from the map alone, with the shapes of their streets and districts.
 
     Args:
         places: from `answer_places`.
         sub_streets: shapes of sub-streets, where the addresses name them.
     """
     photo_places = [photo.place for photo in photos]
-    addresses = [places[place].address for place in sorted(set(photo_places))]
+    trained = [places[place].address for place in sorted(set(photo_places))]
+    addresses = [*trained, *map_only]
     return Gazetteer(
         addresses,
         {**streets.street_shapes([a.street for a in addresses]), **(sub_streets or {})},
         streets.district_shapes([a.district for a in addresses]),
         Counter(places[place].address.street for place in photo_places),
-        Counter(a.street for a in addresses),
+        Counter(a.street for a in trained),
         city.name,
         city.attribution,
         streets.variants,

@@ -82,6 +82,7 @@ def make_card(
         "attribution": _attribution(config, attribution),
         "sources": _sources(config.city, config.tiles),
         "seed": config.seed,
+        "split_method": config.city.split_method,
         "split_buffer_m": config.city.split_buffer_m,
         "ambiguous_m": config.city.ambiguous_m,
         "density": config.city.density.model_dump(),
@@ -95,6 +96,7 @@ def make_card(
         "rejected": dict(Counter(str(r["reason"]).partition(":")[0] for r in rejects).most_common()),
         "aside": dict(Counter(split.reason.values()).most_common()),
         "min_train_to_held_out_m": split.min_distance_m,
+        "map_only": [address.text() for address in split.map_only],
     }  # fmt: skip
 
 

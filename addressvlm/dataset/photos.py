@@ -38,6 +38,8 @@ class Photo:
     street: str = ""
     district: str = ""
     sub_street: str = ""
+    block: str = ""  # places of a block are split together
+    split: str = ""  # as the table has it
     fov_deg: float | None = None  # horizontal field of view
     view: float | None = None  # cut `file`, a panorama, this many degrees clockwise of its centre; None: `file` is the photo
 

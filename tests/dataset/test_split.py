@@ -227,6 +227,86 @@ def test_short_streets_are_split_in_smaller_blocks() -> None:
     assert result.count("test") >= 3
 
 
+def street_grid(seed: int, spacing: float = 20.0) -> list[Place]:
+    """Eight streets each way with a place every so many metres, districts of a quarter each, as a city has them."""
+    rng, places = random.Random(seed), []
+    for street in range(16):
+        start, end = rng.choice([0, 0, 110, 220]), rng.choice([770, 770, 660, 440])
+        for along in np.arange(start, end, spacing):
+            x, y = (along, 110.0 * street) if street < 8 else (110.0 * (street - 8), along)
+            home = f"District {int(x > 385)}{int(y > 385)}"
+            places.append(Place(f"{len(places):04d}", 0, 0, x, y, Address(f"Street {street}", home), 1.0, None, False))
+    return places
+
+
+def test_every_address_gives_its_share() -> None:
+    """Without quotas whole addresses went to the test, and the rest of them had none: their counts correlated with -0.45."""
+    correlations = []
+    for seed in range(6):
+        places = street_grid(seed)
+        city = CityConfig(split_buffer_m=25, split=SplitShares(train=0.65, val=0.1, test=0.25))
+        part = split_places(places, city, seed).part
+        counts = {name: Counter(p.address for p in places if part[p.id] == name) for name in ("train", "test")}
+        addresses = sorted({p.address for p in places}, key=str)
+        large = [a for a, n in Counter(p.address for p in places).items() if n >= 8]
+        assert sum(counts["test"][a] > 0 for a in large) > 0.8 * len(large)
+        correlations.append(np.corrcoef([[counts[name][a] for a in addresses] for name in ("train", "test")])[0, 1])
+        assert sum(counts["test"].values()) > 0.2 * len(places)
+    assert np.mean(correlations) > 0.2
+
+
+def test_blocks_of_the_table_stay_together() -> None:
+    places = street_grid(0)
+    photos = [Photo(i, p.id, f"{p.id}.jpg", p.id, 0, 0, block=f"{p.address.street}/{i // 4}") for i, p in enumerate(places)]
+    part = split_places(places, CityConfig(split_buffer_m=0), 0, photos).part
+    blocks: dict[str, set[str]] = {}
+    for photo in photos:
+        blocks.setdefault(photo.block, set()).add(part[photo.place])
+    assert all(len(parts) == 1 for parts in blocks.values())
+    assert 0.05 * len(places) < sum(p == "test" for p in part.values()) < 0.15 * len(places)
+
+
+@pytest.mark.parametrize("side", [1.0, 4.0, 6.0])
+def test_small_blocks_hold_places_out_too(side: float) -> None:
+    result = split_places(scattered(0, 200, 5), CityConfig(split_block_m=side, split_buffer_m=0), 0)
+    assert result.count("test") == pytest.approx(20, abs=4)
+
+
+def test_the_papers_split_is_of_single_places_without_a_buffer() -> None:
+    places = street_grid(1)
+    result = split_places(places, CityConfig(split_method="random", split_buffer_m=25), 0)
+    assert result.count("aside") == 0
+    assert [result.count(part) / len(places) for part in ("train", "val", "test")] == pytest.approx([0.7, 0.2, 0.1], abs=0.01)
+    trained = {p.address for p in places if result.part[p.id] == "train"}
+    assert trained == {p.address for p in places}
+
+
+def test_the_split_of_the_table_is_taken_as_it_is() -> None:
+    places = scattered(0, 6, 2)
+    words = ["Train", "training", "val", "TEST", "", "later"]
+    photos = [Photo(i, f"{i}", f"{i}.jpg", f"{i}", 0, 0, split=word) for i, word in enumerate(words)]
+    photos.append(Photo(6, "6", "6.jpg", "0", 0, 0, split="test"))
+    result = split_places(places, CityConfig(split_method="table"), 0, photos)
+    assert result.part == {"0": "aside", "1": "train", "2": "val", "3": "test", "4": "aside", "5": "aside"}
+    assert result.reason["0"] == "the table's split is 'Train' and 'test'"
+    assert result.reason["5"] == "the table's split is 'later'"
+    with pytest.raises(InputError, match="no column split"):
+        split_places(places, CityConfig(split_method="table"), 0)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.25, 0.5])
+def test_thinned_blocks_have_no_photo_and_their_addresses_stay_known(share: float) -> None:
+    places = street_grid(2)
+    full = split_places(places, CityConfig(), 0)
+    results = [split_places(places, CityConfig(density=DensityConfig(blocks=part)), 0) for part in (share, 2 * share)]
+    fewer, more, everything = ({p for p, part in r.part.items() if part == "train"} for r in (*results, full))
+    assert fewer < more <= everything
+    address = {p.id: p.address for p in places}
+    for result, left in zip(results, (fewer, more), strict=True):
+        assert set(result.map_only) == {address[p] for p in everything} - {address[p] for p in left}
+    assert full.map_only == ()
+
+
 # density of the training data
 
 

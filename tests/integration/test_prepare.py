@@ -202,7 +202,7 @@ def test_no_usable_photo_is_an_error_even_if_all_may_be_bad(tmp_path: Path) -> N
 
 def test_a_city_too_small_for_a_split_is_an_error(tmp_path: Path) -> None:
     config = city(tmp_path, split_buffer_m=5000)
-    with pytest.raises(InputError, match="30 places are too few for a test split"):
+    with pytest.raises(InputError, match="30 places give no place for the test split"):
         prepare.run_step(config)
 
 

@@ -32,7 +32,7 @@ class Ial:
         "sub_street": ("sub_street", "substreet"),
     }
     POSITION = ("gps", "coordinates", "coordinate", "location", "latlon", "lat_lon", "geometry")
-    PHOTO = ("file", "id", "place", "lat", "lon", "heading", "fov_deg", "panorama")
+    PHOTO = ("file", "id", "place", "lat", "lon", "heading", "fov_deg", "panorama", "block", "split")
     UNIQUE = frozenset(("neighborhood", "neighbourhood", "main_street", *CROSS_STREETS))  # no other table has these
     SEPARATOR = re.compile(r"\s*[&;|]\s*|\s*,\s*|\s+and\s+")
 

@@ -248,6 +248,8 @@ def _photo(row: int, identifier: str, file: str, cells: Row) -> Photo:
         street=clean_text(cells.get("street")),
         district=clean_text(cells.get("district")),
         sub_street=clean_text(cells.get("sub_street")),
+        block=clean_text(cells.get("block")),
+        split=clean_text(cells.get("split")),
         fov_deg=fov_deg,
     )
 
