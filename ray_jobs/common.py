@@ -1,20 +1,17 @@
-"""Shared by all jobs: flags, the connection to Ray, progress lines, and errors as one sentence."""
+"""Shared by all jobs: flags, the connection to Ray, and errors as one sentence."""
 
 import argparse
 import logging
-import os
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import ray
 
 from addressvlm import InputError
 from addressvlm.config import Config, load
-from ray_jobs.cluster import Workers, notify_progress, wait_for_workers
+from ray_jobs.cluster import Workers, wait_for_workers
+from ray_jobs.progress import display
 
 
 def job_parser(description: str) -> argparse.ArgumentParser:
@@ -45,11 +42,11 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    if not sys.stdout.isatty():
-        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
-        ray.init(log_to_driver=True, logging_level="warning")
+        with display.show("starting Ray"):
+            # errors of workers come as exceptions, and what they do is shown by `progress`
+            ray.init(log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         message = " ".join(str(error).split())[:300]
         raise InputError(
@@ -69,44 +66,15 @@ def require_evaluation_workers(config: Config, step: str) -> None:
     wait_for_workers(workers, config.cluster.wait_s)
 
 
-_last_shown: dict[str, float] = {}
-
-
-def progress(step: str, done: int, total: int) -> None:
-    """Print `step: done/total`, at most every five seconds, and always at the end."""
-    notify_progress(step, done, total)
-    now = time.monotonic()
-    if done >= total or now - _last_shown.get(step, 0.0) >= 5:
-        _last_shown[step] = now
-        print(f"{step}: {done:,}/{total:,}", flush=True)
-
-
 def run_main(main: Callable[[], None]) -> None:
     """Run a job's main; errors that a user can fix end as one sentence and exit status 1."""
+    display.clear()
     try:
-        main()
+        with display.show(Path(sys.argv[0]).stem):
+            main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: rerun the command to resume.", file=sys.stderr, flush=True)
         sys.exit(130)
-
-
-@contextmanager
-def heartbeat(status: Callable[[], str], interval_s: float = 30.0) -> Iterator[None]:
-    """Print the text that `status` returns, if any, every `interval_s` seconds until the block ends."""
-    stopped = threading.Event()
-
-    def beat() -> None:
-        while not stopped.wait(interval_s):
-            if text := status():
-                print(text, flush=True)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        thread.join()

@@ -2,12 +2,12 @@
 """Compare all systems on the same photos: a table with confidence intervals, tests and costs, and an HTML report.
 
     ray job submit -- python ray_jobs/compare.py --config demo-compare
-    python ray_jobs/compare.py --config my_city.yaml --row AddressVLM --row AddressCLIP
+    python ray_jobs/compare.py --config my_city.yaml --system AddressVLM --system AddressCLIP
     python ray_jobs/compare.py --config demo-ablation
 
 Systems are those of `train.systems`, trained if they are not yet, then `compare.systems` and `compare.variants`. Rerun it to
 resume; a system that fails says why in the table, and the others go on. Writes below <storage>/<name>:
-comparison/comparison.json, .md, .csv and report.html, answers/<system> and scores/<system>, costs/<system>.json, and
+comparison/comparison.json, .md, .csv and report.html, answers/<system>, scores/<system>/<split>, costs/<system>.json, and
 cards/<system>/README.md for systems without a model folder. Cards of models get their metrics.
 """
 
@@ -21,6 +21,8 @@ from addressvlm import InputError
 from addressvlm.config import Config
 from addressvlm.config.compare import AddressClipConfig
 from addressvlm.evaluation import comparison
+from addressvlm.evaluation.comparison import Answers, StoredAnswers
+from addressvlm.evaluation.likelihood import ScoreTables
 from addressvlm.evaluation.metrics import compute_metrics
 from addressvlm.evaluation.report import ReportSources, main_system, write_report
 from addressvlm.evaluation.result_tables import comparison_text, write_comparison
@@ -33,7 +35,7 @@ from ray_jobs import evaluation, prepare
 from ray_jobs.baselines import SystemSettings, load_system, system_settings
 from ray_jobs.baselines.system import ComparisonContext, SystemOutcome
 from ray_jobs.common import connect, job_parser, load_config, require_evaluation_workers, run_main
-from ray_jobs.evaluation import TEST, VALIDATION, Answers, Row
+from ray_jobs.evaluation import TEST, VALIDATION
 
 
 @dataclass
@@ -43,7 +45,7 @@ class SystemResult:
     kind: str
     settings: SystemSettings
     outcome: SystemOutcome = field(default_factory=SystemOutcome)
-    answers: list[Row] = field(default_factory=list)
+    answers: StoredAnswers | None = None
     failed: str = ""
 
 
@@ -80,25 +82,24 @@ def check_names(config: Config, only: Sequence[str]) -> None:
     if same := [name for name, folder in zip(names, slugs, strict=True) if slugs.count(folder) > 1]:
         raise InputError(f"systems {' and '.join(same[:2])} would share a folder: give each of train and compare another name.")
     if unknown := [name for name in only if name not in names]:
-        raise InputError(f"--row {unknown[0]}: systems are {', '.join(names)}.")
+        raise InputError(f"--system {unknown[0]}: systems are {', '.join(names)}.")
 
 
 def run_system(context: ComparisonContext, kind: str, settings: SystemSettings, redo: bool) -> SystemResult:
-    """Run one system and judge its answers; an error is its result and stops no other system.
+    """Run one system; an error is its result and stops no other system.
 
-    The scores of a baseline, from which its answers follow, are stored in <run>/scores/<system>.
+    Scores from which its answers follow are stored in <run>/scores/<system>, wherever they were made.
     """
+    task, name = context.task, settings.name
     try:
         outcome = load_system(kind, settings).run(context, redo)
-        answers = outcome.answers
-        if not answers:
+        if not outcome.answered and outcome.scores is not None:
+            scores, stored = outcome.scores, task.scores(name, outcome.scores.folders)
             depends_on = {"system": settings.model_dump()}
-            with fresh_dir(context.task.out / "scores" / slug(settings.name), depends_on) as folder:
-                for split, rows in outcome.scores.items():
-                    tables.write_table(folder, split, rows, tables.SCORES)
-            scored = evaluation.scored_answers(context.task, outcome.scores[TEST], context.gazetteer)
-            answers = Answers(settings.name, scored, depends_on)
-        return SystemResult(kind, settings, outcome, evaluation.judge(context.task, answers))
+            if scores != stored:
+                evaluation.write_scores(task, name, {split: scores.rows(split) for split in scores.folders}, depends_on)
+            evaluation.answers_by_scores(task, name, stored, context.gazetteer, depends_on)
+        return SystemResult(kind, settings, outcome, task.answers(name))
     except InputError as error:
         failed = str(error)
     except Exception as error:
@@ -111,7 +112,7 @@ def run_system(context: ComparisonContext, kind: str, settings: SystemSettings, 
 def report(context: ComparisonContext, results: Sequence[SystemResult]) -> dict[str, Any]:
     """Write all files of the comparison and print the table; returns what comparison.json holds."""
     config, run, task = context.config, context.run, context.task
-    answers = {result.settings.name: result.answers for result in results if not result.failed and result.answers}
+    answers = {result.settings.name: result.answers for result in results if result.answers is not None}
     main = config.compare.main if config.compare.main in answers else (main_system(list(answers)) if answers else "")
     columns = ["id", "lat", "lon", "street", "district"]
     training = tables.read_table(run.photos, "train", columns).to_pylist()
@@ -137,7 +138,7 @@ def report(context: ComparisonContext, results: Sequence[SystemResult]) -> dict[
 
 
 def system_entry(
-    context: ComparisonContext, result: SystemResult, main: Sequence[Row], trained_addresses: set[Address],
+    context: ComparisonContext, result: SystemResult, main: Answers, trained_addresses: set[Address],
     distances_m: dict[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     """What comparison.json holds of a system.
@@ -149,17 +150,17 @@ def system_entry(
     """
     bootstrap, city, outcome = (context.config.evaluate.bootstrap, context.config.seed), context.gazetteer, result.outcome
     entry: dict[str, Any] = {"name": result.settings.name, "kind": result.kind, "failed": result.failed}
-    if result.failed or not result.answers:
+    if result.failed or result.answers is None:
         return entry
-    test, validation = outcome.scores.get(TEST, []), outcome.scores.get(VALIDATION, [])
+    scores = outcome.scores or ScoreTables({})
     return {
         **entry,
         "metrics": compute_metrics(result.answers, *bootstrap),
-        "top": comparison.top_k_accuracy(test, city, *bootstrap),
+        "top": comparison.top_k_accuracy(scores.rows(TEST), city, *bootstrap),
         "by_training": comparison.by_training(result.answers, trained_addresses, *bootstrap),
         "by_distance": comparison.by_distance(result.answers, distances_m, *bootstrap),
         "against": comparison.paired_difference(main, result.answers, *bootstrap) if result.answers is not main else None,
-        "trust": comparison.confidence_accuracy(validation, test, city),
+        "trust": comparison.confidence_accuracy(list(scores.rows(VALIDATION)), scores.rows(TEST), city),
         "neighbours": comparison.neighbours(result.answers, city),
         "within": accuracy_within(context, outcome, bootstrap),
         "cost": {**context.costs(result.settings.name), "parameters": outcome.parameters, "stored_bytes": outcome.stored_bytes},
@@ -184,7 +185,7 @@ def write_card(context: ComparisonContext, result: SystemResult, entry: dict[str
     if "metrics" not in entry:
         return
     config, settings = context.config, result.settings
-    count = len({answer["id"] for answer in result.answers})
+    count = entry["metrics"]["A_ds"]["n"]
     photos = f"{count:,} photos of the split {TEST} of {context.gazetteer.city or config.name}"
     if result.outcome.model:
         set_metrics(result.outcome.model, entry["metrics"], photos)
@@ -195,11 +196,11 @@ def write_card(context: ComparisonContext, result: SystemResult, entry: dict[str
 
 def main() -> None:
     parser = job_parser(__doc__ or "")
-    parser.add_argument("--row", action="append", default=[], metavar="NAME", help="run only this system (may be repeated)")
+    parser.add_argument("--system", action="append", default=[], metavar="NAME", help="run only this system (may be repeated)")
     args = parser.parse_args()
     config = load_config(args)
     connect()
-    run_step(config, args.redo, args.row)
+    run_step(config, args.redo, args.system)
 
 
 if __name__ == "__main__":

@@ -7,21 +7,21 @@
     python ray_jobs/evaluate.py --config demo --priors     # also constrained answers, for the table of decoding modes
     python ray_jobs/evaluate.py --config demo --set evaluate.images=grafts    # each photo on the tile of its true place
 
-Writes <run>/answers/<system>/test-*.parquet, <run>/scores/<system>/{val,test}-*.parquet, <run>/metrics.json, <run>/modes.json
-and <run>/report.html; with --model or --data the same into <run>/evaluations/<name of the data>, with evaluate.images=grafts
-into <run>/evaluations/grafts. Models trained in the run get a calibration.json, fitted on the split val, unless they are shown
-grafts.
+Writes <run>/answers/<system>/test-*.parquet, <run>/scores/<system>/<split>/*.parquet, <run>/metrics.json, <run>/modes.json and
+<run>/report.html; with --model or --data the same into <run>/evaluations/<name of the data>, with evaluate.images=grafts into
+<run>/evaluations/grafts. Models trained in the run get a calibration.json, fitted on the split val, unless they are shown
+grafts. Rerun it to resume.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from addressvlm import InputError
 from addressvlm.answers.calibration import Calibration
 from addressvlm.config import Config
 from addressvlm.dataset.build import resolve_city_files
-from addressvlm.evaluation.decoding_comparison import compare_decoding
+from addressvlm.evaluation.comparison import compare_decoding
 from addressvlm.evaluation.report import ReportSources, main_system
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
 from addressvlm.models.cards import set_metrics
@@ -30,7 +30,8 @@ from addressvlm.storage.remote_path import AnyPath, path_of
 from addressvlm.storage.run_dir import DONE_FILE, Run, is_done, parse_model_flag, slug
 from ray_jobs import evaluation, graft, prepare
 from ray_jobs.common import connect, job_parser, load_config, require_evaluation_workers, run_main
-from ray_jobs.evaluation import TEST, EvaluationTask, Row, Scores
+from ray_jobs.evaluation import TEST, EvaluationTask, PhotoModel, Row
+from ray_jobs.progress import display
 
 
 def run_step(config: Config, redo: bool, priors: bool = False, only: Sequence[str] | None = None) -> None:
@@ -40,6 +41,7 @@ def run_step(config: Config, redo: bool, priors: bool = False, only: Sequence[st
         InputError: a system is not trained yet, the data is missing, or the cluster is too small.
     """
     run = Run(config)
+    display.heading("evaluate", "questions about photos of places that training never saw")
     models = {name: resolve_model(model) for name, model in run_models(config, only).items()}
     images = graft.graft_photos(config, run, TEST, redo)
     require_evaluation_workers(config, "evaluate")
@@ -63,43 +65,50 @@ def evaluate(
         calibrate: fit the calibration of models that know the city.
         priors: compare the decoding modes of the main system, with priors and constrained answers.
     """
-    main, answer_mode = main_system(list(models)), task.config.evaluate.answers
-    scores: dict[str, Scores] = {}
+    main, config = main_system(list(models)), task.config
+    by_likelihood = config.evaluate.answers == "likelihood"
+    decoding = None
     for name, model in models.items():
         knows_city = (path_of(model) / GAZETTEER_FILE).is_file()
-        ids = evaluation.calibration_photos(task.config, task.data) if calibrate and knows_city else {}
+        ids = evaluation.calibration_photos(config, task.data) if calibrate and knows_city else {}
         fit = bool(ids)
-        if answer_mode == "likelihood" or (name == main and knows_city and (fit or priors)):
+        compares = name == main and (by_likelihood or (knows_city and (fit or priors)))
+        if by_likelihood or compares:
             ids[task.split] = task.ids
-        scores[name] = evaluation.score(task, name, model, ids, redo=redo) if ids else {}
+        loader = PhotoModel(model, task.gazetteer, config)
+        outputs = evaluation.scores_of(task, name, loader, ids)
+        if not by_likelihood:
+            outputs.append(evaluation.answers_of(task, name, loader))
+        constrained, constrained_name = constrained_task(task), f"{main} constrained"
+        if asks_constrained := compares and priors and config.evaluate.answers != "constrained":
+            outputs.append(evaluation.answers_of(constrained, constrained_name, loader, ["generation"]))
+        made = evaluation.run_model(f"evaluate: {name}", config, task.image_table, outputs, redo)
         if fit:
-            evaluation.calibrate(task, name, model, scores[name])
-
-    answers = {}
-    for name, model in models.items():
-        answers[name] = evaluation.judge(task, evaluation.ask(task, name, model, scores[name], redo=redo))
-
-    decoding = None
-    if task.split in scores[main]:
-        by_mode = {answer_mode: answers[main]} if answer_mode != "likelihood" else {}
-        if priors and answer_mode != "constrained":
-            settings = task.config.evaluate.model_copy(update={"answers": "constrained"})
-            constrained = replace(task, config=task.config.model_copy(update={"evaluate": settings}))
-            generated = evaluation.ask(constrained, f"{main} constrained", models[main], {}, ["generation"], redo)
-            by_mode["constrained"] = evaluation.judge(task, generated)
-        decoding = compare_modes(task, main, models[main], scores[main][task.split], by_mode)
-    return evaluation.report(task, answers, sources, decoding)
+            evaluation.calibrate(task, name, model)
+        if by_likelihood:
+            made |= evaluation.likelihood_answers(task, name, model, redo)
+        if not made:
+            print(f"evaluate: {name}: already answered", flush=True)
+        if compares:
+            by_mode = {} if by_likelihood else {config.evaluate.answers: task.answers(name)}
+            if asks_constrained:
+                by_mode["constrained"] = constrained.answers(constrained_name)
+            decoding = compare_modes(task, name, model, by_mode)
+    return evaluation.report(task, models, sources, decoding)
 
 
-def compare_modes(
-    task: EvaluationTask, name: str, model: str, scores: Sequence[Row], answers: Mapping[str, Sequence[Row]]
-) -> Row:
+def constrained_task(task: EvaluationTask) -> EvaluationTask:
+    """The same task with constrained answers."""
+    settings = task.config.evaluate.model_copy(update={"answers": "constrained"})
+    return replace(task, config=task.config.model_copy(update={"evaluate": settings}))
+
+
+def compare_modes(task: EvaluationTask, name: str, model: str, answers: Mapping[str, Iterable[Row]]) -> Row:
     """The decoding modes of one system on the photos that have scores, also written to modes.json; `answers`: mode -> rows."""
-    ids = {row["id"] for row in scores}
-    same = {mode: [row for row in rows if row["id"] in ids] for mode, rows in answers.items()}
     gazetteer, calibration = evaluation.model_gazetteer(model, task.gazetteer), Calibration.load(path_of(model))
-    bootstrap = (task.config.evaluate.bootstrap, task.config.seed)
-    result = {"system": name, **compare_decoding(scores, gazetteer, calibration, same, bootstrap)}
+    bootstrap, scores = (task.config.evaluate.bootstrap, task.config.seed), task.scores(name, [task.split]).rows(task.split)
+    with display.show(f"evaluate: {name}: comparing decoding modes"):
+        result = {"system": name, **compare_decoding(scores, gazetteer, calibration, answers, bootstrap)}
     (task.out / "modes.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     return result
 

@@ -1,30 +1,31 @@
-"""The steps of an evaluation on Ray Data, in their order: score, calibrate, ask, judge, report.
+"""The steps of an evaluation on Ray, in their order: score and ask in one pass, calibrate, report.
 
-evaluate.py and compare.py are recipes over these steps. A step whose result is on disk reads it. Below the steps: drawing
-photos, distributing work to actors that keep a model loaded, and digests of models and files.
+evaluate.py and compare.py are recipes over these steps. A model is loaded once a worker for all tables that it makes of a task;
+they are written shard by shard, and a step whose result is on disk reads it. Scores are read piece by piece: photos times
+addresses never lie in memory. Below the steps: drawing photos, and digests of models and files.
 """
 
 import hashlib
 import json
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, partial
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import ray
-import ray.data
+import numpy as np
+from PIL import Image
 
 from addressvlm import InputError
 from addressvlm.answers import calibration
 from addressvlm.answers.calibration import CALIBRATION_FILE, Calibration
 from addressvlm.config import Config
+from addressvlm.config.compare import EvaluateConfig
 from addressvlm.config.train import SystemConfig
 from addressvlm.evaluation import likelihood, metrics, run_questions
-from addressvlm.evaluation.likelihood import answers_from_scores, calibrated_rows, scored_photos
+from addressvlm.evaluation.comparison import StoredAnswers
+from addressvlm.evaluation.likelihood import ScoreTables, answers_from_scores
 from addressvlm.evaluation.parsing import Judge
 from addressvlm.evaluation.report import ReportSources, write_report
 from addressvlm.evaluation.result_tables import decoding_table, metrics_table
@@ -32,19 +33,17 @@ from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
 from addressvlm.storage import tables
 from addressvlm.storage.files import digest, local_model_copy, open_parquet
 from addressvlm.storage.remote_path import AnyPath, RemotePath, path_of
-from addressvlm.storage.run_dir import DONE_FILE, Run, fresh_dir, is_done, slug
-from addressvlm.storage.shards import sources_fingerprint
-from ray_jobs.common import heartbeat, progress
-from ray_jobs.ray_data import to_input_error
+from addressvlm.storage.run_dir import Run, fresh_dir, is_done, resumable_dir, slug
+from addressvlm.storage.shards import Rows, Shard, ShardResult, ShardWork, sources_fingerprint
+from ray_jobs.progress import display
+from ray_jobs.ray_data import ShardJob, run_on_actors
 
 TRAINING, VALIDATION, TEST = "train", "val", "test"
 PHOTO_COLUMNS = [column for column in run_questions.COLUMNS if column != "image"]
-QUESTION_BATCHES = 2  # a unit of work of a worker, sorted by length before it is cut into batches
-SCORED_PHOTOS = 16  # a unit of work of a worker
-UNJUDGED = pa.schema([field for field in tables.ANSWERS if field.name != "correct"])
+SCORED_PHOTOS = 16  # that go through the model together
+MAX_SHARD = tables.ROWS_PER_GROUP  # photos; an interruption loses at most so many for each worker
 
 Row = dict[str, Any]
-Scores = dict[str, list[Row]]  # split -> rows of `tables.SCORES`
 
 
 @dataclass(frozen=True)
@@ -76,18 +75,13 @@ class EvaluationTask:
         """The table whose images models see."""
         return self.images or self.data
 
+    def scores(self, name: str, splits: Iterable[str]) -> ScoreTables:
+        """Where the scores of a system are."""
+        return ScoreTables({split: self.out / "scores" / slug(name) / split for split in splits})
 
-@dataclass(frozen=True)
-class Answers:
-    """A system's answers, rows of `tables.ANSWERS`.
-
-    Attributes:
-        settings: what new answers depend on; they have no `correct` yet. None: they were judged and stored before.
-    """
-
-    system: str
-    rows: list[Row]
-    settings: Row | None = None
+    def answers(self, name: str) -> StoredAnswers:
+        """Where the answers of a system are."""
+        return StoredAnswers(self.out / "answers" / slug(name), self.split)
 
 
 def open_task(
@@ -102,53 +96,171 @@ def open_task(
     return EvaluationTask(config, data, split, out, ids, gazetteer, judge, images)
 
 
-def score(
-    task: EvaluationTask, name: str, model: str, ids: Mapping[str, Sequence[str]], settings: Row | None = None,
-    worker: "type[ModelWorker] | None" = None, redo: bool = False,
-) -> Scores:  # fmt: skip
-    """The score that a model gives every address for each photo, from <out>/scores/<system> or new.
+class PhotoModel:
+    """A vision-language model that a worker loads with its first photos and keeps.
+
+    The tables of one pass share it. It is not loaded in a constructor, so that an InputError reaches the job as one.
+    """
+
+    def __init__(self, model: str, city: Gazetteer, config: Config) -> None:
+        """`city`: the gazetteer of a model whose folder has none."""
+        self.model, self.city, self.config = model, city, config
+
+    @cached_property
+    def loaded(self) -> Any:
+        """What `load` returns, loaded once."""
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+
+        torch.set_num_threads(max(1, int(self.config.evaluate.cpus_per_worker)))
+        disable_progress_bar()
+        return self.load()
+
+    def load(self) -> Any:
+        """The model of the folder."""
+        from addressvlm.inference import Localizer
+
+        settings = self.config.model
+        localizer = Localizer(self.model, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, memory_mb=0)
+        localizer.gazetteer = localizer.gazetteer or self.city
+        return localizer
+
+    def address_scores(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """ln p of all addresses up to a constant, float64 (images, addresses)."""
+        scores: np.ndarray = self.loaded.address_scores(images)
+        return scores
+
+    def __getstate__(self) -> Row:
+        """Without what is loaded: every worker loads its own."""
+        return {key: value for key, value in self.__dict__.items() if key != "loaded"}
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """A table that a model makes of some photos.
+
+    Attributes:
+        folder: of the table.
+        settings: what it depends on.
+        split: of the photos, and of the table.
+        ids: the photos, in the order of the photos table.
+        work: what is done with the rows of the photos table.
+    """
+
+    folder: AnyPath
+    settings: Row
+    split: str
+    ids: Sequence[str]
+    work: ShardWork
+
+
+def scores_of(task: EvaluationTask, name: str, model: PhotoModel, ids: Mapping[str, Sequence[str]]) -> list[ModelOutput]:
+    """The score that a model gives every address for each photo, a table for each split; `ids`: split -> photos.
+
+    Raises:
+        InputError: there is no gazetteer that names the addresses.
+    """
+    addresses = model_gazetteer(model.model, task.gazetteer).addresses
+    if ids and not addresses:
+        raise InputError(
+            f"neither {model.model} nor {task.image_table} holds a {GAZETTEER_FILE}: addresses can't be scored without "
+            "their names."
+        )
+    depends_on = {
+        "model": model_digest(model.model),
+        "addresses": digest([address.text() for address in addresses]),
+        "dtype": task.config.model.dtype,
+        "seed": task.config.seed,
+    }
+    outputs = []
+    for split, photos in ids.items():
+        images = files_digest(tables.table_files(task.image_table, split))
+        work = ShardWork(partial(score_photos, model, split), tables.SCORES, likelihood.COLUMNS)
+        folder = task.scores(name, [split]).folders[split]
+        outputs.append(ModelOutput(folder, {**depends_on, "images": images, "photos": len(photos)}, split, photos, work))
+    return outputs
+
+
+def answers_of(task: EvaluationTask, name: str, model: PhotoModel, kinds: Sequence[str] = run_questions.KINDS) -> ModelOutput:
+    """A model's own answers, free or constrained, to the questions of some kinds."""
+    config = task.config
+    function = partial(answer_questions, model, task.split, config.evaluate, config.seed, tuple(kinds), task.judge)
+    work = ShardWork(function, tables.ANSWERS, run_questions.COLUMNS)
+    return ModelOutput(task.answers(name).folder, answer_settings(task, model.model, kinds), task.split, task.ids, work)
+
+
+def answer_settings(task: EvaluationTask, model: str, kinds: Sequence[str]) -> Row:
+    """What answers depend on."""
+    keys = {"answers", "max_new_tokens", "temperature", "max_photos", *({"images"} if task.images else ())}
+    return {
+        "evaluate": task.config.evaluate.model_dump(include=keys),
+        "seed": task.config.seed,
+        "dtype": task.config.model.dtype,
+        "split": task.split,
+        "data": files_digest(tables.table_files(task.image_table, task.split)),
+        "model": model_digest(model),
+        "kinds": list(kinds),
+    }
+
+
+def score_photos(model: PhotoModel, split: str, photos: Rows) -> ShardResult:
+    """Rows of PHOTOS -> rows of SCORES."""
+    batches = likelihood.score_photos(model.address_scores, photos, SCORED_PHOTOS)
+    return ShardResult({split: [row for batch in batches for row in batch]})
+
+
+def answer_questions(
+    model: PhotoModel, split: str, settings: EvaluateConfig, seed: int, kinds: Sequence[str], judge: Judge, photos: Rows
+) -> ShardResult:
+    """Rows of PHOTOS -> judged rows of ANSWERS."""
+    answers: dict[str, list[Row]] = {photo["id"]: [] for photo in photos}
+    for batch in run_questions.run_questions(model.loaded, photos, settings, seed, kinds):
+        for row in run_questions.judge_answers(batch, judge):
+            answers[row["id"]].append(row)
+    return ShardResult({split: [row for rows in answers.values() for row in run_questions.in_order(rows)]})
+
+
+def run_model(step: str, config: Config, photos: AnyPath, outputs: Sequence[ModelOutput], redo: bool = False) -> bool:
+    """Make the tables that are not there yet, with one model in each of `evaluate.workers` workers; False if all are there.
 
     Args:
-        ids: split -> photos. Splits that were scored before stay.
-        settings: what scores depend on; default: the model, its dtype, the seed and the images of each split.
-        worker: holds a model that is no vision-language model.
+        photos: folder of the photos table.
+
+    Raises:
+        InputError: a table was made with other settings, or the model can't be used.
     """
-    folder = task.out / "scores" / slug(name)
-    before = {} if redo or not (folder / DONE_FILE).is_file() else json.loads((folder / DONE_FILE).read_text())
-    counts = before.get("photos", {})
-    missing = [split for split in ids if split not in counts]
-    photos = {**counts, **{split: len(photo_ids) for split, photo_ids in ids.items()}}
-    settings = {
-        **{split: before[split] for split in counts if split in before},
-        **(settings or _score_settings(task, model, ids)),
-        "photos": photos,
-    }
-    stored = {key: value for key, value in settings.items() if key not in missing}
-    stored["photos"] = {split: count for split, count in photos.items() if split not in missing}
-    if not is_done(folder, stored, redo) or missing:
-        if not model_gazetteer(model, task.gazetteer).addresses:
-            raise InputError(
-                f"neither {model} nor {task.image_table} holds a {GAZETTEER_FILE}: addresses can't be scored without "
-                "their names."
-            )
-        rows = {row["id"]: row for row in score_photos(task, name, model, {s: ids[s] for s in missing}, worker)}
-        splits = {split: list(tables.iter_rows(folder, split)) for split in counts}
-        splits |= {split: [rows[photo] for photo in ids[split]] for split in missing}
-        with fresh_dir(folder, settings) as temporary:
-            for split, split_rows in splits.items():
-                tables.write_table(temporary, split, split_rows, tables.SCORES)
-    return {split: list(tables.iter_rows(folder, split)) for split in ids}
+    missing = [output for output in outputs if not is_done(output.folder, output.settings, redo)]
+    if not missing:
+        return False
+    need, jobs = config.evaluate, []
+    with ExitStack() as folders:
+        for output in missing:
+            folder = folders.enter_context(resumable_dir(output.folder, output.settings, redo))
+            size = max(1, min(MAX_SHARD, -(-len(output.ids) // need.workers)))
+            shards = plan_photos(tables.table_files(photos, output.split), output.ids, size)
+            jobs.append(ShardJob(list(shards), folder, output.work))
+        run_on_actors(step, jobs, need.workers, {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker})
+    return True
 
 
-def _score_settings(task: EvaluationTask, model: str, splits: Iterable[str]) -> Row:
-    images = {split: files_digest(tables.table_files(task.image_table, split)) for split in splits}
-    return {**images, "model": model_digest(model), "dtype": task.config.model.dtype, "seed": task.config.seed}
+def plan_photos(files: Sequence[AnyPath], ids: Iterable[str], size: int) -> Iterator[Shard]:
+    """Shards of up to `size` of these photos, each of one row group; workers read the photos themselves."""
+    wanted, number = set(ids), 0
+    for file in files:
+        with open_parquet(file) as table:
+            for group in range(table.num_row_groups):
+                group_ids = table.read_row_group(group, columns=["id"])["id"].to_pylist()
+                picked = [index for index, photo in enumerate(group_ids) if photo in wanted]
+                for start in range(0, len(picked), size):
+                    some = tuple(picked[start : start + size])
+                    yield Shard(number, len(some), ((str(file), group, group + 1),), some)
+                    number += 1
 
 
-def calibrate(task: EvaluationTask, name: str, model: str, scores: Scores) -> Calibration:
+def calibrate(task: EvaluationTask, name: str, model: str) -> Calibration:
     """Fit a model's calibration to its scores of the photos of `calibration_photos`, and save it in the model's folder."""
-    gazetteer = model_gazetteer(model, task.gazetteer)
-    validation, training = (scored_photos(scores[split], gazetteer) for split in (VALIDATION, TRAINING))
+    gazetteer, scores = model_gazetteer(model, task.gazetteer), task.scores(name, (VALIDATION, TRAINING))
+    validation, training = (scores.photos(split, gazetteer) for split in (VALIDATION, TRAINING))
     fitted = calibration.fit_calibration(validation, task.config.evaluate.target_precision, training.scores)
     try:
         fitted.save(path_of(model))
@@ -167,74 +279,66 @@ def calibrate(task: EvaluationTask, name: str, model: str, scores: Scores) -> Ca
     return fitted
 
 
-def ask(
-    task: EvaluationTask, name: str, model: str, scores: Scores, kinds: Sequence[str] = run_questions.KINDS, redo: bool = False
-) -> Answers:
-    """A model's answers to the questions of some kinds, from <out>/answers/<system> or new.
-
-    If `evaluate.answers` is likelihood, they follow from `scores`.
-    """
-    config, folder = task.config, task.out / "answers" / slug(name)
-    keys = {"answers", "max_new_tokens", "temperature", "max_photos", *({"images"} if task.images else ())}
-    settings = {
-        "evaluate": config.evaluate.model_dump(include=keys),
-        "seed": config.seed,
-        "dtype": config.model.dtype,
-        "split": task.split,
-        "data": files_digest(tables.table_files(task.image_table, task.split)),
-        "model": model_digest(model),
-        "kinds": list(kinds),
-    }
-    by_likelihood = config.evaluate.answers == "likelihood"
-    fitted = Calibration.load(path_of(model)) if by_likelihood else Calibration()
-    if by_likelihood:
-        settings["calibration"] = digest([fitted.temperature, *fitted.own_prior])
-    if is_done(folder, settings, redo):
-        print(f"evaluate: {name}: already answered", flush=True)
-        return Answers(name, list(tables.iter_rows(folder, task.split)))
-    if by_likelihood:
-        rows = scored_answers(task, calibrated_rows(scores[task.split], fitted), model_gazetteer(model, task.gazetteer))
-    else:
-        rows = answer_questions(task, name, model, kinds)
-    order = {photo: number for number, photo in enumerate(task.ids)}
-    rows.sort(key=lambda row: (order[row["id"]], row["level"], row["kind"], row["question"]))
-    return Answers(name, rows, settings)
+def calibrated_scores(task: EvaluationTask, name: str, model: str, splits: Iterable[str]) -> ScoreTables:
+    """A model's stored scores, calibrated as its folder says."""
+    return ScoreTables(task.scores(name, splits).folders, Calibration.load(path_of(model)))
 
 
-def scored_answers(task: EvaluationTask, rows: Iterable[Row], gazetteer: Gazetteer) -> list[Row]:
-    """Answers to all questions about the photos of rows of `tables.SCORES`, as the scores have them."""
-    photos = {row["id"]: row for row in tables.iter_rows(task.data, task.split, PHOTO_COLUMNS)}
-    return list(answers_from_scores(rows, photos, gazetteer))
+def likelihood_answers(task: EvaluationTask, name: str, model: str, redo: bool = False) -> bool:
+    """The answers that follow from a model's stored scores, in its answers' table; False if it is there."""
+    scores = calibrated_scores(task, name, model, [task.split])
+    depends_on = answer_settings(task, model, run_questions.KINDS)
+    depends_on["calibration"] = digest([scores.calibration.temperature, *scores.calibration.own_prior])
+    if is_done(task.answers(name).folder, depends_on, redo):
+        return False
+    answers_by_scores(task, name, scores, model_gazetteer(model, task.gazetteer), depends_on)
+    return True
 
 
-def judge(task: EvaluationTask, answers: Answers) -> list[Row]:
-    """The answers with `correct`; new ones are stored in <out>/answers/<system>."""
-    if answers.settings is None:
-        return answers.rows
-    rows = run_questions.judge_answers(answers.rows, task.judge)
-    with fresh_dir(task.out / "answers" / slug(answers.system), answers.settings) as folder:
-        tables.write_table(folder, task.split, rows, tables.ANSWERS)
-    return rows
+def answers_by_scores(task: EvaluationTask, name: str, scores: ScoreTables, gazetteer: Gazetteer, settings: Row) -> None:
+    """Write the answers to all questions about the photos that have scores, as the scores have them."""
+    photos = tables.iter_rows(task.data, task.split, PHOTO_COLUMNS)
+    write_answers(task, name, answers_from_scores(scores.rows(task.split), photos, gazetteer), settings)
 
 
-def report(
-    task: EvaluationTask, answers: Mapping[str, Sequence[Row]], sources: ReportSources, decoding: Row | None = None
-) -> list[Row]:
+def write_answers(task: EvaluationTask, name: str, answers: Iterable[Row], settings: Row) -> None:
+    """Judge answers and write them into the table of a system."""
+    judged = (row for answer in answers for row in run_questions.judge_answers([answer], task.judge))
+    with (
+        display.show(f"{name}: judging answers"),
+        fresh_dir(task.answers(name).folder, settings) as folder,
+    ):
+        tables.write_table(folder, task.split, judged, tables.ANSWERS)
+
+
+def write_scores(task: EvaluationTask, name: str, scores: Mapping[str, Iterable[Row]], settings: Row) -> ScoreTables:
+    """Write the scores of a system, split by split; what they are made from is read meanwhile."""
+    written = task.scores(name, scores)
+    for split, rows in scores.items():
+        with display.show(f"{name}: writing scores"), fresh_dir(written.folders[split], settings) as folder:
+            tables.write_table(folder, split, rows, tables.SCORES)
+    return written
+
+
+def report(task: EvaluationTask, names: Iterable[str], sources: ReportSources, decoding: Row | None = None) -> list[Row]:
     """Write metrics.json and report.html, print the tables; returns each system's `name` and `metrics`.
 
     Args:
-        answers: system -> its judged rows.
-        decoding: how the main system's ways of answering compare, see `decoding_comparison`.
+        names: systems whose answers are there.
+        decoding: how the main system's ways of answering compare, see `comparison.compare_decoding`.
     """
     resamples, seed = task.config.evaluate.bootstrap, task.config.seed
-    systems = [{"name": n, "metrics": metrics.compute_metrics(rows, resamples, seed)} for n, rows in answers.items()]
-    result = {"city": task.gazetteer.city or task.config.city.name, "split": task.split, "systems": systems}
+    answers = {name: task.answers(name) for name in names}
     files = task.out / "metrics.json", task.out / "report.html"
-    try:
-        files[0].write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-        write_report(files[1], result, answers, task.gazetteer, sources, seed, resamples, decoding)
-    except OSError as error:
-        raise InputError(f"{task.out} can't be written ({error.strerror}): free room or give another --out.") from error
+    display.heading("report", "accuracy with confidence intervals, maps and examples")
+    with display.show("evaluate: writing the report"):
+        systems = [{"name": n, "metrics": metrics.compute_metrics(rows, resamples, seed)} for n, rows in answers.items()]
+        result = {"city": task.gazetteer.city or task.config.city.name, "split": task.split, "systems": systems}
+        try:
+            files[0].write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+            write_report(files[1], result, answers, task.gazetteer, sources, seed, resamples, decoding)
+        except OSError as error:
+            raise InputError(f"{task.out} can't be written ({error.strerror}): free room or give another --out.") from error
     print(f"\n{metrics_table(systems)}\n", flush=True)
     if decoding:
         print(f"{decoding_table(decoding)}\n", flush=True)
@@ -287,137 +391,6 @@ def model_gazetteer(model: str, city: Gazetteer) -> Gazetteer:
     """The gazetteer in a model's folder, else the city's."""
     file = path_of(model) / GAZETTEER_FILE
     return Gazetteer.load(file) if file.is_file() else city
-
-
-def score_photos(
-    task: EvaluationTask, name: str, model: str, ids: Mapping[str, Sequence[str]], worker: "type[ModelWorker] | None" = None
-) -> list[Row]:
-    """Rows of `tables.SCORES` of the photos of some splits, in the order in which they come."""
-    workers, photos = task.config.evaluate.workers, {photo for photo_ids in ids.values() for photo in photo_ids}
-    files = [file for split in ids for file in tables.table_files(task.image_table, split)]
-    units = list(work_units(files, photos, max(1, min(SCORED_PHOTOS, -(-len(photos) // workers)))))
-    arguments = (model, task.gazetteer, task.config)
-    return run_workers(task.config, units, worker or ScoringWorker, arguments, f"evaluate: {name}, photos scored", len(photos))
-
-
-def answer_questions(task: EvaluationTask, name: str, model: str, kinds: Sequence[str]) -> list[Row]:
-    """Rows of `tables.ANSWERS` without `correct`, in the order in which they come."""
-    need, photos, files = task.config.evaluate, len(task.ids), tables.table_files(task.image_table, task.split)
-    total = count_questions(files, set(task.ids), kinds)
-    per_unit = QUESTION_BATCHES * need.batch_size * photos // max(total, 1)
-    units = list(work_units(files, set(task.ids), max(1, min(per_unit, -(-photos // need.workers)))))
-    arguments = (model, task.gazetteer, task.config, kinds)
-    return run_workers(task.config, units, QuestionWorker, arguments, f"evaluate: {name}, questions", total)
-
-
-def count_questions(files: Sequence[AnyPath], ids: set[str], kinds: Sequence[str]) -> int:
-    """How many questions of some kinds there are about some photos."""
-    table = pa.concat_tables([tables.read_table_file(file, ["id", "rounds"]) for file in files])
-    rounds = table.filter(pc.is_in(table["id"], pa.array(ids)))["rounds"].combine_chunks()
-    return pc.sum(pc.is_in(pc.struct_field(pc.list_flatten(rounds), "kind"), pa.array(kinds))).as_py() or 0
-
-
-def work_units(files: Sequence[AnyPath], ids: set[str], photos: int) -> Iterator[pa.Table]:
-    """The work in units of up to `photos` photos: one row each with the columns file, group and ids.
-
-    Workers read the photos themselves: no read task competes with them for CPUs, and no image goes through Ray.
-    """
-    for file in files:
-        with open_parquet(file) as opened:
-            for group in range(opened.num_row_groups):
-                group_ids = [i for i in opened.read_row_group(group, columns=["id"])["id"].to_pylist() if i in ids]
-                for start in range(0, len(group_ids), photos):
-                    yield pa.table({"file": [str(file)], "group": [group], "ids": [group_ids[start : start + photos]]})
-
-
-def run_workers(
-    config: Config, units: list[pa.Table], worker: type, arguments: tuple[Any, ...], step: str, total: int
-) -> list[Row]:
-    """Send units of work through `evaluate.workers` actors of class `worker(*arguments)`; prints progress."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    need = config.evaluate
-    dataset = ray.data.from_arrow(units).map_batches(
-        worker,
-        fn_constructor_args=arguments,
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(need.workers, len(units))),
-        num_cpus=need.cpus_per_worker,
-        num_gpus=need.gpus_per_worker,
-    )
-    rows: list[Row] = []
-    try:
-        with heartbeat(lambda: f"{step}: {len(rows):,}/{total:,}, working"):
-            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                rows += batch.to_pylist()
-                progress(step, len(rows), total)
-    except ray.exceptions.RayError as error:
-        raise to_input_error(error) or error from None
-    return rows
-
-
-class ModelWorker(ABC):
-    """An actor that keeps a model loaded and reads its photos from the table itself.
-
-    It loads the model with the first photos, not in its constructor, so that an InputError reaches the job as one.
-    """
-
-    columns: Sequence[str]  # of the photos
-    schema: pa.Schema  # of the rows it makes
-
-    def __init__(self, model: str, city: Gazetteer, config: Config, kinds: Sequence[str] = run_questions.KINDS) -> None:
-        """`city`: the gazetteer of a model whose folder has none."""
-        import torch
-        from transformers.utils.logging import disable_progress_bar
-
-        torch.set_num_threads(max(1, int(config.evaluate.cpus_per_worker)))
-        disable_progress_bar()
-        self.config, self.kinds = config, kinds
-        self.load = lru_cache(partial(self.load_model, model, city, config))
-        self.read = lru_cache(maxsize=1)(self._read)  # neighbouring units lie in one row group
-
-    def __call__(self, unit: pa.Table) -> Iterator[pa.Table]:
-        """A unit of `work_units` -> rows of the schema, some at a time."""
-        for file, group, ids in zip(*(unit[name].to_pylist() for name in unit.column_names), strict=True):
-            rows = self.read(file, group)
-            for batch in self.work(rows.filter(pc.is_in(rows["id"], pa.array(ids))).to_pylist()):
-                yield pa.Table.from_pylist(batch, schema=self.schema)
-
-    def _read(self, file: str, group: int) -> pa.Table:
-        with open_parquet(path_of(file)) as opened:
-            return opened.read_row_group(group, columns=list(self.columns))
-
-    @staticmethod
-    def load_model(model: str, city: Gazetteer, config: Config) -> Any:
-        """The vision-language model of a folder."""
-        from addressvlm.inference import Localizer
-
-        settings = config.model
-        localizer = Localizer(model, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, memory_mb=0)
-        localizer.gazetteer = localizer.gazetteer or city
-        return localizer
-
-    @abstractmethod
-    def work(self, photos: list[Row]) -> Iterable[list[Row]]:
-        """Rows of the schema for some photos."""
-
-
-class QuestionWorker(ModelWorker):
-    """Asks all questions about its photos; unjudged rows of ANSWERS, a batch of questions at a time."""
-
-    columns, schema = run_questions.COLUMNS, UNJUDGED
-
-    def work(self, photos: list[Row]) -> Iterable[list[Row]]:
-        return run_questions.run_questions(self.load(), photos, self.config.evaluate, self.config.seed, self.kinds)
-
-
-class ScoringWorker(ModelWorker):
-    """Scores the addresses for its photos; rows of SCORES."""
-
-    columns, schema = likelihood.COLUMNS, tables.SCORES
-
-    def work(self, photos: list[Row]) -> Iterable[list[Row]]:
-        return likelihood.score_photos(self.load().address_scores, photos, SCORED_PHOTOS)
 
 
 def model_digest(model: str) -> str:

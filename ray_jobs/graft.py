@@ -21,6 +21,7 @@ from addressvlm.storage.run_dir import Run, is_done, resumable_dir
 from addressvlm.storage.shards import ShardWork, invalidate_shards, plan_shards, sources_fingerprint
 from addressvlm.tiles.graft_rows import Grafter, graft_batch, graft_photos_batch
 from ray_jobs import common, prepare
+from ray_jobs.progress import display
 from ray_jobs.ray_data import run_shards
 
 SHARD_ROWS = 256  # one or two seconds of work
@@ -40,6 +41,7 @@ def run_step(config: Config, redo: bool) -> None:
         InputError: there are no photos, nothing to draw tiles from, or too many places have no tile.
     """
     run = Run(config)
+    display.heading("graft", "each training photo onto the map tile of its place")
     if is_done(run.grafts, settings(config), redo):
         print("graft: already done", flush=True)
         return

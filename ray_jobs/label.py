@@ -33,7 +33,7 @@ from addressvlm.storage.run_dir import Run, is_done, resumable_dir
 from addressvlm.storage.shards import Shard, ShardWork, plan_shards, sources_fingerprint
 from ray_jobs import common, graft, prepare
 from ray_jobs.cluster import Workers, wait_for_workers
-from ray_jobs.common import heartbeat
+from ray_jobs.progress import display
 from ray_jobs.ray_data import run_shards, to_input_error
 
 SHARD_ROWS = 2048  # for a labeler that takes no time
@@ -67,6 +67,7 @@ def run_step(config: Config, redo: bool, dry_run: bool = False) -> None:
     config = config.model_copy(update={"labels": labels})  # workers run in another folder
     grafts, cached = configured_prompt(labels).shows == "graft", labels.labeler in CACHED_LABELERS
     source, target = (run.grafts, run.alignment) if grafts else (run.photos, run.reasoning)
+    display.heading("label", "in words, why each photo matches its address")
     if not dry_run and is_done(target, settings(config), redo):
         print("label: already done", flush=True)
         return
@@ -132,7 +133,7 @@ def _send_requests(config: Config, shards: list[Shard], redo: bool) -> dict[str,
 def _estimate(config: Config, shards: list[Shard], cache: ResponseCache, redo: bool) -> CostEstimate:
     """What is left to do; `redo` sends rows again for which the endpoint kept failing."""
     new_state = state_factory(config.labels, config.seed, load_gazetteer(str(Run(config).gazetteer)))
-    with heartbeat(lambda: "label: reading the cached answers"):
+    with display.show("label: reading the cached answers"):
         return estimate_cost(config.labels, new_state, _requests(config, shards), cache, redo)
 
 

@@ -34,7 +34,7 @@ from ray_jobs.common import connect, job_parser, load_config, require_evaluation
 from ray_jobs.evaluation import model_digest
 from ray_jobs.ray_data import run_shards
 
-SHARD = 512  # photos; an interruption loses at most so many for each worker
+SHARD = 128  # photos: seconds on a fast GPU, minutes on a slow one; an interruption loses at most so many for each worker
 IMAGE_COLUMNS = {"id", "image"}  # of Parquet that holds the photos themselves
 
 Row = dict[str, Any]
@@ -101,7 +101,7 @@ def localize(config: Config, model: str, photos: str, split: str, out: AnyPath, 
         )  # fmt: skip
         actor = {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}
         work = ShardWork(localizer, LOCALIZED_SCHEMA, columns)
-        summaries = run_shards("localize: photos", shards, folder, work, need.workers, actor)
+        summaries = run_shards("localize", shards, folder, work, need.workers, actor)
         rejects += [reject for summary in summaries for reject in summary["rejects"]]
         write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), folder / "rejects.parquet")
         written = sum(summary["written"].get(SPLIT, 0) for summary in summaries)
@@ -145,15 +145,16 @@ def skip_repeated_ids(shards: list[Shard]) -> tuple[list[Shard], list[Row]]:
     ids: set[str] = set()
     number = 0
     for shard in shards:
-        repeated: set[int] = set()
+        picked = []
         for index, row in enumerate(row for batch in shard.batches(["id"]) for row in batch):
             number += 1
-            if row["id"] in ids:
-                repeated.add(index)
+            if row["id"] not in ids:
+                picked.append(index)
+            else:
                 reason = f"id twice: {row['id']} came before"
                 rejects.append({"file": None, "row": number, "id": row["id"], "reason": reason})
             ids.add(row["id"])
-        unique.append(replace(shard, rows=shard.rows - len(repeated), skipped=frozenset(repeated)))
+        unique.append(shard if len(picked) == shard.rows else replace(shard, rows=len(picked), picked=tuple(picked)))
     return unique, rejects
 
 

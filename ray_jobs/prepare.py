@@ -49,7 +49,8 @@ from addressvlm.storage.run_dir import WORK_DIR, Run, is_done, resumable_dir, st
 from addressvlm.storage.shards import ShardWork, Summary, invalidate_shards, plan_shards, sources_fingerprint
 from addressvlm.tiles.imagery import open_imagery
 from addressvlm.tiles.roads import write_roads
-from ray_jobs.common import connect, heartbeat, job_parser, load_config, run_main
+from ray_jobs.common import connect, job_parser, load_config, run_main
+from ray_jobs.progress import display
 from ray_jobs.ray_data import run_shards
 
 CHECK_SHARD = 256  # photos
@@ -97,10 +98,11 @@ def run_step(config: Config, redo: bool = False) -> None:
         InputError: an input file can't be used, too many rows are bad, or the city is too small to be split.
     """
     run = Run(config)
+    display.heading("prepare", "photos get addresses and questions, and are split by place")
     if is_done(run.photos, settings(config), redo):
         print("prepare: already done", flush=True)
         return
-    with heartbeat(lambda: "prepare: preparing the input files", 10.0):
+    with display.show("prepare: preparing the input files"):
         filled = resolve_city_files(config, run)
     imagery = filled.tiles.imagery and open_imagery(filled.tiles.imagery, "EPSG:3857", filled.tiles).attribution
     with resumable_dir(run.photos, settings(config), redo) as folder:
@@ -154,7 +156,7 @@ def prepare_test(config: Config, folder: AnyPath, gazetteer: Gazetteer | None = 
 def _load_city(config: Config, folder: AnyPath, rejects_file: AnyPath) -> CityData:
     """Read the photos' table or folder, assign addresses, check the photos; bad rows go to the rejects table."""
     city, source = config.city, readers.source_path(config.city)
-    with heartbeat(lambda: "prepare: assigning addresses"):
+    with display.show("prepare: assigning addresses"):
         rows, rejects = readers.read(city)
         total = len(rows) + len(rejects)
         centre = (float(np.mean([p.lat for p in rows])), float(np.mean([p.lon for p in rows]))) if rows else (0.0, 0.0)
@@ -199,7 +201,7 @@ def _check_photos(
     listing = folder / WORK_DIR / "listed"
     remove_tree(listing)
     tables.write_table(listing, "photos", listing_rows(photos, places, answers), LISTING_SCHEMA, CHECK_SHARD)
-    return run_shards("prepare: photos checked", plan_shards(listing, "photos", CHECK_SHARD), folder / CHECKED_FOLDER, work)
+    return run_shards("prepare: checking photos", plan_shards(listing, "photos", CHECK_SHARD), folder / CHECKED_FOLDER, work)
 
 
 def _write_tables(
@@ -214,7 +216,7 @@ def _write_tables(
     names = sources_fingerprint(str(file))
     function = partial(add_conversations, parts, (str(file), names), config.city.model_dump_json(), config.seed)
     work = ShardWork(function, tables.PHOTOS, fingerprint=names + sha256(parts).hexdigest())
-    run_shards("prepare: photos written", plan_shards(folder / CHECKED_FOLDER, "photos", WRITE_SHARD), folder, work)
+    run_shards("prepare: writing tables", plan_shards(folder / CHECKED_FOLDER, "photos", WRITE_SHARD), folder, work)
 
 
 def _write_card(
@@ -227,7 +229,7 @@ def _write_card(
     attribution: Sequence[str] = (),
 ) -> None:
     """Count the rows of the tables, write the card into their folder and print its main figures."""
-    with heartbeat(lambda: "prepare: drawing the dataset card"):
+    with display.show("prepare: drawing the dataset card"):
         questions = {part: count_questions(folder, part) for part in SPLITS}
         questions = {part: counts for part, counts in questions.items() if counts}
         card = make_card(config, data.places, photos, split, gazetteer, data.rejects, questions, attribution)

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import logging
 import math
 import os
@@ -36,10 +37,11 @@ from addressvlm.storage.remote_path import AnyPath, filesystem
 from addressvlm.storage.run_dir import Run, slug, storage_dir
 from addressvlm.training.checkpoint import TrainingCheckpoint
 from ray_jobs.cluster import Workers
-from ray_jobs.common import absolute_path, heartbeat
+from ray_jobs.common import absolute_path
+from ray_jobs.progress import Progress, display
 
 PREEMPTION_POLL_S = 2.0
-HEARTBEAT_S = 30.0  # without a step for so long, the driver prints that training is running
+TAIL_BYTES = 65536  # of a log, more than its last line
 PLACE_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # how long Ray waits for resources for all workers
 PLACE_TIMEOUT_SET = os.environ.get(PLACE_TIMEOUT)
 
@@ -90,9 +92,10 @@ def run_training(
             logging_config=LoggingConfig(log_level="CRITICAL"),  # errors are raised below
         ),
     )
-    print(f"train: {name}: starting {train.workers} worker{'s' if train.workers > 1 else ''}", flush=True)
     try:
-        with heartbeat(functools.partial(_heartbeat_line, name, run.training_dir(name) / "loss.jsonl"), HEARTBEAT_S):
+        with display.show(
+            f"train: {name}", look=functools.partial(look_at_training, run.training_dir(name), notice, time.time())
+        ):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise noticed_error(notice) or to_user_error(error, config, name) or error from error
@@ -117,13 +120,29 @@ def with_absolute_paths(config: Config) -> Config:
     return config
 
 
-def _heartbeat_line(system: str, losses: AnyPath) -> str:
-    """The line to print while no step is logged; empty while steps are."""
-    if not losses.is_file():
-        return f"train: {system}: waiting for the workers"
-    if time.time() - losses.stat().st_mtime < HEARTBEAT_S:
-        return ""
-    return f"train: {system}: {len(losses.read_text().splitlines()):,} steps done, working"
+def look_at_training(folder: AnyPath, notice: Any, since: float, progress: Progress) -> None:
+    """Read how far a training is from its last line of loss.jsonl, and print what its workers have to say.
+
+    Args:
+        folder: `Run.training_dir`.
+        notice: of `make_notice`.
+        since: when it began, in seconds of the epoch; earlier lines are of another attempt.
+    """
+    for line in ray.get(notice.take.remote()):
+        print(line, flush=True)
+    losses = folder / "loss.jsonl"
+    if not losses.is_file() or losses.stat().st_mtime < since:
+        progress.note = "starting the workers"
+        return
+    with losses.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        lines = file.read().splitlines()
+    if lines:
+        last = json.loads(lines[-1])
+        if progress.unit != (unit := f"steps of {last['stage']}"):
+            progress.unit, progress.first = unit, None
+        progress.done, progress.total = last["step"], last["steps"]
+        progress.note = f"loss {last['loss']:.3f}, {last['samples_per_s']:.1f} photos/s"
 
 
 def run_worker(arguments: dict[str, Any], train: Callable[[Config, Path | None, torch.device], None]) -> None:
@@ -138,6 +157,9 @@ def run_worker(arguments: dict[str, Any], train: Callable[[Config, Path | None, 
     config, notice = Config.model_validate(arguments["config"]), arguments["notice"]
     if ray.get(notice.read.remote()):
         return
+    messages = logging.getLogger("addressvlm")
+    messages.setLevel(logging.INFO)
+    messages.addHandler(NoticeHandler(notice))
     checkpoint = ray.train.get_checkpoint()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -149,6 +171,17 @@ def run_worker(arguments: dict[str, Any], train: Callable[[Config, Path | None, 
         ray.get(notice.write.remote(message))
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # ends the workers that wait for this one
+
+
+class NoticeHandler(logging.Handler):
+    """Passes what this package logs in a worker on to the driver, which prints it."""
+
+    def __init__(self, notice: Any) -> None:
+        super().__init__()
+        self.notice = notice
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.notice.say.remote(f"train: {record.getMessage()}")
 
 
 class CheckpointReporter:
@@ -193,11 +226,19 @@ class CheckpointReporter:
 
 
 @ray.remote(num_cpus=0)
-class ErrorNotice:
-    """Holds a worker's user error; a restarted worker group reads it and ends instead of trying again."""
+class Notice:
+    """Holds what workers have to say to the user, and a user error; with one, a restarted worker group ends at once."""
 
     def __init__(self) -> None:
         self.message: str | None = None
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def take(self) -> list[str]:
+        lines, self.lines = self.lines, []
+        return lines
 
     def write(self, message: str) -> None:
         self.message = self.message or message
@@ -207,9 +248,9 @@ class ErrorNotice:
 
 
 def make_notice() -> Any:
-    """An `ErrorNotice` on this node, so that it is lost only with the driver."""
+    """A `Notice` on this node, so that it is lost only with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ErrorNotice.options(scheduling_strategy=here).remote()
+    return Notice.options(scheduling_strategy=here).remote()
 
 
 def noticed_error(notice: Any) -> InputError | None:

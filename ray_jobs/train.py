@@ -14,6 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from ray_jobs.progress import Progress, display
+
+    display.begin(Progress("train: loading libraries"))
+
 try:
     import torch
 
@@ -38,6 +43,7 @@ from addressvlm.training.trainer import train_system
 from ray_jobs import graft, label, prepare
 from ray_jobs.cluster import nodes_ahead, require_possible, wait_for_workers
 from ray_jobs.common import connect, job_parser, load_config, run_main
+from ray_jobs.progress import display
 
 
 def settings(config: Config, system: SystemConfig) -> dict[str, Any]:
@@ -121,6 +127,7 @@ def run_step(config: Config, redo: bool = False, only: list[str] | None = None) 
         with nodes_ahead(first, "label", config.cluster.boot_s):
             make_data(config, redo, {kind for system in missing for kind in tables_of(config, system)})
             wait_for_workers(first, config.cluster.wait_s)
+    display.heading("train", f"{len(systems)} {'systems' if len(systems) > 1 else 'system'}")
     for system in systems:
         if system not in missing:
             print(f"train: {system.name}: already done", flush=True)
@@ -157,6 +164,7 @@ def main() -> None:
     if args.dry_run:
         print_estimate(config, select_systems(config, args.system), args.photos)
         return
+    display.steps = ["prepare", "graft", "label", "train", *(["evaluate", "report"] if args.evaluate else [])]
     connect()
     run_step(config, args.redo, args.system)
     if args.evaluate:

@@ -8,6 +8,8 @@ import math
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,14 +19,47 @@ from addressvlm.answers.address_distribution import AddressDistribution, Circle,
 from addressvlm.answers.calibration import Calibration, ScoredPhotos
 from addressvlm.config.compare import SimulatedPriorConfig
 from addressvlm.errors import InputError
-from addressvlm.evaluation.run_questions import photo_image, questions_of
+from addressvlm.evaluation.run_questions import in_order, photo_image, questions_of
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE
+from addressvlm.storage import tables
+from addressvlm.storage.remote_path import AnyPath
 
+CHUNK = 256  # photos whose scores are in memory
 COLUMNS = ["id", "place", "lat", "lon", "street", "district", "image"]  # of tables.PHOTOS, needed to score
 DEVIATIONS_95 = math.sqrt(-2 * math.log(0.05))  # radius that holds 95 % of a two-dimensional Gaussian, in deviations
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ScoreTables:
+    """Stored scores of a system, read piece by piece: photos times addresses need not fit into memory.
+
+    Attributes:
+        folders: split -> folder of its table, whose columns include those of `tables.SCORES`.
+        calibration: applied to the rows.
+    """
+
+    folders: Mapping[str, AnyPath]
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Rows of `tables.SCORES`, in the order of the photos table; none for a split without scores."""
+        if split in self.folders:
+            rows = tables.iter_rows(self.folders[split], split, tables.SCORES.names)
+            yield from calibrated_rows(rows, self.calibration)
+
+    def photos(self, split: str, gazetteer: Gazetteer) -> ScoredPhotos:
+        """All scores of a split in memory: for the few photos that something is fitted to."""
+        return scored_photos(list(self.rows(split)), gazetteer)
+
+
+def chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Up to CHUNK rows at a time."""
+    remaining = iter(rows)
+    while chunk := list(islice(remaining, CHUNK)):
+        yield chunk
 
 
 def score_photos(
@@ -52,21 +87,24 @@ def scored_photos(rows: Sequence[Row], gazetteer: Gazetteer) -> ScoredPhotos:
     return ScoredPhotos(scores, np.array(truth, dtype=np.int64), [row["place"] for row in rows])
 
 
-def calibrated_rows(rows: Iterable[Row], calibration: Calibration) -> list[Row]:
+def calibrated_rows(rows: Iterable[Row], calibration: Calibration) -> Iterator[Row]:
     """Rows of `tables.SCORES` with calibrated scores."""
-    return [{**row, "scores": calibration.apply(np.array(row["scores"])).tolist()} for row in rows]
+    for row in rows:
+        yield {**row, "scores": calibration.apply(np.array(row["scores"])).tolist()}
 
 
-def answers_from_scores(rows: Iterable[Row], photos: Mapping[str, Row], gazetteer: Gazetteer) -> Iterator[Row]:
+def answers_from_scores(rows: Iterable[Row], photos: Iterable[Row], gazetteer: Gazetteer) -> Iterator[Row]:
     """Rows of `tables.ANSWERS` without `correct`: every question of the photos, answered by their scores.
 
     Args:
         rows: of `tables.SCORES`.
-        photos: id -> row of `tables.PHOTOS`, at least its `rounds` and what `questions_of` needs.
+        photos: rows of `tables.PHOTOS` in the same order, and perhaps others between them; at least what `questions_of` needs.
     """
+    remaining = iter(photos)
     for row in rows:
         distribution = AddressDistribution(gazetteer.addresses, np.array(row["scores"]))
-        for question in questions_of(photos[row["id"]]):
+        photo = next(photo for photo in remaining if photo["id"] == row["id"])
+        for question in in_order(questions_of(photo)):
             level, options = question["level"], question["options"]
             if question["kind"] == "judgment":
                 answer = "Yes" if distribution.judge(options[0], level) else "No"
@@ -132,12 +170,16 @@ def simulated_prior(row: Row, prior: SimulatedPriorConfig, gazetteer: Gazetteer,
     return Prior((row["district"],) if prior.district else (), streets, circle)
 
 
-def restriction_stats(rows: Sequence[Row], gazetteer: Gazetteer) -> dict[str, float]:
+def restriction_stats(rows: Iterable[Row], gazetteer: Gazetteer) -> dict[str, float]:
     """Of restricted rows: mean number of addresses left, photos with nothing ruled out, photos without their true address."""
-    photos = scored_photos(rows, gazetteer)
-    left = np.isfinite(photos.scores).sum(axis=1)
+    left: list[int] = []
+    without_truth = 0
+    for chunk in chunks(rows):
+        photos = scored_photos(chunk, gazetteer)
+        left += np.isfinite(photos.scores).sum(axis=1).tolist()
+        without_truth += int(((photos.truth >= 0) & ~photos.reachable).sum())
     return {
-        "addresses left": float(left.mean()) if len(rows) else 0.0,
-        "nothing ruled out": int((left == photos.scores.shape[1]).sum()),
-        "true address ruled out": int(((photos.truth >= 0) & ~photos.reachable).sum()),
+        "addresses left": float(np.mean(left)) if left else 0.0,
+        "nothing ruled out": sum(count == len(gazetteer.addresses) for count in left),
+        "true address ruled out": without_truth,
     }

@@ -6,6 +6,7 @@ Photos of one place look alike, so the unit that intervals resample is the place
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
@@ -47,7 +48,7 @@ def compute_metrics(answers: Iterable[Mapping[str, Any]], resamples: int = 1000,
         For each of METRICS `value`, `low`, `high` (shares between 0 and 1; None without questions) and `n`, the
         number of questions.
     """
-    right, total = _count(list(answers))
+    right, total = _count(answers)
     values = _values(right.sum(axis=0), total.sum(axis=0))
     weights = _resample(len(right), resamples, seed)
     samples = _values(weights @ right, weights @ total)
@@ -68,10 +69,17 @@ def paired_difference_ci(
         For each metric `value` (a minus b, between -1 and 1), its `low` and `high`, and `n`, the questions in common.
     """
     key = itemgetter("id", "level", "kind", "question", "expected")
-    a, b = ({key(row): row for row in answers} for answers in (answers_a, answers_b))
+    places: dict[str, str] = {}
+    a: dict[tuple[str, ...], bool] = {}
+    for row in answers_a:
+        a[key(row)], places[row["id"]] = bool(row["correct"]), row["place"]
+    b = {key(row): bool(row["correct"]) for row in answers_b}
     common = [question for question in a if question in b]
-    right_a, total = _count([a[question] for question in common])
-    right_b, _ = _count([b[question] for question in common])
+
+    def count(right: Mapping[tuple[str, ...], bool]) -> tuple[np.ndarray, np.ndarray]:
+        return _count({"place": places[q[0]], "level": q[1], "kind": q[2], "correct": right[q]} for q in common)
+
+    (right_a, total), (right_b, _) = count(a), count(b)
     weights = _resample(len(total), resamples, seed)
     values_a, values_b = (_values(right.sum(axis=0), total.sum(axis=0)) for right in (right_a, right_b))
     samples_a, samples_b = (_values(weights @ right, weights @ total) for right in (right_a, right_b))
@@ -99,15 +107,13 @@ def averages(shares: Mapping[str, float], questions: Mapping[str, float]) -> dic
     return {name: float(values[name]) for name in MEANS}
 
 
-def _count(rows: list[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def _count(rows: Iterable[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Right answers and questions, both (places, cells)."""
-    places = {place: i for i, place in enumerate(dict.fromkeys(row["place"] for row in rows))}
     cells = {cell: i for i, cell in enumerate(CELLS.values())}
-    right, total = np.zeros((2, len(places), len(cells)))
+    places: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros((2, len(cells))))
     for row in rows:
-        index = places[row["place"]], cells[row["level"], row["kind"]]
-        total[index] += 1
-        right[index] += bool(row["correct"])
+        places[row["place"]][:, cells[row["level"], row["kind"]]] += bool(row["correct"]), 1
+    right, total = np.array(list(places.values())).reshape(-1, 2, len(cells)).swapaxes(0, 1)
     return right, total
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from addressvlm.evaluation.comparison import address_answers, split_verdicts
+from addressvlm.evaluation.comparison import Answers, address_answers, split_verdicts
 from addressvlm.evaluation.metrics import DESCRIPTIONS, MEANS, METRICS, paired_difference_ci
 from addressvlm.evaluation.plots import CityMap, distance_curves, interval_bar, loss_curves, reliability_diagram
 from addressvlm.evaluation.result_tables import ACCURACIES, HEAD, cells
@@ -53,7 +53,7 @@ class ReportSources:
 def write_report(
     path: AnyPath,
     metrics: Mapping[str, Any],
-    answers: Mapping[str, Sequence[Row]],
+    answers: Mapping[str, Answers],
     gazetteer: Gazetteer | None = None,
     sources: ReportSources | None = None,
     seed: int = 0,
@@ -136,7 +136,7 @@ def _metric_name(name: str) -> Any:
     return jinja2.utils.markupsafe.Markup(f"<i{bar}>A</i>{under}{over}")
 
 
-def _differences(systems: list[Row], main: Row, answers: Mapping[str, Sequence[Row]], resamples: int, seed: int) -> list[Row]:
+def _differences(systems: list[Row], main: Row, answers: Mapping[str, Answers], resamples: int, seed: int) -> list[Row]:
     """The main system minus each other one."""
     ours = answers[main["name"]]
     return [
@@ -152,7 +152,7 @@ def _reach(differences: list[Row]) -> float:
     return max(0.1, math.ceil(10 * max(ends, default=0)) / 10)
 
 
-def _maps(systems: list[Row], answers: Mapping[str, Sequence[Row]], gazetteer: Gazetteer | None) -> Row | None:
+def _maps(systems: list[Row], answers: Mapping[str, Answers], gazetteer: Gazetteer | None) -> Row | None:
     """A map for each system: at every test place the share of its photos whose address was right."""
     located = [row for rows in answers.values() for row in address_answers(rows) if row["lat"] is not None]
     if not located:
@@ -162,7 +162,7 @@ def _maps(systems: list[Row], answers: Mapping[str, Sequence[Row]], gazetteer: G
     return {"defs": city.defs, "systems": drawn}
 
 
-def _places(rows: Sequence[Row]) -> list[Row]:
+def _places(rows: Answers) -> list[Row]:
     """What `CityMap.draw` takes of each place."""
     by_place: dict[str, list[Row]] = {}
     for row in address_answers(rows):
@@ -178,12 +178,12 @@ def _places(rows: Sequence[Row]) -> list[Row]:
 
 
 def _examples(
-    systems: list[Row], main: Row, answers: Mapping[str, Sequence[Row]], split: str, photos: AnyPath | None, seed: int
+    systems: list[Row], main: Row, answers: Mapping[str, Answers], split: str, photos: AnyPath | None, seed: int
 ) -> list[Row]:
     """Photos of different places with each system's address; as many right as wrong ones of the main system."""
     if not photos:
         return []
-    rows = address_answers(answers[main["name"]])
+    rows = list(address_answers(answers[main["name"]]))
     random.Random(seed).shuffle(rows)
     per_place = list({row["place"]: row for row in reversed(rows)}.values())
     right = [row for row in per_place if row["correct"]]
@@ -203,7 +203,7 @@ def _examples(
     ]
 
 
-def _confusions(rows: Sequence[Row], top: int = 8) -> list[Row]:
+def _confusions(rows: Answers, top: int = 8) -> list[Row]:
     """The wrong street answers that came most often, counted by photo."""
     wrong = [row for row in rows if row["level"] == "street" and row["kind"] == "generation" and not row["correct"]]
     counts = Counter((row["expected"], row["answer"]) for row in wrong).most_common(top)
@@ -253,7 +253,7 @@ def _losses(path: AnyPath) -> dict[str, list[tuple[float, float]]]:
 def comparison_section(
     comparison: Mapping[str, Any],
     systems: Sequence[Row],
-    answers: Mapping[str, Sequence[Row]],
+    answers: Mapping[str, Answers],
     photos: AnyPath | None,
     seed: int,
 ) -> Row:
@@ -280,7 +280,7 @@ def comparison_section(
 def _disagreements(
     comparison: Mapping[str, Any],
     systems: Sequence[Row],
-    answers: Mapping[str, Sequence[Row]],
+    answers: Mapping[str, Answers],
     photos: AnyPath | None,
     seed: int,
 ) -> list[Row]:

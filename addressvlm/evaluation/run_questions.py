@@ -61,6 +61,11 @@ def questions_of(photo: Row) -> list[Row]:
     ]
 
 
+def in_order(questions: Iterable[Row]) -> list[Row]:
+    """The questions about a photo, or their answers, in the order of `tables.ANSWERS`."""
+    return sorted(questions, key=lambda row: (row["level"], row["kind"], row["question"]))
+
+
 def judge_answers(answers: Iterable[Mapping[str, Any]], judge: Judge) -> list[Row]:
     """The same rows with `correct`."""
     keys = ("level", "kind", "expected", "answer", "options", "street")

@@ -35,24 +35,30 @@ class Shard:
     number: int
     rows: int
     groups: tuple[tuple[str, int, int], ...]  # file, first, last
-    skipped: frozenset[int] = frozenset()  # indices, from 0 over all groups, of rows that are not part of the shard
+    picked: tuple[int, ...] | None = None  # ascending indices, from 0 over all groups, of its rows; None: all
 
     def batches(self, columns: list[str] | None = None) -> Iterator[Rows]:
         """The rows in order, `tables.ROWS_PER_GROUP` at a time; at most one row group is in memory."""
-        rows = (row for index, row in enumerate(self._rows(columns)) if index not in self.skipped)
+        rows = self._rows(columns)
         while batch := list(islice(rows, tables.ROWS_PER_GROUP)):
             yield batch
 
     def _rows(self, columns: list[str] | None) -> Iterator[dict[str, Any]]:
+        start = 0
         for name, first, last in self.groups:
             with open_parquet(path_of(name)) as file:
                 for group in range(first, last):
                     for batch in file.iter_batches(tables.ROWS_PER_GROUP, row_groups=[group], columns=columns):
+                        end = start + batch.num_rows
+                        if self.picked is not None:
+                            batch = batch.take(pa.array([i - start for i in self.picked if start <= i < end], pa.int64()))
+                        start = end
                         yield from batch.to_pylist()
 
     def fingerprint(self) -> str:
         """Changes when the rows do."""
-        return digest([[*_footer_digest(path_of(file)), first, last] for file, first, last in self.groups])
+        groups = [[*_footer_digest(path_of(file)), first, last] for file, first, last in self.groups]
+        return digest([groups, self.picked])
 
 
 @dataclass

@@ -1,15 +1,17 @@
-"""AddressCLIP (paper 002) in a comparison: trained with Ray Train, then every photo is scored with Ray Data.
+"""AddressCLIP (paper 002) in a comparison: trained with Ray Train, then every photo is scored.
 
 Writes below <storage>/<name>: models/<system> (the dual encoder), training/<system> (checkpoints, loss.jsonl) and
-baselines/scores/<system>.
+scores/<system>.
 """
 
-from collections.abc import Iterable
-from dataclasses import replace
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from addressvlm.baselines import addressclip
 from addressvlm.baselines.addressclip import clip_licence
@@ -17,16 +19,14 @@ from addressvlm.baselines.addressclip_data import caption_texts
 from addressvlm.baselines.dual_encoder import AddressIndex, open_encoder
 from addressvlm.config import Config
 from addressvlm.config.compare import AddressClipConfig
-from addressvlm.evaluation import likelihood
-from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.storage import tables
 from addressvlm.storage.remote_path import list_files, path_of
-from addressvlm.storage.run_dir import begin_or_resume, is_done, mark_done, slug
+from addressvlm.storage.run_dir import begin_or_resume, is_done, mark_done
 from ray_jobs import evaluation, label, prepare
 from ray_jobs.baselines.system import ComparisonContext, System, SystemOutcome, worker_resources
 from ray_jobs.cluster import wait_for_workers
 from ray_jobs.common import absolute_path
-from ray_jobs.evaluation import SCORED_PHOTOS, ModelWorker, Row, model_digest
+from ray_jobs.evaluation import PhotoModel, Row
 from ray_jobs.ray_train import CheckpointReporter, run_training, run_worker, training_workers
 
 
@@ -38,19 +38,14 @@ class AddressClipSystem(System[AddressClipConfig]):
         depends_on = settings(config, self.settings)
         if not is_done(folder, depends_on, redo):
             self.train(context, depends_on, redo)
-        task = replace(context.task, out=context.run.folder / "baselines")
-        addresses = [address.text() for address in context.gazetteer.addresses]
-        scored = {"model": model_digest(str(folder)), "gazetteer": addresses}
-        arguments = (task, self.name, str(folder), context.ids, scored, AddressClipScorer)
-        counts = {split: len(ids) for split, ids in context.ids.items()}
-        if is_done(task.out / "scores" / slug(self.name), {**scored, "photos": counts}, redo):
-            scores = evaluation.score(*arguments)
-        else:
-            with context.measure_cost(self.name, "answering", sum(counts.values()), worker_resources(config)):
-                scores = evaluation.score(*arguments, redo=redo)
+        model, start = DualEncoderModel(str(folder), context.gazetteer, config), time.monotonic()
+        outputs = evaluation.scores_of(context.task, self.name, model, context.ids)
+        if evaluation.run_model(f"compare: {self.name}", config, context.run.photos, outputs, redo):
+            cost = {"seconds": time.monotonic() - start, "photos": sum(map(len, context.ids.values()))}
+            context.save_cost(self.name, "answering", {**cost, **worker_resources(config)})
         trained = addressclip.trained_parameters(folder)
         return SystemOutcome(
-            scores=scores,
+            scores=context.task.scores(self.name, context.ids),
             parameters=trained["parameters"],
             stored_bytes=sum(file.stat().st_size for file in list_files(folder, "*.safetensors")),
             licences={self.settings.base or config.model.base: clip_licence(config, self.settings) or "not stated"},
@@ -89,17 +84,15 @@ def train_worker(arguments: dict[str, Any]) -> None:
     run_worker(arguments, work)
 
 
-class AddressClipScorer(ModelWorker):
-    """Compares its photos with the addresses; rows of SCORES."""
+class DualEncoderModel(PhotoModel):
+    """A dual encoder, which compares photos with the addresses."""
 
-    columns, schema = likelihood.COLUMNS, tables.SCORES
-
-    @staticmethod
-    def load_model(model: str, city: Gazetteer, config: Config) -> AddressIndex:
+    def load(self) -> AddressIndex:
         """The addresses, encoded by the dual encoder."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return AddressIndex(open_encoder(path_of(model), config.model.dtype, device), city.addresses)
+        return AddressIndex(open_encoder(path_of(self.model), self.config.model.dtype, device), self.city.addresses)
 
-    def work(self, photos: list[Row]) -> Iterable[list[Row]]:
-        """The scores."""
-        return likelihood.score_photos(self.load().scores, photos, SCORED_PHOTOS)
+    def address_scores(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Similarities, float64 (images, addresses)."""
+        scores: np.ndarray = self.loaded.scores(images)
+        return scores

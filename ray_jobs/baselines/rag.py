@@ -7,7 +7,8 @@ an endpoint are also kept in <run>/rag/<system>-response_cache, so that none is 
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,33 +17,24 @@ import pyarrow as pa
 from addressvlm import InputError
 from addressvlm.baselines.rag import endpoint_replies, parse_coordinates, rag_prompt
 from addressvlm.baselines.retrieval import cluster_representatives, random_neighbours
-from addressvlm.config import Config
 from addressvlm.config.compare import RagConfig
-from addressvlm.evaluation.run_questions import photo_image, questions_of
-from addressvlm.gazetteer.gazetteer import Address, Gazetteer
+from addressvlm.evaluation.run_questions import in_order, photo_image, questions_of
+from addressvlm.gazetteer.gazetteer import Address
 from addressvlm.inference import user_turn
 from addressvlm.models.cards import base_licence
 from addressvlm.models.loading import context_length, resolve_model
 from addressvlm.storage import tables
+from addressvlm.storage.files import digest
 from addressvlm.storage.remote_path import list_files, path_of
 from addressvlm.storage.run_dir import fresh_dir, is_done, slug
+from addressvlm.storage.shards import Rows, ShardResult, ShardWork
+from ray_jobs import evaluation
 from ray_jobs.baselines import retrieval
 from ray_jobs.baselines.retrieval import Embeddings, GallerySearch
 from ray_jobs.baselines.system import ComparisonContext, System, SystemOutcome
 from ray_jobs.common import absolute_path
-from ray_jobs.evaluation import (
-    PHOTO_COLUMNS,
-    TEST,
-    Answers,
-    ModelWorker,
-    Row,
-    model_digest,
-    run_workers,
-    trained_model,
-    work_units,
-)
+from ray_jobs.evaluation import PHOTO_COLUMNS, TEST, ModelOutput, PhotoModel, Row, model_digest, trained_model
 
-PHOTOS = 64  # a unit of work of a worker
 BATCH = 8  # prompts that go through the model together; they are long
 REPLY = pa.schema([("id", pa.string()), ("reply", pa.string())])
 REPLIES = tables.with_features(
@@ -89,16 +81,19 @@ class RagSystem(System[RagConfig]):
                 query["id"]: rag_prompt(settings, [gallery.photos[i] for i in near], [gallery.photos[i] for i in far])
                 for query, (near, far) in zip(queries.photos, lists, strict=True)
             }
-            replies = model_replies(context, settings, model, prompts, redo)
+            replies = model_replies(context, settings, model, prompts, depends_on, redo)
             with fresh_dir(folder, depends_on) as temporary:
                 rows = reply_rows(context, settings, queries, gallery, lists, prompts, replies)
                 tables.write_table(temporary, TEST, rows, REPLIES)
             context.save_cost(name, "answering", retrieval.query_cost([embeddings], time.monotonic() - start))
 
-        rows = list(tables.iter_rows(folder, TEST))
+        rows = list(
+            tables.iter_rows(folder, TEST, [name for name in REPLIES.names if name not in ("prompt", "similar", "dissimilar")])
+        )
+        evaluation.write_answers(context.task, name, reply_answers(context, settings, rows), {"system": settings.model_dump()})
         problems = Counter(row["why"] for row in rows if row["why"])
         outcome = SystemOutcome(
-            answers=Answers(name, reply_answers(context, settings, rows), {"system": settings.model_dump()}),
+            answered=True,
             coordinates={row["id"]: (row["found_lat"], row["found_lon"]) for row in rows if row["found_lat"] is not None},
             stored_bytes=retrieval.stored_bytes(context, settings.encoder, files),
             licences=retrieval.encoder_licence(context, settings.encoder),
@@ -150,7 +145,7 @@ def photo_lists(
 
 
 def model_replies(
-    context: ComparisonContext, settings: RagConfig, model: str, prompts: Mapping[str, str], redo: bool
+    context: ComparisonContext, settings: RagConfig, model: str, prompts: Mapping[str, str], depends_on: Row, redo: bool
 ) -> dict[str, str | None]:
     """Photo -> the reply of the model or of the endpoint, None if it gave none."""
     photos, need = context.run.photos, context.config.evaluate
@@ -161,35 +156,30 @@ def model_replies(
         return endpoint_replies(context.config.labels, settings, requests, len(prompts), cache, redo_failed=redo)
     need = need.model_copy(update={"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature})
     config = context.config.model_copy(update={"evaluate": need})
-    per_unit = max(1, min(PHOTOS, -(-len(prompts) // need.workers)))
-    units = list(work_units(tables.table_files(photos, TEST), set(prompts), per_unit))
-    arguments = (model, context.gazetteer, config, prompts)
-    rows = run_workers(config, units, RagWorker, arguments, f"compare: {settings.name}", len(prompts))
-    return {row["id"]: row["reply"] for row in rows}
+    work = ShardWork(
+        partial(reply_to_photos, PhotoModel(model, context.gazetteer, config), prompts), REPLY, ["id", "image"], digest(prompts)
+    )
+    folder = context.run.folder / "rag" / f"{slug(settings.name)}-replies"
+    output = ModelOutput(folder, depends_on, TEST, list(prompts), work)
+    evaluation.run_model(f"compare: {settings.name}", config, photos, [output], redo)
+    return {row["id"]: row["reply"] for row in tables.iter_rows(folder, TEST)}
 
 
-class RagWorker(ModelWorker):
-    """Shows its photos to a model, each with its own prompt; rows of REPLY."""
+def reply_to_photos(model: PhotoModel, prompts: Mapping[str, str], photos: Rows) -> ShardResult:
+    """Rows of REPLY: a model's answer to each photo and its prompt; prompts of about the same length go together."""
+    import torch
 
-    columns, schema = ("id", "image"), REPLY
-
-    def __init__(self, model: str, city: Gazetteer, config: Config, prompts: Mapping[str, str]) -> None:
-        super().__init__(model, city, config)
-        self.prompts = prompts
-
-    def work(self, photos: list[Row]) -> Iterable[list[Row]]:
-        """The replies, a batch at a time; prompts of about the same length go together."""
-        import torch
-
-        need, model = self.config.evaluate, self.load()
-        photos = sorted(photos, key=lambda photo: (len(self.prompts[photo["id"]]), photo["id"]))
-        for start in range(0, len(photos), BATCH):
-            batch = photos[start : start + BATCH]
-            texts, images = [self.prompts[photo["id"]] for photo in batch], [photo_image(photo) for photo in batch]
-            require_context_length(model, texts[-1], images[-1], need.max_new_tokens)
-            torch.manual_seed(zlib.crc32(repr((self.config.seed, texts)).encode()))
-            replies = model.answer(images, texts, need.max_new_tokens, need.temperature)
-            yield [{"id": photo["id"], "reply": reply} for photo, reply in zip(batch, replies, strict=True)]
+    need, localizer = model.config.evaluate, model.loaded
+    replies: dict[str, str] = {}
+    by_length = sorted(photos, key=lambda photo: (len(prompts[photo["id"]]), photo["id"]))
+    for start in range(0, len(by_length), BATCH):
+        batch = by_length[start : start + BATCH]
+        texts, images = [prompts[photo["id"]] for photo in batch], [photo_image(photo) for photo in batch]
+        require_context_length(localizer, texts[-1], images[-1], need.max_new_tokens)
+        torch.manual_seed(zlib.crc32(repr((model.config.seed, texts)).encode()))
+        answers = localizer.answer(images, texts, need.max_new_tokens, need.temperature)
+        replies |= {photo["id"]: reply for photo, reply in zip(batch, answers, strict=True)}
+    return ShardResult({TEST: [{"id": photo["id"], "reply": replies[photo["id"]]} for photo in photos]})
 
 
 def require_context_length(model: Any, text: str, image: Any, new_tokens: int) -> None:
@@ -233,15 +223,13 @@ def reply_rows(
     return rows
 
 
-def reply_answers(context: ComparisonContext, settings: RagConfig, rows: Sequence[Row]) -> list[Row]:
-    """Unjudged rows of ANSWERS of the kind generation, from rows of REPLIES."""
-    photos = {row["id"]: row for row in tables.iter_rows(context.run.photos, TEST, PHOTO_COLUMNS)}
-    return [
-        {**question, "answer": answer_text(row, question["level"], settings.ask)}
-        for row in rows
-        for question in questions_of(photos[row["id"]])
-        if question["kind"] == "generation"
-    ]
+def reply_answers(context: ComparisonContext, settings: RagConfig, rows: Sequence[Row]) -> Iterator[Row]:
+    """Unjudged rows of ANSWERS of the kind generation, from rows of REPLIES in the order of the photos."""
+    replies = {row["id"]: row for row in rows}
+    for photo in tables.iter_rows(context.run.photos, TEST, PHOTO_COLUMNS):
+        for question in in_order(questions_of(photo)) if photo["id"] in replies else ():
+            if question["kind"] == "generation":
+                yield {**question, "answer": answer_text(replies[photo["id"]], question["level"], settings.ask)}
 
 
 def answer_text(row: Row, level: str, reply_kind: str) -> str:

@@ -30,6 +30,7 @@ from addressvlm.baselines.retrieval import (
 )
 from addressvlm.config.compare import EncoderConfig, RetrievalConfig
 from addressvlm.dataset.build import resolve_city_files
+from addressvlm.evaluation.likelihood import ScoreTables
 from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.models.cards import base_licence
 from addressvlm.models.loading import resolve_model
@@ -41,6 +42,7 @@ from addressvlm.storage.shards import ShardWork, plan_shards
 from ray_jobs.baselines.system import ComparisonContext, System, SystemOutcome, worker_resources
 from ray_jobs.common import absolute_path, require_evaluation_workers
 from ray_jobs.evaluation import TEST, TRAINING, Row, files_digest, model_digest
+from ray_jobs.progress import display
 from ray_jobs.ray_data import run_shards
 
 SHARD = 2048  # photos, at most
@@ -79,12 +81,13 @@ class RetrievalSystem(System[RetrievalConfig]):
             with GallerySearch(index_loaders(files, gallery)) as search, fresh_dir(folder, settings) as temporary:
                 for split, ids in context.ids.items():
                     rows = match_rows(queries[split].select(ids), gallery, search, address, city, self.settings.neighbours)
-                    tables.write_table(temporary, split, rows, MATCHES)
+                    with display.show(f"compare: {self.name}: searching for photos of the split {split}"):
+                        tables.write_table(temporary, split, rows, MATCHES)
             context.save_cost(self.name, "answering", query_cost(list(queries.values()), time.monotonic() - start))
-        matches = {split: list(tables.iter_rows(folder, split)) for split in context.ids}
+        matches = tables.iter_rows(folder, TEST, ["id", "found_lat", "found_lon"])
         return SystemOutcome(
-            scores={split: [{key: row[key] for key in tables.SCORES.names} for row in rows] for split, rows in matches.items()},
-            coordinates={row["id"]: (row["found_lat"], row["found_lon"]) for row in matches[TEST]},
+            scores=ScoreTables(dict.fromkeys(context.ids, folder)),
+            coordinates={row["id"]: (row["found_lat"], row["found_lon"]) for row in matches},
             stored_bytes=stored_bytes(context, encoder, files),
             licences=encoder_licence(context, encoder),
             notes={"gallery": len(gallery.photos), "set_aside": gallery.set_aside},

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from addressvlm.config import Config
 from addressvlm.config.compare import BaselineConfig, VariantConfig
 from addressvlm.config.train import SystemConfig
+from addressvlm.evaluation.likelihood import ScoreTables
 from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.models.cards import base_licence
 from addressvlm.models.loading import resolve_model
@@ -21,7 +22,7 @@ from addressvlm.models.parts import part_of_any_family
 from addressvlm.storage.files import atomic_write, local_copy, local_model_copy
 from addressvlm.storage.remote_path import AnyPath, list_files, path_of
 from addressvlm.storage.run_dir import Run, slug
-from ray_jobs.evaluation import Answers, EvaluationTask, Row, Scores, trained_model
+from ray_jobs.evaluation import EvaluationTask, Row, trained_model
 
 SettingsT = TypeVar("SettingsT", bound=SystemConfig | VariantConfig | BaselineConfig)
 
@@ -88,8 +89,8 @@ class SystemOutcome:
     """What a system makes of the photos.
 
     Attributes:
-        scores: split -> rows of `tables.SCORES`, photo by photo as in `ComparisonContext.ids`.
-        answers: to the questions about the split test; None if all follow from the scores.
+        scores: of the photos of `ComparisonContext.ids`, in their order; None if it has none.
+        answered: its answers to the questions about the split test are stored; else all follow from its scores.
         coordinates: photo -> latitude and longitude in degrees where the system locates it, if that is what it does.
         parameters: how many were trained.
         stored_bytes: what must be kept to answer: weights and index.
@@ -98,8 +99,8 @@ class SystemOutcome:
         model: the folder of a model that was trained for this system, whose cards get the metrics.
     """
 
-    scores: Scores = field(default_factory=dict)
-    answers: Answers | None = None
+    scores: ScoreTables | None = None
+    answered: bool = False
     coordinates: dict[str, tuple[float, float]] = field(default_factory=dict)
     parameters: int = 0
     stored_bytes: int = 0

@@ -2,29 +2,28 @@
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from addressvlm import InputError
-from addressvlm.answers.calibration import Calibration
 from addressvlm.baselines.fusion import fit_fusion, fuse_scores
 from addressvlm.config import Config, load, validate
 from addressvlm.config.compare import FusionConfig, LikelihoodConfig, PriorConfig, VariantConfig
 from addressvlm.config.train import SystemConfig
 from addressvlm.evaluation.comparison import nearest_training_m
-from addressvlm.evaluation.likelihood import calibrated_rows, restrict_scores, restriction_stats, scored_photos
+from addressvlm.evaluation.likelihood import ScoreTables, chunks, restrict_scores, restriction_stats
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE
 from addressvlm.models.loading import resolve_model
 from addressvlm.storage import tables
 from addressvlm.storage.remote_path import path_of
-from addressvlm.storage.run_dir import DONE_FILE, Run, slug
+from addressvlm.storage.run_dir import Run, slug
 from addressvlm.training.stages import training_runs
 from ray_jobs import evaluation, graft, prepare, train
 from ray_jobs.baselines.system import ComparisonContext, System, SystemOutcome, model_stats, worker_resources
-from ray_jobs.evaluation import TEST, VALIDATION, EvaluationTask, Scores, trained_model
+from ray_jobs.evaluation import TEST, VALIDATION, EvaluationTask, PhotoModel, Row, trained_model
 
 
 class TrainedSystem(System[SystemConfig]):
@@ -53,9 +52,8 @@ class LikelihoodSystem(System[LikelihoodConfig]):
 
     def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
         start = time.monotonic()
-        stored = (context.run.folder / "scores" / slug(self.settings.of) / DONE_FILE).is_file() and not redo
-        scores = system_scores(context, self.settings.of, redo)
-        if not stored:
+        scores, made = system_scores(context, self.settings.of, redo)
+        if made:
             cost = {"seconds": time.monotonic() - start, "photos": sum(map(len, context.ids.values()))}
             context.save_cost(self.name, "answering", {**cost, **worker_resources(context.config)})
         system = next(system for system in context.config.train.systems if system.name == self.settings.of)
@@ -72,18 +70,19 @@ class FusionSystem(System[FusionConfig]):
                 f"{context.run.photos} has no split {VALIDATION}, on which the weights of '{self.name}' are fitted."
             )
         scores = {name: scores_of(context, name, f"'{self.name}' fuses") for name in names}
-        truth = scored_photos(scores[names[0]][VALIDATION], context.gazetteer).truth
-        arrays = {  # split -> system -> float64 (photos, addresses)
-            split: {name: np.array([row["scores"] for row in scores[name][split]], dtype=np.float64) for name in names}
-            for split in context.ids
-        }
-        weights = fit_fusion(arrays[VALIDATION], truth)
-        fused: Scores = {}
-        for split in context.ids:
-            total = fuse_scores(arrays[split], weights)
-            fused[split] = [{**row, "scores": line.tolist()} for row, line in zip(scores[names[0]][split], total, strict=True)]
+        held_out = {name: of_system.photos(VALIDATION, context.gazetteer) for name, of_system in scores.items()}
+        weights = fit_fusion({name: photos.scores for name, photos in held_out.items()}, held_out[names[0]].truth)
+
+        def fused(split: str) -> Iterator[Row]:
+            for rows in zip(*(scores[name].rows(split) for name in names), strict=True):
+                arrays = {name: np.array([row["scores"]]) for name, row in zip(names, rows, strict=True)}
+                yield {**rows[0], "scores": fuse_scores(arrays, weights)[0].tolist()}
+
+        written = evaluation.write_scores(
+            context.task, self.name, {split: fused(split) for split in context.ids}, {"weights": weights}
+        )
         notes = {f"weight of {name}": weight for name, weight in weights.items()}
-        return replace(combined_stats(context, names), scores=fused, notes=notes)
+        return replace(combined_stats(context, names), scores=written, notes=notes)
 
 
 class PriorSystem(System[PriorConfig]):
@@ -92,39 +91,56 @@ class PriorSystem(System[PriorConfig]):
     def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
         other, seed = self.settings.of, context.config.seed
         scores = scores_of(context, other, f"'{self.name}' is of")
-        restricted = {split: restrict_scores(rows, self.settings, context.gazetteer, seed) for split, rows in scores.items()}
+        restricted = {
+            split: (
+                row
+                for chunk in chunks(scores.rows(split))
+                for row in restrict_scores(chunk, self.settings, context.gazetteer, seed)
+            )
+            for split in context.ids
+        }
+        written = evaluation.write_scores(context.task, self.name, restricted, {"system": self.settings.model_dump()})
         if other in context.outcomes and context.outcomes[other].scores:
             for part, cost in context.costs(other).items():
                 context.save_cost(self.name, part, cost)
-        notes = restriction_stats(restricted[TEST], context.gazetteer)
-        return replace(combined_stats(context, [other]), scores=restricted, notes=notes)
+        notes = restriction_stats(written.rows(TEST), context.gazetteer)
+        return replace(combined_stats(context, [other]), scores=written, notes=notes)
 
 
-def system_scores(context: ComparisonContext, name: str, redo: bool = False) -> Scores:
-    """Split -> rows of `tables.SCORES` of a system of `train.systems`, calibrated if it was trained."""
+def system_scores(context: ComparisonContext, name: str, redo: bool = False) -> tuple[ScoreTables, bool]:
+    """The scores of a system of `train.systems`, calibrated if it was trained, and whether they were made now."""
     config, systems = context.config, {system.name: system for system in context.config.train.systems}
     if name not in systems:
         raise InputError(f"compare.systems names {name}: systems of train.systems are {', '.join(systems)}.")
     model = trained_model(config, systems[name])
-    scores = score_and_calibrate(context.task, name, model, context.ids, redo)
-    calibration = Calibration.load(path_of(model)) if systems[name].stages else Calibration()
-    return {split: calibrated_rows(rows, calibration) for split, rows in scores.items()}
+    made = score_and_ask(context.task, name, model, context.ids, asks=False, redo=redo)
+    if not systems[name].stages:
+        return context.task.scores(name, context.ids), made
+    return evaluation.calibrated_scores(context.task, name, model, context.ids), made
 
 
-def score_and_calibrate(
-    task: EvaluationTask, name: str, model: str, ids: Mapping[str, Sequence[str]], redo: bool = False
-) -> Scores:
-    """Split -> rows of `tables.SCORES`, uncalibrated; a trained model that sees photos gets its calibration."""
-    if evaluation.model_gazetteer(model, task.gazetteer).addresses != task.gazetteer.addresses:
-        raise InputError(
-            f"{name} knows other addresses than {task.data / GAZETTEER_FILE}: it can't be scored on them; train it anew."
-        )
-    trained = (path_of(model) / GAZETTEER_FILE).is_file()
-    held_out = evaluation.calibration_photos(task.config, task.data) if trained and not task.images else {}
-    scores = evaluation.score(task, name, model, {**ids, **held_out}, redo=redo)
+def score_and_ask(
+    task: EvaluationTask, name: str, model: str, ids: Mapping[str, Sequence[str]], asks: bool, redo: bool = False
+) -> bool:
+    """Score photos and, if it `asks`, answer questions with one load of a model; whether anything was made now.
+
+    A trained model that is scored on photos gets its calibration.
+    """
+    loader, outputs, held_out = PhotoModel(model, task.gazetteer, task.config), [], {}
+    if ids:
+        if evaluation.model_gazetteer(model, task.gazetteer).addresses != task.gazetteer.addresses:
+            raise InputError(
+                f"{name} knows other addresses than {task.data / GAZETTEER_FILE}: it can't be scored on them; train it anew."
+            )
+        trained = (path_of(model) / GAZETTEER_FILE).is_file()
+        held_out = evaluation.calibration_photos(task.config, task.data) if trained and not task.images else {}
+        outputs += evaluation.scores_of(task, name, loader, {**ids, **held_out})
+    if asks:
+        outputs.append(evaluation.answers_of(task, name, loader))
+    made = evaluation.run_model(f"compare: {name}", task.config, task.image_table, outputs, redo)
     if held_out:
-        evaluation.calibrate(task, name, model, scores)
-    return {split: scores[split] for split in ids}
+        evaluation.calibrate(task, name, model)
+    return made
 
 
 def run_trained(
@@ -147,16 +163,16 @@ def run_trained(
         model=run.model_dir(system.name) if system.stages and not images else None,
     )
 
-    start, scores = time.monotonic(), {}
-    if config.evaluate.answers == "likelihood":
-        scores = score_and_calibrate(task, name, model, {TEST: task.ids} if images else context.ids, redo)
-    answers = evaluation.ask(task, name, model, scores, redo=redo)
-    if answers.settings is not None:
+    start, by_likelihood = time.monotonic(), config.evaluate.answers == "likelihood"
+    ids = ({TEST: task.ids} if images else context.ids) if by_likelihood else {}
+    made = score_and_ask(task, name, model, ids, not by_likelihood, redo)
+    if by_likelihood:
+        made |= evaluation.likelihood_answers(task, name, model, redo)
+        outcome = replace(outcome, scores=evaluation.calibrated_scores(task, name, model, ids))
+    if made:
         cost = {"seconds": time.monotonic() - start, "photos": len(task.ids)}
         context.save_cost(name, "answering", {**cost, **worker_resources(config)})
-    calibration = Calibration.load(path_of(model)) if scores else Calibration()
-    ranked = {split: calibrated_rows(rows, calibration) for split, rows in scores.items()}
-    return replace(outcome, scores=ranked, answers=answers)
+    return replace(outcome, answered=True)
 
 
 def training_cost(config: Config, system: str) -> dict[str, Any]:
@@ -204,22 +220,24 @@ def require_same_split(context: ComparisonContext, name: str, config: Config) ->
             )
 
 
-def scores_of(context: ComparisonContext, name: str, use: str) -> Scores:
-    """The scores of a system before this one, or of a system of `train.systems`, in the order of the photos.
+def scores_of(context: ComparisonContext, name: str, use: str) -> ScoreTables:
+    """The scores of a system before this one, or of a system of `train.systems`, of the comparison's photos.
 
     `use` begins the error sentence, such as `'Fusion' fuses`.
     """
     outcome = context.outcomes.get(name)
-    scores = outcome.scores if outcome else {}
-    if not scores:
+    scores = outcome.scores if outcome else None
+    if scores is None:
         if name not in {system.name for system in context.config.train.systems}:
             raise InputError(
                 f"{use} '{name}', which has no scores: name systems of train.systems, or systems of the kinds likelihood, "
                 "retrieval, addressclip, fusion and prior that stand before it and did not fail."
             )
-        scores = system_scores(context, name)
-    rows = {split: {row["id"]: row for row in split_rows} for split, split_rows in scores.items()}
-    return {split: [rows[split][photo] for photo in ids] for split, ids in context.ids.items()}
+        scores, _ = system_scores(context, name)
+    for split, ids in context.ids.items():
+        if split not in scores.folders or tables.read_table(scores.folders[split], split, ["id"])["id"].to_pylist() != ids:
+            raise InputError(f"{use} '{name}', which was scored on other photos of the split {split}: name another system.")
+    return scores
 
 
 def combined_stats(context: ComparisonContext, names: Iterable[str]) -> SystemOutcome:

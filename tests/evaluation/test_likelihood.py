@@ -16,7 +16,7 @@ from addressvlm.evaluation import likelihood
 from addressvlm.evaluation.likelihood import prior_words, restrict_scores, restriction_stats, simulated_prior
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.questions import evaluation_rounds
-from tests.evaluation.test_decoding_comparison import ADDRESSES, CITY, accuracy, compare, rows
+from tests.evaluation.test_decoding import ADDRESSES, CITY, accuracy, compare, rows
 from tests.support import north
 
 priors = st.builds(
@@ -152,10 +152,9 @@ def test_a_draw_depends_on_the_photo_and_the_seed_alone():
 def test_all_questions_are_answered_from_the_scores():
     inputs = rows(photos=8)
     rng = random.Random(0)
-    photos = {
-        row["id"]: row | {"rounds": evaluation_rounds(Address(row["street"], row["district"]), CITY, rng)} for row in inputs
-    }
-    answers = list(likelihood.answers_from_scores(inputs, photos, CITY))
+    photos = [row | {"rounds": evaluation_rounds(Address(row["street"], row["district"]), CITY, rng)} for row in inputs]
+    between = [photo for one in photos for photo in ({**one, "id": "another", "rounds": []}, one)]
+    answers = list(likelihood.answers_from_scores(inputs, between, CITY))
     assert len(answers) == 8 * 9
     for row in inputs:
         best = CITY.addresses[int(np.argmax(row["scores"]))]

@@ -177,7 +177,7 @@ def test_only_parts_that_learn_count_as_trained(tmp_path: Path) -> None:
 
 
 def test_systems_must_have_different_folders(config: Config) -> None:
-    with pytest.raises(InputError, match=r"--row Nobody: systems are zero-shot, Nearest"):
+    with pytest.raises(InputError, match=r"--system Nobody: systems are zero-shot, Nearest"):
         compare.run_step(config, only=["Nobody"])
     twice = config.model_copy(update={"train": config.train.model_copy(deep=True)})
     twice.train.systems[0].name = "nearest"

@@ -21,6 +21,7 @@ from addressvlm.gazetteer.gazetteer import Gazetteer
 from ray_jobs.baselines import rag, retrieval, trained
 from ray_jobs.baselines.retrieval import Embeddings, GallerySearch, IndexParts, build_index, index_loaders
 from ray_jobs.baselines.system import ComparisonContext, SystemOutcome
+from ray_jobs.evaluation import PhotoModel, write_scores
 from tests.support.baselines import GAZETTEER, comparison_in, photo
 from tests.support.label_requests import config_of
 from tests.support.openai_endpoint import Endpoint, says
@@ -165,18 +166,19 @@ def test_each_photo_is_shown_with_its_own_prompt(context: ComparisonContext, mon
             return [f"{text} {image.getpixel((0, 0))}" for image, text in zip(images, texts, strict=True)]
 
     need = context.config.evaluate.model_copy(update={"max_new_tokens": 9, "temperature": 0.5})
-    worker = rag.RagWorker("m", GAZETTEER, context.config.model_copy(update={"evaluate": need}), prompts)
+    config = context.config.model_copy(update={"evaluate": need})
     seeds: list[int] = []
-    monkeypatch.setattr(worker, "load", Model, raising=False)
+    monkeypatch.setattr(PhotoModel, "load", lambda model: Model())
     monkeypatch.setattr(rag, "require_context_length", lambda *_: None)
     monkeypatch.setattr(rag, "BATCH", 4)
     monkeypatch.setattr(torch, "manual_seed", seeds.append)
-    replies = {row["id"]: row["reply"] for batch in worker.work(photos) for row in batch}
+    rows = rag.reply_to_photos(PhotoModel("m", GAZETTEER, config), prompts, photos).tables["test"]
+    replies = {row["id"]: row["reply"] for row in rows}
+    assert [row["id"] for row in rows] == list(prompts)
     colours = {"Mill Street": (255, 0, 0), "Oak Avenue": (0, 0, 255), "Lake Road": (0, 128, 0)}
     assert replies == {row["id"]: f"{prompts[row['id']]} {colours[row['street']]}" for row in photos}
     assert len(set(seeds)) == 2  # each batch draws its own
-    worker.config = worker.config.model_copy(update={"seed": 1})
-    list(worker.work(photos))
+    rag.reply_to_photos(PhotoModel("m", GAZETTEER, config.model_copy(update={"seed": 1})), prompts, photos)
     assert len(set(seeds)) == 4
 
 
@@ -246,15 +248,19 @@ def test_a_cost_stays_until_it_is_measured_again(context: ComparisonContext) -> 
 
 
 def test_a_system_made_of_others_has_all_that_they_have(context: ComparisonContext) -> None:
-    scores = [{"id": name, "scores": [float(at)]} for at, name in enumerate(context.ids["test"])]
+    rows = [{**photo("test", int(name[-1])), "scores": [1.0, 2.0, 3.0]} for name in context.ids["test"]]
+    scores = write_scores(context.task, "a", {"test": rows}, {})
     context = replace(
         context,
         outcomes={
-            "a": SystemOutcome(scores={"test": scores[::-1]}, parameters=3, stored_bytes=10, licences={"model": "mit"}),
+            "a": SystemOutcome(scores=scores, parameters=3, stored_bytes=10, licences={"model": "mit"}),
             "b": SystemOutcome(parameters=4, stored_bytes=20, licences={"encoder": "apache-2.0"}),
         },
     )
-    assert trained.scores_of(context, "a", "'F' fuses") == {"test": scores}  # in the order of the photos
+    assert trained.scores_of(context, "a", "'F' fuses") == scores
+    fewer = replace(context, ids={"test": context.ids["test"][1:]})
+    with pytest.raises(InputError, match="'F' fuses 'a', which was scored on other photos of the split test"):
+        trained.scores_of(fewer, "a", "'F' fuses")
     with pytest.raises(InputError, match="'F' fuses 'b', which has no scores"):
         trained.scores_of(context, "b", "'F' fuses")
     result = trained.combined_stats(context, ["a", "b", "a system that did not run"])

@@ -1,7 +1,9 @@
 """The steps of an evaluation and what each depends on, without Ray"""
 
 import json
+import pickle
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,49 +11,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from addressvlm import InputError
 from addressvlm.answers import calibration
 from addressvlm.answers.calibration import Calibration
 from addressvlm.config import Config, validate
-from addressvlm.evaluation import report, run_questions
+from addressvlm.evaluation import run_questions
 from addressvlm.evaluation.likelihood import scored_photos
-from addressvlm.evaluation.parsing import Judge
-from addressvlm.evaluation.run_questions import questions_of
+from addressvlm.evaluation.run_questions import judge_answers, questions_of
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.storage import tables
-from addressvlm.storage.run_dir import Run, mark_done
-from ray_jobs import evaluate, evaluation, graft
-from ray_jobs.evaluation import Answers, EvaluationTask
-from tests.support.baselines import GAZETTEER, photo
+from addressvlm.storage.run_dir import Run
+from addressvlm.storage.shards import process_shard, remove_stale_files
+from ray_jobs import evaluation
+from ray_jobs.evaluation import EvaluationTask, ModelOutput, PhotoModel
+from ray_jobs.ray_data import ShardJob
+from tests.support.baselines import GAZETTEER, photo, run_in, scores_of, task_of
 
 IDS = pa.schema([("id", pa.string())])
 Row = dict[str, Any]
-
-
-def run_in(folder: Path, **evaluate: Any) -> Config:
-    """A run of coloured photos: 30 to learn from, 12 held out, 9 to test on."""
-    config = validate({"name": "r", "storage": str(folder), "seed": 3, "evaluate": evaluate}, "test")
-    for split, count in (("train", 30), ("val", 12), ("test", 9)):
-        tables.write_table(Run(config).photos, split, [photo(split, number) for number in range(count)], tables.PHOTOS)
-    GAZETTEER.save(Run(config).gazetteer)
-    return config
-
-
-def task_of(config: Config, **changes: Any) -> EvaluationTask:
-    run = Run(config)
-    values = {"config": config, "data": run.photos, "split": "test", "out": run.folder, "ids": [f"test{n}" for n in range(9)]}
-    return EvaluationTask(**{**values, "gazetteer": GAZETTEER, "judge": Judge([], []), **changes})
-
-
-def scores_of(config: Config, split: str, wrong: float = 0.2, seed: int = 0) -> list[Row]:
-    """Scores that are mostly right."""
-    rng, rows = np.random.default_rng(seed), []
-    for row in tables.iter_rows(Run(config).photos, split, ["id", "place", "lat", "lon", "street", "district"]):
-        at = GAZETTEER.addresses.index(Address(row["street"], row["district"]))
-        result = rng.normal(size=3) + (np.arange(3) == (at + (rng.random() < wrong)) % 3)
-        rows.append({**row, "scores": result.tolist()})
-    return rows
 
 
 # Photos
@@ -117,83 +96,130 @@ def write_groups(folder: Path, sizes: dict[str, int]) -> list[Path]:
     return files
 
 
-class Echo(evaluation.ModelWorker):
-    """A worker that gives back what it reads, two photos at a time."""
-
-    columns, schema = ("id",), IDS
-
-    def work(self, photos: list[Row]) -> Any:
-        return (photos[start : start + 2] for start in range(0, len(photos), 2))
-
-
-@pytest.mark.parametrize("photos", [1, 2, 5])
-def test_units_have_every_photo_that_is_asked_about_once_and_in_order(tmp_path: Path, photos: int) -> None:
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_shards_have_every_photo_that_is_wanted_once_and_in_order(tmp_path: Path, size: int) -> None:
     files = write_groups(tmp_path, {"a.parquet": 7, "b.parquet": 4})
-    target = [f"p{number}" for number in (0, 1, 2, 4, 6, 7, 10)]
-    units = list(evaluation.work_units(files, set(target), photos))
-    assert [name for unit in units for name in unit["ids"].to_pylist()[0]] == target
-    assert all(len(unit["ids"].to_pylist()[0]) <= photos for unit in units)
-    worker = Echo("m", Gazetteer([]), Config())
-    for given_together in (units, [pa.concat_tables(units)]):
-        result = [batch for unit in given_together for batch in worker(unit)]
-        assert [row["id"] for batch in result for row in batch.to_pylist()] == target
-        assert all(len(batch) <= 2 for batch in result)
-
-
-def test_only_questions_of_the_kinds_about_the_photos_are_counted(tmp_path: Path) -> None:
-    config = run_in(tmp_path)
-    files, ids = tables.table_files(Run(config).photos, "test"), {"test1", "test4"}
-    rounds = [r["kind"] for row in tables.iter_rows(Run(config).photos, "test") if row["id"] in ids for r in row["rounds"]]
-    assert evaluation.count_questions(files, ids, ["generation", "choice", "judgment"]) == len(rounds)
-    assert evaluation.count_questions(files, ids, ["judgment"]) == rounds.count("judgment") < len(rounds)
+    wanted = [f"p{number}" for number in (0, 1, 2, 4, 6, 7, 10)]
+    shards = list(evaluation.plan_photos(files, wanted, size))
+    assert [row["id"] for shard in shards for batch in shard.batches(["id"]) for row in batch] == wanted
+    assert [shard.number for shard in shards] == list(range(len(shards)))
+    assert all(shard.rows == sum(map(len, shard.batches())) <= size for shard in shards)
+    assert list(evaluation.plan_photos(files, [], size)) == []
+    others = evaluation.plan_photos(files, ["p1", "p2", *wanted[2:]], size)
+    assert next(others).fingerprint() != shards[0].fingerprint()
 
 
 # Scores
 
 
-def test_scores_of_a_split_are_made_once_whoever_wants_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, scored = run_in(tmp_path), []
-    task = task_of(config, out=tmp_path / "out")
+class Colours(PhotoModel):
+    """A model that sees a photo's colour; it counts its loads and calls, and fails at one of them."""
 
-    def score_photos(_: EvaluationTask, name: str, model: str, ids: dict[str, list[str]], worker: None) -> list[Row]:
-        scored.append({split: list(of_split) for split, of_split in ids.items()})
-        rows = {row["id"]: row for split in ("train", "val", "test") for row in scores_of(config, split)}
-        return [rows[photo] for of_split in ids.values() for photo in reversed(of_split)]  # as they come
+    def __init__(self, config: Config, fails_at: int | None = None) -> None:
+        super().__init__("owner/model", GAZETTEER, config)
+        self.loads, self.scored, self.asked, self.fails_at = 0, 0, 0, fails_at
 
-    def score(ids: dict[str, list[str]], redo: bool = False, **settings: str) -> dict[str, list[str]]:
-        scores = evaluation.score(task, "A system", "m", ids, {"model": "a1", **settings}, redo=redo)
-        expected = {row["id"]: row["scores"] for split in scores for row in scores_of(config, split)}
-        assert all(row["scores"] == expected[row["id"]] for rows in scores.values() for row in rows)
-        return {split: [row["id"] for row in rows] for split, rows in scores.items()}
+    def load(self) -> "Colours":
+        self.loads += 1
+        return self
 
-    monkeypatch.setattr(evaluation, "score_photos", score_photos)
-    held, ours = {"val": ["val1", "val4"], "train": ["train7"]}, {"test": ["test0", "test2", "test8"]}
-    of_held, of_ours = {"val": "v1", "train": "t1"}, {"test": "x1"}  # what tells the photos of a split apart
-    assert score(held, **of_held) == held
-    assert score(held | ours, **of_held, **of_ours) == held | ours
-    assert score(ours, **of_ours) == ours
-    assert score(held, **of_held) == held
-    assert scored == [held, ours]
-    for changes in ({"model": "a2"}, {"test": "x2"}):
-        with pytest.raises(InputError, match="made with other settings"):
-            score(ours, **of_ours | changes)
-    with pytest.raises(InputError, match="made with other settings"):
-        score(held | ours, **of_held | {"val": "v2"}, **of_ours)
-    with pytest.raises(InputError, match=r"photos\.test: 3 -> 2"):
-        score({"test": ["test0", "test2"]}, **of_ours)
-    assert score(ours, redo=True) == ours
-    assert len(scored) == 3
+    def _see(self, images: Sequence[Image.Image]) -> list[tuple[int, ...]]:
+        if self.fails_at is not None and self.scored + self.asked >= self.fails_at:
+            raise ConnectionError("the worker was killed")
+        return [image.getpixel((0, 0)) for image in images]  # type: ignore[misc]
+
+    def address_scores(self, images: Sequence[Image.Image]) -> np.ndarray:
+        assert self.loaded is self
+        scores = np.array(self._see(images), dtype=float)
+        self.scored += len(images)
+        return scores
+
+    def answer(self, images: Sequence[Image.Image], texts: Sequence[str], most: int, temperature: float) -> list[str]:
+        answers = [f"{colour} {text}" for colour, text in zip(self._see(images), texts, strict=True)]
+        self.asked += len(texts)
+        return answers
+
+
+def run_here(step: str, jobs: list[ShardJob], workers: int, resources: dict[str, float]) -> list[list[dict[str, Any]]]:
+    """What `run_on_actors` does, in this process."""
+    for job in jobs:
+        remove_stale_files(job.folder, len(job.shards))
+    return [[process_shard(shard, job.folder, job.work) for shard in job.shards] for job in jobs]
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "run_on_actors", run_here)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_one_load_makes_all_tables_of_a_system_and_each_once(tmp_path: Path) -> None:
+    config = run_in(tmp_path, workers=2, batch_size=4)
+    task, model = task_of(config, out=tmp_path / "out"), Colours(config)
+    held_out, ours = {"val": ["val1", "val4"], "train": ["train7"]}, {"test": ["test0", "test2", "test8"]}
+
+    def run(ids: dict[str, list[str]], asks: bool = False, redo: bool = False) -> bool:
+        outputs = evaluation.scores_of(task, "A system", model, ids)
+        outputs += [evaluation.answers_of(task, "A system", model)] if asks else []
+        return evaluation.run_model("test", config, task.data, outputs, redo)
+
+    assert run(held_out)
+    assert run(held_out | ours, asks=True)
+    questions = sum(len(row["rounds"]) for row in tables.iter_rows(task.data, "test"))
+    assert (model.loads, model.scored, model.asked) == (1, 6, questions)
+    assert not run(ours, asks=True)
+    assert not run(held_out)
+    assert (model.scored, model.asked) == (6, questions)
+    colours = {"Mill Street": [255.0, 0.0, 0.0], "Oak Avenue": [0.0, 0.0, 255.0], "Lake Road": [0.0, 128.0, 0.0]}
+    for split, ids in (held_out | ours).items():
+        rows = list(task.scores("A system", [split]).rows(split))
+        assert [row["id"] for row in rows] == ids
+        assert all(row["scores"] == colours[row["street"]] for row in rows)
+    answers = list(task.answers("A system"))
+    assert [row["id"] for row in answers] == [photo for photo in task.ids for _ in range(questions // 9)]
+    order = [(task.ids.index(row["id"]), row["level"], row["kind"], row["question"]) for row in answers]
+    assert order == sorted(order)
+    with pytest.raises(InputError, match=r"photos: 3 -> 2"):
+        run({"test": ["test0", "test2"]})
+    assert run(ours, redo=True)
+    assert model.scored == 9
     with pytest.raises(InputError, match="addresses can't be scored without their names"):
-        evaluation.score(task_of(config, out=tmp_path / "new", gazetteer=Gazetteer([])), "A", "m", ours, {"model": "a1"})
+        evaluation.scores_of(task_of(config, gazetteer=Gazetteer([])), "A", model, ours)
 
 
-def test_scores_of_images_are_read_from_the_files_of_their_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, units = run_in(tmp_path), []
-    monkeypatch.setattr(evaluation, "run_workers", lambda config, work, *more: units.extend(work) or [])
-    evaluation.score_photos(task_of(config), "A", "m", {"test": ["test0", "test2"], "val": ["val1"]})
-    files = {Path(file).name for unit in units for file in unit["file"].to_pylist()}
-    assert files == {"test-00000.parquet", "val-00000.parquet"}
-    assert sorted(photo for unit in units for ids in unit["ids"].to_pylist() for photo in ids) == ["test0", "test2", "val1"]
+@pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize("after", [0, 5, 12, 40])
+def test_a_pass_that_was_killed_is_taken_up_and_ends_as_if_nothing_had_been(tmp_path: Path, after: int) -> None:
+    config = run_in(tmp_path, workers=9, batch_size=4)  # shards of one photo
+
+    def run(out: Path, model: Colours) -> EvaluationTask:
+        task = task_of(config, out=out)
+        ids = {"test": task.ids, "val": ["val1", "val4"]}
+        outputs = [*evaluation.scores_of(task, "A", model, ids), evaluation.answers_of(task, "A", model)]
+        evaluation.run_model("test", config, task.data, outputs)
+        return task
+
+    whole, killed, resumed = Colours(config), Colours(config, fails_at=after), Colours(config)
+    undisturbed = run(tmp_path / "undisturbed", whole)
+    with pytest.raises(ConnectionError):
+        run(tmp_path / "killed", killed)
+    assert not (tmp_path / "killed" / "answers" / "a").exists()
+    task = run(tmp_path / "killed", resumed)
+    for split in ("test", "val"):
+        assert list(task.scores("A", [split]).rows(split)) == list(undisturbed.scores("A", [split]).rows(split))
+    assert list(task.answers("A")) == list(undisturbed.answers("A"))
+    assert killed.scored + resumed.scored == whole.scored
+    assert whole.asked <= killed.asked + resumed.asked < whole.asked + 9  # the photo that was interrupted is asked about again
+
+
+def test_the_tables_of_a_pass_share_one_model_in_a_worker_and_none_travels(tmp_path: Path) -> None:
+    config = run_in(tmp_path)
+    task, model = task_of(config), Colours(config)
+    assert model.loaded is model
+    outputs = [*evaluation.scores_of(task, "A", model, {"test": ["test0"]}), evaluation.answers_of(task, "A", model)]
+    scoring, asking = pickle.loads(pickle.dumps([output.work for output in outputs]))
+    assert scoring.function.args[0] is asking.function.args[0]
+    assert "loaded" not in vars(scoring.function.args[0])
 
 
 def test_scores_depend_on_the_model_and_on_the_images_that_it_sees(tmp_path: Path) -> None:
@@ -206,19 +232,26 @@ def test_scores_depend_on_the_model_and_on_the_images_that_it_sees(tmp_path: Pat
         tables.write_table(other, split, rows[:-1], tables.PHOTOS)
     seeded = config.model_copy(update={"seed": 4})
     half = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
-    tasks = [task_of(config), task_of(config, images=other), task_of(seeded), task_of(half)]
-    settings = [evaluation._score_settings(task, str(model), ["test", "val"]) for task in tasks]
-    assert all(each.keys() == {"test", "val", "model", "dtype", "seed"} for each in settings)
+
+    def settings_of(task: EvaluationTask) -> dict[str, Any]:
+        (output,) = evaluation.scores_of(task, "A", PhotoModel(str(model), GAZETTEER, task.config), {"test": ["test1"]})
+        return output.settings
+
+    fewer = task_of(config, gazetteer=Gazetteer(GAZETTEER.addresses[:2]))
+    tasks = [task_of(config), task_of(config, images=other), task_of(seeded), task_of(half), fewer]
+    settings = [settings_of(task) for task in tasks]
     (model / "config.json").write_text("{1}")
-    settings.append(evaluation._score_settings(task_of(config), str(model), ["test", "val"]))
-    assert len({json.dumps(each) for each in settings}) == 5
+    settings.append(settings_of(task_of(config)))
+    assert len({json.dumps(each) for each in settings}) == 6
 
 
 def test_a_calibration_is_fitted_on_held_out_photos_and_kept_beside_the_model(tmp_path: Path) -> None:
     config = run_in(tmp_path, target_precision=0.7)
+    task = task_of(config)
     (tmp_path / "m").mkdir()
     rows = {"val": scores_of(config, "val", 0.4), "train": scores_of(config, "train", 0.0, seed=1)}
-    result = evaluation.calibrate(task_of(config), "A", str(tmp_path / "m"), rows)
+    evaluation.write_scores(task, "A", rows, {})
+    result = evaluation.calibrate(task, "A", str(tmp_path / "m"))
     expected = calibration.fit_calibration(
         scored_photos(rows["val"], GAZETTEER), 0.7, scored_photos(rows["train"], GAZETTEER).scores
     )
@@ -227,97 +260,27 @@ def test_a_calibration_is_fitted_on_held_out_photos_and_kept_beside_the_model(tm
     assert result.measured["photos"] == 12
 
 
-def test_modes_are_compared_on_photos_that_have_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, calls = run_in(tmp_path), []
-    monkeypatch.setattr(evaluate, "compare_decoding", lambda *arguments: calls.append(arguments) or {"x": 1})
-    Calibration(2.5).save(tmp_path)
-    answers = [{"id": name} for name in ("test1", "other", "test0")]
-    task = task_of(config, out=tmp_path)
-    result = evaluate.compare_modes(task, "A", str(tmp_path), scores_of(config, "test"), {"free": answers})
-    assert result == json.loads((tmp_path / "modes.json").read_text()) == {"system": "A", "x": 1}
-    assert calls[0][3] == {"free": [{"id": "test1"}, {"id": "test0"}]}
-    assert (calls[0][2].temperature, calls[0][4][1]) == (2.5, 3)
-
-
-@pytest.mark.parametrize(
-    ("calibrate", "answers", "priors", "main", "other"),
-    [
-        (True, "free", False, {"val", "train", "test"}, {"val", "train"}),
-        (True, "likelihood", False, {"val", "train", "test"}, {"val", "train", "test"}),
-        (False, "free", False, set(), set()),
-        (False, "free", True, {"test"}, set()),
-        (False, "likelihood", False, {"test"}, {"test"}),
-    ],
-)
-def test_a_system_is_scored_on_the_splits_that_are_needed(
-    calibrate: bool,
-    answers: str,
-    priors: bool,
-    main: set[str],
-    other: set[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config = run_in(tmp_path, answers=answers)
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "config.json").write_text("{}")
-    GAZETTEER.save(tmp_path / "m" / "gazetteer.geojson")
-    scored: dict[str, dict[str, list[str]]] = {}
-    calibrated: dict[str, set[str]] = {}
-    requests: list[tuple[str, list[str], set[str]]] = []
-
-    def score(task: EvaluationTask, name: str, model: str, ids: dict[str, list[str]], redo: bool) -> dict[str, list[str]]:
-        scored[name] = dict(ids)
-        return scored[name]
-
-    def ask(
-        task: EvaluationTask, name: str, model: str, scores: dict[str, list[str]], kinds: Any = None, redo: bool = False
-    ) -> Answers:
-        requests.append((name, kinds, set(scores)))
-        return Answers(name, [{"id": name}])
-
-    monkeypatch.setattr(evaluation, "score", score)
-    monkeypatch.setattr(evaluation, "calibrate", lambda task, name, model, scores: calibrated.update({name: set(scores)}))
-    monkeypatch.setattr(evaluation, "ask", ask)
-    monkeypatch.setattr(evaluate, "compare_modes", lambda task, name, model, scores, answers: {"of": name, **answers})
-    monkeypatch.setattr(evaluation, "report", lambda task, answers, sources, decoding: [answers, decoding])
-    task, models = task_of(config, ids=["test3"]), {"AddressVLM": str(tmp_path / "m"), "B": str(tmp_path / "m")}
-    judged, decoding = evaluate.evaluate(task, models, report.ReportSources(), calibrate, priors, False)
-    assert [set(scored.get(name, {})) for name in models] == [main, other]
-    assert all(ids.get("test", ["test3"]) == ["test3"] for ids in scored.values())
-    assert set(calibrated) == (set(models) if calibrate else set())
-    assert judged == {name: [{"id": name}] for name in models}
-    assert requests[:2] == [("AddressVLM", None, main), ("B", None, other)]
-    assert requests[2:] == ([("AddressVLM constrained", ["generation"], set())] if priors else [])
-    modes = {} if answers == "likelihood" else {"free": judged["AddressVLM"]}
-    modes |= {"constrained": [{"id": "AddressVLM constrained"}]} if priors else {}
-    assert decoding == ({"of": "AddressVLM", **modes} if "test" in main else None)
-
-
 def test_answers_by_scores_are_those_of_the_calibrated_model(tmp_path: Path) -> None:
     config, model = run_in(tmp_path, answers="likelihood"), tmp_path / "m"
     model.mkdir()
     Calibration(2.0, own_prior=[5.0, 0.0, 0.0]).save(model)
-    rows = [{**row, "scores": [4.0, 1.0, 0.0]} for row in scores_of(config, "test")]  # less the prior it is the second
-    ids = ["test5", "test2"]
-    scores = {"test": [row for row in rows if row["id"] in ids]}
+    ids = ["test2", "test5"]
+    rows = [{**row, "scores": [4.0, 1.0, 0.0]} for row in scores_of(config, "test") if row["id"] in ids]
     judge, city = evaluation.make_judge(Run(config).photos, "test")
     task = task_of(config, ids=ids, judge=judge, gazetteer=city)
-    answers = evaluation.ask(task, "A", str(model), scores)
-    assert answers.settings is not None
-    assert not any("correct" in row for row in answers.rows)
-    judged = evaluation.judge(task, answers)
+    evaluation.write_scores(task, "A", {"test": rows}, {})
+    assert evaluation.likelihood_answers(task, "A", str(model))
+    judged = list(task.answers("A"))
     photos = {row["id"]: row for row in tables.iter_rows(task.data, "test")}
     assert [row["id"] for row in judged] == [name for name in ids for _ in questions_of(photos[name])]
     for row in judged:
         if row["level"] == "street" and row["kind"] == "generation":
-            assert row["answer"] == GAZETTEER.addresses[1].street
+            assert row["answer"] == GAZETTEER.addresses[1].street  # less the prior it is the second
             assert row["correct"] == (photos[row["id"]]["street"] == row["answer"])
-    assert evaluation.ask(task, "A", str(model), scores) == Answers("A", judged)  # as they were stored
-    assert evaluation.judge(task, Answers("A", judged)) == judged
+    assert not evaluation.likelihood_answers(task, "A", str(model))
     Calibration(2.0, own_prior=[5.0, 0.0, 1.0]).save(model)
     with pytest.raises(InputError, match="calibration: "):
-        evaluation.ask(task, "A", str(model), scores)
+        evaluation.likelihood_answers(task, "A", str(model))
 
 
 @pytest.mark.parametrize(
@@ -331,25 +294,32 @@ def test_other_settings_of_an_answer_are_another_answer(
     change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, kinds = run_in(tmp_path), run_questions.KINDS
-    answer = {**questions_of(photo("test", 0))[0], "answer": "Mill Street"}
-    monkeypatch.setattr(evaluation, "answer_questions", lambda *_: [answer])
     task = task_of(config)
-    evaluation.judge(task, evaluation.ask(task, "A", "owner/model", {}))
+    judged = judge_answers([{**questions_of(photo("test", 0))[0], "answer": "Mill Street"}], task.judge)
+
+    def outputs_of(task: EvaluationTask, model: str = "owner/model", kinds: Sequence[str] = kinds) -> list[ModelOutput]:
+        return [evaluation.answers_of(task, "A", PhotoModel(model, GAZETTEER, task.config), kinds)]
+
+    def write(step: str, jobs: list[ShardJob], *_: object) -> None:
+        for job in jobs:
+            tables.write_table(job.folder, "test", judged, tables.ANSWERS)
+
+    monkeypatch.setattr(evaluation, "run_on_actors", write)
+    assert evaluation.run_model("test", config, task.data, outputs_of(task))
     workers = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"workers": 7, "batch_size": 3})})
-    assert evaluation.ask(task_of(workers), "A", "owner/model", {}).settings is None
+    assert not evaluation.run_model("test", workers, task.data, outputs_of(task_of(workers)))
     changed = config.model_dump()
     for section, value in change.items():
         changed[section] = {**changed[section], **value} if isinstance(value, dict) else value
-    others = [(task_of(validate(changed, "t")), "owner/model", kinds)]
-    others += [(task, "owner/other", kinds), (task, "owner/model", ["judgment"])]
-    for other, model, of_kinds in others:
+    other = outputs_of(task_of(validate(changed, "t")))
+    for outputs in (other, outputs_of(task, model="owner/other"), outputs_of(task, kinds=["judgment"])):
         with pytest.raises(InputError, match="made with other settings"):
-            evaluation.ask(other, "A", model, {}, of_kinds)
-    assert evaluation.ask(others[0][0], "A", "owner/model", {}, redo=True).settings is not None
+            evaluation.run_model("test", config, task.data, outputs)
+    assert evaluation.run_model("test", config, task.data, other, redo=True)
     rows = list(tables.iter_rows(task.data, "test"))
     tables.write_table(task.data, "test", rows[:-1], tables.PHOTOS)
     with pytest.raises(InputError, match="made with other settings \\(data: "):
-        evaluation.ask(task, "A", "owner/model", {})
+        evaluation.run_model("test", config, task.data, outputs_of(task))
 
 
 def test_files_are_told_apart_by_name_and_content_whatever_their_order(tmp_path: Path) -> None:
@@ -369,73 +339,3 @@ def test_files_are_told_apart_by_name_and_content_whatever_their_order(tmp_path:
         (model / name).write_text(f"other {name}")
         before, last = evaluation.model_digest(str(model)), before
         assert before != last
-
-
-# Flags
-
-
-def test_models_are_named_by_flags_or_are_systems_of_the_run(tmp_path: Path) -> None:
-    assert evaluate.named_models(["a=x/merged", "runs/b/models/c/merged"]) == {
-        "a": "x/merged",
-        "c": "runs/b/models/c/merged",
-    }
-    with pytest.raises(InputError, match="two models are called 'A'"):
-        evaluate.named_models(["a=x", "A=y"])
-    config = run_in(tmp_path)
-    config.train.systems = validate(
-        {"train": {"systems": [{"name": "zero-shot"}, {"name": "S", "stages": ["localization"]}]}}, "t"
-    ).train.systems
-    assert evaluate.run_models(config, ["zero-shot"]) == {"zero-shot": config.model.base}
-    with pytest.raises(InputError, match="'S' is not trained yet"):
-        evaluate.run_models(config)
-    merged = Run(config).model_dir("S") / "merged"
-    merged.mkdir(parents=True)
-    (merged / "config.json").write_text("{}")
-    assert evaluate.run_models(config) == {"zero-shot": config.model.base, "S": str(merged)}
-
-
-def test_where_photos_are_and_where_their_result_goes(tmp_path: Path) -> None:
-    config = run_in(tmp_path)
-    run = Run(config)
-    assert evaluate.photos_folder(config, str(run.folder), None, {}, tmp_path, False) == run.photos
-    assert evaluate.photos_folder(config, str(run.photos), None, {}, tmp_path, False) == run.photos
-    with pytest.raises(InputError, match="does not exist"):
-        evaluate.photos_folder(config, str(tmp_path / "nothing"), None, {}, tmp_path, False)
-    results = run.folder / "evaluations"
-    assert evaluate.output_folder(run, "some/photos.csv") == results / "photos"
-    assert evaluate.output_folder(run, "other/run/photos") == evaluate.output_folder(run, "other/run") == results / "run"
-    assert graft.graft_photos(config, run, "test") is None
-    config.evaluate.images = "grafts"
-    assert evaluate.output_folder(Run(config), None) == results / "grafts"
-
-
-def test_a_manifest_is_prepared_again_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
-    config, result = run_in(tmp_path), []
-    manifest = tmp_path / "new.csv"
-    manifest.write_text("file\n")
-    os.utime(manifest, (1000, 1000))
-
-    def prepare_test(config: Config, folder: Path, gazetteer: Gazetteer | None) -> None:
-        result.append((config.city.manifest, config.city.photos, gazetteer and gazetteer.addresses))
-        folder.mkdir(parents=True, exist_ok=True)
-        mark_done(folder, evaluate.prepare.settings(config))
-        os.utime(folder / "_done.json", (2000, 2000))
-
-    monkeypatch.setattr(evaluate.prepare, "prepare_test", prepare_test)
-    (tmp_path / "m").mkdir()
-    GAZETTEER.save(tmp_path / "m" / "gazetteer.geojson")
-    models = {"hub": "owner/model", "mine": str(tmp_path / "m")}
-
-    def dataset(redo: bool = False) -> Path:
-        return evaluate.photos_folder(config, str(manifest), "here", models, tmp_path / "out", redo)
-
-    assert dataset() == dataset() == tmp_path / "out" / "photos"
-    assert result == [(str(manifest), "here", GAZETTEER.addresses)]
-    os.utime(manifest, (3000, 3000))
-    dataset()
-    assert len(result) == 2
-    os.utime(manifest, (1000, 1000))
-    dataset(redo=True)
-    assert len(result) == 3

@@ -3,16 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
 
-from addressvlm.config import validate
+from addressvlm.config import Config, validate
+from addressvlm.evaluation.parsing import Judge
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.questions import evaluation_rounds
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
 from ray_jobs import evaluation
 from ray_jobs.baselines.system import ComparisonContext
+from ray_jobs.evaluation import EvaluationTask
 from tests.support.training_tables import STREETS, picture
 
 DINO = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8, "mlp_ratio": 2}
@@ -59,3 +62,28 @@ def comparison_in(folder: Path, base: Path | str, training: list[dict[str, Any]]
     GAZETTEER.save(run.gazetteer)
     task = evaluation.open_task(config, run.photos, "test", run.folder)
     return ComparisonContext(run, task, {"test": task.ids})
+
+
+def run_in(folder: Path, **evaluate: Any) -> Config:
+    """A run of coloured photos: 30 to learn from, 12 held out, 9 to test on."""
+    config = validate({"name": "r", "storage": str(folder), "seed": 3, "evaluate": evaluate}, "test")
+    for split, count in (("train", 30), ("val", 12), ("test", 9)):
+        tables.write_table(Run(config).photos, split, [photo(split, number) for number in range(count)], tables.PHOTOS)
+    GAZETTEER.save(Run(config).gazetteer)
+    return config
+
+
+def task_of(config: Config, **changes: Any) -> EvaluationTask:
+    run = Run(config)
+    values = {"config": config, "data": run.photos, "split": "test", "out": run.folder, "ids": [f"test{n}" for n in range(9)]}
+    return EvaluationTask(**{**values, "gazetteer": GAZETTEER, "judge": Judge([], []), **changes})
+
+
+def scores_of(config: Config, split: str, wrong: float = 0.2, seed: int = 0) -> list[dict[str, Any]]:
+    """Scores that are mostly right."""
+    rng, rows = np.random.default_rng(seed), []
+    for row in tables.iter_rows(Run(config).photos, split, ["id", "place", "lat", "lon", "street", "district"]):
+        at = GAZETTEER.addresses.index(Address(row["street"], row["district"]))
+        result = rng.normal(size=3) + (np.arange(3) == (at + (rng.random() < wrong)) % 3)
+        rows.append({**row, "scores": result.tolist()})
+    return rows

@@ -5,7 +5,7 @@ import pytest
 import shapely
 
 from addressvlm.answers.calibration import Calibration, ece
-from addressvlm.evaluation import decoding_comparison, likelihood, result_tables
+from addressvlm.evaluation import comparison, likelihood, result_tables
 from addressvlm.evaluation.plots import reliability_diagram
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 
@@ -32,9 +32,7 @@ def rows(photos=120, skill=1.5, seed=0):
 
 
 def compare(answers=None, **kwargs):
-    return decoding_comparison.compare_decoding(
-        rows(**kwargs), CITY, Calibration(1.0, 0.8, {"0.8": 0.5}), answers or {}, SETTINGS
-    )
+    return comparison.compare_decoding(rows(**kwargs), CITY, Calibration(1.0, 0.8, {"0.8": 0.5}), answers or {}, SETTINGS)
 
 
 def accuracy(compared, name):
@@ -43,7 +41,7 @@ def accuracy(compared, name):
 
 def test_a_model_that_is_divided_by_its_prior_is_shown_with_it_too():
     skewed = Calibration(1.0, 0.8, {"0.8": 0.5}, own_prior=(50.0, *[0.0] * (len(CITY.addresses) - 1)))
-    compared = decoding_comparison.compare_decoding(rows(), CITY, skewed, {}, SETTINGS)
+    compared = comparison.compare_decoding(rows(), CITY, skewed, {}, SETTINGS)
     assert [row["name"] for row in compared["table"]][:2] == ["likelihood, own prior left in", "likelihood"]
     assert accuracy(compared, "likelihood, own prior left in") == accuracy(compare(), "likelihood")
     assert accuracy(compared, "likelihood") < accuracy(compare(), "likelihood")
@@ -66,7 +64,7 @@ def test_prior_information_helps():
 
 def test_nothing_but_the_scores_decides():
     inputs = rows(photos=12)
-    compared = decoding_comparison.compare_decoding(inputs, CITY, Calibration(), {}, SETTINGS)
+    compared = comparison.compare_decoding(inputs, CITY, Calibration(), {}, SETTINGS)
     right = [int(np.argmax(row["scores"])) == CITY.addresses.index(Address(row["street"], row["district"])) for row in inputs]
     assert accuracy(compared, "likelihood") == pytest.approx(np.mean(right))
 
@@ -88,7 +86,7 @@ def test_trust():
 def test_trust_is_of_calibrated_scores_and_counts_places():
     calibrated = Calibration(2.5, 0.8, {"0.8": 0.3})
     inputs = rows()
-    trust = decoding_comparison.compare_decoding(inputs, CITY, calibrated, {}, SETTINGS)["trust"]
+    trust = comparison.compare_decoding(inputs, CITY, calibrated, {}, SETTINGS)["trust"]
     photos = likelihood.scored_photos(inputs, CITY)
     confidence, right = photos.confidences(2.5)
     assert trust["ece"]["value"] == pytest.approx(ece(confidence, right))
@@ -97,12 +95,12 @@ def test_trust_is_of_calibrated_scores_and_counts_places():
     assert trust["coverage"]["value"] == pytest.approx((confidence > 0.3).mean())
     assert (trust["temperature"], trust["threshold"], trust["target"]) == (2.5, 0.3, 0.8)
     at_one = sorted(confidence)[60]
-    exactly = decoding_comparison.compare_decoding(inputs, CITY, Calibration(2.5, 0.8, {"0.8": at_one}), {}, SETTINGS)["trust"]
+    exactly = comparison.compare_decoding(inputs, CITY, Calibration(2.5, 0.8, {"0.8": at_one}), {}, SETTINGS)["trust"]
     assert exactly["coverage"]["value"] == pytest.approx(59 / 120)  # above it, not at it
     one_a_place = [row for i, row in enumerate(inputs) if i % 4 == 0]
     views = [row | {"id": f"{row['id']}/{view}"} for row in one_a_place for view in range(4)]
     once, often = (
-        decoding_comparison.compare_decoding(of, CITY, calibrated, {}, SETTINGS)["trust"]["ece"] for of in (one_a_place, views)
+        comparison.compare_decoding(of, CITY, calibrated, {}, SETTINGS)["trust"]["ece"] for of in (one_a_place, views)
     )
     assert [often[end] for end in ("value", "low", "high")] == pytest.approx([once[end] for end in ("value", "low", "high")])
 
@@ -116,18 +114,18 @@ def test_streets_and_districts_that_are_right_by_themselves():
         for i, at in enumerate(best)
     ]  # fmt: skip
     answers = [
-        {"level": level, "kind": kind, "correct": kind == "generation" and i < right, "place": str(i)}
+        {"id": str(i), "level": level, "kind": kind, "correct": kind == "generation" and i < right, "place": str(i)}
         for level, right in (("address", 1), ("street", 2), ("district", 3))
         for kind in ("generation", "choice") for i in range(4)
     ]  # fmt: skip
-    compared = decoding_comparison.compare_decoding(inputs, city, Calibration(), {"free": answers}, SETTINGS)["table"]
+    compared = comparison.compare_decoding(inputs, city, Calibration(), {"free": answers}, SETTINGS)["table"]
     values = {line["name"]: {name: cell["value"] for name, cell in line["metrics"].items()} for line in compared}
     assert values["free"] == {"A_ds": 0.25, "A_s": 0.5, "A_d": 0.75}
     assert values["likelihood"] == {"A_ds": 0.2, "A_s": 0.6, "A_d": 0.4}
 
 
 def test_nobody_is_sure():
-    trust = decoding_comparison.compare_decoding(rows(), CITY, Calibration(1.0, 0.8, {"0.8": 1.0}), {}, SETTINGS)["trust"]
+    trust = comparison.compare_decoding(rows(), CITY, Calibration(1.0, 0.8, {"0.8": 1.0}), {}, SETTINGS)["trust"]
     assert trust["coverage"]["value"] == 0
     assert trust["precision"]["value"] is None
     assert "–" in result_tables.decoding_table({"system": "a", **compare(), "trust": trust})
@@ -135,9 +133,10 @@ def test_nobody_is_sure():
 
 def test_generated_answers_beside():
     answers = [
-        {"level": level, "kind": "generation", "correct": i % 2 == 0, "place": str(i)}
+        {"id": str(i), "level": level, "kind": "generation", "correct": i % 2 == 0, "place": str(i)}
         for level in ("address", "street", "district") for i in range(10)
     ]  # fmt: skip
+    answers += [{**answer, "id": "a photo without scores", "correct": True} for answer in answers]
     compared = compare({"free": answers})
     assert compared["table"][0]["name"] == "free"
     assert accuracy(compared, "free") == 0.5
@@ -145,11 +144,11 @@ def test_generated_answers_beside():
 
 def test_a_photo_of_a_street_that_the_model_does_not_know():
     inputs = [row | {"street": "Nowhere"} for row in rows(photos=8)]
-    compared = decoding_comparison.compare_decoding(inputs, CITY, Calibration(), {}, SETTINGS)
+    compared = comparison.compare_decoding(inputs, CITY, Calibration(), {}, SETTINGS)
     assert {row["metrics"]["A_ds"]["value"] for row in compared["table"]} == {0.0}
 
 
 def test_a_photo_without_coordinates_has_no_fix():
     inputs = [row | {"lat": None, "lon": None} for row in rows(photos=8)]
-    compared = decoding_comparison.compare_decoding(inputs, CITY, Calibration(), {}, SETTINGS)
+    compared = comparison.compare_decoding(inputs, CITY, Calibration(), {}, SETTINGS)
     assert accuracy(compared, "+ GPS within 50 m") == accuracy(compared, "likelihood")
