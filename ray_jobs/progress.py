@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 LINE_EVERY_S = 4.0  # without a terminal
@@ -34,7 +34,7 @@ class Progress:
     done: int = 0
     note: str = ""
     look: "Callable[[Progress], None] | None" = None
-    began: float = field(default_factory=time.monotonic)
+    began: float = 0.0  # of a clock that never goes back
     first: int | None = None  # what was done when it began, in an earlier attempt
     bar: Any = None  # its number among the bars of a terminal
 
@@ -89,6 +89,7 @@ class Display:
 
     def begin(self, activity: Progress) -> Progress:
         """Show an activity until `end`."""
+        activity.began = time.monotonic()
         with self._lock:
             if not self.activities and sys.stdout.isatty():
                 self._bars = _terminal_bars()
@@ -138,7 +139,7 @@ class Display:
                 print(activity.line(), flush=True)
                 return
             figures = activity.line().partition(": ")[2]
-            self._bars.update(activity.bar, completed=activity.done, total=activity.total, figures=figures)
+            self._bars.update(activity.bar, completed=activity.done, total=activity.total, figures=figures, refresh=True)
 
     def _watch(self, ended: threading.Event) -> None:
         while not ended.wait(LOOK_EVERY_S if self._bars else LINE_EVERY_S):

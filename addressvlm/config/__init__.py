@@ -8,9 +8,9 @@ Presets are commented YAML files in `addressvlm/presets/`. The modules here desc
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from addressvlm.config.base import Section
 from addressvlm.config.city import CityConfig, TilesConfig
 from addressvlm.config.compare import CompareConfig, EvaluateConfig
 from addressvlm.config.labels import LabelsConfig
+from addressvlm.config.provenance import Source, error_sentences
 from addressvlm.config.train import ClusterConfig, ModelConfig, TrainConfig
 from addressvlm.errors import InputError
 
@@ -59,22 +60,39 @@ def load(source: str | Path = "demo", sets: Iterable[str] = (), environment: Map
     Raises:
         InputError: the file is missing or not YAML, a key is unknown, or a value has the wrong type.
     """
-    path, tree = _read(source)
+    tree, sources = read_sources(source, sets, environment)
+    return validate(tree, str(source), sources)
+
+
+def read_sources(
+    source: str | Path = "demo", sets: Iterable[str] = (), environment: Mapping[str, str] = os.environ
+) -> tuple[dict[str, Any], list[Source]]:
+    """The tree of all settings, not yet checked, and where they come from: the later sources override the earlier.
+
+    Raises:
+        InputError: as `load`, but for unknown keys and wrong types.
+    """
+    tree, sources = _read(source)
+    assigned = []
     for name, value in sorted(environment.items()):
-        if name.startswith(ENVIRONMENT_PREFIX):
-            keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
-            if keys[0] in Config.model_fields:
-                _put(tree, keys, value)
+        keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+        if name.startswith(ENVIRONMENT_PREFIX) and keys[0] in Config.model_fields:
+            assigned.append((f"{name}={value}", keys, value))
     for assignment in sets:
         key, equals, value = assignment.partition("=")
         if not equals:
             raise InputError(f"--set {assignment}: write it as key=value, for instance train.workers=1.")
-        _put(tree, key.strip().split("."), value)
-    return validate(tree, str(path))
+        assigned.append((f"--set {assignment}", key.strip().split("."), value))
+    for name, keys, value in assigned:
+        alone: dict[str, Any] = {}
+        for target in (tree, alone):
+            _put(target, keys, value)
+        sources.append(Source(name, alone))
+    return tree, sources
 
 
-def _read(source: str | Path, extending: tuple[Path, ...] = ()) -> tuple[Path, dict[str, Any]]:
-    """The path of a preset or file, and its tree, merged into the one it extends."""
+def _read(source: str | Path, extending: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[Source]]:
+    """The tree of a preset or file, merged into the one it extends, and the files, the extended one first."""
     path = PRESETS / f"{source}.yaml" if not str(source).endswith((".yaml", ".yml")) else Path(source)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
@@ -85,13 +103,14 @@ def _read(source: str | Path, extending: tuple[Path, ...] = ()) -> tuple[Path, d
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path} must hold `key: value` lines, not {type(tree).__name__}.")
+    own = Source(str(path), tree)
     if (extended := tree.pop("extends", None)) is None:
-        return path, tree
+        return deepcopy(tree), [own]
     if path in extending:
         raise InputError(f"{path} extends itself: remove `extends` from one of the files.")
     sibling = path.parent / str(extended)
-    _, base = _read(sibling if sibling.is_file() else extended, (*extending, path))
-    return path, _merge(base, tree)
+    base, files = _read(sibling if sibling.is_file() else extended, (*extending, path))
+    return _merge(base, deepcopy(tree)), [*files, own]
 
 
 def _merge(base: dict[str, Any], override: dict[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -103,8 +122,8 @@ def _merge(base: dict[str, Any], override: dict[str, Any], path: tuple[str, ...]
     return tree
 
 
-def validate(tree: dict[str, Any], where: str) -> Config:
-    """Check a tree of plain values; `where` names its source in errors.
+def validate(tree: dict[str, Any], where: str, sources: Sequence[Source] = ()) -> Config:
+    """Check a tree of plain values; errors name the source of a setting, or `where`.
 
     Raises:
         InputError: a key is unknown or a value has the wrong type; the message lists all problems.
@@ -112,8 +131,7 @@ def validate(tree: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = "; ".join(_problem(e) for e in error.errors())
-        raise InputError(f"{where}: {problems}.") from None
+        raise InputError(f"{error_sentences(error.errors(), Config, where, sources)}.") from None
 
 
 def _put(tree: dict[str, Any], keys: list[str], text: str) -> None:
@@ -126,17 +144,3 @@ def _put(tree: dict[str, Any], keys: list[str], text: str) -> None:
         tree[keys[-1]] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise InputError(f"{'.'.join(keys)}={text}: the value is not YAML.") from None
-
-
-def _problem(error: Any) -> str:
-    """A pydantic error as text; for an unknown key with the most similar one."""
-    location = ".".join(str(part) for part in error["loc"]) or "the configuration"
-    if error["type"] == "extra_forbidden":
-        section: Any = Config
-        for part in error["loc"][:-1]:
-            section = section.model_fields[part].annotation if part in getattr(section, "model_fields", {}) else None
-        known = sorted(getattr(section, "model_fields", {}))
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        return f"unknown key '{location}'" + (f", did you mean '{near[0]}'?" if near else f", known are {', '.join(known)}")
-    message = error["msg"].removeprefix("Value error, ")
-    return f"'{location}' is {error['input']!r}: {message}" if error["type"] != "value_error" else f"'{location}': {message}"

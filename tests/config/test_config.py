@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from addressvlm import InputError
-from addressvlm.config import PRESETS, load, validate
+from addressvlm.config import PRESETS, Config, load, provenance, validate
 from addressvlm.config.compare import AddressClipConfig
 
 
@@ -169,3 +171,78 @@ def test_missing_configuration_and_broken_set() -> None:
         load("nothing", environment={})
     with pytest.raises(InputError, match="write it as key=value"):
         load("demo", ["train.workers"], environment={})
+
+
+@pytest.mark.parametrize(
+    ("sets", "environment", "sentence"),
+    [
+        (["train.workers=two"], {}, "--set train.workers=two: 'train.workers' is 'two'"),
+        ([], {"ADDRESSVLM_TRAIN__WORKERS": "two"}, "ADDRESSVLM_TRAIN__WORKERS=two: 'train.workers' is 'two'"),
+        (["train.workers=2"], {"ADDRESSVLM_TRAIN__WORKERS": "two"}, ""),
+        (["train.lr=1"], {}, "--set train.lr=1: unknown key 'train.lr', did you mean 'train.stages.<name>.learning_rate'?"),
+        (["train.workers=0", "seed=x"], {}, "--set seed=x: 'seed' is 'x': .*; --set train.workers=0: 'train.workers' is 0"),
+        (["train.min_workers=9", "train.mfu=0.3"], {}, "--set train.min_workers=9: 'train': min_workers is 9, above workers"),
+        (["city.streeets=a"], {}, "--set city.streeets=a: unknown key 'city.streeets', did you mean 'streets'?"),
+        (
+            ["train.stages.localization.lr=1"],
+            {},
+            r"unknown key 'train\.stages\.localization\.lr', did you mean 'learning_rate'?",
+        ),
+    ],
+)
+def test_an_error_names_the_argument_or_variable_it_came_from(
+    sets: list[str], environment: dict[str, str], sentence: str
+) -> None:
+    if not sentence:
+        assert load("demo", sets, environment).train.workers == 2
+        return
+    with pytest.raises(InputError, match=sentence) as caught:
+        load("demo", sets, environment)
+    assert "demo.yaml" not in str(caught.value)
+
+
+def test_an_error_names_the_file_it_came_from(tmp_path: Path) -> None:
+    (tmp_path / "below.yaml").write_text("train: {workers: none}\nseed: 3\n")
+    (tmp_path / "above.yaml").write_text(
+        "extends: below.yaml\nseed: three\ncompare: {systems: [{name: a, kind: rag, modle: x}]}\n"
+    )
+    with pytest.raises(InputError) as caught:
+        load(tmp_path / "above.yaml", ["train.mfu=0.3"], {})
+    first, second, third = str(caught.value).split("; ")
+    assert (
+        first
+        == f"{tmp_path}/above.yaml: 'seed' is 'three': Input should be a valid integer, unable to parse string as an integer"
+    )
+    assert second.startswith(f"{tmp_path}/below.yaml: 'train.workers' is 'none'")
+    assert third == f"{tmp_path}/above.yaml: unknown key 'compare.systems.0.rag.modle', did you mean 'model'?."
+    (tmp_path / "apart.yaml").write_text("train: {workers: 2, min_workers: 3}\n")
+    with pytest.raises(InputError, match=r"apart\.yaml: 'train': min_workers is 3"):
+        load(tmp_path / "apart.yaml", ["train.mfu=0.3"], {})
+
+
+KEYS = sorted({keys[-1] for keys in provenance._all_keys(Config)})
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("lr", "learning_rate"), ("bs", "batch_size"), ("wd", "weight_decay"), ("batch", "batch_size"), ("epoch", "epochs"),
+        ("grad_accum", "gradient_accumulation_steps"), ("num_gpus", "gpus_per_worker"), ("output_dir", "storage"),
+        ("report_to", "loggers"), ("lora_r", "rank"), ("Seed", "seed"), ("learning-rate", "learning_rate"), ("xyzzy", None),
+    ],
+)  # fmt: skip
+def test_the_key_that_a_word_means(word: str, key: str | None) -> None:
+    assert provenance.nearest(word, KEYS) == key
+
+
+@given(st.sampled_from(KEYS), st.data())
+def test_a_key_with_one_letter_too_few_is_recognized(key: str, data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, len(key) - 1))
+    others = [other for other in KEYS if abs(len(other) - len(key)) > 3]
+    if len(key) > 4:
+        assert provenance.nearest(key[:at] + key[at + 1 :], [key, *others]) == key
+
+
+def test_words_of_other_tools_stand_for_keys_that_there_are() -> None:
+    assert set(provenance.OTHER_WORDS.values()) <= set(KEYS)
+    assert not set(provenance.OTHER_WORDS) & set(KEYS)
