@@ -8,15 +8,13 @@ Photos that can't be read are named and counted on standard error; the exit stat
 
 import argparse
 import csv
-import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
-from PIL import Image
-
-from addressvlm.dataset.photos import check_photo
+from addressvlm.dataset.photos import decode_photo
 from addressvlm.dataset.readers.base import is_photo
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE
@@ -51,21 +49,19 @@ def localize(photos: Sequence[str], model: str, top_k: int) -> Iterator[Result]:
 
     from transformers.utils.logging import disable_progress_bar
 
+    from addressvlm.answers.batch_localize import localize_photos
     from addressvlm.inference import Localizer
 
     disable_progress_bar()
     localizer = Localizer(folder, memory_mb=0)
     unreadable = 0
-    for start in range(0, len(files), BATCH_SIZE):
-        images: dict[str, Image.Image] = {}
-        for file in files[start : start + BATCH_SIZE]:
-            content = check_photo(file, MAX_MEGAPIXELS)
-            if isinstance(content, str):
-                unreadable += 1
-                print(f"skipped, {content}", file=sys.stderr, flush=True)
-            else:
-                images[file] = Image.open(io.BytesIO(content)).convert("RGB")
-        yield from zip(images, localizer.localize_many(list(images.values()), top_k), strict=True)
+    decode = [partial(decode_photo, file, MAX_MEGAPIXELS, localizer.image_size) for file in files]
+    for file, result in zip(files, localize_photos(localizer, decode, top_k, BATCH_SIZE), strict=True):
+        if isinstance(result, str):
+            unreadable += 1
+            print(f"skipped, {result}", file=sys.stderr, flush=True)
+        else:
+            yield file, result
     if unreadable == len(files):
         raise InputError(f"0 of {len(files):,} photos can be read: give JPEG, PNG or WebP files, or a folder of them.")
     if unreadable:

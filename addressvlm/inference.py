@@ -115,23 +115,39 @@ class Localizer(ChatModel):
         threshold: float | None = None,
     ) -> list[Localization]:
         """The same for many photos, in batches."""
+        return self.localize_prompts(self.prepare_questions(images, [ADDRESS_QUESTION] * len(images)), top_k, priors, threshold)
+
+    def localize_prompts(
+        self,
+        prompts: Sequence[PreparedPrompt],
+        top_k: int | None = 5,
+        priors: Sequence[Prior | None] | None = None,
+        threshold: float | None = None,
+    ) -> list[Localization]:
+        """The same of photos whose prompts are prepared by `prepare_questions` with ADDRESS_QUESTION."""
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k is {top_k}: give 1 or more, or leave it out.")
         if threshold is not None and not 0 <= threshold <= 1:
             raise InputError(f"threshold is {threshold}: give a probability, 0 to 1.")
         threshold = self.calibration.threshold if threshold is None else threshold
-        return [distribution.localization(top_k, threshold) for distribution in self.address_distributions(images, priors)]
+        return [distribution.localization(top_k, threshold) for distribution in self._distributions(prompts, priors)]
 
     def address_distributions(
         self, images: Sequence[Image.Image], priors: Sequence[Prior | None] | None = None
     ) -> list[AddressDistribution]:
         """The calibrated probabilities of all addresses for each photo."""
+        self.require_gazetteer()
+        return self._distributions(self.prepare_questions(images, [ADDRESS_QUESTION] * len(images)), priors)
+
+    def _distributions(
+        self, prompts: Sequence[PreparedPrompt], priors: Sequence[Prior | None] | None
+    ) -> list[AddressDistribution]:
         gazetteer = self.require_gazetteer()
-        priors = [None] * len(images) if priors is None else list(priors)
-        if len(priors) != len(images):
-            raise ValueError(f"{len(images)} images and {len(priors)} priors: give one prior an image, or none at all.")
+        priors = [None] * len(prompts) if priors is None else list(priors)
+        if len(priors) != len(prompts):
+            raise ValueError(f"{len(prompts)} images and {len(priors)} priors: give one prior an image, or none at all.")
         weights = [0.0 if prior is None else prior.log_weights(gazetteer) for prior in priors]
-        scores = self.calibration.apply(self.address_scores(images)) if images else np.empty((0, 0))
+        scores = self.calibration.apply(self.score_prompts(prompts)) if prompts else np.empty((0, 0))
         return [AddressDistribution(gazetteer.addresses, row + weight) for row, weight in zip(scores, weights, strict=True)]
 
     def address_scores(self, images: Sequence[Image.Image]) -> np.ndarray:

@@ -5,7 +5,7 @@ make its tensors. The model's thread takes turns: a batch of photos is scored, w
 written gets its next token. So no request waits for another one's last token.
 """
 
-import math
+import os
 import threading
 import time
 from collections import OrderedDict, defaultdict, deque
@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
@@ -24,11 +23,10 @@ from PIL import Image
 
 from addressvlm import InputError
 from addressvlm.answers.address_distribution import AddressDistribution, Localization
-from addressvlm.answers.chat_model import PreparedPrompt, use_float32_head
+from addressvlm.answers.chat_model import PreparedPrompt, input_size, use_float32_head
 from addressvlm.answers.generate import Answer, Decoder, Token
 from addressvlm.answers.question_parser import ParsedQuestion, parse_question
 from addressvlm.answers.types import TextChunk
-from addressvlm.image_decode_worker import MAX_SIDE
 from addressvlm.inference import PREFILL_TOKENS, Localizer
 from addressvlm.models.loading import context_length, load_model, to_device
 from addressvlm.questions import ADDRESS_QUESTION
@@ -39,9 +37,8 @@ from serve.metrics import ServiceMetrics
 from serve.requests import ChatQuery, LocalizeQuery
 from serve.settings import ServiceSettings
 
-LARGEST_SIDE_SETTING = 4096  # a processor's "longest_edge" above this counts all pixels, not those of one side
 GPU_CACHE_SHARE = 0.5  # of the memory that is free after loading, for the key-value caches of chats
-CPU_CACHE_SHARE = 0.25
+CPU_CACHE_SHARE = 0.25  # of the machine's memory
 
 Tokens = list[tuple[Answer, Token]]
 
@@ -436,7 +433,11 @@ class Engine:
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         token_bytes = 2 * text.num_hidden_layers * heads * head_dim * self.model.dtype.itemsize
-        free = torch.cuda.mem_get_info()[0] * GPU_CACHE_SHARE if cuda else psutil.virtual_memory().available * CPU_CACHE_SHARE
+        free = (
+            torch.cuda.mem_get_info()[0] * GPU_CACHE_SHARE
+            if cuda
+            else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * CPU_CACHE_SHARE
+        )
         return int((self.settings.chat_memory_mb * 2**20 or free) // token_bytes)
 
     def warm_up(self) -> None:
@@ -479,15 +480,6 @@ def _exact_answer(
         return [TextChunk(0, localizer.decode(ids[:max_tokens]), "length", (), prompt_tokens, max_tokens)]
 
     return result
-
-
-def input_size(processor: Any) -> int:
-    """Pixels of the longer side to which an image processor resizes; the side of a square for one that limits the area."""
-    sizes = [getattr(processor, name, None) for name in ("size", "crop_size")]
-    values = {key: value for size in sizes if size for key, value in dict(size).items() if isinstance(value, int)}
-    if "longest_edge" in values and (hasattr(processor, "merge_size") or values["longest_edge"] > LARGEST_SIDE_SETTING):
-        return min(math.isqrt(values["longest_edge"]), MAX_SIDE)  # Qwen's names for the least and the largest area
-    return min(max(values.values(), default=MAX_SIDE), MAX_SIDE)
 
 
 def _by_localizer(jobs: Sequence[Job]) -> list[list[Job]]:

@@ -1,19 +1,25 @@
 """Localize the photos of a table with a model that stays loaded: rows of photos in, one row of addresses a photo out."""
 
-import io
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from PIL import Image
 
-from addressvlm.dataset.photos import check_bytes, check_photo
+from addressvlm.dataset.photos import decode_photo
+from addressvlm.questions import ADDRESS_QUESTION
 from addressvlm.storage import remote_path, tables
 from addressvlm.storage.shards import Rows, ShardResult
 
+if TYPE_CHECKING:
+    from addressvlm.inference import Localization, Localizer
+
 SPLIT = "located"
+DECODING_THREADS = 2
 PHOTO_LIST_SCHEMA = pa.schema([("row", pa.int64()), ("id", pa.string()), ("file", pa.string())])  # input without images
 CANDIDATE_TYPE = pa.struct([("street", pa.string()), ("district", pa.string()), ("probability", pa.float64())])
 LOCALIZED_SCHEMA = tables.with_features(
@@ -51,28 +57,26 @@ class BatchLocalizer:
     def __call__(self, rows: Rows) -> ShardResult:
         """Rows of PHOTO_LIST_SCHEMA, or with `id` and `image` as in `tables.PHOTOS`, -> rows of LOCALIZED_SCHEMA, rejects."""
         localized, rejects = [], []
-        for start in range(0, len(rows), self.batch_size):
-            photos = []
-            for row in rows[start : start + self.batch_size]:
-                if "image" in row:
-                    image = row["image"] or {}
-                    content = check_bytes(image.get("bytes") or b"", image.get("path") or row["id"], self.max_megapixels)
-                else:
-                    content = check_photo(remote_path.join(self.base, row["file"]), self.max_megapixels)
-                if isinstance(content, str):
-                    rejects.append({"file": row.get("file"), "row": row.get("row"), "id": row["id"], "reason": content})
-                else:
-                    photos.append((row, Image.open(io.BytesIO(content)).convert("RGB")))
-            results = self._localizer.localize_many([image for _, image in photos], self.top_k)
-            for (row, _), result in zip(photos, results, strict=True):
-                best = result.candidates[0]
-                localized.append(
-                    {
-                        "id": row["id"], "street": best.street, "district": best.district, "confidence": result.confidence,
-                        "known": result.known, "candidates": [vars(candidate) for candidate in result.candidates],
-                    }
-                )  # fmt: skip
+        decode = [partial(self._decode, row) for row in rows]
+        for row, result in zip(rows, localize_photos(self._localizer, decode, self.top_k, self.batch_size), strict=True):
+            if isinstance(result, str):
+                rejects.append({"file": row.get("file"), "row": row.get("row"), "id": row["id"], "reason": result})
+                continue
+            best = result.candidates[0]
+            localized.append(
+                {
+                    "id": row["id"], "street": best.street, "district": best.district, "confidence": result.confidence,
+                    "known": result.known, "candidates": [vars(candidate) for candidate in result.candidates],
+                }
+            )  # fmt: skip
         return ShardResult({SPLIT: localized}, rejects)
+
+    def _decode(self, row: dict[str, Any]) -> Image.Image | str:
+        if "image" not in row:
+            return decode_photo(remote_path.join(self.base, row["file"]), self.max_megapixels, self._localizer.image_size)
+        image = row["image"] or {}
+        path, content = image.get("path") or row["id"], image.get("bytes") or b""
+        return decode_photo(path, self.max_megapixels, self._localizer.image_size, content)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the model: every worker loads its own."""
@@ -90,6 +94,35 @@ class BatchLocalizer:
         localizer = Localizer(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code, memory_mb=0)
         localizer.require_gazetteer()
         return localizer
+
+
+def localize_photos(
+    localizer: "Localizer", photos: Sequence[Callable[[], Image.Image | str]], top_k: int, batch_size: int
+) -> Iterator["Localization | str"]:
+    """The addresses of each photo, in order; the next batch is decoded and processed while the model has one.
+
+    Args:
+        photos: each decodes one, or returns the reason why it can't be used, which then stands for its addresses.
+    """
+
+    def prepare(decode: Callable[[], Image.Image | str]) -> Any:
+        image = decode()
+        return image if isinstance(image, str) else localizer.prepare_questions([image], [ADDRESS_QUESTION])[0]
+
+    with ThreadPoolExecutor(DECODING_THREADS) as threads:
+        ahead: deque[list[Any]] = deque()
+        for start in range(0, len(photos), batch_size):
+            ahead.append([threads.submit(prepare, decode) for decode in photos[start : start + batch_size]])
+            if len(ahead) > 1:
+                yield from _localize_batch(localizer, [future.result() for future in ahead.popleft()], top_k)
+        for futures in ahead:
+            yield from _localize_batch(localizer, [future.result() for future in futures], top_k)
+
+
+def _localize_batch(localizer: "Localizer", prepared: Sequence[Any], top_k: int) -> Iterator["Localization | str"]:
+    usable = [one for one in prepared if not isinstance(one, str)]
+    results = iter(localizer.localize_prompts(usable, top_k))
+    return (one if isinstance(one, str) else next(results) for one in prepared)
 
 
 def photo_table(files: Sequence[tuple[str | None, str | None]]) -> tuple[Rows, Rows]:

@@ -3,6 +3,7 @@
 Everything goes through `AutoProcessor`'s chat template and the model's forward pass, so any image-text-to-text family works.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from PIL import Image
 from transformers import DynamicCache
 
 from addressvlm.answers.kv_cache import PrefillCache, fork_cache, keeps_all_tokens, photo_key
+from addressvlm.image_decode_worker import MAX_SIDE
 from addressvlm.models.loading import has_1d_positions, load_model, resolve_model, to_device
 from addressvlm.storage.remote_path import AnyPath, path_of
+
+LARGEST_SIDE_SETTING = 4096  # a processor's "longest_edge" above this counts all pixels, not those of one side
 
 Turn = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
@@ -96,6 +100,7 @@ class ChatModel:
         self.end_tokens: set[int] = ends - {None}
         config = self.model.config
         self.image_token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+        self.image_size = input_size(self.processor.image_processor)  # longer side of an input image, in pixels
         self.has_1d_positions = has_1d_positions(self.model)
         # whether attention takes a mask of its own for every token
         self.takes_4d_masks = config.get_text_config()._attn_implementation in ("eager", "sdpa")
@@ -231,6 +236,15 @@ class ChatModel:
 def user_turn(question: str) -> Turn:
     """The turn that shows one image and asks about it."""
     return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+
+
+def input_size(processor: Any) -> int:
+    """Pixels of the longer side to which an image processor resizes; the side of a square for one that limits the area."""
+    sizes = [getattr(processor, name, None) for name in ("size", "crop_size")]
+    values = {key: value for size in sizes if size for key, value in dict(size).items() if isinstance(value, int)}
+    if "longest_edge" in values and (hasattr(processor, "merge_size") or values["longest_edge"] > LARGEST_SIDE_SETTING):
+        return min(math.isqrt(values["longest_edge"]), MAX_SIDE)  # Qwen's names for the least and the largest area
+    return min(max(values.values(), default=MAX_SIDE), MAX_SIDE)
 
 
 def use_float32_head(model: Any) -> None:

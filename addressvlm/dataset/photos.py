@@ -58,43 +58,14 @@ def check_photo(
     channels than grey or RGB; then they are a new JPEG. With `view` the file is a panorama, and the result is the square JPEG
     of `pixels` a side that looks `view` degrees clockwise of its middle and is `fov_deg` wide.
     """
-    try:
-        data = remote_path.path_of(path).read_bytes()
-    except FileNotFoundError:
-        return f"photo missing: no file {path}"
-    except OSError as error:
-        return f"photo unreadable: {path} ({remote_path.error_text(error)})"
-    except (ValueError, InputError) as error:
-        return f"photo unreadable: {str(path)!r} ({error})"
-    return check_bytes(data, str(path), max_megapixels, view, fov_deg, pixels)
-
-
-def check_bytes(
-    data: bytes,
-    path: str,
-    max_megapixels: float,
-    view: float | None = None,
-    fov_deg: float | None = None,
-    pixels: int | None = None,
-) -> bytes | str:
-    """`check_photo` of a file that was read already; `path` is its name in reasons."""
-    if not data:
-        return f"photo empty: {path} has zero bytes"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            Image.init()  # registers the decoders of this build of Pillow
-            image = Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
-    except Image.DecompressionBombError:
-        return f"photo too large: {path} has more than {max_megapixels:g} megapixels"
-    except Exception:  # decoders raise anything on arbitrary bytes
-        return f"not a photo: {path} is not a picture in {', '.join(FORMATS)}"
+    data = _read_file(path)
+    if isinstance(data, str):
+        return data
+    image = _open(data, str(path), max_megapixels)
+    if isinstance(image, str):
+        return image
     with image:
         width, height = image.size
-        if width * height > max_megapixels * 1e6:
-            return f"photo too large: {path} has {width * height / 1e6:.0f} megapixels, the limit is {max_megapixels:g}"
-        if min(width, height) < MIN_SIDE:
-            return f"photo too small: {path} is {width}x{height} pixels, both sides must be {MIN_SIDE} at least"
         try:
             if view is not None and fov_deg is not None and pixels is not None:
                 if image.getexif().get(ORIENTATION, 1) >= 5:
@@ -110,6 +81,58 @@ def check_bytes(
             return _encode_jpeg(_upright(image))
         except Exception as error:  # decoders raise anything on arbitrary bytes
             return f"photo damaged: {path} ends early or is corrupt ({error})"
+
+
+def decode_photo(path: Path | str, max_megapixels: float, side: int, data: bytes | None = None) -> Image.Image | str:
+    """The picture, upright in RGB, or the reason as in `check_photo`; decoded once.
+
+    Args:
+        side: pixels of a model's input; a JPEG is decoded at the coarsest scale whose shorter side is twice as long at least.
+        data: the file, if it was read already.
+    """
+    content = _read_file(path) if data is None else data
+    image = content if isinstance(content, str) else _open(content, str(path), max_megapixels)
+    if isinstance(image, str):
+        return image
+    with image:
+        try:
+            scale = min(1.0, 2 * side / min(image.size))
+            image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+            return _upright(image)
+        except Exception as error:  # decoders raise anything on arbitrary bytes
+            return f"photo damaged: {path} ends early or is corrupt ({error})"
+
+
+def _read_file(path: Path | str) -> bytes | str:
+    try:
+        return remote_path.path_of(path).read_bytes()
+    except FileNotFoundError:
+        return f"photo missing: no file {path}"
+    except OSError as error:
+        return f"photo unreadable: {path} ({remote_path.error_text(error)})"
+    except (ValueError, InputError) as error:
+        return f"photo unreadable: {str(path)!r} ({error})"
+
+
+def _open(data: bytes, path: str, max_megapixels: float) -> Image.Image | str:
+    """The picture before decoding, its size checked."""
+    if not data:
+        return f"photo empty: {path} has zero bytes"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            Image.init()  # registers the decoders of this build of Pillow
+            image = Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
+    except Image.DecompressionBombError:
+        return f"photo too large: {path} has more than {max_megapixels:g} megapixels"
+    except Exception:  # decoders raise anything on arbitrary bytes
+        return f"not a photo: {path} is not a picture in {', '.join(FORMATS)}"
+    width, height = image.size
+    if width * height > max_megapixels * 1e6:
+        return f"photo too large: {path} has {width * height / 1e6:.0f} megapixels, the limit is {max_megapixels:g}"
+    if min(width, height) < MIN_SIDE:
+        return f"photo too small: {path} is {width}x{height} pixels, both sides must be {MIN_SIDE} at least"
+    return image
 
 
 def _upright(image: Image.Image) -> Image.Image:

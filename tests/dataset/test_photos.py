@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from addressvlm.dataset.photos import check_photo, cut_view, is_equirectangular, useful_width, view_positions
+from addressvlm.dataset.photos import check_photo, cut_view, decode_photo, is_equirectangular, useful_width, view_positions
 
 
 def encoded(kind: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (40, 20), **options: Any) -> bytes:
@@ -246,3 +246,23 @@ def test_a_damaged_panorama_has_a_reason(tmp_path: Path) -> None:
     answer = check_photo(path, 1, view=0.0, fov_deg=90.0, pixels=32)
     assert isinstance(answer, str)
     assert answer.startswith("photo damaged: ")
+
+
+def test_a_photo_for_a_model_is_decoded_at_the_scale_that_it_needs(tmp_path):
+    path = tmp_path / "large.jpg"
+    photo = Image.radial_gradient("L").resize((1600, 1200)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(path, exif=exif)
+    full, small = decode_photo(path, 10, 1000), decode_photo(path, 10, 150)
+    assert (full.size, small.size) == ((1200, 1600), (300, 400))
+    difference = np.abs(np.asarray(full.resize(small.size), float) - np.asarray(small, float))
+    assert difference.mean() < 3
+    assert decode_photo(path, 1, 150) == check_photo(path, 1)
+    for wrong in (b"", b"<html>", path.read_bytes()[:900]):
+        path.write_bytes(wrong)
+        reason = decode_photo(path, 10, 150)
+        assert isinstance(reason, str)
+        assert decode_photo(path, 10, 150, wrong) == reason
+        assert reason.partition(":")[0] == check_photo(path, 10).partition(":")[0]
+    assert decode_photo(tmp_path / "none.jpg", 10, 150) == check_photo(tmp_path / "none.jpg", 10)

@@ -17,6 +17,7 @@ import serve as service
 from addressvlm import InputError
 from addressvlm.answers.address_distribution import Circle, Localization, Prior
 from addressvlm.answers.calibration import Calibration
+from addressvlm.answers.chat_model import input_size
 from addressvlm.answers.generate import AnswerText, completion
 from addressvlm.answers.types import Completion, Sampling
 from addressvlm.config.train import ModelConfig, PartConfig
@@ -24,7 +25,7 @@ from addressvlm.inference import Localizer
 from addressvlm.models.loading import load_model
 from addressvlm.models.lora import attach_lora
 from serve.cities import find_cities
-from serve.engine import Engine, Job, input_size
+from serve.engine import Engine, Job
 from serve.errors import ApiError
 from serve.requests import ChatQuery, LocalizeQuery
 from tests.support.running_service import two_cities
