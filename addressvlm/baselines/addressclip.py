@@ -5,6 +5,7 @@ other's negatives.
 """
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -133,6 +134,8 @@ def all_gather_features(features: Mapping[str, torch.Tensor]) -> dict[str, torch
         return dict(features)
     return {name: value if name == "scale" else _Gather.apply(value) for name, value in features.items()}
 
+
+messages = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.98)  # paper 002, App. B
 STAGE = "contrast"
@@ -289,7 +292,7 @@ def train_addressclip(
         folder = run.training_dir(system.name)
         logger = MetricsLogger(folder, system.name, start, stage.steps, config.train.loggers, config.name)
         if captions.missing:
-            print(f"train: {system.name}: {captions.missing:,} photos without an explanation: their address alone", flush=True)
+            messages.info(f"{system.name}: {captions.missing:,} photos without an explanation: their address alone")
 
     for number, batch in data.batches(start, stage.steps, rank, world):
         progress = clip_step(learner, stage, number, batch, (rank, world), context)
@@ -306,7 +309,7 @@ def train_addressclip(
     left_out = rejects.write([stage])
     if rank == 0:
         if left_out:
-            print(f"train: {system.name}: {left_out:,} photos were left out: see {rejects.file}", flush=True)
+            messages.info(f"{system.name}: {left_out:,} photos were left out: see {rejects.file}")
         parameters = sum(weights.numel() for weights in learner.trainable.values())
         trained = {"parameters": parameters, "steps": stage.steps, "without_caption": captions.missing}
         save_dual_encoder(config, system, encoder, trained)

@@ -5,6 +5,7 @@ And the figures it needs of a device: peak operations per second, memory.
 
 import importlib.util
 import json
+import logging
 import resource
 import tempfile
 import time
@@ -19,6 +20,8 @@ from tensorboardX import SummaryWriter
 from addressvlm.errors import InputError
 from addressvlm.storage.files import download, upload
 from addressvlm.storage.remote_path import AnyPath, RemotePath
+
+messages = logging.getLogger(__name__)
 
 SCALARS = ("loss", "learning_rate", "gradient_norm", "samples_per_s", "tokens_per_s", "mfu", "memory_gib")
 LINE_EVERY_S = 5.0
@@ -96,7 +99,7 @@ class MetricsLogger:
         shares = ", ".join(
             f"{name} {100 * value:.1f} %" for name, value in metrics.items() if name in ("A_d", "A_s", "A", "A_ds")
         )
-        print(f"train: {self.system}: {stage} step {step}, validation {shares}", flush=True)
+        messages.info(f"{self.system}: {stage} step {step}, validation {shares}")
 
     def sync(self) -> None:
         """Upload all files to remote storage; called before every checkpoint, since resuming needs them.

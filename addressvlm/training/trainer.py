@@ -3,6 +3,7 @@
 No Ray in here. Under torch.distributed every worker runs it on its share of each step.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from addressvlm.training.optim import learning_rate
 from addressvlm.training.stages import SkippedRows, Stage, StepBatches, build_stages, training_runs
 from addressvlm.training.strategy import SHARDS_WEIGHTS, OptimizerState, Strategy, is_distributed, make_strategy
 from addressvlm.training.validation import Validation
+
+messages = logging.getLogger(__name__)  # what a user should know; jobs pass it on
 
 Report = Callable[[dict[str, Any], TrainingCheckpoint | None], None]
 
@@ -74,13 +77,13 @@ def train_system(
             if low := low_locatability(stage.schedule.rows):
                 notes.append(f"{stage.name} skips {len(low):,} photos with a locatability below {stage.config.locatability:g}")
         if notes:
-            print(f"train: {name}: {'; '.join(notes)}", flush=True)
+            messages.info(f"{name}: {'; '.join(notes)}")
 
     adapter = trainer.fit(resumed)
     count = skipped.write(stages)
     if rank == 0:
         if count:
-            print(f"train: {name}: {count:,} rows were skipped: see {skipped.file}", flush=True)
+            messages.info(f"{name}: {count:,} rows were skipped: see {skipped.file}")
         save_system(config, trainer.model.peft, name, adapter, trainer.best)
 
 
@@ -304,7 +307,7 @@ def save_system(
             name = "adapter" if config.train.checkpoint_to_merge == "best" else "best"
             save_adapter(best.adapter, partial / name)
             score = f"step {best.step} validated best ({best.metric} {100 * best.value:.1f} %)"
-            print(f"train: {system}: {score}: its adapter is {folder / name}", flush=True)
+            messages.info(f"{system}: {score}: its adapter is {folder / name}")
         if not best or config.train.checkpoint_to_merge == "last":
             save_adapter(adapter, partial / "adapter")
         export_merged(partial / "adapter", config.model, partial / "merged")
