@@ -129,6 +129,13 @@ def wait_for_workers(workers: Workers, wait_s: float) -> None:
         remove_placement_group(group)
 
 
+def room_for(workers: Workers) -> int:
+    """How often the cluster holds the workers, as it is or as large as it says that it grows; at least once."""
+    types = LAUNCHED_FROM.expanduser()
+    nodes = [_node_resources(), *([_most_nodes(yaml.safe_load(types.read_text()), workers)] if types.is_file() else [])]
+    return max(1, *(sum(map(workers.fit_on, some)) // workers.count for some in nodes))
+
+
 _progress_listener: ContextVar[Callable[[str, int, int], None] | None] = ContextVar("_progress_listener", default=None)
 
 

@@ -5,6 +5,7 @@
     python ray_jobs/train.py --config my_city.yaml --system AddressVLM
     python ray_jobs/train.py --config demo --evaluate          # with the table and report at the end
     python ray_jobs/train.py --config paper-pitts --dry-run    # estimate memory and time
+    python ray_jobs/train.py --config world.yaml --evaluate    # many cities, see addressvlm/config/world.py
 
 Rerun it to resume from the last checkpoint. Writes below <storage>/<name>: models/<system>/adapter (PEFT),
 models/<system>/merged (an ordinary Hugging Face folder), training/<system> (checkpoints, loss.jsonl, TensorBoard).
@@ -33,6 +34,7 @@ except ImportError as missing:
 from addressvlm import InputError
 from addressvlm.config import Config
 from addressvlm.config.train import Data, SystemConfig
+from addressvlm.config.world import load_world
 from addressvlm.models.loading import resolve_model
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import LAST_MODEL_FILE, Run, begin_or_resume, is_done, mark_done
@@ -111,29 +113,37 @@ def reasoning_labels(config: Config) -> Config:
 
 
 def run_step(config: Config, redo: bool = False, only: list[str] | None = None) -> None:
-    """Train the systems that are not done yet.
+    """Make the data that is missing and train the systems that are not done yet.
 
     Raises:
-        InputError: settings or data can't be trained with, or the cluster has fewer CPUs or GPUs than required.
+        InputError: settings or data can't be trained with, or the cluster can't have the CPUs or GPUs required.
     """
-    run = Run(config)
-    resolve_model(config.model.base)
     systems = select_systems(config, only)
-    missing = [s for s in systems if not is_done(run.model_dir(s.name), settings(config, s), redo)]
-    workers = {s.name: training_workers(config, s.name, config.train.min_workers) for s in missing}
-    if missing:
-        first = workers[missing[0].name]
-        require_possible(first)  # before labels are paid for
-        with nodes_ahead(first, "label", config.cluster.boot_s):
+    if missing := untrained_systems(config, systems, redo):
+        workers = training_workers(config, missing[0].name, config.train.min_workers)
+        require_possible(workers)  # before labels are paid for
+        with nodes_ahead(workers, "label", config.cluster.boot_s):
             make_data(config, redo, {kind for system in missing for kind in tables_of(config, system)})
-            wait_for_workers(first, config.cluster.wait_s)
+            wait_for_workers(workers, config.cluster.wait_s)
     display.heading("train", f"{len(systems)} {'systems' if len(systems) > 1 else 'system'}")
+    train_systems(config, systems, redo)
+
+
+def untrained_systems(config: Config, systems: list[SystemConfig], redo: bool = False) -> list[SystemConfig]:
+    """Those of the systems that are not trained yet; InputError if one was trained with other settings."""
+    resolve_model(config.model.base)
+    return [s for s in systems if not is_done(Run(config).model_dir(s.name), settings(config, s), redo)]
+
+
+def train_systems(config: Config, systems: list[SystemConfig], redo: bool = False) -> None:
+    """Train those of the systems that are not done yet, whose data is there; errors as `run_step`."""
+    run, missing = Run(config), untrained_systems(config, systems, redo)
     for system in systems:
         if system not in missing:
             print(f"train: {system.name}: already done", flush=True)
             continue
         depends_on = settings(config, system)
-        wait_for_workers(workers[system.name], config.cluster.wait_s)
+        wait_for_workers(training_workers(config, system.name, config.train.min_workers), config.cluster.wait_s)
         begin_or_resume(run.training_dir(system.name), depends_on, redo)
         run_training(config, system.name, train_worker, {"system": system.name}, config.train.min_workers)
         mark_done(run.model_dir(system.name), depends_on)
@@ -159,7 +169,16 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true", help="then evaluate, and write table and report")
     parser.add_argument("--dry-run", action="store_true", help="only estimate parameters, memory, steps and time")
     parser.add_argument("--photos", type=int, metavar="N", help="with --dry-run: number of photos, if none are prepared")
+    parser.add_argument("--city", metavar="NAME", help="of a file with many cities: only this one")
+    parser.add_argument("--status", action="store_true", help="of a file with many cities: only say what is done")
     args = parser.parse_args()
+    if world := load_world(args.config, args.sets):
+        from ray_jobs import cities
+
+        cities.run(world, args)
+        return
+    if args.city or args.status:
+        raise InputError(f"--city and --status are for many cities, and {args.config} has no section `world` (docs/cities.md).")
     config = load_config(args)
     if args.dry_run:
         print_estimate(config, select_systems(config, args.system), args.photos)

@@ -86,7 +86,7 @@ def read_sources(
     for name, keys, value in assigned:
         alone: dict[str, Any] = {}
         for target in (tree, alone):
-            _put(target, keys, value)
+            set_key(target, keys, value)
         sources.append(Source(name, alone))
     return tree, sources
 
@@ -134,13 +134,13 @@ def validate(tree: dict[str, Any], where: str, sources: Sequence[Source] = ()) -
         raise InputError(f"{error_sentences(error.errors(), Config, where, sources)}.") from None
 
 
-def _put(tree: dict[str, Any], keys: list[str], text: str) -> None:
-    """Set a nested key to a text that is parsed as YAML (`null`, `3`, `[a, b]`)."""
+def set_key(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Set a nested key to a value; a text is parsed as YAML (`null`, `3`, `[a, b]`)."""
     for key in keys[:-1]:
         child = tree.get(key)
         tree[key] = child if isinstance(child, dict) else {}
         tree = tree[key]
     try:
-        tree[keys[-1]] = yaml.safe_load(text)
+        tree[keys[-1]] = yaml.safe_load(value) if isinstance(value, str) else value
     except yaml.YAMLError:
-        raise InputError(f"{'.'.join(keys)}={text}: the value is not YAML.") from None
+        raise InputError(f"{'.'.join(keys)}={value}: the value is not YAML.") from None

@@ -27,7 +27,8 @@ TYPES = {
 }
 CONFIG = {
     "cluster_name": "empty", "max_workers": 2, "upscaling_speed": 1.0, "idle_timeout_minutes": 5, "auth": {},
-    "file_mounts": {}, "file_mounts_sync_continuously": False, "head_node_type": "ray.head.default", "available_node_types": TYPES,
+    "file_mounts": {}, "file_mounts_sync_continuously": False, "head_node_type": "ray.head.default",
+    "available_node_types": TYPES,
     "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID},
     **{name: [] for name in LISTS},
 }  # fmt: skip

@@ -1,0 +1,105 @@
+"""A file of many cities: its table, what each city's configuration is, and mistakes in it"""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from addressvlm import InputError
+from addressvlm.config.world import World, load_world, require_files
+
+
+def world_of(folder: Path, cities: Any, **tree: Any) -> World:
+    file = folder / "earth.yaml"
+    extra = tree.pop("world", {})
+    file.write_text(yaml.safe_dump({"extends": "demo", "storage": "s", **tree, "world": {"cities": cities, **extra}}))
+    world = load_world(file, environment={})
+    assert world is not None
+    return world
+
+
+def test_a_city_has_the_settings_of_all_and_its_own(tmp_path: Path) -> None:
+    graz = {"name": "graz", "manifest": "graz.csv", "streets": "graz.geojson", "imagery": "graz.tif"}
+    linz = {"name": "linz", "toy": "brinemouth", "weight": 2, "set": {"labels.language": "de", "train.workers": 3}}
+    world = world_of(tmp_path, [graz, linz], name="earth", city={"rounds": 5})
+    assert list(world.cities) == ["graz", "linz"]
+    one, two = world.cities.values()
+    assert (one.name, one.storage, one.city.name) == ("graz", "s/earth", "graz")
+    assert (one.city.manifest, one.city.streets, one.city.toy, one.tiles.imagery) == (
+        "graz.csv",
+        "graz.geojson",
+        None,
+        "graz.tif",
+    )
+    assert (two.city.toy, two.labels.language, two.train.workers) == ("brinemouth", "de", 3)
+    assert [c.city.rounds for c in (one, two)] == [5, 5]
+    assert (one.labels.language, one.train.workers) == ("en", 2)
+    assert world.joint.name == "joint"
+    assert world.joint.train.cities == {"graz": 1.0, "linz": 2.0}
+
+
+def test_the_world_is_called_as_its_file_is(tmp_path: Path) -> None:
+    file = tmp_path / "earth.yaml"
+    file.write_text("storage: s\nworld: {cities: [{name: graz, manifest: a.csv}]}\n")
+    world = load_world(file, ["train.workers=7"], {})
+    assert world is not None
+    assert (world.name, world.base.train.workers, world.cities["graz"].train.workers) == ("earth", 7, 7)
+    assert world.folder.name == "earth"
+
+
+def test_a_file_without_a_table_is_of_one_city() -> None:
+    assert load_world("demo", environment={}) is None
+
+
+def test_the_table_may_be_a_file(tmp_path: Path) -> None:
+    rows = [
+        {"name": "graz", "manifest": "g.csv", "weight": "1.5", "labels.language": "de"},
+        {"name": "linz", "manifest": "l.csv", "weight": "", "labels.language": ""},
+    ]
+    table = tmp_path / "cities.csv"
+    table.write_text("\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)]))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "cities.parquet")
+    for file in (table, tmp_path / "cities.parquet"):
+        world = world_of(tmp_path, str(file))
+        assert [city.weight for city in world.settings.cities] == [1.5, 1.0]
+        assert [config.labels.language for config in world.cities.values()] == ["de", "en"]
+        assert [config.city.manifest for config in world.cities.values()] == ["g.csv", "l.csv"]
+
+
+@pytest.mark.parametrize(
+    ("cities", "message"),
+    [
+        ([{"name": "graz"}, {"name": "graz"}], r"earth.yaml, world.cities: 'graz' stands there twice: give each city a name"),
+        ([{"name": "joint"}], "'joint' is the run of the model of all: give each city a name of its own"),
+        ([{"name": "../x"}], r"'cities.0.name' is '../x'"),
+        ([], "'cities' is"),
+        ([{"name": "graz", "street": "x"}], "unknown key 'cities.0.street'"),
+        ([{"name": "graz", "set": {"label.language": "de"}}], "city 'graz': unknown key 'label', did you mean 'labels'"),
+        ("nowhere.csv", "the table of cities nowhere.csv can't be read"),
+    ],
+)
+def test_mistakes_in_the_table_are_sentences(tmp_path: Path, cities: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        world_of(tmp_path, cities)
+
+
+def test_a_table_needs_names(tmp_path: Path) -> None:
+    table = tmp_path / "cities.csv"
+    table.write_text("city,manifest\ngraz,g.csv\n")
+    with pytest.raises(InputError, match="has no rows with a column `name`"):
+        world_of(tmp_path, str(table))
+
+
+def test_a_missing_file_is_named_with_its_city(tmp_path: Path) -> None:
+    (tmp_path / "there.csv").touch()
+    rows = [
+        {"name": "graz", "manifest": str(tmp_path / "there.csv"), "photos": "s3://bucket/graz"},
+        {"name": "linz", "manifest": str(tmp_path / "there.csv"), "streets": str(tmp_path / "gone.geojson")},
+    ]
+    graz, linz = world_of(tmp_path, rows).cities.values()
+    require_files(graz)
+    with pytest.raises(InputError, match=r"city 'linz': there is no streets .*gone.geojson: fix its path in the table"):
+        require_files(linz)
