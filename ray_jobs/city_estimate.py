@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
-from addressvlm.training.device_stats import peak_flops
+from addressvlm.training.metrics_logger import peak_flops
 
 from addressvlm.config import Config
 from addressvlm.config.world import World
