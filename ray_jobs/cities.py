@@ -14,10 +14,11 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from addressvlm import InputError
@@ -26,14 +27,16 @@ from addressvlm.config.train import Data
 from addressvlm.config.world import World, require_files
 from addressvlm.evaluation.metrics import METRICS
 from addressvlm.evaluation.report import ReportSources, main_system
+from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE
 from addressvlm.labels.response_cache import ResponseCache
 from addressvlm.storage.files import atomic_write
-from addressvlm.storage.remote_path import AnyPath
+from addressvlm.storage.remote_path import AnyPath, path_of
 from addressvlm.storage.run_dir import DONE_FILE, Run, is_done, is_unfinished
 from ray_jobs import evaluate, evaluation, graft, label, prepare, train
 from ray_jobs.cluster import nodes_ahead, require_possible, room_for
 from ray_jobs.common import connect
-from ray_jobs.evaluation import TEST, TRAINING, VALIDATION
+from ray_jobs.evaluation import TEST, TRAINING, VALIDATION, EvaluationTask, PhotoModel
+from ray_jobs.progress import display
 from ray_jobs.ray_data import to_input_error
 from ray_jobs.ray_train import training_workers
 
@@ -113,7 +116,7 @@ class Pipeline:
             InputError: cities failed.
         """
         self.world.folder.mkdir(parents=True, exist_ok=True)
-        with redirect_stdout(_CityPrefix(sys.stdout)):  # type: ignore[type-var]
+        with redirect_stdout(_CityPrefix(sys.stdout)), display.show("cities", len(names), "cities") as self.progress:
             _in_threads(self._attempt, names)
             done = [name for name in names if name not in self.errors]
             if self.is_joint and done:
@@ -140,6 +143,8 @@ class Pipeline:
             if known is None:
                 traceback.print_exc()
             print(f"failed: {self.errors[name]}", flush=True)
+        with self.training.changed:
+            self.progress.done += 1
 
     def _do_city(self, config: Config) -> None:
         run, systems = Run(config), train.select_systems(config, self.only)
@@ -214,7 +219,7 @@ class Pipeline:
         models = evaluate.run_models(joint, self.only)
         configs = [self.world.cities[name] for name in names]
         tasks = {c.name: evaluation.open_task(c, Run(c).photos, TEST, Run(c).folder, models.values()) for c in configs}
-        calibrate_jointly(tasks, models, self.redo)
+        calibrate_jointly(Run(joint), tasks, models, self.redo)
         for config in configs:
             _city.set(config.name)
             run = Run(config)
@@ -222,20 +227,25 @@ class Pipeline:
             evaluate.evaluate(tasks[config.name], models, sources, calibrate=False, priors=False, redo=self.redo)
 
 
-def calibrate_jointly(tasks: dict[str, evaluation.EvaluationTask], models: dict[str, str], redo: bool) -> None:
-    """Fit the calibration of each model that knows the cities to the validation photos of all of them."""
+def calibrate_jointly(run: Run, tasks: Mapping[str, EvaluationTask], models: Mapping[str, str], redo: bool) -> None:
+    """Fit the calibration of each model that knows the cities to validation photos of all of them."""
     for system, model in models.items():
-        if not (evaluation.path_of(model) / evaluation.GAZETTEER_FILE).is_file():
+        if not (path_of(model) / GAZETTEER_FILE).is_file():
             continue
-        rows: evaluation.Scores = {VALIDATION: [], TRAINING: []}
-        task = None
+        scored: list[EvaluationTask] = []
         for name, task in tasks.items():
-            _city.set(name)
             if ids := evaluation.calibration_photos(task.config, task.data):
-                scores = evaluation.score(task, system, model, ids, redo=redo)
-                rows = {split: [*rows[split], *scores[split]] for split in rows}
-        if task is not None and rows[VALIDATION]:
-            evaluation.calibrate(task, system, model, rows)
+                _city.set(name)
+                outputs = evaluation.scores_of(task, system, PhotoModel(model, task.gazetteer, task.config), ids)
+                evaluation.run_model(f"evaluate: {system}", task.config, task.image_table, outputs, redo)
+                scored.append(task)
+        if scored:
+            _city.set(run.folder.name)
+            splits = (VALIDATION, TRAINING)
+            rows = {split: chain(*[task.scores(system, [split]).rows(split) for task in scored]) for split in splits}
+            together = replace(scored[0], out=run.folder)
+            evaluation.write_scores(together, system, rows, {"cities": list(tasks), "model": evaluation.model_digest(model)})
+            evaluation.calibrate(together, system, model)
 
 
 def label_costs(run: Run) -> tuple[int, float]:

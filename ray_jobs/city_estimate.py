@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
-from addressvlm.training.metrics_logger import peak_flops
 
 from addressvlm.config import Config
 from addressvlm.config.world import World
@@ -17,6 +16,7 @@ from addressvlm.storage import tables
 from addressvlm.storage.remote_path import path_of
 from addressvlm.storage.run_dir import Run
 from addressvlm.training.memory_estimate import estimate_stages, model_shape
+from addressvlm.training.metrics_logger import peak_flops
 from ray_jobs import train
 
 PHOTO_BYTES, GRAFT_BYTES, LABEL_BYTES = 64_236, 20_426, 20_458  # a row of each table, measured: docs/scale.md

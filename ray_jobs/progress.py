@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 from typing import Any
 
 LINE_EVERY_S = 4.0  # without a terminal
@@ -37,6 +38,7 @@ class Progress:
     began: float = 0.0  # of a clock that never goes back
     first: int | None = None  # what was done when it began, in an earlier attempt
     bar: Any = None  # its number among the bars of a terminal
+    context: Context = field(default_factory=copy_context)  # of the thread that does it
 
     def refresh(self) -> None:
         """Bring the figures up to date."""
@@ -58,14 +60,19 @@ class Progress:
 
 
 class Display:
-    """Shows the innermost of the activities that are under way."""
+    """Shows the innermost of the activities that are under way, in each thread that has any."""
 
     def __init__(self) -> None:
         self.steps: Sequence[str] = ()
-        self.activities: list[Progress] = []
+        self._of_threads: dict[int, list[Progress]] = {}
         self._lock, self._wake = threading.RLock(), threading.Event()
         self._thread: threading.Thread | None = None
         self._bars: Any = None  # of rich, on a terminal
+
+    @property
+    def activities(self) -> list[Progress]:
+        """Those of this thread, the outermost first."""
+        return self._of_threads.setdefault(threading.get_ident(), [])
 
     def heading(self, step: str, text: str) -> None:
         """Announce one of `steps` with its number."""
@@ -89,9 +96,9 @@ class Display:
 
     def begin(self, activity: Progress) -> Progress:
         """Show an activity until `end`."""
-        activity.began = time.monotonic()
+        activity.began, activity.context = time.monotonic(), copy_context()
         with self._lock:
-            if not self.activities and sys.stdout.isatty():
+            if not any(self._of_threads.values()) and sys.stdout.isatty():
                 self._bars = _terminal_bars()
                 self._bars.start()
             if self._bars:
@@ -106,13 +113,17 @@ class Display:
     def end(self, activity: Progress) -> None:
         """Stop showing an activity and those that it contains."""
         with self._lock:
-            for inner in self.activities[self.activities.index(activity) :]:
+            activities = self.activities
+            for inner in activities[activities.index(activity) :]:
                 if self._bars:
                     self._bars.remove_task(inner.bar)
-            del self.activities[self.activities.index(activity) :]
-            if self.activities:
-                if self.activities[-1].total is None:
-                    self.activities[-1].began = time.monotonic()
+            del activities[activities.index(activity) :]
+            if activities:
+                if activities[-1].total is None:
+                    activities[-1].began = time.monotonic()
+                return
+            del self._of_threads[threading.get_ident()]
+            if any(self._of_threads.values()):
                 return
             self._wake.set()
             self._thread, self._wake = None, threading.Event()
@@ -128,18 +139,17 @@ class Display:
     def tick(self) -> None:
         """Update the bars, or print a line."""
         with self._lock:
-            activity = self.activities[-1] if self.activities else None
-        if activity is None:
-            return
-        activity.refresh()  # without the lock: it may read a remote file
-        with self._lock:
-            if activity not in self.activities:
-                return
-            if not self._bars:
-                print(activity.line(), flush=True)
-                return
-            figures = activity.line().partition(": ")[2]
-            self._bars.update(activity.bar, completed=activity.done, total=activity.total, figures=figures, refresh=True)
+            innermost = [activities[-1] for activities in self._of_threads.values() if activities]
+        for activity in innermost:
+            activity.refresh()  # without the lock: it may read a remote file
+            with self._lock:
+                if not any(activity in activities for activities in self._of_threads.values()):
+                    continue
+                if not self._bars:
+                    activity.context.run(print, activity.line(), flush=True)
+                    continue
+                figures = activity.line().partition(": ")[2]
+                self._bars.update(activity.bar, completed=activity.done, total=activity.total, figures=figures, refresh=True)
 
     def _watch(self, ended: threading.Event) -> None:
         while not ended.wait(LOOK_EVERY_S if self._bars else LINE_EVERY_S):
