@@ -172,6 +172,8 @@ def run_trained(
     if made:
         cost = {"seconds": time.monotonic() - start, "photos": len(task.ids)}
         context.save_cost(name, "answering", {**cost, **worker_resources(config)})
+    else:
+        print(f"compare: {name}: already answered", flush=True)
     return replace(outcome, answered=True)
 
 

@@ -25,14 +25,15 @@ def test_a_dual_encoder_is_trained_and_scored_once(ray_local: None, tmp_path: Pa
     context = ComparisonContext(run, evaluation.open_task(config, run.photos, "test", run.folder), ids)
     system = AddressClipSystem(addressclip_config(max_steps=2))
     outcome = system.run(context)
-    assert {split: [row["id"] for row in rows] for split, rows in outcome.scores.items()} == ids
-    assert all(np.isfinite(row["scores"]).all() and len(row["scores"]) == 3 for row in outcome.scores["test"])
+    assert outcome.scores is not None
+    assert {split: [row["id"] for row in outcome.scores.rows(split)] for split in ids} == ids
+    assert all(np.isfinite(row["scores"]).all() and len(row["scores"]) == 3 for row in outcome.scores.rows("test"))
     assert outcome.parameters > 0
     assert outcome.stored_bytes > 4 * outcome.parameters
     assert outcome.model == run.model_dir("AddressCLIP")
     assert outcome.notes == {"steps": 2, "photos without a caption": 0}
     assert context.costs("AddressCLIP").keys() == {"training", "answering"}
-    assert (run.folder / "baselines" / "scores" / "addressclip" / "_done.json").is_file()
+    assert (run.folder / "scores" / "addressclip" / "test" / "_done.json").is_file()
     capsys.readouterr()
     assert system.run(context) == outcome
     assert "starting" not in capsys.readouterr().out

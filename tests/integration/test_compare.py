@@ -69,7 +69,8 @@ def test_one_table_of_all_systems_and_why_some_are_missing(config: Config, capsy
     assert rows["Two streets"]["notes"] == {"addresses left": 2, "nothing ruled out": 0, "true address ruled out": 0}
     assert rows["Two streets"]["trust"]["ece"] >= 0
     left = {
-        split: tables.read_table(Run(config).folder / "scores" / "two-streets", split)["scores"] for split in ("val", "test")
+        split: tables.read_table(Run(config).folder / "scores" / "two-streets" / split, split)["scores"]
+        for split in ("val", "test")
     }
     assert all(sum(map(math.isinf, scores)) == 1 for split in left.values() for scores in split.to_pylist())
     cards = {page.parent.name: page.read_text() for page in (Run(config).folder / "cards").glob("*/README.md")}
@@ -149,12 +150,12 @@ def test_systems_stand_in_the_order_of_the_settings_and_see_photos(tmp_path: Pat
 
 def test_what_is_measured_goes_into_the_cards_of_a_trained_model(tmp_path: Path) -> None:
     context = comparison_in(tmp_path, "a/base", [photo("train", number) for number in range(3)])
-    model, answers = context.run.model_dir("AddressVLM"), [{"id": "test0"}, {"id": "test0"}, {"id": "test1"}]
+    model = context.run.model_dir("AddressVLM")
     (model / "merged").mkdir(parents=True)
     (model / "merged" / "README.md").write_text(cards_module.no_metrics_section("evaluate"))
     settings = next(system for system in context.config.train.systems if system.name == "AddressVLM")
-    result = compare.SystemResult("generated", settings, SystemOutcome(model=model), answers)
-    compare.write_card(context, result, {"metrics": {"A_ds": {"value": 0.5, "low": 0.25, "high": 0.75}}})
+    result = compare.SystemResult("generated", settings, SystemOutcome(model=model))
+    compare.write_card(context, result, {"metrics": {"A_ds": {"value": 0.5, "low": 0.25, "high": 0.75, "n": 2}}})
     text = (model / "merged" / "README.md").read_text()
     assert "2 photos of the split test of r" in text
     assert "| A_ds | 50.0 | 25.0 to 75.0 |" in text

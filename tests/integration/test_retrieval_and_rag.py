@@ -13,6 +13,7 @@ from ray_jobs.baselines import rag, retrieval
 from ray_jobs.baselines.rag import RagSystem
 from ray_jobs.baselines.retrieval import GallerySearch, RetrievalSystem
 from ray_jobs.baselines.system import ComparisonContext
+from ray_jobs.evaluation import PhotoModel
 from tests.support.baselines import GAZETTEER, comparison_in, photo, tiny_dino, where
 from tests.support.label_requests import KEY
 from tests.support.openai_endpoint import Endpoint, says
@@ -37,7 +38,8 @@ def encoder_of(context: ComparisonContext) -> EncoderConfig:
 def test_photos_are_found_by_their_colour_and_geocoded(context: ComparisonContext, capsys: pytest.CaptureFixture[str]) -> None:
     system = RetrievalSystem(RetrievalConfig(name="Retrieval", kind="retrieval", encoder=encoder_of(context)))
     outcome = system.run(context)
-    rows = outcome.scores["test"]
+    assert outcome.scores is not None
+    rows = list(outcome.scores.rows("test"))
     assert [row["id"] for row in rows] == context.ids["test"]
     best = [GAZETTEER.addresses[int(np.argmax(row["scores"]))] for row in rows]
     assert best == [Address(row["street"], row["district"]) for row in rows]
@@ -87,24 +89,25 @@ def test_a_local_model_reads_where_similar_photos_were_taken(context: Comparison
         form="sentences", max_new_tokens=4, temperature=0,
     )  # fmt: skip
     outcome = RagSystem(settings).run(context)
+    answers = list(context.task.answers("Mine"))
     rows = list(tables.iter_rows(context.run.folder / "rag" / "mine", "test"))
     assert [row["id"] for row in rows] == context.ids["test"]
     assert all(f"taken at {row['street']}, Harbour." in row["prompt"] for row in rows)
     assert all(set(row["similar"]).isdisjoint(row["dissimilar"]) for row in rows)
     texts = {row["id"]: row["reply"] or "" for row in rows}
-    assert [(row["level"], row["answer"]) for row in outcome.answers.rows[:3]] == [
-        (level, texts["test0"]) for level in ("district", "street", "address")
+    assert [(row["level"], row["answer"]) for row in answers[:3]] == [
+        (level, texts["test0"]) for level in ("address", "district", "street")
     ]
-    assert len(outcome.answers.rows) == 3 * len(rows)
+    assert len(answers) == 3 * len(rows)
     assert not outcome.coordinates
 
 
 def test_a_prompt_that_is_too_long_is_told(context: ComparisonContext) -> None:
     need = context.config.evaluate.model_copy(update={"max_new_tokens": 5000})
     config = context.config.model_copy(update={"evaluate": need})
-    worker = rag.RagWorker(context.config.model.base, GAZETTEER, config, {"test0": "Where?"})
+    model = PhotoModel(context.config.model.base, GAZETTEER, config)
     with pytest.raises(InputError, match="lower similar and dissimilar"):
-        next(iter(worker.work([photo("test", 0)])))
+        rag.reply_to_photos(model, {"test0": "Where?"}, [photo("test", 0)])
 
 
 def test_an_endpoint_that_answers_coordinates_prose_and_nothing(
@@ -143,7 +146,8 @@ def test_an_endpoint_that_answers_coordinates_prose_and_nothing(
     assert outcome.notes == {
         "gallery": 8, "set_aside": 1, "replies": 6, "empty": 1, "out of range": 1, "refused": 1, "swapped": 1,
     }  # fmt: skip
-    answered = {row["id"]: {a["level"]: a["answer"] for a in outcome.answers.rows if a["id"] == row["id"]} for row in rows}
+    answers = list(context.task.answers("Endpoint"))
+    answered = {row["id"]: {a["level"]: a["answer"] for a in answers if a["id"] == row["id"]} for row in rows}
     for row in rows:
         name = GAZETTEER.addresses[0].street if row["found_lat"] is None else row["found_street"]
         expected = ("", "", "") if row["found_lat"] is None else ("Harbour", name, f"{name}, Harbour")
