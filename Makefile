@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO ?= 0
 export RAY_USAGE_STATS_ENABLED ?= 0
-.PHONY: help install demo test nodes lint format clean
+.PHONY: help install demo serve test nodes lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -24,10 +24,12 @@ install: .venv/installed  ## .venv with the pinned dependencies and this package
 demo: install  ## the whole pipeline on the toy city: data, training, accuracy table, report
 	$(BIN)/python ray_jobs/train.py --config demo --evaluate
 	@echo
-	@echo "next: open runs/demo/report.html"
-	@echo "      . .venv/bin/activate                       # for the commands below"
-	@echo "      serve run serve.config                     # then open http://127.0.0.1:8000"
+	@echo "next: make serve                                 # the model on a web page"
+	@echo "      . .venv/bin/activate"
 	@echo "      python ray_jobs/train.py --config my_city.yaml --evaluate   # your city: README, 'Your own city'"
+
+serve: install  ## the page with the model trained last, on this machine
+	@$(BIN)/python -m serve
 
 test: install lint  ## format, lint, types and all tests but those of `make nodes`
 	$(BIN)/python -m pytest -q -m "not nodes" -n 2 --dist loadgroup   # what needs Ray are two groups: a Ray for each

@@ -66,11 +66,11 @@ def require_evaluation_workers(config: Config, step: str) -> None:
     wait_for_workers(workers, config.cluster.wait_s)
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Run a job's main; errors that a user can fix end as one sentence and exit status 1."""
+def run_main(main: Callable[[], None], name: str = "") -> None:
+    """Run a job's main; errors that a user can fix end as one sentence and exit status 1. `name`: default: that of the file."""
     display.clear()
     try:
-        with display.show(Path(sys.argv[0]).stem):
+        with display.show(name or Path(sys.argv[0]).stem):
             main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -114,6 +114,8 @@ class Display:
         """Stop showing an activity and those that it contains."""
         with self._lock:
             activities = self.activities
+            if activity not in activities:
+                return
             for inner in activities[activities.index(activity) :]:
                 if self._bars:
                     self._bars.remove_task(inner.bar)
