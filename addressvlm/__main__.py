@@ -18,6 +18,7 @@ from addressvlm.dataset.photos import decode_photo
 from addressvlm.dataset.readers.base import is_photo
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE
+from addressvlm.gazetteer.names import printable
 from addressvlm.storage import remote_path
 from addressvlm.storage.files import atomic_write
 from addressvlm.storage.remote_path import AnyPath, path_of
@@ -59,9 +60,9 @@ def localize(photos: Sequence[str], model: str, top_k: int) -> Iterator[Result]:
     for file, result in zip(files, localize_photos(localizer, decode, top_k, BATCH_SIZE), strict=True):
         if isinstance(result, str):
             unreadable += 1
-            print(f"skipped, {result}", file=sys.stderr, flush=True)
+            print(f"skipped, {printable(result)}", file=sys.stderr, flush=True)
         else:
-            yield file, result
+            yield printable(file), result
     if unreadable == len(files):
         raise InputError(f"0 of {len(files):,} photos can be read: give JPEG, PNG or WebP files, or a folder of them.")
     if unreadable:

@@ -11,9 +11,10 @@ import io
 import math
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from addressvlm.errors import InputError
+from addressvlm.pictures import to_rgb, upright
 
 FILTER = Image.Resampling.HAMMING  # at these sizes as good as LANCZOS and BICUBIC, in about half the time
 HALF = 0.5  # of the width, for each of two images side by side
@@ -126,9 +127,7 @@ def decode_photo(data: bytes, longest_side: float = math.inf) -> Image.Image:
             scale = longest_side / max(image.size)
             if scale < 1:
                 image.draft("RGB", (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-            ImageOps.exif_transpose(image, in_place=True)
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return to_rgb(upright(image))
     except UnidentifiedImageError:
         raise InputError("the photo can't be decoded (it is not an image).") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

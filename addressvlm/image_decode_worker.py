@@ -9,13 +9,13 @@ import json
 import resource
 import sys
 import time
-from contextlib import suppress
 from io import BytesIO
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from addressvlm.errors import InputError
+from addressvlm.pictures import name_of_kind, to_rgb, upright
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_SIDE = 2048  # pixels; no model here reads more
@@ -58,9 +58,7 @@ def decode_image(data: bytes, max_megapixels: float, side: int = MAX_SIDE) -> De
     try:
         image.draft(None, _shrunk_size(image.size, side))
         image.load()
-        with suppress(Exception):  # broken EXIF is ignored
-            image = ImageOps.exif_transpose(image)
-        image = _to_rgb(image)
+        image = to_rgb(upright(image))
     except Exception:
         raise InputError("The image is damaged or cut off: send the whole file again.") from None
     size = _shrunk_size(image.size, side)
@@ -77,6 +75,8 @@ def _open(data: bytes, max_megapixels: float) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(f"The image has too many pixels, at most {max_megapixels:g} megapixels: send it smaller.") from None
     except Exception:  # what Pillow raises for damaged files is of every kind
+        if kind := name_of_kind(data[:64]):
+            raise InputError(f"This is {kind}.") from None
         raise InputError("This is not a JPEG, PNG or WebP image: send the photo in one of these formats.") from None
     megapixels = image.width * image.height / 1e6
     if megapixels > max_megapixels:
@@ -96,17 +96,6 @@ def _open(data: bytes, max_megapixels: float) -> Image.Image:
 def _shrunk_size(size: tuple[int, int], side: int) -> tuple[int, int]:
     scale = min(1.0, 2 * side / min(size), MAX_SIDE / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB: 16-bit grey is scaled, transparency is white."""
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        image = white
-    return image.convert("RGB")
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ from addressvlm import InputError
 from addressvlm.answers.batch_localize import LOCALIZED_SCHEMA, PHOTO_LIST_SCHEMA, SPLIT, BatchLocalizer, photo_table
 from addressvlm.answers.calibration import CALIBRATION_FILE
 from addressvlm.config import Config
-from addressvlm.dataset.readers.base import list_photos
+from addressvlm.dataset.readers.base import PhotoFiles, list_photos
+from addressvlm.dataset.readers.rows import clean_text
 from addressvlm.dataset.readers.table import open_table
 from addressvlm.evaluation.report import MAIN
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE
@@ -114,13 +115,11 @@ def open_photos(photos: str, split: str) -> PhotoSource:
     if has_images(path, split):
         return PhotoSource([path] if path.is_file() else list(tables.table_files(path, split)), [], [])
     if path.is_dir():
-        rows, rejects = photo_table([(file, file) for file in list_photos(photos)])
+        rows, rejects = photo_table({"file": file} for file in list_photos(photos))
     else:
         table = open_table(photos)
         table.require(["file"])
-        values = [[row.get(column) for column in ("id", "file")] for row in table.rows]
-        texts = [[None if value is None else str(value).strip() or None for value in pair] for pair in values]
-        rows, rejects = photo_table([(photo, file) for photo, file in texts])
+        rows, rejects = photo_table(table.rows, PhotoFiles(str(path.parent)).find)
     if not rows:
         raise InputError(f"{photos} names no photo: give a folder of photos, or a table with a column file.")
     return PhotoSource([], rows, rejects)
@@ -139,7 +138,7 @@ def has_images(path: AnyPath, split: str) -> bool:
 
 
 def skip_repeated_ids(shards: list[Shard]) -> tuple[list[Shard], list[Row]]:
-    """The shards without rows whose id came before, and rejects for these rows."""
+    """The shards without rows that have no id or one that came before, and rejects for these rows."""
     unique: list[Shard] = []
     rejects: list[Row] = []
     ids: set[str] = set()
@@ -148,12 +147,13 @@ def skip_repeated_ids(shards: list[Shard]) -> tuple[list[Shard], list[Row]]:
         picked = []
         for index, row in enumerate(row for batch in shard.batches(["id"]) for row in batch):
             number += 1
-            if row["id"] not in ids:
+            photo_id = clean_text(row["id"])
+            if photo_id and photo_id not in ids:
                 picked.append(index)
             else:
-                reason = f"id twice: {row['id']} came before"
-                rejects.append({"file": None, "row": number, "id": row["id"], "reason": reason})
-            ids.add(row["id"])
+                reason = f"duplicate id: {photo_id} came before" if photo_id else "empty cell: id"
+                rejects.append({"file": None, "row": number, "id": photo_id, "reason": reason})
+            ids.add(photo_id)
         unique.append(shard if len(picked) == shard.rows else replace(shard, rows=len(picked), picked=tuple(picked)))
     return unique, rejects
 

@@ -1,7 +1,7 @@
 """Localize the photos of a table with a model that stays loaded: rows of photos in, one row of addresses a photo out."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -11,6 +11,7 @@ import pyarrow as pa
 from PIL import Image
 
 from addressvlm.dataset.photos import decode_photo
+from addressvlm.dataset.readers.rows import Row, clean_text, identify, reject
 from addressvlm.questions import ADDRESS_QUESTION
 from addressvlm.storage import remote_path, tables
 from addressvlm.storage.shards import Rows, ShardResult
@@ -57,6 +58,7 @@ class BatchLocalizer:
     def __call__(self, rows: Rows) -> ShardResult:
         """Rows of PHOTO_LIST_SCHEMA, or with `id` and `image` as in `tables.PHOTOS`, -> rows of LOCALIZED_SCHEMA, rejects."""
         localized, rejects = [], []
+        rows = [row | {"id": clean_text(row["id"])} for row in rows]
         decode = [partial(self._decode, row) for row in rows]
         for row, result in zip(rows, localize_photos(self._localizer, decode, self.top_k, self.batch_size), strict=True):
             if isinstance(result, str):
@@ -74,7 +76,7 @@ class BatchLocalizer:
     def _decode(self, row: dict[str, Any]) -> Image.Image | str:
         if "image" not in row:
             return decode_photo(remote_path.join(self.base, row["file"]), self.max_megapixels, self._localizer.image_size)
-        image = row["image"] or {}
+        image = row["image"] if isinstance(row["image"], dict) else {"bytes": row["image"]}
         path, content = image.get("path") or row["id"], image.get("bytes") or b""
         return decode_photo(path, self.max_megapixels, self._localizer.image_size, content)
 
@@ -125,16 +127,21 @@ def _localize_batch(localizer: "Localizer", prepared: Sequence[Any], top_k: int)
     return (one if isinstance(one, str) else next(results) for one in prepared)
 
 
-def photo_table(files: Sequence[tuple[str | None, str | None]]) -> tuple[Rows, Rows]:
-    """Rows of PHOTO_LIST_SCHEMA from a manifest's ids and files, and rejects: rows without a file, repeated ids."""
-    photos, rejects, seen = [], [], set[str]()
-    for number, (name, file) in enumerate(files, start=1):
-        photo_id = name or file
-        if not file or not photo_id:
-            rejects.append({"file": None, "row": number, "id": photo_id, "reason": "file missing: the row names no photo"})
-        elif photo_id in seen:
-            rejects.append({"file": file, "row": number, "id": photo_id, "reason": f"id twice: {photo_id} came before"})
-        else:
-            seen.add(photo_id)
-            photos.append({"row": number, "id": photo_id, "file": file})
+def photo_table(rows: Iterable[Row], find: Callable[[str], str] = str) -> tuple[Rows, Rows]:
+    """Rows of PHOTO_LIST_SCHEMA from a manifest's rows, and rejects; ids and files are read as `prepare` reads them.
+
+    `find` gives the path of a file as the photos' folder has it.
+    """
+    photos: Rows = []
+    rejects: Rows = []
+    first_row: dict[str, int] = {}
+    for number, cells in enumerate(rows, start=1):
+        if not cells:
+            continue
+        try:
+            photo_id, file = identify(number, cells, first_row)
+            photos.append({"row": number, "id": photo_id, "file": find(file)})
+            first_row[photo_id] = number
+        except ValueError as error:
+            rejects.append(reject(number, cells, str(error)))
     return photos, rejects

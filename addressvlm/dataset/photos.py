@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from addressvlm.errors import InputError
+from addressvlm.pictures import PixelDepthError, name_of_kind, orientation, to_rgb, upright
 from addressvlm.storage import remote_path
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # none that runs programs
 UNCHANGED_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # an MPO begins with a plain JPEG
-ORIENTATION = 0x0112
 MIN_SIDE = 16
 JPEG_QUALITY = 95
 ASPECT_TOLERANCE = 0.01  # how far from 2:1 a panorama's sides may be
@@ -41,6 +41,7 @@ class Photo:
     block: str = ""  # places of a block are split together
     split: str = ""  # as the table has it
     fov_deg: float | None = None  # horizontal field of view
+    other_street: str = ""  # the second of several in one cell; the photo may be on either
     view: float | None = None  # cut `file`, a panorama, this many degrees clockwise of its centre; None: `file` is the photo
 
     def reject(self, reason: str) -> dict[str, Any]:
@@ -68,17 +69,19 @@ def check_photo(
         width, height = image.size
         try:
             if view is not None and fov_deg is not None and pixels is not None:
-                if image.getexif().get(ORIENTATION, 1) >= 5:
+                if orientation(image) >= 5:
                     width, height = height, width
                 if not is_equirectangular(width, height):
                     return f"not a panorama: {path} is {width}x{height} pixels, an equirectangular one is twice as wide as high"
                 needed = useful_width(fov_deg, pixels)
                 image.draft("RGB", (needed, needed // 2))  # decode at the coarsest scale that has all detail of the view
-                return _encode_jpeg(cut_view(_upright(image), view, fov_deg, pixels))
+                return _encode_jpeg(cut_view(to_rgb(upright(image)), view, fov_deg, pixels))
             image.load()
-            if image.format in UNCHANGED_FORMATS and image.mode in ("RGB", "L") and image.getexif().get(ORIENTATION, 1) == 1:
+            if image.format in UNCHANGED_FORMATS and image.mode in ("RGB", "L") and orientation(image) == 1:
                 return data
-            return _encode_jpeg(_upright(image))
+            return _encode_jpeg(to_rgb(upright(image)))
+        except PixelDepthError as error:
+            return f"not a photo: {path} has {error}"
         except Exception as error:  # decoders raise anything on arbitrary bytes
             return f"photo damaged: {path} ends early or is corrupt ({error})"
 
@@ -98,7 +101,9 @@ def decode_photo(path: Path | str, max_megapixels: float, side: int, data: bytes
         try:
             scale = min(1.0, 2 * side / min(image.size))
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-            return _upright(image)
+            return to_rgb(upright(image))
+        except PixelDepthError as error:
+            return f"not a photo: {path} has {error}"
         except Exception as error:  # decoders raise anything on arbitrary bytes
             return f"photo damaged: {path} ends early or is corrupt ({error})"
 
@@ -126,25 +131,13 @@ def _open(data: bytes, path: str, max_megapixels: float) -> Image.Image | str:
     except Image.DecompressionBombError:
         return f"photo too large: {path} has more than {max_megapixels:g} megapixels"
     except Exception:  # decoders raise anything on arbitrary bytes
-        return f"not a photo: {path} is not a picture in {', '.join(FORMATS)}"
+        return f"not a photo: {path} is {name_of_kind(data[:64]) or 'not a picture in ' + ', '.join(FORMATS)}"
     width, height = image.size
     if width * height > max_megapixels * 1e6:
         return f"photo too large: {path} has {width * height / 1e6:.0f} megapixels, the limit is {max_megapixels:g}"
     if min(width, height) < MIN_SIDE:
         return f"photo too small: {path} is {width}x{height} pixels, both sides must be {MIN_SIDE} at least"
     return image
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The picture rotated by its EXIF orientation, opaque on white, in RGB."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):
-        upright = upright.point(lambda value: value / 256, "L")
-    if upright.has_transparency_data:
-        layer = upright.convert("RGBA")
-        upright = Image.new("RGB", layer.size, "white")
-        upright.paste(layer, mask=layer.getchannel("A"))
-    return upright.convert("RGB")
 
 
 def _encode_jpeg(image: Image.Image) -> bytes:

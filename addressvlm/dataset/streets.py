@@ -27,7 +27,8 @@ from addressvlm.dataset.geo_files import (
     read_geo_file,
 )
 from addressvlm.errors import InputError
-from addressvlm.gazetteer.name_matcher import is_distinctive, normalize_name, osm_names
+from addressvlm.gazetteer.name_matcher import is_distinctive, normalize_name
+from addressvlm.gazetteer.names import osm_names
 from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE, NearestStreets
 
 Unit = Literal["auto", "streets", "blocks"]

@@ -1,4 +1,4 @@
-"""Normal forms of street and district names, their OpenStreetMap variants, and finding them in free text.
+"""Normal forms of street and district names, and finding them in free text.
 
 Names are displayed as their source writes them; the forms here are for matching only. There are three finders, each with the
 rules of its task: `NameIndex` for questions (spelling mistakes in accents, ambiguity), `NameFinder` for judging answers, and
@@ -22,7 +22,7 @@ _SHORT = {
     "blvd": ["boulevard", "boul", "bd", "bvd"], "pl": ["place", "platz", "plac"], "plaza": ["plza", "pza"], "sq": ["square"],
     "ct": ["court"], "ter": ["terrace", "terr"], "cl": ["close"], "cres": ["crescent"], "gdns": ["gardens"],
     "hwy": ["highway"], "pkwy": ["parkway"], "mt": ["mount"], "r": ["rue", "rua"], "c": ["calle", "carrer"], "ul": ["ulica"],
-    "cd": ["caddesi", "cad"], "sk": ["sokak", "sokağı", "sokagi"], "ул": ["улица"], "пр": ["проспект", "просп"],
+    "cd": ["caddesi", "cad"], "sk": ["sokak", "sokaği", "sokagi"], "ул": ["улица"], "пр": ["проспект", "просп"],
     "пер": ["переулок"], "пл": ["площадь"], "and": ["&"], "n": ["north"], "s": ["south"], "e": ["east"], "w": ["west"],
     "ne": ["northeast"], "nw": ["northwest"], "se": ["southeast"], "sw": ["southwest"],
 }  # fmt: skip
@@ -30,10 +30,18 @@ _ABBREVIATIONS = {word: short for short, words in _SHORT.items() for word in wor
 LONGEST_CACHED = 64  # characters; both caches together hold at most about 100 MB
 MAX_MARKS = 30  # as in Unicode's stream-safe text
 _SUFFIX = re.compile(r"(?<=\w\w\w)(?:strasse|straat|str)$")  # as in Hauptstraße, Hauptstr.
-_APOSTROPHES = "'’‘ʼ`´"
-_PLAIN_LETTERS = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "æ": "ae", "œ": "oe", "ı": "i", "ё": "е"})
-_LANGUAGE = re.compile(r"name:[a-z]{2,3}([-_]\w+)*")  # not name:left, name:etymology, name:pronunciation
-_OTHER_NAMES = re.compile(r"(alt_name|old_name|official_name|short_name|int_name|loc_name)(:[a-z]{2,3}([-_]\w+)*)?|name_\d+")
+_APOSTROPHES = "'’‘‛ʼʻʽʾʿꞌ`´′׳"  # the Hawaiian ʻokina and the Arabic ʿayn among them
+# Letters that one language's capitals, or its usual spelling, don't tell apart: the Turkish İ and ı, small Japanese ヶ.
+_SAME_LETTERS = str.maketrans({"ı": "i", "ヶ": "ケ", "ヵ": "カ", "ς": "σ", "\u0640": None})
+_OPTIONAL_MARKS = re.compile(  # Hebrew points, Arabic harakat
+    "[\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\ufe00-\ufe0f]"
+)
+_NUMERALS = "〇一二三四五六七八九"
+_NUMERAL = re.compile(f"[{_NUMERALS}十]+")
+_PLAIN_LETTERS = str.maketrans(
+    {"ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "æ": "ae", "œ": "oe", "ё": "е"}
+    | dict.fromkeys("أإآٱ", "ا") | {"ى": "ي", "ی": "ي", "ک": "ك", "ة": "ه"}
+)  # fmt: skip
 
 
 def _cache_short(form: Callable[[str], str]) -> Callable[[str], str]:
@@ -49,20 +57,38 @@ def _cache_short(form: Callable[[str], str]) -> Callable[[str], str]:
 
 @_cache_short
 def normalize_name(name: str) -> str:
-    """A form in which all spellings of a name are equal: `St. Mary's Rd` and `saint marys road`.
+    """A form in which all spellings of a name are equal: `St. Mary's Rd` and `saint marys road`, `三丁目` and `３丁目`.
 
-    It ignores case, character width, punctuation and common abbreviations; scripts without spaces are split into characters.
+    It ignores case, character width, punctuation, common abbreviations, characters that can't be seen, and accents where
+    capitals have none (Greek) or most texts leave them out (Arabic, Hebrew); scripts without spaces are split into characters.
     """
+    text = unicodedata.normalize("NFKC", _without_long_runs(name)).casefold()
+    text = text.replace("i\u0307", "i").translate(_SAME_LETTERS)
+    text = _NUMERAL.sub(_digits, _OPTIONAL_MARKS.sub("", text))
     characters = []
-    for character in unicodedata.normalize("NFKC", _without_long_runs(name)).casefold():
-        if character in _APOSTROPHES:
+    for character in text:
+        kind = unicodedata.category(character)
+        after_greek = kind == "Mn" and characters and "\u0370" <= characters[-1] <= "\u03ff"
+        if character in _APOSTROPHES or kind == "Cf" or after_greek:
             continue
-        if character != "&" and unicodedata.category(character)[0] in "PSZC":
+        if character != "&" and kind[0] in "PSZC":
             characters.append(" ")
+        elif "\u0370" <= character <= "\u03ff" or "\u1f00" <= character <= "\u1fff":  # Greek
+            characters.append(unicodedata.normalize("NFD", character)[0])
         else:
             is_unspaced = "\u3040" <= character <= "\u30ff" or "\u3400" <= character <= "\u9fff"  # Chinese, Japanese
             characters.append(f" {character} " if is_unspaced or character == "&" else character)
     return " ".join(_ABBREVIATIONS.get(w, _SUFFIX.sub("str", w)) for w in "".join(characters).split())
+
+
+def _digits(numeral: re.Match[str]) -> str:
+    """A Chinese or Japanese numeral below 100 in digits, digit by digit where it has no 十."""
+    tens, ten, ones = numeral.group().rpartition("十")
+    if not ten:
+        return "".join(str(_NUMERALS.index(c)) for c in ones)
+    if len(tens) > 1 or len(ones) > 1 or tens == "十":
+        return " ".join("10" if c == "十" else str(_NUMERALS.index(c)) for c in numeral.group())
+    return str(10 * (_NUMERALS.index(tens) if tens else 1) + (_NUMERALS.index(ones) if ones else 0))
 
 
 def _without_long_runs(text: str) -> str:
@@ -87,23 +113,6 @@ def unaccented_name(name: str) -> str:
 def is_distinctive(name: str) -> bool:
     """Whether a name has a word other than generic ones; `E Street` has none."""
     return any(word not in _SHORT for word in normalize_name(name).split())
-
-
-def osm_names(tags: Mapping[str, str], language: str | None = None) -> tuple[str, list[str]]:
-    """The display name of an OpenStreetMap object and its variants; ("", []) if it has no name.
-
-    The display name is `name:<language>` if there is a language and the object has it, else `name`. Variants are the names in
-    other languages and `alt_name`, `old_name`, `official_name`, `short_name` …, which may list several between semicolons.
-    """
-    name = tags.get("name", "").strip()
-    display = (tags.get(f"name:{language}", "").strip() if language else "") or name
-    if not display:
-        return "", []
-    variants = [name] if name else []
-    for key in sorted(tags):
-        if _OTHER_NAMES.fullmatch(key) or _LANGUAGE.fullmatch(key):
-            variants += [part.strip() for part in tags[key].split(";")]
-    return display, [variant for variant in dict.fromkeys(variants) if variant and variant != display]
 
 
 class NameIndex:
@@ -225,7 +234,7 @@ _CLAUSE_END = re.compile(r"[,;:!?\n]")  # no name goes over these; a full stop m
 # A full stop ends a sentence unless it follows one of the usual abbreviations in names.
 _SENTENCE_END = re.compile(r"(?<!\bSt\.)(?<!\bMt\.)(?<!\bDr\.)(?<!\b[NSEW]\.)(?<=[.!?。！？])\s+|\n+|(?<=[。！？])")
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff"
-_CHUNK = re.compile(rf"[{_UNSPACED}]|[^\s\-–—/{_UNSPACED}]+")
+_CHUNK = re.compile(rf"{_NUMERAL.pattern}|[{_UNSPACED}]|[^\s\-–—/{_UNSPACED}]+")
 _POSSESSIVE = re.compile(r"['’]s?\W*$")
 
 

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.errors import InputError
@@ -23,6 +23,7 @@ from addressvlm.labels.prompt import Prompt, configured_prompt
 from addressvlm.labels.response_cache import RequestKey, ResponseCache
 from addressvlm.labels.templates import explain, reason
 from addressvlm.labels.validator import LabelValidator, make_validator
+from addressvlm.pictures import orientation, to_rgb, upright
 from addressvlm.questions import SUFFIXES, TEMPLATES
 from addressvlm.storage.remote_path import path_of
 from addressvlm.storage.shards import ShardResult
@@ -236,13 +237,13 @@ def data_url(request: Request, config: LabelsConfig) -> str:
             kind, data = image.get_format_mimetype() or "", request.image
             limit = config.image_pixels
             resize = limit is not None and max(image.size) > limit
-            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            rotated = orientation(image) != 1
             if resize or rotated or config.image_quality is not None or kind not in SENT_AS_IS:
-                upright = ImageOps.exif_transpose(image).convert("RGB")
+                picture = to_rgb(upright(image))
                 if limit is not None:
-                    upright.thumbnail((limit, limit), Image.Resampling.LANCZOS)
+                    picture.thumbnail((limit, limit), Image.Resampling.LANCZOS)
                 buffer = io.BytesIO()
-                upright.save(buffer, "JPEG", quality=config.image_quality or JPEG_QUALITY)
+                picture.save(buffer, "JPEG", quality=config.image_quality or JPEG_QUALITY)
                 kind, data = "image/jpeg", buffer.getvalue()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"the image of row {request.id} can't be decoded ({error}): make the table again.") from None

@@ -1,6 +1,8 @@
 """Atomic writes, Parquet files, and cached local copies, for local paths and object stores alike."""
 
+import codecs
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -9,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +25,15 @@ CACHE_VARIABLE = "ADDRESSVLM_CACHE"  # environment variable: the folder of local
 MODEL_SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model", ".geojson", ".md"}  # no executable code
 # A folder without any of these is no model, so they are uploaded last and removed first
 MODEL_CONFIG_FILES = ("config.json", "adapter_config.json", "open_clip_config.json")
+
+
+_BYTE_ORDER_MARKS = (  # UTF-32 first: it begins like UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
 
 
 class AtomicFile:
@@ -103,6 +115,14 @@ def write_parquet(table: pa.Table, target: AnyPath) -> None:
     """Write a table as one Parquet file, atomically; creates the parent folder."""
     with atomic_write(target) as path:
         pq.write_table(table, path)
+
+
+def open_text(file: IO[bytes], newline: str | None = None) -> TextIO:
+    """Text in UTF-8, or in the encoding that its byte-order mark tells, without that mark; UnicodeError while it is read."""
+    head = file.read(4)
+    file.seek(0)
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if head.startswith(mark)), "utf-8")
+    return io.TextIOWrapper(file, encoding=encoding, newline=newline)
 
 
 def upload(file: Path, target: RemotePath) -> None:

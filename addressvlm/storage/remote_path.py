@@ -272,14 +272,25 @@ def list_files(folder: AnyPath, pattern: str) -> list[Any]:
 
 
 def walk_files(folder: str) -> list[str]:
-    """Files below the folder as sorted relative paths with forward slashes, without hidden ones."""
+    """Files below the folder as sorted relative paths with forward slashes, without hidden ones.
+
+    Linked folders count as folders, unless what they lead to was walked already (so loops end).
+    """
     top, files = path_of(folder), []
     if isinstance(top, RemotePath):
         files = [file.relative_to(top).as_posix() for file, _ in top.walk_files()]
     else:
-        for parent, _, names in os.walk(top):
+        walked = [top.resolve()]
+        for parent, folders, names in os.walk(top, followlinks=True):
             inside = Path(parent).relative_to(top)
             files += [(inside / name).as_posix() for name in names]
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in [name for name in folders if Path(parent, name).is_symlink()]:
+                target = Path(parent, name).resolve()
+                if any(target.is_relative_to(root) or root.is_relative_to(target) for root in walked):
+                    folders.remove(name)
+                else:
+                    walked.append(target)
     return sorted(file for file in files if not any(part.startswith(".") for part in file.split("/")))
 
 

@@ -15,7 +15,8 @@ from shapely.geometry.base import BaseGeometry
 from addressvlm.dataset import geo_files
 from addressvlm.dataset.geo_files import GeoFeature, is_road
 from addressvlm.errors import InputError
-from addressvlm.gazetteer.name_matcher import NameIndex, osm_names
+from addressvlm.gazetteer.name_matcher import NameIndex
+from addressvlm.gazetteer.names import osm_names
 from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE
 from addressvlm.storage.files import atomic_write
 from addressvlm.storage.remote_path import AnyPath

@@ -2,6 +2,7 @@
 
 import io
 import math
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from addressvlm import grafting
 from addressvlm.dataset.photos import check_photo, cut_view, decode_photo, is_equirectangular, useful_width, view_positions
+from addressvlm.image_decode_worker import decode_image
 
 
 def encoded(kind: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (40, 20), **options: Any) -> bytes:
@@ -68,6 +71,76 @@ def test_a_turned_photo_is_upright_and_what_is_transparent_is_white(tmp_path: Pa
     assert abs(opaque[10, 5] - 255).max() < 9
     assert abs(opaque[10, 35] - (255, 0, 0)).max() < 9
     assert abs(deep - 200).max() < 3
+
+
+SHORT, LONG, BYTE, ASCII, TWO = (3, 1, 6), (4, 1, 6), (1, 1, 6), (2, 2, 0x36), (3, 2, 6)
+
+
+def odd_exif(
+    kind: int, count: int, value: int, first: bytes = b"", prefix: bytes = b"", tail: bytes = struct.pack("<2I", 6, 1)
+) -> bytes:
+    """An EXIF block, little-endian, with an orientation of any type after the 12 bytes of another entry."""
+    entries = first + struct.pack("<HHII", 0x0112, kind, count, value)
+    return prefix + b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries) // 12) + entries + bytes(4) + tail
+
+
+@pytest.mark.parametrize(
+    ("exif", "turned"),
+    [
+        *((odd_exif(*entry), True) for entry in (SHORT, LONG, BYTE, ASCII, TWO)),
+        (odd_exif(5, 1, 26), True),  # a rational of 6/1
+        (odd_exif(*SHORT, prefix=b"Exif\0\0"), True),
+        (odd_exif(*SHORT, first=struct.pack("<HHII", 0x011A, 2, 2, 0x31)), True),  # a resolution as text
+        (odd_exif(*SHORT, first=struct.pack("<HHIf", 0x011A, 11, 1, math.nan)), True),
+        (odd_exif(*SHORT, first=struct.pack("<HHIi", 0x0100, 9, 1, -1)), True),
+        (odd_exif(*SHORT, first=struct.pack("<HHII", 0x010F, 2, 40, 900)), True),  # its text is cut off
+        (odd_exif(*SHORT)[:22], False),
+        (odd_exif(3, 1, 0), False),
+        (odd_exif(3, 1, 9), False),
+        (odd_exif(7, 4, 0x01020304), False),
+        (b"Exif\0\0II+\0" + bytes(12), False),
+        (b"Exif\0\0", False),
+    ],
+)
+def test_odd_exif_never_loses_a_photo_in_jobs_or_service(tmp_path: Path, exif: bytes, turned: bool) -> None:
+    data = encoded(exif=exif)
+    (tmp_path / "photo.jpg").write_bytes(data)
+    checked, served, located = check_photo(tmp_path / "photo.jpg", 1), decode_image(data, 1), decode_photo("p", 1, 336, data)
+    assert isinstance(checked, bytes)
+    assert isinstance(located, Image.Image)
+    size = Image.open(io.BytesIO(checked)).size
+    assert size == (served.width, served.height) == ((20, 40) if turned else (40, 20))
+    assert size == located.size == grafting.decode_photo(data).size
+    assert turned or checked == data
+
+
+def test_pixels_of_other_depths_are_what_people_see_or_refused(tmp_path: Path) -> None:
+    def check(pixels: np.ndarray, name: str) -> bytes | str:
+        Image.fromarray(pixels).save(tmp_path / name)
+        return check_photo(tmp_path / name, 1)
+
+    grey = np.full((20, 40), 200, np.float64)
+    for pixels, name in ((np.uint16(grey * 256), "a.png"), (np.uint16(grey * 256), "a.tif"), (np.int32(grey * 256), "i.tif")):
+        checked = check(pixels, name)
+        assert isinstance(checked, bytes)
+        assert np.abs(np.asarray(Image.open(io.BytesIO(checked))).astype(int) - 200).max() < 3
+    assert str(check(np.float32(grey), "f.tif")).endswith("f.tif has pixels that are floats: save it with 8 or 16 bits")
+    assert str(check(np.int32(grey * 1e6), "i.tif")).endswith("i.tif has pixels of 32 bits: save it with 8 or 16")
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic", "HEIC, as phones write it"),
+        (b"\0\0\0\x18ftypqt  ", "a film or"),
+        (b"\n<!DOCTYPE html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS"),
+        (b"%PDF-1.7", "a PDF"),
+        (b"neither", "not a picture in JPEG, PNG"),
+    ],
+)
+def test_files_of_other_kinds_are_named(head: bytes, kind: str) -> None:
+    assert str(decode_photo("x.jpg", 1, 336, head + bytes(99))).startswith(f"not a photo: x.jpg is {kind}")
 
 
 @pytest.mark.parametrize(("size", "good"), [((1000, 1000), True), ((1001, 1000), False), ((16, 40), True), ((40, 15), False)])

@@ -7,7 +7,6 @@ from addressvlm.gazetteer.name_matcher import (
     NameIndex,
     is_distinctive,
     normalize_name,
-    osm_names,
     unaccented_name,
 )
 
@@ -28,11 +27,12 @@ def test_longest_name_wins() -> None:
         ("the market on Broadway", ["Broadway"]),
         ("a broadway of cars", []),
         ("これは銀座通りです。", ["銀座通り"]),
+        ("ここは本町１３丁目", ["本町十三丁目"]),
         ("Mill-Street/Broadway", ["Mill Street", "Broadway"]),
     ],
 )
 def test_names_in_free_text(text: str, expected: list[str]) -> None:
-    names = MentionFinder(["Mill Street", "Rue de l'Évêché", "Broadway", "Market", "銀座通り"])
+    names = MentionFinder(["Mill Street", "Rue de l'Évêché", "Broadway", "Market", "銀座通り", "本町十三丁目"])
     assert [mention.name for mention in names.find(text)] == expected
 
 
@@ -54,6 +54,26 @@ def test_names_in_free_text(text: str, expected: list[str]) -> None:
         ("Av. Paulista", "Avenida Paulista"),
         ("Bd. Voltaire", "Boulevard Voltaire"),
         ("ул. Ленина", "улица Ленина"),
+        ("İSTİKLAL CADDESİ", "İstiklal Cad."),
+        ("ISPARTA SOKAĞI", "Isparta sk."),
+        ("Işıklar Sokak", "IŞIKLAR SOKAK"),
+        ("Οδός Ερμού", "ΟΔΟΣ ΕΡΜΟΥ"),
+        ("Πλαΐσιο", "ΠΛΑΙΣΙΟ"),
+        ("Βασιλέως Αλεξάνδρου", "βασιλεωσ αλεξανδρου"),
+        ("شَارِعُ المَلِك", "شارع الملك"),
+        ("شـــارع", "شارع"),
+        ("רְחוֹב", "רחוב"),
+        ("ʻIolani Avenue", "Iolani Ave"),
+        ("Kalākaʻua", "Kalāka'ua"),
+        ("銀座三丁目", "銀座3丁目"),
+        ("銀座３丁目", "銀座十三丁目".replace("十", "")),
+        ("二十三条", "23条"),
+        ("霞ヶ関", "霞ケ関"),
+        ("ﾎﾝﾏﾁ", "ホンマチ"),
+        ("Mill\u00a0Street", "Mill \u2009Street"),
+        ("Mi\u200bll Street", "Mill Street\ufeff"),
+        ("Rue de l'E\u0301glise", "Rue de l'\u00c9glise"),
+        ("Haupt\u00adstraße", "Hauptstraße"),
     ],
 )
 def test_spellings_of_a_name_have_one_normal_form(one: str, other: str) -> None:
@@ -96,21 +116,3 @@ def test_each_name_is_found_by_itself(names: list[str]) -> None:
 @pytest.mark.parametrize(("name", "has"), [("E Street", False), ("St. Av", False), ("E Carson St", True), ("銀座", True)])
 def test_names_of_generic_words_are_not_distinctive(name: str, has: bool) -> None:
     assert is_distinctive(name) == has
-
-
-def test_variants_of_openstreetmap() -> None:
-    tags = {
-        "name": "明治通り",
-        "name:en": "Meiji-dori Avenue",
-        "name:zh-Hant": "明治通",
-        "name:etymology": "Meiji",
-        "alt_name": "環状5号; 環状五号線",
-        "old_name": "市街路",
-        "name:left": "何か",
-    }
-    assert osm_names(tags) == ("明治通り", ["環状5号", "環状五号線", "Meiji-dori Avenue", "明治通", "市街路"])
-    assert osm_names(tags, "en")[0] == "Meiji-dori Avenue"
-    assert "明治通り" in osm_names(tags, "en")[1]
-    assert osm_names(tags, "fr")[0] == "明治通り"
-    assert osm_names({"name:en": "No Local Name"}) == ("", [])
-    assert osm_names({"name:en": "No Local Name"}, "en") == ("No Local Name", [])

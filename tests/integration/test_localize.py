@@ -126,7 +126,7 @@ def test_a_manifest(model, photos, tmp_path):
     rows, rejects = located(manifest, model, tmp_path)
     assert [row["id"] for row in rows] == ["a", "b"]
     assert [(r["row"], r["id"], r["reason"].split(":")[0]) for r in rejects] == [
-        (3, "a", "id twice"), (4, "c", "file missing"), (5, "d", "photo missing"),
+        (3, "a", "duplicate id"), (4, "c", "empty cell"), (5, "d", "photo missing"),
     ]  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def test_parquet_with_images(model, photos, tmp_path):
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([("id", pa.string()), ("image", tables.IMAGE)])), packed)
     rows, rejects = located(packed, model, tmp_path)
     assert [row["id"] for row in rows] == ["a", "b"]
-    assert [row["reason"] for row in rejects] == ["id twice: a came before", "photo empty: z has zero bytes"]
+    assert [row["reason"] for row in rejects] == ["duplicate id: a came before", "photo empty: z has zero bytes"]
     assert rejects[0]["row"] == 4
     assert len(rows[0]["candidates"]) == 2
 
@@ -262,9 +262,9 @@ def test_what_is_done_is_done_for_these_photos_alone(photos, tmp_path):
 
 
 def test_ids_are_files_where_there_are_none():
-    good, rejects = photo_table([(None, "a.jpg"), ("x", "a.jpg"), (None, "a.jpg")])
-    assert [(row["row"], row["id"]) for row in good] == [(1, "a.jpg"), (2, "x")]
-    assert [row["row"] for row in rejects] == [3]
+    good, rejects = photo_table([{"file": "a.jpg"}, {"id": 7.0, "file": "a.jpg"}, {}, {"id": float("nan"), "file": "a.jpg"}])
+    assert [(row["row"], row["id"]) for row in good] == [(1, "a.jpg"), (2, "7")]
+    assert [(row["row"], row["reason"]) for row in rejects] == [(4, "duplicate id: 'a.jpg' is already the id of row 1")]
 
 
 def test_the_work_travels_without_its_model(model):

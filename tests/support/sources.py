@@ -29,11 +29,13 @@ def write_file(folder: Path, content: Any, name: str = "export.json") -> str:
     return str(folder / name)
 
 
-def photo(path: Path, gps: dict[int, Any] | None = None, size: tuple[int, int] = (40, 30), **options: Any) -> None:
+def photo(
+    path: Path, gps: dict[int, Any] | None = None, size: tuple[int, int] = (40, 30), focal_mm: int = 27, **options: Any
+) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Make] = "Camera"  # Pillow writes no EXIF into a PNG without a tag of the first level
     if gps is not None:
         exif.get_ifd(ExifTags.IFD.GPSInfo).update(gps)
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = 27
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = focal_mm
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, "gray").save(path, exif=exif, **options)

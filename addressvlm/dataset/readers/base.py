@@ -1,15 +1,19 @@
 """The source of a city's photos (a table or a folder), and the interface of its readers."""
 
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from addressvlm.config.city import CityConfig
-from addressvlm.dataset.readers.table import Row, clean_text, open_table
+from addressvlm.dataset.readers.rows import Row, clean_text
+from addressvlm.dataset.readers.table import open_table
 from addressvlm.errors import InputError
-from addressvlm.storage.remote_path import path_of, walk_files
+from addressvlm.storage.remote_path import is_remote, join, path_of, walk_files
 
 SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .gif .tif .tiff .jp2 .avif .heic .heif".split())
 SAMPLE_ROWS = 20
@@ -97,10 +101,58 @@ def list_photos(folder: str) -> list[str]:
     return photos
 
 
-def photos_by_stem(city: CityConfig) -> dict[str, str]:
-    """File name without its ending -> path, for exports that name photos by id; empty if there is no folder."""
-    folder = photos_folder(city)
-    return {PurePosixPath(file).stem: file for file in walk_files(folder) if is_photo(file)} if path_of(folder).is_dir() else {}
+class PhotoFiles:
+    """The photos below a folder, found by the names that tables from elsewhere give them.
+
+    A name may have its accents in another composition than the file (as on a Mac), be a path of Windows, or an absolute path
+    of another machine; of a path the last parts are looked for, the more the better.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._named: dict[str, str] = {}  # file -> the name that a table gave it, where the two differ
+
+    def find(self, file: str) -> str:
+        """The file as the folder has it; the name itself if it is there, is a URI, or nothing fits.
+
+        Raises:
+            ValueError: another name was found to be the same file.
+        """
+        elsewhere = "\\" in file or (file.startswith("/") and not is_remote(self._folder))
+        if "://" in file or (file.isascii() and not elsewhere):
+            return file
+        if not is_remote(self._folder) and Path(join(self._folder, file)).exists():
+            return file
+        return self.look_up(file)
+
+    def look_up(self, file: str) -> str:
+        """`find` in the list of the folder's photos."""
+        parts = unicodedata.normalize("NFC", file).replace("\\", "/").split("/")
+        below = ("/".join(parts[start:]) for start in range(len(parts)))
+        found = next((self._paths[path] for path in below if path in self._paths), self._names.get(parts[-1]))
+        if found is not None and self._named.setdefault(found, file) != file:
+            raise ValueError(f"one photo for two names: {found} is {self._named[found]} and {file}")
+        return found or file
+
+    def by_stem(self, stem: str) -> str | None:
+        """The photo with this name before its ending, for exports that name photos by id."""
+        return self._stems.get(unicodedata.normalize("NFC", stem))
+
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        """Path with composed accents -> path."""
+        files = walk_files(self._folder) if path_of(self._folder).is_dir() else []
+        return {unicodedata.normalize("NFC", file): file for file in files if is_photo(file)}
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """Names without the folders that only one file has."""
+        counts = Counter(PurePosixPath(path).name for path in self._paths)
+        return {name: file for path, file in self._paths.items() if counts[name := PurePosixPath(path).name] == 1}
+
+    @cached_property
+    def _stems(self) -> dict[str, str]:
+        return {PurePosixPath(path).stem: file for path, file in self._paths.items()}
 
 
 def is_photo(file: str) -> bool:

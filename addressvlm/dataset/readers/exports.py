@@ -6,15 +6,17 @@ from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
 from addressvlm.config.city import CityConfig
-from addressvlm.dataset.readers.base import SourceSample, photos_by_stem, source_path
+from addressvlm.dataset.readers.base import PhotoFiles, SourceSample, photos_folder, source_path
 from addressvlm.dataset.readers.file_names import parse_file_name
-from addressvlm.dataset.readers.table import Row, clean_text, open_table
+from addressvlm.dataset.readers.rows import Row, clean_text
+from addressvlm.dataset.readers.table import open_table
+from addressvlm.gazetteer.names import split_names
 from addressvlm.storage.remote_path import join, path_of
 
 
 def _first(cells: Row, columns: tuple[str, ...]) -> Any:
     """The first of these cells that is not empty."""
-    return next((cells[c] for c in columns if cells.get(c) != [] and clean_text(cells.get(c))), None)
+    return next((cells[c] for c in columns if clean_text(cells.get(c))), None)
 
 
 class Ial:
@@ -28,7 +30,7 @@ class Ial:
     CROSS_STREETS = ("cross_streets", "cross_street", "cross", "intersections", "intersecting_streets", "between")
     ADDRESS: ClassVar = {
         "street": ("street", "main_street", "mainstreet", "road", "route"),
-        "district": ("neighborhood", "neighbourhood", "district", "area"),
+        "district": ("district", "neighborhood", "neighbourhood", "area"),
         "sub_street": ("sub_street", "substreet"),
     }
     POSITION = ("gps", "coordinates", "coordinate", "location", "latlon", "lat_lon", "geometry")
@@ -37,15 +39,14 @@ class Ial:
     SEPARATOR = re.compile(r"\s*[&;|]\s*|\s*,\s*|\s+and\s+")
 
     def recognizes(self, sample: SourceSample) -> bool:
-        """A table with a column that only such annotations have."""
-        return bool(sample.columns & self.UNIQUE)
+        """A table with a column that only such annotations have, unless it is a manifest without it."""
+        return bool(sample.columns & self.UNIQUE) and not {"file", "lat", "lon", "district"} <= sample.columns
 
     def rows(self, city: CityConfig) -> Iterator[Row]:
         """Address and position as annotated."""
         table = open_table(source_path(city))
         table.require(("file",))
-        for cells in table.rows:
-            yield cells if "PROBLEM" in cells else self.parse(cells)
+        yield from table.read_as(self.parse)
 
     def parse(self, cells: Row) -> Row:
         """One annotation under the names of `Photo`."""
@@ -56,11 +57,12 @@ class Ial:
             row |= _position(_first(cells, self.POSITION))
         if "lat" not in row and "@" in clean_text(cells.get("file")):
             row = parse_file_name(clean_text(cells["file"])) | row
-        row |= {column: clean_text(_first(cells, names)) for column, names in self.ADDRESS.items()}
-        if row["street"] and not row["sub_street"]:
+        row |= {column: _first(cells, names) for column, names in self.ADDRESS.items()}
+        streets = split_names(row["street"])
+        if streets and row["sub_street"] is None:
             value = _first(cells, self.CROSS_STREETS)
             names = value if isinstance(value, (list, tuple)) else self.SEPARATOR.split(clean_text(value))
-            row["sub_street"] = sub_street(row["street"], [text for name in names if (text := clean_text(name))])
+            row["sub_street"] = sub_street(streets[0], [text for name in names if (text := clean_text(name))])
         return row
 
 
@@ -81,8 +83,10 @@ def _position(value: Any) -> Row:
         lower = {str(key).lower(): number for key, number in value.items()}
         lat, lon = _first(lower, ("lat", "latitude")), _first(lower, ("lon", "lng", "longitude"))
         return {} if lat is None or lon is None else {"lat": lat, "lon": lon}
-    parts = value if isinstance(value, (list, tuple)) else re.split(r"[,;\s]+", clean_text(value).strip("()[] "))
-    return {"lat": parts[0], "lon": parts[1]} if len(parts) >= 2 else {}
+    if isinstance(value, (list, tuple)):
+        return {"lat": value[0], "lon": value[1]} if len(value) >= 2 else {}
+    parts = re.split(r"[,;\s]+", clean_text(value).strip("()[] "))
+    return {"lat": parts[0], "lon": parts[1]} if len(parts) == 2 else {}  # of four, each may be half of a number
 
 
 class KartaView:
@@ -95,31 +99,30 @@ class KartaView:
     UNIQUE = frozenset("sequenceindex sequence_index shotdate shot_date matchlat match_lat fileurlproc lth_name".split())
 
     def recognizes(self, sample: SourceSample) -> bool:
-        """Records with a position and a field that only this API has."""
-        return {"lat", "lon"} <= sample.columns and bool(sample.columns & self.UNIQUE)
+        """Records with a position and a field that only this API has; it has no column `file`."""
+        return {"lat", "lon"} <= sample.columns and "file" not in sample.columns and bool(sample.columns & self.UNIQUE)
 
     def rows(self, city: CityConfig) -> Iterator[Row]:
         """Positions as measured, before they were matched to a road."""
-        files = photos_by_stem(city)
-        for cells in open_table(source_path(city)).rows:
-            if "PROBLEM" in cells:
-                yield cells
-                continue
-            identifier, name = (clean_text(_first(cells, columns)) for columns in (("id", "photo_id"), ("file", "name")))
-            sequence, index = (clean_text(_first(cells, (f"sequence{end}", f"sequence_{end}"))) for end in ("id", "index"))
-            stems = (PurePosixPath(name).stem, identifier, f"{sequence}_{index}")
-            file = next((files[stem] for stem in stems if stem and stem in files), None)
-            fov_deg = cells.get("fieldofview")
-            projections = {clean_text(cells.get(column)).upper() for column in ("projection", "imagepartprojection")} - {""}
-            yield {
-                "id": identifier,
-                "file": file or name or (f"{identifier}.jpg" if identifier else ""),
-                "lat": cells.get("lat"),
-                "lon": cells.get("lon"),
-                "heading": _first(cells, ("heading", "headers")),
-                "fov_deg": None if clean_text(fov_deg) in ("0", "") else fov_deg,
-                "panorama": "SPHERE" in projections if projections else None,
-            }
+        files = PhotoFiles(photos_folder(city))
+        yield from open_table(source_path(city)).read_as(lambda cells: self.parse(cells, files))
+
+    def parse(self, cells: Row, files: PhotoFiles) -> Row:
+        """One photo."""
+        identifier, name = (clean_text(_first(cells, columns)) for columns in (("id", "photo_id"), ("file", "name")))
+        sequence, index = (clean_text(_first(cells, (f"sequence{end}", f"sequence_{end}"))) for end in ("id", "index"))
+        stems = (PurePosixPath(name).stem, identifier, f"{sequence}_{index}")
+        fov_deg = cells.get("fieldofview")
+        projections = {clean_text(cells.get(column)).upper() for column in ("projection", "imagepartprojection")} - {""}
+        return {
+            "id": identifier,
+            "file": next(filter(None, map(files.by_stem, stems)), None) or name or (f"{identifier}.jpg" if identifier else ""),
+            "lat": cells.get("lat"),
+            "lon": cells.get("lon"),
+            "heading": _first(cells, ("heading", "headers")),
+            "fov_deg": None if clean_text(fov_deg) == "0" else fov_deg,
+            "panorama": "SPHERE" in projections if projections else None,
+        }
 
 
 class Mapillary:
@@ -145,33 +148,35 @@ class Mapillary:
         source = source_path(city)
         if path_of(source).is_dir():
             source = join(source, self.DESCRIPTION)
-        files = photos_by_stem(city)
-        for cells in open_table(source).rows:
-            if "PROBLEM" in cells:
-                yield cells
-            elif cells.keys() & {"maplatitude", "filetype", "error"}:
-                yield self.parse_description(cells, files)
-            else:
-                yield self.parse_record(cells, files)
+        files = PhotoFiles(photos_folder(city))
 
-    def parse_record(self, cells: Row, files: dict[str, str]) -> Row:
-        """One image of the Graph API; `files` are the photos that exist, by name without ending."""
+        def parse(cells: Row) -> Row:
+            described = cells.keys() & {"maplatitude", "filetype", "error"}
+            return self.parse_description(cells, files) if described else self.parse_record(cells, files)
+
+        yield from open_table(source).read_as(parse)
+
+    def parse_record(self, cells: Row, files: PhotoFiles) -> Row:
+        """One image of the Graph API."""
         identifier = clean_text(cells.get("id"))
         points = (cells.get(column) for column in ("computed_geometry", "geometry"))
         position = next((p for p in map(_position, points) if p), {})
         heading, camera = cells.get("computed_compass_angle"), clean_text(cells.get("camera_type"))
         return {
             "id": identifier,
-            "file": clean_text(cells.get("file")) or files.get(identifier) or (f"{identifier}.jpg" if identifier else ""),
+            "file": clean_text(cells.get("file")) or files.by_stem(identifier) or (f"{identifier}.jpg" if identifier else ""),
             **position,
             "heading": cells.get("compass_angle") if heading is None else heading,
             "panorama": camera in ("spherical", "equirectangular") if camera else cells.get("is_pano"),
         }
 
-    def parse_description(self, cells: Row, files: dict[str, str]) -> Row:
-        """One image of mapillary_tools, whose paths are absolute ones of another machine: the file name identifies it."""
-        name = clean_text(cells.get("file"))
-        file = files.get(PurePosixPath(name).stem, name)
+    def parse_description(self, cells: Row, files: PhotoFiles) -> Row:
+        """One image of mapillary_tools, whose paths are absolute ones, maybe of another machine."""
+        file = clean_text(cells.get("file"))
+        try:
+            file = files.look_up(file)
+        except ValueError as error:
+            return {"file": file, "PROBLEM": str(error)}
         if "error" in cells:
             error = cells["error"] if isinstance(cells["error"], dict) else {}
             return {"file": file, "PROBLEM": f"mapillary_tools could not use it: {clean_text(error.get('message'))}"}

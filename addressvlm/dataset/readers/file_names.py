@@ -16,12 +16,14 @@ import pyproj
 
 from addressvlm.config.city import CityConfig
 from addressvlm.dataset.readers.base import SourceSample, list_photos, source_path
-from addressvlm.dataset.readers.table import Row, clean_text, open_table, parse_number
+from addressvlm.dataset.readers.rows import Row, clean_text, parse_number
+from addressvlm.dataset.readers.table import Table, open_table
 from addressvlm.errors import InputError
 from addressvlm.storage.remote_path import path_of
 
 FIELDS = ("east", "north", "zone", "band", "lat", "lon", "panorama", "tile", "heading")  # those that are used, in order
 BANDS = "CDEFGHJKLMNPQRSTUVWX"  # of latitude, 8 degrees each from 80 south
+BAND_TOLERANCE_DEG = 0.01  # a position at the edge is rounded
 MAX_DIFFERENCE_M = 20.0  # the two positions of a name are rounded, to 1 m at worst
 METRES_PER_DEGREE = 111_195.0
 PITTS_NAME = re.compile(r"(?P<panorama>(?:.*/)?\d{6})_pitch\d+_yaw\d+\.\w+$")
@@ -43,8 +45,9 @@ class SfXl:
 
     def rows(self, city: CityConfig) -> Iterator[Row]:
         """A table's cells take precedence over the name."""
-        for cells in _source_rows(source_path(city)):
-            yield cells if "PROBLEM" in cells else parse_file_name(clean_text(cells.get("file"))) | _non_empty(cells)
+        yield from _open_source(source_path(city)).read_as(
+            lambda cells: parse_file_name(clean_text(cells.get("file"))) | _non_empty(cells)
+        )
 
 
 class Pitts:
@@ -59,12 +62,11 @@ class Pitts:
 
     def rows(self, city: CityConfig) -> Iterator[Row]:
         """Views of one panorama share its place; the heading is unknown, since yaw is relative to the panorama."""
-        for cells in _source_rows(source_path(city)):
-            cells = {UTM_ALIASES.get(column, column): value for column, value in cells.items()}
-            yield cells if "PROBLEM" in cells else self.parse(cells)
+        yield from _open_source(source_path(city)).read_as(self.parse)
 
     def parse(self, cells: Row) -> Row:
         """One photo; a listing leaves out the folder that queries are in."""
+        cells = {UTM_ALIASES.get(column, column): value for column, value in cells.items()}
         file = clean_text(cells.get("file"))
         if _name(file).startswith("@"):
             return parse_file_name(file) | _non_empty(cells)
@@ -98,7 +100,9 @@ def parse_file_name(file: str) -> Row:
     try:
         east, north, zone, lat, lon = (parse_number(parts, c) for c in ("east", "north", "zone", "lat", "lon"))
         if east is not None and north is not None and zone is not None:
-            cells["lat"], cells["lon"] = utm_to_degrees(east, north, int(zone), _is_south(parts.get("band", ""), lat))
+            band = clean_text(parts.get("band")).upper()
+            cells["lat"], cells["lon"] = utm_to_degrees(east, north, int(zone), _is_south(band, lat))
+            _check_band(band, cells["lat"], lat)
             if lat is not None and lon is not None:
                 degrees = math.hypot(cells["lat"] - lat, (cells["lon"] - lon) * math.cos(math.radians(cells["lat"])))
                 if degrees * METRES_PER_DEGREE > MAX_DIFFERENCE_M:
@@ -127,23 +131,32 @@ def _is_south(band: str, lat: float | None) -> bool:
     """By the latitude if it is there, since an S may be the band (32 to 40 north) or mean south."""
     if lat is not None:
         return lat < 0
-    if band.upper() not in (*BANDS, ""):
+    if band not in (*BANDS, ""):
         raise ValueError(f"not a UTM band: {band!r} is not one of {BANDS}")
-    return bool(band) and band.upper() < "N"
+    return bool(band) and band < "N"
 
 
-def _source_rows(source: str) -> Iterator[Row]:
+def _check_band(band: str, lat: float, given_lat: float | None) -> None:
+    """ValueError if the position is not in the band; with a latitude in the name N and S may mean north and south."""
+    if band not in (*BANDS,) or (given_lat is not None and band == ("N" if lat >= 0 else "S")):
+        return
+    south = -80 + 8 * BANDS.index(band)
+    north = 84 if band == "X" else south + 8
+    if not south - BAND_TOLERANCE_DEG <= lat <= north + BAND_TOLERANCE_DEG:
+        raise ValueError(f"UTM band against latitude: band {band} is from {south} to {north} and the position at {lat:.2f}")
+
+
+def _open_source(source: str) -> Table:
     """The files of a folder, or the rows of a table."""
     if path_of(source).is_dir():
-        yield from ({"file": file} for file in list_photos(source))
-        return
+        return Table(source, ["file"], ({"file": file} for file in list_photos(source)))
     if source.lower().endswith(".mat"):
         raise InputError(
             f"{source} is a MATLAB file: save its dbImageFns and utmDb as a CSV with the columns file, utm_east, utm_north."
         )
     table = open_table(source)
     table.require(("file",))
-    yield from table.rows
+    return table
 
 
 def _non_empty(cells: Row) -> Row:

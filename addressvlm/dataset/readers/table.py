@@ -1,25 +1,26 @@
-"""Tables of photos as streams of rows (CSV, JSONL, Parquet, JSON, or a list of file names), and rows as photos."""
+"""Tables as streams of rows: CSV as people and spreadsheets write it, JSONL, JSON, Parquet, or a list of file names.
+
+What a table says is taken as it stands. Where it could mean two things (a quote that is never closed, a column named twice, a
+row with more cells than the header) the table or the row is refused.
+"""
 
 import csv
-import io
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from addressvlm.config.city import PanoramaConfig
-from addressvlm.dataset.photos import Photo
+from addressvlm.dataset.readers.rows import Row, clean_text, parse_number
 from addressvlm.errors import InputError
+from addressvlm.gazetteer.names import clean_name, is_nothing, printable
 from addressvlm.storage import remote_path
-
-# Column in small letters -> cell; under PROBLEM, which no column is called, the reason why the row can't be used
-Row = dict[str, Any]
+from addressvlm.storage.files import open_text
 
 ALIASES = {
     **dict.fromkeys(("photo", "image", "filename", "file_name", "image_path", "img"), "file"),
@@ -28,7 +29,13 @@ ALIASES = {
     **dict.fromkeys(("longitude", "lng"), "lon"),
     "heading_deg": "heading",
 }
+NEEDED = frozenset(("file", "lat", "lon"))
 RECORD_KEYS = ("data", "result", "osv", "photos", "currentpageitems", "images", "annotations")  # keys of the records in JSON
+DELIMITERS = ",;\t|"
+SEPARATOR_LINE = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # Excel's, above the header
+TITLE_LINES = 10  # how far below its first line a header is looked for
+HEAD_RECORDS = 20  # of JSON, where a record may leave out what it does not have
+CELL_LINES = 200  # a longer cell is a quote that is never closed
 
 
 @dataclass
@@ -53,6 +60,10 @@ class Table:
                 f"add or rename it; photo or image also stand for file{hint}."
             )
 
+    def read_as(self, parse: Callable[[Row], Row]) -> Iterator[Row]:
+        """The rows with `parse` applied to all that are not empty and have no `PROBLEM`."""
+        return (parse(cells) if cells and "PROBLEM" not in cells else cells for cells in self.rows)
+
 
 def open_table(source: str) -> Table:
     """Open it and read its header; InputError if that fails, and while rows are read from a damaged file."""
@@ -63,14 +74,17 @@ def open_table(source: str) -> Table:
 
 
 def _read(source: str) -> Iterator[Any]:
-    """The header, then the rows; any failure as an InputError."""
+    """The header, then the rows, {} where no cell says anything; any failure as an InputError."""
     try:
         path = remote_path.path_of(source)
         with path.open("rb") as file:
-            yield from FORMATS[path.suffix.lower()](file)
+            rows = FORMATS[path.suffix.lower()](file)
+            yield next(rows, [])
+            for cells in rows:
+                yield cells if any(map(clean_text, cells.values())) else {}
     except FileNotFoundError:
         raise InputError(f"no manifest at {source}: set city.manifest to a CSV, JSONL or Parquet file that exists.") from None
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise InputError(f"the manifest {source} is not UTF-8 text: save it as UTF-8.") from None
     except RecursionError:
         raise InputError(f"the manifest {source} is nested too deeply: write it again.") from None
@@ -80,42 +94,139 @@ def _read(source: str) -> Iterator[Any]:
         raise InputError(f"the manifest {source} can't be read ({str(error).splitlines()[0]}): write it again.") from None
     except OSError as error:
         raise InputError(f"the manifest {source} can't be read ({remote_path.error_text(error)}): check the file.") from None
+    except TableError as error:
+        raise InputError(f"the manifest {source} {printable(str(error))}.") from None
+    except ValueError as error:
+        raise InputError(f"the manifest {source} can't be read ({printable(str(error))}): write it again.") from None
 
 
 def _csv(file: IO[bytes]) -> Iterator[Any]:
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    first = text.readline()
-    lines = csv.reader(chain([first], text), delimiter=max(",;\t", key=first.count))
-    header = next(lines, [])
-    yield header
+    lines = _numbered_lines(file)
+    first = next((line for line in lines if line[1].strip()), None)
+    if first is None:
+        return
+    separator = SEPARATOR_LINE.fullmatch(first[1].strip())
+    if separator:
+        first = next(lines, (2, ""))
+    unquoted = re.sub(r'"[^"]*"', "", first[1])
+    delimiter = separator[1] if separator else max(DELIMITERS, key=unquoted.count)
+    head = [first, *islice(lines, TITLE_LINES)]
+    lines = chain(head, lines)
+    _, header = next(_records(lines, delimiter, lambda _: False))
     columns = _our_names(tuple(header))
-    for cells in lines:
-        if cells:
-            yield dict(zip(columns, cells, strict=False))
+    for number, line in () if NEEDED & set(columns) else head:
+        if any(len(NEEDED & set(_names(line.replace('"', "").split(mark)))) > 1 for mark in DELIMITERS):
+            raise TableError(f"has its header in line {number}: delete the lines above it")
+    yield header
+
+    def is_row(cells: list[str]) -> bool:
+        row = dict(zip(columns, cells, strict=False))
+        return len(cells) == len(columns) and all(_is_number(row[c]) for c in ("lat", "lon") if c in row)
+
+    for number, cells in _records(lines, delimiter, is_row):
+        row: Row = dict(zip(columns, cells, strict=False))
+        if isinstance(cells, Problem):
+            row["PROBLEM"] = f"stray quote: in line {number} a cell goes on after its closing quote"
+        elif any(text.strip() for text in cells[len(columns) :]):
+            row["PROBLEM"] = f"more cells than columns: {len(cells)} in line {number}, and {len(columns)} columns"
+        elif len(cells) < len(columns) and any(text.strip() for text in cells):
+            row["PROBLEM"] = f"fewer cells than columns: {len(cells)} in line {number}, and {len(columns)} columns"
+        yield row
+
+
+class TableError(ValueError):
+    """What is wrong with a table, as the end of a sentence that begins with its name."""
+
+
+class Problem(list[str]):
+    """The cells of a line whose quotes don't fit, divided at every delimiter."""
+
+
+def _numbered_lines(file: IO[bytes]) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(open_text(file, newline=""), 1):
+        if "\0" in line:
+            raise UnicodeError("NUL")
+        yield number, line
+
+
+def _records(
+    lines: Iterator[tuple[int, str]], delimiter: str, is_row: Callable[[list[str]], bool]
+) -> Iterator[tuple[int, list[str]]]:
+    """The number of each record's first line and its cells, a `Problem` where the quotes of a line don't fit.
+
+    A cell in quotes may have line breaks.
+
+    Raises:
+        TableError: such a cell is never closed, or has lines that are rows themselves: a quote that nobody meant to open.
+    """
+
+    def split(text: list[str]) -> list[str]:
+        return next(csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=delimiter != "\t"), [])
+
+    for number, line in lines:
+        record = [line]
+        while True:
+            try:
+                yield number, split(record)
+                break
+            except csv.Error as error:
+                unclosed = str(error) == "unexpected end of data"
+                if '"' not in line or (len(record) == 1 and not unclosed):
+                    if "larger than field limit" in str(error):
+                        raise
+                    yield number, Problem(line.rstrip("\r\n").split(delimiter))
+                    break
+            follows = next(lines, None) if unclosed else None
+            if follows is None or len(record) == CELL_LINES or _is_row(follows[1], split, is_row):
+                raise TableError(f"has a quote in line {number} that is not closed: close it, or write it twice")
+            record.append(follows[1])
+
+
+def _is_row(line: str, split: Callable[[list[str]], list[str]], is_row: Callable[[list[str]], bool]) -> bool:
+    try:
+        return is_row(split([line]))
+    except csv.Error:
+        return False
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return parse_number({"lat": text}, "lat") is not None
+    except ValueError:
+        return False
 
 
 def _file_list(file: IO[bytes]) -> Iterator[Any]:
     yield ["file"]
-    for line in io.TextIOWrapper(file, encoding="utf-8-sig"):
-        if line.strip():
-            yield {"file": line.strip()}
+    for _, line in _numbered_lines(file):
+        yield {"file": line.strip()}
 
 
 def _jsonl(file: IO[bytes]) -> Iterator[Any]:
     def parse(line: str) -> Any:
         try:
-            return json.loads(line)
-        except (ValueError, RecursionError):
+            return json.loads(line, object_pairs_hook=_record) if line.strip() else {}
+        except ValueError as error:
+            return str(error) if isinstance(error, TableError) else None
+        except RecursionError:
             return None
 
-    yield from _with_header(parse(line) for line in io.TextIOWrapper(file, encoding="utf-8-sig") if line.strip())
+    yield from _with_header(parse(line) for _, line in _numbered_lines(file))
 
 
 def _json(file: IO[bytes]) -> Iterator[Any]:
-    yield from _with_header(iter(_records(json.load(io.TextIOWrapper(file, encoding="utf-8-sig")))))
+    yield from _with_header(iter(_json_records(json.load(open_text(file), object_pairs_hook=_record))))
 
 
-def _records(tree: Any) -> list[Any]:
+def _record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise TableError(f"has the key {next(key for key in record if keys.count(key) > 1)} twice in one object: remove one")
+    return record
+
+
+def _json_records(tree: Any) -> list[Any]:
     """The records in a JSON document: a list, at the top or one or two levels down, GeoJSON features, or name -> record."""
     if not isinstance(tree, dict):
         return tree if isinstance(tree, list) else [tree]
@@ -128,34 +239,39 @@ def _records(tree: Any) -> list[Any]:
         ]
     for key, value in tree.items():
         if key.lower() in RECORD_KEYS and isinstance(value, (list, dict)):
-            return _records(value)
+            return _json_records(value)
     if tree and all(isinstance(value, dict) for value in tree.values()):
         return [{"file": name} | record for name, record in tree.items()]
     return [tree] if tree else []
 
 
 def _with_header(records: Iterator[Any]) -> Iterator[Any]:
-    """The keys of the first JSON object, then all records as rows."""
-    skipped: list[Any] = []
-    for record in records:
-        skipped.append(record)
+    """The keys of the first JSON objects, then all records as rows; a text is the problem of a line."""
+    head = list(islice(records, HEAD_RECORDS))
+    header: dict[str, str] = {}  # our name -> theirs
+    for record in head:
         if isinstance(record, dict):
-            break
-    yield list(skipped[-1]) if skipped and isinstance(skipped[-1], dict) else []
-    for record in chain(skipped, records):
-        if isinstance(record, dict):
+            theirs = tuple(record)
+            header = dict(zip(_our_names(theirs), theirs, strict=True)) | header
+    yield list(header.values())
+    for record in chain(head, records):
+        if not isinstance(record, dict):
+            yield {"PROBLEM": f"JSON line: it {record}" if isinstance(record, str) else "not a JSON object: the line"}
+            continue
+        try:
             yield dict(zip(_our_names(tuple(record)), record.values(), strict=True))
-        else:
-            yield {"PROBLEM": "not a JSON object: the line"}
+        except TableError as error:
+            yield {"PROBLEM": f"JSON object: it {error}"}
 
 
 def _parquet(file: IO[bytes]) -> Iterator[Any]:
     with pq.ParquetFile(file) as parquet:
         schema = parquet.schema_arrow
         columns = [field.name for field in schema if not _has_images(field.type)]
+        names = list(_our_names(tuple(columns)))
         yield columns
         for batch in parquet.iter_batches(columns=columns):
-            yield from batch.rename_columns(list(_our_names(tuple(batch.schema.names)))).to_pylist()
+            yield from batch.rename_columns(names).to_pylist()
 
 
 def _has_images(kind: pa.DataType) -> bool:
@@ -164,15 +280,24 @@ def _has_images(kind: pa.DataType) -> bool:
     return any(test(kind) for test in binary) or (pa.types.is_struct(kind) and any(_has_images(part.type) for part in kind))
 
 
+def _names(header: Sequence[Any]) -> list[str]:
+    names = (clean_name(str(column)).lower() for column in header)
+    return ["" if is_nothing(name) else ALIASES.get(name, name) for name in names]
+
+
 @lru_cache(maxsize=1024)
 def _our_names(header: tuple[str, ...]) -> tuple[str, ...]:
-    """Our names of the columns; an alias stays as it is where the name itself, or an alias before it, is there too."""
-    plain = [str(c).strip().lower() for c in header]
-    columns: list[str] = []
-    for column in plain:
-        ours = ALIASES.get(column, column)
-        columns.append(column if ours in plain or ours in columns else ours)
-    return tuple(columns)
+    """Our names of the columns; TableError if two have one name or stand for the same, since nobody knows which is meant."""
+    try:
+        names = _names(header)
+    except ValueError as error:
+        raise TableError(f"has a column with {error}") from None
+    for name in names:
+        if name and names.count(name) > 1:
+            first, second = [column.strip() for column, ours in zip(header, names, strict=True) if ours == name][:2]
+            twice = f"the column {first} twice" if first == second else f"the columns {first} and {second}, both for {name}"
+            raise TableError(f"has {twice}: remove or rename one")
+    return tuple(names)
 
 
 FORMATS: dict[str, Callable[[IO[bytes]], Iterator[Any]]] = {
@@ -185,111 +310,3 @@ FORMATS: dict[str, Callable[[IO[bytes]], Iterator[Any]]] = {
     ".geojson": _json,
     ".parquet": _parquet,
 }
-
-
-NOWHERE_DEG = 1e-6  # cameras write 0, 0 when they have no fix
-BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-def to_photos(rows: Iterable[Row], panorama: PanoramaConfig | None) -> tuple[list[Photo], list[dict[str, Any]]]:
-    """The good photos, and the bad rows as rows of `tables.REJECTS`; rows are numbered from 1.
-
-    A row may have the fields of `Photo`, `panorama` (whether the file is one, if that is known) and `PROBLEM` (why it
-    can't be used). With `panorama` set, a row that is or may be a panorama becomes one photo per heading.
-    """
-    good: list[Photo] = []
-    rejects: list[dict[str, Any]] = []
-    first_row: dict[str, int] = {}
-    for number, cells in enumerate(rows, start=1):
-        file, is_panorama = clean_text(cells.get("file")), clean_text(cells.get("panorama")).lower()
-        identifier = clean_text(cells.get("id")) or file
-        try:
-            if "PROBLEM" in cells:
-                raise ValueError(cells["PROBLEM"])
-            if identifier in first_row:
-                raise ValueError(f"duplicate id: '{identifier}' is already the id of row {first_row[identifier]}")
-            photo = _photo(number, identifier, file, cells)
-            if is_panorama and is_panorama not in BOOLEANS:
-                raise ValueError(f"not yes or no: panorama is {is_panorama!r}")
-            photos = _views(photo, BOOLEANS.get(is_panorama), panorama)
-        except ValueError as error:
-            rejects.append({"file": file, "row": number, "id": identifier, "reason": str(error)})
-        else:
-            first_row[identifier] = number
-            good += photos
-    return good, rejects
-
-
-def _photo(row: int, identifier: str, file: str, cells: Row) -> Photo:
-    """Check one row; ValueError says what is wrong with it."""
-    if not file:
-        raise ValueError("empty cell: file")
-    lat, lon = parse_number(cells, "lat"), parse_number(cells, "lon")
-    if lat is None or lon is None:
-        raise ValueError(f"empty cell: {'lat' if lat is None else 'lon'}")
-    if abs(lat) > 90:
-        swapped = "; latitude and longitude look swapped" if abs(lat) <= 180 and abs(lon) <= 90 else ""
-        raise ValueError(f"latitude out of range: {lat:g} is not in -90..90{swapped}")
-    if abs(lon) > 180:
-        raise ValueError(f"longitude out of range: {lon:g} is not in -180..180")
-    if abs(lat) < NOWHERE_DEG and abs(lon) < NOWHERE_DEG:
-        raise ValueError("position is 0, 0: the camera had no fix")
-    heading, fov_deg = parse_number(cells, "heading"), parse_number(cells, "fov_deg")
-    if fov_deg is not None and not 0 < fov_deg <= 360:
-        raise ValueError(f"field of view out of range: {fov_deg:g} is not in 0..360")
-    return Photo(
-        row=row,
-        id=identifier,
-        file=file,
-        place=clean_text(cells.get("place")) or f"{lat:.5f},{lon:.5f}",  # about 1 m
-        lat=lat,
-        lon=lon,
-        heading=None if heading is None else _normalize_degrees(heading),
-        street=clean_text(cells.get("street")),
-        district=clean_text(cells.get("district")),
-        sub_street=clean_text(cells.get("sub_street")),
-        block=clean_text(cells.get("block")),
-        split=clean_text(cells.get("split")),
-        fov_deg=fov_deg,
-    )
-
-
-def _views(photo: Photo, is_panorama: bool | None, panorama: PanoramaConfig | None) -> list[Photo]:
-    """The photo itself, or the views that a panorama is cut into."""
-    if is_panorama and panorama is None:
-        raise ValueError("panorama: set city.panorama to cut it into views")
-    if panorama is None or is_panorama is False:
-        return [photo]
-    views = []
-    for view in dict.fromkeys(_normalize_degrees(heading) for heading in panorama.headings):
-        heading = None if photo.heading is None else _normalize_degrees(photo.heading + view)
-        views.append(replace(photo, id=f"{photo.id}@{view:g}", heading=heading, fov_deg=panorama.fov_deg, view=view))
-    return views
-
-
-def _normalize_degrees(degrees: float) -> float:
-    """The same direction in [0, 360); the remainder of a tiny negative number is 360 itself."""
-    return degrees % 360 % 360
-
-
-def clean_text(value: Any) -> str:
-    """A cell as text; whole numbers without their decimal point."""
-    if isinstance(value, str):
-        return value.strip()
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
-
-
-def parse_number(cells: Row, column: str) -> float | None:
-    """A cell as a finite number, None if empty; ValueError if it is something else."""
-    value = cells.get(column)
-    if clean_text(value) == "":
-        return None
-    try:
-        result = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        result = math.nan
-    if not math.isfinite(result):
-        raise ValueError(f"not a number: {column} is {str(value)!r}")
-    return result

@@ -1,5 +1,6 @@
 """A folder of photos with GPS in them"""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.support.sources import ALMADA, GPS, photo, read
 
 def test_a_folder_of_photos_with_gps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo(tmp_path / "b" / "one.jpg", ALMADA | {GPS.GPSImgDirection: 100.5, GPS.GPSImgDirectionRef: "T"})
-    photo(tmp_path / "a.PNG", ALMADA | {GPS.GPSImgDirection: 370.0, GPS.GPSImgDirectionRef: "M"})
+    photo(tmp_path / "a.PNG", ALMADA | {GPS.GPSImgDirection: 10.0, GPS.GPSImgDirectionRef: "M"})
     photo(tmp_path / "c.webp", ALMADA | {GPS.GPSLatitudeRef: "S"}, size=(30, 40))
     (tmp_path / "notes.txt").write_text("no photo")
     (tmp_path / "._a.jpg").write_bytes(b"of a Mac")
@@ -41,6 +42,11 @@ def test_a_folder_of_photos_with_gps(tmp_path: Path, capsys: pytest.CaptureFixtu
         (ALMADA | {GPS.GPSLongitudeRef: ""}, "GPS damaged: EXIF does not say whether the longitude is E or W"),
         (ALMADA | {GPS.GPSLatitude: (IFDRational(0, 0), 0.0, 0.0)}, "GPS damaged: the latitude in EXIF is"),
         (ALMADA | {GPS.GPSLatitude: (5.0, 4.0, 3.0, 2.0)}, "GPS damaged: the latitude in EXIF is"),
+        (ALMADA | {GPS.GPSLatitude: (38.0, 75.0, 0.0)}, "GPS damaged: the latitude in EXIF has 75 minutes"),
+        (ALMADA | {GPS.GPSLongitude: (9.0, 9.0, 60.0)}, "GPS damaged: the longitude in EXIF has 60 seconds"),
+        (ALMADA | {GPS.GPSStatus: "V"}, "no GPS: EXIF calls the position void \\(status V\\)"),
+        (ALMADA | {GPS.GPSMapDatum: "TOKYO"}, "GPS datum: the position is in TOKYO"),
+        (ALMADA | {GPS.GPSImgDirection: 400.0}, "direction out of range: heading is 400"),
     ],
 )
 def test_photos_without_a_position_have_a_reason(tmp_path: Path, gps: dict[int, Any] | None, reason: str) -> None:
@@ -66,6 +72,19 @@ def test_files_that_are_no_photos_have_a_reason(tmp_path: Path) -> None:
     assert photos == []
     assert [r["file"] for r in rejects] == ["cut.jpg", "empty.jpg", "phone.heic", "text.jpg"]
     assert {r["reason"].partition(":")[0] for r in rejects} <= {"not a photo", "photo unreadable", "no GPS", "EXIF damaged"}
+    assert "phone.heic is HEIC, as phones write it: convert it to JPEG" in rejects[2]["reason"]
+
+
+def test_odd_settings_of_the_camera_do_not_lose_its_position(tmp_path: Path) -> None:
+    photo(tmp_path / "odd.jpg", ALMADA | {GPS.GPSStatus: "A", GPS.GPSMapDatum: "WGS-84"})
+    data = (tmp_path / "odd.jpg").read_bytes()
+    entry = re.search(rb"\x69\x87\x04\0\x01\0\0\0|\x87\x69\0\x04\0\0\0\x01", data)  # where the camera's settings are: nowhere
+    assert entry
+    (tmp_path / "odd.jpg").write_bytes(data[: entry.end()] + b"\7\7\7\7" + data[entry.end() + 4 :])
+    photo(tmp_path / "zoom.jpg", ALMADA, focal_mm=0)
+    (odd, zoom), rejects = read(photos=str(tmp_path))
+    assert rejects == []
+    assert (odd.lat, odd.lon, odd.fov_deg) == (zoom.lat, zoom.lon, zoom.fov_deg) == (pytest.approx(38.675), zoom.lon, None)
 
 
 @given(st.binary(max_size=300))

@@ -46,7 +46,7 @@ def test_an_annotation_whose_position_is_in_the_name(tmp_path: Path) -> None:
 
 
 def test_an_annotation_keeps_the_columns_of_the_photo(tmp_path: Path) -> None:
-    known = {"id": "one", "place": 7, "lat": 40.4, "lon": -79.9, "heading": 450, "fov_deg": 60, "panorama": False}
+    known = {"id": "one", "place": 7, "lat": 40.4, "lon": -79.9, "heading": 90, "fov_deg": 60, "panorama": False}
     photos, rejects = read(manifest=write_file(tmp_path, [IAL_ROW | known]))
     assert rejects == []
     assert [(p.id, p.place, p.heading, p.fov_deg, p.view) for p in photos] == [("one", "7", 90.0, 60.0, None)]
