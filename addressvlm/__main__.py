@@ -60,7 +60,7 @@ def localize(photos: Sequence[str], model: str, top_k: int) -> Iterator[Result]:
     for file, result in zip(files, localize_photos(localizer, decode, top_k, BATCH_SIZE), strict=True):
         if isinstance(result, str):
             unreadable += 1
-            print(f"skipped, {printable(result)}", file=sys.stderr, flush=True)
+            print(f"rejected, {printable(result)}", file=sys.stderr, flush=True)
         else:
             yield printable(file), result
     if unreadable == len(files):

@@ -17,7 +17,7 @@ LINE_EVERY_S = 4.0  # without a terminal
 LOOK_EVERY_S = 0.5  # with one
 
 
-@dataclass
+@dataclass(eq=False)
 class Progress:
     """How far an activity is.
 

@@ -82,7 +82,7 @@ def test_a_folder_as_json_names_and_counts_what_cant_be_read(model: Path, photos
     rows = json.loads(out)
     files = ["a.png", "b.png", "more/c.png"]
     assert rows == [{"photo": str(photos / file), **close(localized(model, seed))} for seed, file in enumerate(files)]
-    assert [line.split(":")[0] for line in err.splitlines()[:-1]] == ["skipped, photo damaged", "skipped, not a photo"]
+    assert [line.split(":")[0] for line in err.splitlines()[:-1]] == ["rejected, photo damaged", "rejected, not a photo"]
     assert str(photos / "cut.png") in err
     assert str(photos / "page.jpg") in err
     assert err.splitlines()[-1] == "2 of 5 photos could not be read."

@@ -35,7 +35,7 @@ from addressvlm.training.checkpoint import TrainingCheckpoint
 from addressvlm.training.dataset import Schedule, TableRows, count_steps
 from addressvlm.training.metrics_logger import MetricsLogger, StepMetrics, memory_gib
 from addressvlm.training.optim import learning_rate
-from addressvlm.training.stages import SkippedRows, Stage
+from addressvlm.training.stages import RejectedRows, Stage
 from addressvlm.training.strategy import Ddp, is_distributed
 from addressvlm.training.trainer import Report
 
@@ -286,7 +286,7 @@ def train_addressclip(
         start = saved.step
         encoder.load_state_dict(saved.adapter, strict=False)
         learner.load_optimizer_state(saved.optimizer_state)
-    rejects = SkippedRows(run.rejects / f"train-{slug(system.name)}.parquet", resumed=start > 0)
+    rejects = RejectedRows(run.rejects / f"train-{slug(system.name)}.parquet", resumed=start > 0)
     logger = None
     if rank == 0:
         folder = run.training_dir(system.name)

@@ -124,11 +124,11 @@ class MetricsLogger:
     def _progress_line(self, metrics: StepMetrics, now: float) -> str:
         seconds_left = (now - self.began) / (self.done - self.first) * (self.total - self.done)
         mfu = "" if metrics.mfu is None else f", {100 * metrics.mfu:.1f} % of peak"
-        skipped = f", {metrics.rejected:,} rows skipped" if metrics.rejected else ""
+        rejected = f", {metrics.rejected:,} rows rejected" if metrics.rejected else ""
         return (
             f"{metrics.stage} step {metrics.step}/{metrics.steps}, loss {metrics.loss:.3f}, "
             f"{metrics.samples_per_s:.1f} photos/s, {metrics.tokens_per_s:,.0f} tokens/s{mfu}, "
-            f"{metrics.memory_gib:.1f} GiB{skipped}, {seconds_left:.0f} s left"
+            f"{metrics.memory_gib:.1f} GiB{rejected}, {seconds_left:.0f} s left"
         )
 
 

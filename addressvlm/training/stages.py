@@ -1,4 +1,4 @@
-"""The stages of a system with their data: the rows and batches of a worker at each step, and the rows that were skipped."""
+"""The stages of a system with their data: the rows and batches of a worker at each step, and the rows that were rejected."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -135,8 +135,8 @@ def training_rows(config: Config, kinds: Sequence[Data], locatability: float | N
 SCHEMA = tables.REJECTS.append(pa.field("stage", pa.string()))
 
 
-class SkippedRows:
-    """The rows skipped in all stages so far and why, one file a system; a resumed run continues it."""
+class RejectedRows:
+    """The rows rejected in all stages so far and why, one file a system; a resumed run continues it."""
 
     def __init__(self, file: AnyPath, resumed: bool) -> None:
         self.file = file
@@ -144,7 +144,7 @@ class SkippedRows:
         self.reasons = {(row["stage"], row["id"]): row["reason"] for row in before}
 
     def write(self, stages: list[Stage]) -> int:
-        """Gather the skipped rows of all workers and write them; every worker calls it. Returns their number."""
+        """Gather the rejected rows of all workers and write them; every worker calls it. Returns their number."""
         mine = {(s.name, row): why for s in stages for row, why in s.schedule.rejected.copy().items()}
         by_worker: list[Any] = [mine]
         if dist.is_initialized():

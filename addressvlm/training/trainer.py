@@ -31,7 +31,7 @@ from addressvlm.training.dataset import low_locatability
 from addressvlm.training.loss import token_losses
 from addressvlm.training.metrics_logger import MetricsLogger, StepMetrics, memory_gib, peak_flops
 from addressvlm.training.optim import learning_rate
-from addressvlm.training.stages import SkippedRows, Stage, StepBatches, build_stages, training_runs
+from addressvlm.training.stages import RejectedRows, Stage, StepBatches, build_stages, training_runs
 from addressvlm.training.strategy import SHARDS_WEIGHTS, OptimizerState, Strategy, is_distributed, make_strategy
 from addressvlm.training.validation import Validation
 
@@ -67,7 +67,7 @@ def train_system(
     resumed = TrainingCheckpoint.read(checkpoint) if checkpoint else None
     done = sum(s.steps for s in stages[: resumed.stage]) + resumed.step if resumed else 0
     total = sum(s.steps for s in stages)
-    trainer.skipped = skipped = SkippedRows(run.rejects / f"train-{slug(name)}.parquet", resumed=done > 0)
+    trainer.rejected = rejected = RejectedRows(run.rejects / f"train-{slug(name)}.parquet", resumed=done > 0)
     if rank == 0:
         trainer.logger = MetricsLogger(run.training_dir(name), name, done, total, settings.loggers, config.name)
         notes = [f"resuming after step {done} of {total}"] if done else []
@@ -80,10 +80,10 @@ def train_system(
             messages.info(f"{name}: {'; '.join(notes)}")
 
     adapter = trainer.fit(resumed)
-    count = skipped.write(stages)
+    count = rejected.write(stages)
     if rank == 0:
         if count:
-            messages.info(f"{name}: {count:,} rows were skipped: see {skipped.file}")
+            messages.info(f"{name}: {count:,} rows were rejected: see {rejected.file}")
         save_system(config, trainer.model.peft, name, adapter, trainer.best)
 
 
@@ -108,7 +108,7 @@ class Trainer:
     Attributes:
         validation: run every `validate_every` steps and after each stage's last, if set.
         logger: of the first worker, if set.
-        skipped: written at every checkpoint, if set.
+        rejected: written at every checkpoint, if set.
         best: the adapter that validated best in the last stage; the first worker's.
     """
 
@@ -128,7 +128,7 @@ class Trainer:
         self.is_checkpoint_due: Callable[[], bool] = lambda: False
         self.validation: Validation | None = None
         self.logger: MetricsLogger | None = None
-        self.skipped: SkippedRows | None = None
+        self.rejected: RejectedRows | None = None
         self.best: BestAdapter | None = None
         self.strategy: Strategy | None = None
 
@@ -237,8 +237,8 @@ class Trainer:
     def save_checkpoint(self, metrics: StepMetrics) -> None:
         """Report a checkpoint with all that resuming needs."""
         assert self.strategy
-        if self.skipped:
-            self.skipped.write(self.stages)
+        if self.rejected:
+            self.rejected.write(self.stages)
         if self.logger:
             self.logger.sync()
         if self.report:

@@ -24,7 +24,7 @@ from addressvlm.dataset import external_geocoder
 from addressvlm.dataset.external_geocoder import ReplyCache
 from addressvlm.storage import http_client
 from tests.support.clock import Clock
-from tests.support.http_server import Answer, Asked, Server
+from tests.support.http_server import Answer, Request, Server
 
 SECRET = "a-key-that-nobody-may-see"
 METRE = 1 / 111_195  # degrees of latitude
@@ -36,7 +36,7 @@ Reply = Callable[[int, dict[str, str]], tuple[int, dict[str, str], Any]]
 def serving(reply: Reply) -> AbstractContextManager[Server]:
     """A server that answers with JSON, or with bytes as they are, by the number of the request and its query."""
 
-    def answer(request: Asked) -> Answer:
+    def answer(request: Request) -> Answer:
         status, headers, body = reply(request.number, request.query)
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return status, {"Content-Type": "application/json", **headers}, data
@@ -92,8 +92,8 @@ def test_nominatim_is_queried_for_streets(tmp_path: Path) -> None:
         answers, sources = query(server, tmp_path, user_agent="me@example.org")
     assert answers == [external_geocoder.GeocoderAnswer("Forbes Avenue", "Oakland")]
     assert sources == ["nominatim"]
-    assert [request.headers["User-Agent"] for request in server.asked] == ["me@example.org"]
-    assert [request.query for request in server.asked] == [
+    assert [request.headers["User-Agent"] for request in server.requests] == ["me@example.org"]
+    assert [request.query for request in server.requests] == [
         {"format": "jsonv2", "lat": "40.000000", "lon": "-80.000000", "zoom": "17", "addressdetails": "1"}
     ]
 
@@ -125,7 +125,7 @@ def test_google_results_vote_without_rooftops(tmp_path: Path) -> None:
         answers, sources = query(server, tmp_path, service="google")
     assert answers == [external_geocoder.GeocoderAnswer("Forbes Avenue", "Oakland", "Craig Street", tie=False)]
     assert sources == ["google"]
-    assert [request.query for request in server.asked] == [{"latlng": "40.000000,-80.000000", "key": SECRET}]
+    assert [request.query for request in server.requests] == [{"latlng": "40.000000,-80.000000", "key": SECRET}]
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,8 @@ def test_google_ties_and_nothing_left(
 def test_a_sample_is_requested_and_the_rest_filled_from_the_nearest(tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, road(f"Street {q['lat']}"))) as server:
         answers, sources = query(server, tmp_path, 40, share=0.25)
-        assert len(server.asked) == 10
-        latitudes = {request.query["lat"] for request in server.asked}
+        assert len(server.requests) == 10
+        latitudes = {request.query["lat"] for request in server.requests}
         known = [i for i in range(40) if sources[i] == "nominatim"]
         assert {f"{40 + i * 10 * METRE:.6f}" for i in known} == latitudes
         for i in range(40):
@@ -162,9 +162,9 @@ def test_a_sample_is_requested_and_the_rest_filled_from_the_nearest(tmp_path: Pa
         again, sources_again = query(server, tmp_path, 40, share=0.25, order=shuffled)
         assert [sources_again[shuffled.index(i)] for i in range(40)] == sources
         assert [again[i] for i, j in enumerate(shuffled) if j in known] == [answers[j] for j in shuffled if j in known]
-        assert len(server.asked) == 10  # all from the cache
+        assert len(server.requests) == 10  # all from the cache
         query(server, tmp_path, 40, share=0.25, seed=1)
-        assert len(server.asked) > 10
+        assert len(server.requests) > 10
 
 
 def test_too_far_from_an_answer_is_no_answer(tmp_path: Path) -> None:
@@ -184,11 +184,11 @@ def test_places_without_an_answer_take_the_neighbours(tmp_path: Path) -> None:
 def test_answers_are_cached_and_requests_limited(tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, road("Forbes Avenue"))) as server:
         query(server, tmp_path, 10, max_requests=4)
-        assert len(server.asked) == 4
+        assert len(server.requests) == 4
         query(server, tmp_path, 10, max_requests=4)
-        assert len(server.asked) == 8
+        assert len(server.requests) == 8
         query(server, tmp_path, 10)
-        assert len({request.query["lat"] for request in server.asked}) == len(server.asked) == 10
+        assert len({request.query["lat"] for request in server.requests}) == len(server.requests) == 10
     rows = sqlite3.connect(tmp_path / "answers.sqlite").execute("SELECT service, lat, reply FROM answers").fetchall()
     assert len(rows) == 10
     assert ("nominatim", "40.000000", json.dumps(road("Forbes Avenue"))) in rows
@@ -239,7 +239,7 @@ def test_the_language_is_requested_and_cached_separately(service: str, key: str,
             (answer,), _ = query(server, tmp_path, language=language, service=service)
             assert answer is not None
             assert answer.street == f"Street in {language}"
-        assert len(server.asked) == 3
+        assert len(server.requests) == 3
 
 
 def test_requests_keep_the_rate_limit(clock: Clock, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_temporary_failures_are_retried(status: int, tmp_path: Path) -> None:
     with serving(lambda n, q: (200, {}, road("Forbes Avenue")) if n > 2 else (status, {}, {})) as server:
         answers, _ = query(server, tmp_path)
     assert [a and a.street for a in answers] == ["Forbes Avenue"]
-    assert len(server.asked) == 3
+    assert len(server.requests) == 3
 
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -314,7 +314,7 @@ def test_single_failures_are_filled_and_requested_next_time(tmp_path: Path) -> N
         assert all(answers)
         broken[0] = False
         assert query(server, tmp_path, 3, retries=0)[1] == ["nominatim"] * 3
-        assert len(server.asked) == 4
+        assert len(server.requests) == 4
 
 
 PAGE = b"<!DOCTYPE html><html>Please log in</html>"
@@ -371,7 +371,7 @@ def test_a_server_that_keeps_failing_ends_the_run(tmp_path: Path) -> None:
         pytest.raises(InputError, match=r"not available \(500 Internal Server Error\)"),
     ):
         query(server, tmp_path, 100, retries=0)
-    assert external_geocoder.MAX_FAILURES <= len(server.asked) < 100
+    assert external_geocoder.MAX_FAILURES <= len(server.requests) < 100
 
 
 def test_failures_between_answers_do_not_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_failures_between_answers_do_not_end_the_run(monkeypatch: pytest.MonkeyP
     with serving(lambda n, q: (500, {}, {}) if n % external_geocoder.MAX_FAILURES else (200, {}, road("A"))) as server:
         _, sources = query(server, tmp_path, many, retries=0, **ONE_THREAD)
     assert sources.count("nominatim") == 4
-    assert len(server.asked) == many
+    assert len(server.requests) == many
 
 
 def test_an_unreachable_server_is_an_error(tmp_path: Path) -> None:

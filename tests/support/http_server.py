@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine, for tests: answers as the test says and remembers what it was asked."""
+"""A real HTTP server on this machine, for tests: answers as the test says and remembers the requests."""
 
 import re
 import threading
@@ -14,7 +14,7 @@ Answer = tuple[int, Mapping[str, str], bytes]  # status, headers, body
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """One request."""
 
     number: int  # from 1
@@ -31,10 +31,10 @@ class Asked:
 class Server:
     """Answers one request after the other; a HEAD and a Range are answered from the whole body."""
 
-    def __init__(self, answer: Callable[[Asked], Answer], drip_s: float = 0.0) -> None:
+    def __init__(self, answer: Callable[[Request], Answer], drip_s: float = 0.0) -> None:
         """`drip_s`: seconds between the bytes of a body."""
         self.answer, self.drip_s = answer, drip_s
-        self.asked: list[Asked] = []
+        self.requests: list[Request] = []
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -54,8 +54,8 @@ class Server:
     def reply(self, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
         """Remember the request and answer it."""
         with self._lock:
-            self.asked.append(Asked(len(self.asked) + 1, path, headers, body, time.monotonic()))
-            return self.answer(self.asked[-1])
+            self.requests.append(Request(len(self.requests) + 1, path, headers, body, time.monotonic()))
+            return self.answer(self.requests[-1])
 
     def pieces(self, body: bytes) -> Iterator[bytes]:
         """The body, byte by byte if it drips, until the test is over."""
@@ -85,7 +85,7 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
                 for piece in server.pieces(body) if self.command != "HEAD" else ():
                     self.wfile.write(piece)
             except OSError:
-                return  # whoever asked has gone
+                return  # the client has gone
 
         do_POST = do_HEAD = do_GET  # noqa: N815
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.support.http_server import Answer, Asked, Server
+from tests.support.http_server import Answer, Request, Server
 
 Reply = tuple[int, dict[str, str], dict[str, Any] | str]  # a text is sent as a page
 
@@ -46,7 +46,7 @@ class Endpoint:
         with self._server.running():
             yield self
 
-    def _answer(self, request: Asked) -> Answer:
+    def _answer(self, request: Request) -> Answer:
         self.requests.append(json.loads(request.body))
         self.keys.append({name.lower(): value for name, value in request.headers.items()}.get("authorization"))
         status, headers, body = self.reply(request.number, self.requests[-1])

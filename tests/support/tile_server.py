@@ -10,7 +10,7 @@ import pyproj
 from PIL import Image
 
 from tests.support import town
-from tests.support.http_server import Answer, Asked
+from tests.support.http_server import Answer, Request
 
 WORLD_M = 2 * math.pi * 6378137.0
 _UTM = pyproj.Transformer.from_crs("EPSG:3857", "EPSG:32631", always_xy=True)
@@ -54,7 +54,7 @@ def tiles_of_town(zoom: int) -> Iterator[tuple[int, int]]:
             yield i, j
 
 
-def good(asked: Asked) -> Answer:
+def good(request: Request) -> Answer:
     """A PNG of the ground for /z/x/y.png; a town of water elsewhere has no tiles."""
-    z, x, y = map(int, asked.path.strip("/").removesuffix(".png").split("/"))
+    z, x, y = map(int, request.path.strip("/").removesuffix(".png").split("/"))
     return 200, {"Content-Type": "image/png"}, png(z, x, y)

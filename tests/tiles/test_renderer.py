@@ -236,7 +236,7 @@ def test_imagery_by_http(imagery: Path) -> None:
     data, bare = imagery.read_bytes(), CONFIG.model_copy(update={"names": False})
     with Server(lambda path: (200, {}, data)).running() as running:
         remote_tile = TileRenderer(None, f"{running.url}/satellite.tif", bare).tile(*town.degrees(-60, 60))
-        assert {asked.headers["Range"][:6] for asked in running.asked[1:]} == {"bytes="}  # the first is a HEAD
+        assert {request.headers["Range"][:6] for request in running.requests[1:]} == {"bytes="}  # the first is a HEAD
     assert remote_tile.image.tobytes() == TileRenderer(None, imagery, bare).tile(*town.degrees(-60, 60)).image.tobytes()
 
 

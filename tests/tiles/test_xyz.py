@@ -21,7 +21,7 @@ from addressvlm.tiles.raster import Mosaic
 from addressvlm.tiles.renderer import TileRenderer
 from tests.support import town
 from tests.support.clock import Clock
-from tests.support.http_server import Answer, Asked, Server
+from tests.support.http_server import Answer, Request, Server
 from tests.support.tile_server import encoded, good, ground
 
 HTML = b"<html><body>Sign in</body></html>"
@@ -62,7 +62,7 @@ def test_same_ground_as_the_geotiff(tmp_path: Path, streets: Path, zoom: int | N
         drawn = np.asarray(renderer.tile(*town.degrees(-60, 60)).image).astype(int)
     expected = np.asarray(TileRenderer(streets, geotiff, chosen).tile(*town.degrees(-60, 60)).image).astype(int)
     assert (abs(drawn - expected).max(axis=-1) > 60).mean() < 0.01
-    levels = {int(asked.path.split("/")[1]) for asked in running.asked}
+    levels = {int(request.path.split("/")[1]) for request in running.requests}
     assert levels == {zoom or (18 if pixels == 336 else 19)}  # 0.60 or 0.33 m a pixel; level 18 has 0.37 m here
 
 
@@ -72,12 +72,12 @@ def test_requests_are_cached_and_identify_themselves(tmp_path: Path, streets: Pa
         chosen = config(tmp_path, user_agent="my-city (me@example.org)", attribution="© Me")
         first = TileRenderer(streets, url, chosen)
         picture = first.tile(*town.degrees(0, 0)).image
-        count = len(running.asked)
+        count = len(running.requests)
         assert 0 < count <= 16
-        assert {asked.headers["User-Agent"] for asked in running.asked} == {"my-city (me@example.org)"}
+        assert {request.headers["User-Agent"] for request in running.requests} == {"my-city (me@example.org)"}
         assert first.imagery.attribution == "© Me"
         again = TileRenderer(streets, url, chosen).tile(*town.degrees(0, 0)).image  # another process would do the same
-        assert len(running.asked) == count
+        assert len(running.requests) == count
     assert again.tobytes() == picture.tobytes()
 
 
@@ -91,7 +91,7 @@ def test_a_damaged_cached_tile_is_downloaded_again(tmp_path: Path) -> None:
     assert whole is not None
     assert again is not None
     assert whole.tobytes() == again.tobytes()
-    assert len(running.asked) == 2
+    assert len(running.requests) == 2
 
 
 def test_404_is_transparent_and_requested_once(tmp_path: Path, streets: Path) -> None:
@@ -100,7 +100,7 @@ def test_404_is_transparent_and_requested_once(tmp_path: Path, streets: Path) ->
         for _ in range(2):
             with pytest.raises(InputError, match=r"^http://127\.0\.0\.1:\d+ at zoom 18 covers only 0% of the tile\.$"):
                 renderer.tile(*town.degrees(0, 0))
-        assert len(running.asked) == len({asked.path for asked in running.asked})
+        assert len(running.requests) == len({request.path for request in running.requests})
 
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -114,9 +114,9 @@ def test_429_waits_as_long_as_the_server_says(
     monkeypatch.setattr(http_client, "datetime", SimpleNamespace(now=lambda zone: NOW))
     at: list[float] = []
 
-    def answer(asked: Asked) -> Answer:
+    def answer(request: Request) -> Answer:
         at.append(clock.now)
-        return (429, {"Retry-After": after}, b"") if asked.number in (1, 3) else good(asked)
+        return (429, {"Retry-After": after}, b"") if request.number in (1, 3) else good(request)
 
     with Server(answer).running() as running:
         first, second = (server_of(running, tmp_path) for _ in range(2))
@@ -132,7 +132,7 @@ def test_429_waits_as_long_as_the_server_says(
 def test_waits_double_without_retry_after(tmp_path: Path, clock: Clock) -> None:
     at: list[float] = []
 
-    def answer(asked: Asked) -> Answer:
+    def answer(request: Request) -> Answer:
         at.append(clock.now)
         return 503, {}, b""
 
@@ -144,9 +144,9 @@ def test_waits_double_without_retry_after(tmp_path: Path, clock: Clock) -> None:
 def test_requests_respect_the_rate_limit(tmp_path: Path, clock: Clock) -> None:
     at: list[float] = []
 
-    def answer(asked: Asked) -> Answer:
+    def answer(request: Request) -> Answer:
         at.append(clock.now)
-        return good(asked)
+        return good(request)
 
     with Server(answer).running() as running:
         for number in range(4):  # one process after the other
@@ -159,8 +159,8 @@ def test_requests_respect_the_rate_limit(tmp_path: Path, clock: Clock) -> None:
 def test_two_addresses_of_a_host_share_no_tiles(tmp_path: Path) -> None:
     """Nor do two tiles of an address: whatever of it differs, another picture comes, from the server and from the cache."""
 
-    def answer(asked: Asked) -> Answer:
-        shade = zlib.crc32(asked.path.encode())
+    def answer(request: Request) -> Answer:
+        shade = zlib.crc32(request.path.encode())
         return 200, {}, encoded(Image.new("RGB", (8, 8), (shade & 255, shade >> 8 & 255, shade >> 16 & 255)))
 
     with Server(answer).running() as running:
@@ -174,7 +174,7 @@ def test_two_addresses_of_a_host_share_no_tiles(tmp_path: Path) -> None:
         ]
     pictures = [[tile.tobytes() for tile in tiles if tile] for tiles in rounds]
     assert pictures[0] == pictures[1]
-    assert len(set(pictures[0])) == len(running.asked) == 9
+    assert len(set(pictures[0])) == len(running.requests) == 9
 
 
 @pytest.mark.parametrize(
@@ -194,16 +194,16 @@ def test_a_server_that_keeps_failing(
         for x in range(3):
             with pytest.raises(InputError, match=rf"tile 18/{x}/5 can't be downloaded \({reason}\): rerun this step"):
                 server.tile(18, x, 5)
-        assert len(running.asked) == 3 * asks
+        assert len(running.requests) == 3 * asks
         clock.now += 29
         with pytest.raises(InputError, match="is down"):
             server.tile(18, 4, 5)
-        assert len(running.asked) == 3 * asks
+        assert len(running.requests) == 3 * asks
         clock.now += 1
         for _ in range(2):
             with pytest.raises(InputError):
                 server.tile(18, 4, 5)
-        assert len(running.asked) == 3 * asks + 1
+        assert len(running.requests) == 3 * asks + 1
 
 
 def test_a_recovered_server_is_used_again(tmp_path: Path, clock: Clock) -> None:
@@ -217,10 +217,10 @@ def test_a_recovered_server_is_used_again(tmp_path: Path, clock: Clock) -> None:
         clock.now += 30
         assert server.tile(18, 3, 5) is not None
         broken.answer = lambda path: (500, {}, b"")
-        asked = len(running.asked)
+        before = len(running.requests)
         with pytest.raises(InputError):
             server.tile(18, 6, 5)
-        assert len(running.asked) == asked + 4  # it counts as up: several tries again
+        assert len(running.requests) == before + 4  # it counts as up: several tries again
 
 
 @pytest.mark.parametrize(("status", "hint"), [(401, "key"), (403, "user_agent"), (400, "check tiles.imagery")])
@@ -228,7 +228,7 @@ def test_refused_requests_are_not_repeated(tmp_path: Path, status: int, hint: st
     with always(status).running() as running:
         with pytest.raises(InputError, match=rf"is refused \({status} .*{hint}"):
             server_of(running, tmp_path).tile(1, 0, 0)
-        assert len(running.asked) == 1
+        assert len(running.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_server_that_hangs_times_out(tmp_path: Path, clock: Clock, drip_s: flo
     with Server(good, drip_s).running() as running:
         with pytest.raises(InputError, match=r"can't be downloaded \(no answer within 0.2 s\)"):
             server_of(running, tmp_path, timeout_s=0.2).tile(18, 131159, 86000)
-        assert len(running.asked) == 4
+        assert len(running.requests) == 4
 
 
 def test_connection_refused(tmp_path: Path) -> None:
@@ -287,10 +287,10 @@ def test_a_bad_server_rejects_rows_and_the_rest_goes_on(tmp_path: Path, streets:
         for x, key in here
     ]  # fmt: skip
 
-    def answer(asked: Asked) -> Answer:
-        z, x, _ = map(int, asked.path.strip("/").removesuffix(".png").split("/"))
+    def answer(request: Request) -> Answer:
+        z, x, _ = map(int, request.path.strip("/").removesuffix(".png").split("/"))
         east = (x + 0.5) / 2**z * 360 - 180 > town.LON
-        return (200, {"Content-Type": "text/html"}, HTML) if east else good(asked)
+        return (200, {"Content-Type": "text/html"}, HTML) if east else good(request)
 
     with Server(answer).running() as running:
         grafter = Grafter(str(streets), f"{running.url}/{{z}}/{{x}}/{{y}}.png", config(tmp_path, side_m=100))
@@ -345,7 +345,7 @@ def test_a_zoom_that_needs_too_many_tiles_is_an_error(tmp_path: Path, streets: P
         renderer = TileRenderer(streets, f"{running.url}/{{z}}/{{x}}/{{y}}.png", config(tmp_path, zoom=23))
         with pytest.raises(InputError, match=r"set tiles\.zoom lower"):
             renderer.tile(*town.degrees(0, 0))
-        assert not running.asked
+        assert not running.requests
 
 
 def test_an_xyz_server_alone_has_no_centre(tmp_path: Path) -> None:
@@ -356,8 +356,8 @@ def test_an_xyz_server_alone_has_no_centre(tmp_path: Path) -> None:
 def test_finer_tiles_than_usual(tmp_path: Path) -> None:
     """512 px tiles, which many servers send for {z}: the same ground."""
 
-    def answer(asked: Asked) -> Answer:
-        z, x, y = map(int, asked.path.strip("/").removesuffix(".png").split("/"))
+    def answer(request: Request) -> Answer:
+        z, x, y = map(int, request.path.strip("/").removesuffix(".png").split("/"))
         return 200, {}, encoded(ground(z, x, y, 512).convert("RGB"), "WEBP")
 
     crs = f"+proj=tmerc +lat_0={town.LAT} +lon_0={town.LON} +k=1 +datum=WGS84 +units=m"

@@ -36,7 +36,7 @@ def test_time_left_is_that_of_the_steps_since_the_start_of_this_run(tmp_path: Pa
     account.began, account.done = 0.0, 6
     message = account._progress_line(progress_of(2, mfu=0.25, rejected=3), now=10.0)
     assert message == (
-        "localization step 2/9, loss 2.000, 4.0 photos/s, 60 tokens/s, 25.0 % of peak, 0.5 GiB, 3 rows skipped, 20 s left"
+        "localization step 2/9, loss 2.000, 4.0 photos/s, 60 tokens/s, 25.0 % of peak, 0.5 GiB, 3 rows rejected, 20 s left"
     )
 
 

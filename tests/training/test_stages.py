@@ -1,4 +1,4 @@
-"""A system's stages: steps, seeds, data of several tables and cities, rows that are skipped
+"""A system's stages: steps, seeds, data of several tables and cities, rows that are rejected
 
 python -m pytest -q tests/training/test_stages.py
 """
