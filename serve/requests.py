@@ -134,7 +134,7 @@ async def read_json(request: Request) -> Any:
     """Read a JSON body. ApiError: 400 not JSON, 415 another content type."""
     if _content_type(request) not in ("application/json", ""):
         raise ApiError(415, "Send the request as application/json.")
-    return _parse_json(await request.body(), "The body")
+    return parse_json(await request.body(), "The body")
 
 
 async def read_localize(request: Request) -> tuple[bytes | str, LocalizeFields]:
@@ -177,21 +177,7 @@ def validate(schema: type[Schema], payload: Any) -> Schema:
     raise ApiError(400, f"{param}: {first['msg']}.", param=param)
 
 
-def _parse_field(name: str, value: Any) -> Any:
-    """A form field's text as the value JSON would have; text that is no number stays text, which validation refuses."""
-    if not isinstance(value, str) or name == "city":
-        return value
-    if name == "prior":
-        return _parse_json(value.encode(), f"The field '{name}'")
-    for number in (int, float):
-        try:
-            return number(value)
-        except ValueError:
-            continue
-    return value
-
-
-def _parse_json(text: bytes, name: str) -> Any:
+def parse_json(text: bytes, name: str) -> Any:
     """Parse JSON safely: no NaN, no deep nesting, not more values than fit in memory, nothing that can't be encoded again."""
     if sum(map(text.count, b",[{")) > MAX_VALUES:
         raise ApiError(400, f"{name} has more than {MAX_VALUES} commas and brackets: send fewer values.")
@@ -202,6 +188,20 @@ def _parse_json(text: bytes, name: str) -> Any:
     except (ValueError, RecursionError):
         raise ApiError(400, f"{name} is not valid JSON.") from None
     return parsed
+
+
+def _parse_field(name: str, value: Any) -> Any:
+    """A form field's text as the value JSON would have; text that is no number stays text, which validation refuses."""
+    if not isinstance(value, str) or name == "city":
+        return value
+    if name == "prior":
+        return parse_json(value.encode(), f"The field '{name}'")
+    for number in (int, float):
+        try:
+            return number(value)
+        except ValueError:
+            continue
+    return value
 
 
 def _content_type(request: Request) -> str:

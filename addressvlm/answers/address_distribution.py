@@ -6,6 +6,8 @@ known beforehand: districts, streets, a rough position (paper 002, D.1, Table 12
 """
 
 import difflib
+import heapq
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -115,6 +117,7 @@ def _name(address: Address, level: Level) -> str:
 
 
 PROPOSALS = 3  # names proposed for an unknown one
+ALIKE = 50  # names that have most pairs of letters in common with it, among which they are chosen
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,9 @@ def _gazetteer_name(name: str, level: str, gazetteer: Gazetteer) -> str:
     if match is not None:
         return match
     forms = {normalize_name(known): known for known in names}
-    near = [forms[form] for form in difflib.get_close_matches(normalize_name(name), forms, n=PROPOSALS, cutoff=0.5)]
+    pairs = set(itertools.pairwise(normalize_name(name)))
+    alike = heapq.nlargest(ALIKE, forms, key=lambda form: len(pairs.intersection(itertools.pairwise(form))))
+    near = [forms[form] for form in difflib.get_close_matches(normalize_name(name), alike, n=PROPOSALS, cutoff=0.5)]
     proposal = f"the nearest is {' or '.join(near)}" if near else f"such as {', '.join(list(forms.values())[:PROPOSALS])}"
     raise InputError(f"no {level} '{name}' in {gazetteer.city or 'the city'}: give one of its {level}s, {proposal}.")
 

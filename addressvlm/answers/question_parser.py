@@ -54,7 +54,7 @@ class ParsedQuestion:
 
 def parse_question(question: str, gazetteer: Gazetteer) -> ParsedQuestion | None:
     """The question, None if it is not about the address or names nothing in the gazetteer."""
-    if len(question) > MAX_LENGTH:
+    if len(question) > MAX_LENGTH or len(normalize_name(question)) > MAX_LENGTH:  # one character may stand for 18
         return None
     level = TEMPLATE_LEVELS.get(normalize_name(question))
     if level:
@@ -112,10 +112,12 @@ def _remove_name(words: list[str], name: str, gazetteer: Gazetteer) -> list[str]
     """Normalized words without a name, in any of its spellings."""
     forms = {tuple(unaccented_name(spelling).split()) for spelling in (name, *gazetteer.variants.get(name, ()))}
     spellings = sorted(forms - {()}, key=len, reverse=True)
+    firsts = {form[0] for form in spellings}
     bare = tuple(unaccented_name(" ".join(words)).split())
     kept, start = [], 0
     while start < len(words):
-        length = next((len(form) for form in spellings if bare[start : start + len(form)] == form), 0)
+        possible = spellings if bare[start] in firsts else []
+        length = next((len(form) for form in possible if bare[start : start + len(form)] == form), 0)
         kept += [] if length else [words[start]]
         start += length or 1
     return kept

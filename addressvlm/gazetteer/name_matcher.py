@@ -27,15 +27,18 @@ _SHORT = {
     "ne": ["northeast"], "nw": ["northwest"], "se": ["southeast"], "sw": ["southwest"],
 }  # fmt: skip
 _ABBREVIATIONS = {word: short for short, words in _SHORT.items() for word in words}
-LONGEST_CACHED = 64  # characters; both caches together hold at most about 100 MB
+MAX_NAME, MAX_TEXT = 64, 4000  # characters of what is remembered: at most about 100 MB of names, and a few texts
+MAX_LETTERS = 65536
 MAX_MARKS = 30  # as in Unicode's stream-safe text
-_SUFFIX = re.compile(r"(?<=\w\w\w)(?:strasse|straat|str)$")  # as in Hauptstraße, Hauptstr.
+_SUFFIXES = ("strasse", "straat", "str")
+_SUFFIX = re.compile(rf"(?<=\w\w\w)(?:{'|'.join(_SUFFIXES)})$")  # as in Hauptstraße, Hauptstr.
 _APOSTROPHES = "'’‘‛ʼʻʽʾʿꞌ`´′׳"  # the Hawaiian ʻokina and the Arabic ʿayn among them
 # Letters that one language's capitals, or its usual spelling, don't tell apart: the Turkish İ and ı, small Japanese ヶ.
 _SAME_LETTERS = str.maketrans({"ı": "i", "ヶ": "ケ", "ヵ": "カ", "ς": "σ", "\u0640": None})
 _OPTIONAL_MARKS = re.compile(  # Hebrew points, Arabic harakat
     "[\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\ufe00-\ufe0f]"
 )
+_GREEK_MARKS = re.compile("(?<=[\u0370-\u03ff])[\u0300-\u036f]+")
 _NUMERALS = "〇一二三四五六七八九"
 _NUMERAL = re.compile(f"[{_NUMERALS}十]+")
 _PLAIN_LETTERS = str.maketrans(
@@ -44,18 +47,51 @@ _PLAIN_LETTERS = str.maketrans(
 )  # fmt: skip
 
 
-def _cache_short(form: Callable[[str], str]) -> Callable[[str], str]:
-    """Remember the forms of names, but not of long texts, which callers of a service may send without end."""
-    remembered = lru_cache(maxsize=65536)(form)
+class _Letters(dict[int, str]):
+    """What `str.translate` puts in place of each character, worked out when it is first met."""
+
+    def __init__(self, form: Callable[[str], str]) -> None:
+        self.form = form
+
+    def __missing__(self, code: int) -> str:
+        text = self.form(chr(code))
+        if len(self) < MAX_LETTERS:
+            self[code] = text
+        return text
+
+
+def _normal_letter(character: str) -> str:
+    kind = unicodedata.category(character)
+    if character in _APOSTROPHES or kind == "Cf":
+        return ""
+    if character != "&" and kind[0] in "PSZC":
+        return " "
+    if "\u0370" <= character <= "\u03ff" or "\u1f00" <= character <= "\u1fff":  # Greek
+        return unicodedata.normalize("NFD", character)[0]
+    is_unspaced = "\u3040" <= character <= "\u30ff" or "\u3400" <= character <= "\u9fff"  # Chinese, Japanese
+    return f" {character} " if is_unspaced or character == "&" else character
+
+
+def _plain_letter(character: str) -> str:
+    base = unicodedata.normalize("NFD", character)[0]
+    return (base if "a" <= base <= "z" else character).translate(_PLAIN_LETTERS)
+
+
+def _remember(form: Callable[[str], str]) -> Callable[[str], str]:
+    """Remember the forms of names and of the latest texts, but not all of the long texts that callers may send."""
+    names, latest = lru_cache(maxsize=65536)(form), lru_cache(maxsize=4)(form)
 
     @wraps(form)
     def wrapper(text: str) -> str:
-        return remembered(text) if len(text) <= LONGEST_CACHED else form(text)
+        return (names if len(text) <= MAX_NAME else latest if len(text) <= MAX_TEXT else form)(text)
 
     return wrapper
 
 
-@_cache_short
+_NORMAL_LETTERS, _BASE_LETTERS = _Letters(_normal_letter), _Letters(_plain_letter)
+
+
+@_remember
 def normalize_name(name: str) -> str:
     """A form in which all spellings of a name are equal: `St. Mary's Rd` and `saint marys road`, `三丁目` and `３丁目`.
 
@@ -65,20 +101,8 @@ def normalize_name(name: str) -> str:
     text = unicodedata.normalize("NFKC", _without_long_runs(name)).casefold()
     text = text.replace("i\u0307", "i").translate(_SAME_LETTERS)
     text = _NUMERAL.sub(_digits, _OPTIONAL_MARKS.sub("", text))
-    characters = []
-    for character in text:
-        kind = unicodedata.category(character)
-        after_greek = kind == "Mn" and characters and "\u0370" <= characters[-1] <= "\u03ff"
-        if character in _APOSTROPHES or kind == "Cf" or after_greek:
-            continue
-        if character != "&" and kind[0] in "PSZC":
-            characters.append(" ")
-        elif "\u0370" <= character <= "\u03ff" or "\u1f00" <= character <= "\u1fff":  # Greek
-            characters.append(unicodedata.normalize("NFD", character)[0])
-        else:
-            is_unspaced = "\u3040" <= character <= "\u30ff" or "\u3400" <= character <= "\u9fff"  # Chinese, Japanese
-            characters.append(f" {character} " if is_unspaced or character == "&" else character)
-    return " ".join(_ABBREVIATIONS.get(w, _SUFFIX.sub("str", w)) for w in "".join(characters).split())
+    text = _GREEK_MARKS.sub("", text.translate(_NORMAL_LETTERS))
+    return " ".join([_ABBREVIATIONS.get(w) or (_SUFFIX.sub("str", w) if w.endswith(_SUFFIXES) else w) for w in text.split()])
 
 
 def _digits(numeral: re.Match[str]) -> str:
@@ -98,16 +122,15 @@ def _without_long_runs(text: str) -> str:
     kept, run = [], 0
     for character in text:
         run = run + 1 if unicodedata.combining(character) else 0
-        kept += [character] if run <= MAX_MARKS else []
+        if run <= MAX_MARKS:
+            kept.append(character)
     return "".join(kept)
 
 
-@_cache_short
+@_remember
 def unaccented_name(name: str) -> str:
     """The normal form without the accents of Latin letters, which in other scripts make other letters; it has as many words."""
-    characters = ((character, unicodedata.normalize("NFD", character)[0]) for character in normalize_name(name))
-    plain = "".join(base if "a" <= base <= "z" else character for character, base in characters).translate(_PLAIN_LETTERS)
-    return " ".join(_ABBREVIATIONS.get(word, word) for word in plain.split())
+    return " ".join([_ABBREVIATIONS.get(w, w) for w in normalize_name(name).translate(_BASE_LETTERS).split()])
 
 
 def is_distinctive(name: str) -> bool:
@@ -140,8 +163,8 @@ class NameIndex:
         words, plain_words = tuple(normalize_name(text).split()), tuple(unaccented_name(text).split())
         keys: dict[tuple[str, ...], None] = {}
         end = 0  # of the names so far
-        for start in range(len(words)):
-            longest = max(self._longest.get(words[start], 0), self._longest.get(plain_words[start], 0))
+        for start, (word, plain_word) in enumerate(zip(words, plain_words, strict=True)):
+            longest = max(self._longest.get(word, 0), self._longest.get(plain_word, 0))
             for stop in range(min(start + longest, len(words)), max(start, end), -1):
                 found = [key for key in (words[start:stop], plain_words[start:stop]) if key in self._names]
                 if found:
