@@ -30,8 +30,8 @@ from transformers.utils import logging
 
 from addressvlm.config import Config, load
 from addressvlm.models import load_model
+from addressvlm.models.families import parts_of
 from addressvlm.models.lora import freeze_batchnorm, lora_config, set_trainable_parts
-from addressvlm.models.parts import parts_of
 from addressvlm.training.collator import Collator, sample_from_row
 from addressvlm.training.dataset import Schedule
 from addressvlm.training.memory_estimate import GIB, estimate_stages, model_shape
@@ -245,7 +245,7 @@ class Longer:
     """A table whose conversations have another number of rounds."""
 
     def __init__(self, table: Any, rounds: int) -> None:
-        self.table, self.rounds, self.starts = table, rounds, table.starts
+        self.table, self.rounds, self.starts, self.group_count = table, rounds, table.starts, table.group_count
 
     def __len__(self) -> int:
         return len(self.table)
@@ -254,8 +254,11 @@ class Longer:
         row = self.table[index]
         return row | {"rounds": (row["rounds"] * self.rounds)[: self.rounds]}
 
-    def epoch(self, seed: int, epoch: int) -> Any:
-        return self.table.epoch(seed, epoch)
+    def prefetch(self, indices: Any, keep: int) -> None:
+        self.table.prefetch(indices, keep)
+
+    def epoch(self, seed: int, epoch: int, window: int = 1) -> Any:
+        return self.table.epoch(seed, epoch, window)
 
 
 def memory(config: Config, bench: Bench, stage: str) -> None:

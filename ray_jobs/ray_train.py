@@ -7,8 +7,10 @@ import logging
 import math
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from ray.train import (
     ScalingConfig,
 )
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.callback import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from addressvlm import InputError
@@ -43,6 +46,8 @@ from ray_jobs.progress import Progress, display
 PREEMPTION_POLL_S = 2.0
 TAIL_BYTES = 65536  # of a log, more than its last line
 PLACE_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # how long Ray waits for resources for all workers
+# How long Ray's controller waits for workers to leave their process group; one that stands in a collective never does.
+GROUP_SHUTDOWN_TIMEOUT = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
 PLACE_TIMEOUT_SET = os.environ.get(PLACE_TIMEOUT)
 
 
@@ -71,6 +76,9 @@ def run_training(
     """
     run, train, notice = Run(config), config.train, make_notice()
     os.environ[PLACE_TIMEOUT] = PLACE_TIMEOUT_SET or place_timeout_s(config, min_workers)
+    if train.gpus_per_worker:  # a worker that hangs in NCCL without an error ends the attempt after ten minutes
+        os.environ.setdefault("RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "1")
+        os.environ.setdefault("RAY_TRAIN_NCCL_RAS_ACTION", "fail")
     storage: dict[str, Any] = {"storage_path": str(run.training)}
     if not isinstance(run.training, Path):  # a bucket, read and written as everywhere else
         remote, path = filesystem(str(run.training))
@@ -89,6 +97,7 @@ def run_training(
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
             # A worker that is lost while it starts, or nodes that are late, count as failures of the controller.
             failure_config=FailureConfig(train.max_failures, controller_failure_limit=train.max_failures),
+            callbacks=[UserErrorCallback(config, notice)],
             logging_config=LoggingConfig(log_level="CRITICAL"),  # errors are raised below
         ),
     )
@@ -162,15 +171,28 @@ def run_worker(arguments: dict[str, Any], train: Callable[[Config, Path | None, 
     messages.addHandler(NoticeHandler(notice))
     checkpoint = ray.train.get_checkpoint()
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            train(config, Path(checkpoint.to_directory(folder)) if checkpoint else None, ray.train.torch.get_device())
+        with checkpoint.as_directory() if checkpoint else nullcontext() as folder:  # one copy a node
+            train(config, Path(folder) if folder else None, ray.train.torch.get_device())
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        message = user_message(error, config)
-        if message is None:
-            raise
-        ray.get(notice.write.remote(message))
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # ends the workers that wait for this one
+        if message := user_message(error, config):
+            ray.get(notice.write.remote(message))
+        raise  # so that Ray ends the workers that wait for this one in a collective operation
+
+
+class UserErrorCallback(UserCallback):
+    """Ends the run at an error that a user can fix; Ray would restart all workers and meet it again."""
+
+    def __init__(self, config: Config, notice: Any) -> None:
+        self.config, self.notice = config, notice
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise the error; called by Ray's controller within seconds."""
+        os.environ.setdefault(GROUP_SHUTDOWN_TIMEOUT, "3")
+        messages = [user_message(getattr(error, "_base_exc", error), self.config) for error in worker_exceptions.values()]
+        error = next((InputError(message) for message in messages if message), None) or noticed_error(self.notice)
+        if error:
+            ray.get(self.notice.write.remote(str(error)))
+            raise error
 
 
 class NoticeHandler(logging.Handler):
@@ -185,10 +207,11 @@ class NoticeHandler(logging.Handler):
 
 
 class CheckpointReporter:
-    """Hands checkpoints to Ray Train, which uploads one while training continues; the next waits for it."""
+    """Hands checkpoints to Ray Train; one is written and uploaded while training continues, the next waits for it."""
 
     def __init__(self) -> None:
-        self.uploading: Path | None = None
+        self.stored = threading.Event()
+        self.stored.set()
         self._steps, self._every, self._began = 0, 0, 0.0
         self._is_preempted = False
 
@@ -214,13 +237,22 @@ class CheckpointReporter:
         if checkpoint is None:
             ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
-        busy = self.uploading is not None and self.uploading.exists()
-        self.uploading = Path(tempfile.mkdtemp())
-        checkpoint.write(self.uploading)
+        self.stored.wait()
+        self.stored.clear()
+        storage = ray.train.get_context().get_storage()
+
+        def write_and_upload(local: Checkpoint, name: str) -> Checkpoint:
+            try:
+                checkpoint.write(Path(local.path))
+                return storage.persist_current_checkpoint(local, name)
+            finally:
+                self.stored.set()
+
         ray.train.report(
             metrics,
-            checkpoint=Checkpoint.from_directory(self.uploading),
-            checkpoint_upload_mode=CheckpointUploadMode.SYNC if busy else CheckpointUploadMode.ASYNC,
+            checkpoint=Checkpoint.from_directory(tempfile.mkdtemp()),  # filled when it is uploaded
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=write_and_upload,
             delete_local_checkpoint_after_upload=True,
         )
 

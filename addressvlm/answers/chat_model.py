@@ -16,7 +16,8 @@ from transformers import DynamicCache
 
 from addressvlm.answers.kv_cache import PrefillCache, fork_cache, keeps_all_tokens, photo_key
 from addressvlm.image_decode_worker import MAX_SIDE
-from addressvlm.models.loading import has_1d_positions, load_model, resolve_model, to_device
+from addressvlm.models.families import has_1d_positions
+from addressvlm.models.loading import load_model, resolve_model, to_device
 from addressvlm.storage.remote_path import AnyPath, path_of
 
 LARGEST_SIDE_SETTING = 4096  # a processor's "longest_edge" above this counts all pixels, not those of one side

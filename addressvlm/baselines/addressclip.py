@@ -139,6 +139,7 @@ messages = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.98)  # paper 002, App. B
 STAGE = "contrast"
+CHECKPOINT_STEPS = 50  # where train.checkpoint_every does not say
 TRAINED_FILE = "trained.json"
 
 
@@ -299,7 +300,7 @@ def train_addressclip(
         if logger:
             logger.log_step(progress)
         last = progress.step == stage.steps
-        if progress.step % config.train.checkpoint_every and not last:
+        if progress.step % (config.train.checkpoint_every or CHECKPOINT_STEPS) and not last:
             continue
         rejects.write([stage])
         if logger:
@@ -327,7 +328,7 @@ def clip_step(
     loss, parts = total_loss(all_gather_features(features), learner.towers.system.weights)
     learner.backward(loss, last=True)
     rate = learning_rate(number, stage.steps, stage.config.learning_rate, stage.config.warmup_ratio)
-    norm = learner.step(rate)
+    norm = float(learner.step(rate))
     mean = float(loss.detach())
     if not (mean - mean == 0 and norm - norm == 0):
         raise InputError(

@@ -94,11 +94,15 @@ class ClipData(Schedule):
         self.captions, self.encoder = captions, encoder
         self.without_image: dict[int, ClipSample] = {}
 
-    def sample(self, index: int) -> Any:
+    def read(self, step: int, rank: int = 0, world: int = 1) -> list[tuple[int, Row]]:
+        """The worker's rows at a step; empty where the image is not needed."""
+        indices = self.indices(step, rank, world)
+        return [(index, {} if index in self.without_image else self.rows[index]) for index in indices]
+
+    def sample(self, index: int, row: Row) -> Any:
         """The sample of a row."""
         if index in self.without_image:
             return self.without_image[index]
-        row = self.rows[index]
         image, address = image_from_row(row), Address(row["street"], row["district"]).text()
         lon, lat = (math.nan if row[axis] is None else float(row[axis]) for axis in ("lon", "lat"))
         return ClipSample(index, image, address, self.captions.caption(row, address, image), (lon, lat))

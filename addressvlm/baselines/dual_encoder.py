@@ -24,8 +24,8 @@ from addressvlm.baselines.checkpoint_formats import checkpoint_format
 from addressvlm.baselines.open_clip import load_open_clip_dual
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import Address
+from addressvlm.models.families import parts_of
 from addressvlm.models.loading import dtype_of, load_model, local
-from addressvlm.models.parts import parts_of
 from addressvlm.storage.remote_path import AnyPath
 
 DUAL_ENCODER_FILE, PROJECTIONS = "dual_encoder.json", "projections.safetensors"

@@ -28,8 +28,8 @@ from addressvlm.baselines.open_clip import load_open_clip
 from addressvlm.baselines.place_recognition import load_place_recognition
 from addressvlm.errors import InputError
 from addressvlm.evaluation.run_questions import photo_image
+from addressvlm.models.families import parts_of
 from addressvlm.models.loading import dtype_of, load_model, local, to_device
-from addressvlm.models.parts import parts_of
 from addressvlm.storage.shards import Rows, ShardResult
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError)

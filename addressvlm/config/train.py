@@ -100,16 +100,21 @@ class TrainConfig(Section):
     min_workers: int | None = Field(None, ge=1)  # continue with so few when nodes are lost; a step keeps its rows
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
+    # Processes of each worker that encode rows ahead of training; 0: a thread. Default: cpus_per_worker less 1 on GPUs, else 0
+    loader_processes: int | None = Field(None, ge=0)
     # Sharded across workers. ddp: nothing; zero2 (DeepSpeed): gradients and optimizer state; fsdp2, zero3: weights too
     strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = "ddp"
     checkpoint_activations: bool = False  # keep each layer's input only and recompute the rest: less memory, more time
+    compile: bool = False  # each layer by torch.compile: minutes at the start, less time a step on a GPU
     # Of the forward and backward pass; weights stay as they are. auto: bfloat16 where the device has instructions for it
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # Several conversations in one row, without padding. auto: on CPUs, where the base model supports it
+    # Several conversations in one row, without padding. auto: on CPUs, where the base model supports it; on a GPU `on` uses
+    # flex attention
     packing: Literal["auto", "on", "off"] = "auto"
     seed: int | None = None  # of LoRA's weights, row order and dropout; default: the run's seed, which also draws the split
     cities: dict[str, float] = {}  # runs of this storage to train on instead of this one: name -> epochs of it in one epoch
-    checkpoint_every: int = Field(50, ge=1)  # optimizer steps
+    checkpoint_minutes: float = Field(10.0, gt=0)  # between checkpoints; a crash loses at most these
+    checkpoint_every: int | None = Field(None, ge=1)  # instead of minutes: optimizer steps
     keep_checkpoints: int = Field(2, ge=1)  # the last ones; each holds the adapter that validated best too
     # which adapter becomes the model; best: by validation, A_ds or else A
     checkpoint_to_merge: Literal["last", "best"] = "last"

@@ -1,15 +1,19 @@
 """Attention for packed rows: several conversations in one row, block by block, without padding and without a T x T mask.
 
+On GPUs it is PyTorch's flex attention with the same blocks, which skips tiles of the scores in which no token sees another.
+
 Positions define the blocks. Where they restart at 0 a conversation begins; where they jump back to p > 0 a round begins that
 attends to the conversation's first p tokens and itself (`isolate_questions: true`). Tokens of different blocks are never
 multiplied.
 """
 
 import itertools
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -55,8 +59,51 @@ def block_attention(
     if attention_mask is not None or position_ids is None or query.shape[2] != key.shape[2]:
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings have made them float32
+    if query.is_cuda:
+        return flex_attention_of(query, key, value, position_ids, scaling), None
     blocks = [_blocks(row) for row in position_ids.expand(query.shape[0], -1)]
     return _Attention.apply(query, key, value, blocks, scaling), None
+
+
+def sees(positions: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Which token sees which, as a `mask_mod` of flex attention, from positions (B, T); without leaving their device."""
+    index = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    starts = torch.ones_like(positions, dtype=torch.bool)
+    starts[:, 1:] = positions.diff(dim=1) != 1
+    block = starts.cumsum(1)
+    conversation = (positions == 0).cumsum(1)
+    within = index - torch.where(positions == 0, index, 0).cummax(1).values  # index in the conversation
+    shared = positions - (index - torch.where(starts, index, 0).cummax(1).values)  # tokens that the block sees before its own
+
+    def mask(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+        own = block[batch, query] == block[batch, key]
+        before = within[batch, key] < shared[batch, query]
+        return (query >= key) & (conversation[batch, query] == conversation[batch, key]) & (own | before)
+
+    return mask
+
+
+@cache
+def _compiled() -> tuple[Any, Any]:
+    return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)
+
+
+_last_mask: list[Any] = [None, None]  # positions and their mask, the same for all layers of a forward pass
+
+
+def flex_attention_of(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """As `block_attention` on a GPU: query (B, H, T, D), key and value (B, K, T, D), positions (B or 1, T) -> (B, T, H, D)."""
+    attend, make_mask = _compiled() if query.is_cuda else (flex_attention, create_block_mask)
+    if _last_mask[0] is not positions:  # all layers of a forward pass are given the same tensor
+        rows, length = positions.expand(len(query), -1), positions.shape[1]
+        _last_mask[:] = [positions, make_mask(sees(rows), len(rows), None, length, length, device=rows.device)]
+    groups = query.shape[1] // key.shape[1]
+    if groups & (groups - 1):  # flex attention shares keys among 2, 4, 8 … heads
+        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
+    out = attend(query, key, value, block_mask=_last_mask[1], scale=scale, enable_gqa=groups > 1)
+    return out.transpose(1, 2)
 
 
 _last: list[Any] = [None, []]  # positions and their blocks, the same for all layers of a forward pass

@@ -9,18 +9,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from addressvlm.errors import InputError
 from addressvlm.models import block_attention
-from addressvlm.models.parts import parts_of
+from addressvlm.models.families import CAUSAL_ATTENTION, check_image_token, parts_of
 from addressvlm.storage.files import local_model_copy
 from addressvlm.storage.remote_path import RemotePath, is_remote, path_of
 
-CAUSAL_ATTENTION = (
-    "llama",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "phi3",
-    "smollm3",
-)  # families whose layers all attend to all earlier tokens
 MANY_CONVOLUTIONS = 8  # a convolutional vision encoder has more, a transformer has one
 TOY_BASE = Path(__file__).parents[1] / "demo" / "base"
 
@@ -79,6 +71,7 @@ def load_model(
         raise InputError(f"model '{name}' can't be loaded: {' '.join(str(error).split())[:300]}.") from error
     if not getattr(processor, "chat_template", None):
         raise InputError(f"model '{name}' has no chat template: add chat_template.jinja to its folder.")
+    check_image_token(model, processor, name)
     return model.eval(), processor
 
 
@@ -117,11 +110,6 @@ def to_device(model: Any, device: str | torch.device) -> Any:
     return model.to(device)
 
 
-def has_1d_positions(model: Any) -> bool:
-    """Whether a token's position is its index in the row, and not also its row and column in the image (as in Qwen-VL)."""
-    return not any(hasattr(module, "get_rope_index") for module in model.modules())
-
-
 def context_length(model: Any) -> int | None:
     """The model's context length in tokens, None if its configuration has none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -139,7 +127,7 @@ def enable_packing(model: Any, packing: str, device: torch.device, name: str) ->
         InputError: packing is `on` and the model's attention does not support it.
     """
     text = model.config.get_text_config()
-    supported = has_1d_positions(model) and text.model_type in CAUSAL_ATTENTION and not getattr(text, "sliding_window", None)
+    supported = text.model_type in CAUSAL_ATTENTION and not getattr(text, "sliding_window", None)
     if packing == "on" and not supported:
         raise InputError(
             f"train.packing is on, which the attention of {name} ({text.model_type}) does not allow: set it to auto."

@@ -14,8 +14,8 @@ from torch import nn
 
 from addressvlm.config.train import ModelConfig, Part, PartConfig
 from addressvlm.errors import InputError
+from addressvlm.models.families import part_of, parts_of
 from addressvlm.models.loading import load_model
-from addressvlm.models.parts import part_of, parts_of
 
 
 class FusedLoraLinear(lora.Linear):

@@ -20,6 +20,7 @@ from addressvlm.config import Config
 from addressvlm.errors import InputError
 from addressvlm.storage.files import atomic_write, remove_tree
 from addressvlm.storage.remote_path import AnyPath, RemotePath, is_remote, path_of
+from addressvlm.storage.table_index import write_indexes
 
 DONE_FILE = "_done.json"
 WORK_DIR = "_work"  # in a partial folder: files that the finished step does not need
@@ -198,6 +199,7 @@ def _remove(folder: AnyPath, marker: str) -> None:
 
 
 def _publish(partial: AnyPath, folder: AnyPath, settings: dict[str, Any]) -> None:
+    write_indexes(partial)
     mark_done(partial, settings)
     if isinstance(partial, Path) and isinstance(folder, Path):
         _remove(folder, DONE_FILE)

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from addressvlm.config.train import Part
 from addressvlm.errors import InputError
+from addressvlm.models.families import part_of
 from addressvlm.models.lora import trainable_params
-from addressvlm.models.parts import part_of
 from addressvlm.training.collator import Collator
 from addressvlm.training.loss import answer_loss
 
@@ -84,7 +84,7 @@ def probe_first_row(model: PeftModel, parts: dict[Part, str], collator: Collator
     device = next(model.parameters()).device
     with useful_flops(model) as flops:
         try:
-            loss, _ = answer_loss(model, {k: v.to(device) for k, v in batch.items()})
+            loss, _ = answer_loss(model, collator.finish({k: v.to(device) for k, v in batch.items()}))
         except ValueError as error:
             message = " ".join(str(error).split())
             if "image" not in message.lower() or "token" not in message.lower():
@@ -105,6 +105,6 @@ def probe_first_row(model: PeftModel, parts: dict[Part, str], collator: Collator
         if part not in used:
             raise InputError(
                 f"{stage.name}: no gradient reaches the {part} part: remove it from train.stages.{stage.name}.parts, or "
-                "check addressvlm/models/parts.py for this model."
+                "check addressvlm/models/families.py for this model."
             )
     return flops()

@@ -4,7 +4,9 @@ Tensors are complete and on the CPU, so a checkpoint fits every strategy and eve
 and dropout masks follow from seed and step and need no state.
 """
 
+import errno
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from addressvlm.errors import InputError
 from addressvlm.training.strategy import OptimizerState
 
+FORMAT = 2  # 1 had no number, and its rows came in another order
 STATE, BEST, POSITION = "state.pt", "best.pt", "position.json"
 METRICS = ("A_ds", "A", "A_s", "A_s_G")  # adapters are compared by the first that validation measured
 
@@ -39,21 +42,36 @@ class TrainingCheckpoint:
     best: BestAdapter | None = None
 
     def write(self, folder: Path) -> None:
-        """Write a checkpoint; the position comes last and makes it valid."""
-        torch.save({"adapter": self.adapter, "optimizer": self.optimizer_state}, folder / STATE)
-        if self.best:
-            torch.save(vars(self.best), folder / BEST)
-        (folder / POSITION).write_text(json.dumps({"stage": self.stage, "step": self.step}))
+        """Write a checkpoint; the position comes last and makes it valid.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        try:
+            torch.save({"adapter": self.adapter, "optimizer": self.optimizer_state}, folder / STATE)
+            if self.best:
+                torch.save(vars(self.best), folder / BEST)
+        except RuntimeError as error:  # all that PyTorch's writer raises
+            tensors = [*self.adapter.values(), *(value for state in self.optimizer_state.values() for value in state.values())]
+            if shutil.disk_usage(folder).free < sum(tensor.nbytes for tensor in tensors):
+                raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
+            raise
+        (folder / POSITION).write_text(json.dumps({"format": FORMAT, "stage": self.stage, "step": self.step}))
 
     @classmethod
     def read(cls, folder: Path) -> "TrainingCheckpoint":
         """Read what `write` wrote.
 
         Raises:
-            InputError: the checkpoint is incomplete.
+            InputError: the checkpoint is incomplete or of an earlier format.
         """
         try:
             position: dict[str, int] = json.loads((folder / POSITION).read_text())
+            if position.pop("format", 1) != FORMAT:
+                raise InputError(
+                    f"the checkpoint in {folder} is of another version of this program, whose rows came in another order: "
+                    "finish the training with that version, or start over with --redo."
+                )
             state: dict[str, Any] = torch.load(folder / STATE, weights_only=True)
             best = BestAdapter(**torch.load(folder / BEST, weights_only=True)) if (folder / BEST).is_file() else None
         except (OSError, ValueError, RuntimeError, EOFError) as error:

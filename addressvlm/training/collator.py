@@ -1,17 +1,20 @@
 """Conversations about one or two images -> token batches with labels on the answers only (paper 001, eq. 2)."""
 
-import io
+import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
 from addressvlm.errors import InputError
+from addressvlm.models.families import image_merge, rope_positions
+from addressvlm.training.pixels import PIXELS, PixelEncoder, as_bytes, decode, tensor_of
 
 IGNORE_INDEX = -100  # label of a token without loss
 KINDS = ("generation", "judgment", "choice", "explanation")  # of questions, by number; others are number len(KINDS)
+CACHED_TEXTS = 50_000
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # of a processor's outputs
 
 
@@ -34,8 +37,11 @@ class Sample:
         return [self.image, self.tile] if self.tile else [self.image]
 
 
-def sample_from_row(row: dict[str, Any]) -> Sample:
+def sample_from_row(row: dict[str, Any], size: tuple[int, int] | None = None) -> Sample:
     """A row of a photos or alignment table (columns `image`, `rounds`, in some `tile`) as a sample.
+
+    Args:
+        size: see `pixels.decode`.
 
     Raises:
         SkipSampleError: an image of it can't be decoded, or it has no rounds.
@@ -44,18 +50,18 @@ def sample_from_row(row: dict[str, Any]) -> Sample:
         raise SkipSampleError("there is no question")
     kinds = tuple(r.get("kind") or "" for r in row["rounds"])
     rounds = [(r["question"], r["answer"]) for r in row["rounds"]]
-    return Sample(image_from_row(row), rounds, kinds, image_from_row(row, "tile") if row.get("tile") else None)
+    tile = image_from_row(row, "tile", size) if row.get("tile") else None
+    return Sample(image_from_row(row, size=size), rounds, kinds, tile)
 
 
-def image_from_row(row: dict[str, Any], column: str = "image") -> Image.Image:
-    """The decoded image of a row.
+def image_from_row(row: dict[str, Any], column: str = "image", size: tuple[int, int] | None = None) -> Image.Image:
+    """The decoded image of a row; `size` as for `pixels.decode`.
 
     Raises:
         SkipSampleError: it can't be decoded.
     """
     try:
-        with Image.open(io.BytesIO(row[column]["bytes"])) as picture:
-            return picture.convert("RGB")
+        return decode(row[column]["bytes"], size)
     except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SkipSampleError(f"the {column} can't be decoded ({' '.join(str(error).split())[:80]})") from None
 
@@ -79,7 +85,12 @@ class Collator:
     """
 
     def __init__(
-        self, processor: Any, isolate_questions: bool = False, packed: bool = False, context: int | None = None
+        self,
+        processor: Any,
+        isolate_questions: bool = False,
+        packed: bool = False,
+        context: int | None = None,
+        use_bytes: bool = False,
     ) -> None:
         """Choose the layout of rows.
 
@@ -90,9 +101,23 @@ class Collator:
                 follow from earlier ones.
             packed: all samples share one row, for `models/block_attention.py`; otherwise a row a sample, padded on the right.
             context: the model's context length in tokens.
+            use_bytes: leave pixels as bytes, see `PixelEncoder`, and masks to be made, which `finish` does on the device.
         """
         self.processor, self.isolate_questions, self.packed, self.context = processor, isolate_questions, packed, context
-        self.pad = processor.tokenizer.pad_token_id or 0
+        self.image_merge, self.pad = image_merge(processor), processor.tokenizer.pad_token_id or 0
+        self.pixels, self.on_device = PixelEncoder(processor.image_processor), use_bytes
+        special = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+        self._own_tokens = re.compile("|".join(re.escape(token) for token in sorted({*special, processor.image_token})))
+        self._formats: dict[int, list[TurnFormat] | None] = {}  # by number of images
+        self._tokenized: dict[str, list[int]] = {}
+        self._image_tokens: dict[Any, tuple[list[int], list[int]]] = {}  # ids and types up to a prompt's last image
+        self._takes_images_alone: bool | None = None  # whether the processor needs no text
+        if use_bytes:
+            self.pixels.use_bytes(processor, self._rendered_turns([("?", "!")], 1)[0][0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was cached, for another process."""
+        return {**self.__dict__, "_tokenized": {}, "_image_tokens": {}}
 
     def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         """The `batch` of the `encode`d samples."""
@@ -102,21 +127,38 @@ class Collator:
         """Tokens and images of one sample.
 
         Raises:
-            SkipSampleError: it is longer than the context, or has no answer.
+            SkipSampleError: it is longer than the context, has no answer, or holds one of the model's own tokens.
             InputError: it has two images and the model's family takes one.
         """
+        if found := next((m[0] for texts in sample.rounds for text in texts if (m := self._own_tokens.search(text))), None):
+            raise SkipSampleError(f"a question or answer holds {found}, which is one of the model's own tokens")
         turns = self._turns(sample.rounds, len(sample.images))
-        inputs = self._process(turns[0][0], sample.images)
+        tokens = self._tokens([text for turn in turns for text in turn])
+        prompts, answers = tokens[::2], tokens[1::2]
+        pixels, prefix, types = self._encode_images(turns[0][0], prompts[0], sample.images)
         kinds = [KINDS.index(kind) if kind in KINDS else len(KINDS) for kind in sample.kinds]
-        row = self._encode_turns(list(inputs["input_ids"][0]), turns, kinds)
+        row = EncodedSample(pixels=pixels)
+        row.add(prefix, IGNORE_INDEX, 0, 0)
+        if types:
+            row.types = types
+        if self.image_merge:
+            row.rope = rope_positions(types, pixels["image_grid_thw"].tolist(), self.image_merge)
+        rope_start = 1 + max(map(max, row.rope)) if row.rope else 0
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
+            question = prompt[self._after_image(prompt) :] if number == 1 or self.isolate_questions else prompt
+            start = len(prefix) if self.isolate_questions else len(row.ids)
+            row.add(question, IGNORE_INDEX, number, start)
+            row.add(answer, None, number, start + len(question))
+            row.kinds += [kinds[number - 1] if kinds else len(KINDS)] * (len(row.ids) - len(row.kinds))
+            if self.image_merge:
+                text = range(rope_start + start - len(prefix), rope_start + start - len(prefix) + len(question) + len(answer))
+                row.rope = [axis + list(text) for axis in row.rope]
+        if types:
+            row.types = types + [0] * (len(row.ids) - len(types))
         if all(label == IGNORE_INDEX for label in row.labels):
             raise SkipSampleError("there is no answer")
         if self.context and max(row.positions) >= self.context:
             raise SkipSampleError(f"{max(row.positions) + 1} tokens are more than the model's context of {self.context}")
-        row.pixels = {key: _tensor(value) for key, value in inputs.items() if key not in TEXT_INPUTS}
-        if "mm_token_type_ids" in inputs:
-            types = list(inputs["mm_token_type_ids"][0])
-            row.types = types + [0] * (len(row.ids) - len(types))
         return row
 
     def batch(self, rows: "list[EncodedSample]") -> dict[str, torch.Tensor]:
@@ -124,7 +166,8 @@ class Collator:
 
         `kinds` (B x T) are the numbers of the questions' kinds. With `isolate_questions` the attention mask is B x 1 x T x T,
         added to the attention's scores, and there are position_ids (B x T). Packed, B is 1, nothing is padded, and
-        position_ids without a mask tell which tokens belong together.
+        position_ids without a mask tell which tokens belong together. Of a model with positions by rows and columns
+        position_ids are 4 x B x T: those, and the three axes.
         """
         if self.packed:
             rows = [EncodedSample.concatenate(rows)]
@@ -135,10 +178,13 @@ class Collator:
             "kinds": _padded([row.kinds for row in rows], length, len(KINDS)),
         }
         if self.isolate_questions or self.packed:
-            batch["position_ids"] = _padded([row.positions for row in rows], length, 0)
+            positions = [_padded([row.positions for row in rows], length, 0)]
+            positions += [_padded([row.rope[axis] for row in rows], length, 0) for axis in range(3) if rows[0].rope]
+            batch["position_ids"] = torch.stack(positions) if len(positions) > 1 else positions[0]
         if not self.packed:
             if self.isolate_questions:
-                batch["attention_mask"] = block_causal_mask(_padded([row.rounds for row in rows], length, -1))
+                rounds = _padded([row.rounds for row in rows], length, -1)
+                batch |= {"rounds": rounds} if self.on_device else {"attention_mask": block_causal_mask(rounds)}
             else:
                 batch["attention_mask"] = _padded([[1] * len(row.ids) for row in rows], length, 0)
         if rows[0].types:
@@ -147,13 +193,48 @@ class Collator:
             batch[key] = _stacked([row.pixels[key] for row in rows])
         return batch
 
-    def _process(self, prompt: str, images: list[Image.Image]) -> Any:
-        """The processor's outputs for the first prompt and its images."""
+    def finish(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A `batch` as the model takes it, made on the device where it is."""
+        inputs = self.pixels.normalize({key: value for key, value in batch.items() if key != "rounds"})
+        return {**inputs, "attention_mask": block_causal_mask(batch["rounds"])} if "rounds" in batch else inputs
+
+    def _encode_images(
+        self, prompt: str, tokens: list[int], images: list[Image.Image]
+    ) -> tuple[dict[str, torch.Tensor], list[int], list[int]]:
+        """The images' tensors, the first prompt's tokens up to the end of the images, and their types if the model has any.
+
+        Args:
+            prompt, tokens: with one token an image; the processor writes as many as the image has features.
+        """
+        images = [self.pixels.prepare(image) for image in images]
+        sizes = tuple(image.size for image in images)
+        key = prompt[: prompt.rfind(self.processor.image_token)], sizes
+        cached = self._image_tokens.get(key)
+        inputs = self._process(None if cached and self._takes_images_alone else prompt, images)
+        pixels = {key: tensor_of(value) for key, value in inputs.items() if key not in TEXT_INPUTS}
+        if self.pixels.options.get("do_rescale") is False:
+            pixels[PIXELS] = as_bytes(pixels[PIXELS])
+        if cached is None:
+            first, rest = list(inputs["input_ids"][0]), len(tokens) - self._after_image(tokens)
+            types = list(inputs["mm_token_type_ids"][0]) if "mm_token_type_ids" in inputs else []
+            cached = first[: len(first) - rest], types[: len(first) - rest]
+            if len(self._image_tokens) < CACHED_TEXTS:
+                self._image_tokens[key] = cached
+            if self._takes_images_alone is None:
+                try:
+                    self._takes_images_alone = set(self._process(None, images)) == set(pixels)
+                except (TypeError, AttributeError, ValueError, InputError):
+                    self._takes_images_alone = False
+        return pixels, cached[0], cached[1]
+
+    def _process(self, prompt: str | None, images: list[Image.Image]) -> Any:
+        """The processor's outputs for the first prompt and its images, or for the images alone."""
+        text = {} if prompt is None else {"text": [prompt]}
         if len(images) == 1:
-            return self.processor(text=[prompt], images=[images])
+            return self.processor(images=[images], **text, **self.pixels.options)
         try:
-            if prompt.count(self.processor.image_token) == len(images):
-                return self.processor(text=[prompt], images=[images])
+            if prompt is None or prompt.count(self.processor.image_token) == len(images):
+                return self.processor(images=[images], **text, **self.pixels.options)
             reason = f"its chat template shows {prompt.count(self.processor.image_token)} of them"
         except (ValueError, TypeError, IndexError, AttributeError) as error:
             reason = " ".join(str(error).split())[:160]
@@ -163,6 +244,31 @@ class Collator:
         )
 
     def _turns(self, rounds: list[tuple[str, str]], images: int) -> list[tuple[str, str]]:
+        """`_rendered_turns`, put together from what the chat template writes around questions and answers."""
+        if images not in self._formats:
+            self._formats[images] = self._turn_formats(images)
+        formats = self._formats[images]
+        if formats is None or not all(text and text == text.strip() for texts in rounds for text in texts):
+            return self._rendered_turns(rounds, images)
+        first, later = formats[0], formats[0] if self.isolate_questions else formats[1]
+        around = [first] + [later] * (len(rounds) - 1)
+        return [
+            (form.before + question + form.between, answer + form.after)
+            for form, (question, answer) in zip(around, rounds, strict=True)
+        ]
+
+    def _turn_formats(self, images: int) -> "list[TurnFormat] | None":
+        """What the template writes around the first round and around later ones; None if it changes the texts themselves."""
+        probes = [(f"\ue000 question {n}", f"\ue000 answer {n}") for n in range(3)]
+        formats = []
+        for (prompt, answer), texts in zip(self._rendered_turns(probes, images), probes, strict=True):
+            pieces = prompt.split(texts[0])
+            if len(pieces) != 2 or not answer.startswith(texts[1]):
+                return None
+            formats.append(TurnFormat(pieces[0], pieces[1], answer.removeprefix(texts[1])))
+        return formats if formats[1] == formats[2] else None
+
+    def _rendered_turns(self, rounds: list[tuple[str, str]], images: int) -> list[tuple[str, str]]:
         """The conversation's text cut at every answer's start and end: [(prompt, answer), …].
 
         With `isolate_questions` every prompt starts over, with the images.
@@ -177,36 +283,33 @@ class Collator:
             start = 0 if self.isolate_questions else len(text)
         return turns
 
-    def _encode_turns(self, first: list[int], turns: list[tuple[str, str]], kinds: list[int]) -> "EncodedSample":
-        """Tokens of all turns; `first` are those of the first prompt with its images."""
-        row = EncodedSample()
-        shared = self._after_image(first) if self.isolate_questions else 0
-        row.add(first[:shared], IGNORE_INDEX, 0, 0)
-        for number, (prompt, answer) in enumerate(turns, start=1):
-            if number == 1:
-                question = first[shared:]
-            else:
-                question = self._tokens(prompt)
-                question = question[self._after_image(question) :] if self.isolate_questions else question
-            start = shared if self.isolate_questions else len(row.ids)
-            row.add(question, IGNORE_INDEX, number, start)
-            row.add(self._tokens(answer), None, number, start + len(question))
-            row.kinds += [kinds[number - 1] if kinds else len(KINDS)] * (len(row.ids) - len(row.kinds))
-        return row
-
     def _after_image(self, ids: list[int]) -> int:
         """The index of the first token after the last image."""
         image = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
         return len(ids) - ids[::-1].index(image)
 
-    def _tokens(self, text: str) -> list[int]:
-        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of each text; all new ones are tokenized in one call, and most texts come again."""
+        if new := [text for text in dict.fromkeys(texts) if text not in self._tokenized]:
+            if len(self._tokenized) > CACHED_TEXTS:
+                self._tokenized = {text: self._tokenized[text] for text in texts if text in self._tokenized}
+            ids = self.processor.tokenizer(new, add_special_tokens=False)["input_ids"]
+            self._tokenized |= zip(new, ids, strict=True)
+        return [self._tokenized[text] for text in texts]
+
+
+class TurnFormat(NamedTuple):
+    """The text that a chat template writes before a question, between it and its answer, and after that."""
+
+    before: str
+    between: str
+    after: str
 
 
 @dataclass
 class EncodedSample:
     """One sample: for each token its id, label, round (0: shared by all), position, kind of question and, for some processors,
-    type (text or image); and the images' tensors."""
+    type (text or image); the three axes of positions of models that have them; and the images' tensors."""
 
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -214,6 +317,7 @@ class EncodedSample:
     positions: list[int] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
     types: list[int] = field(default_factory=list)
+    rope: list[list[int]] = field(default_factory=list)
     pixels: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, ids: list[int], label: int | None, number: int, start: int) -> None:
@@ -230,6 +334,7 @@ class EncodedSample:
         for row in rows:
             for name in ("ids", "labels", "rounds", "positions", "kinds", "types"):
                 getattr(packed, name).extend(getattr(row, name))
+        packed.rope = [[p for row in rows for p in row.rope[axis]] for axis in range(len(rows[0].rope))]
         packed.pixels = {key: _stacked([row.pixels[key] for row in rows]) for key in rows[0].pixels}
         return packed
 
@@ -251,12 +356,4 @@ def block_causal_mask(rounds_BT: torch.Tensor) -> torch.Tensor:  # noqa: N803
     same_round = rounds_BT[:, :, None] == rounds_BT[:, None, :]
     shared = rounds_BT[:, None, :] == 0
     visible = (same_round | shared).tril()
-    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None]
-
-
-def _tensor(values: Any) -> torch.Tensor:
-    """A processor's output for one sample's images as one tensor."""
-    if isinstance(values, list | tuple) and values and not isinstance(values[0], int | float):
-        pieces = [_tensor(value) for value in values]
-        return torch.cat([piece[None] if piece.dim() in (0, 1, 3) else piece for piece in pieces])
-    return torch.as_tensor(values)
+    return torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None]

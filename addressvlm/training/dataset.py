@@ -2,11 +2,17 @@
 
 import json
 import math
+import threading
+import time
 from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image, ImageEnhance
 
 from addressvlm.config.train import AugmentConfig
@@ -14,69 +20,151 @@ from addressvlm.errors import InputError
 from addressvlm.storage import tables
 from addressvlm.storage.files import open_parquet
 from addressvlm.storage.remote_path import AnyPath
-from addressvlm.storage.run_dir import DONE_FILE, Run
+from addressvlm.storage.run_dir import DONE_FILE, Run, is_unfinished
+from addressvlm.storage.table_index import row_groups
 from addressvlm.training.collator import Sample, SkipSampleError, sample_from_row
+from addressvlm.training.pixels import ASPECT
 
-CACHED_GROUPS = 64  # row groups in memory
-SHUFFLED_GROUPS = 32  # row groups whose rows are shuffled together; fewer than are cached
+CACHED_GROUPS = 64  # row groups in memory, at least
+OPEN_FILES = 64
+SHUFFLED_GROUPS = 32  # row groups whose rows are shuffled together, over all lanes
+GROUPS_A_LANE = 16  # at least; where a lane ends, a row group may be read twice
+READ_ATTEMPTS = 6
+FIRST_WAIT_S = 0.5  # after a read that failed; doubled after each
+READERS = 4  # threads that read row groups ahead
 REPLACEMENTS = 16  # rows tried in place of one that can't be used
 LOCATABILITY_COMMAND = "python ray_jobs/locatability.py --config … --segmentation … --clip …"
-ASPECT = 4 / 3  # largest change of a crop's aspect ratio
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
 class RowSource(Protocol):
-    """Training rows, numbered from 0 to `starts[-1]`, and their order in each epoch."""
+    """Training rows, numbered from 0 to `starts[-1]`, and the order in which each epoch reads them.
+
+    Attributes:
+        group_count: number of row groups of the tables.
+    """
 
     starts: np.ndarray
+    group_count: int
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
-    def epoch(self, seed: int, epoch: int) -> np.ndarray: ...
+    def epoch(self, seed: int, epoch: int, window: int) -> np.ndarray:
+        """All rows of an epoch, `window` row groups at a time."""
+
+    def prefetch(self, indices: Iterable[int], keep: int) -> None:
+        """Begin to read the row groups of these rows; `keep` is how many are in use at a time."""
 
 
 class TableRows:
-    """Random access to a table's split; `CACHED_GROUPS` row groups are in memory.
+    """Random access to a table's split. Row groups are read when they are needed, or ahead by `prefetch`.
 
     Raises:
-        InputError: the split has no files.
+        InputError: the split has no files, or a row group can't be read.
     """
 
     def __init__(self, folder: AnyPath, split: str, columns: tuple[str, ...] = ("id", "image", "tile", "rounds")) -> None:
-        self.files = [open_parquet(path) for path in tables.table_files(folder, split)]
-        self.columns = list(columns)
-        self.groups = [
-            (file, group, parquet.metadata.row_group(group).num_rows)
-            for file, parquet in enumerate(self.files)
-            for group in range(parquet.metadata.num_row_groups)
-        ]
-        self.starts = np.cumsum([0, *(n for _, _, n in self.groups)])
-        self._cache: OrderedDict[int, Any] = OrderedDict()
+        if is_unfinished(folder) or not (files := row_groups(folder, split)):
+            raise InputError(f"no table {folder}/{split}-*.parquet: run the step that writes it, or give another folder.")
+        self.folder, self.columns = folder, list(columns)
+        self.files = [file.name for file in files]
+        self.file_groups = np.cumsum([0, *(len(file.groups) for file in files)])  # number of the first row group of each
+        self.starts = np.cumsum([0, *(rows for file in files for rows in file.groups)])
+        self.group_count = len(self.starts) - 1
+        self.reads = 0  # of row groups, so far
+        self._forget()
+
+    def _forget(self) -> None:
+        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._groups: OrderedDict[int, Future[pa.Table]] = OrderedDict()
+        self._keep, self._lock, self._pool = CACHED_GROUPS, threading.Lock(), ThreadPoolExecutor(READERS)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without files and row groups, for another process."""
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("_open", "_groups", "_lock", "_pool", "_keep")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        group = int(np.searchsorted(self.starts, index, side="right") - 1)
-        if group not in self._cache:
-            file, number, _ = self.groups[group]
-            self._cache[group] = self.files[file].read_row_group(number, columns=self.columns)
-            if len(self._cache) > CACHED_GROUPS:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(group)
-        return self._cache[group].slice(index - int(self.starts[group]), 1).to_pylist()[0]
+        group = self._group_of(index)
+        table = self._request(group).result()
+        return table.slice(index - int(self.starts[group]), 1).to_pylist()[0]
 
-    def epoch(self, seed: int, epoch: int) -> np.ndarray:
-        """A permutation of all rows: row groups shuffled, then rows within `SHUFFLED_GROUPS` groups at a time."""
+    def prefetch(self, indices: Iterable[int], keep: int) -> None:
+        """Begin to read the row groups of these rows; `keep` is how many are in use at a time."""
+        self._keep = max(CACHED_GROUPS, 2 * keep)
+        for group in dict.fromkeys(map(self._group_of, indices)):
+            self._request(group)
+
+    def epoch(self, seed: int, epoch: int, window: int = SHUFFLED_GROUPS) -> np.ndarray:
+        """A permutation of all rows: row groups shuffled, then rows within `window` groups at a time."""
         rng = np.random.default_rng([seed, epoch])
-        groups = rng.permutation(len(self.groups))
+        groups = rng.permutation(self.group_count)
         order = []
-        for at in range(0, len(groups), SHUFFLED_GROUPS):
-            members = [np.arange(self.starts[g], self.starts[g + 1]) for g in groups[at : at + SHUFFLED_GROUPS]]
+        for at in range(0, len(groups), window):
+            members = [np.arange(self.starts[g], self.starts[g + 1]) for g in groups[at : at + window]]
             order.append(rng.permutation(np.concatenate(members)))
         return np.concatenate(order)
+
+    def _group_of(self, index: int) -> int:
+        return int(np.searchsorted(self.starts, index, side="right") - 1)
+
+    def _request(self, group: int) -> "Future[pa.Table]":
+        """A row group that is read, being read, or about to be."""
+        with self._lock:
+            if group not in self._groups:
+                self._groups[group] = self._pool.submit(self._read, group)
+                if len(self._groups) > self._keep:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end(group)
+            return self._groups[group]
+
+    def _read(self, group: int) -> pa.Table:
+        """Read a row group, more than once if the store fails.
+
+        Raises:
+            InputError: it fails every time, or the file is damaged.
+        """
+        file = int(np.searchsorted(self.file_groups, group, side="right") - 1)
+        number, path = group - int(self.file_groups[file]), self.folder / self.files[file]
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                self.reads += 1
+                return self._opened(file).read_row_group(number, columns=self.columns)
+            except pa.ArrowInvalid as error:
+                raise InputError(f"{path} is damaged ({error}): repeat the step that wrote it with --redo.") from error
+            except (OSError, InputError) as error:
+                with self._lock:
+                    self._open.pop(file, None)
+                if attempt + 1 == READ_ATTEMPTS:
+                    reason = " ".join(str(error).split())[:160]
+                    raise InputError(
+                        f"row group {number} of {path} can't be read after {READ_ATTEMPTS} attempts ({reason}): check the "
+                        "store, then rerun to resume."
+                    ) from error
+            time.sleep(FIRST_WAIT_S * 2**attempt)
+        raise AssertionError
+
+    def _opened(self, file: int) -> pq.ParquetFile:
+        with self._lock:
+            if file in self._open:
+                self._open.move_to_end(file)
+                return self._open[file]
+        opened = open_parquet(self.folder / self.files[file])
+        with self._lock:
+            self._open[file] = opened
+            if len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        return opened
 
 
 class MixedRows:
@@ -86,6 +174,7 @@ class MixedRows:
         self.tables = [table for table, _ in weighted]
         self.counts = [max(1, round(weight * len(table))) if len(table) else 0 for table, weight in weighted]
         self.starts = np.cumsum([0, *(len(table) for table in self.tables)])
+        self.group_count = sum(table.group_count for table in self.tables)
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -94,7 +183,14 @@ class MixedRows:
         table = int(np.searchsorted(self.starts, index, side="right") - 1)
         return self.tables[table][index - int(self.starts[table])]
 
-    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+    def prefetch(self, indices: Iterable[int], keep: int) -> None:
+        """See `RowSource`."""
+        numbers = np.fromiter(indices, dtype=np.int64)
+        tables = np.searchsorted(self.starts, numbers, side="right") - 1
+        for number, table in enumerate(self.tables):
+            table.prefetch((numbers[tables == number] - self.starts[number]).tolist(), keep)
+
+    def epoch(self, seed: int, epoch: int, window: int = SHUFFLED_GROUPS) -> np.ndarray:
         """Each table's endless sequence of epochs, cut into its share; which table comes next is random."""
         sources = np.random.default_rng([seed, epoch, len(self.tables)]).permutation(
             np.repeat(np.arange(len(self.tables)), self.counts)
@@ -102,14 +198,14 @@ class MixedRows:
         order = np.empty_like(sources)
         for number, (table, count) in enumerate(zip(self.tables, self.counts, strict=True)):
             if count:
-                order[sources == number] = self.starts[number] + endless_epochs(table, seed, epoch * count, count)
+                order[sources == number] = self.starts[number] + endless_epochs(table, seed, epoch * count, count, window)
         return order
 
 
-def endless_epochs(table: RowSource, seed: int, start: int, count: int) -> np.ndarray:
+def endless_epochs(table: RowSource, seed: int, start: int, count: int, window: int) -> np.ndarray:
     """Rows `start` to `start + count` of a table's endless sequence of epochs."""
     first, last = start // len(table), (start + count - 1) // len(table)
-    rows = np.concatenate([table.epoch(seed, epoch) for epoch in range(first, last + 1)])
+    rows = np.concatenate([table.epoch(seed, epoch, window) for epoch in range(first, last + 1)])
     return rows[start - first * len(table) :][:count]
 
 
@@ -140,6 +236,7 @@ class LocatableRows:
         self._indices = np.flatnonzero(keep)
         self._number = np.where(keep, np.cumsum(keep) - 1, -1)
         self.starts = np.array([0, len(self._indices)])
+        self.group_count = self.rows.group_count
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -147,9 +244,13 @@ class LocatableRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.rows[int(self._indices[index])]
 
-    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+    def prefetch(self, indices: Iterable[int], keep: int) -> None:
+        """See `RowSource`."""
+        self.rows.prefetch((int(self._indices[index]) for index in indices), keep)
+
+    def epoch(self, seed: int, epoch: int, window: int = SHUFFLED_GROUPS) -> np.ndarray:
         """The table's permutation without the skipped rows."""
-        order = self._number[self.rows.epoch(seed, epoch)]
+        order = self._number[self.rows.epoch(seed, epoch, window)]
         return order[order >= 0]
 
 
@@ -187,6 +288,10 @@ def unscored_error(run: Run) -> InputError:
 class Schedule:
     """Cuts the endless sequence of shuffled epochs into steps and divides each step among the workers.
 
+    A step takes as many rows from each of `lanes`; a lane goes through its share of an epoch's row groups one after the other.
+    A worker has the same lanes in every step, so that each row group is read by one worker. Lanes follow from the table and
+    the rows of a step, never from the number of workers, and so does the order.
+
     Attributes:
         rejected: id (or number) of a row that can't be used -> why; another takes its place.
     """
@@ -194,45 +299,69 @@ class Schedule:
     def __init__(self, rows: RowSource, per_step: int, seed: int, augment: AugmentConfig | None = None) -> None:
         self.rows, self.per_step, self.seed, self.augment = rows, per_step, seed, augment or AugmentConfig()
         self.rejected: dict[str, str] = {}
+        most = rows.group_count // GROUPS_A_LANE if rows.group_count > CACHED_GROUPS else 1
+        self.lanes = max(lanes for lanes in range(1, per_step + 1) if per_step % lanes == 0 and lanes <= max(1, most))
+        self.window = max(1, SHUFFLED_GROUPS // self.lanes)
         self._epochs: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the order, for another process."""
+        return {**self.__dict__, "_epochs": {}}
+
+    def numbers(self, rank: int = 0, world: int = 1) -> range:
+        """Which of the rows of a step are those of worker `rank` of `world`."""
+        return range(self.per_step * rank // world, self.per_step * (rank + 1) // world)
 
     def indices(self, step: int, rank: int = 0, world: int = 1) -> list[int]:
         """Row numbers of worker `rank` of `world` at `step`; all workers' together are the step's `per_step` rows."""
-        positions = range(step * self.per_step, (step + 1) * self.per_step)
-        return [self._row(position) for position in positions[rank::world]]
+        return [self._row(step * self.per_step + number) for number in self.numbers(rank, world)]
+
+    def read(self, step: int, rank: int = 0, world: int = 1) -> "list[tuple[int, dict[str, Any]]]":
+        """Number and content of the worker's rows at a step, not decoded."""
+        return [(index, self.rows[index]) for index in self.indices(step, rank, world)]
+
+    def prefetch(self, step: int, rank: int = 0, world: int = 1) -> None:
+        """Begin to read what a step needs."""
+        self.rows.prefetch(self.indices(step, rank, world), self.window * (self.lanes // world + 2))
 
     def encoded(self, collator: Any, step: int, rank: int = 0, world: int = 1) -> list[Any]:
-        """The worker's samples at a step, augmented and encoded by `collator.encode`.
+        """The worker's samples at a step, augmented and encoded by `collator.encode`."""
+        return self.encode_rows(collator, step, self.numbers(rank, world).start, self.read(step, rank, world))
+
+    def encode_rows(self, collator: Any, step: int, first: int, rows: "list[tuple[int, dict[str, Any]]]") -> list[Any]:
+        """As `encoded`, of rows that have been read; `first` is which row of the step they begin with.
 
         A row that can't be used is replaced by one that is drawn from seed and position alone.
 
         Raises:
             InputError: none of `REPLACEMENTS` rows can be used.
         """
-        rows = self.indices(step, rank, world)
-        return [self._encode(collator, index, step, rank + number * world) for number, index in enumerate(rows)]
+        return [self._encode(collator, index, row, step, first + number) for number, (index, row) in enumerate(rows)]
 
-    def _encode(self, collator: Any, index: int, step: int, number: int) -> Any:
-        row = index
+    def _encode(self, collator: Any, index: int, row: dict[str, Any], step: int, number: int) -> Any:
+        tried = index
         for attempt in range(REPLACEMENTS + 1):
             try:
-                return collator.encode(self._augment(self.sample(row), step, number))
+                return collator.encode(self._augment(self.sample(tried, row), step, number))
             except SkipSampleError as error:
-                self.rejected.setdefault(str(self.rows[row].get("id", row)), str(error))
-            row = int(np.random.default_rng([self.seed, index, number, attempt]).integers(self.rows.starts[-1]))
+                self.rejected.setdefault(str(row.get("id", tried)), str(error))
+            tried = int(np.random.default_rng([self.seed, index, number, attempt]).integers(self.rows.starts[-1]))
+            row = self.rows[tried]
         name, reason = next(iter(self.rejected.items()))
         raise InputError(
             f"none of {REPLACEMENTS + 1} training rows tried one after the other can be used (row {name}: {reason}): look at "
             "the photos and prepare the data again."
         )
 
-    def sample(self, index: int) -> Sample:
+    def sample(self, index: int, row: dict[str, Any]) -> Sample:
         """The sample of a row.
 
         Raises:
             SkipSampleError: its image can't be decoded, or it has no rounds.
         """
-        return sample_from_row(self.rows[index])
+        return sample_from_row(row, self.decoded_size)
+
+    decoded_size: tuple[int, int] | None = None  # see `pixels.decode`
 
     def _augment(self, sample: Sample, step: int, number: int) -> Sample:
         if self.augment == AugmentConfig():
@@ -244,7 +373,12 @@ class Schedule:
         epoch, offset = divmod(position, len(self.rows))
         if epoch not in self._epochs:
             self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = self.rows.epoch(self.seed, epoch)
+            order, lanes = self.rows.epoch(self.seed, epoch, self.window), self.lanes
+            if lanes > 1:  # cut the epoch into lanes; which one a position belongs to is the same in every step
+                positions = epoch * len(self.rows) + np.arange(len(self.rows))
+                by_lane = np.argsort(positions % self.per_step // (self.per_step // lanes), kind="stable")
+                order[by_lane] = order.copy()
+            self._epochs[epoch] = order
         return int(self._epochs[epoch][offset])
 
 

@@ -17,13 +17,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from addressvlm.config import Config
 from addressvlm.config.train import Part, StageConfig, SystemConfig
 from addressvlm.errors import InputError
+from addressvlm.models.families import part_of
 from addressvlm.models.loading import autocast, context_length, local
-from addressvlm.models.lora import attach_lora, set_trainable_parts
-from addressvlm.models.parts import part_of
+from addressvlm.models.lora import adapter_weights, attach_lora, set_trainable_parts
 from addressvlm.questions import templates
+from addressvlm.storage.tables import ROWS_PER_GROUP
 from addressvlm.training.activation_checkpointing import checkpoint_activations
 from addressvlm.training.collator import IGNORE_INDEX, Collator, EncodedSample, Sample, SkipSampleError, sample_from_row
-from addressvlm.training.dataset import RowSource, count_steps
+from addressvlm.training.dataset import CACHED_GROUPS, RowSource, count_steps
+from addressvlm.training.loader import STEPS_A_PROCESS, loader_processes
 from addressvlm.training.metrics_logger import peak_flops, total_memory_gib
 from addressvlm.training.stages import remaining_steps, training_rows
 from addressvlm.training.strategy import SHARDS_WEIGHTS
@@ -33,6 +35,8 @@ SAMPLED_ROWS = 64  # rows of a table whose tokens are counted
 GIB = 2**30
 ZERO3_LIVE = 1e9  # DeepSpeed's default of stage3_max_live_parameters
 OVERHEAD = 1.05  # fragmentation, the libraries' buffers
+LIBRARIES = 0.6 * GIB  # of a process that has imported them
+ROW_BYTES = 64 * 1024  # of an encoded photo and its questions, where the table is not there yet
 FORMULA = (
     "memory a worker = 1.05 x (weights as stored + adapter in float32 + 4 bytes of gradient and 8 of AdamW for each trained "
     "parameter + activations of one batch); of what train.strategy shards, a worker's share"
@@ -80,10 +84,17 @@ class StageEstimate:
     optimizer: float
     activations: float  # of one batch
     guessed: bool  # see RowCost
+    loading: float  # the base's weights, which are loaded into the machine's memory first, and once more to be merged
+    ahead: float  # rows read and encoded ahead, by their processes
+    kept: float  # copies of adapter and optimizer on their way into a checkpoint
 
     @property
     def memory(self) -> float:
         return OVERHEAD * (self.weights + self.gradients + self.optimizer + self.activations)
+
+    def host_memory(self, on_cpu: bool) -> float:
+        """Memory of a worker's machine; `on_cpu`: training takes it too."""
+        return LIBRARIES + self.ahead + max(self.loading, self.kept + (self.memory if on_cpu else 0.0))
 
     def seconds(self, peak: float, workers: int, mfu: float) -> float | None:
         """Training time at a share `mfu` of the workers' `peak` operations a second."""
@@ -140,6 +151,10 @@ def describe_stage(config: Config, stage: StageEstimate, total: int, peak: float
         f"  a step: {stage.rows_per_step:,} rows, {stage.rows_per_step * stage.tokens:,.0f} tokens; steps: {steps}",
         f"  memory a worker: {stage.memory / GIB:.2f} GiB: weights {stage.weights / GIB:.2f}, gradients "
         f"{stage.gradients / GIB:.2f}, optimizer {stage.optimizer / GIB:.2f}, activations {stage.activations / GIB:.2f}",
+        f"  memory of its machine: {stage.host_memory(not train.gpus_per_worker) / GIB:.2f} GiB: libraries "
+        f"{LIBRARIES / GIB:.2f}, rows ahead {stage.ahead / GIB:.2f}, and the larger of: the base while it is loaded or merged "
+        f"{stage.loading / GIB:.2f}; checkpoints under way {stage.kept / GIB:.2f}"
+        + ("" if train.gpus_per_worker else " and training"),
     ]
     if stage.guessed:
         lines.append("  the encoder's operations and activations are guessed from its number of weights")
@@ -163,14 +178,21 @@ def model_shape(config: Config) -> ModelShape:
     try:
         architecture = AutoConfig.from_pretrained(base, **options)
         processor = AutoProcessor.from_pretrained(base, backend="pil", **options)
-        with torch.device("meta"):
-            bare = AutoModelForImageTextToText.from_config(architecture, dtype=getattr(torch, config.model.dtype), **options)
-            model, parts = attach_lora(bare, config.model)
+        return shape_of(architecture, processor, config)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         raise InputError(
             f"an estimate for '{config.model.base}' needs its config.json and processor files, not its weights "
             f"({' '.join(str(error).split())[:200]}): download those, or unset HF_HUB_OFFLINE."
         ) from error
+
+
+def shape_of(architecture: Any, processor: Any, config: Config) -> ModelShape:
+    """The base model that a configuration of transformers describes, and its adapter, without weights."""
+    with torch.device("meta"):
+        bare = AutoModelForImageTextToText.from_config(
+            architecture, dtype=getattr(torch, config.model.dtype), trust_remote_code=config.model.trust_remote_code
+        )
+        model, parts = attach_lora(bare, config.model)
     totals: dict[Part, int] = dict.fromkeys(parts, 0)
     for name, weights in model.get_base_model().named_parameters():
         if "lora_" not in name and ".modules_to_save." not in name:
@@ -233,6 +255,9 @@ def _estimate_stage(config: Config, name: str, shape: ModelShape, photos: int | 
         optimizer=8.0 * shard,
         activations=stage.batch_size * (cost.activations + cost.pairs * pair_bytes),
         guessed=cost.guessed,
+        loading=_base_bytes(shape),
+        ahead=_rows_ahead(config, stage, longest),
+        kept=4.0 * (sum(weights.numel() for _, weights in adapter_weights(shape.model)) + 2 * sum(trained.values())),
     )  # fmt: skip
 
 
@@ -255,6 +280,21 @@ def _sample_rows(config: Config, stage: StageConfig, shape: ModelShape, table: R
     if not samples:
         raise InputError("none of the sampled training rows can be used: look at the photos and prepare the data again.")
     return samples
+
+
+def _base_bytes(shape: ModelShape) -> float:
+    """Bytes of the base's weights as stored."""
+    adapter = {id(weights) for _, weights in adapter_weights(shape.model)}
+    return float(sum(weights.nbytes for weights in shape.model.parameters() if id(weights) not in adapter))
+
+
+def _rows_ahead(config: Config, stage: StageConfig, longest: EncodedSample) -> float:
+    """Bytes of row groups in memory, of steps that are encoded ahead, and of the processes that do it."""
+    processes = loader_processes(config.train, on_gpu=config.train.gpus_per_worker > 0)
+    steps = STEPS_A_PROCESS * max(1, processes)
+    pixels = sum(value.numel() for value in longest.pixels.values())  # a byte each
+    a_step = stage.batch_size * stage.gradient_accumulation_steps * (pixels + 32 * len(longest.ids))
+    return CACHED_GROUPS * ROWS_PER_GROUP * ROW_BYTES + steps * a_step + processes * LIBRARIES
 
 
 def _weight_bytes(model: Any, strategy: str, workers: int) -> float:

@@ -9,7 +9,8 @@ import logging
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from addressvlm.storage.remote_path import AnyPath, RemotePath
 
 messages = logging.getLogger(__name__)
 
+WAITS = ("data", "checkpoints", "workers", "validation")  # what a step may wait for
 SCALARS = ("loss", "learning_rate", "gradient_norm", "samples_per_s", "tokens_per_s", "mfu", "memory_gib")
 LINE_EVERY_S = 5.0
 SYNC_EVERY_S = 30.0  # to remote storage, besides every checkpoint
@@ -31,7 +33,7 @@ LOSS_FILE, VALIDATION_FILE = "loss.jsonl", "validation.jsonl"
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Metrics of one optimizer step, a line of `loss.jsonl`."""
+    """Metrics of one optimizer step, a line of `loss.jsonl`. Rates are over the whole step, with all that it waited for."""
 
     stage: str
     step: int  # steps done, from 1
@@ -46,9 +48,54 @@ class StepMetrics:
     memory_gib: float  # peak of this worker
     by_kind: dict[str, float] = field(default_factory=dict)  # loss by kind of question
     rejected: int = 0  # rows that this worker could not use, since the stage began
+    seconds: float = 0.0  # from the end of the last step to the end of this one
+    waits: dict[str, float] = field(default_factory=dict)  # share of them that this worker waited, by what for, see WAITS
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class StepClock:
+    """Seconds from the end of one step to the end of the next, and how many of them were spent waiting for what."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a step now."""
+        self.began = time.perf_counter()
+        self.waited = dict.fromkeys(WAITS, 0.0)
+        self._events: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Count the block's time as a wait for `what`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited[what] += time.perf_counter() - began
+
+    @contextmanager
+    def collective(self) -> Iterator[None]:
+        """Count the time of a collective operation as a wait for other workers; on a GPU without synchronizing with it."""
+        if self.device.type != "cuda":
+            with self.waiting("workers"):
+                yield
+            return
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
+        yield
+        events[1].record()
+        self._events.append(events)
+
+    def lap(self) -> tuple[float, dict[str, float]]:
+        """Seconds of the step and the share of each wait; begins the next step. The device must have done its work."""
+        self.waited["workers"] += sum(start.elapsed_time(end) for start, end in self._events) / 1000
+        seconds, waited = time.perf_counter() - self.began, self.waited
+        self.restart()
+        return seconds, {what: waited[what] / seconds for what in WAITS}
 
 
 class MetricsLogger:
@@ -75,6 +122,7 @@ class MetricsLogger:
         self.system, self.done, self.first, self.total = system, done, done, total
         self.loggers = [external_logger(name, run, system) for name in loggers]
         self.began = self.last_line = self.last_sync = time.monotonic()
+        self.since_line: list[StepMetrics] = []
 
     def log_step(self, metrics: StepMetrics) -> None:
         """Log one optimizer step."""
@@ -83,11 +131,14 @@ class MetricsLogger:
             file.write(json.dumps(metrics.as_dict()) + "\n")
         scalars = {key: value for key in SCALARS if (value := getattr(metrics, key)) is not None}
         scalars |= {f"loss of {kind}": loss for kind, loss in metrics.by_kind.items()}
+        scalars |= {f"wait for {what}": share for what, share in metrics.waits.items()}
         self._log_scalars(metrics.stage, scalars, metrics.step)
+        self.since_line.append(metrics)
         now = time.monotonic()
         if now - self.last_line >= LINE_EVERY_S or self.done in (self.first + 1, self.total):
             self.last_line = now
-            print(f"train: {self.system}: {self._progress_line(metrics, now)}", flush=True)
+            print(f"train: {self.system}: {self._progress_line(now)}", flush=True)
+            self.since_line = []
         if now - self.last_sync >= SYNC_EVERY_S:
             self.sync()
 
@@ -121,14 +172,24 @@ class MetricsLogger:
         for log in self.loggers:
             log({f"{group}/{key}": value for key, value in scalars.items()}, self.done)
 
-    def _progress_line(self, metrics: StepMetrics, now: float) -> str:
+    def _progress_line(self, now: float) -> str:
+        """The last step; rates and waits are means over the steps since the last line."""
+        metrics, seconds = self.since_line[-1], sum(step.seconds for step in self.since_line)
+
+        def mean(values: Iterable[float]) -> float:
+            weighted = (value * step.seconds for value, step in zip(values, self.since_line, strict=True))
+            return sum(weighted) / seconds if seconds else 0.0
+
+        photos, tokens = (mean(getattr(step, key) for step in self.since_line) for key in ("samples_per_s", "tokens_per_s"))
+        mfu = "" if metrics.mfu is None else f", {100 * mean(step.mfu or 0.0 for step in self.since_line):.1f} % of peak"
+        waits = {what: mean(step.waits.get(what, 0.0) for step in self.since_line) for what in WAITS}
+        waited = ", ".join(f"{what} {100 * share:.0f} %" for what, share in waits.items() if share >= 0.005)
         seconds_left = (now - self.began) / (self.done - self.first) * (self.total - self.done)
-        mfu = "" if metrics.mfu is None else f", {100 * metrics.mfu:.1f} % of peak"
         rejected = f", {metrics.rejected:,} rows rejected" if metrics.rejected else ""
         return (
-            f"{metrics.stage} step {metrics.step}/{metrics.steps}, loss {metrics.loss:.3f}, "
-            f"{metrics.samples_per_s:.1f} photos/s, {metrics.tokens_per_s:,.0f} tokens/s{mfu}, "
-            f"{metrics.memory_gib:.1f} GiB{rejected}, {seconds_left:.0f} s left"
+            f"{metrics.stage} step {metrics.step}/{metrics.steps}, loss {metrics.loss:.3f}, {photos:.1f} photos/s, "
+            f"{tokens:,.0f} tokens/s{mfu}{f', waiting for {waited}' if waited else ''}, {metrics.memory_gib:.1f} GiB{rejected}, "
+            f"{seconds_left:.0f} s left"
         )
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from addressvlm.config.train import StageConfig
+from addressvlm.models.families import part_of, parts_of
 from addressvlm.models.lora import trainable_params
-from addressvlm.models.parts import part_of, parts_of
 
 BETAS = (0.9, 0.999)
 

@@ -1,13 +1,11 @@
 """The stages of a system with their data: the rows and batches of a worker at each step, and the rows that were rejected."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import torch
 import torch.distributed as dist
 
 from addressvlm.config import Config
@@ -19,14 +17,7 @@ from addressvlm.storage.remote_path import AnyPath
 from addressvlm.storage.run_dir import Run
 from addressvlm.training.collator import Collator
 from addressvlm.training.dataset import LocatableRows, MixedRows, RowSource, Schedule, TableRows, count_steps, low_locatability
-
-
-@dataclass
-class StepBatches:
-    """A worker's share of a step: its batches and their number of tokens, without padding."""
-
-    batches: list[dict[str, torch.Tensor]]
-    tokens: int
+from addressvlm.training.loader import StepBatches
 
 
 @dataclass
@@ -39,33 +30,27 @@ class Stage:
     steps: int
     seed: int
 
-    def batches(self, collator: Collator, start: int, rank: int, world: int) -> Iterator[tuple[int, StepBatches]]:
-        """Every step from `start` and the worker's share of it; the next step is prepared while this one is computed."""
-        if start >= self.steps:
-            return
-        with ThreadPoolExecutor(1) as pool:
-            pending = pool.submit(self.step_batches, collator, start, rank, world)
-            for step in range(start, self.steps):
-                share = pending.result()
-                if step + 1 < self.steps:
-                    pending = pool.submit(self.step_batches, collator, step + 1, rank, world)
-                yield step, share
-
     def step_batches(self, collator: Collator, step: int, rank: int, world: int) -> StepBatches:
-        """The batches of worker `rank` of `world` at a step.
+        """The batches of worker `rank` of `world` at a step."""
+        return self.encode_step(collator, step, self.schedule.read(step, rank, world), rank, world)
+
+    def encode_step(
+        self, collator: Collator, step: int, rows: list[tuple[int, dict[str, Any]]], rank: int, world: int
+    ) -> StepBatches:
+        """The batches of the worker's rows of a step.
 
         Every worker has as many, since they wait for each other in each of them. Where the rows of a step do not divide among
         the workers some have one more, which may make a batch one larger.
         """
-        rows = self.schedule.encoded(collator, step, rank, world)
-        size = self.config.batch_size
-        if not collator.packed and len(rows) > size:
-            rows.sort(key=lambda row: len(row.ids))  # rows of like length share a batch, for less padding
-        most, fewest = -(-self.schedule.per_step // world), self.schedule.per_step // world
+        schedule, size = self.schedule, self.config.batch_size
+        samples = schedule.encode_rows(collator, step, schedule.numbers(rank, world).start, rows)
+        if not collator.packed and len(samples) > size:
+            samples.sort(key=lambda sample: len(sample.ids))  # rows of like length share a batch, for less padding
+        most, fewest = -(-schedule.per_step // world), schedule.per_step // world
         count = min(-(-most // size), fewest)
-        cuts = [len(rows) * number // count for number in range(count + 1)]
-        batches = [collator.batch(rows[start:stop]) for start, stop in itertools.pairwise(cuts)]
-        return StepBatches(batches, sum(len(row.ids) for row in rows))
+        cuts = [len(samples) * number // count for number in range(count + 1)]
+        batches = [collator.batch(samples[start:stop]) for start, stop in itertools.pairwise(cuts)]
+        return StepBatches(batches, sum(len(sample.ids) for sample in samples), dict(schedule.rejected))
 
     def dropout_seed(self, step: int, rank: int) -> int:
         """The seed of a worker's dropout masks at a step, so that a resumed run draws the same."""

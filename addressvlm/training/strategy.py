@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from addressvlm.config.train import StageConfig
-from addressvlm.models.lora import adapter_state, adapter_weights, trainable_params
+from addressvlm.models.lora import adapter_weights, trainable_params
 from addressvlm.training.optim import clip_and_step, make_adamw
 
 OptimizerState = dict[str, dict[str, torch.Tensor]]  # parameter name -> AdamW's `exp_avg`, `exp_avg_sq` and `step`
@@ -30,16 +30,18 @@ class Strategy(Protocol):
     Attributes:
         module: run for the forward pass.
         flops: floating-point operations of a row, as the stage's probe measured them.
+        sharded: whether all workers must take part in `weights` and `optimizer_state`.
     """
 
     module: Any
     flops: int
+    sharded: bool
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Accumulate gradients; after the step's `last` batch they are averaged over workers."""
 
-    def step(self, learning_rate: float) -> float:
-        """Clip the gradients, update, clear them; returns their norm before clipping."""
+    def step(self, learning_rate: float) -> torch.Tensor | float:
+        """Clip the gradients, update, clear them; returns their norm before clipping, a scalar."""
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All weights of the adapter by name, complete, on the CPU."""
@@ -78,6 +80,8 @@ def make_strategy(
 class Ddp:
     """Every worker holds the whole model, gradients are averaged; also used by a single process."""
 
+    sharded = False
+
     def __init__(self, model: PeftModel, stage: StageConfig, probe: Callable[[], int], device: torch.device) -> None:
         self.model, self.max_grad_norm = model.to(device), stage.max_grad_norm
         self.flops = probe()
@@ -93,15 +97,16 @@ class Ddp:
             with self.module.no_sync():
                 loss.backward()
 
-    def step(self, learning_rate: float) -> float:
-        return float(clip_and_step(self.optimizer, self.trainable.values(), self.max_grad_norm, learning_rate))
+    def step(self, learning_rate: float) -> torch.Tensor:
+        return clip_and_step(self.optimizer, self.trainable.values(), self.max_grad_norm, learning_rate)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return adapter_state(self.model)
+        return copies_on_cpu(dict(adapter_weights(self.model)))
 
     def optimizer_state(self) -> OptimizerState:
         states = {name: self.optimizer.state[parameter] for name, parameter in self.trainable.items()}
-        return {name: {key: value.cpu() for key, value in state.items()} for name, state in states.items()}
+        flat = copies_on_cpu({(name, key): value for name, state in states.items() for key, value in state.items()})
+        return {name: {key: flat[name, key] for key in state} for name, state in states.items()}
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         for name, parameter in self.trainable.items():
@@ -114,6 +119,8 @@ class Fsdp:
 
     Gradients are sharded after every batch, so that no worker ever holds all of them.
     """
+
+    sharded = True
 
     def __init__(self, model: PeftModel, stage: StageConfig, probe: Callable[[], int], device: torch.device) -> None:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -130,9 +137,9 @@ class Fsdp:
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> torch.Tensor:
         norm = clip_and_step(self.optimizer, self.trainable.values(), self.max_grad_norm, learning_rate)
-        return float(gather(norm))
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def weights(self) -> dict[str, torch.Tensor]:
         for module in self.model.modules():
@@ -152,6 +159,17 @@ class Fsdp:
                 if key != "step"
             }
             self.optimizer.state[parameter] = {**moments, "step": state[name]["step"].clone()}
+
+
+def copies_on_cpu(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+    """Copies that later steps do not change; from a GPU they are all under way at once."""
+    copies = {
+        key: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor.detach(), non_blocking=True)
+        for key, tensor in tensors.items()
+    }
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return copies
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:

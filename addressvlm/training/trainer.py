@@ -3,6 +3,7 @@
 No Ray in here. Under torch.distributed every worker runs it on its share of each step.
 """
 
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from addressvlm.config import Config
 from addressvlm.config.train import Part, TrainConfig
@@ -20,7 +22,7 @@ from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import Gazetteer, merge_gazetteers
 from addressvlm.models import load_model
 from addressvlm.models.cards import write_cards
-from addressvlm.models.loading import autocast, context_length, enable_packing, has_1d_positions, to_device
+from addressvlm.models.loading import autocast, context_length, enable_packing, to_device
 from addressvlm.models.lora import attach_lora, export_merged, freeze_batchnorm, load_adapter_state, set_trainable_parts
 from addressvlm.storage.files import atomic_replace_dir
 from addressvlm.storage.run_dir import Run, slug
@@ -28,10 +30,12 @@ from addressvlm.training.activation_checkpointing import checkpoint_activations,
 from addressvlm.training.checkpoint import BestAdapter, TrainingCheckpoint, better_adapter
 from addressvlm.training.collator import IGNORE_INDEX, KINDS, Collator
 from addressvlm.training.dataset import low_locatability
+from addressvlm.training.loader import StepBatches, StepLoader, loader_processes
 from addressvlm.training.loss import token_losses
-from addressvlm.training.metrics_logger import MetricsLogger, StepMetrics, memory_gib, peak_flops
+from addressvlm.training.metrics_logger import MetricsLogger, StepClock, StepMetrics, memory_gib, peak_flops
 from addressvlm.training.optim import learning_rate
-from addressvlm.training.stages import RejectedRows, Stage, StepBatches, build_stages, training_runs
+from addressvlm.training.pixels import decoded_size
+from addressvlm.training.stages import RejectedRows, Stage, build_stages, training_runs
 from addressvlm.training.strategy import SHARDS_WEIGHTS, OptimizerState, Strategy, is_distributed, make_strategy
 from addressvlm.training.validation import Validation
 
@@ -61,7 +65,7 @@ def train_system(
     run, settings, device = Run(config), config.train, torch.device(device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     stages = build_stages(config, next(s for s in settings.systems if s.name == name))
-    trainer = Trainer(settings, stages, lambda: load_adapted_model(config, stages, device), device, report)
+    trainer = Trainer(settings, stages, lambda: load_adapted_model(config, device), device, report)
     trainer.is_checkpoint_due = is_checkpoint_due
     trainer.validation = Validation(config, whole_split=shards_weights(settings)) if settings.validate_every else None
     resumed = TrainingCheckpoint.read(checkpoint) if checkpoint else None
@@ -84,7 +88,7 @@ def train_system(
     if rank == 0:
         if count:
             messages.info(f"{name}: {count:,} rows were rejected: see {rejected.file}")
-        save_system(config, trainer.model.peft, name, adapter, trainer.best)
+        save_system(config, trainer, name, adapter)
 
 
 @dataclass
@@ -126,6 +130,7 @@ class Trainer:
         self.world: int = dist.get_world_size() if dist.is_initialized() else 1
         self.model = load()
         self.is_checkpoint_due: Callable[[], bool] = lambda: False
+        self.clock, self.saved, self.checkpoint_due = StepClock(device), time.monotonic(), False
         self.validation: Validation | None = None
         self.logger: MetricsLogger | None = None
         self.rejected: RejectedRows | None = None
@@ -146,19 +151,39 @@ class Trainer:
             self.best = checkpoint.best
         for number in range(first, len(self.stages)):
             self.begin_stage(number, optimizer_state)
-            for step, share in self.stage.batches(self.collator, start, self.rank, self.world):
-                metrics = self.train_step(step, share)
-                if self.logger:
-                    self.logger.log_step(metrics)
-                last = metrics.step == self.stage.steps
-                every = self.settings.validate_every
-                if self.validation and every and (metrics.step % every == 0 or last):
-                    self.validate(metrics.step)
-                if self.is_checkpoint_due() or metrics.step % self.settings.checkpoint_every == 0 or last:
-                    self.save_checkpoint(metrics)
+            self.train_stage(start)
             start, optimizer_state = 0, None
         assert self.strategy
         return self.strategy.weights()
+
+    def release(self) -> None:
+        """Give up the model and the optimizer."""
+        del self.model
+        self.strategy = None
+        gc.collect()
+
+    def train_stage(self, start: int = 0) -> None:
+        """The steps of the stage from `start`, which counts from 0, with validation and checkpoints."""
+        on_gpu = self.device.type == "cuda"
+        processes = loader_processes(self.settings, on_gpu)
+        loader = StepLoader(self.stage, self.collator, start, self.rank, self.world, processes, pin=on_gpu)
+        shares = iter(loader)
+        self.clock.restart()
+        for step in range(start, self.stage.steps):
+            with self.clock.waiting("data"):
+                share = next(shares)
+            metrics = self.train_step(step, share)
+            if self.logger:
+                self.logger.log_step(metrics)
+            last = metrics.step == self.stage.steps
+            every = self.settings.validate_every
+            if self.validation and every and (metrics.step % every == 0 or last):
+                with self.clock.waiting("validation"):
+                    self.validate(metrics.step)
+            steps, preempted = self.settings.checkpoint_every, self.is_checkpoint_due()
+            if last or preempted or (metrics.step % steps == 0 if steps else self.checkpoint_due):
+                with self.clock.waiting("checkpoints"):
+                    self.save_checkpoint(metrics)
 
     def begin_stage(self, number: int, optimizer_state: OptimizerState | None = None) -> None:
         """Choose the parameters that the stage trains, distribute the model over workers, make the optimizer."""
@@ -170,9 +195,10 @@ class Trainer:
             load_adapter_state(self.model.peft, adapter)
         self.number, self.stage = number, self.stages[number]
         model, parts = self.model.peft, self.model.parts
-        self.collator = Collator(
-            self.model.processor, self.stage.config.isolate_questions, self.model.packed, context_length(model.get_base_model())
-        )
+        context = context_length(model.get_base_model())
+        isolate = self.stage.config.isolate_questions
+        self.collator = Collator(self.model.processor, isolate, self.model.packed, context, use_bytes=True)
+        self.stage.schedule.decoded_size = decoded_size(self.model.processor.image_processor, self.stage.config.augment)
         set_trainable_parts(model, parts, self.stage.config.parts)
         model.train()
         freeze_batchnorm(model)
@@ -187,48 +213,61 @@ class Trainer:
         bfloat16 = self.autocast()._enabled
         self.peak = peak_flops(self.device, torch.bfloat16 if bfloat16 else torch.float32, self.settings.peak_tflops)
         self.strategy = make_strategy(self.settings.strategy, model, self.stage.config, probe, self.device, bfloat16)
+        if self.settings.compile:
+            for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
+                layer.compile(dynamic=True)
         if optimizer_state is not None:
             self.strategy.load_optimizer_state(optimizer_state)
 
     def train_step(self, step: int, share: StepBatches) -> StepMetrics:
         """One optimizer step on this worker's share; `step` counts from 0."""
         assert self.strategy
-        stage, strategy, began = self.stage, self.strategy, time.perf_counter()
+        stage, strategy = self.stage, self.strategy
         torch.manual_seed(stage.dropout_seed(step, self.rank))
         answers = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in share.batches)
-        total, tokens = all_reduce(torch.tensor([answers, share.tokens], device=self.device)).tolist()
-        by_kind = torch.zeros(2, len(KINDS) + 1, device=self.device)  # loss and answer tokens of each kind of question
+        counts = torch.tensor([answers, share.tokens]).to(self.device, non_blocking=True)
+        with self.clock.collective():
+            all_reduce(counts)
+        sums = torch.zeros(2 * (len(KINDS) + 1) + 1)
+        sums[-1] = self.rank == 0 and time.monotonic() - self.saved >= 60 * self.settings.checkpoint_minutes
+        sums = sums.to(self.device, non_blocking=True)  # of all workers: whether a checkpoint is due comes last
+        by_kind = sums[:-1].view(2, -1)  # loss and answer tokens of each kind of question
         for number, batch in enumerate(share.batches):
             with self.autocast():
-                losses = token_losses(strategy.module, {key: value.to(self.device) for key, value in batch.items()})
+                losses = token_losses(strategy.module, self.collator.finish(inputs_on(self.device, batch)))
             # The mean is over the answer tokens of all workers, and their gradients will be averaged: hence times world.
-            strategy.backward(losses.sum() * (self.world / total), last=number == len(share.batches) - 1)
-            kinds = batch["kinds"][:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX].to(self.device)
+            strategy.backward(losses.sum() * (self.world / counts[0]), last=number == len(share.batches) - 1)
+            kinds = batch["kinds"][:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX].to(self.device, non_blocking=True)
             by_kind.index_add_(1, kinds, torch.stack([losses.detach(), torch.ones_like(losses)]))
         rate = learning_rate(step, stage.steps, stage.config.learning_rate, stage.config.warmup_ratio)
-        norm = strategy.step(rate)
-        loss_sums, counts = all_reduce(by_kind).tolist()
+        norm = torch.as_tensor(strategy.step(rate), dtype=torch.float32, device=self.device)
+        all_reduce(sums)
+        # The only synchronization of a step with a GPU
+        total, tokens, norm, *by_kind, due = torch.cat([counts.double(), norm.double()[None], sums.double()]).tolist()
+        loss_sums, kind_counts = by_kind[: len(KINDS) + 1], by_kind[len(KINDS) + 1 :]
+        self.checkpoint_due = bool(due)
         loss = sum(loss_sums) / total
         if not (loss - loss == 0 and norm - norm == 0):  # NaN or infinite
             raise InputError(
                 f"{stage.name}: the loss is {loss} and the gradient's norm {norm} at step {step + 1}: lower "
                 f"train.stages.{stage.name}.learning_rate ({stage.config.learning_rate:g}); the last good checkpoint is kept."
             )
-        seconds = time.perf_counter() - began
+        seconds, waits = self.clock.lap()
         samples_per_s = stage.schedule.per_step / seconds
         return StepMetrics(
-            stage.name, step + 1, stage.steps, loss, rate, norm, samples_per_s, total, tokens / seconds,
+            stage.name, step + 1, stage.steps, loss, rate, norm, samples_per_s, int(total), tokens / seconds,
             mfu=samples_per_s * strategy.flops / (self.peak * self.world) if self.peak else None,
             memory_gib=memory_gib(self.device),
-            by_kind={kind: a / b for kind, a, b in zip((*KINDS, "other"), loss_sums, counts, strict=True) if b},
-            rejected=len(stage.schedule.rejected),
+            by_kind={kind: a / b for kind, a, b in zip((*KINDS, "other"), loss_sums, kind_counts, strict=True) if b},
+            rejected=len(stage.schedule.rejected), seconds=seconds, waits=waits,
         )  # fmt: skip
 
     def validate(self, step: int) -> None:
         """Ask about photos of the split `val`; in the last stage, keep the adapter that answers best."""
         assert self.validation
         assert self.strategy
-        metrics, adapter = self.validation(self.model.peft, self.model.processor), self.strategy.weights()
+        metrics = self.validation(self.model.peft, self.model.processor)
+        adapter = self.strategy.weights() if self.logger or self.strategy.sharded else {}
         if self.logger:
             self.logger.log_validation(self.stage.name, step, metrics)
             last_stage = self.number == len(self.stages) - 1
@@ -241,10 +280,18 @@ class Trainer:
             self.rejected.write(self.stages)
         if self.logger:
             self.logger.sync()
+        checkpoint = None
         if self.report:
-            state = self.strategy.weights(), self.strategy.optimizer_state()
-            checkpoint = TrainingCheckpoint(self.number, metrics.step, *state, self.best) if self.rank == 0 else None
-            self.report(metrics.as_dict(), checkpoint)
+            if self.rank == 0 or self.strategy.sharded:
+                state = self.strategy.weights(), self.strategy.optimizer_state()
+                checkpoint = TrainingCheckpoint(self.number, metrics.step, *state, self.best)
+            self.report(metrics.as_dict(), checkpoint if self.rank == 0 else None)
+        self.saved = time.monotonic()
+
+
+def inputs_on(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch whose inputs are on the device; labels and kinds stay on the CPU, where they are counted."""
+    return {key: value if key in ("labels", "kinds") else value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def all_reduce(value: torch.Tensor) -> torch.Tensor:
@@ -259,19 +306,13 @@ def shards_weights(settings: TrainConfig) -> bool:
     return settings.strategy in SHARDS_WEIGHTS and is_distributed()
 
 
-def load_adapted_model(config: Config, stages: list[Stage], device: torch.device) -> AdaptedModel:
+def load_adapted_model(config: Config, device: torch.device) -> AdaptedModel:
     """The base model with a new adapter, seeded by `train.seed`, laid out for the device.
 
     Raises:
-        InputError: it can't be loaded, or can't be trained as the stages say.
+        InputError: it can't be loaded, or its parts are unknown.
     """
     base, processor = load_model(config.model.base, config.model.dtype, config.model.trust_remote_code)
-    isolating = next((stage.name for stage in stages if stage.config.isolate_questions), None)
-    if isolating and not has_1d_positions(base):
-        raise InputError(
-            f"train.stages.{isolating}.isolate_questions is true, which {config.model.base}'s positions by image row and "
-            "column do not allow: set it to false."
-        )
     return attach_adapter(base, processor, config, device)
 
 
@@ -287,19 +328,18 @@ def attach_adapter(base: Any, processor: Any, config: Config, device: torch.devi
     return AdaptedModel(peft if shards_weights(config.train) else to_device(peft, device), parts, processor, packed)
 
 
-def save_system(
-    config: Config, model: PeftModel, system: str, adapter: dict[str, torch.Tensor], best: BestAdapter | None
-) -> None:
+def save_system(config: Config, trainer: Trainer, system: str, adapter: dict[str, torch.Tensor]) -> None:
     """Write `adapter`, `merged` and, if it is another, the `best` adapter, each with its card; all appear at once.
 
     Args:
-        model: tells the adapter's form; its own weights may be sharded.
+        trainer: tells the adapter's form and the best one; its model is given up, since merging loads the base once more.
         adapter: the last weights.
     """
+    best = trainer.best
 
     def save_adapter(weights: dict[str, torch.Tensor], folder: Path) -> None:
-        buffers = {name: buffer.contiguous() for name, buffer in model.named_buffers()}
-        model.save_pretrained(str(folder), state_dict={**buffers, **weights})
+        buffers = {name: buffer.contiguous() for name, buffer in trainer.model.peft.named_buffers()}
+        trainer.model.peft.save_pretrained(str(folder), state_dict={**buffers, **weights})
 
     folder = Run(config).model_dir(system)
     with atomic_replace_dir(folder) as partial:
@@ -310,6 +350,7 @@ def save_system(
             messages.info(f"{system}: {score}: its adapter is {folder / name}")
         if not best or config.train.checkpoint_to_merge == "last":
             save_adapter(adapter, partial / "adapter")
+        trainer.release()
         export_merged(partial / "adapter", config.model, partial / "merged")
         gazetteers = [Gazetteer.load(run.gazetteer) for run, _ in training_runs(config)]
         merge_gazetteers(gazetteers).save(partial / "merged" / "gazetteer.geojson")

@@ -27,6 +27,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Zero:
     """See `Strategy`."""
 
+    sharded = True
+
     def __init__(
         self, model: PeftModel, stage: StageConfig, probe: Callable[[], int], level: int, device: torch.device, bfloat16: bool
     ) -> None:
@@ -55,10 +57,11 @@ class Zero:
         self.module.set_gradient_accumulation_boundary(last)
         self.module.backward(loss * self.accumulation_steps)  # DeepSpeed divides by it, the trainer has already
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> torch.Tensor | float:
         set_learning_rate(self.optimizer, learning_rate)
         self.module.step()
-        return float(self.module.get_global_grad_norm() or 0.0)
+        norm = self.module.get_global_grad_norm()
+        return 0.0 if norm is None else norm
 
     def weights(self) -> dict[str, torch.Tensor]:
         trained = {name: safe_get_full_fp32_param(weights) for name, weights in trainable_params(self.model).items()}

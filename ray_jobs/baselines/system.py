@@ -17,8 +17,8 @@ from addressvlm.config.train import SystemConfig
 from addressvlm.evaluation.likelihood import ScoreTables
 from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.models.cards import base_licence
+from addressvlm.models.families import part_of_any_family
 from addressvlm.models.loading import resolve_model
-from addressvlm.models.parts import part_of_any_family
 from addressvlm.storage.files import atomic_write, local_copy, local_model_copy
 from addressvlm.storage.remote_path import AnyPath, list_files, path_of
 from addressvlm.storage.run_dir import Run, slug

@@ -12,9 +12,9 @@ from addressvlm import InputError
 from addressvlm.config import Config
 from addressvlm.config.compare import VariantConfig
 from addressvlm.models import cards as cards_module
+from addressvlm.models.families import part_of
 from addressvlm.models.loading import load_model
 from addressvlm.models.lora import attach_lora, trainable_params
-from addressvlm.models.parts import part_of
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run, mark_done
 from ray_jobs import compare, prepare

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from addressvlm.config import Config
 from addressvlm.storage.run_dir import LAST_MODEL_FILE, Run, mark_done
 from addressvlm.training.trainer import train_system
 from ray_jobs import graft, label, prepare, train
-from ray_jobs.ray_train import place_timeout_s, to_user_error
+from ray_jobs.ray_train import place_timeout_s, run_training, run_worker, to_user_error
 from tests.support.tiny import tiny_llava
 from tests.support.training_tables import trained_config
 
@@ -211,6 +212,20 @@ def test_a_diverging_loss_is_told_at_once_and_the_checkpoint_stays(tmp_path: Pat
     (checkpoint,) = folder.glob("checkpoint_*/state.pt")
     assert all(w.isfinite().all() for w in torch.load(checkpoint, weights_only=True)["adapter"].values())
     assert not Run(config).model_dir("stage 2 only").exists()
+
+
+def test_a_worker_s_error_is_told_while_the_other_waits_for_it_without_end(tmp_path: Path, base: Path, ray_local: None) -> None:
+    config = ready(tmp_path, base, workers=2)
+
+    def work(config: Config, checkpoint: Path | None, device: torch.device) -> None:
+        if torch.distributed.get_rank() == 1:
+            (tmp_path / "raised").touch()
+            raise InputError("the second worker can't go on: do this")
+        torch.distributed.recv(torch.zeros(1), src=1)  # ends with the other's process alone
+
+    with pytest.raises(InputError, match=r"^the second worker can't go on: do this$"):
+        run_training(config, SYSTEM, lambda arguments: run_worker(arguments, work), {})
+    assert time.time() - (tmp_path / "raised").stat().st_mtime < 20
 
 
 def test_a_checkpoint_that_cant_be_stored_is_one_sentence(tmp_path: Path, base: Path) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from addressvlm.models import load_model
-from addressvlm.models.block_attention import Block, block_attention, blocks_of
+from addressvlm.models.block_attention import Block, block_attention, blocks_of, flex_attention_of, sees
 from addressvlm.models.loading import enable_packing
 from addressvlm.training.collator import Collator, Sample
 
@@ -75,6 +77,32 @@ def test_attention_by_blocks_is_that_of_a_mask_with_heads_that_share_keys() -> N
         ours = torch.autograd.grad((result * weights[chosen]).sum(), (query, key, value))
         for one, other in zip(ours, gradients, strict=True):
             torch.testing.assert_close(one[chosen], other[chosen])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 4), st.lists(st.integers(1, 3), max_size=3)), min_size=1, max_size=4))
+def test_flex_attention_sees_what_blocks_say(conversations: list[tuple[int, list[int]]]) -> None:
+    """Conversations of a shared part and rounds that follow it, each by its length."""
+    positions = [
+        p for shared, rounds in conversations for p in [*range(shared), *(q for n in rounds for q in range(shared, shared + n))]
+    ]
+    row = torch.tensor(positions)
+    expected = torch.zeros(len(row), len(row), dtype=torch.bool)
+    for block in blocks_of(row):
+        expected[block.start : block.stop, block.start : block.stop] = True
+        expected[block.start : block.stop, block.first : block.first + block.shared] = True
+    index = torch.arange(len(row))
+    mask = sees(row[None])(torch.tensor(0), None, index[:, None], index[None])
+    assert torch.equal(mask, expected.tril())
+
+
+@pytest.mark.parametrize("heads", [4, 6])
+def test_flex_attention_is_block_attention(heads: int) -> None:
+    rows = torch.tensor([[0, 1, 2, 3, 2, 3, 0, 1, 1], [0, 1, 2, 0, 1, 2, 3, 4, 5]])
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, n, 9, 8, generator=generator) for n in (heads, 2, 2))
+    expected, _ = block_attention(None, query, key, value, None, 0.3, position_ids=rows)
+    torch.testing.assert_close(flex_attention_of(query, key, value, rows, 0.3), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_no_token_sees_another_conversation(loaded: tuple) -> None:

@@ -14,7 +14,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from addressvlm import InputError
 from addressvlm.models import load_model
-from addressvlm.models.loading import enable_packing, has_1d_positions
+from addressvlm.models.families import has_1d_positions
+from addressvlm.models.loading import enable_packing
 
 
 @pytest.fixture

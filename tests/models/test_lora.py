@@ -14,9 +14,9 @@ from PIL import Image
 from addressvlm.config.train import ModelConfig, PartConfig
 from addressvlm.models import load_model
 from addressvlm.models import lora as lora_module
+from addressvlm.models.families import part_of
 from addressvlm.models.loading import autocast, enable_packing
 from addressvlm.models.lora import adapter_state, adapter_weights, attach_lora, set_trainable_parts, trainable_params
-from addressvlm.models.parts import part_of
 from addressvlm.training.collator import Collator, Sample
 from addressvlm.training.loss import answer_loss
 

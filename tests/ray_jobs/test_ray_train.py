@@ -1,13 +1,16 @@
 """What a training job hands to Ray Train, and what its result depends on, without Ray"""
 
-import tempfile
+import errno
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import ray.train
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from addressvlm import InputError
 from addressvlm.config import Config
@@ -110,25 +113,61 @@ def test_a_node_that_will_be_taken_away_leads_to_one_checkpoint(monkeypatch: pyt
     assert asked == [1.5, 3.5]
 
 
-def test_a_snapshot_waits_for_the_one_that_is_being_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_a_checkpoint_is_written_while_training_continues_and_the_next_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Storage:
+        def persist_current_checkpoint(self, checkpoint: Any, name: str) -> Any:
+            return Path(checkpoint.path).rename(tmp_path / name)
+
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(ray.train, "report", lambda metrics, **given: seen.append({"metrics": metrics, **given}))
-    report, snapshot = CheckpointReporter(), TrainingCheckpoint(1, 2, {}, {})
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_storage=Storage))
+    report, checkpoint = CheckpointReporter(), TrainingCheckpoint(1, 2, {}, {})
     report({"step": 1}, None)
-    report({"step": 2}, snapshot)
-    report({"step": 3}, snapshot)
-    folders = [Path(given["checkpoint"].path) for given in seen[1:]]
-    for file in folders[1].iterdir():
-        file.unlink()
-    folders[1].rmdir()  # as Ray does when it is stored
-    report({"step": 4}, snapshot)
-    assert [given["metrics"]["step"] for given in seen] == [1, 2, 3, 4]
+    report({"step": 2}, checkpoint)
+    assert not report.stored.is_set()
+    store = threading.Thread(target=lambda: seen[1]["checkpoint_upload_fn"](seen[1]["checkpoint"], "first"))
+    waiting = report.stored.wait
+    monkeypatch.setattr(report.stored, "wait", lambda: (store.start(), waiting()))
+    report({"step": 3}, checkpoint)
+    assert (TrainingCheckpoint.read(tmp_path / "first").stage, TrainingCheckpoint.read(tmp_path / "first").step) == (1, 2)
+    assert [given["metrics"]["step"] for given in seen] == [1, 2, 3]
     assert "checkpoint" not in seen[0]
-    modes = [given["checkpoint_upload_mode"].name for given in seen]
-    assert modes == ["ASYNC", "ASYNC", "SYNC", "ASYNC"]
-    assert all(given["delete_local_checkpoint_after_upload"] for given in seen[1:])
-    assert (TrainingCheckpoint.read(folders[0]).stage, TrainingCheckpoint.read(folders[0]).step) == (1, 2)
+    assert {given["checkpoint_upload_mode"].name for given in seen} == {"ASYNC"}
+
+
+def test_a_checkpoint_that_fails_lets_the_next_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(ray.train, "report", lambda metrics, **arguments: given.update(arguments))
+    monkeypatch.setattr(
+        ray.train, "get_context", lambda: SimpleNamespace(get_storage=lambda: SimpleNamespace(persist_current_checkpoint=full))
+    )
+    report = CheckpointReporter()
+    report({}, TrainingCheckpoint(0, 1, {}, {}))
+    with pytest.raises(OSError, match="No space left"):
+        given["checkpoint_upload_fn"](given["checkpoint"], "name")
+    assert report.stored.is_set()
+
+
+def test_an_error_that_a_user_can_fix_ends_the_run_and_others_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notices: list[str] = []
+    write = SimpleNamespace(remote=notices.append)
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(ray_train, "noticed_error", lambda notice: None)
+    callback = ray_train.UserErrorCallback(config_of(tmp_path), SimpleNamespace(write=write))
+    callback.after_exception(None, {0: RuntimeError("connection closed by peer")})
+    assert notices == []
+    failed = UserExceptionWithTraceback(InputError("lower the rate"), "")
+    with pytest.raises(InputError, match="lower the rate"):
+        callback.after_exception(None, {0: RuntimeError("connection closed by peer"), 1: failed})
+    assert notices == ["lower the rate"]
+    monkeypatch.setattr(ray_train, "noticed_error", lambda notice: InputError("written down before"))
+    with pytest.raises(InputError, match="written down before"):
+        callback.after_exception(None, {0: RuntimeError("connection closed by peer")})
 
 
 def _set(path: str, value: Any) -> Callable[[Config], None]:
@@ -159,7 +198,8 @@ RESULT = [
     ("train.stages.alignment.epochs", 9.0),
 ]  # fmt: skip
 NO_MATTER = [
-    ("train.checkpoint_every", 9), ("train.keep_checkpoints", 9), ("train.loggers", ["wandb"]), ("train.max_failures", 9),
+    ("train.checkpoint_every", 9), ("train.checkpoint_minutes", 9.0), ("train.loader_processes", 9), ("train.compile", True),
+    ("train.keep_checkpoints", 9), ("train.loggers", ["wandb"]), ("train.max_failures", 9),
     ("train.peak_tflops", 9.0), ("train.mfu", 0.1), ("train.gpu_memory_gib", 9.0), ("train.cpus_per_worker", 9.0),
     ("train.checkpoint_activations", True), ("train.validate_every", 9), ("evaluate.max_new_tokens", 9),
 ]  # fmt: skip

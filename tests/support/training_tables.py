@@ -1,6 +1,7 @@
 """Small tables to train on: coloured squares whose colour is their street."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class ListTable:
     """Rows that are in memory, as training reads them."""
 
     def __init__(self, rows: list[dict]) -> None:
-        self.rows, self.starts = rows, np.array([0, len(rows)])
+        self.rows, self.starts, self.group_count = rows, np.array([0, len(rows)]), 1
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,7 +73,10 @@ class ListTable:
     def __getitem__(self, index: int) -> dict:
         return self.rows[index]
 
-    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+    def prefetch(self, indices: Iterable[int], keep: int) -> None:
+        """They are here."""
+
+    def epoch(self, seed: int, epoch: int, window: int = 1) -> np.ndarray:
         return np.random.default_rng([seed, epoch]).permutation(len(self.rows))
 
 

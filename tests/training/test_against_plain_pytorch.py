@@ -297,7 +297,7 @@ def test_statistics_of_normalization_stay_those_of_the_base(tmp_path: Path, monk
     schema = tables.with_features(tables.pa.schema([tables.PHOTOS.field(c) for c in columns]))
     tables.write_table(Run(config).photos, "val", [row | of_place for row in table_rows(1)], schema)
     trained: list[Any] = []
-    monkeypatch.setattr(trainer, "save_system", lambda config, model, *_: trained.append(model))
+    monkeypatch.setattr(trainer, "save_system", lambda config, one, *_: trained.append(one.model.peft))
     train_system(config, "AddressVLM", None, nothing)
     before, after = (
         [buffer for name, buffer in model.named_buffers() if "running" in name]

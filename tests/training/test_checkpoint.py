@@ -3,7 +3,10 @@
 python -m pytest -q tests/training/test_checkpoint.py
 """
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +31,44 @@ def test_an_incomplete_checkpoint_is_an_error(tmp_path: Path, base: Path, name: 
     (kept[0] / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=r"the checkpoint in .* is incomplete \(.*: remove it to resume from the one before"):
         train_system(config, "stage 2 only", kept[0], nothing)
+
+
+def test_a_checkpoint_of_an_earlier_format_is_refused(tmp_path: Path) -> None:
+    TrainingCheckpoint(0, 4, {}, {}).write(tmp_path)
+    (tmp_path / "position.json").write_text('{"stage": 0, "step": 4}')
+    with pytest.raises(InputError, match=r"is of another version of this program, whose rows came in another order: finish"):
+        TrainingCheckpoint.read(tmp_path)
+
+
+def test_a_disk_that_is_full_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0")
+
+    monkeypatch.setattr(torch, "save", fail)
+    checkpoint = TrainingCheckpoint(0, 4, {"weights": torch.zeros(1000)}, {})
+    with pytest.raises(RuntimeError):
+        checkpoint.write(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=999))
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint.write(tmp_path)
+    assert not (tmp_path / "position.json").exists()
+
+
+def test_checkpoints_come_by_the_clock_of_the_first_worker(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
+    config = trained_config(tmp_path, base, checkpoint_every=None, checkpoint_minutes=1.0)
+    config.train.stages["localization"].max_steps = 7
+    one_step = trainer.Trainer.train_step
+
+    def half_a_minute(self: Any, *args: Any) -> Any:
+        now[0] += 30.0
+        return one_step(self, *args)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", half_a_minute)
+    kept: list[Path] = []
+    train_system(config, "stage 2 only", None, keeping(kept, tmp_path))
+    assert [TrainingCheckpoint.read(folder).step for folder in kept] == [2, 4, 6, 7]
 
 
 def test_checkpoint_of_another_rank_is_refused(tmp_path: Path, base: Path) -> None:

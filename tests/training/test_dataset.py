@@ -4,12 +4,12 @@ python -m pytest -q tests/training/test_dataset.py
 """
 
 import itertools
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +18,10 @@ from addressvlm import InputError
 from addressvlm.config import load
 from addressvlm.config.train import AugmentConfig
 from addressvlm.models import load_model
-from addressvlm.storage import tables
+from addressvlm.storage import table_index, tables
+from addressvlm.storage.files import open_parquet
+from addressvlm.storage.table_index import write_indexes
+from addressvlm.training import dataset
 from addressvlm.training.collator import Collator
 from addressvlm.training.dataset import ASPECT, MixedRows, Schedule, TableRows, augment_photo
 from tests.support.images import encoded
@@ -29,32 +32,106 @@ def named(name: str, count: int) -> ListTable:
     return ListTable([row | {"id": f"{name}{row['id']}"} for row in table_rows(count)])
 
 
+class Counted(TableRows):
+    """A table of which only the number of rows is known."""
+
+    def __init__(self, rows: int, group: int = 64) -> None:
+        self.starts = np.array([*range(0, rows, group), rows])
+        self.group_count = len(self.starts) - 1
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(1, 300),
-    world=st.sampled_from([1, 2, 4]),
-    per_rank=st.integers(1, 6),
+    group=st.sampled_from([1, 64]),
+    world=st.integers(1, 5),
+    per_step=st.integers(5, 24),
     seed=st.integers(0, 5),
 )
-def test_steps_cover_each_epoch_once_whatever_the_workers(rows: int, world: int, per_rank: int, seed: int) -> None:
-    class Counted(TableRows):
-        def __init__(self) -> None:
-            bounds = [*range(0, rows, 64), rows]
-            self.groups = [(0, i, b - a) for i, (a, b) in enumerate(itertools.pairwise(bounds))]
-            self.starts = torch.tensor(bounds).numpy()
+def test_steps_cover_each_epoch_once_whatever_the_workers(rows: int, group: int, world: int, per_step: int, seed: int) -> None:
+    def schedule(seed: int) -> Schedule:
+        return Schedule(Counted(rows, group), per_step, seed)
 
-    per_step = world * per_rank
-    schedule = Schedule(Counted(), per_step, seed)
     steps = -(-2 * rows // per_step)
-    seen = [i for s in range(steps) for i in sorted(x for r in range(world) for x in schedule.indices(s, r, world))]
-    alone = [i for s in range(steps) for i in sorted(schedule.indices(s))]
-    assert seen == alone
-    stream = [schedule._row(p) for p in range(2 * rows)]
-    assert sorted(stream[:rows]) == sorted(stream[rows:]) == list(range(rows))
+    whole = schedule(seed)
+    alone = [i for s in range(steps) for i in whole.indices(s)]
+    assert [i for s in range(steps) for r in range(world) for i in schedule(seed).indices(s, r, world)] == alone
+    assert sorted(alone[:rows]) == sorted(alone[rows : 2 * rows]) == list(range(rows))
     if rows > 20:
-        other = [Schedule(Counted(), per_step, seed + 1)._row(p) for p in range(rows)]
-        assert stream[:rows] != stream[rows:]
-        assert other not in (stream[:rows], stream[rows:], list(range(rows)))
+        assert alone[:rows] != alone[rows : 2 * rows]
+        assert schedule(seed + 1).indices(0) != whole.indices(0)
+
+
+def test_row_groups_are_dealt_to_workers_whole() -> None:
+    rows, world, seen = 64 * 1200, 64, np.zeros((1200, 64), dtype=bool)
+    schedule = Schedule(Counted(rows), 16 * world, 0)
+    for step in range(rows // (16 * world)):
+        every = np.array([schedule._row(step * 16 * world + n) for n in range(16 * world)])
+        for rank in range(world):
+            seen[every[list(schedule.numbers(rank, world))] // 64, rank] = True
+        assert len(set(every // 64)) >= schedule.lanes - 1  # of many groups in every step
+    assert schedule.lanes == 64
+    assert seen.sum() <= 1.1 * 1200
+
+
+def test_each_row_group_is_read_once_and_files_are_opened_when_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = tables.pa.schema([("id", tables.pa.string())])
+    tables.write_table(tmp_path, "train", [{"id": str(n)} for n in range(90)], schema, rows_per_file=30)
+    write_indexes(tmp_path)
+    opened: list[Any] = []
+    for module in (dataset, table_index):
+        monkeypatch.setattr(module, "open_parquet", lambda file: opened.append(file) or open_parquet(file))
+    table = TableRows(tmp_path, "train", ("id",))
+    assert (len(table), table.group_count, opened) == (90, 3, [])
+    table.prefetch(range(40, 50), 1)
+    again = pickle.loads(pickle.dumps(table))
+    assert [table[n]["id"] for n in (45, 31, 59)] == ["45", "31", "59"]
+    assert (table.reads, len(opened)) == (1, 1)
+    assert [again[n]["id"] for n in (89, 0, 45)] == ["89", "0", "45"]
+
+
+def test_an_index_that_no_longer_holds_is_not_believed(tmp_path: Path) -> None:
+    schema = tables.pa.schema([("id", tables.pa.string())])
+    tables.write_table(tmp_path, "train", [{"id": "a"}] * 5, schema)
+    write_indexes(tmp_path)
+    tables.write_table(tmp_path, "train", [{"id": "b"}] * 150, schema)
+    assert len(TableRows(tmp_path, "train", ("id",))) == 150
+    (tmp_path / "train-index.json").write_text("{")
+    assert len(TableRows(tmp_path, "train", ("id",))) == 150
+
+
+@pytest.mark.parametrize("failures", [3, 99])
+def test_a_read_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    tables.write_table(tmp_path, "train", [{"id": "a"}], tables.pa.schema([("id", tables.pa.string())]))
+    left, waits = [failures], []
+    monkeypatch.setattr(dataset.time, "sleep", waits.append)
+
+    def failing(file: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise OSError("AWS Error INTERNAL_FAILURE: HTTP status 500")
+        return open_parquet(file)
+
+    table = TableRows(tmp_path, "train", ("id",))
+    monkeypatch.setattr(dataset, "open_parquet", failing)
+    if failures == 3:
+        assert table[0] == {"id": "a"}
+        assert waits == [0.5, 1.0, 2.0]
+    else:
+        with pytest.raises(InputError, match=r"row group 0 of .*train-00000.parquet can't be read after 6 attempts \(AWS"):
+            table[0]
+
+
+def test_rows_that_are_damaged_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "FIRST_WAIT_S", 0.0)
+    tables.write_table(tmp_path, "train", [{"id": str(n)} for n in range(9)], tables.pa.schema([("id", tables.pa.string())]))
+    table, file = TableRows(tmp_path, "train", ("id",)), tmp_path / "train-00000.parquet"
+    content = file.read_bytes()
+    file.write_bytes(b"PAR1" + b"?" * (len(content) - 8) + b"PAR1")
+    with pytest.raises(InputError, match=r"train-00000.parquet (is damaged|can't be read after 6 attempts) "):
+        table[0]
 
 
 def test_rows_of_far_groups_are_mixed(tmp_path: Path) -> None:
@@ -134,7 +211,7 @@ def test_replacing_a_row_is_the_same_whatever_the_workers() -> None:
     for step in range(6):
         whole = Schedule(table, 4, 1).encoded(Kept(), step)
         shares = [Schedule(table, 4, 1).encoded(Kept(), step, rank, 2) for rank in range(2)]
-        assert [row for pair in zip(*shares, strict=True) for row in pair] == whole
+        assert [row for share in shares for row in share] == whole
 
 
 CHANGED = AugmentConfig(crop=0.5, colour=0.3)
@@ -208,7 +285,7 @@ def test_what_is_shown_depends_on_seed_and_step_alone() -> None:
     assert len(set(first)) == 6
     assert shown(Schedule(table, 6, 4, CHANGED), 0) == first  # as after a resume
     dealt = [shown(Schedule(table, 6, 4, CHANGED), 0, rank, 2) for rank in range(2)]
-    assert [image for pair in zip(*dealt, strict=True) for image in pair] == first
+    assert [image for share in dealt for image in share] == first
     assert shown(Schedule(table, 6, 5, CHANGED), 0) != first
 
 

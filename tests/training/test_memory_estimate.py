@@ -10,18 +10,27 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen3VLConfig, SmolVLMConfig
 
 from addressvlm import InputError
 from addressvlm.config import Config
 from addressvlm.config import load as configuration
 from addressvlm.config.train import ModelConfig, PartConfig
 from addressvlm.models import load_model
-from addressvlm.models.lora import attach_lora, set_trainable_parts
+from addressvlm.models.lora import adapter_weights, attach_lora, set_trainable_parts
 from addressvlm.training.activation_checkpointing import probe_first_row
 from addressvlm.training.collator import Collator, sample_from_row
 from addressvlm.training.dataset import Schedule
-from addressvlm.training.memory_estimate import GIB, StageEstimate, estimate_stages, model_shape, print_estimate, row_cost
+from addressvlm.training.memory_estimate import (
+    GIB,
+    LIBRARIES,
+    StageEstimate,
+    estimate_stages,
+    model_shape,
+    print_estimate,
+    row_cost,
+    shape_of,
+)
 from addressvlm.training.stages import Stage
 from tests.support.tiny_families import FAMILIES
 from tests.support.training_tables import ListTable, table_rows, trained_config
@@ -77,6 +86,59 @@ def test_the_paper_is_estimated_from_its_shape_alone(full_size: Path, tmp_path: 
     products = 4 * 3_723_000_000 * stage.tokens  # both passes through the language model's matrices, head and adapter aside
     assert products < stage.flops < 1.5 * products
     assert stage.seconds(71e12, 8, 0.4) == pytest.approx(177_840 * stage.flops / (0.4 * 71e12 * 8), rel=0.01)
+
+
+def test_memory_of_the_machine_is_for_loading_rows_and_checkpoints(full_size: Path, tmp_path: Path) -> None:
+    config = paper(full_size, tmp_path)
+    made = model_shape(config)
+    stage = estimate_stages(config, config.train.systems[-1], made, photos=1000)[1]
+    assert stage.loading == 2 * sum(made.totals.values())
+    adapter = sum(weights.numel() for _, weights in adapter_weights(made.model))
+    assert stage.kept == 12 * adapter  # all of it learns in this stage: itself and two moments in float32
+    assert stage.host_memory(on_cpu=False) == pytest.approx(stage.loading + stage.ahead + LIBRARIES)
+    assert stage.host_memory(on_cpu=True) == pytest.approx(stage.kept + stage.memory + stage.ahead + LIBRARIES)
+    config.train.loader_processes = 1
+    fewer = estimate_stages(config, config.train.systems[-1], made, photos=1000)[1]
+    assert fewer.ahead < stage.ahead - 2 * LIBRARIES + 1  # three processes of four CPUs
+
+
+QWEN3_VL_4B = Qwen3VLConfig(
+    text_config={
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    },
+    vision_config={
+        "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560,
+        "patch_size": 16, "deepstack_visual_indexes": [5, 11, 17], "num_position_embeddings": 2304,
+    },
+    tie_word_embeddings=True,
+)  # fmt: skip
+SMOLVLM2_2B = SmolVLMConfig(
+    text_config={
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 49280, "pad_token_id": 2,
+    },
+    vision_config={
+        "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 384,
+        "patch_size": 14,
+    },
+    scale_factor=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("preset", "architecture", "family", "billions"),
+    [("qwen-city", QWEN3_VL_4B, "qwen3-vl", 4.4), ("smol-city", SMOLVLM2_2B, "smolvlm2", 2.2)],
+)
+def test_presets_of_today_s_families_fit_their_card(
+    tmp_path: Path, preset: str, architecture: Any, family: str, billions: float
+) -> None:
+    """The shapes of the real bases, with the processor of a small one."""
+    config = configuration(preset, [f"storage={tmp_path}"], {})
+    made = shape_of(architecture, FAMILIES[family]()[1], config)
+    assert sum(made.totals.values()) == pytest.approx(billions * 1e9, rel=0.03)
+    for stage in estimate_stages(config, config.train.systems[-1], made, photos=20_000):
+        assert stage.loading / GIB < stage.memory / GIB < 24
 
 
 def test_a_system_of_equal_steps_is_estimated_with_them(full_size: Path, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from addressvlm import InputError
 from addressvlm.config import Config
 from addressvlm.storage.run_dir import Run
 from addressvlm.training import metrics_logger
+from addressvlm.training.loader import StepLoader
 from addressvlm.training.metrics_logger import peak_of_gpu
 from addressvlm.training.trainer import train_system
 from tests.support.training_tables import nothing, trained_config
@@ -31,13 +33,62 @@ def progress_of(step: int, **given: Any) -> metrics_logger.StepMetrics:
     return metrics_logger.StepMetrics("localization", step, 9, **{**seen, "mfu": None, "memory_gib": 0.5, **given})
 
 
-def test_time_left_is_that_of_the_steps_since_the_start_of_this_run(tmp_path: Path) -> None:
+def test_the_line_is_a_mean_over_the_steps_since_the_last_one(tmp_path: Path) -> None:
     account = metrics_logger.MetricsLogger(tmp_path, "system", 4, 10)
     account.began, account.done = 0.0, 6
-    message = account._progress_line(progress_of(2, mfu=0.25, rejected=3), now=10.0)
-    assert message == (
-        "localization step 2/9, loss 2.000, 4.0 photos/s, 60 tokens/s, 25.0 % of peak, 0.5 GiB, 3 rows rejected, 20 s left"
+    account.since_line = [
+        progress_of(1, mfu=0.25, seconds=1.0, samples_per_s=8.0, tokens_per_s=80.0),
+        progress_of(2, mfu=0.05, rejected=3, seconds=3.0, samples_per_s=4.0, waits={"data": 0.4, "checkpoints": 0.001}),
+    ]
+    assert account._progress_line(now=10.0) == (
+        "localization step 2/9, loss 2.000, 5.0 photos/s, 65 tokens/s, 10.0 % of peak, waiting for data 30 %, 0.5 GiB, "
+        "3 rows rejected, 20 s left"
     )
+
+
+def test_a_step_lasts_until_the_next_and_every_wait_is_a_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(metrics_logger.time, "perf_counter", lambda: now[0])
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    clock = metrics_logger.StepClock(torch.device("cpu"))
+    with clock.waiting("data"):
+        spend(2.0)
+    with clock.collective():
+        spend(1.0)
+    spend(5.0)
+    assert clock.lap() == (8.0, {"data": 0.25, "checkpoints": 0.0, "workers": 0.125, "validation": 0.0})
+    with clock.waiting("checkpoints"):
+        spend(4.0)
+    assert clock.lap() == (4.0, {"data": 0.0, "checkpoints": 1.0, "workers": 0.0, "validation": 0.0})
+
+
+def test_waits_for_data_and_checkpoints_are_in_the_loss_curve(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(metrics_logger.time, "perf_counter", lambda: now[0])
+    whole = StepLoader.__iter__
+
+    def slow(self: StepLoader) -> Any:
+        for share in whole(self):
+            now[0] += 3.0
+            yield share
+
+    def write(metrics: dict[str, Any], checkpoint: Any) -> None:
+        now[0] += 1.0
+
+    monkeypatch.setattr(StepLoader, "__iter__", slow)
+    config = trained_config(tmp_path, base, checkpoint_every=2)
+    config.train.stages["localization"].max_steps = 4
+    train_system(config, "stage 2 only", None, write)
+    result = steps(config, "stage 2 only")
+    assert [step["seconds"] for step in result] == [3.0, 3.0, 4.0, 3.0]
+    assert [step["waits"]["data"] for step in result] == [1.0, 1.0, 0.75, 1.0]
+    assert [step["waits"]["checkpoints"] for step in result] == [0.0, 0.0, 0.25, 0.0]
+    assert [step["samples_per_s"] for step in result] == pytest.approx([4 / 3, 4 / 3, 1.0, 4 / 3])
 
 
 def test_an_external_logger_gets_the_scalars_by_the_system_s_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

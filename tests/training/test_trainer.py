@@ -22,10 +22,11 @@ from addressvlm.models.loading import autocast
 from addressvlm.models.lora import adapter_state, attach_lora
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
-from addressvlm.training import trainer
+from addressvlm.training import dataset, trainer
 from addressvlm.training.collator import messages
 from addressvlm.training.stages import build_stages
 from addressvlm.training.trainer import AdaptedModel, train_system
+from addressvlm.training.validation import Validation
 from tests.support.training_tables import keeping, nothing, table_rows, train_stage, trained_config
 
 
@@ -72,7 +73,7 @@ def test_training_learns_and_resumes_to_equal_weights(tmp_path: Path, base: Path
     assert len(curve) == 24
     assert sum(curve[-4:]) < 0.8 * sum(curve[:4])
     whole = load_file(run.model_dir("AddressVLM") / "adapter" / "adapter_model.safetensors")
-    middle = next(k for k in kept if json.loads((k / "position.json").read_text()) == {"stage": 0, "step": 10})
+    middle = next(k for k in kept if json.loads((k / "position.json").read_text()) == {"format": 2, "stage": 0, "step": 10})
     for checkpoint in (middle, kept[-3]):
         shutil.rmtree(run.model_dir("AddressVLM"))
         train_system(config, "AddressVLM", checkpoint, nothing)
@@ -177,6 +178,20 @@ def test_validation_is_logged_and_changes_nothing(tmp_path: Path, base: Path) ->
     lines = (Run(config).training_dir("stage 2 only") / "validation.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [4, 8, 12]
     assert 0 <= json.loads(lines[-1])["A_s_G"] <= 1
+
+
+def test_validation_reads_only_the_photos_that_it_asks_about(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = trained_config(tmp_path, base, validate_photos=3)
+    columns = ("id", "place", "lat", "lon", "street", "district", "image", "rounds")
+    schema = tables.with_features(tables.pa.schema([tables.PHOTOS.field(c) for c in columns]))
+    tables.write_table(Run(config).photos, "val", table_rows(120), schema, rows_per_file=1)
+    reads, one = [], dataset.TableRows._read
+    monkeypatch.setattr(dataset.TableRows, "_read", lambda self, group: reads.append(group) or one(self, group))
+    photos = Validation(config).photos
+    assert len(reads) == 3
+    assert sorted(int(photo["id"]) for photo in photos) == sorted(reads)
 
 
 def test_random_weights_are_those_of_training_s_seed(tmp_path: Path, base: Path) -> None:

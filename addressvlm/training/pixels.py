@@ -1,0 +1,122 @@
+"""Images from encoded bytes to pixel values: decoded at the scale needed, moved as bytes, normalized on the device."""
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_backends import PilBackend
+
+from addressvlm.config.train import AugmentConfig
+
+ASPECT = 4 / 3  # largest change of a crop's aspect ratio
+PIXELS = "pixel_values"
+MASK = "pixel_attention_mask"  # of the pixels that are no padding (Idefics3)
+
+
+def decode(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
+    """An encoded image as RGB.
+
+    Args:
+        size: width and height it will be resized to; a JPEG of at least twice that is decoded at 1/2, 1/4 or 1/8 of its size.
+
+    Raises:
+        OSError, ValueError, SyntaxError, Image.DecompressionBombError: it can't be decoded.
+    """
+    with Image.open(io.BytesIO(data)) as picture:
+        if size:
+            picture.draft(None, size)
+        picture.load()
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def decoded_size(image_processor: Any, augment: AugmentConfig) -> tuple[int, int] | None:
+    """The size that `decode` needs for a processor, None if it depends on the image's own size."""
+    size = dict(image_processor.size)
+    width, height = (size.get(key) or size.get("shortest_edge") for key in ("width", "height"))
+    if not width or not height or "longest_edge" in size or not image_processor.do_resize:
+        return None
+    grown = ASPECT / augment.crop if augment.crop < 1 else 1.0  # the whole of a photo of which a crop is shown
+    return math.ceil(width * grown), math.ceil(height * grown)
+
+
+class PixelEncoder:
+    """Prepares images for a processor, and turns the bytes it makes of them into its pixel values.
+
+    A processor rescales and normalizes each byte of an image by itself. Without that it is quicker, and its output a quarter
+    of the size; the same numbers to the last bit are looked up later, on the device.
+
+    Attributes:
+        options: for the processor's call.
+    """
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor = image_processor
+        self.options: dict[str, Any] = {}
+        self._table: torch.Tensor | None = None  # float32 (3, 256)
+        kind, size = type(image_processor), dict(image_processor.size)
+        plain = kind._preprocess is PilBackend._preprocess and kind.resize is PilBackend.resize
+        whole = image_processor.do_resize and not image_processor.do_center_crop and {"height", "width"} <= size.keys()
+        self._resized = (size["width"], size["height"]) if plain and whole else None
+        if self._resized:
+            self.options["do_resize"] = False
+
+    def prepare(self, image: Image.Image) -> Image.Image:
+        """The image as the processor takes it: of its size if that is fixed, since it would copy the image four times."""
+        return image.resize(self._resized, self.image_processor.resample) if self._resized else image
+
+    def use_bytes(self, processor: Any, prompt: str) -> None:
+        """From now on let the processor leave bytes as they are, if `normalize` gives what it makes of them."""
+        kind = self.image_processor
+        if not (kind.do_rescale and kind.do_normalize):
+            return
+        try:
+            every_byte = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+            scaled = kind.normalize(kind.rescale(every_byte, kind.rescale_factor), kind.image_mean, kind.image_std)
+            noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+            image = self.prepare(Image.fromarray(noise))
+            whole = processor(text=[prompt], images=[image], **self.options)
+            options = {"do_rescale": False, "do_normalize": False}
+            plain = processor(text=[prompt], images=[image], **self.options, **options)
+        except (TypeError, ValueError, AttributeError, KeyError, RuntimeError):
+            return
+        self._table = torch.from_numpy(np.ascontiguousarray(scaled[:, 0]))
+        left = {key: tensor_of(plain[key]) for key in (PIXELS, MASK) if key in plain}
+        left[PIXELS] = as_bytes(left[PIXELS])
+        if left[PIXELS].dtype != torch.uint8 or not torch.equal(self.normalize(left)[PIXELS], tensor_of(whole[PIXELS])):
+            self._table = None
+        else:
+            self.options |= options
+
+    def normalize(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Inputs whose pixels, if they are bytes, are the processor's float32 values; on the device of the inputs."""
+        pixels = inputs.get(PIXELS)
+        if pixels is None or pixels.dtype != torch.uint8:
+            return inputs
+        assert self._table is not None
+        if self._table.device != pixels.device:
+            self._table = self._table.to(pixels.device)
+        channels = pixels.view(len(pixels), 3, -1) if pixels.dim() == 2 else pixels.flatten(0, -4)  # (N, 3, …)
+        first = torch.arange(0, 768, 256, device=pixels.device, dtype=torch.int32).view(3, *[1] * (channels.dim() - 2))
+        values = self._table.flatten().index_select(0, (channels.int() + first).flatten()).view(pixels.shape)
+        if MASK in inputs:
+            values *= inputs[MASK].unsqueeze(-3)
+        return {**inputs, PIXELS: values}
+
+
+def as_bytes(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels that are whole numbers from 0 to 255 as uint8, others as they are."""
+    if pixels.dtype == torch.uint8:
+        return pixels
+    small = pixels.to(torch.uint8)
+    return small if torch.equal(small.to(pixels.dtype), pixels) else pixels
+
+
+def tensor_of(values: Any) -> torch.Tensor:
+    """A processor's output for one sample's images as one tensor."""
+    if isinstance(values, list | tuple) and values and not isinstance(values[0], int | float):
+        pieces = [tensor_of(value) for value in values]
+        return torch.cat([piece[None] if piece.dim() in (0, 1, 3) else piece for piece in pieces])
+    return torch.as_tensor(values)
