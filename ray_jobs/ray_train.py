@@ -151,7 +151,8 @@ def look_at_training(folder: AnyPath, notice: Any, since: float, progress: Progr
         if progress.unit != (unit := f"steps of {last['stage']}"):
             progress.unit, progress.first = unit, None
         progress.done, progress.total = last["step"], last["steps"]
-        progress.note = f"loss {last['loss']:.3f}, {last['samples_per_s']:.1f} photos/s"
+        waits = "".join(f", waiting for {what} {share:.0%}" for what, share in last.get("waits", {}).items() if share >= 0.01)
+        progress.note = f"loss {last['loss']:.3f}, {last['samples_per_s']:.1f} photos/s{waits}"
 
 
 def run_worker(arguments: dict[str, Any], train: Callable[[Config, Path | None, torch.device], None]) -> None:

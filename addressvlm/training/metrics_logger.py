@@ -188,8 +188,8 @@ class MetricsLogger:
         rejected = f", {metrics.rejected:,} rows rejected" if metrics.rejected else ""
         return (
             f"{metrics.stage} step {metrics.step}/{metrics.steps}, loss {metrics.loss:.3f}, {photos:.1f} photos/s, "
-            f"{tokens:,.0f} tokens/s{mfu}{f', waiting for {waited}' if waited else ''}, {metrics.memory_gib:.1f} GiB{rejected}, "
-            f"{seconds_left:.0f} s left"
+            f"{tokens:,.0f} tokens/s{mfu}{f', waiting for {waited}' if waited else ''}, {metrics.memory_gib:.1f} GiB"
+            f"{rejected}, {seconds_left:.0f} s left"
         )
 
 
