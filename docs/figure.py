@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pyproj import Transformer
@@ -21,6 +20,7 @@ from addressvlm.config import TilesConfig, load
 from addressvlm.demo.camera import photograph
 from addressvlm.demo.city import TOY_CITIES, UTM, origin
 from addressvlm.demo.world import generate
+from addressvlm.evaluation.answer_picture import INK, RULE, SOFT, WRONG, font
 from addressvlm.grafting import graft
 from addressvlm.storage import tables
 from addressvlm.tiles.renderer import TileRenderer
@@ -28,13 +28,7 @@ from addressvlm.tiles.renderer import TileRenderer
 WIDTH, EDGE, GAP = 1500, 50, 70  # pixels, as all below
 SIDE, SMALL = 420, 368  # of the images in the first and second row
 TEXT, LEADING, PADDING = 23, 33, 20  # of questions and answers
-INK, SOFT, RULE, STAGE, CARD = "#1d2733", "#5b6876", "#d5dce4", "#b3402b", "#f4f6f9"
-FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-
-
-def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """A font of matplotlib, so that the figure is the same everywhere."""
-    return ImageFont.truetype(FONTS / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"), size)
+STAGE, CARD = WRONG, "#f4f6f9"
 
 
 def find_row(folder: Path, photo: str) -> dict[str, Any]:

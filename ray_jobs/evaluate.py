@@ -7,10 +7,10 @@
     python ray_jobs/evaluate.py --config demo --priors     # also constrained answers, for the table of decoding modes
     python ray_jobs/evaluate.py --config demo --set evaluate.images=grafts    # each photo on the tile of its true place
 
-Writes <run>/answers/<system>/test-*.parquet, <run>/scores/<system>/<split>/*.parquet, <run>/metrics.json, <run>/modes.json and
-<run>/report.html; with --model or --data the same into <run>/evaluations/<name of the data>, with evaluate.images=grafts into
-<run>/evaluations/grafts. Models trained in the run get a calibration.json, fitted on the split val, unless they are shown
-grafts. Rerun it to resume.
+Writes <run>/answers/<system>/test-*.parquet, <run>/scores/<system>/<split>/*.parquet, <run>/metrics.json, <run>/modes.json,
+<run>/report.html and <run>/result.png (some photos and their likeliest addresses); with --model or --data the same into
+<run>/evaluations/<name of the data>, with evaluate.images=grafts into <run>/evaluations/grafts. Models trained in the run get a
+calibration.json, fitted on the split val, unless they are shown grafts. Rerun it to resume.
 """
 
 import json
@@ -67,7 +67,7 @@ def evaluate(
     """
     main, config = main_system(list(models)), task.config
     by_likelihood = config.evaluate.answers == "likelihood"
-    decoding = None
+    decoding, pictured = None, None
     for name, model in models.items():
         knows_city = (path_of(model) / GAZETTEER_FILE).is_file()
         ids = evaluation.calibration_photos(config, task.data) if calibrate and knows_city else {}
@@ -94,7 +94,9 @@ def evaluate(
             if asks_constrained:
                 by_mode["constrained"] = constrained.answers(constrained_name)
             decoding = compare_modes(task, name, model, by_mode)
-    return evaluation.report(task, models, sources, decoding)
+            scores = evaluation.calibrated_scores(task, name, model, [task.split])
+            pictured = scores, evaluation.model_gazetteer(model, task.gazetteer)
+    return evaluation.report(task, models, sources, decoding, pictured)
 
 
 def constrained_task(task: EvaluationTask) -> EvaluationTask:

@@ -24,6 +24,7 @@ from addressvlm.config import Config
 from addressvlm.config.compare import EvaluateConfig
 from addressvlm.config.train import SystemConfig
 from addressvlm.evaluation import likelihood, metrics, run_questions
+from addressvlm.evaluation.answer_picture import draw_answers, examples_of
 from addressvlm.evaluation.comparison import StoredAnswers
 from addressvlm.evaluation.likelihood import ScoreTables, answers_from_scores
 from addressvlm.evaluation.parsing import Judge
@@ -320,16 +321,23 @@ def write_scores(task: EvaluationTask, name: str, scores: Mapping[str, Iterable[
     return written
 
 
-def report(task: EvaluationTask, names: Iterable[str], sources: ReportSources, decoding: Row | None = None) -> list[Row]:
+def report(
+    task: EvaluationTask,
+    names: Iterable[str],
+    sources: ReportSources,
+    decoding: Row | None = None,
+    pictured: tuple[ScoreTables, Gazetteer] | None = None,
+) -> list[Row]:
     """Write metrics.json and report.html, print the tables; returns each system's `name` and `metrics`.
 
     Args:
         names: systems whose answers are there.
         decoding: how the main system's ways of answering compare, see `comparison.compare_decoding`.
+        pictured: scores of the split for result.png, and the gazetteer they are of.
     """
     resamples, seed = task.config.evaluate.bootstrap, task.config.seed
     answers = {name: task.answers(name) for name in names}
-    files = task.out / "metrics.json", task.out / "report.html"
+    files = [task.out / "metrics.json", task.out / "report.html"]
     display.heading("report", "accuracy with confidence intervals, maps and examples")
     with display.show("evaluate: writing the report"):
         systems = [{"name": n, "metrics": metrics.compute_metrics(rows, resamples, seed)} for n, rows in answers.items()]
@@ -337,6 +345,10 @@ def report(task: EvaluationTask, names: Iterable[str], sources: ReportSources, d
         try:
             files[0].write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
             write_report(files[1], result, answers, task.gazetteer, sources, seed, resamples, decoding)
+            if pictured:
+                files.append(task.out / "result.png")
+                with files[-1].open("wb") as file:
+                    draw_answers(examples_of(task.image_table, task.split, *pictured, seed)).save(file, "PNG", optimize=True)
         except OSError as error:
             raise InputError(f"{task.out} can't be written ({error.strerror}): free room or give another --out.") from error
     print(f"\n{metrics_table(systems)}\n", flush=True)

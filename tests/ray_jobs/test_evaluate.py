@@ -77,7 +77,7 @@ def test_a_system_is_scored_on_the_splits_that_are_needed(
         evaluation, "likelihood_answers", lambda task, name, model, redo: not asked.append((name, "likelihood", None))
     )
     monkeypatch.setattr(evaluate, "compare_modes", lambda task, name, model, answers: {"of": name, **answers})
-    monkeypatch.setattr(evaluation, "report", lambda task, names, sources, decoding: [list(names), decoding])
+    monkeypatch.setattr(evaluation, "report", lambda task, names, sources, decoding, pictured: [list(names), decoding])
     task, models = task_of(config, ids=["test3"]), {"AddressVLM": str(tmp_path / "m"), "B": str(tmp_path / "m")}
     reported, decoding = evaluate.evaluate(task, models, report.ReportSources(), calibrate, priors, False)
     assert [set(scored[name]) for name in models] == [main, other]
