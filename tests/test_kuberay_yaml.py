@@ -29,7 +29,7 @@ SERVICE = {
     "rayClusterDeletionDelaySeconds", "serveConfigV2", "serveService", "serviceUnhealthySecondThreshold", "suspend",
     "upgradeStrategy",
 }  # fmt: skip
-MACHINES = {"m5.xlarge": (4, 16, 0), "c6i.4xlarge": (16, 32, 0), "g6.12xlarge": (48, 192, 4)}  # CPUs, GiB, GPUs, by AWS
+MACHINES = {"m5.xlarge": (4, 16, 0), "c6id.4xlarge": (16, 32, 0), "g6.12xlarge": (48, 192, 4)}  # CPUs, GiB, GPUs, by AWS
 TYPE = "node.kubernetes.io/instance-type"
 
 Tree = dict[str, Any]
@@ -56,7 +56,11 @@ def groups(cluster: Tree) -> dict[str, Tree]:
 
 
 def test_only_fields_that_kuberay_knows(documents: dict[str, Tree]) -> None:
-    assert [document["apiVersion"] for document in documents.values()] == ["v1", "ray.io/v1", "ray.io/v1"]
+    versions = {kind: document["apiVersion"] for kind, document in documents.items()}
+    assert versions == {
+        "PersistentVolumeClaim": "v1", "RayCluster": "ray.io/v1", "RayService": "ray.io/v1", "Deployment": "apps/v1",
+        "Service": "v1",
+    }  # fmt: skip
     assert documents["RayService"]["spec"].keys() <= SERVICE
     for cluster in clusters(documents):
         assert cluster.keys() <= CLUSTER
@@ -100,18 +104,43 @@ def test_heads_take_no_tasks_and_nobody_gets_in_without_the_token(documents: dic
         assert cluster["enableInTreeAutoscaling"]
 
 
-def test_all_pods_have_one_image_and_see_the_same_volume(documents: dict[str, Tree]) -> None:
+def test_all_pods_see_the_same_volume_and_have_cuda_only_with_a_gpu(documents: dict[str, Tree]) -> None:
     claim = documents["PersistentVolumeClaim"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    images = set()
+    targets = re.findall(r"AS (cpu|gpu)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     for cluster in clusters(documents):
         for pod in groups(cluster).values():
             (container,) = pod["containers"]
-            images.add(container["image"])
+            target = "gpu" if "nvidia.com/gpu" in container["resources"]["limits"] else "cpu"
+            assert container["image"].endswith(f":0.1.0-{target}")
+            assert target in targets
             (volume,) = [v for v in pod["volumes"] if "persistentVolumeClaim" in v]
             assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
             assert {"name": volume["name"], "mountPath": "/shared"} in container["volumeMounts"]
-    assert len(images) == 1
+
+
+def test_pods_of_a_node_share_what_they_download(documents: dict[str, Tree]) -> None:
+    for cluster in clusters(documents):
+        for pod in groups(cluster).values():
+            (container,) = pod["containers"]
+            (cache,) = [volume["name"] for volume in pod["volumes"] if "hostPath" in volume]
+            assert {"name": cache, "mountPath": "/cache"} in container["volumeMounts"]
+            values = {entry["name"]: entry.get("value", "") for entry in container["env"]}
+            assert all(values[name].startswith("/cache/") for name in ("HF_HOME", "ADDRESSVLM_CACHE"))
+
+
+def test_the_service_outlives_its_head_and_a_machine(documents: dict[str, Tree]) -> None:
+    cluster = documents["RayService"]["spec"]["rayClusterConfig"]
+    host, port = cluster["gcsFaultToleranceOptions"]["redisAddress"].split(":")
+    service = documents["Service"]
+    assert (service["metadata"]["name"], service["spec"]["ports"]) == (host, [{"port": int(port)}])
+    assert service["spec"]["selector"] == documents["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    by_name = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    assert by_name["gpu"]["minReplicas"] >= 2
+    for name, group in by_name.items():
+        (spread,) = group["template"]["spec"]["topologySpreadConstraints"]
+        assert spread["topologyKey"] == "kubernetes.io/hostname"
+        assert spread["labelSelector"]["matchLabels"] == {"ray.io/group": name}
 
 
 def test_ray_is_the_pinned_one_everywhere(documents: dict[str, Tree]) -> None:
@@ -127,6 +156,6 @@ def test_the_service_is_that_of_production_yaml(documents: dict[str, Tree]) -> N
         assert tree["applications"][0]["args"].pop("model").startswith("/")
     assert served == production
     gpus = served["applications"][0]["args"]["max_replicas"] * served["applications"][0]["args"]["num_gpus"]
-    (group,) = documents["RayService"]["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    group = next(g for g in documents["RayService"]["spec"]["rayClusterConfig"]["workerGroupSpecs"] if g["groupName"] == "gpu")
     each = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
     assert group["maxReplicas"] * each >= gpus
