@@ -197,9 +197,11 @@ class Trainer:
     def train_step(self) -> tuple[float, float]:
         """One step; returns the loss a token (of the probe, while the tower learns alone) and the probe's recall of words."""
         rng = random.Random(self.step)
-        lessons = [data.draw_lesson(self.cities, rng) for _ in range(self.batch_size)]
+        alone = self.step < int(TOWER_SHARE * self.steps)
+        shares = data.TOWER_SHARES if alone else data.SHARES
+        lessons = [data.draw_lesson(self.cities, rng, shares) for _ in range(self.batch_size)]
         self.model.train()
-        if self.step < int(TOWER_SHARE * self.steps):
+        if alone:
             pixels = self.processor.image_processor([lesson.image for lesson in lessons], return_tensors="pt")["pixel_values"]
             features = self.model.model.vision_tower(pixels.to(memory_format=torch.channels_last)).last_hidden_state
             loss, recall = self.probe(features, lessons)

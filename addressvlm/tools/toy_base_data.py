@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,6 +51,9 @@ ABOVE = ["What does the street at the centre look like from above?", "Describe t
 CLAIMS = ["Is this:", "Do we see:", "What is this street like? Is it:"]
 MATCH = ["Was the photo taken at the centre of the map?", "Do the photo and the map show the same place?"]
 MAX_ROUNDS = 3
+SHARES = (0.25, 0.15, 0.15, 0.22, 0.23)  # of kinds of lessons
+TOWER_SHARES = (0.65, 0.1, 0.1, 0.15, 0.0)  # while the tower learns alone: reading takes it longest
+MAX_NAMES = 5  # that a lesson writes, as far as there is room
 Rounds = list[tuple[str, str]]
 
 
@@ -154,11 +158,11 @@ def _visible_traits(
     return [paving, fronts, crown if own else None, gap if own and along else None, floors if along else None, windows]
 
 
-def draw_lesson(cities: list[City], rng: random.Random) -> Lesson:
-    """A random lesson about a random place."""
+def draw_lesson(cities: list[City], rng: random.Random, shares: Sequence[float] = SHARES) -> Lesson:
+    """A random lesson about a random place; `shares` are those of names anywhere, of the map, above, photos and grafts."""
     city = rng.choice(cities)
     number = rng.randrange(len(city.about))
-    lesson = rng.choices([_any_names, _map_names, _from_above, _photo, _graft], [0.25, 0.15, 0.15, 0.22, 0.23])[0]
+    lesson = rng.choices([_any_names, _map_names, _from_above, _photo, _graft], shares)[0]
     drawn = lesson(city, number, rng)
     drawn.rounds = rng.sample(drawn.rounds, min(MAX_ROUNDS, len(drawn.rounds)))
     return drawn
@@ -173,7 +177,7 @@ def _any_names(city: City, number: int, rng: random.Random) -> Lesson:
     if rng.random() < 0.5:
         image = graft(image, Image.fromarray(_any_photo(city, rng)), TILES.delta)
         taken.append((SIDE // 2, 0, SIDE, SIDE // 2))
-    names = [f"{word} {rng.choice(KINDS)}" for word in rng.sample(WORDS, rng.choice([1, 1, 2, 2, 3]))]
+    names = [f"{word} {rng.choice(KINDS)}" for word in rng.sample(WORDS, rng.randint(1, MAX_NAMES))]
     written = [name for name in names if _write(image, name, rng, taken)]
     return Lesson(image, _reading(written, rng), _words(written), [None] * len(TRAITS), False)
 
@@ -294,7 +298,7 @@ def _write(image: Image.Image, name: str, rng: random.Random, taken: list[tuple[
     width, height = label.size
     if width > SIDE or height > SIDE:
         return False
-    for _ in range(10):
+    for _ in range(40):
         x, y = rng.randint(0, SIDE - width), rng.randint(0, SIDE - height)
         box = (x, y, x + width, y + height)
         if all(box[0] >= b[2] or b[0] >= box[2] or box[1] >= b[3] or b[1] >= box[3] for b in taken):
