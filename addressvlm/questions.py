@@ -71,7 +71,7 @@ def training_rounds(
     The three kinds are equally frequent (1:1:1 over many photos); one generation question is for the full address. Where a
     level has no negatives (the gazetteer has one name), judgments and choices move to the other level, or become generation
     questions. About `hard_negative_share` of the negatives are among the nearest names, the rest from anywhere; none is one of
-    the `ambiguous` streets, which may be right as well.
+    the `ambiguous` streets and districts, which may be right as well.
     """
     writer = _RoundWriter(address, gazetteer, rng, hard_negative_share, ambiguous)
     kinds = ["generation", "judgment", "choice"]
@@ -114,14 +114,14 @@ def evaluation_rounds(
 
 
 class _RoundWriter:
-    """Writes questions about one address; `ambiguous` streets are no negatives."""
+    """Writes questions about one address; `ambiguous` names are no negatives."""
 
     def __init__(
         self, address: Address, gazetteer: Gazetteer, rng: random.Random, hard_negative_share: float, ambiguous: Collection[str]
     ) -> None:
         self.gazetteer, self.rng, self.hard_negative_share = gazetteer, rng, hard_negative_share
         self.truth = {"district": address.district, "street": address.street, "address": address.text()}
-        self.excluded: dict[str, frozenset[str]] = {"street": frozenset(ambiguous), "district": frozenset()}
+        self.excluded: dict[str, frozenset[str]] = dict.fromkeys(("street", "district"), frozenset(ambiguous))
 
     def has_negatives(self, level: Level) -> bool:
         names = self.gazetteer.districts if level == "district" else self.gazetteer.streets

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapely
 from shapely.geometry import LineString
 
 from addressvlm import questions
@@ -183,3 +184,16 @@ def test_a_city_of_one_street_has_no_negatives() -> None:
         ("generation", "Mill Street"),
         ("judgment", "Yes"),
     ]
+
+
+def test_districts_across_a_near_border_are_no_negatives() -> None:
+    """At a border the photo may as well show the other side; the third district stays a wrong answer."""
+    areas = {name: shapely.box(i * 0.01, -1, (i + 1) * 0.01, 1) for i, name in enumerate(("West", "Middle", "East"))}
+    city = Gazetteer([Address(f"{name} Street", name) for name in areas], {}, areas)
+    assert city.within(0, 0.0099, 15, "district") == {"West", "Middle"}
+    for seed in range(20):
+        rounds = questions.evaluation_rounds(
+            Address("West Street", "West"), city, random.Random(seed), 1.0, city.within(0, 0.0099, 15, "district")
+        )
+        wrong = {name for r in rounds if r["level"] == "district" for name in r["options"]} - {"West"}
+        assert wrong == {"East"}

@@ -1,7 +1,8 @@
 """The probabilities of all addresses for one photo, prior knowledge of it, and the answers that follow from them.
 
-The most likely address decides first: it is the generated answer, it alone is confirmed in a judgment, and it is chosen
-where it is an option. So the three kinds of questions, and the three levels, never contradict each other. A prior is what is
+At each level the name with the most probability, summed over all addresses with it, decides: it is the generated answer, it
+alone is confirmed in a judgment, and it is chosen where it is an option. So the three kinds of questions never contradict each
+other; the likeliest district may be another one than that of the likeliest address. A prior is what is
 known beforehand: districts, streets, a rough position (paper 002, D.1, Table 12).
 """
 
@@ -85,8 +86,13 @@ class AddressDistribution:
         return Localization(self.ranked(top_k), confidence > threshold, confidence, threshold)
 
     def name(self, level: Level) -> str:
-        """The generated answer: the level of the most likely address."""
-        return _name(self.best, level)
+        """The generated answer: the most likely name of the level; of equal ones that of the most likely address."""
+        best = _name(self.best, level)
+        sums: dict[str, float] = {best: 0.0}
+        for address, p in zip(self.addresses, self.probabilities.tolist(), strict=True):
+            name = _name(address, level)
+            sums[name] = sums.get(name, 0.0) + p
+        return max(sums, key=lambda name: round(sums[name], 12))
 
     def probability(self, name: str, level: Level) -> float:
         """The probability of a street, district or address by name, over all addresses with it; 0 for an unknown name."""

@@ -6,10 +6,14 @@ likely beforehand (logit adjustment, Menon et al. 2021; what a contrastive loss 
 probabilities match how often they are right (Guo et al. 2017), without changing their order. For each target precision a
 threshold is chosen above which, with 95 % confidence, at least that share of answers is right; below it the answer is
 *don't know*. Photos of one place look alike, so the places count, not the photos.
+
+Whether the prior is used, the thresholds and the errors reported come from probabilities that were fitted on other photos: the
+validation places are halved, and each half is calibrated with what the other half says. What is saved is fitted on all of them.
 """
 
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -124,7 +128,7 @@ def fit_calibration(scored: ScoredPhotos, target: float, training: np.ndarray | 
     Args:
         target: precision that answers should have.
         training: scores of training photos, (photos, addresses), from which the model's own prior is computed. It is used if
-            it makes the true addresses of validation photos likelier, with and without it at the best temperature.
+            it makes the true addresses of validation photos likelier, with and without it at the temperature of other photos.
 
     Raises:
         InputError: no photo has its true address among those scored.
@@ -132,25 +136,41 @@ def fit_calibration(scored: ScoredPhotos, target: float, training: np.ndarray | 
     reachable = scored.reachable
     if not reachable.any():
         raise InputError("no validation photo has an address of the gazetteer: calibrate on photos of the model's own city.")
-    scores, truth = scored.scores[reachable], scored.truth[reachable]
-    temperature = _fit_temperature(scores, truth)
-    raw_confidence, raw_right = scored.confidences(1.0)
-    before = nll(scores, truth)
-    prior: Sequence[float] = ()
+    fold = _folds(scored.places, reachable)
+    priors: list[np.ndarray | None] = [None]
     if training is not None and len(training):
-        mean = own_prior(training)
-        adjusted_temperature = _fit_temperature(scores - mean, truth)
-        if nll((scores - mean) / adjusted_temperature, truth) < nll(scores / temperature, truth):
-            prior, temperature, scores = tuple(mean.tolist()), adjusted_temperature, scores - mean
-            scored = replace(scored, scores=scored.scores - mean)
-    confidence, right = scored.confidences(temperature)
+        priors.append(own_prior(training))
+    crossed = [_cross_calibrated(scored, fold, prior) for prior in priors]
+    losses = [nll(scores[reachable], scored.truth[reachable]) for scores in crossed]
+    prior, held_out = priors[int(np.argmin(losses))], crossed[int(np.argmin(losses))]
+    adjusted = scored.scores if prior is None else scored.scores - prior
+    temperature = _fit_temperature(adjusted[reachable], scored.truth[reachable])
+    raw_confidence, raw_right = scored.confidences(1.0)
+    confidence, right = replace(scored, scores=held_out).confidences(1.0)
     thresholds = {f"{t:g}": threshold(confidence, right, scored.places, t) for t in sorted({*TARGETS, target})}
     measured = {
         "photos": len(confidence), "places": len(set(scored.places)), "right": float(right.mean()),
-        "nll": {"before": before, "after": nll(scores / temperature, truth)},
+        "nll": {"before": nll(scored.scores[reachable], scored.truth[reachable]), "after": min(losses)},
         "ece": {"before": ece(raw_confidence, raw_right), "after": ece(confidence, right)},
     }  # fmt: skip
-    return Calibration(temperature, target, thresholds, measured, prior)
+    return Calibration(temperature, target, thresholds, measured, () if prior is None else tuple(prior.tolist()))
+
+
+def _folds(places: Sequence[str], reachable: np.ndarray) -> np.ndarray:
+    """Two halves of the places, 0 or 1 a photo; all 0 where one of them would have no photo to fit a temperature on."""
+    number = {place: i for i, place in enumerate(sorted(set(places), key=lambda place: zlib.crc32(place.encode())))}
+    fold = np.array([number[place] % 2 for place in places], dtype=int)
+    return fold if all(reachable[fold == half].any() for half in (0, 1)) else np.zeros_like(fold)
+
+
+def _cross_calibrated(scored: ScoredPhotos, fold: np.ndarray, prior: np.ndarray | None) -> np.ndarray:
+    """Scores (photos, addresses) less the prior, each half divided by the temperature of the other one."""
+    scores = scored.scores if prior is None else scored.scores - prior
+    crossed = np.empty_like(scores)
+    for half in np.unique(fold):
+        fitted = scored.reachable & ((fold != half) | (fold.max() == 0))
+        crossed[fold == half] = scores[fold == half] / _fit_temperature(scores[fitted], scored.truth[fitted])
+    return crossed
 
 
 def own_prior(training: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ class EvaluateConfig(Section):
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
     batch_size: int = Field(64, ge=1)  # questions at a time
-    max_new_tokens: int = Field(24, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1)  # of free answers; default: room for the city's longest address
     temperature: float = Field(0.0, ge=0)  # of free answers; 0 is greedy; paper 001 uses 0.1
     # free: the model's own words, as in paper 001; constrained: only the city's names are possible; likelihood: all answers
     # follow from the probabilities of all addresses

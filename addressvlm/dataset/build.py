@@ -100,8 +100,11 @@ def add_conversations(part: NDArray[np.int8], gazetteer: tuple[str, str], city: 
             continue
         split = SPLITS[part[row["index"]]]
         address, rng = Address(row["street"], row["district"]), random.Random(f"{seed}:{row['id']}")
-        # may be right as well, so no wrong answers
-        uncertain = names.streets_within(row["lat"], row["lon"], config.ambiguous_m)
+        # may be right as well across a corner or a border, so no wrong answers
+        uncertain = {
+            *names.within(row["lat"], row["lon"], config.ambiguous_m),
+            *names.within(row["lat"], row["lon"], config.ambiguous_m, "district"),
+        }
         if row["ambiguous"]:
             uncertain.add(row["second_street"])
         if split == "train":

@@ -16,6 +16,7 @@ from addressvlm.inference import Localizer
 
 COLUMNS = ["id", "place", "lat", "lon", "street", "district", "image", "rounds"]  # of tables.PHOTOS, needed to ask
 KINDS = ("generation", "judgment", "choice")
+MIN_ANSWER_TOKENS, WORDS_AROUND = 24, 8
 
 Row = dict[str, Any]
 
@@ -34,6 +35,7 @@ def run_questions(
     images = {photo["id"]: photo_image(photo) for photo in photos}
     questions = [question for photo in photos for question in questions_of(photo) if question["kind"] in kinds]
     questions.sort(key=lambda question: len(question["question"]))
+    limit = config.max_new_tokens or answer_limit(localizer)
     for start in range(0, len(questions), config.batch_size):
         batch = questions[start : start + config.batch_size]
         batch_images, texts = [images[q["id"]] for q in batch], [q["question"] for q in batch]
@@ -43,8 +45,15 @@ def run_questions(
             decoded = localizer.answer_from(batch_images, texts, [_trie(localizer, answers) for answers in allowed])
             answers = [names[one.index] for names, one in zip(allowed, decoded, strict=True)]
         else:
-            answers = localizer.answer(batch_images, texts, config.max_new_tokens, config.temperature)
+            answers = localizer.answer(batch_images, texts, limit, config.temperature)
         yield [{**question, "answer": answer} for question, answer in zip(batch, answers, strict=True)]
+
+
+def answer_limit(localizer: Localizer) -> int:
+    """Tokens of the longest address that the model may have to name, with room for a few words around it."""
+    addresses = localizer.gazetteer.addresses if localizer.gazetteer else []
+    tokens = localizer.tokenizer([address.text() for address in addresses] or [""], add_special_tokens=False)["input_ids"]
+    return max(MIN_ANSWER_TOKENS, max(map(len, tokens)) + WORDS_AROUND)
 
 
 def photo_image(photo: Row) -> Image.Image:

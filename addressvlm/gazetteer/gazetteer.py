@@ -99,9 +99,9 @@ class Gazetteer:
         rng.shuffle(negatives)
         return negatives
 
-    def streets_within(self, lat: float, lon: float, metres: float) -> set[str]:
-        """The streets whose geometry is at most that far from a point in degrees."""
-        return self._nearest["street"].within(lat, lon, metres)
+    def within(self, lat: float, lon: float, metres: float, level: Level = "street") -> set[str]:
+        """The streets or districts whose geometry is at most that far from a point in degrees."""
+        return self._nearest[level].within(lat, lon, metres)
 
     @cached_property
     def normal_names(self) -> dict[Level, frozenset[str]]:

@@ -165,7 +165,15 @@ def test_what_is_measured_and_chosen_is_of_the_scores_as_they_are_applied(common
     assert fitted.temperature > 1.5
     if fitted.own_prior:
         assert fitted.own_prior == pytest.approx(calibration.own_prior(training.scores * 3))
-    confidence, right = ScoredPhotos(applied, validation.truth, validation.places).confidences(1.0)
+    held_out = np.empty_like(applied)  # each half of the places with the temperature of the other one
+    fold = calibration._folds(validation.places, validation.reachable)
+    scores = validation.scores - np.array(fitted.own_prior or 0.0)
+    assert 150 < fold.sum() < 250
+    for half in (0, 1):
+        other = [i for i in range(400) if fold[i] != half]
+        alone = ScoredPhotos(scores[other], validation.truth[other], [validation.places[i] for i in other])
+        held_out[fold == half] = scores[fold == half] / calibration.fit_calibration(alone, 0.8).temperature
+    confidence, right = ScoredPhotos(held_out, validation.truth, validation.places).confidences(1.0)
     raw, raw_right = validation.confidences(1.0)
     assert fitted.thresholds == {
         f"{target:g}": calibration.threshold(confidence, right, validation.places, target)
@@ -177,7 +185,7 @@ def test_what_is_measured_and_chosen_is_of_the_scores_as_they_are_applied(common
         "right": np.mean(applied.argmax(axis=1) == validation.truth),
         "nll": {
             "before": pytest.approx(calibration.nll(validation.scores, validation.truth)),
-            "after": pytest.approx(calibration.nll(applied, validation.truth)),
+            "after": pytest.approx(calibration.nll(held_out, validation.truth)),
         },
         "ece": {
             "before": pytest.approx(calibration.ece(raw, raw_right)),
@@ -258,3 +266,13 @@ def test_a_photo_of_an_unknown_street_counts_as_wrong():
     known = ScoredPhotos(scored.scores[50:], scored.truth[50:], scored.places[50:])
     assert calibration.fit_calibration(lost, 0.8).temperature == calibration.fit_calibration(known, 0.8).temperature
     assert json.dumps(calibration.fit_calibration(lost, 0.8).measured)
+
+
+def test_views_of_one_place_are_in_one_half_and_a_single_place_is_no_half():
+    reachable = np.ones(8, dtype=bool)
+    fold = calibration._folds(["a", "b", "a", "b", "c", "c", "d", "d"], reachable)
+    assert fold[0] == fold[2]
+    assert fold[1] == fold[3]
+    assert sorted(fold[[0, 1, 4, 6]]) == [0, 0, 1, 1]
+    assert not calibration._folds(["a"] * 8, reachable).any()
+    assert calibration.fit_calibration(ScoredPhotos(np.eye(2), np.array([0, 1]), ["a", "a"]), 0.8).temperature > 0

@@ -127,7 +127,7 @@ def test_streets_within_a_distance_of_a_point() -> None:
     city = Gazetteer([Address(n, "Town") for n in ("A", "B", "C")], {
         "A": shapely.LineString([(0, 60), (0.001, 60)]), "B": shapely.LineString([(0.0012, 59), (0.0012, 61)]),
     })  # fmt: skip
-    assert [city.streets_within(60, 0.0005, reach) for reach in (20, 50)] == [{"A"}, {"A", "B"}]
+    assert [city.within(60, 0.0005, reach) for reach in (20, 50)] == [{"A"}, {"A", "B"}]
 
 
 def test_save_and_load_keep_everything(tmp_path: Path) -> None:

@@ -229,6 +229,16 @@ def test_constrained_answers_are_names(models):
     assert generated[0] in rows
 
 
+def test_free_answers_have_room_for_the_longest_address(models):
+    localizer = Localizer(models / "base")
+    localizer.gazetteer = None
+    assert run_questions.answer_limit(localizer) == run_questions.MIN_ANSWER_TOKENS
+    long = Address("Avenue of the Twenty-Fourth of November between Long Row and the Old Salt Market", "Old Town")
+    localizer.gazetteer = Gazetteer([*ADDRESSES, long])
+    tokens = localizer.tokenizer(long.text(), add_special_tokens=False)["input_ids"]
+    assert run_questions.answer_limit(localizer) == len(tokens) + run_questions.WORDS_AROUND > 40
+
+
 @pytest.mark.parametrize("answers", ["free", "constrained"])
 def test_questions_of_a_batch_are_answered_as_each_alone(models, answers):
     """In order of their length, whoever's photo they are about."""
