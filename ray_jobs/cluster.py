@@ -18,10 +18,10 @@ from ray.core.generated.autoscaler_pb2 import AutoscalingState, GetClusterStatus
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from addressvlm import InputError
+from ray_jobs.progress import display
 
 LAUNCHED_FROM = Path("~/ray_bootstrap_config.yaml")  # on the head of a cluster of `ray up`: the autoscaler's configuration
 POLL_S = 1.0
-TELL_S = 10.0  # between two lines about the same wait
 
 Resources = Mapping[str, float]  # CPU and GPU -> how many
 
@@ -94,7 +94,7 @@ def require_possible(workers: Workers) -> None:
 
 
 def wait_for_workers(workers: Workers, wait_s: float) -> None:
-    """Wait until the cluster has room for the workers, used or not; prints what is there meanwhile.
+    """Wait until the cluster has room for the workers, used or not; shows what is there meanwhile.
 
     Args:
         wait_s: deadline, in seconds.
@@ -105,26 +105,25 @@ def wait_for_workers(workers: Workers, wait_s: float) -> None:
     require_possible(workers)
     if not workers.lack(_node_resources()):
         return
-    began, told, group = time.monotonic(), -TELL_S, workers.request()
+    began, group = time.monotonic(), workers.request()
     name, needed = ("GPU", workers.count * workers.gpus) if workers.gpus else ("CPU", workers.count * workers.cpus)
     try:
-        while workers.lack(nodes := _node_resources()):
-            waited, there = time.monotonic() - began, min(needed, sum(node.get(name, 0) for node in nodes))
-            if waited - told >= TELL_S:
-                told = waited
-                print(f"waiting for {needed:g} {name}s, {there:g} of {needed:g} there, {waited:.0f} s", flush=True)
-            if _is_refused(group) and _is_settled(workers, nodes):
-                raise InputError(
-                    f"{workers.what} needs {workers.count} times {workers.cpus:g} CPUs and {workers.gpus:g} GPUs, and the "
-                    "autoscaler has no node types for it, or not enough of their nodes: "
-                    f"{workers.remedy(name)}change the node types."
-                )
-            if waited >= wait_s:
-                raise InputError(
-                    f"{workers.what} waited {waited:.0f} s for {needed:g} {name}s and {there:g} are there: see "
-                    "`ray status` for what the autoscaler does, raise cluster.wait_s, and rerun to resume."
-                )
-            group.wait(POLL_S)
+        with display.show(f"waiting for {needed:g} {name}s") as progress:
+            while workers.lack(nodes := _node_resources()):
+                waited, there = time.monotonic() - began, min(needed, sum(node.get(name, 0) for node in nodes))
+                progress.note = f"{there:g} of {needed:g} there"
+                if _is_refused(group) and _is_settled(workers, nodes):
+                    raise InputError(
+                        f"{workers.what} needs {workers.count} times {workers.cpus:g} CPUs and {workers.gpus:g} GPUs, and the "
+                        "autoscaler has no node types for it, or not enough of their nodes: "
+                        f"{workers.remedy(name)}change the node types."
+                    )
+                if waited >= wait_s:
+                    raise InputError(
+                        f"{workers.what} waited {waited:.0f} s for {needed:g} {name}s and {there:g} are there: see "
+                        "`ray status` for what the autoscaler does, raise cluster.wait_s, and rerun to resume."
+                    )
+                group.wait(POLL_S)
     finally:
         remove_placement_group(group)
 

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from addressvlm import InputError
-from ray_jobs import cluster
+from ray_jobs import cluster, progress
 from ray_jobs.cluster import Workers, nodes_ahead, notify_progress, require_possible, wait_for_workers
+from ray_jobs.progress import Display
 
 TYPES = {
     "head_node_type": "head",
@@ -38,6 +39,8 @@ class Ray:
 
     def wait(self, seconds: float) -> None:
         self.clock += seconds
+        if self.clock % 10 == 0:
+            cluster.display.tick()
         if self.coming:
             self.nodes = self.coming.pop(0)
 
@@ -56,7 +59,10 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Ray:
     monkeypatch.setattr(cluster, "placement_group", fake.placement_group)
     monkeypatch.setattr(cluster, "remove_placement_group", fake.remove)
     monkeypatch.setattr(cluster, "LAUNCHED_FROM", tmp_path / "ray_bootstrap_config.yaml")
-    monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: fake.clock))
+    for module in (cluster, progress):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: fake.clock))
+    monkeypatch.setattr(Display, "_watch", lambda self, ended: None)
+    monkeypatch.setattr(cluster, "display", Display())
     sums = {"CPU": lambda: sum(node.get("CPU", 0) for node in fake.nodes)}
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": sums["CPU"]()})
     monkeypatch.setattr(cluster.ray, "available_resources", lambda: {"CPU": sums["CPU"]() - fake.busy})
@@ -98,9 +104,8 @@ def test_the_wait_for_nodes_is_told(fake: Ray, capsys: pytest.CaptureFixture[str
     fake.coming = [[{}]] * 14 + [[{}, one]] * 9 + [[{}, one, one]]
     wait_for_workers(training(8), 100)
     assert capsys.readouterr().out.splitlines() == [
-        "waiting for 8 GPUs, 0 of 8 there, 0 s",
-        "waiting for 8 GPUs, 0 of 8 there, 10 s",
-        "waiting for 8 GPUs, 4 of 8 there, 20 s",
+        "waiting for 8 GPUs: 0 of 8 there, 10 s",
+        "waiting for 8 GPUs: 4 of 8 there, 20 s",
     ]
     assert fake.requested == [[{"CPU": 1, "GPU": 1}] * 8]
     assert fake.removed == 1
