@@ -119,11 +119,17 @@ class Pipeline:
         with redirect_stdout(_CityPrefix(sys.stdout)), display.show("cities", len(names), "cities") as self.progress:
             _in_threads(self._attempt, names)
             done = [name for name in names if name not in self.errors]
+            failed_joint: InputError | None = None
             if self.is_joint and done:
-                copy_context().run(self._train_joint, done)
+                try:
+                    copy_context().run(self._train_joint, done)
+                except InputError as error:  # the table comes first
+                    failed_joint = error
         text = write_results(self.world, self.errors)
         print(f"\n{text}\n", flush=True)
         print(self.world.folder / "report.html", flush=True)
+        if failed_joint:
+            raise failed_joint
         if self.errors:
             self.errors = {name: self.errors[name] for name in names if name in self.errors}
             first, why = next(iter(self.errors.items()))

@@ -63,7 +63,7 @@ class Workers:
                 )
         return (
             f"{self.what} needs {self.count} times {self.cpus:g} CPUs and {self.gpus:g} GPUs, each on one node, and the "
-            f"cluster {has} nodes for {room} of them: {self.remedy('GPU' if self.gpus else 'CPU')}take larger nodes."
+            f"cluster {has} room for {room} of them: {self.remedy('GPU' if self.gpus else 'CPU')}take larger nodes."
         )
 
     def remedy(self, resource: str) -> str:

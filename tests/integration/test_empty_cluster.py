@@ -42,7 +42,7 @@ run_main(train.main)
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    with empty_cluster(launched=False) as environment:
+    with empty_cluster(launched=True) as environment:
         yield environment
 
 
@@ -74,4 +74,5 @@ def test_what_no_node_type_holds_is_refused(environment: dict[str, str], tmp_pat
     (tmp_path / "base").symlink_to(tiny_llava(tmp_path / "other"))
     done = train(tmp_path, environment, cpus_per_worker=3, workers=1, gpus_per_worker=2)
     assert done.returncode == 1
-    assert "the autoscaler has no node types for it, or not enough of their nodes: lower train.workers" in done.stderr
+    assert "the cluster can have at most room for 0 of them: lower train.workers or train.gpus_per_worker" in done.stderr
+    assert not Run(config_of(tmp_path, tmp_path / "base", "http://127.0.0.1")).photos.exists()

@@ -88,7 +88,7 @@ def test_workers_that_fit_ask_for_nothing(fake: Ray) -> None:
             r"training 'a' needs 4.5 CPUs and the cluster has 4: lower train.workers or train.cpus_per_worker",
         ),
         (training(2, 1, 1), "needs 2 GPUs and the cluster has 0: lower train.workers or train.gpus_per_worker, or add nodes"),
-        (training(2, 2, 0), r"needs 2 times 2 CPUs and 0 GPUs, each on one node, and the cluster has nodes for 1 of them"),
+        (training(2, 2, 0), r"needs 2 times 2 CPUs and 0 GPUs, each on one node, and the cluster has room for 1 of them"),
         (Workers("graft", 9, 1, 0), r"^graft needs 9 CPUs and the cluster has 4: add nodes\.$"),
     ],
 )
