@@ -64,7 +64,7 @@ class Photos:
     def __init__(self, count: int) -> None:
         rng = np.random.default_rng(0)
         self.rows = [{"id": str(n), "image": {"bytes": jpeg(rng), "path": None}, **where(n)} for n in range(count)]
-        self.starts = np.array([0, count])
+        self.starts, self.group_count = np.array([0, count]), 1
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,7 +72,10 @@ class Photos:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.rows[index]
 
-    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+    def prefetch(self, indices: Any, keep: int) -> None:
+        """They are here."""
+
+    def epoch(self, seed: int, epoch: int, window: int = 1) -> np.ndarray:
         return np.arange(len(self))
 
 

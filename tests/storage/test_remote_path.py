@@ -108,7 +108,8 @@ def test_a_remote_step_resumes_by_shard_and_partial_output_does_not_count(bucket
     (here / "even-00000.parquet").write_bytes(b"of a worker that was stopped")
     assert [made["counts"] for made in step(out)] == [{"seen": 64}] * 3
     assert (here / "odd-00000.parquet").stat().st_mtime_ns == before  # not made again
-    assert file_names(here) == [DONE_FILE, "odd-00000.parquet", "odd-00001.parquet", "odd-00002.parquet"]
+    tables_and_index = ["odd-00000.parquet", "odd-00001.parquet", "odd-00002.parquet", "odd-index.json"]
+    assert file_names(here) == [DONE_FILE, *tables_and_index]
     assert is_done(out, {"seed": 1})
     assert tables.count_rows(out, "odd") == 96
     assert [row["n"] for row in tables.iter_rows(out, "odd")] == list(range(1, 192, 2))
