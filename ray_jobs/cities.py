@@ -32,7 +32,7 @@ from addressvlm.labels.response_cache import ResponseCache
 from addressvlm.storage.files import atomic_write
 from addressvlm.storage.remote_path import AnyPath, path_of
 from addressvlm.storage.run_dir import DONE_FILE, Run, is_done, is_unfinished
-from ray_jobs import evaluate, evaluation, graft, label, prepare, train
+from ray_jobs import evaluate, evaluation, graft, label, map_rows, prepare, train
 from ray_jobs.cluster import nodes_ahead, require_possible, room_for
 from ray_jobs.common import connect
 from ray_jobs.evaluation import TEST, TRAINING, VALIDATION, EvaluationTask, PhotoModel
@@ -180,6 +180,7 @@ class Pipeline:
             prepare.run_step(config, self.redo)
             if "alignment" in kinds:
                 graft.run_step(config, self.redo)
+            map_rows.run_step(config, self.redo, kinds)
         if not kinds & {"alignment", "reasoning"}:
             return
         workers = training_workers(config, f"of {config.name}", config.train.min_workers)

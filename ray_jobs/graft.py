@@ -45,7 +45,7 @@ def run_step(config: Config, redo: bool) -> None:
     if is_done(run.grafts, settings(config), redo):
         print("graft: already done", flush=True)
         return
-    files, tiles = _sources(config, run)
+    files, tiles = sources(config, run)
     work = ShardWork(partial(graft_batch, *files, tiles), tables.GRAFTS, COLUMNS, sources_fingerprint(*files))
     with resumable_dir(run.grafts, settings(config), redo) as folder:
         written, rejected = _graft_split(run, "train", folder, work, "graft")
@@ -73,7 +73,7 @@ def graft_photos(config: Config, source: Run, split: str, redo: bool = False) ->
     inputs = {"photos": photos, "tiles": settings(config)["tiles"]}
     if is_done(target, inputs, redo):
         return target
-    files, tiles = _sources(source.config.model_copy(update={"tiles": config.tiles}), source)
+    files, tiles = sources(source.config.model_copy(update={"tiles": config.tiles}), source)
     work = ShardWork(partial(graft_photos_batch, *files, tiles, split), tables.PHOTOS, None, sources_fingerprint(*files))
     with resumable_dir(target, inputs, redo) as folder:
         written, rejected = _graft_split(source, split, folder, work, f"graft-{Run(config).folder.name}-{split}")
@@ -81,7 +81,7 @@ def graft_photos(config: Config, source: Run, split: str, redo: bool = False) ->
     return target
 
 
-def _sources(config: Config, run: Run) -> tuple[tuple[str | None, str | None], str]:
+def sources(config: Config, run: Run) -> tuple[tuple[str | None, str | None], str]:
     """The files of streets and imagery, and the tile settings as JSON; opens the files, so that errors come before any task."""
     sources = resolve_city_files(config, run)
     if sources.city.streets and not run.roads.is_file():

@@ -42,7 +42,7 @@ from addressvlm.training.dataset import locatability_scored_by
 from addressvlm.training.memory_estimate import print_estimate
 from addressvlm.training.stages import training_runs
 from addressvlm.training.trainer import train_system
-from ray_jobs import graft, label, prepare
+from ray_jobs import graft, label, map_rows, prepare
 from ray_jobs.cluster import nodes_ahead, require_possible, wait_for_workers
 from ray_jobs.common import connect, job_parser, load_config, run_main
 from ray_jobs.progress import display
@@ -59,6 +59,8 @@ def settings(config: Config, system: SystemConfig) -> dict[str, Any]:
     others = {name: config.train.stages[name].model_dump() for name in reference.stages} if reference else {}
     tables_used = tables_of(config, system)
     inputs = (label if "alignment" in tables_used else prepare).settings(config)
+    if tables_used & set(map_rows.KINDS):
+        inputs |= graft.settings(config)
     if "reasoning" in tables_used:
         inputs["reasoning"] = label.settings(reasoning_labels(config))["labels"]
     if any(stage["locatability"] is not None for stage in [*stages.values(), *others.values()]):
@@ -105,6 +107,7 @@ def make_data(config: Config, redo: bool, kinds: set[Data]) -> None:
         label.run_step(config, redo)
     if "reasoning" in kinds:
         label.run_step(reasoning_labels(config), redo)
+    map_rows.run_step(config, redo, kinds)
 
 
 def reasoning_labels(config: Config) -> Config:

@@ -104,6 +104,14 @@ class CityConfig(Section):
         return self
 
 
+class MapRowsConfig(Section):
+    """Training rows of what the map knows, without the photos of their places (ray_jobs/map_rows.py)."""
+
+    spacing_m: float = Field(25.0, gt=0)  # between the points along a street
+    named: float = Field(0.5, ge=0, le=1)  # share of tiles with names
+    rounds: int = Field(3, ge=1)  # questions a tile, as those about photos
+
+
 class TilesConfig(Section):
     """The tile of a place, and the photo grafted onto it (paper 001, Sec. 3.2)."""
 
@@ -125,6 +133,7 @@ class TilesConfig(Section):
     layout: Literal["graft", "beside", "two"] = "graft"
     delta: float = Field(0.5, gt=0, lt=1)  # longer side of the pasted photo / side of the tile; above 0.5 it covers the place
     jpeg_quality: int = Field(92, ge=30, le=100)
+    map_rows: MapRowsConfig = MapRowsConfig()
 
     @property
     def covered(self) -> float:

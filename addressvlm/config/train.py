@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from addressvlm.config.base import Section
 
 Part = Literal["vision", "adapter", "llm"]
-Data = Literal["alignment", "photos", "reasoning"]
+Data = Literal["alignment", "photos", "reasoning", "map", "matching"]  # tables of a run
 
 
 class PartConfig(Section):
@@ -52,6 +52,7 @@ class StageConfig(Section):
 
     data: Data | list[Data]  # a table, or several mixed row by row
     parts: list[Part] = ["vision", "adapter", "llm"]
+    loss: Literal["token", "round"] = "token"  # mean over answer tokens, or over answers, each the mean of its tokens
     isolate_questions: bool = False  # hide the other questions and answers of an image from each question
     locatability: float | None = Field(None, ge=0, le=1)  # skip photos that score less, see ray_jobs/locatability.py
     augment: AugmentConfig = AugmentConfig()
@@ -74,7 +75,7 @@ class StageConfig(Section):
     def _check(self) -> StageConfig:
         if not self.tables or len(set(self.tables)) < len(self.tables):
             raise ValueError(f"data is {self.data}: name one table or several different ones")
-        if "alignment" in self.tables and self.augment.crop < 1:
+        if {"alignment", "map", "matching"} & set(self.tables) and self.augment.crop < 1:
             raise ValueError(f"augment.crop is {self.augment.crop:g}, which cuts the map off a grafted image: leave it at 1")
         if not self.parts or len(set(self.parts)) < len(self.parts):
             raise ValueError(f"parts is {self.parts}: name at least one part, each once")

@@ -72,6 +72,8 @@ class Run:
         self.response_cache = self.folder / "response_cache"  # requests for labels and their answers
         self.alignment = self.folder / "alignment"
         self.reasoning = self.folder / "reasoning"
+        self.map = self.folder / "map"  # tiles of points along all streets, with questions
+        self.matching = self.folder / "matching"  # training photos on tiles off their centre
         self.locatability = self.folder / "locatability"  # locatability score of each training photo
         self.training = self.folder / "training"  # checkpoints and loss curves, one folder per system
         self.models = self.folder / "models"  # <slug>/adapter and <slug>/merged

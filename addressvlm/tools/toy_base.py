@@ -210,7 +210,7 @@ class Trainer:
             seen: list[torch.Tensor] = []
             hook = self.model.model.vision_tower.register_forward_hook(lambda *call: seen.append(call[2].last_hidden_state))
             batch = self.collate([Sample(lesson.image, lesson.rounds) for lesson in lessons])
-            losses = token_losses(self.model, batch)
+            losses = token_losses(self.model, self.collate.finish(batch))
             hook.remove()
             probe_loss, recall = self.probe(seen[0], lessons)
             loss = (losses * answer_weights(batch["labels"])).sum() / self.batch_size + TOWER_WEIGHT * probe_loss

@@ -16,6 +16,19 @@ def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tenso
     return losses.sum(), torch.tensor(len(losses))
 
 
+def answer_weights(labels: torch.Tensor, loss: str) -> torch.Tensor:
+    """A weight for each answer token of labels (B, T), in the order of `token_losses`.
+
+    With the loss `token` all weigh 1; with `round` the tokens of an answer together do, however long it is.
+    """
+    answered = labels[:, 1:] != IGNORE_INDEX
+    if loss == "token":
+        return torch.ones(int(answered.sum()))
+    first = answered & ~F.pad(answered, (1, -1))
+    number = first.flatten().cumsum(0)[answered.flatten()] - 1
+    return 1 / number.bincount()[number].float()
+
+
 def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Cross-entropy of every answer token of a batch, (tokens,), in the order of `batch["labels"]`.
 

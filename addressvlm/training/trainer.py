@@ -31,7 +31,7 @@ from addressvlm.training.checkpoint import BestAdapter, TrainingCheckpoint, bett
 from addressvlm.training.collator import IGNORE_INDEX, KINDS, Collator
 from addressvlm.training.dataset import low_locatability
 from addressvlm.training.loader import StepBatches, StepLoader, loader_processes
-from addressvlm.training.loss import token_losses
+from addressvlm.training.loss import answer_weights, token_losses
 from addressvlm.training.metrics_logger import MetricsLogger, StepClock, StepMetrics, memory_gib, peak_flops
 from addressvlm.training.optim import learning_rate
 from addressvlm.training.pixels import decoded_size
@@ -224,7 +224,8 @@ class Trainer:
         assert self.strategy
         stage, strategy = self.stage, self.strategy
         torch.manual_seed(stage.dropout_seed(step, self.rank))
-        answers = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in share.batches)
+        weights = [answer_weights(batch["labels"], stage.config.loss) for batch in share.batches]
+        answers = round(sum(float(batch.sum()) for batch in weights))
         counts = torch.tensor([answers, share.tokens]).to(self.device, non_blocking=True)
         with self.clock.collective():
             all_reduce(counts)
@@ -235,10 +236,12 @@ class Trainer:
         for number, batch in enumerate(share.batches):
             with self.autocast():
                 losses = token_losses(strategy.module, self.collator.finish(inputs_on(self.device, batch)))
-            # The mean is over the answer tokens of all workers, and their gradients will be averaged: hence times world.
+            weight = weights[number].to(self.device, non_blocking=True)
+            losses = losses * weight
+            # The mean is over the answer tokens, or the answers, of all workers, whose gradients will be averaged: times world.
             strategy.backward(losses.sum() * (self.world / counts[0]), last=number == len(share.batches) - 1)
             kinds = batch["kinds"][:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX].to(self.device, non_blocking=True)
-            by_kind.index_add_(1, kinds, torch.stack([losses.detach(), torch.ones_like(losses)]))
+            by_kind.index_add_(1, kinds, torch.stack([losses.detach(), weight]))
         rate = learning_rate(step, stage.steps, stage.config.learning_rate, stage.config.warmup_ratio)
         norm = torch.as_tensor(strategy.step(rate), dtype=torch.float32, device=self.device)
         all_reduce(sums)

@@ -13,7 +13,7 @@ from PIL import Image
 from addressvlm.models import load_model
 from addressvlm.models.loading import enable_packing
 from addressvlm.training.collator import IGNORE_INDEX, Collator, Sample, SkipSampleError
-from addressvlm.training.loss import answer_loss
+from addressvlm.training.loss import answer_loss, answer_weights
 
 
 def sample(*rounds: tuple[str, str]) -> Sample:
@@ -108,3 +108,13 @@ def test_loss_equals_that_of_transformers(loaded: tuple) -> None:
     batch = Collator(processor)([sample(("Which street is this?", "Mill Street"))])
     total, count = answer_loss(model, batch)
     torch.testing.assert_close(total / count, model(**batch).loss, rtol=1e-5, atol=1e-5)
+
+
+def test_a_round_weighs_the_same_however_long_its_answer_is() -> None:
+    """Two rows: answers of one and three tokens, then of two; the first label is of no prediction."""
+    _ = IGNORE_INDEX
+    labels = torch.tensor([[_, 7, _, _, 5, 6, 7], [_, _, 4, 4, _, _, _]])
+    assert answer_weights(labels, "token").tolist() == [1.0] * 6
+    assert answer_weights(labels, "round").tolist() == pytest.approx([1, 1 / 3, 1 / 3, 1 / 3, 1 / 2, 1 / 2])
+    ends = torch.tensor([[_, 3, 3], [_, 9, _]])  # an answer at the end of a row is not one with that at the start of the next
+    assert answer_weights(ends, "round").tolist() == pytest.approx([1 / 2, 1 / 2, 1])
