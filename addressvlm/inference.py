@@ -168,7 +168,7 @@ class Localizer(ChatModel):
         """`address_scores` of photos whose prompts are prepared by `prepare_questions` with ADDRESS_QUESTION."""
         if not prompts:
             return np.empty((0, 0))
-        caches = {prompt.photo: self.photo_caches.get(prompt.photo or b"") for prompt in prompts}
+        caches = {prompt.photo: self.photo_caches.get(prompt.photo) for prompt in prompts}
         new = list({prompt.photo: prompt for prompt in prompts if caches[prompt.photo].scores is None}.values())
         together = max(1, PREFILL_TOKENS // max(map(len, prompts)))
         for start in range(0, len(new), together):
@@ -264,8 +264,8 @@ class Localizer(ChatModel):
         known = [i for i, p in enumerate(prompts) if p.photo in caches and caches[p.photo].text == p.text]
         if known:
             photos = list(dict.fromkeys(prompts[i].photo for i in known))
-            state = PrefillCache.concat([state for photo in photos if (state := caches[photo].state)])
-            state = state.rows([photos.index(prompts[i].photo) for i in known])
+            distinct = PrefillCache.concat([state for photo in photos if (state := caches[photo].state)])
+            state = distinct.rows([photos.index(prompts[i].photo) for i in known])
             states.append((known, self.extend(state, [prompts[i].rest for i in known])))
         others = [i for i in range(len(prompts)) if i not in known]
         for rows, state in self._prefill_whole([prompts[i].whole() for i in others]):

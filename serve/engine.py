@@ -8,30 +8,27 @@ written gets its next token. So no request waits for another one's last token.
 import os
 import threading
 import time
-from collections import OrderedDict, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftConfig, PeftModel
-from peft.utils import load_peft_weights, set_peft_model_state_dict
 from PIL import Image
 
 from addressvlm import InputError
 from addressvlm.answers.address_distribution import AddressDistribution, Localization
-from addressvlm.answers.chat_model import PreparedPrompt, input_size, use_float32_head
+from addressvlm.answers.chat_model import PreparedPrompt, input_size
 from addressvlm.answers.generate import Answer, Decoder, Token
 from addressvlm.answers.question_parser import ParsedQuestion, parse_question
 from addressvlm.answers.types import TextChunk
 from addressvlm.inference import PREFILL_TOKENS, Localizer
-from addressvlm.models.loading import context_length, load_model, to_device
+from addressvlm.models.loading import context_length
 from addressvlm.questions import ADDRESS_QUESTION
-from addressvlm.storage.files import local_model_copy
-from serve.cities import City, base_model
+from serve.cities import City
+from serve.city_models import CityModels
 from serve.errors import ApiError, overloaded
 from serve.metrics import ServiceMetrics
 from serve.requests import ChatQuery, LocalizeQuery
@@ -68,9 +65,10 @@ class Job:
 
 
 class Engine:
-    """Answers for the loaded cities; loads and evicts adapters.
+    """Answers for the loaded cities.
 
     Attributes:
+        cities: their localizers.
         image_size: longer side of the model's input in pixels.
         context_length: tokens.
         cache_tokens: room for the key-value caches of chats.
@@ -82,133 +80,20 @@ class Engine:
 
     def __init__(self, settings: ServiceSettings, cities: Sequence[City], metrics: ServiceMetrics | None = None) -> None:
         self.settings, self.metrics = settings, metrics or ServiceMetrics()
-        self.cities = {city.id: city for city in cities}
-        self.localizers: OrderedDict[str, Localizer] = OrderedDict()  # the one that was used last comes last
-        self.base: Any = None  # the model below the adapters; None for a merged model
-        self.adapters: PeftModel | None = None
-        options: dict[str, Any] = {"dtype": settings.dtype, "trust_remote_code": settings.trust_remote_code}
-        first = cities[0]
-        if first.adapter is None:
-            localizer = Localizer(first.folder, memory_mb=settings.photo_memory_mb, **options)
-            self.localizers[first.id], self.processor, self.model = localizer, localizer.processor, localizer.model
-        else:
-            self.base_name = base_model(cities, settings.base)
-            model, self.processor = load_model(self.base_name, **options)
-            self.base = self.model = to_device(model, "cuda" if torch.cuda.is_available() else "cpu")
-            use_float32_head(self.base)
-        self.image_size = input_size(self.processor.image_processor)
+        self.cities = CityModels(settings, cities, self.call)
+        self.model = self.cities.model
+        self.image_size = input_size(self.cities.processor.image_processor)
         self.context_length = context_length(self.model) or 2**20
         self.cache_tokens = self._cache_tokens()
         self.decoder = Decoder()
         self.failure: Exception | None = None
-        self._numbers = {city.id: f"city{number}" for number, city in enumerate(cities)}  # PEFT takes no dots in names
-        self._uses: dict[str, int] = defaultdict(int)
-        self._loading, self._wake = threading.Lock(), threading.Condition()
+        self._wake = threading.Condition()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._photos: deque[Job] = deque()
         self._chats: deque[Job] = deque()
         self._jobs: dict[Answer, Job] = {}
         self._turn_began: float | None = None
         self._thread: threading.Thread | None = None
-
-    # ---- cities
-
-    def acquire(self, city: str) -> Localizer:
-        """A city's localizer, loaded beside the model's thread if need be; it stays until `release`.
-
-        Raises:
-            InputError: its adapter does not fit the base.
-        """
-        localizer = self.acquire_loaded(city)
-        if localizer is None:
-            with self._loading:
-                if city not in self.localizers:
-                    localizer = self._load(city)
-                    with self._wake:
-                        self.localizers[city] = localizer
-                localizer = self.acquire_loaded(city)
-                self._evict()
-        assert localizer
-        return localizer
-
-    def acquire_loaded(self, city: str) -> Localizer | None:
-        """The same for a city that is loaded; None if it is not."""
-        with self._wake:
-            if localizer := self.localizers.get(city):
-                self.localizers.move_to_end(city)
-                self._uses[city] += 1
-            return localizer
-
-    def release(self, city: str) -> None:
-        """Allow that the city is evicted."""
-        with self._wake:
-            self._uses[city] -= 1
-
-    def _load(self, city: str) -> Localizer:
-        name, adapter = self._numbers[city], local_model_copy(self.cities[city].adapter or "")
-        try:
-            config = PeftConfig.from_pretrained(str(adapter))
-            weights = load_peft_weights(str(adapter), device=str(self.base.device))
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{adapter} is no adapter that can be read: {' '.join(str(error).split())[:300]}.") from error
-        config.inference_mode = True
-        weights = {key: tensor.to(self.base.dtype) for key, tensor in weights.items()}
-        try:
-            self.call(partial(self._attach, name, config, weights))
-        except (ValueError, RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{adapter} can't be put on the base model {self.base_name}, it was trained on "
-                f"{config.base_model_name_or_path} ({reason}): serve it on that one, or train the city again."
-            ) from error
-        memory_mb = self.settings.photo_memory_mb / min(self.settings.cities_per_replica, len(self.cities))
-        localizer = Localizer(
-            self.cities[city].folder,
-            memory_mb=memory_mb,
-            loaded=(self.base, self.processor),
-            adapters=self.adapters,
-            adapter=name,
-        )
-        if localizer.gazetteer and localizer.gazetteer.addresses:
-            _ = localizer.scorer
-        return localizer
-
-    def _attach(self, name: str, config: PeftConfig, weights: dict[str, torch.Tensor]) -> None:
-        """Put an adapter's weights on the base, in the base's dtype."""
-        first = self.adapters is None
-        if self.adapters is None:
-            self.adapters = PeftModel(self.base, config, name, autocast_adapter_dtype=False)
-        else:
-            self.adapters.add_adapter(name, config, autocast_adapter_dtype=False)
-        try:
-            result = set_peft_model_state_dict(self.adapters, weights, name)
-            missing = [key for key in result.missing_keys if name in key.split(".")]
-            if missing or result.unexpected_keys:
-                raise ValueError(f"{(missing or result.unexpected_keys)[0]} is in only one of them")
-        except (ValueError, RuntimeError, KeyError):
-            if first:
-                self.adapters.unload()
-                self.adapters = None
-            else:
-                self.adapters.delete_adapter(name)
-            raise
-        self.adapters.eval()
-
-    def _evict(self) -> None:
-        """Remove the least recently used adapters beyond `cities_per_replica` that no request uses."""
-        with self._wake:
-            idle = [city for city in self.localizers if not self._uses[city]]
-            evicted = idle[: max(0, len(self.localizers) - self.settings.cities_per_replica)]
-            for city in evicted:
-                del self.localizers[city]
-        for city in evicted:
-            self.call(partial(self._detach, self._numbers[city]))
-
-    def _detach(self, name: str) -> None:
-        assert self.adapters
-        if self.adapters.active_adapter == name:
-            self.adapters.set_adapter(next(other for other in self.adapters.peft_config if other != name), inference_mode=True)
-        self.adapters.delete_adapter(name)
 
     # ---- requests, in any thread
 
@@ -442,8 +327,8 @@ class Engine:
 
     def warm_up(self) -> None:
         """Answer about a grey photo, alone and on a GPU also as a full batch, so that the first callers need not wait."""
-        city = next(iter(self.cities))
-        localizer = self.acquire(city)
+        city = next(iter(self.cities.cities))
+        localizer = self.cities.acquire(city)
         pixels = np.full((self.image_size, self.image_size, 3), 128, np.uint8)
         for size in {1, self.settings.batch_size if self.model.device.type == "cuda" else 1}:
             images = [Image.fromarray(pixels + np.uint8(number % 100)) for number in range(size)]
@@ -451,7 +336,7 @@ class Engine:
                 localizer.address_scores(images)
             localizer.answer(images, ["?"] * size, max_new_tokens=2)
         localizer.photo_caches.clear()
-        self.release(city)
+        self.cities.release(city)
 
     def _address_question(self, localizer: Localizer, query: ChatQuery) -> ParsedQuestion | None:
         """The query as a question about the address, if the address distribution is to answer it."""

@@ -102,17 +102,17 @@ class Model:
         finally:
             if job:
                 job.cancel()
-            self.engine.release(query.city)
+            self.engine.cities.release(query.city)
 
     async def _acquire(self, city: str) -> Any:
-        localizer = self.engine.acquire_loaded(city)
+        localizer = self.engine.cities.acquire_loaded(city)
         if localizer:
             return localizer
-        loading = asyncio.ensure_future(self._run(self.loader, self.engine.acquire, city))
+        loading = asyncio.ensure_future(self._run(self.loader, self.engine.cities.acquire, city))
         try:
             return await asyncio.shield(loading)
         except asyncio.CancelledError:
-            loading.add_done_callback(lambda done: done.exception() or self.engine.release(city))
+            loading.add_done_callback(lambda done: done.exception() or self.engine.cities.release(city))
             raise
         except InputError as error:  # the operator's, not the caller's
             raise RuntimeError(str(error)) from error

@@ -34,13 +34,13 @@ class PreparedPrompt:
         text: of the prompt up to its image, with the marker for the image; all of it unless it shows exactly one image.
         inputs: the processor's tensors of `text` and of the images, one row.
         rest: tokens of what follows `text`.
-        photo: `photo_key` of its only image.
+        photo: `photo_key` of its only image; empty if it shows none or several.
     """
 
     text: str
     inputs: Tensors
     rest: Sequence[int] = ()
-    photo: bytes | None = None
+    photo: bytes = b""
 
     def __len__(self) -> int:
         """Number of tokens, images included."""
@@ -134,7 +134,7 @@ class ChatModel:
         """
         marker = getattr(self.processor, "image_token", None)
         if len(images) != 1 or not marker or self.image_token is None or self._splits_prompts is False:
-            photo = photo_key(images[0]) if len(images) == 1 else None
+            photo = photo_key(images[0]) if len(images) == 1 else b""
             return PreparedPrompt(prompt, dict(self._process([prompt], [images])), photo=photo)
         ids = self.tokenizer(prompt)["input_ids"]
         rest = ids[ids.index(self.image_token) + 1 :]

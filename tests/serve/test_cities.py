@@ -56,7 +56,7 @@ def test_cities_that_can_not_be_served_are_input_errors(systems: list[Path], tmp
         settings(systems, base=str(systems[0].parents[2] / "base")), [*cities, City("x", "X", "x", tmp_path, tmp_path)]
     )
     with pytest.raises(InputError, match="is no adapter that can be read"):
-        engine.acquire("x")
+        engine.cities.acquire("x")
 
 
 def test_the_city_of_a_request(systems: list[Path]) -> None:

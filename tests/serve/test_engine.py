@@ -1,7 +1,9 @@
 """Requests of one batch are answered as each alone, in order: two cities on one tiny base, without Ray."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from addressvlm.config.train import ModelConfig, PartConfig
 from addressvlm.inference import Localizer
 from addressvlm.models.loading import load_model
 from addressvlm.models.lora import attach_lora
+from serve import city_models
 from serve.cities import find_cities
 from serve.engine import Engine, Job
 from serve.errors import ApiError
@@ -70,12 +73,12 @@ def jobs_of(
     jobs = {}
     for number, query in enumerate(queries):
         try:
-            jobs[number] = prepare(engine.acquire(query.city), query, partial(put, number))
+            jobs[number] = prepare(engine.cities.acquire(query.city), query, partial(put, number))
         except (InputError, ApiError) as error:
             put(number, error)
         else:
             engine.submit(jobs[number])
-        engine.release(query.city)
+        engine.cities.release(query.city)
     return jobs
 
 
@@ -273,7 +276,7 @@ def test_a_prompts_length_is_known_before_it_is_read(engine: Engine, monkeypatch
 def test_memory_for_photos_is_shared_by_the_cities_of_a_replica(systems: list[Path]) -> None:
     config = service.ServiceSettings(cities=[str(s) for s in systems], dtype="float32", photo_memory_mb=8, cities_per_replica=4)
     engine = Engine(config, find_cities(config))
-    assert engine.acquire("toytown").photo_caches.max_bytes == 4 * 2**20
+    assert engine.cities.acquire("toytown").photo_caches.max_bytes == 4 * 2**20
 
 
 # ---- adapters of several cities
@@ -327,16 +330,42 @@ def test_the_city_used_least_recently_is_evicted_unless_a_request_needs_it(syste
     before = localize(engine, [query])[0]
     other = LocalizeQuery("st-alder", PIXELS, 1, Prior(), None)
     localize(engine, [other])
-    assert list(engine.localizers) == ["st-alder"]
+    assert list(engine.cities.localizers) == ["st-alder"]
     assert localize(engine, [query])[0].confidence == pytest.approx(before.confidence, rel=1e-5)
-    assert list(engine.localizers) == ["toytown"]
-    engine.acquire("toytown")
+    assert list(engine.cities.localizers) == ["toytown"]
+    engine.cities.acquire("toytown")
     localize(engine, [other])
-    assert list(engine.localizers) == ["toytown", "st-alder"]
-    engine.release("toytown")
+    assert list(engine.cities.localizers) == ["toytown", "st-alder"]
+    engine.cities.release("toytown")
     localize(engine, [other])
-    engine.acquire("st-alder")
+    engine.cities.acquire("st-alder")
     assert localize(engine, [query])[0].confidence == pytest.approx(before.confidence, rel=1e-5)
+
+
+def test_requests_are_answered_while_an_adapter_is_read(systems: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(systems)
+    engine = Engine(config, find_cities(config))
+    localize(engine, [LocalizeQuery("toytown", PIXELS, 1, Prior(), None)])
+    reading, go_on = threading.Event(), threading.Event()
+    read = city_models.load_peft_weights
+
+    def slow(*args: Any, **more: Any) -> Any:
+        reading.set()
+        assert go_on.wait(60)
+        return read(*args, **more)
+
+    monkeypatch.setattr(city_models, "load_peft_weights", slow)
+    engine.start()
+    with ThreadPoolExecutor(1) as loader:
+        loading = loader.submit(engine.cities.acquire, "st-alder")
+        assert reading.wait(60)
+        results: Queue[Any] = Queue()
+        query = LocalizeQuery("toytown", pixels(1), 1, Prior(), None)
+        jobs_of(engine, engine.prepare_localize, [query], lambda *result: results.put(result[1]))
+        assert results.get(timeout=60).shape == (4,)
+        assert not loading.done()
+        go_on.set()
+        assert loading.result() is engine.cities.localizers["st-alder"]
 
 
 def test_an_adapter_of_another_base_is_refused_and_the_others_stay(systems: list[Path], tmp_path: Path) -> None:
@@ -349,9 +378,9 @@ def test_an_adapter_of_another_base_is_refused_and_the_others_stay(systems: list
     for loaded_before in (False, True):
         if loaded_before:
             before = localize(engine, [query])[0]
-        engine.cities["st-alder"] = replace(engine.cities["st-alder"], adapter=tmp_path / "adapter")
+        engine.cities.cities["st-alder"] = replace(engine.cities.cities["st-alder"], adapter=tmp_path / "adapter")
         with pytest.raises(InputError, match=f"was trained on {wider} .*serve it on that one"):
-            engine.acquire("st-alder")
+            engine.cities.acquire("st-alder")
     assert localize(engine, [query])[0].confidence == before.confidence
 
 
@@ -396,10 +425,8 @@ def test_photos_and_short_answers_of_another_city_do_not_wait_for_a_long_answer(
         pass
     assert order[:4] == ["long", "long", "photo", "short"]
     assert len(ids) == alone[0].tokens > 5
-    assert (
-        engine.localizers["toytown"].decode([i for i in ids if i not in engine.localizers["toytown"].end_tokens]).strip()
-        == alone[0].text
-    )
+    localizer = engine.cities.localizers["toytown"]
+    assert localizer.decode([token for token in ids if token not in localizer.end_tokens]).strip() == alone[0].text
 
 
 def test_answers_of_two_cities_are_one_batch(systems: list[Path]) -> None:

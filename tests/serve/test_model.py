@@ -87,5 +87,5 @@ def test_a_caller_who_leaves_frees_the_place_and_the_city(model: Model) -> None:
     asyncio.run(leave())
     model.engine.call(lambda: None)
     assert not any(answer.live for batch in model.engine.decoder._batches for answer in batch.answers)
-    assert not any(model.engine._uses.values())
+    assert not any(model.engine.cities._uses.values())
     asyncio.run(model.check_health())
