@@ -4,8 +4,7 @@
     python benchmarks/slow_inputs.py --model runs/demo/models/addressvlm/merged      # its prompts and tokenizer, too
 
 A text is a unit of one to four pieces (words of questions, names, brackets, blanks, accents, special tokens), repeated between
-a beginning and an end. Bounds on the length are lifted for questions, so that growth shows; `at most` is what a request can
-cost with them.
+a beginning and an end.
 """
 
 import argparse
@@ -42,7 +41,6 @@ def main() -> None:
     rng = random.Random(0)
     readers = targets(city(args.streets)) | (model_targets(args.model) if args.model else {})
     for name, reader in readers.items():
-        reader("Which street is this?") if name in ("question", "street") else None  # loads what it needs once
         end, tried, worst = time.monotonic() + args.seconds, 0, (0.0, Recipe("", "a", ""))
         while time.monotonic() < end:
             start, unit, stop = (

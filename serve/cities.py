@@ -12,6 +12,7 @@ from typing import Any
 
 import shapely
 
+from addressvlm.answers.calibration import Calibration
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
 from addressvlm.storage.remote_path import AnyPath, RemotePath, path_of
 from addressvlm.storage.run_dir import LAST_MODEL_FILE, storage_dir
@@ -172,6 +173,11 @@ class CityGeometry:
     def gazetteer(self) -> Gazetteer | None:
         """The streets that answers can name."""
         return self.city.gazetteer()
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """What the model's confidence was checked on."""
+        return Calibration.load(self.city.folder)
 
     @cached_property
     def geojson(self) -> bytes:

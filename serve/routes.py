@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
 import numpy as np
 from fastapi import APIRouter, FastAPI, Request, Security
@@ -29,6 +30,8 @@ from ray.serve.handle import DeploymentHandle
 from starlette.routing import Route
 
 from addressvlm.answers.address_distribution import Localization
+from addressvlm.answers.calibration import NEVER, Calibration
+from serve.api_docs import examples, render
 from serve.backend import Backend
 from serve.chat import MODEL_ALIAS, ChatResponse, conversation, parse_chat
 from serve.cities import City, CityGeometry, pick_city
@@ -36,6 +39,7 @@ from serve.errors import LOGGING_CONFIG, ApiError, add_exception_handlers
 from serve.metrics import MetricsReplica, ServiceMetrics, render_metrics
 from serve.middleware import AccessMiddleware
 from serve.requests import ChatQuery, LocalizeQuery, read_json, read_localize
+from serve.samples import SamplePhotos
 from serve.schemas import (
     ChatCompletion,
     ChatRequest,
@@ -49,6 +53,8 @@ from serve.schemas import (
     ModelAnswer,
     ModelList,
     PriorFields,
+    SampleAnswer,
+    SampleList,
 )
 from serve.settings import ServiceSettings
 
@@ -111,6 +117,7 @@ class Routes:
     def __init__(self, settings: ServiceSettings, cities: Sequence[City], backend: Backend, metrics: ServiceMetrics) -> None:
         self.settings, self.cities, self.backend, self.metrics = settings, list(cities), backend, metrics
         self.geometries = {city.id: CityGeometry(city) for city in cities}
+        self.samples = {city.id: SamplePhotos(city.folder) for city in cities}
         self._health_lock, self._health_until, self._replicas = asyncio.Lock(), 0.0, cast("int | None", None)
 
     def app(self, key_hashes: Sequence[str] = (), **access: Any) -> FastAPI:
@@ -130,6 +137,10 @@ class Routes:
         pages = ["/" if file.name == "index.html" else f"/{file.name}" for file in sorted(PAGE.iterdir())]
         for path in pages:
             app.get(path, include_in_schema=False)(self.page_file)
+        app.get("/docs", include_in_schema=False)(
+            lambda: Response(render(app.openapi()), media_type="text/html", headers=PAGE_HEADERS)
+        )
+        pages.append("/docs")
         routes = [route for route in app.routes if isinstance(route, Route)]
         app.add_middleware(GZipMiddleware, minimum_size=4096)
         access |= {"settings": self.settings, "metrics": self.metrics, "key_hashes": key_hashes}
@@ -169,6 +180,15 @@ class Routes:
             responses=_responses([400, 404, *READ_ERRORS], "application/geo+json", {"type": "object"}),
             openapi_extra={"parameters": [CITY_PARAMETER]},
         )(self.city_map)
+        api.get("/v1/samples", responses=_responses([400, 404, *READ_ERRORS]), openapi_extra={"parameters": [CITY_PARAMETER]})(
+            self.list_samples
+        )
+        api.get(
+            "/v1/samples/{number}",
+            response_class=Response,
+            responses=_responses([400, 404, *READ_ERRORS], "image/jpeg", {"type": "string", "format": "binary"}),
+            openapi_extra={"parameters": [CITY_PARAMETER]},
+        )(self.sample)
         metrics_responses = _responses([500], "text/plain", {"type": "string"})
         api.get("/metrics", response_class=Response, responses=metrics_responses)(self.export_metrics)
         app.include_router(api)
@@ -179,6 +199,10 @@ class Routes:
             modes: Any = [(model, "validation") for model in REQUESTS]
             document, (_, schemas) = generate(), models_json_schema(modes, ref_template=SCHEMA_PATH)
             document["components"]["schemas"] |= schemas["$defs"]
+            for path, operations in document["paths"].items():
+                for method, operation in operations.items():
+                    operation["x-codeSamples"] = examples(method, path)
+                    operation["responses"].pop("422", None)  # FastAPI's own, for parameters of another type than text
             return document
 
         app.openapi = openapi  # type: ignore[method-assign]
@@ -199,11 +223,12 @@ class Routes:
         self.metrics.observe("addressvlm_confidence", result.confidence, city.id)
         request.state.log_fields = {"city": city.id, "known": result.known, "confidence": round(result.confidence, 4)}
         await asyncio.to_thread(lambda: geometry.streets)
+        calibration = await asyncio.to_thread(lambda: geometry.calibration)
         candidates = [geometry.candidate(c.street, c.district, c.probability) for c in result.candidates]
         address = {key: candidates[0][key] for key in ("street", "district")} if result.known else None
         body = {
             "known": result.known,
-            "reason": None if result.known else _reason(result, fields.threshold),
+            "reason": None if result.known else _reason(result, fields.threshold, calibration),
             "confidence": result.confidence,
             "threshold": result.threshold,
             "address": address,
@@ -280,6 +305,20 @@ class Routes:
             body = await asyncio.to_thread(lambda: geometry.geojson_gzip)
         return Response(body, media_type="application/geo+json", headers=headers)
 
+    async def list_samples(self, request: Request) -> SampleList:
+        """List photos to try, of places that training never saw."""
+        city = pick_city(self.cities, request.query_params.get("city"))
+        photos = await asyncio.to_thread(lambda: self.samples[city.id].photos)
+        return SampleList(data=[SampleAnswer(id=n, url=f"v1/samples/{n}?city={quote(city.id)}") for n in range(len(photos))])
+
+    async def sample(self, request: Request, number: str) -> Response:
+        """A photo to try, as JPEG."""
+        city = pick_city(self.cities, request.query_params.get("city"))
+        photos = await asyncio.to_thread(lambda: self.samples[city.id].photos)
+        if number not in map(str, range(len(photos))):
+            raise ApiError(404, f"No sample photo '{number[:20]}' here, see /v1/samples.", code="sample_not_found")
+        return Response(photos[int(number)], media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+
     async def health(self) -> Health:
         """200 if a model replica runs, 503 if none does."""
         async with self._health_lock:  # one question to the controller, however many ask
@@ -305,12 +344,15 @@ class Routes:
         return Response(file.read_bytes(), media_type=media_type, headers=PAGE_HEADERS)
 
 
-def _reason(result: Localization, requested: float | None) -> str:
+def _reason(result: Localization, requested: float | None, calibration: Calibration) -> str:
     """Why an address does not count as known."""
-    if requested is None and result.threshold >= 1:
-        return "On the validation photos no confidence was enough to promise the precision that this model aims at."
-    whose = "requested threshold" if requested is not None else "threshold of this model's target precision"
-    return f"The confidence, {result.confidence:.3f}, is not above the {whose}, {result.threshold:g}."
+    confidence = f"The confidence, {result.confidence:.3f}, is not above"
+    if requested is not None:
+        return f"{confidence} the requested threshold, {requested:g}."
+    if result.threshold < NEVER:
+        return f"{confidence} {result.threshold:.3f}, from which on a precision of {calibration.target:.0%} is promised."
+    places = calibration.measured.get("places", "few")
+    return f"The {places} places that the model was checked on don't allow to promise a precision of {calibration.target:.0%}."
 
 
 @serve.deployment(

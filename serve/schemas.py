@@ -234,6 +234,20 @@ class CityList(Answer):
     data: list[CityAnswer]
 
 
+class SampleAnswer(Answer):
+    """A photo to try."""
+
+    id: int
+    url: str
+
+
+class SampleList(Answer):
+    """Photos of a city that training never saw, if the run that the model is from has any."""
+
+    object: Literal["list"] = "list"
+    data: list[SampleAnswer]
+
+
 class ModelAnswer(Answer):
     """A model for chats."""
 

@@ -2,28 +2,30 @@
 
 import { element, percent } from "./words.js";
 
+const SURENESS = [[0.95, "Almost certain"], [0.8, "Very likely"], [0.6, "Likely"], [0.4, "Perhaps"]]; // from this confidence on
+const LIKELY = 0.4; // below it no address stands on the sign
+
 export class Answer {
   constructor(parts, map) {
     Object.assign(this, { ...parts, map });
   }
 
   /** Show a response of `/v1/localize`, and if `framed` move the map to it; returns it as a sentence. */
-  show({ known, confidence, threshold, address, candidates }, framed) {
-    const best = candidates[0], told = address ?? best;
-    this.box.classList.toggle("unknown", !known);
-    this.street.textContent = known ? told.street : "I don't know";
-    this.district.textContent = known ? told.district : "these are the likeliest";
-    const words = sureness(known, confidence);
+  show({ reason, confidence, threshold, candidates }, framed) {
+    const best = candidates[0], words = sureness(confidence), sure = confidence >= LIKELY;
+    this.box.classList.toggle("unknown", !sure);
+    this.street.textContent = sure ? best.street : "I don't know";
+    this.district.textContent = sure ? best.district : "these are the likeliest";
     this.verdict.replaceChildren(element("strong", words), ` ${percent(confidence)}`);
-    this.meaning.textContent = meaning(known, confidence, threshold);
+    this.meaning.textContent = meaning(confidence, threshold);
+    this.reason.textContent = reason ?? "";
     const shown = candidates.map((c) => ({ ...c, heat: heat(c.probability / (best.probability || 1)) }));
     this.list.replaceChildren(...shown.map((candidate, at) => this.row(candidate, at)));
     this.box.hidden = false;
     this.map.show(shown);
     if (framed) this.map.frameCandidates();
-    return known
-      ? `${words}, ${percent(confidence)}: ${told.street}, ${told.district}.`
-      : `I don't know. The likeliest is ${best.street}, ${best.district}, with ${percent(best.probability)}.`;
+    const address = `${best.street}, ${best.district}`;
+    return sure ? `${words}, ${percent(confidence)}: ${address}.` : `I don't know. The likeliest is ${address}, with ${percent(confidence)}.`;
   }
 
   hide() {
@@ -50,17 +52,14 @@ export class Answer {
   }
 }
 
-function sureness(known, confidence) {
-  if (!known) return "Not sure enough";
-  return confidence >= 0.9 ? "Quite sure" : confidence >= 0.7 ? "Fairly sure" : confidence >= 0.5 ? "Rather likely" : "A guess";
+function sureness(confidence) {
+  return (SURENESS.find(([least]) => confidence >= least) ?? [0, "A guess"])[1];
 }
 
-function meaning(known, confidence, threshold) {
+function meaning(confidence, threshold) {
   const often = Math.round(100 * confidence);
   const right = often < 1 ? "By its own estimate, the first candidate is right less than once in 100 times." : `By its own estimate, answers like this are right about ${often} times in 100.`;
-  if (threshold === 0) return `${right} This estimate was never checked on photos with known addresses.`;
-  if (known || threshold === undefined) return right;
-  return `${right} ${threshold < 1 ? `Below ${percent(threshold)} no address is named.` : "It is never sure enough to name an address."}`;
+  return threshold === 0 ? `${right} This estimate was never checked on photos with known addresses.` : right;
 }
 
 /** Likely streets are hot, unlikely ones grey. */

@@ -34,6 +34,11 @@ export async function request(path, form, signal) {
   return response.json();
 }
 
+/** A file of the service, as a Blob. */
+export async function download(path) {
+  return (await send(path)).blob();
+}
+
 /** The text of a chat answer, piece by piece as the model writes it. */
 export async function* chat(body, signal) {
   const response = await send("v1/chat/completions", {

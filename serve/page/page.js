@@ -1,11 +1,12 @@
 /** The page: sends a photo to `/v1/localize` and shows the result. */
 
 import { Answer } from "./answer.js";
-import { Refused, rememberKey, request } from "./api.js";
+import { Refused, download, rememberKey, request } from "./api.js";
 import { CityMap } from "./map.js";
 import { collectPhotos, prepared } from "./photo.js";
 import { Prior } from "./prior.js";
 import { Talk } from "./talk.js";
+import { element } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
 const parts = (names) => Object.fromEntries(Object.entries(names).map(([part, id]) => [part, $(id)]));
@@ -18,7 +19,7 @@ let looking = null; // aborts the current request when the photo or the prior ch
 let again = start; // what "Try again" does
 
 const map = new CityMap($("map"), (place) => prior.set(place));
-const answer = new Answer(parts({ box: "result", street: "street", district: "district", verdict: "verdict", meaning: "meaning", list: "candidates" }), map);
+const answer = new Answer(parts({ box: "result", street: "street", district: "district", verdict: "verdict", meaning: "meaning", reason: "reason", list: "candidates" }), map);
 const talk = new Talk(parts({ box: "ask", ideas: "ideas", log: "talk", form: "form", question: "question", send: "send" }), () => city().model);
 const prior = new Prior(
   parts({ panel: "where", district: "in", radius: "radius", metres: "metres", put: "put", clear: "clear", summary: "only" }), map, () => photo && locate(),
@@ -132,7 +133,25 @@ async function showCity() {
     $("mapbox").hidden = true;
     if (error.status !== 404) return failed(error, showCity); // a model without a gazetteer has no map
   }
-  if (photo) await locate();
+  await Promise.all([offerSamples(id), photo && locate()]);
+}
+
+/** Thumbnails of photos to try, if the service has some. */
+async function offerSamples(id) {
+  const samples = await request(`v1/samples?city=${encodeURIComponent(id)}`).then(({ data }) => data, () => []);
+  const photos = await Promise.all(samples.map(({ url }) => download(url).catch(() => null)));
+  if (id !== city().id) return;
+  for (const image of $("tries").querySelectorAll("img")) URL.revokeObjectURL(image.src);
+  $("tries").replaceChildren(...photos.filter(Boolean).map((blob, at) => {
+    const button = element("button"), image = element("img");
+    button.type = "button";
+    image.alt = `Photo ${at + 1}`;
+    image.src = URL.createObjectURL(blob);
+    button.append(image);
+    button.addEventListener("click", () => take(blob));
+    return button;
+  }));
+  $("samples").hidden = !$("tries").children.length;
 }
 
 /* ---- wiring ---- */

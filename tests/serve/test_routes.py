@@ -11,6 +11,7 @@ import shapely
 from fastapi.testclient import TestClient
 
 from addressvlm.answers.address_distribution import Candidate, Circle, Localization, Prior
+from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.types import Completion, TextChunk
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from serve.cities import City, CityGeometry
@@ -73,6 +74,7 @@ def client(tmp_path: Path, double: Double) -> TestClient:
     for city, streets in {"Toytown": STREETS, "Alder": {"Elm Row": STREETS["Mill Street"]}}.items():
         (tmp_path / city).mkdir()
         save_gazetteer(tmp_path / city, city, streets)
+        Calibration(1.0, 0.9, {"0.9": 1.0}, {"places": 12}).save(tmp_path / city)
         cities.append(City(city.lower(), city, f"run/{city.lower()}", tmp_path / city))
     return TestClient(Routes(ServiceSettings(max_tokens=100), cities, double, double.metrics).app())
 
@@ -110,12 +112,12 @@ def test_the_whole_localization_reaches_the_caller(client: TestClient, double: D
     double.result = Localization(double.result.candidates, False, 0.625, 0.7)
     response = client.post("/v1/localize", json=body).json()
     assert (response["known"], response["address"], len(response["candidates"])) == (False, None, 2)
-    assert response["reason"] == "The confidence, 0.625, is not above the threshold of this model's target precision, 0.7."
+    assert response["reason"] == "The confidence, 0.625, is not above 0.700, from which on a precision of 90% is promised."
     text = client.get("/metrics").text
     for known in ("true", "false"):
         assert f'addressvlm_localized_total{{city="toytown",known="{known}",replica="front"}} 1.0' in text
     double.result = Localization(double.result.candidates, False, 0.625, 1.0)
-    assert "no confidence was enough" in client.post("/v1/localize", json=body).json()["reason"]
+    assert "The 12 places that the model was checked on" in client.post("/v1/localize", json=body).json()["reason"]
     assert "requested threshold, 1." in client.post("/v1/localize", json=body | {"threshold": 1}).json()["reason"]
 
 

@@ -7,21 +7,28 @@ More examples, and all of schemathesis' own cases:
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import schemathesis
 import uvicorn
 from hypothesis import HealthCheck, settings
 from schemathesis.config import SchemathesisConfig
 
+from addressvlm.storage.tables import PHOTOS, write_table
+from serve.api_docs import URL
 from serve.metrics import ServiceMetrics
 from serve.routes import Routes
 from serve.settings import ServiceSettings
 from tests.support.in_process_service import application
+from tests.support.running_service import photo
 
 pytestmark = pytest.mark.xdist_group("serve")
 EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "5"))
@@ -38,7 +45,10 @@ tried: Counter[int] = Counter()
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    app = application(tmp_path_factory.mktemp("schema"), max_body_mb=2, max_megapixels=4, max_tokens=4)
+    root = tmp_path_factory.mktemp("schema")
+    rows = [{"id": "1", "place": "1", "street": "Mill Street", "image": {"bytes": photo(), "path": None}}]
+    write_table(root / "toytown" / "photos", "test", rows, PHOTOS)
+    app = application(root, max_body_mb=2, max_megapixels=4, max_tokens=4)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -58,6 +68,34 @@ def test_the_service_does_as_documented(case: schemathesis.Case, url: str) -> No
     case.validate_response(response)
 
 
+EXAMPLES_OF_ROUTES = [
+    (path, sample["lang"], sample["source"])
+    for path, methods in document["paths"].items()
+    for operation in methods.values()
+    for sample in operation["x-codeSamples"]
+]
+
+
+@pytest.mark.parametrize(("path", "language", "source"), EXAMPLES_OF_ROUTES)
+def test_the_examples_of_the_documentation_run(path: str, language: str, source: str, url: str, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(photo())
+    command = [sys.executable, "-c"] if language == "Python" else ["bash", "-c"]
+    done = subprocess.run([*command, source.replace(URL, url)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout or (tmp_path / "sample.jpg").exists()
+    assert '"error"' not in done.stdout, path
+
+
+def test_the_documentation_is_a_page_without_scripts(url: str) -> None:
+    page = httpx.get(f"{url}/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "<script" not in page.text
+    outside = set(re.findall(r"(?:src|href)=.(https?://[^\"']+)", page.text))
+    assert outside == set()
+    for path, methods in document["paths"].items():
+        assert all(f"<code>{method.upper()}</code> {path}<" in page.text for method in methods)
+
+
 def test_the_document_has_every_route_its_schemas_and_its_errors() -> None:
     operations = {
         (path, *methods): set(*(o["responses"] for o in methods.values())) for path, methods in document["paths"].items()
@@ -70,6 +108,8 @@ def test_the_document_has_every_route_its_schemas_and_its_errors() -> None:
         ("/v1/models", "get"): read,
         ("/v1/models/{model}", "get"): read | {"404"},
         ("/v1/cities", "get"): read,
+        ("/v1/samples", "get"): read | {"400", "404"},
+        ("/v1/samples/{number}", "get"): read | {"400", "404"},
         ("/v1/map", "get"): read | {"400", "404"},
         ("/healthz", "get"): {"200", "500", "503"},
         ("/metrics", "get"): {"200", "500"},
