@@ -162,7 +162,7 @@ def _load_city(config: Config, folder: AnyPath, rejects_file: AnyPath) -> CityDa
         centre = (float(np.mean([p.lat for p in rows])), float(np.mean([p.lon for p in rows]))) if rows else (0.0, 0.0)
         streets = StreetMap.load(
             city.streets, city.districts, centre, district_source=city.district_source, admin_level=city.admin_level,
-            language=city.language, unit=city.unit, with_roads=True,
+            language=city.language, unit=city.unit, encoding=city.encoding, with_roads=True,
         )  # fmt: skip
         print(f"prepare: {total:,} rows in {source}, {len(streets.street_names):,} named streets", flush=True)
         cache = local_folder_for(storage_dir(config.storage)) / "geocoder.sqlite"

@@ -221,7 +221,7 @@ def street_map(city: CityConfig, gazetteer: Gazetteer) -> StreetMap:
         return StreetMap(list(shapes), list(shapes.values()), list(gazetteer.district_geometry.items()))
     return StreetMap.load(
         city.streets, city.districts, district_source=city.district_source, admin_level=city.admin_level,
-        language=city.language, unit=city.unit,
+        language=city.language, unit=city.unit, encoding=city.encoding,
     )  # fmt: skip
 
 

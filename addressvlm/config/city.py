@@ -74,6 +74,7 @@ class CityConfig(Section):
     district_source: Literal["auto", "polygons", "admin", "place"] = "auto"  # what a district is in an OSM file
     admin_level: int | None = Field(None, ge=2, le=12)  # OSM admin boundaries of this level; default: the finest that covers
     unit: Literal["auto", "streets", "blocks"] = "auto"  # what an address names; auto: blocks where OSM's streets have no names
+    encoding: str | None = None  # of names in shapefiles (cp1252, gbk, …); default: as the .cpg file says, else UTF-8
     language: str | None = None  # show `name:<language>` where OSM has it instead of `name`
     max_distance_m: float = Field(40.0, gt=0)  # a photo further than this from any named street is rejected
     # neighbours within this vote on a place's street (paper 002, A.2); 0: no vote

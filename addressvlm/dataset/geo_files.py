@@ -4,11 +4,13 @@ An OpenStreetMap file is read in three passes (the selected objects, the ways of
 that memory holds the selection and not the file, and the order of its objects does not matter.
 """
 
+import codecs
 import json
 import re
+import zipfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from osmium.osm import NODE, WAY
 from shapely.geometry.base import BaseGeometry
 
 from addressvlm.errors import InputError
-from addressvlm.storage.files import local_copy
+from addressvlm.gazetteer.names import DamagedTextError, is_nothing, osm_names, single_names, split_names, without_names
+from addressvlm.storage.files import local_copy, open_text
 from addressvlm.storage.remote_path import AnyPath
 
 Tags = dict[str, str]
@@ -47,6 +50,11 @@ BLOCK_PLACES = ("city_block", "block", "neighbourhood", "quarter")
 BLOCK_LEVELS = ("9", "10", "11")  # administrative areas that Japan's addresses name: 町, 大字, 丁目
 DISTRICT_PLACES = ("neighbourhood", "quarter", "suburb", "borough")  # from the finest
 
+CLASS_KEYS = ("highway", "place", "boundary", "admin_level")  # their first value counts
+REMARK = re.compile(rb"<remark>\s*(.*?)\s*</remark>", re.DOTALL)  # of the Overpass API
+REMARK_BYTES = 4096  # at the end of an answer
+DOUBTFUL_DBF_ENCODINGS = (0x00, 0x57)  # not told, and that of the computer that wrote it
+
 OBJECT_KEYS = ("highway", "place", "boundary")  # an object without any of these is neither a street nor a district
 TAG_KEYS = re.compile(r"highway|place|boundary|admin_level|area|tunnel|indoor|type|(\w+_)?name(:.*|_\d+)?")
 EMPTY_LINE = np.zeros((0, 2))
@@ -58,6 +66,7 @@ class GeoFeature:
 
     tags: Tags
     shape: BaseGeometry
+    cut: bool = False  # whether a part of its border is not in the file
 
     @property
     def dimension(self) -> int:
@@ -109,14 +118,18 @@ def is_district(tags: Tags) -> bool:
     return tags.get("boundary") == "administrative" or tags.get("place") in DISTRICT_PLACES
 
 
-def read_geo_file(path: str | AnyPath, key: str, select: TagFilter) -> GeoExtract:
+def read_geo_file(path: str | AnyPath, key: str, select: TagFilter, encoding: str | None = None) -> GeoExtract:
     """Read a file: all features of a table, of OpenStreetMap's objects those whose tags `select` accepts.
 
-    The tags of a table's feature are its properties, as text; a column `NAME` counts as `name`. `key` is the setting that
-    names the file, for errors.
+    The tags of a table's feature are its properties, as text, without words for nothing; a column `NAME` counts as `name`. A
+    street with several names is there once for each.
+
+    Args:
+        key: the setting that names the file, for errors.
+        encoding: of a shapefile's names; default: as its .cpg file says, else UTF-8.
 
     Raises:
-        InputError: the file is missing, damaged, of an unknown format or not in degrees.
+        InputError: the file is missing, damaged, cut short, of an unknown format or encoding, or not in degrees.
     """
     try:
         path = local_copy(path)
@@ -125,7 +138,7 @@ def read_geo_file(path: str | AnyPath, key: str, select: TagFilter) -> GeoExtrac
         if path.name.lower().endswith(OSM_SUFFIXES):
             extract = _read_osm(path, select)
         elif path.suffix.lower() in GDAL_SUFFIXES:
-            extract = _read_gdal(path)
+            extract = _read_gdal(path, encoding)
         else:
             extract = _read_json(path, key, select)
     except FileNotFoundError:
@@ -137,7 +150,30 @@ def read_geo_file(path: str | AnyPath, key: str, select: TagFilter) -> GeoExtrac
         if not (-180 <= west <= east <= 180 and -90 <= south <= north <= 90):
             span = f"({west:g}, {south:g}) to ({east:g}, {north:g})"
             raise InputError(f"{path} has coordinates from {span}: export it in degrees (WGS84).")
-    return extract
+    return replace(extract, features=_single_named(extract, path))
+
+
+def _single_named(extract: GeoExtract, path: Path) -> list[GeoFeature]:
+    """The features with one name each: streets with several once for each, without the names that were damaged before.
+
+    Raises:
+        InputError: there are such names in a table, where they come from a wrong encoding.
+    """
+    features, damaged = [], []
+    for feature in extract.features:
+        try:
+            osm_names(feature.tags)
+            street = "highway" in feature.tags or (feature.dimension < 2 and not {"place", "boundary"} & feature.tags.keys())
+            names = single_names(feature.tags) if street else [feature.tags]
+        except DamagedTextError as error:
+            damaged.append(str(error))
+            names = [without_names(feature.tags)]
+        features += [feature if tags == feature.tags else replace(feature, tags=tags) for tags in names]
+    if damaged and not extract.osm:
+        raise InputError(f"{path} has {len(damaged)} names with {damaged[0]}: export it again as UTF-8, or set city.encoding.")
+    if damaged:
+        print(f"prepare: {len(damaged)} names in {path} are left out, the first for {damaged[0]}", flush=True)
+    return features
 
 
 # Tables
@@ -145,15 +181,17 @@ def read_geo_file(path: str | AnyPath, key: str, select: TagFilter) -> GeoExtrac
 
 def _read_json(path: Path, key: str, select: TagFilter) -> GeoExtract:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            tree = json.load(open_text(file))
         if isinstance(tree, dict) and "elements" in tree:
+            require_whole(path, str(tree.get("remark") or ""))
             return _read_overpass(tree, select)
         features = [
             GeoFeature(_property_tags(item.get("properties") or {}), shapely.force_2d(shapely.geometry.shape(item["geometry"])))
             for item in tree["features"]
             if item.get("geometry")
         ]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, shapely.errors.ShapelyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, shapely.errors.ShapelyError) as error:
         detail = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise InputError(
             f"{path} is not GeoJSON or Overpass JSON ({detail}): export it again, or set {key} to an .osm.pbf or .shp file."
@@ -161,14 +199,16 @@ def _read_json(path: Path, key: str, select: TagFilter) -> GeoExtract:
     return GeoExtract.from_features(features)
 
 
-def _read_gdal(path: Path) -> GeoExtract:
+def _read_gdal(path: Path, encoding: str | None) -> GeoExtract:
     """All layers of a file, in degrees; without a projection its coordinates are taken to be degrees."""
     features = []
     try:
         for layer, kind in pyogrio.list_layers(path):
             if kind is None:
                 continue
-            meta, _, encoded, columns = pyogrio.raw.read(path, layer=layer, force_2d=True)
+            meta, _, encoded, columns = pyogrio.raw.read(
+                path, layer=layer, force_2d=True, encoding=_names_encoding(path, encoding)
+            )
             shapes = shapely.from_wkb(encoded)
             if meta["crs"] is not None and pyproj.CRS(meta["crs"]) != pyproj.CRS("EPSG:4326"):
                 transform = pyproj.Transformer.from_crs(meta["crs"], "EPSG:4326", always_xy=True).transform
@@ -179,15 +219,52 @@ def _read_gdal(path: Path) -> GeoExtract:
                     features.append(GeoFeature(_property_tags(dict(zip(meta["fields"], row, strict=True))), shape))
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.ShapelyError) as error:
         raise InputError(f"{path} can't be read by GDAL ({' '.join(str(error).split())[:120]}): export it again.") from None
+    except UnicodeError:
+        used = encoding or "UTF-8"
+        raise InputError(f"{path} has names that are not in {used}: set city.encoding, to cp1252 for example.") from None
     return GeoExtract.from_features(features)
 
 
+def _names_encoding(path: Path, encoding: str | None) -> str | None:
+    """The encoding of a shapefile's names; None where the file tells it to GDAL."""
+    suffixes = {path.suffix.lower()}
+    if path.suffix.lower() == ".zip" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            suffixes = {Path(name).suffix.lower() for name in archive.namelist()}
+    if ".shp" not in suffixes:
+        return None
+    if encoding is not None:
+        try:
+            return codecs.lookup(encoding).name
+        except LookupError:
+            raise InputError(f"city.encoding is {encoding}, which is no encoding: set it to cp1252, for example.") from None
+    table = path.with_suffix(".dbf")
+    if ".cpg" in suffixes or any(path.with_suffix(suffix).exists() for suffix in (".cpg", ".CPG")):
+        return None
+    told = table.read_bytes()[29:30] if table.exists() else b""
+    return "UTF-8" if not told or told[0] in DOUBTFUL_DBF_ENCODINGS else None
+
+
 def _property_tags(properties: Mapping[str, Any]) -> Tags:
-    """Properties as text, without empty ones; a table's `NAME` or `Name` is the name if there is no other."""
-    texts = {str(key): str(value).strip() for key, value in properties.items() if value is not None and value == value}
-    tags = {key: text for key, text in texts.items() if text}
+    """Properties as text, without empty ones and words for nothing, lists between semicolons.
+
+    A table's `NAME` or `Name` is the name if there is no other.
+    """
+    tags = {}
+    for key, value in properties.items():
+        values = value.tolist() if isinstance(value, np.ndarray) else value
+        texts = split_names(values) if isinstance(values, list) or key in CLASS_KEYS else [str(values).strip()]
+        if texts and values is not None and values == values and not is_nothing(texts[0]):
+            tags[str(key)] = texts[0] if key in CLASS_KEYS else ";".join(texts)
     name = next((text for key, text in tags.items() if key.lower() == "name"), None)
     return tags if name is None or "name" in tags else tags | {"name": name}
+
+
+def require_whole(path: Path, remark: str) -> None:
+    """InputError if the Overpass API remarked that its answer is not whole."""
+    if remark:
+        text = " ".join(remark.split())[:200]
+        raise InputError(f"{path} is cut short, Overpass says {text!r}: ask again for a smaller area or with a longer timeout.")
 
 
 # OpenStreetMap
@@ -195,7 +272,10 @@ def _property_tags(properties: Mapping[str, Any]) -> Tags:
 
 def _read_osm(path: Path, select: TagFilter) -> GeoExtract:
     """The selected ones among the objects with one of OBJECT_KEYS; nodes that the file lacks are missing from their ways."""
-    path.open("rb").close()  # raises OSError: pyosmium has one error for everything
+    with path.open("rb") as file:  # raises OSError: pyosmium has one error for everything
+        file.seek(max(0, file.seek(0, 2) - REMARK_BYTES))
+        remark = REMARK.search(file.read()) if path.suffix.lower() == ".osm" else None
+    require_whole(path, remark[1].decode("utf-8", "replace") if remark else "")
     try:
         with osmium.io.Reader(str(path), osmium.osm.NOTHING) as reader:
             box = reader.header().box()
@@ -251,7 +331,10 @@ def _read_osm_objects(path: str, select: TagFilter, bounds: Bounds | None) -> Ge
         at = np.minimum(np.searchsorted(ids, refs[way]), len(ids) - 1)
         return lonlat[at[ids[at] == refs[way]]]
 
-    borders = [(tags, [(role, line(way)) for role, way in members]) for tags, members in areas]
+    def whole(way: int) -> bool:
+        return way in refs and len(line(way)) == len(refs[way])
+
+    borders = [(tags, [(role, line(way), whole(way)) for role, way in members]) for tags, members in areas]
     return _build_extract(points, [(tags, line(way)) for tags, way in ways], borders, bounds)
 
 
@@ -275,10 +358,12 @@ def _read_overpass(tree: dict[str, Any], select: TagFilter) -> GeoExtract:
                 yield tags, element
 
     ways = {e["id"]: line(e) for e in elements["way"]}
+    whole_ways = {e["id"] for e in elements["way"] if len(ways[e["id"]]) == len(e.get("nodes") or e.get("geometry", ()))}
     points = [(tags, nodes[e["id"]]) for tags, e in selected("node") if "place" in tags]
     lines = [(tags, ways[e["id"]]) for tags, e in selected("way")]
     areas = [
-        (tags, [(m.get("role", ""), line(m) if m.get("geometry") else ways.get(m["ref"], EMPTY_LINE))
+        (tags, [(m.get("role", ""), line(m) if m.get("geometry") else ways.get(m["ref"], EMPTY_LINE),
+                 None not in m["geometry"] if m.get("geometry") else m["ref"] in whole_ways)
                 for m in e.get("members", ()) if m["type"] == "way"])
         for tags, e in selected("relation") if _is_area_relation(tags)
     ]  # fmt: skip
@@ -296,10 +381,10 @@ def _is_area_relation(tags: Tags) -> bool:
 def _build_extract(
     points: list[tuple[Tags, tuple[float, float]]],
     lines: list[tuple[Tags, Line]],
-    areas: list[tuple[Tags, list[tuple[str, Line]]]],
+    areas: list[tuple[Tags, list[tuple[str, Line, bool]]]],
     bounds: Bounds | None,
 ) -> GeoExtract:
-    """Shapes of what was read, areas from the role and line of each way of their border.
+    """Shapes of what was read, areas from the role and line of each way of their border, and whether all of it is there.
 
     A way without two nodes and an area without a complete ring are dropped; such areas are counted.
     """
@@ -313,11 +398,13 @@ def _build_extract(
             features.append(GeoFeature(tags, shapely.linestrings(line)))
     incomplete = 0
     for tags, border in areas:
-        enclosed = []  # by the outer rings, and by the holes
+        enclosed, cut = [], not all(whole for _, _, whole in border)  # by the outer rings, and by the holes
         for inner in (False, True):
-            ways = [shapely.linestrings(line) for role, line in border if (role == "inner") == inner and len(line) > 1]
-            enclosed.append(shapely.union_all([make_valid(ring) for ring in shapely.get_parts(shapely.polygonize(ways))]))
-        features.append(GeoFeature(tags, shapely.difference(*enclosed)))
+            ways = [shapely.linestrings(line) for role, line, _ in border if (role == "inner") == inner and len(line) > 1]
+            rings, *rest = shapely.polygonize_full(ways)
+            enclosed.append(shapely.union_all([make_valid(ring) for ring in shapely.get_parts(rings)]))
+            cut = cut or not all(shapely.is_empty(rest))
+        features.append(GeoFeature(tags, shapely.difference(*enclosed), cut))
         incomplete += features[-1].shape.is_empty
     return GeoExtract.from_features(features, bounds, osm=True, incomplete=incomplete)
 

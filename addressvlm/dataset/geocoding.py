@@ -18,10 +18,10 @@ from addressvlm.config.city import CityConfig, PartitionConfig
 from addressvlm.dataset import external_geocoder
 from addressvlm.dataset.partition import StreetPartition
 from addressvlm.dataset.photos import Photo, looks_swapped
+from addressvlm.dataset.spellings import KnownNames, most_frequent_spellings
 from addressvlm.dataset.streets import StreetMap
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import Address
-from addressvlm.gazetteer.name_matcher import normalize_name
 
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int32]
@@ -93,7 +93,7 @@ def assign_addresses(
     """
     _check_inputs(photos, streets, city)
     rejects: list[dict[str, Any]] = []
-    rows = _group_by_place(photos, streets, city, rejects)
+    rows = _group_by_place(_with_one_spelling(photos, streets), streets, city, rejects)
     if not rows.ids:
         return {}, [], rejects
     nearby = annotate_coordinates(rows.lat, rows.lon, streets, CROSS_STREET_M)
@@ -122,13 +122,42 @@ def assign_addresses(
             ambiguous=choice.tie or (second_metres is not None and second_metres <= city.ambiguous_m),
             source=choice.source,
             margin_m=None if metres is None or second_metres is None else second_metres - metres,
-            second_street=second,
+            second_street=(choice.second if choice.tie else None) or second,
             sub_street=sub_streets[i],
         )
         addressed += rows.photos[i]
     if city.partition is not None:
         places = with_sub_streets(places, addressed, streets, city.partition)[0]
     return places, addressed, rejects
+
+
+def _with_one_spelling(photos: Sequence[Photo], streets: StreetMap) -> list[Photo]:
+    """The photos with the names of their rows as the map spells them, else as most rows do."""
+    street_names, district_names = (KnownNames(n, streets.variants) for n in (streets.street_names, streets.district_names))
+    columns = {
+        "street": street_names,
+        "other_street": street_names,
+        "district": district_names,
+        "sub_street": KnownNames((), {}),
+    }
+    changed: dict[int, dict[str, str]] = defaultdict(dict)
+    for column, known in columns.items():
+        read = ("street", "other_street") if known is street_names else (column,)
+        counts = Counter(name for photo in photos for c in read if (name := getattr(photo, c)))
+        candidates = {name: known.candidates(name) for name in counts}
+        spelling = most_frequent_spellings(Counter({name: n for name, n in counts.items() if not candidates[name]}))
+        for i, photo in enumerate(photos):
+            name = getattr(photo, column)
+            if not name:
+                continue
+            several = candidates[name]
+            if len(several) > 1:  # streets in different parts of the city
+                near = [street for street, _ in streets.around(photo.lat, photo.lon, CROSS_STREET_M)[0] if street in several]
+                several = near or several
+            new = several[0] if several else spelling[name]
+            if new != name:
+                changed[i][column] = new
+    return [replace(photo, **changed[i]) if i in changed else photo for i, photo in enumerate(photos)]
 
 
 def with_sub_streets(
@@ -228,8 +257,12 @@ def _choose_streets(
     rows: _Places, nearby: Annotation, streets: StreetMap, city: CityConfig, seed: int, cache_file: Path | None
 ) -> list[_StreetChoice]:
     """The street of each place by the table, else by the geocoder if there is one, else by the map."""
-    table_streets = rows.column("street")
-    choices = [_StreetChoice(street, "manifest") for street in table_streets]
+    table_streets, others = rows.column("street"), rows.column("other_street")
+    others = [other if other != street else None for street, other in zip(table_streets, others, strict=True)]
+    choices = [
+        _StreetChoice(street, "manifest", second=other, tie=other is not None)
+        for street, other in zip(table_streets, others, strict=True)
+    ]
     if city.geocoder is None:
         nearest = np.where(nearby.distance_m <= city.max_distance_m, nearby.street, -1)
         if city.neighbour_vote_radius_m > 0:
@@ -249,12 +282,11 @@ def _choose_streets(
     answers, sources = external_geocoder.locate_by_geocoder(
         [rows.ids[i] for i in missing], *positions, city.geocoder, cache_file, seed, city.language
     )
-    on_map = {normalize_name(other): name for name in streets.street_names for other in streets.variants.get(name, [])}
-    on_map |= {normalize_name(name): name for name in streets.street_names}  # normal form -> spelling of the map
+    known = KnownNames(streets.street_names, streets.variants)
     for i, answer, source in zip(missing, answers, sources, strict=True):
         choices[i] = _StreetChoice(None, source)
         if answer:
-            street, second = (name and on_map.get(normalize_name(name), name) for name in (answer.street, answer.second))
+            street, second = (name and next(iter(known.candidates(name)), name) for name in (answer.street, answer.second))
             choices[i] = _StreetChoice(street, source, answer.district, second if second != street else None, answer.tie)
     return choices
 

@@ -26,16 +26,15 @@ from addressvlm.dataset.geo_files import (
     make_valid,
     read_geo_file,
 )
+from addressvlm.dataset.spellings import translate_spellings, unify_spellings
 from addressvlm.errors import InputError
-from addressvlm.gazetteer.name_matcher import is_distinctive, normalize_name
 from addressvlm.gazetteer.names import osm_names
-from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE, NearestStreets
+from addressvlm.gazetteer.spatial_index import NearestStreets
 
 Unit = Literal["auto", "streets", "blocks"]
 
 ORDINARY = frozenset("primary secondary tertiary unclassified residential living_street pedestrian".split())
 NAMED_SHARE = 0.2  # where fewer of the ordinary streets have a name, blocks are the addresses, if there are any
-SAME_STREET_M = 50.0  # two spellings of one name belong to one street if their lines come this near
 
 
 class StreetMap:
@@ -93,6 +92,7 @@ class StreetMap:
         admin_level: int | None = None,
         language: str | None = None,
         unit: Unit = "auto",
+        encoding: str | None = None,
         with_roads: bool = False,
     ) -> "StreetMap":
         """Read streets and districts from files of any kind that `read_geo_file` supports; the two may be one file.
@@ -113,7 +113,7 @@ class StreetMap:
                 block = is_block(tags) and has_name(tags)
                 return street or block or (one_file and is_district(tags)) or (with_roads and is_road(tags))
 
-            extract = read_geo_file(streets, "city.streets", select)
+            extract = read_geo_file(streets, "city.streets", select, encoding)
             lines = extract
             if one_file and not extract.osm:  # a table of both: its areas are the districts
                 lines = GeoExtract.from_features([f for f in extract.features if f.dimension < 2], extract.bounds)
@@ -121,7 +121,7 @@ class StreetMap:
             roads = select_roads(lines, names, language) if with_roads else []
         if districts:
             if not one_file:
-                extract = read_geo_file(districts, "city.districts", is_district)
+                extract = read_geo_file(districts, "city.districts", is_district, encoding)
             points = shapely.point_on_surface(list(dict(zip(names.names, names.shapes, strict=True)).values()))
             polygons, district_variants = select_districts(
                 extract, points, str(districts), language, district_source, admin_level
@@ -264,6 +264,9 @@ def select_districts(
     """The districts (name and polygon) that `choose_districts` finds among the named objects, and their variants."""
     named = [f for f in extract.features if osm_names(f.tags, language)[0]]
     layer = choose_districts(replace(extract, features=named), points, path, source, level)
+    if cut := sorted({osm_names(area.tags, language)[0] for area in layer if area.cut}):
+        some = ", ".join(cut[:5]) + (", …" if len(cut) > 5 else "")
+        print(f"prepare: {path} lacks parts of the border of {some} ({len(cut)} in all): take a larger extract", flush=True)
     parts = defaultdict(list)
     for area in layer:
         parts[osm_names(area.tags, language)[0]].append(make_valid(area.shape))
@@ -326,60 +329,10 @@ def _display_names(features: Sequence[GeoFeature], language: str | None) -> Stre
     shapes = [f.shape for f in features]
     spellings = [osm_names(f.tags, language)[0] for f in features]
     local = [f.tags.get("name", "").strip() or spelling for f, spelling in zip(features, spellings, strict=True)]
-    names = _translate(spellings, local, _unify_spellings(local, shapes))
-    unified = _unify_spellings(names, shapes)
+    names = translate_spellings(spellings, local, unify_spellings(local, shapes))
+    unified = unify_spellings(names, shapes)
     display = {spelling: unified[name] for spelling, name in zip(spellings, names, strict=True)}
     parts, feature = shapely.get_parts(shapes, return_index=True)
     return StreetNames(
         [display[spellings[i]] for i in feature], list(parts), collect_variants(features, language, display), display
     )
-
-
-def _translate(spellings: list[str], local: list[str], street: dict[str, str]) -> list[str]:
-    """The names of N ways where only some ways of a street have `name:<language>`: the others take the most frequent one.
-
-    Args:
-        spellings: `name:<language>`, or `name` where it is missing.
-        local: `name`.
-        street: `name` -> the street's own spelling of it.
-    """
-    translations: dict[str, Counter[str]] = defaultdict(Counter)
-    for spelling, name in zip(spellings, local, strict=True):
-        if spelling != name:
-            translations[street[name]][spelling] += 1
-    return [
-        translations[street[name]].most_common(1)[0][0] if spelling == name and street[name] in translations else spelling
-        for spelling, name in zip(spellings, local, strict=True)
-    ]
-
-
-def _unify_spellings(names: Sequence[str], shapes: Sequence[BaseGeometry]) -> dict[str, str]:
-    """Spelling -> the displayed one: of those with one normal form and touching lines the most frequent.
-
-    Streets of one form in different parts of the city stay apart; so do `E Street` and `East Street`, which may well cross.
-    """
-    counts = Counter(names)
-    forms: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(counts, key=lambda n: (-counts[n], -len(n), n)):
-        forms[normalize_name(name)].append(name)
-    display = {name: name for name in counts}
-    groups = [group for group in forms.values() if len(group) > 1 and is_distinctive(group[0])]
-    if not groups:
-        return display
-    scale = METRES_PER_DEGREE * np.array([np.cos(np.radians(np.mean(shapely.total_bounds(shapes)[1::2]))), 1])
-    parts = defaultdict(list)
-    ambiguous = {name for group in groups for name in group}
-    for name, shape in zip(names, shapes, strict=True):
-        if name in ambiguous:
-            parts[name].append(shapely.transform(shape, lambda c: c * scale))
-    metres = {name: shapely.geometrycollections(shapes) for name, shapes in parts.items()}
-    for group in groups:
-        rest = list(group)
-        while rest:
-            street = [rest.pop(0)]
-            for member in street:  # grows during the loop
-                near = [name for name in rest if shapely.dwithin(metres[member], metres[name], SAME_STREET_M)]
-                street += near
-                rest = [name for name in rest if name not in near]
-            display |= dict.fromkeys(street, street[0])
-    return display

@@ -64,6 +64,10 @@ class Gazetteer:
         self._photos = Counter(photos or {})
         self._places = Counter(places or {})
         self._names: dict[Level, frozenset[str]] = {"street": frozenset(self.streets), "district": frozenset(self.districts)}
+        forms = defaultdict(set)
+        for spelled in (*self.streets, *self.districts):
+            forms[normalize_name(spelled)].add(spelled)
+        self._alike = {spelled: group for group in forms.values() if len(group) > 1 for spelled in group}
         self._nearest = {
             "street": NearestNames(self.streets, self.geometry),
             "district": NearestNames(self.districts, self.district_geometry),
@@ -74,8 +78,11 @@ class Gazetteer:
         self._district_index = NameIndex(self.districts, self.variants)
 
     def nearest(self, name: str, n: int, level: Level = "street", exclude: Collection[str] = ()) -> list[str]:
-        """Up to n other names of the level that are not in `exclude`, nearest first; names without a geometry come last."""
-        excluded = self._names[level] & {name, *exclude}
+        """Up to n other names of the level that are not in `exclude`, nearest first; names without a geometry come last.
+
+        Names that are spelled like one of these (`Mill Rd` and `Mill Road` in two parts of the city) are left out as well.
+        """
+        excluded = self._excluded(name, level, exclude)
         candidates = self._nearest[level].nearest(name, n + len(excluded))
         return [other for other in candidates if other not in excluded][:n]
 
@@ -90,7 +97,7 @@ class Gazetteer:
         names = self.streets if level == "street" else self.districts
         pool = self.nearest(name, 2 * n, level, exclude)
         negatives = rng.sample(pool, min(sum(rng.random() < hard_negative_share for _ in range(n)), len(pool)))
-        used = {*negatives, *(self._names[level] & {name, *exclude})}
+        used = {*negatives, *self._excluded(name, level, exclude)}
         while len(negatives) < n and len(used) < len(names):
             other = names[rng.randrange(len(names))]
             if other not in used:
@@ -98,6 +105,10 @@ class Gazetteer:
                 negatives.append(other)
         rng.shuffle(negatives)
         return negatives
+
+    def _excluded(self, name: str, level: Level, exclude: Collection[str]) -> frozenset[str]:
+        names = {name, *exclude}
+        return self._names[level] & names.union(*(self._alike[other] for other in names if other in self._alike))
 
     def within(self, lat: float, lon: float, metres: float, level: Level = "street") -> set[str]:
         """The streets or districts whose geometry is at most that far from a point in degrees."""
@@ -142,7 +153,7 @@ class Gazetteer:
             InputError: the file is missing or is not a gazetteer.
         """
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
+            tree = json.loads(path.read_text(encoding="utf-8-sig"))
             streets = [f for f in tree["features"] if f["properties"]["kind"] == "street"]
             districts = [f for f in tree["features"] if f["properties"]["kind"] == "district"]
             return cls(

@@ -27,6 +27,7 @@ _SHORT = {
     "ne": ["northeast"], "nw": ["northwest"], "se": ["southeast"], "sw": ["southwest"],
 }  # fmt: skip
 _ABBREVIATIONS = {word: short for short, words in _SHORT.items() for word in words}
+_DIRECTIONS = frozenset(word for short in ("n", "s", "e", "w", "ne", "nw", "se", "sw") for word in _SHORT[short])
 MAX_NAME, MAX_TEXT = 64, 4000  # characters of what is remembered: at most about 100 MB of names, and a few texts
 MAX_LETTERS = 65536
 MAX_MARKS = 30  # as in Unicode's stream-safe text
@@ -136,6 +137,19 @@ def unaccented_name(name: str) -> str:
 def is_distinctive(name: str) -> bool:
     """Whether a name has a word other than generic ones; `E Street` has none."""
     return any(word not in _SHORT for word in normalize_name(name).split())
+
+
+def spelling_form(name: str) -> str:
+    """The normal form of a distinctive name; of another one with its directions as they are written.
+
+    So `E Street` and `E ST.` are one, and `East Street` is another street, which may well cross.
+    """
+    if is_distinctive(name):
+        return normalize_name(name)
+    written = re.sub(
+        r"[^\W\d_]+", lambda word: f"{word.group()}0" if word.group().casefold() in _DIRECTIONS else word.group(), name
+    )
+    return normalize_name(written)
 
 
 class NameIndex:

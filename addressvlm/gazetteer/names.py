@@ -32,6 +32,10 @@ _LANGUAGE = re.compile(r"name:[a-z]{2,3}([-_]\w+)*")  # not name:left, name:etym
 _OTHER_NAMES = re.compile(r"(alt_name|old_name|official_name|short_name|int_name|loc_name)(:[a-z]{2,3}([-_]\w+)*)?|name_\d+")
 
 
+class DamagedTextError(ValueError):
+    """A text that lost characters when it was written or read in a wrong encoding."""
+
+
 def is_nothing(text: str) -> bool:
     """Whether a cell says that there is no value: by one of NO_VALUE, or without any letter or digit."""
     return text in NO_VALUE or not any(map(str.isalnum, text))
@@ -41,12 +45,12 @@ def clean_name(text: str) -> str:
     """The name with composed accents and single blanks, without characters that can't be seen.
 
     Raises:
-        ValueError: it was damaged before: it has a replacement character or half of a surrogate pair.
+        DamagedTextError: it has a replacement character or half of a surrogate pair.
     """
     if text.isascii() and text.isprintable() and "  " not in text:
         return text.strip()
     if damaged := [c for c in text if c == "\ufffd" or "\ud800" <= c <= "\udfff"]:
-        raise ValueError(f"damaged text: {printable(text)!r} has lost {len(damaged)} of its characters")
+        raise DamagedTextError(f"damaged text: {printable(text)!r} has lost {len(damaged)} of its characters")
     characters = []
     for character in unicodedata.normalize("NFC", text.translate(_BLANKS)):
         kind = unicodedata.category(character)
@@ -82,22 +86,29 @@ def split_names(value: Any) -> list[str]:
 def single_names(tags: Mapping[str, str]) -> list[dict[str, str]]:
     """The tags of a street once for each of its names, which may stand in one tag or differ by the side of the street.
 
-    A name in two languages (`Via Roma / Romstraße` with `name:it` and `name:de`) is one; translations are told apart with it.
+    A name in two languages (`Via Roma / Romstraße` with `name:it` and `name:de`, or with both in `alt_name`) is one;
+    translations are told apart with it.
     """
     names = split_names(tags.get("name", ""))
     languages = {key: split_names(value) for key, value in tags.items() if _LANGUAGE.fullmatch(key)}
-    if len(names) > 1 and all([name] in languages.values() for name in names):
+    others = split_names(tags.get("alt_name", ""))
+    if len(names) > 1 and all([name] in languages.values() or name in others for name in names):
         names = [clean_name(tags["name"])]
     every = list(dict.fromkeys([*names, *(name for side in _SIDES for name in split_names(tags.get(side, "")))]))
     if len(every) < 2 and not any(len(parts) > 1 for parts in languages.values()):
         return [dict(tags, name=every[0]) if every else dict(tags)]
-    others = {key: value for key, value in tags.items() if not key.startswith("name") and not _OTHER_NAMES.fullmatch(key)}
+    rest = without_names(tags)
     return [
-        others
+        rest
         | {"name": name}
         | {key: parts[i] for key, parts in languages.items() if i < len(names) and len(parts) == len(names)}
         for i, name in enumerate(every)
     ]
+
+
+def without_names(tags: Mapping[str, str]) -> dict[str, str]:
+    """The tags that hold no name."""
+    return {key: value for key, value in tags.items() if not key.startswith("name") and not _OTHER_NAMES.fullmatch(key)}
 
 
 def osm_names(tags: Mapping[str, str], language: str | None = None) -> tuple[str, list[str]]:

@@ -1,5 +1,7 @@
 """OpenStreetMap files, Overpass answers and tables of a GIS"""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -291,3 +293,140 @@ def test_a_damaged_table_of_a_gis_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "streets.gpkg").write_bytes(b"SQLite format 3\0 and no more")
     with pytest.raises(InputError, match=r"streets.gpkg can't be read by GDAL .*export it again"):
         StreetMap.load(tmp_path / "streets.gpkg")
+
+
+# cut short, or in another encoding
+
+
+@pytest.mark.parametrize("kind", ["osm.pbf", "osm", "out geom", "overpass nodes"])
+@pytest.mark.parametrize("missing", ["way", "node"])
+def test_a_border_of_which_a_part_is_missing_is_told(
+    tmp_path: Path, kind: str, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two islands, of the second only a part is in the file; the first is a district all the same."""
+    city = OsmWriter()
+    city.way((1, 1), (9, 1), highway="residential", name="Mill Street")
+    first, second = city.box(0, 0, 3, 3), city.box(5, 0, 9, 3)
+    tags = {"type": "boundary", "boundary": "administrative", "admin_level": "9"}
+    city.relation((city.box(0, 5, 9, 9), "outer"), name="Old Town", **tags)
+    city.relation((first, "outer"), (second, "outer"), name="Harbour", **tags)
+    if kind.startswith("osm"):
+        if missing == "way":
+            city.relations[1][0].append((99, "outer"))
+        else:
+            city.nodes.pop((9, 3))
+        path = city.save(tmp_path / f"city.{kind}")
+    else:
+        path = city.overpass(tmp_path / "city.json", geom=kind == "out geom")
+        tree = json.loads(path.read_text())
+        if kind == "out geom":
+            for element in tree["elements"]:
+                for member in element.get("members", ()):
+                    if member["ref"] == second and missing == "way":
+                        del member["geometry"]
+                    elif member["ref"] == second:
+                        member["geometry"][2] = None
+        tree["elements"] = [e for e in tree["elements"] if e["type"] != "way" or e["id"] != second or missing == "node"]
+        tree["elements"] = [e for e in tree["elements"] if e["type"] != "node" or (e["lon"], e["lat"]) != (0.009, 0.003)]
+        path.write_text(json.dumps(tree))
+    streets = StreetMap.load(path, path, district_source="admin")
+    assert streets.district(*at((1, 1), (1, 7))) == ["Harbour", "Old Town"]
+    assert f"{path} lacks parts of the border of Harbour (1 in all): take a larger extract" in capsys.readouterr().out
+
+
+def test_an_answer_of_overpass_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    remark = 'runtime error: Query timed out in "query" at line 3 after 26 seconds.'
+    path = town().overpass(tmp_path / "town.json", geom=True)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"remark": remark}))
+    xml = town().save(tmp_path / "town.osm")
+    xml.write_text(xml.read_text().replace("</osm>", f"<remark> {remark} </remark>\n</osm>"))
+    for file in (path, xml):
+        with pytest.raises(
+            InputError, match=r"is cut short, Overpass says 'runtime error: Query timed out .*: ask again for a smaller"
+        ):
+            StreetMap.load(file)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_map_files_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    overpass = town().overpass(tmp_path / "town.json", geom=True)
+    line = {"type": "LineString", "coordinates": [[0, 0], [0, 0.01]]}
+    feature = {"type": "Feature", "properties": {"name": "Straße"}, "geometry": line}
+    for path, text in (
+        (overpass, overpass.read_text()),
+        (tmp_path / "streets.geojson", json.dumps({"type": "FeatureCollection", "features": [feature]}, ensure_ascii=False)),
+    ):
+        path.write_bytes(text.encode(encoding))
+        assert StreetMap.load(path).street_names in (
+            ["Straße"],
+            ["Forbes Avenue", "Market Square", "Mill Street", "Senate Passage"],
+        )
+
+
+def shapefile(folder: Path, encoding: str, cpg: str | None, dbf: int = 0) -> Path:
+    """One street called Große Straße, its name written in an encoding that the files may tell or not."""
+    path = folder / "streets.shp"
+    names = np.array(["Große Straße"], dtype=object)
+    line = shapely.to_wkb([shapely.LineString([(3, 50), (3.01, 50)])])
+    pyogrio.raw.write(path, line, [names], fields=["name"], geometry_type="LineString", crs="EPSG:4326", encoding=encoding)
+    path.with_suffix(".cpg").unlink(missing_ok=True)
+    if cpg:
+        path.with_suffix(".cpg").write_text(cpg)
+    table = bytearray(path.with_suffix(".dbf").read_bytes())
+    table[29] = dbf
+    path.with_suffix(".dbf").write_bytes(table)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("encoding", "cpg", "dbf", "setting"),
+    [
+        ("utf-8", None, 0, None),
+        ("utf-8", None, 0x57, None),
+        ("utf-8", "UTF-8", 0, None),
+        ("cp1252", "CP1252", 0, None),
+        ("cp1252", None, 0x03, None),  # the table tells
+        ("cp1252", None, 0, "cp1252"),
+        ("cp1252", "UTF-8", 0, "cp1252"),
+    ],
+)
+def test_the_names_of_a_shapefile_in_its_encoding(
+    tmp_path: Path, encoding: str, cpg: str | None, dbf: int, setting: str | None
+) -> None:
+    path = shapefile(tmp_path, encoding, cpg, dbf)
+    assert StreetMap.load(path, encoding=setting).street_names == ["Große Straße"]
+    archive = shutil.make_archive(str(tmp_path / "zipped"), "zip", tmp_path)
+    if dbf != 0x03:
+        assert StreetMap.load(archive, encoding=setting).street_names == ["Große Straße"]
+
+
+@pytest.mark.parametrize(
+    ("cpg", "dbf", "setting", "message"),
+    [
+        (None, 0, None, "names that are not in UTF-8: set city.encoding, to cp1252 for example"),
+        (None, 0x57, None, "names that are not in UTF-8: set city.encoding, to cp1252 for example"),
+        ("UTF-8", 0, None, "names that are not in UTF-8"),
+        (None, 0, "ascii", "names that are not in ascii"),
+        (None, 0, "klingon", "city.encoding is klingon, which is no encoding"),
+    ],
+)
+def test_names_in_an_unknown_encoding_are_refused(
+    tmp_path: Path, cpg: str | None, dbf: int, setting: str | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        StreetMap.load(shapefile(tmp_path, "cp1252", cpg, dbf), encoding=setting)
+
+
+def test_names_that_were_damaged_before_are_refused_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = {"type": "LineString", "coordinates": [[0, 0], [0, 0.01]]}
+    for name in ("Stra\ufffde", "half \ud83d"):
+        feature = {"type": "Feature", "properties": {"name": name}, "geometry": line}
+        (tmp_path / "streets.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+        with pytest.raises(
+            InputError, match=r"has 1 names with damaged text: .*export it again as UTF-8, or set city\.encoding"
+        ):
+            StreetMap.load(tmp_path / "streets.geojson")
+    city = town()
+    city.way((0, 8), (5, 8), highway="residential", name="Stra\ufffde")
+    assert "Mill Street" in StreetMap.load(city.save(tmp_path / "town.osm.pbf")).street_names
+    assert "1 names in" in capsys.readouterr().out
