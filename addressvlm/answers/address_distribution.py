@@ -87,12 +87,18 @@ class AddressDistribution:
 
     def name(self, level: Level) -> str:
         """The generated answer: the most likely name of the level; of equal ones that of the most likely address."""
-        best = _name(self.best, level)
-        sums: dict[str, float] = {best: 0.0}
-        for address, p in zip(self.addresses, self.probabilities.tolist(), strict=True):
-            name = _name(address, level)
-            sums[name] = sums.get(name, 0.0) + p
-        return max(sums, key=lambda name: round(sums[name], 12))
+        if level not in self._likeliest:
+            sums: dict[str, float] = {_name(self.best, level): 0.0}
+            for address, p in zip(self.addresses, self.probabilities.tolist(), strict=True):
+                name = _name(address, level)
+                sums[name] = sums.get(name, 0.0) + p
+            self._likeliest[level] = max(sums, key=lambda name: round(sums[name], 12))
+        return self._likeliest[level]
+
+    @cached_property
+    def _likeliest(self) -> dict[Level, str]:
+        """Level -> its most likely name; filled as levels are asked for."""
+        return {}
 
     def probability(self, name: str, level: Level) -> float:
         """The probability of a street, district or address by name, over all addresses with it; 0 for an unknown name."""
@@ -119,7 +125,9 @@ class AddressDistribution:
 
 
 def _name(address: Address, level: Level) -> str:
-    return {"street": address.street, "district": address.district, "address": address.text()}[level]
+    if level == "address":
+        return address.text()
+    return address.street if level == "street" else address.district
 
 
 PROPOSALS = 3  # names proposed for an unknown one
