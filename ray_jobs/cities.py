@@ -29,6 +29,7 @@ from addressvlm.evaluation.metrics import METRICS
 from addressvlm.evaluation.report import ReportSources, main_system
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE
 from addressvlm.labels.response_cache import ResponseCache
+from addressvlm.storage import tables
 from addressvlm.storage.files import atomic_write
 from addressvlm.storage.remote_path import AnyPath, path_of
 from addressvlm.storage.run_dir import DONE_FILE, Run, is_done, is_unfinished
@@ -302,22 +303,23 @@ def write_results(world: World, errors: dict[str, str]) -> str:
         if Run(config).metrics.is_file():
             systems = {s["name"]: s["metrics"] for s in json.loads(Run(config).metrics.read_text())["systems"]}
             row["metrics"] = systems[main_system(list(systems))]
+            row["photos"] = min(tables.count_rows(Run(config).photos, TEST), config.evaluate.max_photos or sys.maxsize)
         rows.append(row)
-    means = mean_metrics([row["metrics"] for row in rows if "metrics" in row])
+    means = mean_metrics([(row["metrics"], row["photos"]) for row in rows if "metrics" in row])
     result = {"name": world.name, "adapter": world.settings.adapter, "cities": rows, **means}
     (world.folder / "cities.json").write_text(json.dumps(result, indent=1, ensure_ascii=False))
     (world.folder / "report.html").write_text(_report(result), encoding="utf-8")
-    return _text_table([["city", "questions", *SHOWN, ""], *_table_rows(result)])
+    return _text_table([["city", "photos", *SHOWN, ""], *_table_rows(result)])
 
 
-def mean_metrics(cities: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """`macro`: the mean of the cities' values of each metric; `weighted`: weighted by their numbers of questions."""
+def mean_metrics(cities: Sequence[tuple[dict[str, Any], int]]) -> dict[str, dict[str, float | None]]:
+    """`macro`: the mean of the cities' values of each metric; `weighted`: weighted by photos; `cities`: metrics and photos."""
     result: dict[str, dict[str, float | None]] = {"macro": {}, "weighted": {}}
     for metric in METRICS:
-        cells = [city[metric] for city in cities if city.get(metric) and city[metric]["value"] is not None]
-        total = sum(cell["n"] for cell in cells)
-        result["macro"][metric] = sum(cell["value"] for cell in cells) / len(cells) if cells else None
-        result["weighted"][metric] = sum(cell["value"] * cell["n"] for cell in cells) / total if total else None
+        values = [(m[metric]["value"], photos) for m, photos in cities if m.get(metric) and m[metric]["value"] is not None]
+        total = sum(photos for _, photos in values)
+        result["macro"][metric] = sum(value for value, _ in values) / len(values) if values else None
+        result["weighted"][metric] = sum(value * photos for value, photos in values) / total if total else None
     return result
 
 
@@ -327,11 +329,11 @@ def _table_rows(result: dict[str, Any]) -> list[list[str]]:
 
     rows = []
     for row in result["cities"]:
-        cells = [row.get("metrics", {}).get(metric) or {"value": None, "n": 0} for metric in SHOWN]
+        values = [(row.get("metrics", {}).get(metric) or {"value": None})["value"] for metric in SHOWN]
         left = next((step for step in STEPS if row["steps"][step] != "done"), "")
         note = f"failed: {row['error']}" if row["error"] else f"{left} is not done" if left else ""
-        rows.append([row["name"], f"{cells[-1]['n']:,}", *(percent(cell["value"]) for cell in cells), note])
-    for kind, title in (("macro", "mean of cities"), ("weighted", "weighted by questions")):
+        rows.append([row["name"], f"{row.get('photos', 0):,}", *map(percent, values), note])
+    for kind, title in (("macro", "mean of cities"), ("weighted", "weighted by photos")):
         rows.append([title, "", *(percent(result[kind][metric]) for metric in SHOWN), ""])
     return rows
 
@@ -349,7 +351,7 @@ def _report(result: dict[str, Any]) -> str:
         if number < len(result["cities"]) and "metrics" in result["cities"][number]:
             cells[0] = f'<a href="{cells[0]}/report.html">{cells[0]}</a>'
         lines.append("<tr><td>" + "</td><td>".join(cells) + "</td></tr>")
-    head = "".join(f"<th>{cell}</th>" for cell in ("city", "questions", *SHOWN, ""))
+    head = "".join(f"<th>{cell}</th>" for cell in ("city", "photos", *SHOWN, ""))
     title = html.escape(f"{result['name']}: {len(result['cities'])} cities, adapter: {result['adapter']}")
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'

@@ -180,11 +180,8 @@ def test_a_joint_model_waits_for_the_data_of_all(steps: Steps, tmp_path: Path, m
     assert made["train"]["cities"] == {"graz": 1.0, "wien": 1.0}
 
 
-def test_means_of_cities_and_of_questions() -> None:
-    def cell(value: float | None, n: int) -> dict[str, Any]:
-        return {"A": {"value": value, "n": n}}
-
-    means = mean_metrics([cell(0.2, 30), cell(0.6, 10), cell(None, 0), {}])
+def test_means_of_cities_and_of_photos() -> None:
+    means = mean_metrics([({"A": {"value": 0.2}}, 30), ({"A": {"value": 0.6}}, 10), ({"A": {"value": None}}, 5), ({}, 5)])
     assert means["macro"]["A"] == pytest.approx(0.4)
     assert means["weighted"]["A"] == pytest.approx(0.3)
     assert means["macro"]["A_ds"] is None
@@ -195,7 +192,7 @@ def test_the_table_says_what_is_missing(steps: Steps, tmp_path: Path) -> None:
     world.folder.mkdir(parents=True)
     write_metrics(world.cities["graz"], 0.25, 40)
     lines = write_results(world, {"linz": "no photos."}).splitlines()
-    assert lines[1].split() == ["graz", "40", "25.0", "–", "–", "25.0", "prepare", "is", "not", "done"]
+    assert lines[1].split() == ["graz", "0", "25.0", "–", "–", "25.0", "prepare", "is", "not", "done"]
     assert lines[2].endswith("failed: no photos.")
     assert lines[-2].split()[:4] == ["mean", "of", "cities", "25.0"]
 

@@ -1,8 +1,6 @@
 """Jobs as commands: `ray job submit ray_jobs/train.py` runs the file itself."""
 
-import ast
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,18 +22,6 @@ def test_there_are_eight_jobs() -> None:
 def test_a_job_can_be_run_as_a_file(job: Path) -> None:
     assert job.read_text().startswith("#!/usr/bin/env python\n")
     assert os.access(job, os.X_OK)
-
-
-def test_ray_train_is_imported_after_its_environment_is_set() -> None:
-    body = ast.parse((ROOT / "ray_jobs" / "ray_train.py").read_text()).body
-    settings = [n.lineno for n in body if isinstance(n, ast.Expr) and ast.unparse(n).startswith("os.environ.setdefault")]
-    imports = [
-        n.lineno
-        for n in body
-        if isinstance(n, ast.Import | ast.ImportFrom) and re.search(r"(import|from) ray\b", ast.unparse(n))
-    ]
-    assert len(settings) == 1
-    assert max(settings) < min(imports)
 
 
 def test_the_main_job_shows_its_flags() -> None:
