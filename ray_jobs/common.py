@@ -68,10 +68,12 @@ def require_evaluation_workers(config: Config, step: str) -> None:
 
 def run_main(main: Callable[[], None], name: str = "") -> None:
     """Run a job's main; errors that a user can fix end as one sentence and exit status 1. `name`: default: that of the file."""
-    display.clear()
     try:
-        with display.show(name or Path(sys.argv[0]).stem):
-            main()
+        try:
+            with display.show(name or Path(sys.argv[0]).stem):
+                main()
+        finally:
+            display.clear()  # also what the file shows while it loads libraries
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

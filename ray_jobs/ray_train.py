@@ -147,7 +147,7 @@ def look_at_training(folder: AnyPath, notice: Any, since: float, progress: Progr
     if lines:
         last = json.loads(lines[-1])
         if progress.unit != (unit := f"steps of {last['stage']}"):
-            progress.unit, progress.first = unit, None
+            progress.unit, progress.first, progress.began = unit, None, time.monotonic()
         progress.done, progress.total = last["step"], last["steps"]
         waits = "".join(f", waiting for {what} {share:.0%}" for what, share in last.get("waits", {}).items() if share >= 0.01)
         progress.note = f"loss {last['loss']:.3f}, {last['samples_per_s']:.1f} photos/s{waits}"

@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from addressvlm.storage import tables
 from addressvlm.storage.run_dir import WORK_DIR, Run
 from addressvlm.storage.shards import MARKS_DIR, Rows, ShardResult, ShardWork, plan_shards
 from ray_jobs import graft, label, prepare
-from ray_jobs.ray_data import run_shards
+from ray_jobs.ray_data import ShardJob, run_on_actors, run_shards
 from tests.dataset.test_split import DEGREE_M, geojson
 from tests.integration.test_graft import config_of, rows
 from tests.support import town
@@ -213,3 +213,42 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_shard(tmp_path: Path) -> Non
     assert (tmp_path / "died").exists()
     assert list(tables.iter_rows(tmp_path / "out", "train")) == photos
     assert [summary["counts"] for summary in made] == [{"rows": 256}, {"rows": 256}, {"rows": 88}]
+
+
+class LoadedOnce:
+    """Work of several tables that share what a worker loads; it writes down each load and each batch."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    @cached_property
+    def loaded(self) -> str:
+        self.note("load")
+        return "model"
+
+    def note(self, line: str) -> None:
+        with self.log.open("a") as file:
+            file.write(f"{line}\n")
+
+    def copy(self, table: str, batch: Rows) -> ShardResult:
+        assert self.loaded
+        self.note(f"{table} {batch[0]['id']}")
+        if table == "b" and batch[0]["id"] == "128" and self.log.read_text().count("b 128") == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ShardResult({"train": batch})
+
+
+def test_tables_of_one_model_are_made_with_one_load_and_a_killed_worker_costs_one_shard(tmp_path: Path) -> None:
+    schema = tables.pa.schema([tables.PHOTOS.field("id")])
+    tables.write_table(tmp_path / "in", "train", [{"id": str(n)} for n in range(300)], schema)
+    shards, work = plan_shards(tmp_path / "in", "train", 64), LoadedOnce(tmp_path / "log")
+    jobs = [ShardJob(shards, tmp_path / name, ShardWork(partial(work.copy, name), schema)) for name in ("a", "b")]
+    first, second = run_on_actors("copy", jobs, 1, {"num_cpus": 1})
+    for name in ("a", "b"):
+        assert [row["id"] for row in tables.iter_rows(tmp_path / name, "train")] == [str(n) for n in range(300)]
+    assert [summary["rows"] for summary in first] == [summary["rows"] for summary in second] == [64, 64, 64, 64, 44]
+    counts = Counter((tmp_path / "log").read_text().splitlines())
+    assert counts.pop("load") == 2  # of the worker that was killed, and of the one in its place
+    assert counts.pop("b 128") == 2
+    assert len(counts) == 9
+    assert set(counts.values()) == {1}
