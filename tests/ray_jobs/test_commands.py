@@ -13,9 +13,11 @@ ROOT = Path(ray_jobs.__file__).parents[1]
 JOBS = sorted(file for file in (ROOT / "ray_jobs").glob("*.py") if '__name__ == "__main__"' in file.read_text())
 
 
-def test_there_are_eight_jobs() -> None:
+def test_there_are_ten_jobs() -> None:
     names = {file.stem for file in JOBS}
-    assert names == {"compare", "evaluate", "graft", "label", "localize", "locatability", "prepare", "train"}
+    assert names == {
+        "check_base", "compare", "evaluate", "graft", "label", "localize", "locatability", "map_rows", "prepare", "train",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda file: file.stem)
