@@ -147,8 +147,10 @@ class Localizer(ChatModel):
         if len(priors) != len(prompts):
             raise ValueError(f"{len(prompts)} images and {len(priors)} priors: give one prior an image, or none at all.")
         weights = [0.0 if prior is None else prior.log_weights(gazetteer) for prior in priors]
-        scores = self.calibration.apply(self.score_prompts(prompts)) if prompts else np.empty((0, 0))
-        return [AddressDistribution(gazetteer.addresses, row + weight) for row, weight in zip(scores, weights, strict=True)]
+        return [
+            AddressDistribution(gazetteer.addresses, self.calibration.apply(scores) + weight)
+            for scores, weight in zip(self.score_prompts(prompts), weights, strict=True)
+        ]
 
     def address_scores(self, images: Sequence[Image.Image]) -> np.ndarray:
         """ln p of each address of the gazetteer, float64 (images, addresses).
@@ -157,26 +159,35 @@ class Localizer(ChatModel):
         not count. InputError as `require_gazetteer`.
         """
         self.require_gazetteer()
-        return self.score_prompts(self.prepare_questions(images, [ADDRESS_QUESTION] * len(images)))
+        scores = self.score_prompts(self.prepare_questions(images, [ADDRESS_QUESTION] * len(images)))
+        return np.stack(scores) if scores else np.empty((0, 0))
 
     @cached_property
     def scorer(self) -> SequenceScorer:
         """Of the addresses of the gazetteer; takes a while for many."""
         return SequenceScorer(self, self.trie([a.text() for a in self.require_gazetteer().addresses]).unique_prefixes())
 
-    def score_prompts(self, prompts: Sequence[PreparedPrompt]) -> np.ndarray:
-        """`address_scores` of photos whose prompts are prepared by `prepare_questions` with ADDRESS_QUESTION."""
-        if not prompts:
-            return np.empty((0, 0))
-        caches = {prompt.photo: self.photo_caches.get(prompt.photo) for prompt in prompts}
-        new = list({prompt.photo: prompt for prompt in prompts if caches[prompt.photo].scores is None}.values())
-        together = max(1, PREFILL_TOKENS // max(map(len, prompts)))
+    def score_prompts(self, prompts: Sequence[PreparedPrompt], owners: Sequence["Localizer"] = ()) -> list[np.ndarray]:
+        """`address_scores` of photos, (addresses,) each; prompts by `prepare_questions` with ADDRESS_QUESTION.
+
+        Args:
+            owners: the localizers of the photos' cities, on the same base as this one; by default this one.
+        """
+        keys = [(owner, prompt.photo) for owner, prompt in zip(owners or [self] * len(prompts), prompts, strict=True)]
+        caches = {(owner, photo): owner.photo_caches.get(photo) for owner, photo in keys}
+        new = list({key: prompt for key, prompt in zip(keys, prompts, strict=True) if caches[key].scores is None}.items())
+        together = max(1, PREFILL_TOKENS // max(map(len, prompts), default=1))
         for start in range(0, len(new), together):
             batch = new[start : start + together]
-            for rows, state in self.prefill_prompts(batch):
-                for row, scores in zip(rows, self.scorer.score(state), strict=True):
-                    caches[batch[row].photo].scores = scores
-        return torch.stack([scores for prompt in prompts if (scores := caches[prompt.photo].scores) is not None]).numpy()
+            for rows, state in self.prefill_prompts([prompt for _, prompt in batch], [owner for (owner, _), _ in batch]):
+                by_owner: dict[Localizer, list[int]] = defaultdict(list)
+                for place, row in enumerate(rows):
+                    by_owner[batch[row][0][0]].append(place)
+                for owner, places in by_owner.items():
+                    own = state if len(by_owner) == 1 else state.rows(places)
+                    for place, scores in zip(places, owner.scorer.score(own), strict=True):
+                        caches[batch[rows[place]][0]].scores = scores
+        return [scores.numpy() for key in keys if (scores := caches[key].scores) is not None]
 
     def trie(self, answers: Sequence[str]) -> Trie:
         """The possible answers to a question as a trie of this model's tokens."""
@@ -246,47 +257,56 @@ class Localizer(ChatModel):
         return self.prefill_prompts(self.prepare_questions(images, questions))
 
     @torch.inference_mode()
-    def prefill_prompts(self, prompts: Sequence[PreparedPrompt]) -> States:
+    def prefill_prompts(self, prompts: Sequence[PreparedPrompt], owners: Sequence["Localizer"] = ()) -> States:
         """The state after prompts: the numbers of prompts, and the state whose rows they are; one such pair if possible.
 
         A photo that several of them show, or a recent one, goes through the model once, if the model's family allows it.
+
+        Args:
+            owners: whose prompts they are, on the same base as this one; by default this one's.
         """
-        can_continue = self.can_continue(max(map(len, prompts)))
-        caches = {prompt.photo: self.photo_caches.get(prompt.photo) for prompt in prompts if prompt.photo and prompt.rest}
-        shown = Counter(prompt.photo for prompt in prompts if prompt.rest)
-        repeated = {p.photo: p for p in prompts if can_continue and shown[p.photo] > 1 and caches[p.photo].text != p.text}
-        new = list(repeated.values())
-        for rows, state in self._prefill_whole([prompt.inputs for prompt in new]):
-            for place, row in enumerate(rows):
-                cache = caches[new[row].photo]
-                cache.text, cache.state = new[row].text, state.beginning(place, 0)
+        can_continue, owners = self.can_continue(max(map(len, prompts))), owners or [self] * len(prompts)
+        keys = [(owner, prompt.photo if prompt.rest else b"") for owner, prompt in zip(owners, prompts, strict=True)]
+        caches = {(owner, photo): owner.photo_caches.get(photo) for owner, photo in keys if photo}
+        shown = Counter(keys)
+        repeated = {
+            key: prompt
+            for key, prompt in zip(keys, prompts, strict=True)
+            if can_continue and key in caches and shown[key] > 1 and caches[key].text != prompt.text
+        }
+        for rows, state in self._prefill_whole([(owner, prompt, prompt.inputs) for (owner, _), prompt in repeated.items()]):
+            for place, (key, prompt) in enumerate([list(repeated.items())[row] for row in rows]):
+                caches[key].text, caches[key].state = prompt.text, state.beginning(place, 0)
         states: States = []
-        known = [i for i, p in enumerate(prompts) if p.photo in caches and caches[p.photo].text == p.text]
+        known = [i for i, key in enumerate(keys) if key in caches and caches[key].text == prompts[i].text]
         if known:
-            photos = list(dict.fromkeys(prompts[i].photo for i in known))
-            distinct = PrefillCache.concat([state for photo in photos if (state := caches[photo].state)])
-            state = distinct.rows([photos.index(prompts[i].photo) for i in known])
-            states.append((known, self.extend(state, [prompts[i].rest for i in known])))
+            distinct = list(dict.fromkeys(keys[i] for i in known))
+            photos = PrefillCache.concat([state for key in distinct if (state := caches[key].state)])
+            state = photos.rows([distinct.index(keys[i]) for i in known])
+            states.append((known, self.extend(state, [prompts[i].rest for i in known], [owners[i] for i in known])))
         others = [i for i in range(len(prompts)) if i not in known]
-        for rows, state in self._prefill_whole([prompts[i].whole() for i in others]):
-            for place, row in enumerate(rows):
-                prompt = prompts[others[row]]
-                if can_continue and prompt.rest and self.photo_caches.max_bytes:
-                    cache = caches[prompt.photo]
+        for rows, state in self._prefill_whole([(owners[i], prompts[i], prompts[i].whole()) for i in others]):
+            numbers = [others[row] for row in rows]
+            for place, i in enumerate(numbers):
+                if can_continue and keys[i] in caches and owners[i].photo_caches.max_bytes:
+                    cache, prompt = caches[keys[i]], prompts[i]
                     cache.text, cache.state = prompt.text, state.beginning(place, len(prompt.rest))
-            states.append(([others[row] for row in rows], state))
+            states.append((numbers, state))
         if can_continue and len(states) > 1:
             states = [([i for rows, _ in states for i in rows], PrefillCache.concat([state for _, state in states]))]
         return states
 
-    def _prefill_whole(self, inputs: Sequence[Tensors]) -> States:
-        """The states of inputs, those with images of the same shape as one batch."""
+    def _prefill_whole(self, prompts: Sequence[tuple["Localizer", PreparedPrompt, Tensors]]) -> States:
+        """The states after inputs of prompts, those with images of the same shape as one batch."""
+        mixed = len({owner for owner, _, _ in prompts}) > 1 and self.mixes_photos
         groups: dict[Any, list[int]] = defaultdict(list)
-        for row, tensors in enumerate(inputs):
-            groups[input_shapes(tensors)].append(row)
-        pad = self.tokenizer.pad_token_id
-        merged = [(rows, merge_inputs([inputs[row] for row in rows], pad)) for rows in groups.values()]
-        return [(rows, self.prefill(self.to_device(tensors))) for rows, tensors in merged]
+        for row, (owner, prompt, tensors) in enumerate(prompts):
+            groups[None if mixed and prompt.photo else owner, input_shapes(tensors)].append(row)
+        states = []
+        for rows in groups.values():
+            tensors = merge_inputs([prompts[row][2] for row in rows], self.tokenizer.pad_token_id)
+            states.append((rows, self.prefill(self.to_device(tensors), [prompts[row][0] for row in rows])))
+        return states
 
     def _prefill_chat(self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> PrefillCache:
         turns = [

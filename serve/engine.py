@@ -208,12 +208,12 @@ class Engine:
             return False
 
         def score(some: list[Job]) -> None:
-            for job, scores in zip(some, some[0].localizer.score_prompts([job.prompt for job in some]), strict=True):
+            prompts, owners = [job.prompt for job in some], [job.localizer for job in some]
+            for job, scores in zip(some, owners[0].score_prompts(prompts, owners), strict=True):
                 job.put(scores)
 
         with self._timed("localize", len(jobs)):
-            for group in _by_localizer(jobs):
-                self._attempt(score, group)
+            self._attempt(score, jobs)
         return True
 
     def _begin_chats(self) -> bool:
@@ -235,14 +235,14 @@ class Engine:
             return False
 
         def begin(some: list[Job]) -> None:
-            for rows, state in some[0].localizer.prefill_prompts([job.prompt for job in some]):
+            owners = [job.localizer for job in some]
+            for rows, state in owners[0].prefill_prompts([job.prompt for job in some], owners):
                 answers = [(row, answer) for row, i in enumerate(rows) for answer in some[i].answers]
                 self._jobs |= {answer: some[i] for i in rows for answer in some[i].answers}
                 self._put(self.decoder.join(state.rows([row for row, _ in answers]), [answer for _, answer in answers]))
 
         with self._timed("prefill", len(jobs)):
-            for group in _by_localizer(jobs):
-                self._attempt(begin, group)
+            self._attempt(begin, jobs)
         return True
 
     def _write(self) -> bool:
@@ -365,10 +365,3 @@ def _exact_answer(
         return [TextChunk(0, localizer.decode(ids[:max_tokens]), "length", (), prompt_tokens, max_tokens)]
 
     return result
-
-
-def _by_localizer(jobs: Sequence[Job]) -> list[list[Job]]:
-    groups: dict[int, list[Job]] = defaultdict(list)
-    for job in jobs:
-        groups[id(job.localizer)].append(job)
-    return list(groups.values())

@@ -7,10 +7,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 from PIL import Image
 from transformers import DynamicCache
 
@@ -161,22 +164,47 @@ class ChatModel:
 
     def forward(self, rows: Sequence["ChatModel"] = (), **inputs: Any) -> Any:
         """The model's output, by its adapter; or each row by that of another model on the same base."""
-        names = list(dict.fromkeys(row.adapter for row in rows)) or [self.adapter]
-        if len(names) > 1:
-            return self.adapters(adapter_names=[row.adapter for row in rows], **inputs)
-        self._activate(names[0])
-        return self.model(**inputs)
+        names = [row.adapter for row in rows] or [self.adapter]
+        if len(set(names)) == 1:
+            self._activate(names[0])
+            return self.model(**inputs)
+
+        # PeftModel's own `adapter_names` take no modules that were tuned whole, and its hooks stay if the model raises.
+        adapted = self._adapted_modules()
+        for module in adapted:
+            whole = isinstance(module, ModulesToSaveWrapper)
+            module.forward = partial(_mix_whole if whole else type(module).forward, module, adapter_names=names)
+        try:
+            return self.model(**inputs)
+        finally:
+            for module in adapted:
+                del module.forward
+
+    def _adapted_modules(self) -> list[Any]:
+        return [m for m in self.adapters.modules() if isinstance(m, LoraLayer | ModulesToSaveWrapper)]
+
+    @cached_property
+    def mixes_photos(self) -> bool:
+        """Whether adapters can be mixed in a batch of prompts with one photo each: all that they adapt sees a row a prompt."""
+        photo = Image.new("RGB", (self.image_size, self.image_size))
+        inputs = self.inputs([self.prompt([user_turn("?")])] * 2, [[photo]] * 2)
+        sizes: set[int] = set()
+        hooks = [m.register_forward_pre_hook(lambda _, args: sizes.add(len(args[0]))) for m in self._adapted_modules()]
+        self.prefill(inputs)
+        for hook in hooks:
+            hook.remove()
+        return sizes == {2}
 
     def _activate(self, adapter: str) -> None:
         if self.adapters is not None and self.adapters.active_adapter != adapter:
             self.adapters.set_adapter(adapter, inference_mode=True)
 
     @torch.inference_mode()
-    def prefill(self, inputs: Any) -> PrefillCache:
-        """The prompts through the model, once."""
+    def prefill(self, inputs: Any, models: Sequence["ChatModel"] = ()) -> PrefillCache:
+        """The prompts through the model, once; `models`: whose adapter is that of each."""
         mask = inputs["attention_mask"]
         positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if self.has_1d_positions else {}
-        output = self.forward(**inputs, **positions, use_cache=True, logits_to_keep=1)
+        output = self.forward(models, **inputs, **positions, use_cache=True, logits_to_keep=1)
         position = mask.sum(1)
         if not self.has_1d_positions:  # images whose positions have rows and columns shorten their prompts
             deltas = next(module.rope_deltas for module in self.model.modules() if hasattr(module, "get_rope_index"))
@@ -246,6 +274,15 @@ def input_size(processor: Any) -> int:
     if "longest_edge" in values and (hasattr(processor, "merge_size") or values["longest_edge"] > LARGEST_SIDE_SETTING):
         return min(math.isqrt(values["longest_edge"]), MAX_SIDE)  # Qwen's names for the least and the largest area
     return min(max(values.values(), default=MAX_SIDE), MAX_SIDE)
+
+
+def _mix_whole(module: ModulesToSaveWrapper, x: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
+    """The output of a module that was tuned whole, each row by the copy of its adapter."""
+    rows = {name: [i for i, other in enumerate(adapter_names) if other == name] for name in dict.fromkeys(adapter_names)}
+    copies = dict(module.modules_to_save.items())
+    parts = [copies.get(name, module.original_module)(x[numbers]) for name, numbers in rows.items()]
+    order = torch.tensor([row for numbers in rows.values() for row in numbers], device=x.device)
+    return torch.cat(parts)[order.argsort()]
 
 
 def use_float32_head(model: Any) -> None:

@@ -1,13 +1,10 @@
 """The caches of recent photos: which are kept, and which photos count as the same."""
 
-import pytest
 import torch
 from PIL import Image
 
-from addressvlm.answers.chat_model import ChatModel, user_turn
 from addressvlm.answers.kv_cache import PhotoCaches, photo_key
 from tests.support.families import picture
-from tests.support.tiny_families import FAMILIES
 
 
 def test_scores_that_are_kept_count_as_memory():
@@ -37,18 +34,3 @@ def test_photos_of_the_same_bytes_and_another_shape_are_others():
     nothing = PhotoCaches(0)
     nothing.get(photo_key(wide)).scores = torch.zeros(3)
     assert nothing.get(photo_key(wide)).scores is None
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_prepared_prompt_has_the_tokens_that_the_processor_makes(family, tmp_path):
-    chat = ChatModel(tmp_path, device="cpu", loaded=FAMILIES[family]())
-    for size in ((40, 30), (120, 40), (40, 200)):
-        for question in ("Which street is this?", "", "<image> Yes?\n"):
-            prompt = chat.prompt([user_turn(question)])
-            expected = chat.inputs([prompt], [[picture(1, size)]])
-            prepared = chat.prepare(prompt, [picture(1, size)])
-            assert prepared.rest
-            assert len(prepared) == expected["input_ids"].shape[1]
-            whole = prepared.whole()
-            assert whole.keys() == expected.keys()
-            assert all(torch.equal(whole[key], expected[key]) for key in whole)

@@ -149,20 +149,20 @@ def test_photos_of_one_batch_are_localized_as_each_alone(engine: Engine) -> None
         same(one, other)
 
 
-def test_photos_of_one_city_go_through_the_model_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_photos_of_all_cities_go_through_the_model_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, score = [], Localizer.score_prompts
-    monkeypatch.setattr(Localizer, "score_prompts", lambda self, prompts: sizes.append(len(prompts)) or score(self, prompts))
+    monkeypatch.setattr(Localizer, "score_prompts", lambda self, *batch: sizes.append(len(batch[0])) or score(self, *batch))
     localize(
         engine, [LocalizeQuery(city, pixels(3), 1, Prior(), None) for city in ("toytown", "st-alder", "toytown", "toytown")]
     )
-    assert sizes == [3, 1]
+    assert sizes == [4]
 
 
 def test_a_bad_prior_fails_alone_and_leaves_the_others_one_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     fine = [LocalizeQuery("toytown", pixels(seed), 2, Prior(), None) for seed in (1, 2, 3)]
     single = [localize(engine, [query])[0] for query in fine]
     sizes, score = [], Localizer.score_prompts
-    monkeypatch.setattr(Localizer, "score_prompts", lambda self, prompts: sizes.append(len(prompts)) or score(self, prompts))
+    monkeypatch.setattr(Localizer, "score_prompts", lambda self, *batch: sizes.append(len(batch[0])) or score(self, *batch))
     first, refused, second, third = localize(
         engine, [fine[0], LocalizeQuery("toytown", pixels(4), 2, Prior(streets=("Elm Row",)), None), *fine[1:]]
     )
@@ -215,10 +215,12 @@ def test_chats_of_one_batch_are_answered_as_each_alone(engine: Engine, monkeypat
 def test_alike_chats_go_through_the_model_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, prefill = [], Localizer.prefill
     monkeypatch.setattr(
-        Localizer, "prefill", lambda self, inputs: prompts.append(len(inputs["input_ids"])) or prefill(self, inputs)
+        Localizer,
+        "prefill",
+        lambda self, inputs, models: prompts.append(len(inputs["input_ids"])) or prefill(self, inputs, models),
     )
     chat(engine, [question for question in MIXED if question.sampling == Sampling(6) and len(question.images) == 1])
-    assert sorted(prompts) == [1, 1, 3, 4]  # photos: of each city those about the address, and the plain ones
+    assert sorted(prompts) == [1, 4, 4]  # photos: two of the same plain questions about one, the others, those about addresses
 
 
 def test_a_temperature_is_of_its_own_question(engine: Engine) -> None:
@@ -512,11 +514,11 @@ def test_a_stuck_thread_fails_the_health_check(engine: Engine, monkeypatch: pyte
 def test_too_little_memory_for_a_batch_is_enough_for_its_halves(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, score = [], Localizer.score_prompts
 
-    def two_at_most(self: Localizer, prompts: Sequence[Any]) -> Any:
+    def two_at_most(self: Localizer, prompts: Sequence[Any], owners: Sequence[Localizer]) -> Any:
         if len(prompts) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         sizes.append(len(prompts))
-        return score(self, prompts)
+        return score(self, prompts, owners)
 
     monkeypatch.setattr(Localizer, "score_prompts", two_at_most)
     results = localize(engine, [LocalizeQuery("toytown", pixels(seed), 2, Prior(), None) for seed in range(5)])
