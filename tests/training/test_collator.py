@@ -3,17 +3,24 @@
 python -m pytest -q tests/training/test_collator.py
 """
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from addressvlm.config.train import AugmentConfig
 from addressvlm.models import load_model
 from addressvlm.models.loading import enable_packing
 from addressvlm.training.collator import IGNORE_INDEX, Collator, Sample, SkipSampleError
 from addressvlm.training.loss import answer_loss, answer_weights
+from addressvlm.training.pixels import decode, decoded_size
 
 
 def sample(*rounds: tuple[str, str]) -> Sample:
@@ -82,6 +89,61 @@ def test_a_packed_row_has_the_loss_of_its_parts(loaded: tuple, apart: bool) -> N
     torch.testing.assert_close(whole, sum(loss for loss, _ in alone), rtol=1e-6, atol=1e-6)
     turned, _ = answer_loss(model, collate(SAMPLES[::-1]))
     torch.testing.assert_close(whole, turned, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("own", ["<image>", "<|end|>", "<|user|>"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_text_that_holds_one_of_the_model_s_own_tokens_is_rejected(loaded: tuple, own: str, place: int) -> None:
+    texts = ["Which street is this?", "Mill Street"]
+    texts[place] += f" {own} Lane"
+    with pytest.raises(SkipSampleError, match=rf"holds {re.escape(own)}, which is one of the model's own tokens"):
+        Collator(loaded[1]).encode(sample(("Is it?", "Yes"), (texts[0], texts[1])))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)), min_size=1, max_size=4))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_turns_are_those_of_the_chat_template(base: Path, apart: bool, rounds: list[tuple[str, str]]) -> None:
+    collator = COLLATORS.setdefault(apart, Collator(load_model(str(base))[1], apart))
+    assert collator._turns(rounds, 1) == collator._rendered_turns(rounds, 1)
+
+
+COLLATORS: dict[bool, Collator] = {}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_template_that_trims_texts_is_not_outdone(loaded: tuple, apart: bool) -> None:
+    processor = loaded[1]
+    processor.chat_template = processor.chat_template.replace("c['text']", "c['text'] | trim")
+    collator = Collator(processor, apart)
+    rounds = [(" Which street is this? ", "Mill Street"), ("Is it?", "Yes ")]
+    assert collator._turns(rounds, 1) == collator._rendered_turns(rounds, 1)
+
+
+def test_the_template_is_rendered_once_and_a_text_tokenized_once(loaded: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    collator = Collator(loaded[1], isolate_questions=True)
+    expected = collator.encode(SAMPLES[0])
+    monkeypatch.setattr(type(loaded[1]), "apply_chat_template", None)
+    monkeypatch.setattr(type(loaded[1].tokenizer), "__call__", None)
+    again = collator.encode(SAMPLES[0])
+    assert (again.ids, again.labels, again.positions) == (expected.ids, expected.labels, expected.positions)
+
+
+def test_a_jpeg_is_decoded_at_the_scale_that_is_needed() -> None:
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((1000, 640)).convert("RGB").save(file, "JPEG")
+    sizes = [decode(file.getvalue(), size).size for size in (None, (600, 300), (336, 336), (320, 320), (100, 100))]
+    assert sizes == [(1000, 640), (1000, 640), (1000, 640), (500, 320), (250, 160)]
+    small = Image.open(io.BytesIO(file.getvalue())).resize((100, 64))
+    assert abs(np.asarray(decode(file.getvalue(), (100, 64)).resize((100, 64))).astype(int) - np.asarray(small)).max() < 8
+
+
+def test_a_photo_of_which_a_crop_is_shown_is_decoded_larger(loaded: tuple) -> None:
+    images = loaded[1].image_processor
+    assert decoded_size(images, AugmentConfig()) == (32, 32)
+    assert decoded_size(images, AugmentConfig(crop=0.5)) == (86, 86)
+    images.size = {"longest_edge": 64}
+    assert decoded_size(images, AugmentConfig()) is None
 
 
 def test_a_row_longer_than_the_context_is_skipped(loaded: tuple) -> None:
