@@ -3,7 +3,8 @@
     python ray_jobs/label.py --config demo
     python benchmarks/ray_share.py --config demo
 
-Printed is the median time of a step; starting, checkpoints and saving are not in it.
+Printed is the median time of a whole step, and the mean share of it that is waited, by what for; starting and saving are not in
+it.
 """
 
 import argparse
@@ -39,13 +40,12 @@ def settings(args: argparse.Namespace, name: str) -> list[str]:
     ]
 
 
-def seconds(config: Config) -> float:
-    """Median time of a step."""
-    run = Run(config)
-    lines = (run.training_dir(SYSTEM) / "loss.jsonl").read_text().splitlines()
-    stage = config.train.stages["localization"]
-    rows = stage.batch_size * stage.gradient_accumulation_steps * config.train.workers
-    return statistics.median(rows / json.loads(line)["samples_per_s"] for line in lines[WARM:])
+def seconds(config: Config) -> tuple[float, dict[str, float]]:
+    """Median time of a step, and the mean share of each wait."""
+    lines = (Run(config).training_dir(SYSTEM) / "loss.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines[WARM:]]
+    waits = {what: statistics.mean(step["waits"][what] for step in steps) for what in steps[0]["waits"]}
+    return statistics.median(step["seconds"] for step in steps), waits
 
 
 def without_ray(args: argparse.Namespace, sets: list[str]) -> None:
@@ -87,14 +87,19 @@ def main() -> None:
         return
     ratios = []
     for number in range(args.rounds):
-        took = {}
+        took, waits = {}, {}
         for way, run in (("torchrun", without_ray), ("ray", with_ray)):
             sets = settings(args, f"share-{way}-{number}")
             run(args, sets)
-            took[way] = seconds(load(args.config, sets))
+            took[way], waits[way] = seconds(load(args.config, sets))
         ratios.append(took["ray"] / took["torchrun"])
+        waited = "; ".join(
+            f"{way} waits {', '.join(f'{what} {100 * share:.1f} %' for what, share in shares.items())}"
+            for way, shares in waits.items()
+        )
         print(
-            f"round {number}: torchrun {took['torchrun']:.4f} s a step, Ray {took['ray']:.4f}, ratio {ratios[-1]:.3f}",
+            f"round {number}: torchrun {took['torchrun']:.4f} s a step, Ray {took['ray']:.4f}, ratio {ratios[-1]:.3f}; "
+            f"{waited}",
             flush=True,
         )
     print(f"Ray adds {100 * (statistics.median(ratios) - 1):+.1f} % to a step")

@@ -47,7 +47,7 @@ class Strategy(Protocol):
         """All weights of the adapter by name, complete, on the CPU."""
 
     def optimizer_state(self) -> OptimizerState:
-        """AdamW's state by parameter name, complete, on the CPU."""
+        """AdamW's state by parameter name, complete, on the CPU; of other workers than the first it may be empty."""
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         """Restore the `optimizer_state` of any strategy and number of workers."""
@@ -148,7 +148,9 @@ class Fsdp:
         return gather_all(dict(adapter_weights(self.model)))
 
     def optimizer_state(self) -> OptimizerState:
-        return {name: gather_all(self.optimizer.state[parameter]) for name, parameter in self.trainable.items()}
+        keep = dist.get_rank() == 0
+        states = {name: gather_all(self.optimizer.state[parameter], keep) for name, parameter in self.trainable.items()}
+        return states if keep else {}
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         for name, parameter in self.trainable.items():
@@ -172,11 +174,10 @@ def copies_on_cpu(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor
     return copies
 
 
-def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """A complete copy on the CPU, in memory that FSDP can't reclaim."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
-
-
-def gather_all(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: gather(tensor).contiguous() for name, tensor in tensors.items()}
+def gather_all(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
+    """Complete copies on the CPU, in memory that FSDP can't reclaim; workers that do not `keep` them take part too."""
+    whole = (
+        (name, tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach())
+        for name, tensor in tensors.items()
+    )
+    return {name: tensor.cpu().clone().contiguous() for name, tensor in whole if keep}

@@ -71,11 +71,12 @@ class Zero:
         }
 
     def optimizer_state(self) -> OptimizerState:
-        step = next(iter(self._adamw().state.values()))["step"].cpu()
-        return {
-            name: {**{key: safe_get_full_optimizer_state(weights, key).cpu() for key in MOMENTS}, "step": step}
-            for name, weights in trainable_params(self.model).items()
-        }
+        step, states = next(iter(self._adamw().state.values()))["step"].cpu(), {}
+        for name, weights in trainable_params(self.model).items():
+            moments = {key: safe_get_full_optimizer_state(weights, key) for key in MOMENTS}  # all workers take part
+            if dist.get_rank() == 0:
+                states[name] = {**{key: moment.cpu() for key, moment in moments.items()}, "step": step}
+        return states
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         self._create_moments()
