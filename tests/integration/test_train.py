@@ -144,8 +144,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory, base: Path, ray_local: None) -> Config:
-    """Trained by two workers, undisturbed."""
-    config = ready(tmp_path_factory.mktemp("pair"), base, workers=2)
+    """Trained by two workers, undisturbed; their rows are encoded by processes, elsewhere by a thread."""
+    config = ready(tmp_path_factory.mktemp("pair"), base, workers=2, loader_processes=1)
     train.run_step(config, False, [SYSTEM])
     return config
 
