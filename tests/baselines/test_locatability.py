@@ -211,7 +211,8 @@ def scored(config: Config, scores: list[float | None]) -> None:
     mark_done(run.locatability, {"locatability": SCORED_BY})
 
 
-def test_a_stage_learns_from_photos_above_its_threshold_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_learns_from_photos_above_its_threshold_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "addressvlm")
     config = trained_config(tmp_path, tiny_llava(tmp_path / "base"), rows=24)
     system = next(s for s in config.train.systems if s.name == "AddressVLM")
     scored(config, [0.1, 0.4, 0.8] * 8)
@@ -228,7 +229,7 @@ def test_a_stage_learns_from_photos_above_its_threshold_alone(tmp_path: Path, ca
     assert not {mixed[row]["id"] for row in mixed.epoch(0, 0)} & low
     config.train.stages["localization"].max_steps = 1
     train_system(config, "stage 2 only", None, lambda metrics, snapshot: None)
-    assert "localization skips 8 photos with a locatability below 0.4" in capsys.readouterr().out
+    assert "localization skips 8 photos with a locatability below 0.4" in caplog.text
     rejects = tables.read_table_file(Run(config).rejects / "train-stage-2-only.parquet").to_pylist()
     assert {row["id"] for row in rejects} == low
     assert rejects[0]["reason"] == "its locatability is 0.10, below 0.4"
