@@ -240,7 +240,10 @@ def run_model(step: str, config: Config, photos: AnyPath, outputs: Sequence[Mode
             size = max(1, min(MAX_SHARD, -(-len(output.ids) // need.workers)))
             shards = plan_photos(tables.table_files(photos, output.split), output.ids, size)
             jobs.append(ShardJob(list(shards), folder, output.work))
-        run_on_actors(step, jobs, need.workers, {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker})
+        unit = (
+            f"photos in {len(jobs)} tables" if len(jobs) > 1 else "photos"
+        )  # a photo that is scored and asked about is in two
+        run_on_actors(step, jobs, need.workers, {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}, unit)
     return True
 
 

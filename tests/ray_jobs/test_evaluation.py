@@ -140,7 +140,9 @@ class Colours(PhotoModel):
         return answers
 
 
-def run_here(step: str, jobs: list[ShardJob], workers: int, resources: dict[str, float]) -> list[list[dict[str, Any]]]:
+def run_here(
+    step: str, jobs: list[ShardJob], workers: int, resources: dict[str, float], unit: str
+) -> list[list[dict[str, Any]]]:
     """What `run_on_actors` does, in this process."""
     for job in jobs:
         remove_stale_files(job.folder, len(job.shards))
