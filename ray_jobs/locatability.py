@@ -3,6 +3,10 @@
 
     python ray_jobs/locatability.py --config my_city.yaml --segmentation nvidia/segformer-b5-finetuned-cityscapes-1024-1024 \\
         --clip openai/clip-vit-large-patch14-336
+    python ray_jobs/locatability.py --config my_city.yaml --weights paper \\
+        --segmentation nvidia/segformer-b5-finetuned-ade-640-640
+
+With --weights paper the classes have the fixed weights that were published with the paper's code: its 0.4 is of such scores.
 
 Reads <run>/photos (train), writes <run>/locatability: a table of photos and scores, curve.json and curve.svg. Photos below the
 threshold are listed in <run>/rejects/locatability.parquet.
@@ -17,7 +21,14 @@ import pyarrow as pa
 
 from addressvlm import InputError
 from addressvlm.baselines import locatability
-from addressvlm.baselines.locatability import DEFAULT_TEXTS, THRESHOLD, LocatabilityTexts, cached_locatability
+from addressvlm.baselines.locatability import (
+    DEFAULT_TEXTS,
+    PAPER_WEIGHTS,
+    THRESHOLD,
+    ClassWeights,
+    LocatabilityTexts,
+    cached_locatability,
+)
 from addressvlm.config import Config
 from addressvlm.evaluation.run_questions import photo_image
 from addressvlm.models.loading import resolve_model
@@ -37,8 +48,8 @@ SCHEMA = pa.schema([("id", pa.string()), ("place", pa.string()), ("locatability"
 def run_step(
     config: Config,
     segmentation: str,
-    clip: str,
-    texts: LocatabilityTexts = DEFAULT_TEXTS,
+    clip: str | None,
+    texts: LocatabilityTexts | ClassWeights = DEFAULT_TEXTS,
     threshold: float = THRESHOLD,
     redo: bool = False,
 ) -> int:
@@ -47,10 +58,10 @@ def run_step(
     Raises:
         InputError: there are no photos, or one of the models is not there.
     """
-    run, models = Run(config), [absolute_path(segmentation), absolute_path(clip)]
+    run, models = Run(config), [absolute_path(segmentation), clip and absolute_path(clip)]
     if not 0 <= threshold <= 1:
         raise InputError(f"--threshold {threshold:g}: locatability is between 0 and 1.")
-    for model in models:
+    for model in filter(None, models):
         resolve_model(model)
     out = run.locatability
     settings = {**prepare.settings(config), "locatability": {"models": models, **asdict(texts)}}
@@ -73,7 +84,7 @@ def run_step(
     return len(low)
 
 
-def score_batch(segmentation: str, clip: str, texts: LocatabilityTexts, photos: Rows) -> ShardResult:
+def score_batch(segmentation: str, clip: str | None, texts: LocatabilityTexts | ClassWeights, photos: Rows) -> ShardResult:
     """Rows of PHOTOS -> rows of SCHEMA; the process keeps the models loaded between calls."""
     scorer = cached_locatability(segmentation, clip, texts)
     scores = [
@@ -89,12 +100,19 @@ def score_batch(segmentation: str, clip: str, texts: LocatabilityTexts, photos: 
 def main() -> None:
     parser = common.job_parser(__doc__ or "")
     parser.add_argument("--segmentation", required=True, metavar="MODEL", help="folder or hub name: SegFormer, Mask2Former …")
-    parser.add_argument("--clip", required=True, metavar="MODEL", help="folder or hub name of a CLIP-like model")
+    parser.add_argument("--clip", metavar="MODEL", help="folder or hub name of a CLIP-like model, unless there are weights")
+    weights = "CSV of fixed weights of the classes: number, weight; `paper`: those of the paper, for ADE20K's 150 classes"
+    parser.add_argument("--weights", metavar="FILE", help=weights)
     parser.add_argument("--clues", type=Path, metavar="FILE", help="YAML with texts, clues and others (default: built in)")
     least = f"least locatability of a photo that is not rejected (default: {THRESHOLD})"
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help=least)
     args = parser.parse_args()
-    config, texts = common.load_config(args), LocatabilityTexts.read(args.clues) if args.clues else DEFAULT_TEXTS
+    config = common.load_config(args)
+    texts: LocatabilityTexts | ClassWeights = LocatabilityTexts.read(args.clues) if args.clues else DEFAULT_TEXTS
+    if args.weights:
+        texts = ClassWeights.read(PAPER_WEIGHTS if args.weights == "paper" else Path(args.weights))
+    elif not args.clip:
+        raise InputError("a CLIP-like model gives classes their weights: give --clip, or --weights with fixed ones.")
     common.connect()
     run_step(config, args.segmentation, args.clip, texts, args.threshold, args.redo)
 

@@ -22,6 +22,7 @@ from addressvlm.training.collator import image_from_row
 from addressvlm.training.dataset import RowSource, Schedule
 
 Row = dict[str, Any]
+EXPLAINED = ("alignment", "reasoning")  # captions that are labels of that table
 
 
 class Captions:
@@ -33,7 +34,7 @@ class Captions:
 
     def __init__(self, kind: str, explanations: Mapping[str, str] | None = None, photos: int = 0) -> None:
         self.kind, self.explanations = kind, explanations or {}
-        self.missing = photos - len(self.explanations) if kind == "alignment" else 0
+        self.missing = photos - len(self.explanations) if kind in EXPLAINED else 0
 
     def caption(self, row: Row, address: str, image: Image.Image) -> str | None:
         """The caption of a row of `tables.PHOTOS`: the address, first so that it is never cut off, and what the photo shows."""
@@ -45,16 +46,18 @@ class Captions:
 
 
 def caption_texts(run: Run, kind: str) -> Captions:
-    """The captions of a run's training photos; InputError where the kind is `alignment` and there are no explanations."""
-    if kind != "alignment":
+    """The captions of a run's training photos; InputError where they are to be explanations that are not there."""
+    if kind not in EXPLAINED:
         return Captions(kind)
-    if not tables.count_rows(run.alignment, "train"):
+    folder = getattr(run, kind)
+    if not tables.count_rows(folder, "train"):
+        prompt = " --set labels.prompt=reasoning" if kind == "reasoning" else ""
         raise InputError(
-            f"captions are to be the explanations of {run.alignment}, which are not there: run ray_jobs/label.py first, or set "
-            "captions to template."
+            f"captions are to be the explanations of {folder}, which are not there: run ray_jobs/label.py{prompt} first, or "
+            "set captions to template."
         )
     photos = set(tables.read_table(run.photos, "train", ["id"])["id"].to_pylist())
-    rows = tables.iter_rows(run.alignment, "train", ["id", "rounds"])
+    rows = tables.iter_rows(folder, "train", ["id", "rounds"])
     explanations = {row["id"]: row["rounds"][-1]["answer"] for row in rows if row["id"] in photos and row["rounds"]}
     return Captions(kind, explanations, len(photos))
 

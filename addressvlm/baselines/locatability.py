@@ -3,8 +3,12 @@
 A segmentation model divides the photo into classes (road, sky, building, …). A CLIP-like model compares each class's part of
 the photo, all else greyed out, with texts of geographic clues and with other texts; its weight is the probability of the
 clues. Locatability is the sum over classes of their share of the photo times their weight.
+
+The paper's own weights are fixed, one for each of the 150 classes of ADE20K; they were published with its code and are in
+`georeasoner_class_weights.csv` (GeoReasoner, L. Li et al., ICML 2024). Its threshold of 0.4 is one of scores by these weights.
 """
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -77,6 +81,57 @@ class LocatabilityTexts:
 DEFAULT_TEXTS = LocatabilityTexts()
 
 
+PAPER_WEIGHTS = Path(__file__).with_name("georeasoner_class_weights.csv")
+
+
+@dataclass(frozen=True)
+class ClassWeights:
+    """A fixed weight, 0 to 1, for each class of a segmentation model, in the order of its classes."""
+
+    weights: tuple[float, ...]
+
+    @staticmethod
+    def read(path: Path = PAPER_WEIGHTS) -> "ClassWeights":
+        """From a CSV file with a header and the columns number of the class and weight.
+
+        Raises:
+            InputError: a class is missing or comes twice, or a weight is no number from 0 to 1; the message names the row.
+        """
+        try:
+            rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))[1:]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{path} can't be read ({' '.join(str(error).split())[:120]}): give a CSV of weights.") from error
+        weights: dict[int, float] = {}
+        for number, row in enumerate(rows, start=2):
+            try:
+                index, weight = int(row[0]), float(row[1])
+                valid = index >= 0 and index not in weights and 0 <= weight <= 1 and len(row) == 2
+            except (ValueError, IndexError):
+                valid = False
+            if not valid:
+                raise InputError(
+                    f"{path}, row {number}: '{','.join(row)}' is not the number of another class and a weight from 0 to 1."
+                )
+            weights[index] = weight
+        missing = sorted(set(range(max(weights, default=0) + 1)) - set(weights))
+        if missing:
+            raise InputError(f"{path} has no weight of class {missing[0]}: give one row for each class, numbered from 0.")
+        return ClassWeights(tuple(weights[index] for index in sorted(weights)))
+
+    def check(self, model: str, classes: Sequence[str]) -> None:
+        """Refuse a segmentation model with other classes than these weights are of."""
+        if len(classes) != len(self.weights):
+            raise InputError(
+                f"segmentation model '{model}' has {len(classes)} classes and the weights are of {len(self.weights)}: give a "
+                "model of ADE20K's 150 classes for the paper's weights, or --weights with a row for each of its classes."
+            )
+
+    def score(self, classes: np.ndarray) -> float:
+        """Locatability of a photo from the class of each pixel, int (H, W)."""
+        counts = np.bincount(classes.ravel(), minlength=len(self.weights))
+        return float(counts @ np.array(self.weights) / classes.size)
+
+
 @dataclass(frozen=True)
 class Curve:
     """The photos at or above each threshold."""
@@ -92,15 +147,25 @@ class Locatability:
     def __init__(
         self,
         segmentation: str,
-        clip: str,
-        texts: LocatabilityTexts = DEFAULT_TEXTS,
+        clip: str | None,
+        texts: LocatabilityTexts | ClassWeights = DEFAULT_TEXTS,
         dtype: str = "float32",
         device: str | torch.device = "cpu",
     ) -> None:
-        """`segmentation` and `clip` are folders or Hub names with safetensors; InputError for another kind of model."""
-        self.device, self.clues = torch.device(device), len(texts.clues)
+        """`segmentation` and `clip` are folders or Hub names with safetensors; InputError for another kind of model.
+
+        With fixed weights instead of texts no `clip` is needed.
+        """
+        self.device = torch.device(device)
         self.model, self.processor = _load_segmentation(segmentation, dtype)
         self.model.to(self.device)
+        self.weights = texts if isinstance(texts, ClassWeights) else None
+        if isinstance(texts, ClassWeights):
+            texts.check(segmentation, list(self.model.config.id2label.values()))
+            return
+        if clip is None:
+            raise InputError("without fixed weights a CLIP-like model compares parts of photos with texts: give --clip.")
+        self.clues = len(texts.clues)
         self.clip = ClipLike(*load_clip_like(clip, dtype)).eval().to(self.device)
         self._texts_TD = self.clip.encode_texts([*texts.clues, *texts.others])
 
@@ -126,6 +191,8 @@ class Locatability:
 
     @torch.inference_mode()
     def _score(self, photo: Image.Image, classes: np.ndarray) -> float:
+        if self.weights:
+            return self.weights.score(classes)
         values, counts = np.unique(classes, return_counts=True)
         shares = counts / classes.size
         large = shares >= MIN_SHARE
@@ -138,7 +205,7 @@ class Locatability:
 
 
 @cache
-def cached_locatability(segmentation: str, clip: str, texts: LocatabilityTexts) -> Locatability:
+def cached_locatability(segmentation: str, clip: str | None, texts: LocatabilityTexts | ClassWeights) -> Locatability:
     """The models on the process's GPU where it has one, loaded once."""
     return Locatability(segmentation, clip, texts, device="cuda" if torch.cuda.is_available() else "cpu")
 

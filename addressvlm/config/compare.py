@@ -95,17 +95,38 @@ class AddressClipConfig(BaselineConfig):
     # Folder or hub name of a CLIP- or SigLIP-like model of transformers or open_clip; default: the vision encoder and the
     # language model of model.base with new projections
     base: str | None = None
-    captions: Literal["template", "alignment", "none"] = "template"  # alignment: the explanations that stage 1 learns from
+    # alignment: the explanations that stage 1 learns from; reasoning: a model's texts about the photos alone, without a map
+    captions: Literal["template", "alignment", "reasoning", "none"] = "template"
     weights: LossWeights = LossWeights()
     train_image: bool = True
     train_text: bool = True
-    epochs: float = Field(10.0, gt=0)
+    epochs: float = Field(10.0, ge=0)  # paper 002: 100; 0: the base as it is, zero-shot
     max_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(32, ge=2)  # photos per worker and step; all workers' photos are each other's negatives
     learning_rate: float = Field(2.4e-5, gt=0)  # paper 002, Sec. 6.1
     projection_learning_rate: float = Field(1e-3, gt=0)  # of randomly initialised projections
     weight_decay: float = Field(0.0, ge=0)
     warmup_ratio: float = Field(0.05, ge=0, lt=1)  # share of the steps
+
+    @model_validator(mode="after")
+    def _has_a_base(self) -> AddressClipConfig:
+        if self.epochs == 0 and self.base is None:
+            raise ValueError(f"'{self.name}' is not trained (epochs is 0), so it needs a dual encoder: set base to a CLIP")
+        return self
+
+
+class GuessConfig(BaselineConfig):
+    """Answers without a look at the photo, from the training questions alone: what every other system must beat."""
+
+    kind: Literal["guess"]
+    by: Literal["commonest", "random"] = "commonest"  # the commonest answer to such a question, or any at random
+
+
+class BlindConfig(BaselineConfig):
+    """A system of `train.systems` that is shown a grey picture instead of the photo; it answers by its probabilities."""
+
+    kind: Literal["blind"]
+    of: str = "AddressVLM"
 
 
 class FusionConfig(BaselineConfig):
@@ -137,7 +158,8 @@ class PriorConfig(BaselineConfig, SimulatedPriorConfig):
 
 
 AnyBaseline = Annotated[
-    LikelihoodConfig | RetrievalConfig | RagConfig | AddressClipConfig | FusionConfig | PriorConfig, Field(discriminator="kind")
+    LikelihoodConfig | RetrievalConfig | RagConfig | AddressClipConfig | GuessConfig | BlindConfig | FusionConfig | PriorConfig,
+    Field(discriminator="kind"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The card of a system without a model folder (retrieval, rag, likelihood, fusion, prior): parts, data, cost, metrics, limits.
+"""The card of a system without a model folder (retrieval, rag, likelihood, guess, …): parts, data, cost, metrics, limits.
 
 Cards of models: `models.cards` and `baselines.addressclip`.
 """
@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from addressvlm.config import Config
-from addressvlm.config.compare import EncoderConfig, FusionConfig, LikelihoodConfig, PriorConfig, RagConfig, RetrievalConfig
+from addressvlm.config.compare import (
+    BlindConfig,
+    EncoderConfig,
+    FusionConfig,
+    GuessConfig,
+    LikelihoodConfig,
+    PriorConfig,
+    RagConfig,
+    RetrievalConfig,
+)
 from addressvlm.evaluation.likelihood import prior_words
 from addressvlm.evaluation.result_tables import COSTS, cost_cells
 from addressvlm.gazetteer.gazetteer import Gazetteer
@@ -18,7 +27,7 @@ from addressvlm.storage.run_dir import Run, slug
 NOT_STATED = "not stated"
 UNUSABLE = ("empty", "refused", "out of range", "swapped")  # what can be wrong with a language model's reply
 
-Settings = LikelihoodConfig | RetrievalConfig | RagConfig | FusionConfig | PriorConfig
+Settings = LikelihoodConfig | RetrievalConfig | RagConfig | GuessConfig | BlindConfig | FusionConfig | PriorConfig
 Notes = Mapping[str, Any]
 Description = tuple[str, list[str], str]  # what the system is, a line for each of its parts, its limits
 
@@ -83,6 +92,19 @@ def _describe(config: Config, system: Settings, notes: Notes, addresses: int) ->
             )
         case RagConfig():
             return _describe_rag(config, system, notes)
+        case GuessConfig():
+            rule = "random ones" if system.by == "random" else "the commonest in training, claims by each name's share of Yes"
+            return (
+                f"Answers that no photo was looked at for: {rule}.",
+                ["no model"],
+                "It knows nothing of any photo: what it gets right follows from how the questions are made.",
+            )
+        case BlindConfig():
+            return (
+                f"{system.of} with a grey picture instead of each photo.",
+                [f"model: that of {system.of}, see its own card"],
+                "It knows nothing of any photo: what it gets right is what the model believes of the city as a whole.",
+            )
         case FusionConfig():
             prefix = "weight of "
             weights = {name.removeprefix(prefix): weight for name, weight in notes.items() if name.startswith(prefix)}

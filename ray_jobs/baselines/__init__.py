@@ -15,6 +15,8 @@ KINDS = {  # kind -> module and class; a module, and what it imports, is loaded 
     "retrieval": ("retrieval", "RetrievalSystem"),
     "rag": ("rag", "RagSystem"),
     "addressclip": ("addressclip", "AddressClipSystem"),
+    "guess": ("guess", "GuessSystem"),
+    "blind": ("trained", "BlindSystem"),
     "fusion": ("trained", "FusionSystem"),
     "prior": ("trained", "PriorSystem"),
 }

@@ -15,8 +15,8 @@ from PIL import Image
 
 from addressvlm.baselines import addressclip
 from addressvlm.baselines.addressclip import clip_licence
-from addressvlm.baselines.addressclip_data import caption_texts
-from addressvlm.baselines.dual_encoder import AddressIndex, open_encoder
+from addressvlm.baselines.addressclip_data import EXPLAINED, caption_texts
+from addressvlm.baselines.dual_encoder import AddressIndex, build_dual_encoder, open_encoder
 from addressvlm.config import Config
 from addressvlm.config.compare import AddressClipConfig
 from addressvlm.storage import tables
@@ -37,7 +37,10 @@ class AddressClipSystem(System[AddressClipConfig]):
         config, folder = context.config, context.run.model_dir(self.name)
         depends_on = settings(config, self.settings)
         if not is_done(folder, depends_on, redo):
-            self.train(context, depends_on, redo)
+            if self.settings.epochs:
+                self.train(context, depends_on, redo)
+            else:
+                self.keep_untrained(context, depends_on)
         model, start = DualEncoderModel(str(folder), context.gazetteer, config), time.monotonic()
         outputs = evaluation.scores_of(context.task, self.name, model, context.ids)
         if evaluation.run_model(f"compare: {self.name}", config, context.run.photos, outputs, redo):
@@ -52,6 +55,14 @@ class AddressClipSystem(System[AddressClipConfig]):
             notes={"steps": trained["steps"], "photos without a caption": trained["without_caption"]},
             model=folder,
         )
+
+    def keep_untrained(self, context: ComparisonContext, depends_on: Row) -> None:
+        """Save the base as it is."""
+        config = context.config
+        encoder = build_dual_encoder(self.settings.base, config.model.base, config.model.dtype, config.training_seed)
+        figures = {"parameters": 0, "steps": 0, "without_caption": 0}
+        addressclip.save_dual_encoder(config, self.settings, encoder, figures)
+        mark_done(context.run.model_dir(self.name), depends_on)
 
     def train(self, context: ComparisonContext, depends_on: Row, redo: bool) -> None:
         """Train the dual encoder."""
@@ -69,7 +80,8 @@ class AddressClipSystem(System[AddressClipConfig]):
 
 def settings(config: Config, system: AddressClipConfig) -> dict[str, Any]:
     """What the trained model depends on."""
-    data = (label if system.captions == "alignment" else prepare).settings(config)
+    labels = config.labels.model_copy(update={"prompt": "reasoning"}) if system.captions == "reasoning" else config.labels
+    data = (label if system.captions in EXPLAINED else prepare).settings(config.model_copy(update={"labels": labels}))
     train = config.train.model_dump(include={"workers", "precision", "seed"}, exclude_none=True)
     return {**data, "base": config.model.base, "dtype": config.model.dtype, "train": train, "system": system.model_dump()}
 

@@ -7,14 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import ray
+from PIL import Image
 
 from addressvlm import InputError
 from addressvlm.baselines.fusion import fit_fusion, fuse_scores
 from addressvlm.config import Config, load, validate
-from addressvlm.config.compare import FusionConfig, LikelihoodConfig, PriorConfig, VariantConfig
+from addressvlm.config.compare import BlindConfig, FusionConfig, LikelihoodConfig, PriorConfig, VariantConfig
 from addressvlm.config.train import SystemConfig
 from addressvlm.evaluation.comparison import nearest_training_m
-from addressvlm.evaluation.likelihood import ScoreTables, chunks, restrict_scores, restriction_stats
+from addressvlm.evaluation.likelihood import COLUMNS, ScoreTables, chunks, restrict_scores, restriction_stats
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE
 from addressvlm.models.loading import resolve_model
 from addressvlm.storage import tables
@@ -24,6 +26,8 @@ from addressvlm.training.stages import training_runs
 from ray_jobs import evaluation, graft, prepare, train
 from ray_jobs.baselines.system import ComparisonContext, System, SystemOutcome, model_stats, worker_resources
 from ray_jobs.evaluation import TEST, VALIDATION, EvaluationTask, PhotoModel, Row, trained_model
+
+GREY_SIZE = (160, 160)  # pixels; every processor resizes it
 
 
 class TrainedSystem(System[SystemConfig]):
@@ -58,6 +62,38 @@ class LikelihoodSystem(System[LikelihoodConfig]):
             context.save_cost(self.name, "answering", {**cost, **worker_resources(context.config)})
         system = next(system for system in context.config.train.systems if system.name == self.settings.of)
         return replace(model_stats(context.config, system), scores=scores)
+
+
+class BlindSystem(System[BlindConfig]):
+    """A system of `train.systems` that sees a grey picture: what it knows of the city without the photo."""
+
+    def run(self, context: ComparisonContext, redo: bool = False) -> SystemOutcome:
+        config, task = context.config, context.task
+        system = next((system for system in config.train.systems if system.name == self.settings.of), None)
+        if system is None:
+            names = ", ".join(system.name for system in config.train.systems)
+            raise InputError(f"'{self.name}' is of {self.settings.of}: systems of train.systems are {names}.")
+        if system.stages:
+            train.run_step(config, only=[system.name])
+        model = resolve_model(trained_model(config, system))
+        need = config.evaluate
+        options = {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}
+        seen = ray.get(ray.remote(score_grey).options(**options).remote(PhotoModel(model, context.gazetteer, config)))
+
+        def rows(split: str) -> Iterator[Row]:
+            wanted = set(context.ids[split])
+            for row in tables.iter_rows(task.data, split, [column for column in COLUMNS if column != "image"]):
+                if row["id"] in wanted:
+                    yield {**row, "scores": seen}
+
+        settings = {"of": evaluation.model_digest(model)}
+        written = evaluation.write_scores(task, self.name, {split: rows(split) for split in context.ids}, settings)
+        return replace(model_stats(config, system), scores=written)
+
+
+def score_grey(model: PhotoModel) -> list[float]:
+    """A model's scores of all addresses for a grey picture."""
+    return model.address_scores([Image.new("RGB", GREY_SIZE, "grey")])[0].tolist()
 
 
 class FusionSystem(System[FusionConfig]):

@@ -283,3 +283,42 @@ def test_the_command_s_own_functions_reach_its_workers(
     runpy.run_path(job.__file__, run_name="__main__")
     assert tables.count_rows(Run(config).locatability, "train") == 6
     assert locatability_scored_by(Run(config))["clues"] == ["a church"]
+
+
+def test_the_papers_weights_are_those_published() -> None:
+    """Numbers of ADE20K's classes: road 6, signboard 43, sidewalk 11, building 1, sky 2."""
+    weights = locatability.ClassWeights.read()
+    assert len(weights.weights) == 150
+    assert [round(weights.weights[i], 2) for i in (6, 43, 11, 1, 2)] == [1.0, 0.49, 0.45, 0.23, 0.17]
+    street = np.repeat([6, 1, 2, 11], [40, 30, 20, 10]).reshape(10, 10)
+    assert weights.score(street) == pytest.approx(0.4 * 1.0 + 0.3 * 0.22782 + 0.2 * 0.16823 + 0.1 * 0.45304)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("class,weight\n0,0.5\n2,0.5\n", "has no weight of class 1"),
+        ("class,weight\n0,0.5\n0,0.4\n", "row 3: '0,0.4' is not the number of another class"),
+        ("class,weight\n0,1.5\n", r"row 2: '0,1.5' .* a weight from 0 to 1"),
+        ("class,weight\nroad,1\n", "row 2: 'road,1'"),
+        ("class,weight\n0,nan\n", "row 2"),
+        ("class,weight\n0\n", "row 2"),
+    ],
+)
+def test_a_bad_file_of_class_weights_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "weights.csv"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        locatability.ClassWeights.read(file)
+
+
+def test_fixed_weights_need_no_clip_but_a_model_of_the_same_classes(models: tuple[str, str]) -> None:
+    with pytest.raises(InputError, match=r"and the weights are of 150: give a model of ADE20K's"):
+        Locatability(models[0], None, locatability.ClassWeights.read())
+    with pytest.raises(InputError, match="give --clip"):
+        Locatability(models[0], None)
+    count = len(Locatability(*models).model.config.id2label)
+    ones = Locatability(models[0], None, locatability.ClassWeights((1.0,) * count))
+    assert ones.scores([picture(1), picture(2)]) == [1.0, 1.0]
+    first = Locatability(models[0], None, locatability.ClassWeights((1.0, *(0.0,) * (count - 1))))
+    assert first.scores([picture(1)]) == pytest.approx([(first.classes([picture(1)])[0] == 0).mean()])

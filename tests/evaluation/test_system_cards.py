@@ -35,6 +35,9 @@ SYSTEMS = [
     ({"kind": "rag", "model": "zero-shot", "ask": "addresses"}, ["the system zero-shot", "the question is for addresses"]),
     ({"kind": "likelihood", "of": "zero-shot"}, ["zero-shot", "`a/base`, not trained", "3 addresses"]),
     ({"kind": "likelihood", "of": "tuned"}, ["`models/tuned/merged`"]),
+    ({"kind": "guess"}, ["no photo was looked at", "the commonest in training"]),
+    ({"kind": "guess", "by": "random"}, ["random ones"]),
+    ({"kind": "blind", "of": "tuned"}, ["tuned with a grey picture"]),
     (
         {"kind": "fusion", "of": ["AddressCLIP", "zero-shot"]},
         ["AddressCLIP: weight 0.75", "Image-GPS-Address: weight 1.5", "as long as in all of them"],
