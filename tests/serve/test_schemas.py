@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck, settings
 from schemathesis.config import SchemathesisConfig
 
@@ -27,7 +25,7 @@ from serve.api_docs import URL
 from serve.metrics import ServiceMetrics
 from serve.routes import Routes
 from serve.settings import ServiceSettings
-from tests.support.in_process_service import application
+from tests.support.in_process_service import served
 from tests.support.running_service import photo
 
 pytestmark = pytest.mark.xdist_group("serve")
@@ -48,15 +46,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("schema")
     rows = [{"id": "1", "place": "1", "street": "Mill Street", "image": {"bytes": photo(), "path": None}}]
     write_table(root / "toytown" / "photos", "test", rows, PHOTOS)
-    app = application(root, max_body_mb=2, max_megapixels=4, max_tokens=4)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        thread.join(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with served(root, max_body_mb=2, max_megapixels=4, max_tokens=4) as address:
+        yield address
     print(f"schemathesis: {tried.total()} requests, by status {dict(sorted(tried.items()))}")
 
 

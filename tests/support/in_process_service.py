@@ -2,11 +2,13 @@
 
 import asyncio
 import inspect
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
@@ -57,7 +59,9 @@ class Response:
 
 def application(root: Path, **settings: Any) -> FastAPI:
     """The routes of a service with these settings."""
-    config = service.ServiceSettings(**({"model": str(model_folder(root))} | settings))
+    if not settings.keys() & {"model", "cities"}:
+        settings["model"] = str(model_folder(root))
+    config = service.ServiceSettings(**settings)
     cities, metrics = find_cities(config), ServiceMetrics()
     model, images = Model(config, cities), Images(config)
 
@@ -86,3 +90,18 @@ def api(root: Path, **settings: Any) -> Iterator[TestClient]:
     """A client of the routes."""
     with TestClient(application(root, **settings), raise_server_exceptions=False) as client:
         yield client
+
+
+@contextmanager
+def served(root: Path, **settings: Any) -> Iterator[str]:
+    """The routes over HTTP, in a thread of this process; yields the URL."""
+    server = uvicorn.Server(uvicorn.Config(application(root, **settings), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        thread.join(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,4 +1,4 @@
-"""The page in a real Chromium, with the real service."""
+"""The page in a real Chromium, with the service's routes over two real cities."""
 
 import json
 import shutil
@@ -10,13 +10,15 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from addressvlm.storage.tables import PHOTOS, write_table
+from tests.support.in_process_service import served
 from tests.support.pages import choose_photo, contrast, data_transfer, localize_after, sent_field
-from tests.support.running_service import STREETS, photo, running_service, two_cities
+from tests.support.running_service import STREETS, photo, two_cities
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH (install the package `chromium`)"),
-    pytest.mark.xdist_group("ray-answers"),
+    pytest.mark.xdist_group("page"),
 ]
 PATIENCE = 120_000  # ms; bounds a hang, nothing waits this long
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
@@ -31,9 +33,16 @@ Open = Callable[..., Page]
 
 
 @pytest.fixture(scope="module")
-def url(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("page")
-    with running_service(root, cities=[str(system) for system in two_cities(root)]) as address:
+    systems = two_cities(root)
+    streets = ["Mill Street", "Mill Street", "Oak Avenue"]
+    rows = [
+        {"id": str(n), "place": "1", "street": street, "image": {"bytes": photo(n), "path": None}}
+        for n, street in enumerate(streets)
+    ]
+    write_table(systems[0].parents[1] / "photos", "test", rows, PHOTOS)
+    with served(root, cities=[str(system) for system in systems], dtype="float32") as address:
         yield address
 
 
@@ -93,15 +102,35 @@ def test_photo_to_address_and_map(page: Page) -> None:
     assert len(set(heats)) > 1
 
 
-def test_below_the_threshold_no_address_is_named(opened: Open) -> None:
+def test_an_address_that_is_not_known_is_named_as_likely_as_it_is(opened: Open) -> None:
     page = opened("/?threshold=1&top_k=2")
     result = localize_after(page, lambda: choose_photo(page, photo()))
     assert (sent_field(page, "threshold"), result["known"], result["address"]) == ("1", False, None)
-    expect(page.locator("#plate")).to_have_text("I don't knowthese are the likeliest")
-    expect(page.locator("#verdict")).to_contain_text("Not sure enough")
-    expect(page.locator("body")).to_contain_text("It is never sure enough to name an address.")
+    best = result["candidates"][0]
+    expect(page.locator("#reason")).to_have_text(result["reason"])
     expect(page.locator("#candidates li")).to_have_count(2)
-    assert page.locator("#status").inner_text().startswith("I don't know. The likeliest is")
+
+    def show(confidence: float) -> Any:
+        changed = result | {"confidence": confidence, "candidates": [best | {"probability": confidence}]}
+        page.route("**/v1/localize", lambda route: route.fulfill(json=changed))
+        localize_after(page, lambda: choose_photo(page, photo()))
+        expect(page.locator("#verdict")).to_contain_text(f"{100 * confidence:.0f} %")
+        page.unroute("**/v1/localize")
+        return page.locator("#plate").inner_text(), page.locator("#status").inner_text()
+
+    plate, sentence = show(0.86)
+    assert plate.split("\n") == [best["street"], best["district"]]
+    assert sentence == f"Very likely, 86 %: {best['street']}, {best['district']}."
+    plate, sentence = show(0.2)
+    assert plate.startswith("I don't know")
+    assert sentence.startswith("I don't know. The likeliest is")
+
+
+def test_photos_to_try(page: Page) -> None:
+    expect(page.locator("#tries button")).to_have_count(2)
+    result = localize_after(page, page.get_by_role("button", name="Photo 2").click)
+    expect(page.locator("#verdict")).to_contain_text(f"{100 * result['confidence']:.0f} %")
+    expect(page.locator("#picture")).to_be_visible()
 
 
 def test_paste_and_drop(page: Page) -> None:
@@ -126,8 +155,9 @@ def test_photos_are_uploaded_small_upright_and_without_exif(page: Page) -> None:
 
 
 def test_keyboard_alone_is_enough(page: Page) -> None:
+    expect(page.locator("#tries button")).to_have_count(2)
     order = []
-    for _ in range(7):
+    for _ in range(9):
         page.keyboard.press("Tab")
         order.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
         ring = page.evaluate("""() => {
@@ -135,7 +165,7 @@ def test_keyboard_alone_is_enough(page: Page) -> None:
             return getComputedStyle(it.matches("label.button input") ? it.parentElement : it).outlineStyle;
         }""")
         assert ring == "solid", order
-    assert order == ["city", "choose", "map", "closer", "further", "all", "SUMMARY"]
+    assert order == ["city", "choose", "BUTTON", "BUTTON", "map", "closer", "further", "all", "SUMMARY"]
     choose_photo(page, photo())
     expect(page.locator("#plate")).to_be_visible()
     page.locator("#candidates button").first.focus()
