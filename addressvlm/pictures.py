@@ -7,8 +7,9 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-# about odd EXIF, which is read as far as it goes
+# Odd EXIF is read as far as it goes, and sizes are checked by limits of our own.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 ORIENTATION = ExifTags.Base.Orientation
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -5,6 +5,7 @@ that memory holds the selection and not the file, and the order of its objects d
 """
 
 import codecs
+import glob
 import json
 import re
 import zipfile
@@ -53,6 +54,8 @@ DISTRICT_PLACES = ("neighbourhood", "quarter", "suburb", "borough")  # from the 
 CLASS_KEYS = ("highway", "place", "boundary", "admin_level")  # their first value counts
 REMARK = re.compile(rb"<remark>\s*(.*?)\s*</remark>", re.DOTALL)  # of the Overpass API
 REMARK_BYTES = 4096  # at the end of an answer
+CODE_PAGE = re.compile(r"(?:ansi|cp|oem|windows)?[ _-]*(\d{3,5})", re.IGNORECASE)  # as .cpg files have it
+CODE_PAGES = {"65001": "utf-8"} | {f"8859{n}": f"iso8859-{n}" for n in range(1, 17)}
 DOUBTFUL_DBF_ENCODINGS = (0x00, 0x57)  # not told, and that of the computer that wrote it
 
 OBJECT_KEYS = ("highway", "place", "boundary")  # an object without any of these is neither a street nor a district
@@ -206,9 +209,14 @@ def _read_gdal(path: Path, encoding: str | None) -> GeoExtract:
         for layer, kind in pyogrio.list_layers(path):
             if kind is None:
                 continue
-            meta, _, encoded, columns = pyogrio.raw.read(
-                path, layer=layer, force_2d=True, encoding=_names_encoding(path, encoding)
-            )
+            codec = _names_encoding(path, encoding)
+            as_bytes = "ISO-8859-1" if codec else None  # keeps all bytes, GDAL replaces those that another encoding lacks
+            meta, _, encoded, columns = pyogrio.raw.read(path, layer=layer, force_2d=True, encoding=as_bytes)
+            if codec:
+                columns = [
+                    [text.encode("latin-1").decode(codec) if isinstance(text, str) else text for text in column]
+                    for column in columns
+                ]
             shapes = shapely.from_wkb(encoded)
             if meta["crs"] is not None and pyproj.CRS(meta["crs"]) != pyproj.CRS("EPSG:4326"):
                 transform = pyproj.Transformer.from_crs(meta["crs"], "EPSG:4326", always_xy=True).transform
@@ -220,29 +228,38 @@ def _read_gdal(path: Path, encoding: str | None) -> GeoExtract:
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.ShapelyError) as error:
         raise InputError(f"{path} can't be read by GDAL ({' '.join(str(error).split())[:120]}): export it again.") from None
     except UnicodeError:
-        used = encoding or "UTF-8"
+        used = encoding or "UTF-8, or as its .cpg file says"
         raise InputError(f"{path} has names that are not in {used}: set city.encoding, to cp1252 for example.") from None
     return GeoExtract.from_features(features)
 
 
 def _names_encoding(path: Path, encoding: str | None) -> str | None:
-    """The encoding of a shapefile's names; None where the file tells it to GDAL."""
-    suffixes = {path.suffix.lower()}
-    if path.suffix.lower() == ".zip" and zipfile.is_zipfile(path):
+    """The encoding of a shapefile's names by the setting, else by its .cpg file, else UTF-8; None where GDAL knows."""
+    told, codepage = "", b""
+    if path.suffix.lower() == ".shp":
+        beside = {file.suffix.lower(): file for file in path.parent.glob(f"{glob.escape(path.stem)}.*")}
+        told = beside[".cpg"].read_text("latin-1") if ".cpg" in beside else ""
+        codepage = beside[".dbf"].read_bytes()[29:30] if ".dbf" in beside else b""
+    elif path.suffix.lower() == ".zip" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            suffixes = {Path(name).suffix.lower() for name in archive.namelist()}
-    if ".shp" not in suffixes:
+            members = {Path(name).suffix.lower(): name for name in archive.namelist()}
+            if ".shp" not in members:
+                return None
+            told = archive.read(members[".cpg"]).decode("latin-1") if ".cpg" in members else ""
+    else:
         return None
     if encoding is not None:
         try:
             return codecs.lookup(encoding).name
         except LookupError:
             raise InputError(f"city.encoding is {encoding}, which is no encoding: set it to cp1252, for example.") from None
-    table = path.with_suffix(".dbf")
-    if ".cpg" in suffixes or any(path.with_suffix(suffix).exists() for suffix in (".cpg", ".CPG")):
-        return None
-    told = table.read_bytes()[29:30] if table.exists() else b""
-    return "UTF-8" if not told or told[0] in DOUBTFUL_DBF_ENCODINGS else None
+    if told:
+        number = CODE_PAGE.fullmatch(told.strip())
+        try:
+            return codecs.lookup(CODE_PAGES.get(number[1], f"cp{number[1]}") if number else told.strip()).name
+        except LookupError:
+            return None
+    return "UTF-8" if not codepage or codepage[0] in DOUBTFUL_DBF_ENCODINGS else None
 
 
 def _property_tags(properties: Mapping[str, Any]) -> Tags:
@@ -281,7 +298,7 @@ def _read_osm(path: Path, select: TagFilter) -> GeoExtract:
             box = reader.header().box()
         bounds = (box.bottom_left.lon, box.bottom_left.lat, box.top_right.lon, box.top_right.lat) if box.valid() else None
         return _read_osm_objects(str(path), select, bounds)
-    except RuntimeError as error:  # the only kind that pyosmium raises
+    except (RuntimeError, ValueError, osmium.InvalidLocationError) as error:  # pyosmium raises no other kinds
         detail = " ".join(str(error).split())[:120]
         raise InputError(f"{path} is cut short or damaged ({detail}): download it again.") from None
 

@@ -387,6 +387,9 @@ def shapefile(folder: Path, encoding: str, cpg: str | None, dbf: int = 0) -> Pat
         ("utf-8", None, 0x57, None),
         ("utf-8", "UTF-8", 0, None),
         ("cp1252", "CP1252", 0, None),
+        ("cp1252", "ANSI 1252\n", 0, None),
+        ("cp1252", "88591", 0, None),
+        ("utf-8", "65001", 0, None),
         ("cp1252", None, 0x03, None),  # the table tells
         ("cp1252", None, 0, "cp1252"),
         ("cp1252", "UTF-8", 0, "cp1252"),
@@ -405,9 +408,10 @@ def test_the_names_of_a_shapefile_in_its_encoding(
 @pytest.mark.parametrize(
     ("cpg", "dbf", "setting", "message"),
     [
-        (None, 0, None, "names that are not in UTF-8: set city.encoding, to cp1252 for example"),
-        (None, 0x57, None, "names that are not in UTF-8: set city.encoding, to cp1252 for example"),
+        (None, 0, None, "names that are not in UTF-8, .*: set city.encoding, to cp1252 for example"),
+        (None, 0x57, None, "names that are not in UTF-8, .*: set city.encoding, to cp1252 for example"),
         ("UTF-8", 0, None, "names that are not in UTF-8"),
+        ("ascii", 0, None, "names that are not in UTF-8, or as its .cpg file says"),
         (None, 0, "ascii", "names that are not in ascii"),
         (None, 0, "klingon", "city.encoding is klingon, which is no encoding"),
     ],
