@@ -111,7 +111,7 @@ def template_label(request: Request, prompt: Prompt, seed: int) -> Label:
     """The template's label of one row; its question is the same whoever writes the text."""
     rng = random.Random(f"{seed}:{request.id}")
     question = rng.choice(prompt.questions)
-    text = explain(request.facts, rng) if prompt.shows == "graft" else reason(request.facts, rng)
+    text = explain(request.facts, rng) if prompt.shows == "graft" else reason(request.facts, rng, prompt.concludes)
     return Label(question, text, "template", 1)
 
 
@@ -298,9 +298,9 @@ def _label_row(row: Row, label: Label, config: LabelsConfig, prompt: Prompt, see
     """A row of ALIGNMENT or REASONING, without the hint; it begins with a question for the address if the settings say so."""
     rounds = []
     if config.ask_address:
-        question = random.Random(f"{seed}:{row['id']}").choice(TEMPLATES["address"])
-        answer = Address(row["street"], row["district"]).text()
-        rounds.append(("address", "generation", f"{question} {SUFFIXES['generation']}", answer))
+        question = random.Random(f"{seed}:{row['id']}").choice(TEMPLATES[prompt.concludes])
+        answer = row["district"] if prompt.concludes == "district" else Address(row["street"], row["district"]).text()
+        rounds.append((prompt.concludes, "generation", f"{question} {SUFFIXES['generation']}", answer))
     rounds.append((LEVELS[prompt.shows], "explanation", label.question, label.text))
     return {
         **{key: row.get(key) for key in ("id", "place", "image", "tile", "street", "district")},

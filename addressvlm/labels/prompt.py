@@ -37,6 +37,7 @@ class _FrontMatter(BaseModel):
     shows: Literal["graft", "photo"]
     image: Literal["needed", "optional"]
     claims: Literal["free", "verified"]
+    concludes: Literal["address", "district"] = "address"
     again: Literal["reply", "afresh"] = "reply"
     slots: set[str]
 
@@ -55,6 +56,7 @@ class Prompt:
     system: str
     user: str  # with slots, see SLOTS
     again: str  # with the slot {problems}
+    concludes: str = "address"  # or district: then a label names no street
     example: str = ""  # a user message and its answer; both empty without an example
     answer: str = ""
 
@@ -115,7 +117,7 @@ def load_prompt(source: str = "alignment") -> Prompt:
         raise InputError(
             f"prompt {path}: it must have the sections # {', # '.join(sorted(SECTIONS))}; # example and # answer go together."
         )
-    _check_slots(texts, head.slots, path)
+    _check_slots(texts, head, path)
     questions = tuple(line.removeprefix("- ").strip() for line in texts.pop("questions").splitlines() if line.strip())
     return Prompt(
         name=head.name,
@@ -124,6 +126,7 @@ def load_prompt(source: str = "alignment") -> Prompt:
         image_needed=head.image == "needed",
         hide_rejected=head.again == "afresh",
         verified=head.claims == "verified",
+        concludes=head.concludes,
         questions=questions,
         **texts,
     )
@@ -142,7 +145,7 @@ def _parse_front_matter(front: str, path: Path) -> _FrontMatter:
         ) from None
 
 
-def _check_slots(texts: dict[str, str], declared: set[str], path: Path) -> None:
+def _check_slots(texts: dict[str, str], head: _FrontMatter, path: Path) -> None:
     """Check that the hint is there and that every slot can be filled."""
     try:
         used = {
@@ -151,13 +154,13 @@ def _check_slots(texts: dict[str, str], declared: set[str], path: Path) -> None:
         }
     except ValueError as error:
         raise InputError(f"prompt {path}: {error}; a brace that is no slot is written twice.") from None
-    if missing := HINT - used["user"]:
+    if missing := (HINT if head.concludes == "address" else {"district"}) - used["user"]:
         raise InputError(f"prompt {path} lacks the hint: write {{{sorted(missing)[0]}}} into its section # user.")
-    if unknown := (used["user"] | declared) - SLOTS:
+    if unknown := (used["user"] | head.slots) - SLOTS:
         raise InputError(
             f"prompt {path} has the unknown slot {{{sorted(unknown)[0]}}}: the slots are {', '.join(sorted(SLOTS))}."
         )
-    if wrong := used["user"] ^ declared:
+    if wrong := used["user"] ^ head.slots:
         raise InputError(f"prompt {path}: `slots` and the slots of its section # user differ in {', '.join(sorted(wrong))}.")
     if used["again"] != {"problems"}:
         raise InputError(f"prompt {path}: the section # again must have the one slot {{problems}}, for the reason.")

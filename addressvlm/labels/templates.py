@@ -17,6 +17,14 @@ CONCLUSIONS = [
     "The address is therefore {street}, {district}.",
     "Therefore it is {street} in {district}.",
 ]
+DISTRICT_CONCLUSIONS = [
+    "So this is {district}.",
+    "The photo was therefore taken in {district}.",
+    "All of this points to {district}.",
+    "This is {district}.",
+    "The district is therefore {district}.",
+    "Therefore it is in {district}.",
+]
 VIEWS = {
     "along": [
         "looks along the street to the {facing}",
@@ -138,9 +146,10 @@ def explain(facts: Facts, rng: random.Random) -> str:
     return " ".join([*sentences, _conclusion(facts, rng)])
 
 
-def reason(facts: Facts, rng: random.Random) -> str:
-    """A label for a street view alone: what it shows, then the address, without what only a map shows."""
-    return f"{describe(facts, rng)} {_conclusion(facts, rng)}"
+def reason(facts: Facts, rng: random.Random, concludes: str = "district") -> str:
+    """A label for a street view alone: what it shows, then the district or the address, without what only a map shows."""
+    conclusions = DISTRICT_CONCLUSIONS if concludes == "district" else CONCLUSIONS
+    return f"{describe(facts, rng)} {rng.choice(conclusions).format(street=facts.street, district=facts.district)}"
 
 
 def describe(facts: Facts, rng: random.Random) -> str:

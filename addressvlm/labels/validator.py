@@ -242,6 +242,7 @@ class LabelValidator:
         variants: their other names, which count as the names.
         verified: every claim must be among the facts (English only).
         mapless: the label is of a street view alone, and must not mention a map.
+        concludes: address, or district, of which a label concludes on the district and names no street.
         config: length, language and tolerance of distances; wording is validated in English only.
     """
 
@@ -252,18 +253,20 @@ class LabelValidator:
         variants: Mapping[str, Iterable[str]] | None = None,
         verified: bool = False,
         mapless: bool = False,
+        concludes: str = "address",
         config: LabelsConfig | None = None,
     ) -> None:
         self._variants = variants or {}
         self._streets, self._districts = self._finder(streets), self._finder(districts)
-        self._verified, self._mapless, self.config = verified, mapless, config or LabelsConfig()
+        self._verified, self._mapless, self._concludes = verified, mapless, concludes
+        self.config = config or LabelsConfig()
 
     def problems(self, text: str, facts: Facts) -> list[Problem]:
         """What is wrong with a label, in words its writer can act on; empty if it is valid."""
         near = [name for name in (facts.main_street, facts.cross_street, *facts.names) if name]
         streets = self._finder([facts.street], near, self._streets)
         districts = self._finder([facts.district], more=self._districts)
-        problems = [*self._form(text), *_address(text, facts, streets, districts)]
+        problems = [*self._form(text), *_address(text, facts, streets, districts, self._concludes)]
         if self.config.language == "en":
             names = MentionFinder([facts.street, facts.district, facts.city, *near], more=self._streets)
             problems += self._wording(_remove_names(text, names), text, facts)
@@ -317,20 +320,27 @@ def make_validator(config: LabelsConfig, prompt: Prompt, gazetteer: Gazetteer | 
         variants=gazetteer.variants if gazetteer else None,
         verified=prompt.verified or not config.send_image,
         mapless=prompt.shows == "photo",
+        concludes=prompt.concludes,
         config=config,
     )
 
 
-def _address(text: str, facts: Facts, streets: MentionFinder, districts: MentionFinder) -> list[Problem]:
-    """Whether the text names the right street and district, and concludes on them."""
+def _address(text: str, facts: Facts, streets: MentionFinder, districts: MentionFinder, concludes: str) -> list[Problem]:
+    """Whether the text names the right street and district, or the district alone, and concludes on them."""
     problems: list[Problem] = []
     street, district = normalize_name(facts.street), normalize_name(facts.district)
-    if street not in streets.mentions(text):
+    if concludes == "district":
+        problems += [
+            Problem("street", f"it names a street, {m.name}, and is to tell the district") for m in streets.find(text)[:1]
+        ]
+    elif street not in streets.mentions(text):
         problems.append(Problem("street", f"it does not name the street {facts.street}"))
     if district not in districts.mentions(text):
         problems.append(Problem("district", f"it does not name the district {facts.district}"))
     sentences = split_sentences(text)[::-1]
     last = next(((sentence, mentions) for sentence in sentences if (mentions := streets.find(sentence))), None)
+    if concludes == "district":
+        last = None
     if last and _concluded_street(*last) != street:
         problems.append(Problem("conclusion", f"its last sentence about a street does not conclude on {facts.street}"))
     elif last and _DENIAL.search(last[0]):

@@ -277,7 +277,9 @@ def test_labels_of_grafts_pass_their_own_checks(facts: Facts, seed: int) -> None
 @given(facts=PHOTO_FACTS, seed=st.integers(0, 1000))
 def test_labels_of_street_views_pass_their_own_checks(facts: Facts, seed: int) -> None:
     text = reason(facts, random.Random(seed))
-    assert LabelValidator(STREETS, DISTRICTS, verified=True, mapless=True).problems(text, facts) == []
+    assert LabelValidator(STREETS, DISTRICTS, verified=True, mapless=True, concludes="district").problems(text, facts) == []
+    address = reason(facts, random.Random(seed), "address")
+    assert LabelValidator(STREETS, DISTRICTS, verified=True, mapless=True).problems(address, facts) == []
 
 
 def test_a_label_names_the_own_street_first_few_names_and_a_crossing_that_is_near_as_a_corner() -> None:

@@ -109,6 +109,21 @@ def test_checks_of_a_city() -> None:
         assert "colour" in {p.kind for p in make_validator(config, load_prompt(name), gazetteer).problems(GOOD, red_is_blue)}
 
 
+def test_reasons_conclude_on_the_district_and_name_no_street() -> None:
+    city = Gazetteer([Address("Mill Street", "Harbour"), Address("Elm Road", "Castle")])
+    checks = make_validator(LabelsConfig(), load_prompt("reasoning"), city)
+    seen = "Tall brick fronts with narrow windows stand close beside the road, and hardly any greenery is in the view."
+    assert checks.problems(f"{seen} All of this points to Harbour.", FACTS) == []
+    kinds = {
+        f"{seen} All of this points to Castle.": {"district", "conclusion"},
+        f"{seen} So this is Mill Street in Harbour.": {"street"},
+        f"{seen} It is not Elm Road. So this is Harbour.": {"street"},
+        f"{seen} Nothing more can be said about it.": {"district"},
+    }
+    for text, expected in kinds.items():
+        assert {p.kind for p in checks.problems(text, FACTS)} == expected, text
+
+
 def test_abbreviations_do_not_end_a_sentence() -> None:
     facts = Facts("St. Mary's Passage", "Market")
     text = (
