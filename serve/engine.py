@@ -161,7 +161,7 @@ class Engine:
         """RuntimeError if the device failed, or a turn takes longer than a request may."""
         began, limit = self._turn_began, self.settings.request_s
         if self.failure:
-            raise RuntimeError(f"the model's device failed: {self.failure}")
+            raise RuntimeError(f"the model's device or thread failed: {self.failure}")
         if began is not None and time.monotonic() - began > limit:
             raise RuntimeError(f"the model's thread has been in one turn for more than {limit:g} s")
 
@@ -180,8 +180,12 @@ class Engine:
                 if not (len(self.decoder) or self._calls):
                     self._wake.wait_for(lambda: max(len(self._photos), len(self._chats)) >= size or self._calls, wait_s)
             self._turn_began = time.monotonic()
-            self.turn()
+            try:
+                self.turn()
+            except Exception as error:
+                self.failure = error
             self._turn_began = None
+        self._fail(list(dict.fromkeys(self._jobs.values())), overloaded())
         while True:  # whatever comes until Ray Serve has replaced the replica
             with self._wake:
                 self._wake.wait_for(lambda: self._calls or self._photos or self._chats)

@@ -55,7 +55,7 @@ class SequenceScorer:
         if self.as_batch or not keeps_all_tokens(prefill.cache, length + len(self.trie)):
             return torch.stack([self._score_as_batch(prefill.rows([i])) for i in range(prompts)])
         attention = self.model.model.config.get_text_config()._attn_implementation
-        max_nodes = max(1, NODES_AT_ONCE[attention] // prompts)
+        max_nodes = 1 << (max(1, NODES_AT_ONCE[attention] // prompts).bit_length() - 1)  # few sizes, so few plans
         if max_nodes not in self._plans:
             self._plans[max_nodes] = self._plan(max_nodes)
         log_p = torch.zeros(prompts, len(self.trie), device=prefill.mask.device)

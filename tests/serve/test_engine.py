@@ -503,6 +503,23 @@ def test_an_error_of_the_device_fails_the_health_check_and_all_that_wait(
     assert results.get(timeout=60).status == 503
 
 
+def test_a_fault_of_the_thread_itself_fails_the_health_check_and_running_chats(
+    systems: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(systems)
+    engine = Engine(config, find_cities(config))
+    results: Queue[Any] = Queue()
+    jobs_of(engine, engine.prepare_chat, [chat_query("Tell me.", 1)], lambda *result: results.put(result[1]))
+    engine.turn()
+    while not results.empty():
+        results.get()
+    monkeypatch.setattr(engine, "_write", lambda: 1 // 0)
+    engine.start()
+    assert results.get(timeout=60).status == 503
+    with pytest.raises(RuntimeError, match="by zero"):
+        engine.check_health()
+
+
 def test_a_stuck_thread_fails_the_health_check(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_turn_began", time.monotonic() - engine.settings.request_s + 60)
     engine.check_health()
