@@ -161,15 +161,15 @@ def scores_of(task: EvaluationTask, name: str, model: PhotoModel, ids: Mapping[s
     Raises:
         InputError: there is no gazetteer that names the addresses.
     """
-    addresses = model_gazetteer(model.model, task.gazetteer).addresses
-    if ids and not addresses:
+    gazetteer = model_gazetteer(model.model, task.gazetteer)
+    if ids and not gazetteer.addresses:
         raise InputError(
             f"neither {model.model} nor {task.image_table} holds a {GAZETTEER_FILE}: addresses can't be scored without "
             "their names."
         )
     depends_on = {
         "model": model_digest(model.model),
-        "addresses": digest([address.text() for address in addresses]),
+        "addresses": addresses_digest(gazetteer),
         "dtype": task.config.model.dtype,
         "seed": task.config.seed,
     }
@@ -200,6 +200,7 @@ def answer_settings(task: EvaluationTask, model: str, kinds: Sequence[str]) -> R
         "split": task.split,
         "data": files_digest(tables.table_files(task.image_table, task.split)),
         "model": model_digest(model),
+        "addresses": addresses_digest(model_gazetteer(model, task.gazetteer)),
         "kinds": list(kinds),
     }
 
@@ -406,6 +407,11 @@ def model_gazetteer(model: str, city: Gazetteer) -> Gazetteer:
     """The gazetteer in a model's folder, else the city's."""
     file = path_of(model) / GAZETTEER_FILE
     return Gazetteer.load(file) if file.is_file() else city
+
+
+def addresses_digest(gazetteer: Gazetteer) -> str:
+    """Identifies the addresses of a gazetteer and their order."""
+    return digest([address.text() for address in gazetteer.addresses])
 
 
 def model_digest(model: str) -> str:

@@ -156,7 +156,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_ray")
 def test_one_load_makes_all_tables_of_a_system_and_each_once(tmp_path: Path) -> None:
-    config = run_in(tmp_path, workers=2, batch_size=4)
+    config = run_in(tmp_path, workers=2, batch_size=4, max_new_tokens=8)
     task, model = task_of(config, out=tmp_path / "out"), Colours(config)
     held_out, ours = {"val": ["val1", "val4"], "train": ["train7"]}, {"test": ["test0", "test2", "test8"]}
 
@@ -192,7 +192,7 @@ def test_one_load_makes_all_tables_of_a_system_and_each_once(tmp_path: Path) -> 
 @pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize("after", [0, 5, 12, 40])
 def test_a_pass_that_was_killed_is_taken_up_and_ends_as_if_nothing_had_been(tmp_path: Path, after: int) -> None:
-    config = run_in(tmp_path, workers=9, batch_size=4)  # shards of one photo
+    config = run_in(tmp_path, workers=9, batch_size=4, max_new_tokens=8)  # shards of one photo
 
     def run(out: Path, model: Colours) -> EvaluationTask:
         task = task_of(config, out=out)
