@@ -139,7 +139,7 @@ def map_seeds(folder: Path) -> Seeds:
     tags = {"type": "boundary", "boundary": "administrative", "admin_level": "9", "name": "Harbour"}
     relation = {"type": "relation", "id": 1, "tags": tags, "members": [{"type": "way", "ref": 2, "role": "outer"}]}
     xml = "".join(f'<node id="{n["id"]}" lat="{n["lat"]}" lon="{n["lon"]}"/>' for n in nodes)
-    xml += '<way id="1"><nd ref="1"/><nd ref="2"/><tag k="highway" v="residential"/><tag k="name" v="Mill Street;Quay Road"/></way>'
+    xml += '<way id="1"><nd ref="1"/><nd ref="2"/><tag k="highway" v="service"/><tag k="name" v="Mill Street;Quay Road"/></way>'
     xml += '<way id="2">' + "".join(f'<nd ref="{ref}"/>' for ref in (1, 2, 3, 4, 1)) + "</way>"
     xml += '<relation id="1"><member type="way" ref="2" role="outer"/>'
     xml += "".join(f'<tag k="{key}" v="{value}"/>' for key, value in tags.items()) + "</relation>"

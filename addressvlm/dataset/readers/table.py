@@ -127,9 +127,9 @@ def _csv(file: IO[bytes]) -> Iterator[Any]:
         row: Row = dict(zip(columns, cells, strict=False))
         if isinstance(cells, Problem):
             row["PROBLEM"] = f"stray quote: in line {number} a cell goes on after its closing quote"
-        elif any(text.strip() for text in cells[len(columns) :]):
+        elif any(map(clean_text, cells[len(columns) :])):
             row["PROBLEM"] = f"more cells than columns: {len(cells)} in line {number}, and {len(columns)} columns"
-        elif len(cells) < len(columns) and any(text.strip() for text in cells):
+        elif len(cells) < len(columns) and any(map(clean_text, cells)):
             row["PROBLEM"] = f"fewer cells than columns: {len(cells)} in line {number}, and {len(columns)} columns"
         yield row
 

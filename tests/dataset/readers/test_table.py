@@ -1,5 +1,6 @@
 """Tables of photos, here and in stores"""
 
+import csv
 import json
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from addressvlm.config.city import CityConfig
 from addressvlm.dataset import readers
 from addressvlm.dataset.photos import Photo, check_photo, looks_swapped
 from addressvlm.dataset.readers.rows import to_photos
+from addressvlm.dataset.readers.table import open_table
 from addressvlm.storage import remote_path, tables
 from tests.support.object_store import store
 
@@ -198,6 +200,49 @@ def test_rows_of_another_length_are_rejected_and_empty_ones_are_none(tmp_path: P
     (tmp_path / "m.jsonl").write_text('{"file": "", "lat": null}\n{"file": "a.jpg", "lat": 1, "lon": 2}\n\n{}\n')
     for name in ("m.parquet", "m.jsonl"):
         assert [[p.row for p in read(tmp_path / name)[0]], read(tmp_path / name)[1]] == [[2], []]
+
+
+@given(
+    st.lists(st.tuples(st.text(max_size=6), st.text("\",;\\t|\\n 'a", max_size=8)), max_size=6),
+    st.sampled_from(",;\t|"),
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_what_a_csv_writer_writes_is_read_as_it_is(
+    tmp_path_factory: pytest.TempPathFactory,
+    notes: list[tuple[str, str]],
+    delimiter: str,
+    quoting: Any,
+    end: str,
+    encoding: str,
+) -> None:
+    """In every dialect; or the table is refused, as where a note has a line that looks like a row."""
+    notes = [(one.replace("\0", "").replace("\r", ""), other) for one, other in notes if one.isprintable()]
+    path = tmp_path_factory.getbasetemp() / "any.csv"
+    with path.open("w", encoding=encoding, newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter, quoting=quoting, lineterminator=end)
+        writer.writerow(["file", "lat", "lon", "note", "other"])
+        writer.writerows(["a.jpg", 1.5, 2.5, *cells] for cells in notes)
+    rows = list(open_table(str(path)).rows)
+    assert [(row["note"].strip(), row["other"].strip()) for row in rows] == [(a.strip(), b.strip()) for a, b in notes]
+    assert all("PROBLEM" not in row for row in rows)
+
+
+@given(st.text('ab1.,;\n"', max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_any_text_is_rows_rejects_or_a_sentence(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    """A quote that is not closed never hides rows: each line is in a row or a problem, or the table is refused."""
+    path = tmp_path_factory.getbasetemp() / "noise.csv"
+    path.write_text(f"file,lat,lon\n{text}")
+    try:
+        photos, rejects = read(path)
+    except InputError:
+        return
+    assert len(photos) + len(rejects) <= text.count("\n") + 1
+    if '"' not in text:
+        assert len(photos) + len(rejects) == sum(any(map(str.isalnum, line)) for line in text.split("\n"))
 
 
 TABLE = "file,lat,lon,street\na.jpg,52.5,0.25,Mül Straße\n"
