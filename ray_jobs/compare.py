@@ -114,11 +114,12 @@ def report(context: ComparisonContext, results: Sequence[SystemResult]) -> dict[
     config, run, task = context.config, context.run, context.task
     answers = {result.settings.name: result.answers for result in results if result.answers is not None}
     main = config.compare.main if config.compare.main in answers else (main_system(list(answers)) if answers else "")
-    columns = ["id", "lat", "lon", "street", "district"]
-    training = tables.read_table(run.photos, "train", columns).to_pylist()
-    distances = comparison.nearest_training_m(tables.read_table(run.photos, TEST, columns).to_pylist(), training)
+    columns = ["id", "lat", "lon", "street", "main_street", "district"]
+    training, test = (tables.read_table(run.photos, split, columns).to_pylist() for split in ("train", TEST))
+    distances = comparison.nearest_training_m(test, training)
+    main_streets = {row["street"]: row["main_street"] for row in [*training, *test]}
     addresses = {Address(row["street"], row["district"]) for row in training}
-    entries = [system_entry(context, result, answers.get(main, []), addresses, distances) for result in results]
+    entries = [system_entry(context, result, answers.get(main, []), addresses, distances, main_streets) for result in results]
     tree = {
         "city": context.gazetteer.city or config.city.name, "split": TEST, "main": main, "photos": len(task.ids),
         "validation_photos": len(context.ids.get(VALIDATION, [])), "systems": entries,
@@ -139,7 +140,7 @@ def report(context: ComparisonContext, results: Sequence[SystemResult]) -> dict[
 
 def system_entry(
     context: ComparisonContext, result: SystemResult, main: Answers, trained_addresses: set[Address],
-    distances_m: dict[str, float],
+    distances_m: dict[str, float], main_streets: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
     """What comparison.json holds of a system.
 
@@ -147,6 +148,7 @@ def system_entry(
         main: judged answers of the main system.
         trained_addresses: those that training photos show.
         distances_m: photo -> metres to the nearest training photo.
+        main_streets: name in the answers -> the whole street.
     """
     bootstrap, city, outcome = (context.config.evaluate.bootstrap, context.config.seed), context.gazetteer, result.outcome
     entry: dict[str, Any] = {"name": result.settings.name, "kind": result.kind, "failed": result.failed}
@@ -156,7 +158,7 @@ def system_entry(
     return {
         **entry,
         "metrics": compute_metrics(result.answers, *bootstrap),
-        "top": comparison.top_k_accuracy(scores.rows(TEST), city, *bootstrap),
+        "top": comparison.top_k_accuracy(scores.rows(TEST), city, *bootstrap, main_streets),
         "by_training": comparison.by_training(result.answers, trained_addresses, *bootstrap),
         "by_distance": comparison.by_distance(result.answers, distances_m, *bootstrap),
         "against": comparison.paired_difference(main, result.answers, *bootstrap) if result.answers is not main else None,

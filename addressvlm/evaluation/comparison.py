@@ -62,25 +62,39 @@ def address_answers(answers: Answers) -> list[Row]:
     return [row for row in answers if row["level"] == "address"]
 
 
-def top_k_accuracy(rows: Iterable[Row], gazetteer: Gazetteer, resamples: int, seed: int) -> dict[str, Interval]:
+def top_k_accuracy(
+    rows: Iterable[Row], gazetteer: Gazetteer, resamples: int, seed: int, main_streets: Mapping[str, str] | None = None
+) -> dict[str, Interval]:
     """Accuracy among the first one and the first five of a ranking (paper 002, Sec. 6.1).
 
     Args:
         rows: of `tables.SCORES`; an address at -inf has no rank.
+        main_streets: sub-street -> its street, where addresses name sub-streets.
 
     Returns:
         `address-1` and `address-5`, where an address is a street, or a sub-street, with its district (SSA if the city answers
-        with sub-streets, SA if with streets); `street-1` and `street-5`, of the street or sub-street alone; nothing without
+        with sub-streets, SA if with streets); `street-1` and `street-5`, of the street or sub-street alone; with
+        `main_streets` also `main-1` and `main-5`, of the street with its district (SA, of the same ranking); nothing without
         rows.
     """
+    main_streets = {sub: street for sub, street in (main_streets or {}).items() if sub != street}
+
+    def main(street: str, district: str) -> str:
+        return Address(main_streets.get(street, street), district).text()
+
     names = {"address": [a.text() for a in gazetteer.addresses], "street": [a.street for a in gazetteer.addresses]}
+    if main_streets:
+        names["main"] = [main(a.street, a.district) for a in gazetteer.addresses]
     places: list[str] = []
     right: defaultdict[str, list[bool]] = defaultdict(list)
     for row in rows:
         scores = np.array(row["scores"])
         order = np.argsort(-scores, kind="stable")
         order = order[scores[order] > -np.inf]
-        truth = {"address": Address(row["street"], row["district"]).text(), "street": row["street"]}
+        truth = {
+            "address": Address(row["street"], row["district"]).text(), "street": row["street"],
+            "main": main(row["street"], row["district"]),
+        }  # fmt: skip
         places.append(row["place"])
         for level, level_names in names.items():
             ranked = list(dict.fromkeys(level_names[i] for i in order))[:TOP]

@@ -157,10 +157,13 @@ def _footnotes(comparison: Row) -> list[str]:
     return lines
 
 
+TOP_COLUMNS = ("address_5", "main_1", "main_5")  # of a city whose addresses are sub-streets: SSA-5, SA-1 and SA-5
+
+
 def _comparison_csv(comparison: Row) -> str:
     """A line for each system; shares between 0 and 1."""
     ends = ("", "_low", "_high")
-    columns = ["name", "kind", "failed", *(f"{metric}{end}" for metric in METRICS for end in ends), "address_5"]
+    columns = ["name", "kind", "failed", *(f"{metric}{end}" for metric in METRICS for end in ends), *TOP_COLUMNS]
     columns += [*(f"A_ds_minus_main{end}" for end in ends), "mcnemar_p", *COST_COLUMNS]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="")
@@ -170,7 +173,7 @@ def _comparison_csv(comparison: Row) -> str:
         if "metrics" in system:
             for metric, cell in system["metrics"].items():
                 line |= {metric: cell["value"], f"{metric}_low": cell["low"], f"{metric}_high": cell["high"]}
-            line["address_5"] = (system["top"].get("address-5") or {}).get("value")
+            line |= {name: (system["top"].get(name.replace("_", "-")) or {}).get("value") for name in TOP_COLUMNS}
             line |= total_cost(system)
             if system["against"]:
                 cell = system["against"]["A_ds"]

@@ -266,3 +266,24 @@ def test_report_shows_the_comparison(tmp_path):
     assert "no model &lt;folder&gt;" in text
     assert "Accuracy by distance to training photos" in text
     assert text.count("<svg") > 4
+
+
+def test_sub_streets_and_their_streets_are_counted_in_one_ranking():
+    """The right street's other part comes first: SSA-1 is 0, SA-1 is 1; parts of one street share a rank."""
+    parts = ["Mill Street between A and B", "Mill Street between B and C", *(f"Street {i}" for i in range(5))]
+    city = Gazetteer([Address(part, "Town") for part in parts])
+    main = {part: part.split(" between ")[0] for part in parts}
+    order = [parts.index(a.street) for a in city.addresses]
+    rows = [
+        {
+            "place": f"{i}",
+            "street": truth,
+            "district": "Town",
+            "scores": [-float(order[j] != first) * (1 + j) for j in range(7)],
+        }
+        for i, (truth, first) in enumerate([(parts[0], 1), (parts[2], 2)])
+    ]
+    result = {name: cell["value"] for name, cell in comparison.top_k_accuracy(rows, city, 50, 0, main).items()}
+    assert (result["address-1"], result["main-1"]) == (0.5, 1.0)
+    assert result["main-5"] == 1.0
+    assert "main-1" not in comparison.top_k_accuracy(rows, city, 50, 0, {part: part for part in parts})
