@@ -1,8 +1,11 @@
 """No text of a caller takes time that grows faster than its length. More texts: benchmarks/slow_inputs.py."""
 
+import re
+
 import pytest
 from hypothesis import example, given, settings
 
+from addressvlm.answers.chat_model import any_of
 from addressvlm.answers.question_parser import MAX_LENGTH, MAX_OPTIONS, parse_question
 from addressvlm.gazetteer import name_matcher
 from tests.support.slow_inputs import Recipe, city, cpu_s, recipes, targets
@@ -43,6 +46,24 @@ def test_long_texts_are_not_remembered() -> None:
     for number in range(50):
         GAZETTEER.find_street(f"Is this {number} {'x' * 100}?")
     assert [cache.cache_info().currsize for cache in names] == before
+
+
+def test_special_tokens_are_found_in_one_look_however_many_there_are() -> None:
+    tokens = {
+        *(f"<loc{number:04}>" for number in range(1024)),
+        *(f"<unused{number}>" for number in range(99)),
+        "<image>",
+        "</s>",
+        "<s>",
+    }
+    pattern = re.compile(any_of(tokens))
+    assert pattern.split("a<loc0007>b<unused9><unused98>c</s><loc1024><unused>") == ["a", "b", "", "c", "<loc1024><unused>"]
+    assert re.compile(any_of(["ab", "abc", "a|", "abd"])).findall("abcababda|abx") == ["abc", "ab", "abd", "a|", "ab"]
+    for unit in ("<", "<loc", "<loc000", "<unused9", "<imag"):
+        recipe = Recipe("", unit, "")
+        cpu_s(pattern.split, recipe.text(LENGTH))
+        short, long = (min(cpu_s(pattern.split, recipe.text(n)) for _ in range(2)) for n in (LENGTH, 4 * LENGTH))
+        assert long <= 10 * max(short, 0.01)
 
 
 def test_very_long_questions_and_lists_of_options_are_not_about_the_address() -> None:

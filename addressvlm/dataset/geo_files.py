@@ -52,7 +52,7 @@ BLOCK_LEVELS = ("9", "10", "11")  # administrative areas that Japan's addresses 
 DISTRICT_PLACES = ("neighbourhood", "quarter", "suburb", "borough")  # from the finest
 
 CLASS_KEYS = ("highway", "place", "boundary", "admin_level")  # their first value counts
-REMARK = re.compile(rb"<remark>\s*(.*?)\s*</remark>", re.DOTALL)  # of the Overpass API
+REMARK = re.compile(rb"<remark>(.*?)</remark>", re.DOTALL)  # of the Overpass API
 REMARK_BYTES = 4096  # at the end of an answer
 CODE_PAGE = re.compile(r"(?:ansi|cp|oem|windows)?[ _-]*(\d{3,5})", re.IGNORECASE)  # as .cpg files have it
 CODE_PAGES = {"65001": "utf-8"} | {f"8859{n}": f"iso8859-{n}" for n in range(1, 17)}
@@ -292,7 +292,7 @@ def _read_osm(path: Path, select: TagFilter) -> GeoExtract:
     with path.open("rb") as file:  # raises OSError: pyosmium has one error for everything
         file.seek(max(0, file.seek(0, 2) - REMARK_BYTES))
         remark = REMARK.search(file.read()) if path.suffix.lower() == ".osm" else None
-    require_whole(path, remark[1].decode("utf-8", "replace") if remark else "")
+    require_whole(path, remark[1].decode("utf-8", "replace").strip() if remark else "")
     try:
         with osmium.io.Reader(str(path), osmium.osm.NOTHING) as reader:
             box = reader.header().box()

@@ -24,6 +24,7 @@ from addressvlm.storage.http_client import retry_after
 KEY = "OPENAI_API_KEY"
 KEEPALIVE_S = 4.0  # of an idle connection: vLLM's server closes them after 5 s, even if a request is on its way
 MAX_MESSAGE = 300  # characters of the endpoint's message in an error
+MAX_PAGE = 10_000  # characters
 KEY_PATTERN = re.compile(r"(?i)\bsk-[\w-]{8,}")  # in a label, where "bearer" may be an ordinary word
 BEARER_PATTERN = re.compile(r"(?i)\bbearer\s+\S+|\bsk-[\w-]{8,}")
 TRANSIENT_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
@@ -174,8 +175,8 @@ def endpoint_key(config: LabelsConfig) -> str:
 
 
 def _plain_text(page: str) -> str:
-    """Text of an HTML page or a message, on one line."""
-    return " ".join(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", page).split())
+    """Text of an HTML page or a message, on one line, from its beginning (time grows by the square of what is read)."""
+    return " ".join(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", page[:MAX_PAGE]).split())
 
 
 class AsyncRateLimiter:

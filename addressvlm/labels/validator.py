@@ -53,7 +53,7 @@ _CONCLUSION = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’)]*\s*$")
-_MARKUP = re.compile(r"^\s*([-*•#]|\d+[.)])\s|\*\*|```", re.MULTILINE)
+_MARKUP = re.compile(r"^[^\S\n]*([-*•#]|\d+[.)])\s|\*\*|```", re.MULTILINE)
 _MAP = re.compile(r"\b(on|the|a|this) (map|tile|satellite)|from above|\baerial\b", re.IGNORECASE)
 _ENGLISH = frozenset("the and this with from that which are".split())
 
