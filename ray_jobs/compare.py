@@ -36,6 +36,7 @@ from ray_jobs.baselines import SystemSettings, load_system, system_settings
 from ray_jobs.baselines.system import ComparisonContext, SystemOutcome
 from ray_jobs.common import connect, job_parser, load_config, require_evaluation_workers, run_main
 from ray_jobs.evaluation import TEST, VALIDATION
+from ray_jobs.progress import display
 
 
 @dataclass
@@ -119,7 +120,8 @@ def report(context: ComparisonContext, results: Sequence[SystemResult]) -> dict[
     distances = comparison.nearest_training_m(test, training)
     main_streets = {row["street"]: row["main_street"] for row in [*training, *test]}
     addresses = {Address(row["street"], row["district"]) for row in training}
-    entries = [system_entry(context, result, answers.get(main, []), addresses, distances, main_streets) for result in results]
+    counted = display.count("compare: statistics", results, len(results), "systems")
+    entries = [system_entry(context, result, answers.get(main, []), addresses, distances, main_streets) for result in counted]
     tree = {
         "city": context.gazetteer.city or config.city.name, "split": TEST, "main": main, "photos": len(task.ids),
         "validation_photos": len(context.ids.get(VALIDATION, [])), "systems": entries,

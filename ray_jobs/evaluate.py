@@ -26,6 +26,7 @@ from addressvlm.evaluation.report import ReportSources, main_system
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
 from addressvlm.models.cards import set_metrics
 from addressvlm.models.loading import resolve_model
+from addressvlm.storage import tables
 from addressvlm.storage.remote_path import AnyPath, path_of
 from addressvlm.storage.run_dir import DONE_FILE, Run, is_done, parse_model_flag, slug
 from ray_jobs import evaluation, graft, prepare
@@ -108,9 +109,10 @@ def constrained_task(task: EvaluationTask) -> EvaluationTask:
 def compare_modes(task: EvaluationTask, name: str, model: str, answers: Mapping[str, Iterable[Row]]) -> Row:
     """The decoding modes of one system on the photos that have scores, also written to modes.json; `answers`: mode -> rows."""
     gazetteer, calibration = evaluation.model_gazetteer(model, task.gazetteer), Calibration.load(path_of(model))
-    bootstrap, scores = (task.config.evaluate.bootstrap, task.config.seed), task.scores(name, [task.split]).rows(task.split)
-    with display.show(f"evaluate: {name}: comparing decoding modes"):
-        result = {"system": name, **compare_decoding(scores, gazetteer, calibration, answers, bootstrap)}
+    bootstrap, scores = (task.config.evaluate.bootstrap, task.config.seed), task.scores(name, [task.split])
+    total = tables.count_rows(scores.folders[task.split], task.split)
+    rows = display.count(f"evaluate: {name}: comparing decoding modes", scores.rows(task.split), total, "photos")
+    result = {"system": name, **compare_decoding(rows, gazetteer, calibration, answers, bootstrap)}
     (task.out / "modes.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     return result
 

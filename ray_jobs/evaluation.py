@@ -302,17 +302,16 @@ def likelihood_answers(task: EvaluationTask, name: str, model: str, redo: bool =
 
 def answers_by_scores(task: EvaluationTask, name: str, scores: ScoreTables, gazetteer: Gazetteer, settings: Row) -> None:
     """Write the answers to all questions about the photos that have scores, as the scores have them."""
+    total = tables.count_rows(scores.folders[task.split], task.split)
+    rows = display.count(f"{name}: answers by scores", scores.rows(task.split), total, "photos")
     photos = tables.iter_rows(task.data, task.split, PHOTO_COLUMNS)
-    write_answers(task, name, answers_from_scores(scores.rows(task.split), photos, gazetteer), settings)
+    write_answers(task, name, answers_from_scores(rows, photos, gazetteer), settings)
 
 
 def write_answers(task: EvaluationTask, name: str, answers: Iterable[Row], settings: Row) -> None:
     """Judge answers and write them into the table of a system."""
     judged = (row for answer in answers for row in run_questions.judge_answers([answer], task.judge))
-    with (
-        display.show(f"{name}: judging answers"),
-        fresh_dir(task.answers(name).folder, settings) as folder,
-    ):
+    with fresh_dir(task.answers(name).folder, settings) as folder:
         tables.write_table(folder, task.split, judged, tables.ANSWERS)
 
 

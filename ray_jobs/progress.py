@@ -7,11 +7,13 @@ counters, files that workers write), since Ray may hold workers' output back for
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
 
 LINE_EVERY_S = 4.0  # without a terminal
 LOOK_EVERY_S = 0.5  # with one
@@ -93,6 +95,13 @@ class Display:
         if activity.total:
             took = duration(time.monotonic() - activity.began)
             print(f"{what}: {activity.done:,} {activity.unit}".rstrip() + f", {took}", flush=True)
+
+    def count(self, what: str, items: Iterable[Item], total: int, unit: str) -> Iterator[Item]:
+        """The items, shown as they are taken."""
+        with self.show(what, total, unit) as activity:
+            for item in items:
+                activity.done += 1
+                yield item
 
     def begin(self, activity: Progress) -> Progress:
         """Show an activity until `end`."""

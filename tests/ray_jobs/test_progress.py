@@ -94,6 +94,17 @@ def test_a_look_that_fails_leaves_the_figures_and_ends_nothing(
     assert capsys.readouterr().out == "x: 3 of 9 rows, 0 s\nx: 3 of 9 rows, 4 s\nx: 3 rows, 4 s\n"
 
 
+def test_rows_are_counted_as_they_are_taken(
+    display: Display, clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = display.count("writing", iter("abc"), 3, "rows")
+    assert next(rows) == "a"
+    clock.now += 4
+    display.tick()
+    assert list(rows) == ["b", "c"]
+    assert capsys.readouterr().out == "writing: 1 of 3 rows, 4 s\nwriting: 3 rows, 4 s\n"
+
+
 def test_an_error_ends_all_that_is_inside(display: Display) -> None:
     with pytest.raises(KeyError), display.show("outer"), display.show("inner", 3):
         raise KeyError
