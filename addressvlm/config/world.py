@@ -13,19 +13,19 @@ the city, such as `labels.language`. Everything else in the file is a setting of
 """
 
 import copy
-import csv
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.parquet as pq
 from pydantic import Field, ValidationError, field_validator
 
 from addressvlm.config import Config, read_sources, set_key, validate
 from addressvlm.config.base import Section
 from addressvlm.config.provenance import error_sentences
+from addressvlm.dataset.readers.rows import clean_text
+from addressvlm.dataset.readers.table import open_table
 from addressvlm.errors import InputError
 from addressvlm.storage.remote_path import is_remote, path_of
 from addressvlm.storage.run_dir import storage_dir
@@ -134,17 +134,14 @@ def read_cities(file: str) -> list[dict[str, Any]]:
     Raises:
         InputError: it can't be read.
     """
-    path = path_of(file)
-    try:
-        if path.suffix == ".parquet":
-            with path.open("rb") as opened:
-                rows = pq.read_table(opened).to_pylist()
-        else:
-            rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"the table of cities {file} can't be read ({error}): give a CSV or Parquet file.") from None
-    if not rows or "name" not in rows[0]:
+    if not path_of(file).exists():
+        raise InputError(f"the table of cities {file} can't be read (no such file): give a CSV or Parquet file.")
+    rows = [(number, row) for number, row in enumerate(open_table(file, "the table of cities").rows, 1) if row]
+    for number, row in rows:
+        if "PROBLEM" in row:
+            raise InputError(f"the table of cities {file}, row {number}: {row['PROBLEM']}.")
+    if not rows or "name" not in rows[0][1]:
         raise InputError(f"the table of cities {file} has no rows with a column `name`: add it.")
     own = set(WorldCity.model_fields) - {"set"}
-    kept = [{key: value for key, value in row.items() if value not in (None, "")} for row in rows]
+    kept = [{key: value for key, value in row.items() if key and clean_text(value)} for _, row in rows]
     return [{**{key: row[key] for key in own & row.keys()}, "set": {key: row[key] for key in row.keys() - own}} for row in kept]

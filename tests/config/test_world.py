@@ -86,6 +86,20 @@ def test_mistakes_in_the_table_are_sentences(tmp_path: Path, cities: Any, messag
         world_of(tmp_path, cities)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,manifest\ngraz,g.csv,more\n", "row 1: more cells than columns"),
+        ('name,manifest\ngraz,"g.csv\nlinz,l.csv\n', "has a quote in line 2 that is not closed"),
+        ("name,manifest,name\ngraz,g.csv,linz\n", "has the column name twice"),
+    ],
+)
+def test_a_table_of_cities_is_read_like_one_of_photos(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "cities.csv").write_text(text)
+    with pytest.raises(InputError, match=rf"the table of cities .*cities\.csv.* {message}"):
+        world_of(tmp_path, str(tmp_path / "cities.csv"))
+
+
 def test_a_table_needs_names(tmp_path: Path) -> None:
     table = tmp_path / "cities.csv"
     table.write_text("city,manifest\ngraz,g.csv\n")

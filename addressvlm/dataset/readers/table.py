@@ -65,15 +65,18 @@ class Table:
         return (parse(cells) if cells and "PROBLEM" not in cells else cells for cells in self.rows)
 
 
-def open_table(source: str) -> Table:
-    """Open it and read its header; InputError if that fails, and while rows are read from a damaged file."""
+def open_table(source: str, what: str = "the manifest") -> Table:
+    """Open it and read its header; InputError if that fails, and while rows are read from a damaged file.
+
+    `what` it is, for errors.
+    """
     if remote_path.path_of(source).suffix.lower() not in FORMATS:
-        raise InputError(f"the manifest {source} is not a .csv, .tsv, .jsonl, .parquet or .json file: save it as one of them.")
-    rows = _read(source)
+        raise InputError(f"{what} {source} is not a .csv, .tsv, .jsonl, .parquet or .json file: save it as one of them.")
+    rows = _read(source, what)
     return Table(source, next(rows, []), rows)
 
 
-def _read(source: str) -> Iterator[Any]:
+def _read(source: str, what: str) -> Iterator[Any]:
     """The header, then the rows, {} where no cell says anything; any failure as an InputError."""
     try:
         path = remote_path.path_of(source)
@@ -85,19 +88,19 @@ def _read(source: str) -> Iterator[Any]:
     except FileNotFoundError:
         raise InputError(f"no manifest at {source}: set city.manifest to a CSV, JSONL or Parquet file that exists.") from None
     except UnicodeError:
-        raise InputError(f"the manifest {source} is not UTF-8 text: save it as UTF-8.") from None
+        raise InputError(f"{what} {source} is not UTF-8 text: save it as UTF-8.") from None
     except RecursionError:
-        raise InputError(f"the manifest {source} is nested too deeply: write it again.") from None
+        raise InputError(f"{what} {source} is nested too deeply: write it again.") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"the manifest {source} is not JSON ({error}): write it again.") from None
+        raise InputError(f"{what} {source} is not JSON ({error}): write it again.") from None
     except (csv.Error, pa.ArrowException) as error:
-        raise InputError(f"the manifest {source} can't be read ({str(error).splitlines()[0]}): write it again.") from None
+        raise InputError(f"{what} {source} can't be read ({str(error).splitlines()[0]}): write it again.") from None
     except OSError as error:
-        raise InputError(f"the manifest {source} can't be read ({remote_path.error_text(error)}): check the file.") from None
+        raise InputError(f"{what} {source} can't be read ({remote_path.error_text(error)}): check the file.") from None
     except TableError as error:
-        raise InputError(f"the manifest {source} {printable(str(error))}.") from None
+        raise InputError(f"{what} {source} {printable(str(error))}.") from None
     except ValueError as error:
-        raise InputError(f"the manifest {source} can't be read ({printable(str(error))}): write it again.") from None
+        raise InputError(f"{what} {source} can't be read ({printable(str(error))}): write it again.") from None
 
 
 def _csv(file: IO[bytes]) -> Iterator[Any]:
@@ -114,6 +117,7 @@ def _csv(file: IO[bytes]) -> Iterator[Any]:
     lines = chain(head, lines)
     _, header = next(_records(lines, delimiter, lambda _: False))
     columns = _our_names(tuple(header))
+    needed = max((i for i, name in enumerate(columns, 1) if name), default=0)  # a comma at the end of the header is no column
     for number, line in () if NEEDED & set(columns) else head:
         if any(len(NEEDED & set(_names(line.replace('"', "").split(mark)))) > 1 for mark in DELIMITERS):
             raise TableError(f"has its header in line {number}: delete the lines above it")
@@ -129,7 +133,7 @@ def _csv(file: IO[bytes]) -> Iterator[Any]:
             row["PROBLEM"] = f"stray quote: in line {number} a cell goes on after its closing quote"
         elif any(map(clean_text, cells[len(columns) :])):
             row["PROBLEM"] = f"more cells than columns: {len(cells)} in line {number}, and {len(columns)} columns"
-        elif len(cells) < len(columns) and any(map(clean_text, cells)):
+        elif len(cells) < needed and any(map(clean_text, cells)):
             row["PROBLEM"] = f"fewer cells than columns: {len(cells)} in line {number}, and {len(columns)} columns"
         yield row
 

@@ -260,6 +260,9 @@ TABLE = "file,lat,lon,street\na.jpg,52.5,0.25,Mül Straße\n"
         TABLE.replace(",", ";").replace("52.5;0.25", "52,5;+0,25"),
         TABLE.replace("52.5,0.25", '"52,5","0,25"'),
         TABLE.replace("file,", " FILE ,").replace("a.jpg", "a.jpg "),
+        TABLE.replace("street\n", "street,,\n"),
+        TABLE.replace("\n", ",,\n"),
+        TABLE.replace("\n", "\r"),
     ],
 )
 def test_a_table_as_spreadsheets_write_it(tmp_path: Path, text: str, encoding: str) -> None:
