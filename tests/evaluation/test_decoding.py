@@ -1,5 +1,7 @@
 """Decoding modes compared from scores alone, and how well confidence is calibrated."""
 
+import weakref
+
 import numpy as np
 import pytest
 import shapely
@@ -29,6 +31,9 @@ def rows(photos=120, skill=1.5, seed=0):
              "district": address.district, "scores": scores.tolist()}
         )  # fmt: skip
     return scored
+
+
+ROWS = rows()
 
 
 def compare(answers=None, **kwargs):
@@ -152,3 +157,36 @@ def test_a_photo_without_coordinates_has_no_fix():
     inputs = [row | {"lat": None, "lon": None} for row in rows(photos=8)]
     compared = comparison.compare_decoding(inputs, CITY, Calibration(), {}, SETTINGS)
     assert accuracy(compared, "+ GPS within 50 m") == accuracy(compared, "likelihood")
+
+
+class Scored(dict):
+    """A row of scores that can be watched."""
+
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda rows: comparison.compare_decoding(rows, CITY, Calibration(), {}, SETTINGS),
+        lambda rows: comparison.top_k_accuracy(rows, CITY, *SETTINGS),
+        lambda rows: comparison.confidence_accuracy(ROWS[:20], rows, CITY),
+        lambda rows: likelihood.restriction_stats(rows, CITY),
+        lambda rows: sum(1 for _ in likelihood.calibrated_rows(rows, Calibration(2.0))),
+        lambda rows: sum(1 for _ in likelihood.answers_from_scores(rows, [{**row, "rounds": []} for row in ROWS], CITY)),
+    ],
+)
+def test_scores_of_all_photos_are_never_in_memory_together(use, monkeypatch):
+    """Photos times addresses may be more than fits."""
+    monkeypatch.setattr(likelihood, "CHUNK", 8)
+    alive, most = weakref.WeakSet(), []
+
+    def watched():
+        for row in ROWS:
+            alive.add(scored := Scored(row))
+            most.append(len(alive))
+            yield scored
+
+    use(watched())
+    assert len(most) == len(ROWS)
+    assert max(most) <= 2 * 8 + 1
