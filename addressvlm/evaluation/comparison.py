@@ -243,10 +243,11 @@ def compare_decoding(
         table[mode] = {
             name: share_ci(column, of_photo, *bootstrap) for name, column in zip(LEVELS, zip(*hits, strict=True), strict=True)
         }
+    confidence, correct, raw_confidence, raw_correct = map(np.concatenate, zip(*confidences, strict=True))
     return {
         "photos": len(places),
         "table": [{"name": name, "metrics": cells} for name, cells in table.items()],
-        "trust": _trust(*map(np.concatenate, zip(*confidences, strict=True)), of_photo, calibration, bootstrap),
+        "trust": _trust(confidence, correct, raw_confidence, raw_correct, of_photo, calibration, bootstrap),
     }
 
 
