@@ -34,7 +34,7 @@ from addressvlm.answers.generate import (
     stream_tokens,
 )
 from addressvlm.answers.kv_cache import PhotoCaches, PrefillCache, keeps_all_tokens
-from addressvlm.answers.sequence_scorer import SequenceScorer
+from addressvlm.answers.sequence_scorer import Pruning, SequenceScorer
 from addressvlm.answers.trie import Trie
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
@@ -146,10 +146,10 @@ class Localizer(ChatModel):
         priors = [None] * len(prompts) if priors is None else list(priors)
         if len(priors) != len(prompts):
             raise ValueError(f"{len(prompts)} images and {len(priors)} priors: give one prior an image, or none at all.")
-        weights = [0.0 if prior is None else prior.log_weights(gazetteer) for prior in priors]
+        weights = [self.address_weights(prior) for prior in priors]
         return [
-            AddressDistribution(gazetteer.addresses, self.calibration.apply(scores) + weight)
-            for scores, weight in zip(self.score_prompts(prompts), weights, strict=True)
+            AddressDistribution(gazetteer.addresses, scores / self.calibration.temperature + weight)
+            for scores, weight in zip(self.score_prompts(prompts, weights=weights), weights, strict=True)
         ]
 
     def address_scores(self, images: Sequence[Image.Image]) -> np.ndarray:
@@ -167,27 +167,51 @@ class Localizer(ChatModel):
         """Of the addresses of the gazetteer; takes a while for many."""
         return SequenceScorer(self, self.trie([a.text() for a in self.require_gazetteer().addresses]).unique_prefixes())
 
-    def score_prompts(self, prompts: Sequence[PreparedPrompt], owners: Sequence["Localizer"] = ()) -> list[np.ndarray]:
+    def score_prompts(
+        self, prompts: Sequence[PreparedPrompt], owners: Sequence["Localizer"] = (), weights: Sequence[np.ndarray] = ()
+    ) -> list[np.ndarray]:
         """`address_scores` of photos, (addresses,) each; prompts by `prepare_questions` with ADDRESS_QUESTION.
 
         Args:
             owners: the localizers of the photos' cities, on the same base as this one; by default this one.
+            weights: the `address_weights` of each photo, float64 (addresses,): scores may be wrong where probabilities of one
+                in a million are; by default they are exact.
         """
-        keys = [(owner, prompt.photo) for owner, prompt in zip(owners or [self] * len(prompts), prompts, strict=True)]
+        owners = owners or [self] * len(prompts)
+        keys = [(owner, prompt.photo) for owner, prompt in zip(owners, prompts, strict=True)]
+        wanted: dict[tuple[Localizer, bytes], np.ndarray | None] = {}
+        for i, key in enumerate(keys):
+            own = weights[i] if weights else None
+            same = key not in wanted or (own is not None and np.array_equal(wanted[key], own))
+            wanted[key] = own if same else None  # two priors of one photo
         caches = {(owner, photo): owner.photo_caches.get(photo) for owner, photo in keys}
-        new = list({key: prompt for key, prompt in zip(keys, prompts, strict=True) if caches[key].scores is None}.items())
+        by_key = dict(zip(keys, prompts, strict=True))
+        new = [key for key in by_key if not caches[key].has_scores(wanted[key])]
         together = max(1, PREFILL_TOKENS // max(map(len, prompts), default=1))
         for start in range(0, len(new), together):
             batch = new[start : start + together]
-            for rows, state in self.prefill_prompts([prompt for _, prompt in batch], [owner for (owner, _), _ in batch]):
-                by_owner: dict[Localizer, list[int]] = defaultdict(list)
+            for rows, state in self.prefill_prompts([by_key[key] for key in batch], [owner for owner, _ in batch]):
+                groups: dict[tuple[Localizer, bool], list[int]] = defaultdict(list)
                 for place, row in enumerate(rows):
-                    by_owner[batch[row][0][0]].append(place)
-                for owner, places in by_owner.items():
-                    own = state if len(by_owner) == 1 else state.rows(places)
-                    for place, scores in zip(places, owner.scorer.score(own), strict=True):
-                        caches[batch[rows[place]][0]].scores = scores
+                    groups[batch[row][0], wanted[batch[row]] is None].append(place)
+                for (owner, exact), places in groups.items():
+                    own_weights, pruning = [wanted[batch[rows[place]]] for place in places], None
+                    if not exact and owner.scorer.can_prune(len(places)):
+                        pruning = Pruning(owner.calibration.temperature, np.array(own_weights))
+                    scores = owner.scorer.score(state if len(groups) == 1 else state.rows(places), pruning)
+                    for place, row, row_weights in zip(places, scores, own_weights, strict=True):
+                        cache = caches[batch[rows[place]]]
+                        cache.scores, cache.weights = row, row_weights if pruning else None
         return [scores.numpy() for key in keys if (scores := caches[key].scores) is not None]
+
+    def address_weights(self, prior: Prior | None) -> np.ndarray:
+        """What is added to scores / temperature of the calibration, so that they are ln of probabilities up to a constant.
+
+        InputError: see `Prior.log_weights`.
+        """
+        gazetteer = self.require_gazetteer()
+        weights = self.calibration.apply(np.zeros(len(gazetteer.addresses)))
+        return weights if prior is None else weights + prior.log_weights(gazetteer)
 
     def trie(self, answers: Sequence[str]) -> Trie:
         """The possible answers to a question as a trie of this model's tokens."""
@@ -281,7 +305,7 @@ class Localizer(ChatModel):
         known = [i for i, key in enumerate(keys) if key in caches and caches[key].text == prompts[i].text]
         if known:
             distinct = list(dict.fromkeys(keys[i] for i in known))
-            photos = PrefillCache.concat([state for key in distinct if (state := caches[key].state)])
+            photos = PrefillCache.concat([kept for key in distinct if (kept := caches[key].state)])
             state = photos.rows([distinct.index(keys[i]) for i in known])
             states.append((known, self.extend(state, [prompts[i].rest for i in known], [owners[i] for i in known])))
         others = [i for i in range(len(prompts)) if i not in known]

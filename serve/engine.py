@@ -47,6 +47,7 @@ class Job:
     Attributes:
         put: gets the scores of all addresses, or again and again new tokens, or an exception; called in the model's thread.
         answers: to be written; without any, addresses are scored.
+        weights: of the addresses, see `Localizer.address_weights`.
         result: what the request wants to know, from the scores.
     """
 
@@ -54,6 +55,7 @@ class Job:
     prompt: PreparedPrompt
     put: Callable[[Any], None]
     answers: Sequence[Answer] = ()
+    weights: np.ndarray = field(default_factory=lambda: np.empty(0))
     result: Callable[[np.ndarray], Any] = field(default=lambda scores: scores)
     cancelled: bool = False
 
@@ -100,15 +102,15 @@ class Engine:
     def prepare_localize(self, localizer: Localizer, query: LocalizeQuery, put: Callable[[Any], None]) -> Job:
         """The job whose result is a `Localization`. InputError: no gazetteer, or the prior excludes all of it."""
         gazetteer = localizer.require_gazetteer()
-        weights = query.prior.log_weights(gazetteer)
+        weights = localizer.address_weights(query.prior)
         threshold = localizer.calibration.threshold if query.threshold is None else query.threshold
 
         def result(scores: np.ndarray) -> Localization:
-            distribution = AddressDistribution(gazetteer.addresses, localizer.calibration.apply(scores) + weights)
+            distribution = AddressDistribution(gazetteer.addresses, scores / localizer.calibration.temperature + weights)
             return distribution.localization(query.top_k, threshold)
 
         (prompt,) = localizer.prepare_questions([Image.fromarray(query.pixels)], [ADDRESS_QUESTION])
-        return Job(localizer, prompt, put, result=result)
+        return Job(localizer, prompt, put, weights=weights, result=result)
 
     def prepare_chat(self, localizer: Localizer, query: ChatQuery, put: Callable[[Any], None]) -> Job:
         """The job of a conversation; the result of one about the address is a list of one `TextChunk`.
@@ -132,7 +134,8 @@ class Engine:
             )
         most = min(query.sampling.max_tokens, self.context_length - length)
         if question:
-            return Job(localizer, prompt, put, result=_exact_answer(localizer, question, length, most))
+            result = _exact_answer(localizer, question, length, most)
+            return Job(localizer, prompt, put, weights=localizer.address_weights(None), result=result)
         sampling = replace(query.sampling, max_tokens=most)
         needed = sampling.n * (length + most)
         if needed > self.cache_tokens:
@@ -213,8 +216,9 @@ class Engine:
 
         def score(some: list[Job]) -> None:
             prompts, owners = [job.prompt for job in some], [job.localizer for job in some]
-            for job, scores in zip(some, owners[0].score_prompts(prompts, owners), strict=True):
-                job.put(scores)
+            scores = owners[0].score_prompts(prompts, owners, [job.weights for job in some])
+            for job, row in zip(some, scores, strict=True):
+                job.put(row)
 
         with self._timed("localize", len(jobs)):
             self._attempt(score, jobs)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from PIL import Image
@@ -73,11 +74,23 @@ class PrefillCache:
 
 @dataclass
 class PhotoCache:
-    """What is known of a photo: the beginning of a prompt with the state after it, and the scores of all addresses."""
+    """What is known of a photo.
+
+    Attributes:
+        text, state: the beginning of a prompt and the state after it.
+        scores: of all addresses.
+        weights: of the addresses for which the scores are exact enough; None: for all weights.
+    """
 
     text: str = ""
     state: PrefillCache | None = None
     scores: torch.Tensor | None = None
+    weights: np.ndarray | None = None
+
+    def has_scores(self, weights: np.ndarray | None) -> bool:
+        """Whether its scores are good for these weights."""
+        fits = self.weights is None or (weights is not None and np.array_equal(self.weights, weights))
+        return self.scores is not None and fits
 
     def nbytes(self) -> int:
         """Approximate size."""

@@ -6,6 +6,7 @@ at a time, and the children's probabilities stay on the device until all are kno
 attend in another way, score the sequences as a batch instead.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ class _Pass:
         tokens, depths: of the nodes, long (nodes,).
         allowed: whether a node attends to the nodes of the trunk and of this pass, bool (nodes, trunk + nodes).
         parents, children: a pair for each child: its parent's index in this pass, the child's node; long (pairs,).
+        entries: the nodes that follow the trunk or the root, int64 (entries,).
+        members: the sequences below each of them.
     """
 
     tokens: torch.Tensor
@@ -37,6 +40,22 @@ class _Pass:
     allowed: torch.Tensor
     parents: torch.Tensor
     children: torch.Tensor
+    entries: np.ndarray
+    members: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What of a trie need not be scored: sequences that together have next to no probability.
+
+    Attributes:
+        temperature, log_weights: probabilities are those of scores / temperature + log_weights, (prompts, sequences).
+        error: the largest share of probability of what is not scored.
+    """
+
+    temperature: float
+    log_weights: np.ndarray
+    error: float = 1e-6
 
 
 class SequenceScorer:
@@ -49,27 +68,76 @@ class SequenceScorer:
         self._children = [trie.children(node) for node in range(len(trie))]
         self._plans: dict[int, list[_Pass]] = {}  # largest number of nodes -> passes, the trunk's first
 
-    def score(self, prefill: PrefillCache) -> torch.Tensor:
-        """ln p(sequence | prompt) of each sequence of the trie, its end included, float64 (prompts, sequences) on the CPU."""
+    def score(self, prefill: PrefillCache, pruning: Pruning | None = None) -> torch.Tensor:
+        """ln p(sequence | prompt) of each sequence of the trie, its end included, float64 (prompts, sequences) on the CPU.
+
+        With `pruning`, the likeliest chunks go first, until all others together are below its error; sequences of these share
+        the probability of their beginning.
+        """
         prompts, length = prefill.mask.shape
         if self.as_batch or not keeps_all_tokens(prefill.cache, length + len(self.trie)):
             return torch.stack([self._score_as_batch(prefill.rows([i])) for i in range(prompts)])
-        attention = self.model.model.config.get_text_config()._attn_implementation
-        max_nodes = 1 << (max(1, NODES_AT_ONCE[attention] // prompts).bit_length() - 1)  # few sizes, so few plans
-        if max_nodes not in self._plans:
-            self._plans[max_nodes] = self._plan(max_nodes)
         log_p = torch.zeros(prompts, len(self.trie), device=prefill.mask.device)
         first = torch.tensor(self._children[ROOT], device=log_p.device)
         log_p[:, first] = torch.log_softmax(prefill.logits.float(), dim=-1)[:, self._tokens[first]]
-        trunk, *chunks = self._plans[max_nodes]
+        trunk, *chunks = self._passes(prompts)
         cache = self._feed(prefill, prefill.cache, trunk, log_p)
+        if pruning and len(chunks) > 1:
+            return self._score_likeliest(prefill, cache, chunks, log_p, pruning)
         for chunk in chunks:
             self._feed(prefill, cache, chunk, log_p)
+        return self._path_sums(log_p)[:, self.trie.ends]
+
+    def _path_sums(self, log_p: torch.Tensor) -> torch.Tensor:
+        """ln p of the path to each node, float64 (prompts, nodes) on the CPU; below nodes that were not fed that of these."""
         result = log_p.double().cpu()
         for depth in range(2, int(self.trie.depths.max()) + 1):
             level = np.flatnonzero(self.trie.depths == depth)
             result[:, level] += result[:, self.trie.parents[level]]
-        return result[:, self.trie.ends]
+        return result
+
+    def _score_likeliest(
+        self, prefill: PrefillCache, cache: Any, chunks: list[_Pass], log_p: torch.Tensor, pruning: Pruning
+    ) -> torch.Tensor:
+        paths, temperature, weights = self._path_sums(log_p).numpy(), pruning.temperature, pruning.log_weights
+        bounds = np.empty((len(paths), len(chunks)))  # ln of the most that all sequences of a chunk can have together
+        for number, chunk in enumerate(chunks):
+            most = [
+                paths[:, entry] / temperature
+                + max(0.0, 1 - 1 / temperature) * math.log(len(members))
+                + weights[:, members].max(axis=1)
+                for entry, members in zip(chunk.entries.tolist(), chunk.members, strict=True)
+            ]
+            bounds[:, number] = np.logaddexp.reduce(most, axis=0)
+        waiting = np.argsort(-bounds.max(axis=0), kind="stable").tolist()
+        later = np.concatenate([chunk_members for chunk in chunks for chunk_members in chunk.members])
+        scored = np.setdiff1d(np.arange(len(self.trie.ends)), later)
+        while waiting:
+            values = paths[:, self.trie.ends[scored]] / temperature + weights[:, scored]
+            total = np.logaddexp.reduce(np.concatenate([values, np.full((len(values), 1), -np.inf)], axis=1), axis=1)
+            if (np.logaddexp.reduce(bounds[:, waiting], axis=1) <= total + math.log(pruning.error)).all():
+                break
+            chunk = chunks[waiting.pop(0)]
+            self._feed(prefill, cache, chunk, log_p)
+            scored = np.concatenate([scored, *chunk.members])
+            paths = self._path_sums(log_p).numpy()
+        result = paths[:, self.trie.ends]
+        for number in waiting:
+            for entry, members in zip(chunks[number].entries.tolist(), chunks[number].members, strict=True):
+                result[:, members] = paths[:, [entry]] - math.log(len(members))
+        return torch.from_numpy(result)
+
+    def can_prune(self, prompts: int) -> bool:
+        """Whether the trie takes more than one chunk for so many prompts."""
+        return not self.as_batch and len(self._passes(prompts)) > 2
+
+    def _passes(self, prompts: int) -> list[_Pass]:
+        """The trunk and the chunks for so many prompts."""
+        attention = self.model.model.config.get_text_config()._attn_implementation
+        max_nodes = 1 << (max(1, NODES_AT_ONCE[attention] // prompts).bit_length() - 1)  # few sizes, so few plans
+        if max_nodes not in self._plans:
+            self._plans[max_nodes] = self._plan(max_nodes)
+        return self._plans[max_nodes]
 
     def _plan(self, max_nodes: int) -> list[_Pass]:
         """The passes: the trunk, which may be empty, and chunks of at most `max_nodes` nodes with their part of it."""
@@ -85,7 +153,11 @@ class SequenceScorer:
         allowed = self.trie.path_mask(np.concatenate([trunk, nodes]))[len(trunk) :]
         parents, children = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
         arrays = (self.trie.tokens[nodes], self.trie.depths[nodes], allowed, parents, children)
-        return _Pass(*(torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device) for array in arrays))
+        tensors = (torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device) for array in arrays)
+        entries = nodes[np.isin(self.trie.parents[nodes], [ROOT, *trunk])] if len(nodes) else nodes
+        ends = self.trie.ends
+        members = [np.flatnonzero((ends >= node) & (ends < self.trie.stops[node])) for node in entries.tolist()]
+        return _Pass(*tensors, entries, members)
 
     @torch.inference_mode()
     def _feed(self, prefill: PrefillCache, cache: Any, nodes: _Pass, log_p: torch.Tensor) -> Any:

@@ -2,11 +2,13 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
+from addressvlm.answers.calibration import softmax
 from addressvlm.answers.constrained_decoding import beam_decode
-from addressvlm.answers.sequence_scorer import SequenceScorer
+from addressvlm.answers.sequence_scorer import Pruning, SequenceScorer
 from addressvlm.answers.trie import Trie
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.inference import user_turn
@@ -163,3 +165,25 @@ def test_enough_beams_find_the_best_decisions(localizer):
         expected = [decided(localizer, image, trie, sequence) for sequence in sequences]
         assert decoded.log_p == pytest.approx(max(expected), rel=1e-3, abs=1e-3)
         assert expected[decoded.index] == pytest.approx(max(expected), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("allowed", [slice(None), slice(3, 20), slice(30, 31)])
+def test_what_is_not_scored_has_less_probability_than_the_bound(localizer, monkeypatch, temperature, allowed):
+    monkeypatch.setattr("addressvlm.answers.sequence_scorer.NODES_AT_ONCE", {"eager": 12})
+    letters = "QXYZ"
+    trie = localizer.trie([a + b + c for a, b, c in itertools.product(letters, repeat=3)])
+    scorer, state = SequenceScorer(localizer, trie), read(localizer)
+    chunks = len(scorer._plan(4)) - 1
+    weights = np.full((3, 64), -np.inf)
+    weights[:, allowed] = np.random.default_rng(0).normal(size=weights[:, allowed].shape)
+    exact = scorer.score(state).numpy() / temperature + weights
+    fed, feed = [], SequenceScorer._feed
+    monkeypatch.setattr(SequenceScorer, "_feed", lambda self, *args: fed.append(1) or feed(self, *args))
+    for error in (1e-9, 1e-2, 0.3):
+        fed.clear()
+        pruned = scorer.score(state, Pruning(temperature, weights, error)).numpy() / temperature + weights
+        difference = np.abs(softmax(pruned) - softmax(exact)).sum(axis=1) / 2
+        assert (difference <= error + 1e-6).all()
+        assert np.isfinite(pruned).sum() == np.isfinite(exact).sum()
+    assert len(fed) - 1 < chunks

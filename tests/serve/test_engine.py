@@ -531,11 +531,11 @@ def test_a_stuck_thread_fails_the_health_check(engine: Engine, monkeypatch: pyte
 def test_too_little_memory_for_a_batch_is_enough_for_its_halves(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, score = [], Localizer.score_prompts
 
-    def two_at_most(self: Localizer, prompts: Sequence[Any], owners: Sequence[Localizer]) -> Any:
+    def two_at_most(self: Localizer, prompts: Sequence[Any], *more: Any) -> Any:
         if len(prompts) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         sizes.append(len(prompts))
-        return score(self, prompts, owners)
+        return score(self, prompts, *more)
 
     monkeypatch.setattr(Localizer, "score_prompts", two_at_most)
     results = localize(engine, [LocalizeQuery("toytown", pixels(seed), 2, Prior(), None) for seed in range(5)])
