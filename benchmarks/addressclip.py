@@ -37,6 +37,7 @@ from addressvlm.config import Config
 from addressvlm.config.compare import AddressClipConfig
 from addressvlm.gazetteer.gazetteer import Address
 from addressvlm.models.loading import autocast
+from addressvlm.training.metrics_logger import StepClock
 
 WARM = 1  # steps that are not timed
 RATE, WARMUP, CLIP_NORM, PHOTO = 1e-4, 0.05, 1.0, (480, 360)
@@ -138,10 +139,10 @@ class Bench:
         )
         towers = addressclip.DualEncoderTowers(encoder, system, data)
         learner = addressclip.ClipLearner(towers, data.batch(0, most=2), CLIP_NORM, context)
-        clock, loss = Clock(), math.nan
+        clock, loss, steps = Clock(), math.nan, StepClock(torch.device("cpu"))
         for number, batch in data.batches(0, self.steps, 0, 1):
             clock.tick()
-            loss = addressclip.clip_step(learner, stage, number, batch, (0, 1), context).loss
+            loss = addressclip.clip_step(learner, stage, number, batch, (0, 1), context, steps).loss
         clock.tick()
         return clock, loss, sum(p.numel() for p in learner.trainable.values())
 

@@ -6,7 +6,6 @@ other's negatives.
 
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from addressvlm.storage.remote_path import AnyPath
 from addressvlm.storage.run_dir import Run, slug
 from addressvlm.training.checkpoint import TrainingCheckpoint
 from addressvlm.training.dataset import Schedule, TableRows, count_steps
-from addressvlm.training.metrics_logger import MetricsLogger, StepMetrics, memory_gib
+from addressvlm.training.metrics_logger import MetricsLogger, StepClock, StepMetrics, memory_gib
 from addressvlm.training.optim import learning_rate
 from addressvlm.training.stages import RejectedRows, Stage
 from addressvlm.training.strategy import Ddp, is_distributed
@@ -295,18 +294,22 @@ def train_addressclip(
         if captions.missing:
             messages.info(f"{system.name}: {captions.missing:,} photos without an explanation: their address alone")
 
-    for number, batch in data.batches(start, stage.steps, rank, world):
-        progress = clip_step(learner, stage, number, batch, (rank, world), context)
+    batches, clock = data.batches(start, stage.steps, rank, world), StepClock(device)
+    for _ in range(start, stage.steps):
+        with clock.waiting("data"):
+            number, batch = next(batches)
+        progress = clip_step(learner, stage, number, batch, (rank, world), context, clock)
         if logger:
             logger.log_step(progress)
         last = progress.step == stage.steps
         if progress.step % (config.train.checkpoint_every or CHECKPOINT_STEPS) and not last:
             continue
-        rejects.write([stage])
-        if logger:
-            logger.sync()
-        snapshot = TrainingCheckpoint(0, progress.step, learner.weights(), learner.optimizer_state()) if rank == 0 else None
-        report(progress.as_dict(), snapshot)
+        with clock.waiting("checkpoints"):
+            rejects.write([stage])
+            if logger:
+                logger.sync()
+            state = (learner.weights(), learner.optimizer_state()) if rank == 0 else None
+            report(progress.as_dict(), TrainingCheckpoint(0, progress.step, *state) if state else None)
     left_out = rejects.write([stage])
     if rank == 0:
         if left_out:
@@ -317,10 +320,15 @@ def train_addressclip(
 
 
 def clip_step(
-    learner: ClipLearner, stage: Stage, number: int, batch: ClipBatch, worker: tuple[int, int], context: Any
+    learner: ClipLearner,
+    stage: Stage,
+    number: int,
+    batch: ClipBatch,
+    worker: tuple[int, int],
+    context: Any,
+    clock: StepClock,
 ) -> StepMetrics:
     """One optimizer step of all workers; `worker` is this one's rank and their number."""
-    began = time.perf_counter()
     rank, world = worker
     torch.manual_seed((stage.seed * 1_000_003 + number) * 1_009 + rank)
     with context:
@@ -335,12 +343,12 @@ def clip_step(
             f"the loss is {mean} and the gradient's norm {norm} at step {number + 1}: lower learning_rate "
             f"({stage.config.learning_rate:g}) of the system; the last good checkpoint is kept."
         )
-    took = time.perf_counter() - began
+    took, waits = clock.lap()
     kinds = {name: float(part.detach()) for name, part in parts.items()}
     tokens = learner.towers.tokens * world
     return StepMetrics(
         STAGE, number + 1, stage.steps, mean, rate, norm, stage.schedule.per_step / took, tokens, tokens / took, None,
-        memory_gib(features["images"].device), kinds, len(stage.schedule.rejected),
+        memory_gib(features["images"].device), kinds, len(stage.schedule.rejected), took, waits,
     )  # fmt: skip
 
 

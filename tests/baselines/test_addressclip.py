@@ -32,6 +32,7 @@ from addressvlm.models.loading import load_model
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
 from addressvlm.training.dataset import TableRows
+from addressvlm.training.metrics_logger import StepClock
 from addressvlm.training.optim import learning_rate
 from tests.support.dual_encoders import addressclip_config, photo_run, tiny_clip
 from tests.support.families import picture, tiny_fastvlm
@@ -320,7 +321,9 @@ def test_new_projections_have_a_rate_of_their_own_and_no_decay(base: Path, tmp_p
         seed = torch.manual_seed
         patch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
         for number, rank in ((8, 0), (9, 0), (8, 1)):
-            addressclip.clip_step(learner, stage, number, data.batch(number), (rank, 2), nullcontext())
+            addressclip.clip_step(
+                learner, stage, number, data.batch(number), (rank, 2), nullcontext(), StepClock(torch.device("cpu"))
+            )
             assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx(
                 [learning_rate(number, 18, 1e-3, 0.5), learning_rate(number, 18, 4e-3, 0.5)]
             )
