@@ -5,6 +5,7 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 from PIL import ExifTags, Image
 
 # Odd EXIF is read as far as it goes, and sizes are checked by limits of our own.
@@ -75,8 +76,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode.startswith("I"):
         grey = image.convert("I")
-        low, high = grey.getextrema()
-        if low < 0 or high > 0xFFFF:
+        values = np.asarray(grey)
+        if values.min() < 0 or values.max() > 0xFFFF:
             raise PixelDepthError("pixels of 32 bits: save it with 8 or 16")
         image = grey.point(lambda value: value * (1 / 256)).convert("L")
     elif image.mode == "F":

@@ -140,7 +140,7 @@ def _with_one_spelling(photos: Sequence[Photo], streets: StreetMap) -> list[Phot
         "district": district_names,
         "sub_street": KnownNames((), {}),
     }
-    changed: dict[int, dict[str, str]] = defaultdict(dict)
+    changed: dict[int, dict[str, Any]] = defaultdict(dict)
     for column, known in columns.items():
         read = ("street", "other_street") if known is street_names else (column,)
         counts = Counter(name for photo in photos for c in read if (name := getattr(photo, c)))

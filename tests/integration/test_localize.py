@@ -267,6 +267,21 @@ def test_ids_are_files_where_there_are_none():
     assert [(row["row"], row["reason"]) for row in rejects] == [(4, "duplicate id: 'a.jpg' is already the id of row 1")]
 
 
+def test_a_list_is_read_as_prepare_reads_it(tmp_path):
+    (tmp_path / "Cafe\u0301.jpg").write_bytes(jpeg(1))
+    table = {
+        "file": ["Caf\u00e9.jpg", "Caf\u00e9.jpg", None, "x.jpg"],
+        "id": [1001.0, None, None, 3e17],
+        "note": ["nan", "", None, "a"],
+    }
+    pq.write_table(pa.table(table), tmp_path / "list.parquet")
+    source = localize.open_photos(str(tmp_path / "list.parquet"), "test")
+    assert source.rows == [
+        {"row": 1, "id": "1001", "file": "Cafe\u0301.jpg"}, {"row": 2, "id": "Caf\u00e9.jpg", "file": "Cafe\u0301.jpg"},
+    ]  # fmt: skip
+    assert [(row["row"], row["reason"].partition(":")[0]) for row in source.rejects] == [(4, "id rounded")]
+
+
 def test_the_work_travels_without_its_model(model):
     import pickle
 

@@ -44,7 +44,7 @@ def read(city: CityConfig) -> tuple[list[Photo], list[dict[str, Any]]]:
     folder, source = photos_folder(city), source_path(city)
     if is_remote(folder):
         filesystem(folder)  # a missing package is one error here instead of one per photo
-    name = city.reader
+    name: str = city.reader
     if name == "auto":
         sample = sample_source(city)
         name = recognize(city, sample)

@@ -175,8 +175,8 @@ class Mapillary:
         file = clean_text(cells.get("file"))
         try:
             file = files.look_up(file)
-        except ValueError as error:
-            return {"file": file, "PROBLEM": str(error)}
+        except ValueError as twice:
+            return {"file": file, "PROBLEM": str(twice)}
         if "error" in cells:
             error = cells["error"] if isinstance(cells["error"], dict) else {}
             return {"file": file, "PROBLEM": f"mapillary_tools could not use it: {clean_text(error.get('message'))}"}

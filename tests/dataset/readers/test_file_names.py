@@ -44,6 +44,11 @@ def test_utm_names_give_back_their_position(lat: float, lon: float, with_degrees
         (SF.replace("@10@", "@99@"), "UTM zone out of range: 99"),
         (SF.replace("0544388.51", "9944388.51"), "UTM out of range: "),
         (SF.replace("@S@037.70098@-122.49646", "@I@@"), "not a UTM band: 'I'"),
+        (
+            "@0334388.51@6252266.00@56@S@@@x@@@@@@@@.jpg",
+            "UTM band against latitude: band S is from 32 to 40 and the position at 56",
+        ),
+        (SF.replace("@S@", "@D@"), "UTM band against latitude: band D is from -72 to -64 and the position at 37.70"),
         (SF.replace("0544388.51", "east"), "not a number: east is 'east'"),
         (SF.replace("@210@", "@north@"), "not a number: heading is 'north'"),
         ("@0544388.51@4172758.25@@@@@.jpg", "empty cell: lat"),
@@ -63,6 +68,11 @@ def test_positions_of_a_name_may_be_20_metres_apart(degrees: float, problem: boo
     east, north = pyproj.Transformer.from_crs(4326, 32633, always_xy=True).transform(15.0, 60.0)
     cells = file_names.parse_file_name(f"@{east:.2f}@{north:.2f}@33@V@{60:.5f}@{15 + degrees:.5f}@@@@@@@@@.jpg")
     assert ("PROBLEM" in cells) is problem
+
+
+def test_with_a_latitude_in_the_name_s_may_mean_south() -> None:
+    cells = file_names.parse_file_name("@0334388.51@6252266.00@56@S@-33.85692@151.20976@x@@@@@@@@.jpg")
+    assert (cells["lat"], cells["lon"]) == pytest.approx((-33.85692, 151.20976), abs=1e-4)
 
 
 def test_sf_xl_as_folder_and_as_list_are_the_same(tmp_path: Path) -> None:
