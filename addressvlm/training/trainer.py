@@ -225,8 +225,8 @@ class Trainer:
         stage, strategy = self.stage, self.strategy
         torch.manual_seed(stage.dropout_seed(step, self.rank))
         weights = [answer_weights(batch["labels"], stage.config.loss) for batch in share.batches]
-        answers = round(sum(float(batch.sum()) for batch in weights))
-        counts = torch.tensor([answers, share.tokens]).to(self.device, non_blocking=True)
+        weighed = round(sum(float(batch.sum()) for batch in weights))
+        counts = torch.tensor([weighed, sum(map(len, weights)), share.tokens]).to(self.device, non_blocking=True)
         with self.clock.collective():
             all_reduce(counts)
         sums = torch.zeros(2 * (len(KINDS) + 1) + 1)
@@ -246,7 +246,7 @@ class Trainer:
         norm = torch.as_tensor(strategy.step(rate), dtype=torch.float32, device=self.device)
         all_reduce(sums)
         # The only synchronization of a step with a GPU
-        total, tokens, norm, *by_kind, due = torch.cat([counts.double(), norm.double()[None], sums.double()]).tolist()
+        total, answers, tokens, norm, *by_kind, due = torch.cat([counts.double(), norm.double()[None], sums.double()]).tolist()
         loss_sums, kind_counts = by_kind[: len(KINDS) + 1], by_kind[len(KINDS) + 1 :]
         self.checkpoint_due = bool(due)
         loss = sum(loss_sums) / total
@@ -258,7 +258,7 @@ class Trainer:
         seconds, waits = self.clock.lap()
         samples_per_s = stage.schedule.per_step / seconds
         return StepMetrics(
-            stage.name, step + 1, stage.steps, loss, rate, norm, samples_per_s, int(total), tokens / seconds,
+            stage.name, step + 1, stage.steps, loss, rate, norm, samples_per_s, int(answers), tokens / seconds,
             mfu=samples_per_s * strategy.flops / (self.peak * self.world) if self.peak else None,
             memory_gib=memory_gib(self.device),
             by_kind={kind: a / b for kind, a, b in zip((*KINDS, "other"), loss_sums, kind_counts, strict=True) if b},
