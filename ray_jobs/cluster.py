@@ -111,7 +111,9 @@ def wait_for_workers(workers: Workers, wait_s: float) -> None:
         with display.show(f"waiting for {needed:g} {name}s") as progress:
             while workers.lack(nodes := _node_resources()):
                 waited, there = time.monotonic() - began, min(needed, sum(node.get(name, 0) for node in nodes))
-                progress.note = f"{there:g} of {needed:g} there"
+                is_first, progress.note = not progress.note, f"{there:g} of {needed:g} there"
+                if is_first:
+                    display.tick()
                 if _is_refused(group) and _is_settled(workers, nodes):
                     raise InputError(
                         f"{workers.what} needs {workers.count} times {workers.cpus:g} CPUs and {workers.gpus:g} GPUs, and the "

@@ -166,7 +166,7 @@ def test_photos_are_localized_once_when_a_node_is_lost(
     run, out = Run(config), tmp_path / "found"
     command = job(tmp_path, config, "localize", "--photos", str(run.photos), "--split", "val", "--out", str(out))
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment(nodes), stdout=subprocess.PIPE, text=True) as process:
-        nodes.replace("ray::MapWorker")
+        nodes.replace("ray::ShardActor")
         text, _ = process.communicate()
     assert process.returncode == 0, text
     assert sorted(ids(out, "located")) == sorted(ids(run.photos, "val"))

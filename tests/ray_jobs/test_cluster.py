@@ -104,6 +104,7 @@ def test_the_wait_for_nodes_is_told(fake: Ray, capsys: pytest.CaptureFixture[str
     fake.coming = [[{}]] * 14 + [[{}, one]] * 9 + [[{}, one, one]]
     wait_for_workers(training(8), 100)
     assert capsys.readouterr().out.splitlines() == [
+        "waiting for 8 GPUs: 0 of 8 there, 0 s",
         "waiting for 8 GPUs: 0 of 8 there, 10 s",
         "waiting for 8 GPUs: 4 of 8 there, 20 s",
     ]
