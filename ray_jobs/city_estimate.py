@@ -72,10 +72,8 @@ def print_world_estimate(world: World, names: Sequence[str], only: list[str] | N
     total = sum(known.values())
     rows = sum(count * world.cities[name].city.split.train for name, count in known.items())
     storage = total * PHOTO_BYTES + rows * (GRAFT_BYTES + LABEL_BYTES)
-    print(
-        f"{len(known)} {'city' if len(known) == 1 else 'cities'}: {total:,} photos, about {rows:,.0f} to train on, {storage / 1e9:,.1f} GB of tables",
-        flush=True,
-    )
+    cities = f"{len(known)} {'city' if len(known) == 1 else 'cities'}"
+    print(f"{cities}: {total:,} photos, about {rows:,.0f} to train on, {storage / 1e9:,.1f} GB of tables", flush=True)
     costs = {name: label_cost(world.cities[name]) for name in known}
     shares = {name: known[name] * world.cities[name].city.split.train for name in known}
     tokens = sum(shares[name] * costs[name][0] for name in known)
