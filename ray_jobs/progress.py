@@ -111,6 +111,8 @@ class Display:
                 self._bars = _terminal_bars()
                 self._bars.start()
             if self._bars:
+                for outer in self.activities[-1:]:
+                    self._bars.update(outer.bar, visible=False)
                 activity.bar = self._bars.add_task(activity.what, total=activity.total, figures="")
             self.activities.append(activity)
             if self._thread is None:
@@ -132,6 +134,8 @@ class Display:
             if activities:
                 if activities[-1].total is None:
                     activities[-1].began = time.monotonic()
+                if self._bars:
+                    self._bars.update(activities[-1].bar, visible=True)
                 return
             del self._of_threads[threading.get_ident()]
             if any(self._of_threads.values()):
@@ -159,7 +163,7 @@ class Display:
                 if not self._bars:
                     activity.context.run(print, activity.line(), flush=True)
                     continue
-                figures = activity.line().partition(": ")[2]
+                figures = activity.line().removeprefix(f"{activity.what}: ")
                 self._bars.update(activity.bar, completed=activity.done, total=activity.total, figures=figures, refresh=True)
 
     def _watch(self, ended: threading.Event) -> None:

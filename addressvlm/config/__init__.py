@@ -131,7 +131,7 @@ def validate(tree: dict[str, Any], where: str, sources: Sequence[Source] = ()) -
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{error_sentences(error.errors(), Config, where, sources)}.") from None
+        raise InputError(error_sentences(error.errors(), Config, where, sources)) from None
 
 
 def set_key(tree: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -68,7 +68,8 @@ def error_sentences(errors: Sequence[Any], root: type[Section], where: str, sour
         origin = _origin(error, sources) or where
         sentences.append(_problem(error, root) if origin == before else f"{origin}: {_problem(error, root)}")
         before = origin
-    return "; ".join(sentences)
+    text = "; ".join(sentences)
+    return text if text.endswith("?") else f"{text}."
 
 
 def _origin(error: Any, sources: Sequence[Source]) -> str:

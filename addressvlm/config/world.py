@@ -97,7 +97,7 @@ def load_world(source: str | Path, sets: Iterable[str] = (), environment: Mappin
     try:
         settings = WorldConfig.model_validate(tree.pop("world"))
     except ValidationError as error:
-        raise InputError(f"{path}, world: {error_sentences(error.errors(), WorldConfig, str(path), [])}.") from None
+        raise InputError(error_sentences(error.errors(), WorldConfig, f"{path}, world", [])) from None
     names = Counter(city.name for city in settings.cities)
     if same := [name for name, count in names.items() if count > 1 or name == JOINT]:
         what = "is the run of the model of all" if same[0] == JOINT else "stands there twice"

@@ -214,7 +214,7 @@ def test_an_error_names_the_file_it_came_from(tmp_path: Path) -> None:
         == f"{tmp_path}/above.yaml: 'seed' is 'three': Input should be a valid integer, unable to parse string as an integer"
     )
     assert second.startswith(f"{tmp_path}/below.yaml: 'train.workers' is 'none'")
-    assert third == f"{tmp_path}/above.yaml: unknown key 'compare.systems.0.rag.modle', did you mean 'model'?."
+    assert third == f"{tmp_path}/above.yaml: unknown key 'compare.systems.0.rag.modle', did you mean 'model'?"
     (tmp_path / "apart.yaml").write_text("train: {workers: 2, min_workers: 3}\n")
     with pytest.raises(InputError, match=r"apart\.yaml: 'train': min_workers is 3"):
         load(tmp_path / "apart.yaml", ["train.mfu=0.3"], {})

@@ -138,7 +138,7 @@ def test_on_a_terminal_there_is_a_bar_below_the_lines(tmp_path: Path) -> None:
     script = (
         "from ray_jobs.progress import Display\n"
         "display = Display()\n"
-        "with display.show('graft', 8, 'photos') as shown:\n"
+        "with display.show('train: loading'), display.show('graft: a', 8, 'photos') as shown:\n"
         "    shown.done = 4\n"
         "    display.tick()\n"
         "    print('a line')\n"
@@ -150,10 +150,12 @@ def test_on_a_terminal_there_is_a_bar_below_the_lines(tmp_path: Path) -> None:
     os.close(follower)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", os.read(leader, 100_000).decode())
     os.close(leader)
-    assert "4 of 8 photos" in text
+    assert "a ━" in text
+    assert "loading" not in text.split("a line")[1]  # only the innermost has a bar
+    assert " 4 of 8 photos" in text
     assert "━" in text
     assert "a line" in text
-    assert "graft: 4 photos, 0 s" in text
+    assert "graft: a: 4 photos, 0 s" in text
 
 
 # Training
