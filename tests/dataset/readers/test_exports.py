@@ -64,6 +64,14 @@ GRAPH = {
 }
 
 
+def test_an_annotation_brings_its_split(tmp_path: Path) -> None:
+    records = [
+        IAL_ROW | {"image": f"{i}.jpg", "gps": [40.4, -79.9], "split": split} for i, split in enumerate(("train", "Test", None))
+    ]
+    photos, rejects = read(manifest=write_file(tmp_path, records))
+    assert ([p.split for p in photos], rejects) == (["train", "Test", ""], [])
+
+
 def test_mapillary_graph_api(tmp_path: Path) -> None:
     measured = {key: value for key, value in GRAPH.items() if not key.startswith("computed")} | {"id": "2"}
     records = [

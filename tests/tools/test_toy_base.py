@@ -1,0 +1,119 @@
+"""The toy base's tokenizer, lessons and losses; its training is a matter of hours."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from addressvlm.demo.world import DISTRICTS, KINDS, WORDS
+from addressvlm.models.families import parts_of
+from addressvlm.tools import toy_base, toy_base_data
+from addressvlm.tools.toy_base_data import City, Lesson
+from addressvlm.training.collator import IGNORE_INDEX
+
+
+@pytest.fixture(scope="module")
+def city(tmp_path_factory: pytest.TempPathFactory) -> City:
+    """A city of two places."""
+    folder = tmp_path_factory.mktemp("city")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy_base_data, "PLACES", 2)
+        toy_base_data.draw_city(3001, folder)
+    return City.load(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(city: City) -> PreTrainedTokenizerFast:
+    """Of few lessons; names come in their own right."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy_base, "TOKENIZER_LESSONS", 200)
+        return toy_base.base_tokenizer([city])
+
+
+def test_lessons_are_about_what_the_image_shows(city: City) -> None:
+    rng, kinds = random.Random(0), set()
+    for _ in range(200):
+        lesson = toy_base_data.draw_lesson([city], rng)
+        assert lesson.image.size == (160, 160)
+        assert 1 <= len(lesson.rounds) <= toy_base_data.MAX_ROUNDS
+        assert lesson.words <= {*WORDS, *KINDS}
+        for trait, possible in zip(lesson.traits, toy_base_data.TRAITS, strict=True):
+            assert trait is None or trait in possible
+        for question, answer in lesson.rounds:
+            if question.startswith(toy_base_data.WRITTEN[0]):
+                name = question.removeprefix(toy_base_data.WRITTEN[0]).split("?")[0].split()
+                assert (answer == "Yes") is (set(name) <= lesson.words and name[0] in lesson.words)
+                kinds.add("read")
+            if question in toy_base_data.ABOVE:
+                assert answer == toy_base_data.described(lesson.traits)
+                kinds.add("above")
+    assert kinds == {"read", "above"}
+
+
+def test_a_name_of_the_map_is_counted_and_one_that_is_not_there_is_not(city: City) -> None:
+    for number, about in enumerate(city.about):
+        lesson = toy_base_data._map_names(city, number, random.Random(number))
+        assert lesson.words == {word for name in about["names"] for word in name.split()}
+        assert (np.asarray(lesson.image) != city.bare[number]).any()
+
+
+def test_words_of_names_are_one_token_wherever_they_stand(tokenizer: PreTrainedTokenizerFast) -> None:
+    for word in (*WORDS, *KINDS, *DISTRICTS):
+        (token,) = tokenizer(word, add_special_tokens=False)["input_ids"]
+        assert tokenizer(f"So it is {word}, there.", add_special_tokens=False)["input_ids"].count(token) == 1
+    text = "Horse Road, Oldtown"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_the_model_is_a_hugging_face_model_of_three_parts_below_15_mb(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, processor = toy_base.build(tokenizer)
+    assert set(parts_of(model)) == {"vision", "adapter", "llm"}
+    assert 2 * model.num_parameters() < 15e6
+    inputs = processor(
+        text=["<|user|><image>Which street?<|end|><|assistant|>"], images=[toy_base.Image.new("RGB", (300, 200))]
+    )
+    assert inputs["input_ids"][0].count(model.config.image_token_id) == (toy_base_data.SIDE // toy_base.PATCH) ** 2
+    assert toy_base_data.TILES.delta * toy_base_data.SIDE % toy_base.PATCH == 0  # the photo ends on a patch's edge
+
+
+def test_answers_weigh_by_the_root_of_their_length() -> None:
+    _ = IGNORE_INDEX
+    labels = torch.tensor([[_, _, 5, 6, 7, 8, _, _, 9, _, 4]])
+    assert toy_base.answer_weights(labels).tolist() == pytest.approx([0.5] * 4 + [1.0, 1.0])
+
+
+def test_the_probe_learns_words_from_the_patch_that_shows_them() -> None:
+    """A feature in one patch is enough for a word, and the traits of a tile are those at its centre."""
+    probe = toy_base.TowerProbe(4)
+    with torch.no_grad():
+        for layer in (probe.words, probe.traits):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        probe.words.weight[toy_base.NAME_WORDS.index("Oak"), 0] = 40.0
+    features = torch.zeros(1, 4, 10, 10)
+    features[0, 0, 2, 7] = 1.0
+    traits: list[str | None] = [None] * len(toy_base_data.TRAITS)
+    image = toy_base.Image.new("RGB", (160, 160))
+    right, recall = probe(features, [Lesson(image, [], {"Oak"}, traits, False)])
+    wrong, missed = probe(features, [Lesson(image, [], {"Elm"}, traits, False)])
+    assert (recall, missed) == (1.0, 0.0)
+    assert right < wrong
+
+
+def test_the_rate_falls_to_zero_and_warms_up_twice() -> None:
+    rates = [toy_base.learning_rate(step, 10_000, 1.0) for step in range(10_000)]
+    assert rates[0] < 0.01
+    assert rates[199] == 1.0
+    assert rates[3000] < 0.01
+    assert rates[3300] == 1.0
+    assert rates[-1] < 0.001
+
+
+def test_a_card_has_the_gates(tmp_path: Path) -> None:
+    toy_base.write_card(tmp_path, 3_250_976, {"own names": 0.97, "traits": 0.5}, 3)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "3.3 million parameters" in text
+    assert "| own names | 97.0% (at least 95% wanted) |" in text
