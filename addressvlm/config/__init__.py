@@ -61,6 +61,8 @@ def load(source: str | Path = "demo", sets: Iterable[str] = (), environment: Map
         InputError: the file is missing or not YAML, a key is unknown, or a value has the wrong type.
     """
     tree, sources = read_sources(source, sets, environment)
+    if "world" in tree:
+        raise InputError(f"{source} names many cities (its section world): only ray_jobs/train.py takes such a file.")
     return validate(tree, str(source), sources)
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from addressvlm import InputError
+from addressvlm.config import load
 from addressvlm.config.world import World, load_world, require_files
 
 
@@ -52,6 +53,12 @@ def test_the_world_is_called_as_its_file_is(tmp_path: Path) -> None:
 
 def test_a_file_without_a_table_is_of_one_city() -> None:
     assert load_world("demo", environment={}) is None
+
+
+def test_a_job_of_one_city_takes_no_file_of_many(tmp_path: Path) -> None:
+    world_of(tmp_path, [{"name": "graz"}])
+    with pytest.raises(InputError, match=r"earth.yaml names many cities .*: only ray_jobs/train.py takes such a file"):
+        load(tmp_path / "earth.yaml")
 
 
 def test_the_table_may_be_a_file(tmp_path: Path) -> None:
