@@ -181,9 +181,9 @@ class Localizer(ChatModel):
         keys = [(owner, prompt.photo) for owner, prompt in zip(owners, prompts, strict=True)]
         wanted: dict[tuple[Localizer, bytes], np.ndarray | None] = {}
         for i, key in enumerate(keys):
-            own = weights[i] if weights else None
-            same = key not in wanted or (own is not None and np.array_equal(wanted[key], own))
-            wanted[key] = own if same else None  # two priors of one photo
+            own, other = weights[i] if weights else None, wanted.get(key)
+            same = key not in wanted or (own is not None and other is not None and np.array_equal(other, own))
+            wanted[key] = own if same else None  # exact, if a photo has two priors
         caches = {(owner, photo): owner.photo_caches.get(photo) for owner, photo in keys}
         by_key = dict(zip(keys, prompts, strict=True))
         new = [key for key in by_key if not caches[key].has_scores(wanted[key])]

@@ -130,7 +130,8 @@ class ChatModel:
         return self.processor(text=list(prompts), images=rgb, padding=len(prompts) > 1, return_tensors="pt")
 
     def prepare(self, prompt: str, images: Sequence[Image.Image], same_photo: PreparedPrompt | None = None) -> PreparedPrompt:
-        """The prompt as tensors, for `prefill_prompts`; needs no model, any thread may call it.
+        """The prompt as tensors, for `prefill_prompts`; needs no model. Any thread may call it: nothing is padded, which would
+        change the tokenizer under another thread.
 
         Args:
             same_photo: another prompt about the same photo, whose tensors are taken if it begins alike.
@@ -187,7 +188,8 @@ class ChatModel:
     def mixes_photos(self) -> bool:
         """Whether adapters can be mixed in a batch of prompts with one photo each: all that they adapt sees a row a prompt."""
         photo = Image.new("RGB", (self.image_size, self.image_size))
-        inputs = self.inputs([self.prompt([user_turn("?")])] * 2, [[photo]] * 2)
+        prepared = self.prepare(self.prompt([user_turn("?")]), [photo])
+        inputs = self.to_device(merge_inputs([prepared.whole()] * 2, self.tokenizer.pad_token_id))
         sizes: set[int] = set()
         hooks = [m.register_forward_pre_hook(lambda _, args: sizes.add(len(args[0]))) for m in self._adapted_modules()]
         self.prefill(inputs)

@@ -152,12 +152,14 @@ class SequenceScorer:
         pairs = [(index, child) for index, node in enumerate(nodes.tolist()) for child in self._children[node]]
         allowed = self.trie.path_mask(np.concatenate([trunk, nodes]))[len(trunk) :]
         parents, children = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-        arrays = (self.trie.tokens[nodes], self.trie.depths[nodes], allowed, parents, children)
-        tensors = (torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device) for array in arrays)
         entries = nodes[np.isin(self.trie.parents[nodes], [ROOT, *trunk])] if len(nodes) else nodes
         ends = self.trie.ends
         members = [np.flatnonzero((ends >= node) & (ends < self.trie.stops[node])) for node in entries.tolist()]
-        return _Pass(*tensors, entries, members)
+        tokens, depths, *rest = (
+            torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device)
+            for array in (self.trie.tokens[nodes], self.trie.depths[nodes], allowed, parents, children)
+        )
+        return _Pass(tokens, depths, rest[0], rest[1], rest[2], entries, members)
 
     @torch.inference_mode()
     def _feed(self, prefill: PrefillCache, cache: Any, nodes: _Pass, log_p: torch.Tensor) -> Any:
