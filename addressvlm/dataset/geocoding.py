@@ -131,7 +131,7 @@ def assign_addresses(
     return places, addressed, rejects
 
 
-def _with_one_spelling(photos: Sequence[Photo], streets: StreetMap) -> list[Photo]:
+def _with_one_spelling(photos: Sequence[Photo], streets: StreetMap) -> Sequence[Photo]:
     """The photos with the names of their rows as the map spells them, else as most rows do."""
     street_names, district_names = (KnownNames(n, streets.variants) for n in (streets.street_names, streets.district_names))
     columns = {
@@ -146,18 +146,18 @@ def _with_one_spelling(photos: Sequence[Photo], streets: StreetMap) -> list[Phot
         counts = Counter(name for photo in photos for c in read if (name := getattr(photo, c)))
         candidates = {name: known.candidates(name) for name in counts}
         spelling = most_frequent_spellings(Counter({name: n for name, n in counts.items() if not candidates[name]}))
-        for i, photo in enumerate(photos):
+        other = {name for name in counts if (candidates[name] or [spelling[name]]) != [name]}
+        for i, photo in enumerate(photos if other else ()):
             name = getattr(photo, column)
-            if not name:
-                continue
-            several = candidates[name]
-            if len(several) > 1:  # streets in different parts of the city
-                near = [street for street, _ in streets.around(photo.lat, photo.lon, CROSS_STREET_M)[0] if street in several]
-                several = near or several
-            new = several[0] if several else spelling[name]
-            if new != name:
-                changed[i][column] = new
-    return [replace(photo, **changed[i]) if i in changed else photo for i, photo in enumerate(photos)]
+            if name in other:
+                several = candidates[name] or [spelling[name]]
+                if len(several) > 1:  # streets in different parts of the city
+                    near = [
+                        street for street, _ in streets.around(photo.lat, photo.lon, CROSS_STREET_M)[0] if street in several
+                    ]
+                    several = near or several
+                changed[i][column] = several[0]
+    return [replace(photo, **changed[i]) if i in changed else photo for i, photo in enumerate(photos)] if changed else photos
 
 
 def with_sub_streets(

@@ -7,6 +7,7 @@ matching only.
 import re
 import unicodedata
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 # What programs write where there is no value: pandas, R, SQL, spreadsheets, JavaScript, C, Google's geocoder. Only these
@@ -38,7 +39,7 @@ class DamagedTextError(ValueError):
 
 def is_nothing(text: str) -> bool:
     """Whether a cell says that there is no value: by one of NO_VALUE, or without any letter or digit."""
-    return text in NO_VALUE or not any(map(str.isalnum, text))
+    return text in NO_VALUE or not (text[:1].isalnum() or any(map(str.isalnum, text)))
 
 
 def clean_name(text: str) -> str:
@@ -71,16 +72,21 @@ def split_names(value: Any) -> list[str]:
 
     A list may also be the text of one, as Python, JSON and PostgreSQL write it: `['Mill Street', 'Quay Road']`.
     """
+    if isinstance(value, str):
+        return list(_split_text(value))
     if isinstance(value, (list, tuple)):
-        parts = [part for item in value for part in split_names(item)]
-    elif not isinstance(value, str):
-        parts = [] if value is None or value != value else [str(value)]
-    elif _LIST.fullmatch(value):
-        quoted = [one or other for one, other in _QUOTED.findall(value)]
-        parts = [re.sub(r"\\(.)", r"\1", item) for item in quoted] or value.strip()[1:-1].split(",")
+        return list(dict.fromkeys(name for item in value for name in split_names(item)))
+    return [] if value is None or value != value else [str(value)]
+
+
+@lru_cache(maxsize=65536)
+def _split_text(text: str) -> tuple[str, ...]:
+    if _LIST.fullmatch(text):
+        quoted = [one or other for one, other in _QUOTED.findall(text)]
+        parts = [re.sub(r"\\(.)", r"\1", item) for item in quoted] or text.strip()[1:-1].split(",")
     else:
-        parts = _SEPARATOR.split(value)
-    return list(dict.fromkeys(name for part in parts if not is_nothing(name := clean_name(part))))
+        parts = _SEPARATOR.split(text)
+    return tuple(dict.fromkeys(name for part in parts if not is_nothing(name := clean_name(part))))
 
 
 def single_names(tags: Mapping[str, str]) -> list[dict[str, str]]:

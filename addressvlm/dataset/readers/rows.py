@@ -24,6 +24,7 @@ BOOLEANS = {
 }
 LAST_EXACT_FLOAT = 2**53
 ROUNDED_ID = re.compile(r"\d[.,]\d+E\+\d+", re.IGNORECASE)  # as spreadsheets show a number of many digits
+PLAIN_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII)
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 DEGREES = ("lat", "lon", "heading", "fov_deg")  # a comma in one of these never separates thousands
 _SPELLED_NUMBER = str.maketrans({"\u2212": "-", "\u00a0": " ", "\u202f": " ", "_": "?"})  # the true minus; 1_000 is Python's
@@ -71,6 +72,8 @@ def identify(number: int, cells: Row, first_row: dict[str, int]) -> tuple[str, s
     value, file = cells.get("id"), clean_text(cells.get("file"))
     identifier = clean_text(value)
     for column, text in (("file", file), ("id", identifier), ("place", clean_text(cells.get("place")))):
+        if text.isascii() and text.isprintable():
+            continue
         if printable(text) != text or "\ufffd" in text:
             raise ValueError(f"{column} not in UTF-8: rename {printable(text)!r} (convmv does that for a folder)")
         if any(character < " " for character in text):
@@ -108,10 +111,11 @@ def _photo(row: int, identifier: str, file: str, cells: Row) -> Photo:
         raise ValueError(f"direction out of range: heading is {heading:g}, not in -360..360")
     if fov_deg is not None and not 0 < fov_deg <= 360:
         raise ValueError(f"field of view out of range: {fov_deg:g} is not in 0..360")
-    streets, districts, sub_streets = (split_names(cells.get(c)) for c in ("street", "district", "sub_street"))
-    for column, names in (("districts", districts), ("sub-streets", sub_streets)):
-        if len(names) > 1:
-            raise ValueError(f"several {column} in one cell: {'; '.join(names)}")
+    streets, district, sub_street = (
+        split_names(cells.get("street")),
+        _one_name(cells, "district"),
+        _one_name(cells, "sub_street"),
+    )
     return Photo(
         row=row,
         id=identifier,
@@ -122,12 +126,19 @@ def _photo(row: int, identifier: str, file: str, cells: Row) -> Photo:
         heading=None if heading is None else _normalize_degrees(heading),
         street=streets[0] if streets else "",
         other_street=streets[1] if len(streets) > 1 else "",
-        district=districts[0] if districts else "",
-        sub_street=sub_streets[0] if sub_streets else "",
+        district=district,
+        sub_street=sub_street,
         block=clean_text(cells.get("block")),
         split=clean_text(cells.get("split")),
         fov_deg=fov_deg,
     )
+
+
+def _one_name(cells: Row, column: str) -> str:
+    names = split_names(cells.get(column))
+    if len(names) > 1:
+        raise ValueError(f"several names in one cell: {column} is {'; '.join(names)}")
+    return names[0] if names else ""
 
 
 def _views(photo: Photo, is_panorama: bool | None, panorama: PanoramaConfig | None) -> list[Photo]:
@@ -152,10 +163,10 @@ def clean_text(value: Any) -> str:
     """A cell as text, "" for the words of `names.NO_VALUE`; whole numbers without their decimal point."""
     if isinstance(value, str):
         text = value.strip()
-    elif value is None or value == [] or value == {}:
+        return "" if is_nothing(text) else text
+    if value is None or value == [] or value == {}:
         return ""
-    else:
-        text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
     return "" if is_nothing(text) else text
 
 
@@ -165,6 +176,10 @@ def parse_number(cells: Row, column: str) -> float | None:
     A decimal comma is read in degrees; in metres it could as well separate thousands.
     """
     value = cells.get(column)
+    if isinstance(value, float) or (isinstance(value, str) and PLAIN_NUMBER.fullmatch(value)):
+        number = float(value)
+        if math.isfinite(number):
+            return number
     text = clean_text(value)
     if text == "":
         return None

@@ -167,7 +167,11 @@ def _records(
     def split(text: list[str]) -> list[str]:
         return next(csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=delimiter != "\t"), [])
 
+    longest = csv.field_size_limit()
     for number, line in lines:
+        if '"' not in line and len(line) < longest:
+            yield number, line.rstrip("\r\n").split(delimiter)
+            continue
         record = [line]
         while True:
             try:

@@ -329,7 +329,7 @@ def test_several_names_in_one_cell_are_told_apart(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"file": f"{i}.jpg", "lat": 1, "lon": 2} | row for i, row in enumerate(rows)]))
     good, rejects = read(path)
     assert [(p.street, p.other_street) for p in good] == [("Mill Street", "Quay Road")] * 2 + [("Mill Street", "")]
-    assert rejects[0]["reason"] == "several districts in one cell: Harbour; Old Town"
+    assert rejects[0]["reason"] == "several names in one cell: district is Harbour; Old Town"
 
 
 def test_text_that_can_t_be_stored_is_rejected(tmp_path: Path) -> None:
