@@ -130,8 +130,8 @@ class Collator:
             SkipSampleError: it is longer than the context, has no answer, or holds one of the model's own tokens.
             InputError: it has two images and the model's family takes one.
         """
-        if found := next((m[0] for texts in sample.rounds for text in texts if (m := self._own_tokens.search(text))), None):
-            raise SkipSampleError(f"a question or answer holds {found}, which is one of the model's own tokens")
+        if found := self._own_tokens.search("\n".join(text for texts in sample.rounds for text in texts)):
+            raise SkipSampleError(f"a question or answer holds {found[0]}, which is one of the model's own tokens")
         turns = self._turns(sample.rounds, len(sample.images))
         tokens = self._tokens([text for turn in turns for text in turn])
         prompts, answers = tokens[::2], tokens[1::2]
