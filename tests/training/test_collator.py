@@ -13,14 +13,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from addressvlm.config.train import AugmentConfig
 from addressvlm.models import load_model
 from addressvlm.models.loading import enable_packing
 from addressvlm.training.collator import IGNORE_INDEX, Collator, Sample, SkipSampleError
 from addressvlm.training.loss import answer_loss, answer_weights
-from addressvlm.training.pixels import decode, decoded_size
+from addressvlm.training.pixels import PixelEncoder, decode, decoded_size
 
 
 def sample(*rounds: tuple[str, str]) -> Sample:
@@ -136,6 +136,14 @@ def test_a_jpeg_is_decoded_at_the_scale_that_is_needed() -> None:
     assert sizes == [(1000, 640), (1000, 640), (1000, 640), (500, 320), (250, 160)]
     small = Image.open(io.BytesIO(file.getvalue())).resize((100, 64))
     assert abs(np.asarray(decode(file.getvalue(), (100, 64)).resize((100, 64))).astype(int) - np.asarray(small)).max() < 8
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.LANCZOS])
+def test_photos_are_resized_as_the_processor_does(loaded: tuple, resample: int) -> None:
+    loaded[1].image_processor.resample = resample
+    photo = Image.effect_noise((300, 200), 60).convert("RGB").filter(ImageFilter.GaussianBlur(2))
+    ours = np.asarray(PixelEncoder(loaded[1].image_processor).prepare(photo)).astype(int)
+    assert np.abs(ours - np.asarray(photo.resize((32, 32), resample))).max() <= 2
 
 
 def test_a_photo_of_which_a_crop_is_shown_is_decoded_larger(loaded: tuple) -> None:
