@@ -119,9 +119,9 @@ class DecodePool:
         try:
             async with asyncio.timeout(WALL_TIME_FACTOR * self.cpu_s):
                 return await self._decode(data, side)
-        except (TimeoutError, asyncio.IncompleteReadError):
+        except asyncio.IncompleteReadError:  # the kernel ended the process: its CPU time or memory was used up
             raise InputError("The image takes too long to decode: send it smaller, or as a plain JPEG.") from None
-        except OSError as error:
+        except OSError as error:  # also TimeoutError: the machine gave the process too little time
             logger.error("a decoding process can't be used: %r", error)
             raise overloaded() from None
         finally:

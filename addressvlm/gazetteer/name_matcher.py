@@ -272,7 +272,7 @@ _CLAUSE_END = re.compile(r"[,;:!?\n]")  # no name goes over these; a full stop m
 _SENTENCE_END = re.compile(r"(?<!\bSt\.)(?<!\bMt\.)(?<!\bDr\.)(?<!\b[NSEW]\.)(?<=[.!?。！？])\s+|\n+|(?<=[。！？])")
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff"
 _CHUNK = re.compile(rf"{_NUMERAL.pattern}|[{_UNSPACED}]|[^\s\-–—/{_UNSPACED}]+")
-_POSSESSIVE = re.compile(r"['’]s?\W*$")
+_POSSESSIVE = re.compile(r"['’]s?\W{0,9}$")
 
 
 class NameMention(NamedTuple):

@@ -11,7 +11,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from addressvlm.storage.tables import PHOTOS, write_table
-from tests.support.in_process_service import served
+from tests.support.in_process_service import application, served
 from tests.support.pages import choose_photo, contrast, data_transfer, localize_after, sent_field
 from tests.support.running_service import STREETS, photo, two_cities
 
@@ -42,7 +42,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for n, street in enumerate(streets)
     ]
     write_table(systems[0].parents[1] / "photos", "test", rows, PHOTOS)
-    with served(root, cities=[str(system) for system in systems], dtype="float32") as address:
+    with served(application(root, cities=[str(system) for system in systems], dtype="float32")) as address:
         yield address
 
 

@@ -1,10 +1,15 @@
 """The routes over a double of the model: requests reach the model, its results reach the caller."""
 
+import asyncio
 import json
+import socket
+import threading
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import shapely
@@ -20,6 +25,7 @@ from serve.requests import ChatQuery, LocalizeQuery
 from serve.routes import Routes
 from serve.schemas import CircleFields, PriorFields
 from serve.settings import ServiceSettings
+from tests.support.in_process_service import served
 from tests.support.running_service import STREETS, chat_messages, check_error, save_gazetteer
 
 pytestmark = pytest.mark.xdist_group("serve")
@@ -238,3 +244,38 @@ def test_every_field_of_a_chat_request_reaches_the_model(client: TestClient, dou
     assert 'addressvlm_tokens_total{kind="prompt",replica="front"} 80.0' in text
     assert 'addressvlm_tokens_total{kind="completion",replica="front"} 11.0' in text
     check_error(client.post("/v1/chat/completions", json=body | {"model": "addressvlm"}), 404, "'run/toytown', 'run/alder'")
+
+
+def test_slow_bodies_and_callers_who_leave_a_stream_hold_no_place(tmp_path: Path, double: Double) -> None:
+    """Over real connections, to a service with one place and a model that never ends."""
+    left = threading.Event()
+
+    async def stream_chat(question: ChatQuery) -> AsyncIterator[TextChunk]:
+        async def pieces() -> AsyncIterator[TextChunk]:
+            try:
+                while True:
+                    yield TextChunk(0, "On and on.", None, (), 40, 3)
+                    await asyncio.sleep(0.001)
+            finally:
+                left.set()
+
+        return pieces()
+
+    double.stream_chat = stream_chat  # type: ignore[method-assign]
+    one_place = {"max_queued_requests": 0, "max_replicas": 1, "max_ongoing_requests": 1, "target_ongoing_requests": 0.5}
+    app = Routes(ServiceSettings(**one_place), [City("x", "X", "x", tmp_path)], double, double.metrics).app()
+    body = {"model": "x", "messages": chat_messages("Tell me all.")}
+    with served(app) as url, ExitStack() as slow:
+        for _ in range(5):
+            connection = slow.enter_context(socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))))
+            connection.sendall(b"POST /v1/localize HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        chat = f"{url}/v1/chat/completions"
+        with httpx.stream("POST", chat, json=body | {"stream": True}, timeout=60) as stream:
+            lines = stream.iter_lines()  # closes the stream when it is collected
+            assert next(lines).startswith("data: ")
+            check_error(httpx.post(chat, json=body, timeout=60), 503, "busy")  # the one place is taken
+        assert left.wait(60)
+        while (response := httpx.post(chat, json=body, timeout=60)).status_code == 503:
+            pass
+        assert response.status_code == 200
+        assert 'route="/v1/chat/completions",status="499"' in httpx.get(f"{url}/metrics", timeout=60).text

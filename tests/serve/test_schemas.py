@@ -25,7 +25,7 @@ from serve.api_docs import URL
 from serve.metrics import ServiceMetrics
 from serve.routes import Routes
 from serve.settings import ServiceSettings
-from tests.support.in_process_service import served
+from tests.support.in_process_service import application, served
 from tests.support.running_service import photo
 
 pytestmark = pytest.mark.xdist_group("serve")
@@ -46,7 +46,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("schema")
     rows = [{"id": "1", "place": "1", "street": "Mill Street", "image": {"bytes": photo(), "path": None}}]
     write_table(root / "toytown" / "photos", "test", rows, PHOTOS)
-    with served(root, max_body_mb=2, max_megapixels=4, max_tokens=4) as address:
+    with served(application(root, max_body_mb=2, max_megapixels=4, max_tokens=4)) as address:
         yield address
     print(f"schemathesis: {tried.total()} requests, by status {dict(sorted(tried.items()))}")
 

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,11 @@ class Response:
         self.result = asyncio.ensure_future(result) if inspect.iscoroutine(result) else result
 
     def cancel(self) -> None:
-        if isinstance(self.result, asyncio.Future):
-            self.result.cancel()
+        self.closing = self.result.cancel() if isinstance(self.result, asyncio.Future) else asyncio.ensure_future(self._close())
+
+    async def _close(self) -> None:
+        with suppress(RuntimeError):  # it is just running, or has ended
+            await self.result.aclose()
 
     def __await__(self) -> Any:
         return self.result.__await__()
@@ -93,9 +96,9 @@ def api(root: Path, **settings: Any) -> Iterator[TestClient]:
 
 
 @contextmanager
-def served(root: Path, **settings: Any) -> Iterator[str]:
-    """The routes over HTTP, in a thread of this process; yields the URL."""
-    server = uvicorn.Server(uvicorn.Config(application(root, **settings), port=0, log_level="error"))
+def served(app: FastAPI) -> Iterator[str]:
+    """An application over HTTP, in a thread of this process; yields the URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
