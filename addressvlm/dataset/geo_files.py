@@ -265,10 +265,11 @@ def _names_encoding(path: Path, encoding: str | None) -> str | None:
 def _property_tags(properties: Mapping[str, Any]) -> Tags:
     """Properties as text, without empty ones and words for nothing, lists between semicolons.
 
-    A table's `NAME` or `Name` is the name if there is no other.
+    A table's `NAME` or `Name` is the name if there is no other; `tags` may hold more, as osmtogeojson writes them.
     """
     tags = {}
-    for key, value in properties.items():
+    nested = properties.get("tags")
+    for key, value in {**properties, **(nested if isinstance(nested, dict) else {})}.items():
         values = value.tolist() if isinstance(value, np.ndarray) else value
         texts = split_names(values) if isinstance(values, list) or key in CLASS_KEYS else [str(values).strip()]
         if texts and values is not None and values == values and not is_nothing(texts[0]):

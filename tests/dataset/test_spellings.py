@@ -95,6 +95,7 @@ def test_no_question_contradicts_another_by_its_spelling(tmp_path: Path, streets
         ([{"highway": "residential", "name:left": "Mill Street", "name:right": "Quay Road"}], ["Mill Street", "Quay Road"]),
         ([MILL, {"name": "nan"}, {"name": "None"}, {"name": r"\N"}, {"name": "#N/A"}], ["Mill Street"]),
         ([{"name": "Cafe\u0301 Road"}, {"name": "Caf\u00e9\u200b Road"}, {"name": "CAF\u00c9\u00a0ROAD"}], ["Caf\u00e9 Road"]),
+        ([{"id": 5, "tags": {"name": "Mill Street", "highway": "service"}}], ["Mill Street"]),
         ([{"NAME": "Mill Street"}, {"Name": " mill street "}], ["Mill Street"]),
     ],
 )

@@ -119,7 +119,7 @@ def _csv(file: IO[bytes]) -> Iterator[Any]:
     columns = _our_names(tuple(header))
     needed = max((i for i, name in enumerate(columns, 1) if name), default=0)  # a comma at the end of the header is no column
     for number, line in () if NEEDED & set(columns) else head:
-        if any(len(NEEDED & set(_names(line.replace('"', "").split(mark)))) > 1 for mark in DELIMITERS):
+        if _is_header(line):
             raise TableError(f"has its header in line {number}: delete the lines above it")
     yield header
 
@@ -190,6 +190,11 @@ def _records(
             record.append(follows[1])
 
 
+def _is_header(line: str) -> bool:
+    """Whether a line names two of the needed columns, between any delimiters."""
+    return any(len(NEEDED & set(_names(line.replace('"', "").split(mark)))) > 1 for mark in DELIMITERS)
+
+
 def _is_row(line: str, split: Callable[[list[str]], list[str]], is_row: Callable[[list[str]], bool]) -> bool:
     try:
         return is_row(split([line]))
@@ -204,9 +209,16 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _file_list(file: IO[bytes]) -> Iterator[Any]:
+def _txt(file: IO[bytes]) -> Iterator[Any]:
+    """A list of file names, or a table, which spreadsheets also save as .txt."""
+    lines = _numbered_lines(file)
+    first = next((line for _, line in lines if line.strip()), "")
+    if _is_header(first):
+        file.seek(0)
+        yield from _csv(file)
+        return
     yield ["file"]
-    for _, line in _numbered_lines(file):
+    for line in chain([first], (line for _, line in lines)):
         yield {"file": line.strip()}
 
 
@@ -311,7 +323,7 @@ def _our_names(header: tuple[str, ...]) -> tuple[str, ...]:
 FORMATS: dict[str, Callable[[IO[bytes]], Iterator[Any]]] = {
     ".csv": _csv,
     ".tsv": _csv,
-    ".txt": _file_list,
+    ".txt": _txt,
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,

@@ -267,7 +267,9 @@ TABLE = "file,lat,lon,street\na.jpg,52.5,0.25,Mül Straße\n"
 )
 def test_a_table_as_spreadsheets_write_it(tmp_path: Path, text: str, encoding: str) -> None:
     (tmp_path / "m.csv").write_bytes(text.encode(encoding))
+    (tmp_path / "m.txt").write_bytes(text.encode(encoding))
     assert read(tmp_path / "m.csv") == ([Photo(1, "a.jpg", "a.jpg", "52.50000,0.25000", 52.5, 0.25, None, "Mül Straße")], [])
+    assert "=" in text or read(tmp_path / "m.txt") == read(tmp_path / "m.csv")
 
 
 @pytest.mark.parametrize("title", ["Photos of Harbour, 2024\n", "# made by a script\n\n", "sep=,\nPhotos\n"])
