@@ -34,7 +34,7 @@ from serve.metrics import ServiceMetrics
 from serve.requests import ChatQuery, LocalizeQuery
 from serve.settings import ServiceSettings
 
-GPU_CACHE_SHARE = 0.5  # of the memory that is free after loading, for the key-value caches of chats
+GPU_CACHE_SHARE = 0.4  # of the memory free after loading, for the caches of chats; twice that while answers join
 CPU_CACHE_SHARE = 0.25  # of the machine's memory
 
 Tokens = list[tuple[Answer, Token]]

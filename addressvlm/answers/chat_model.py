@@ -214,8 +214,19 @@ class ChatModel:
         return PrefillCache(output.past_key_values, mask, output.logits[:, -1], position)
 
     @torch.inference_mode()
-    def extend(self, state: PrefillCache, runs: Sequence[Sequence[int]], models: Sequence["ChatModel"] = ()) -> PrefillCache:
-        """The state after one or more further tokens of each row; `models`: whose adapter is that of each."""
+    def extend(
+        self,
+        state: PrefillCache,
+        runs: Sequence[Sequence[int]],
+        models: Sequence["ChatModel"] = (),
+        in_place: bool = False,
+    ) -> PrefillCache:
+        """The state after one or more further tokens of each row.
+
+        Args:
+            models: whose adapter is that of each row.
+            in_place: the cache of `state` itself grows, layer by layer, so that no two are in memory.
+        """
         longest, device = max(map(len, runs)), state.mask.device
         tokens = torch.tensor([[0] * (longest - len(run)) + list(run) for run in runs])
         lengths = torch.tensor([len(run) for run in runs])[:, None]
@@ -227,7 +238,7 @@ class ChatModel:
             input_ids=tokens.to(device),
             attention_mask=mask,
             position_ids=position[:, None] - torch.arange(longest, 0, -1, device=device),
-            past_key_values=fork_cache(state.cache),
+            past_key_values=state.cache if in_place else fork_cache(state.cache),
             use_cache=True,
             logits_to_keep=1,
         )

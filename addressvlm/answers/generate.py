@@ -5,7 +5,7 @@ between two steps. What an answer says depends on nothing but its own prompt and
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from PIL import Image
 
 from addressvlm.answers.address_distribution import Prior
 from addressvlm.answers.chat_model import ChatModel, Turn
-from addressvlm.answers.kv_cache import PrefillCache, keeps_all_tokens
+from addressvlm.answers.kv_cache import PrefillCache, fork_cache, keeps_all_tokens
 from addressvlm.answers.question_parser import parse_question
 from addressvlm.answers.types import Completion, Sampling, TextChunk, TokenScore
 
@@ -88,7 +88,7 @@ class Decoder:
 
     def join(self, state: PrefillCache, answers: Sequence[Answer]) -> list[tuple[Answer, Token]]:
         """Begin answers that continue from the rows of `state`, in this order; returns their first tokens."""
-        joined = _Batch(state, list(answers))
+        joined = _Batch(replace(state, cache=fork_cache(state.cache)), list(answers))
         tokens = joined.sample()
         batch = next((batch for batch in self._batches if batch.can_merge(joined)), None)
         if batch:
@@ -130,7 +130,7 @@ class _Batch:
 
     def step(self) -> list[tuple[Answer, Token]]:
         models = [answer.model for answer in self.answers]
-        self.state = models[0].extend(self.state, [[answer.ids[-1]] for answer in self.answers], models)
+        self.state = models[0].extend(self.state, [[answer.ids[-1]] for answer in self.answers], models, in_place=True)
         return self.sample()
 
     @torch.inference_mode()
