@@ -12,7 +12,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import shapely
@@ -235,7 +235,7 @@ class _Splitter:
     def _cells(self, among: Iterable[int], side: float, rng: random.Random) -> list[list[int]]:
         """Some places by the table's block, else by cells of this side, the grid and the order drawn by rng."""
         shift = np.array([rng.uniform(0, side), rng.uniform(0, side)])
-        keys = self.blocks or list(map(tuple, np.floor((self.xy + shift) / side).astype(int)))
+        keys: Sequence[Any] = self.blocks or list(map(tuple, np.floor((self.xy + shift) / side).astype(int)))
         cells = defaultdict(list)
         for i in among:
             cells[keys[i]].append(i)

@@ -62,6 +62,7 @@ FIRST_UNSEEN = 3000  # seeds of cities that are never trained on
 TOWER_SHARE = 0.3  # share of the steps in which the tower learns alone
 DECAY_SHARE = 0.25  # share of the steps at whose end the learning rate falls to zero
 TOWER_WEIGHT = 0.3  # of the tower's own loss while the whole model learns
+SETTLE = 1000  # steps in which the language model learns from the tower and not the tower from it
 WARMUP = 200  # steps, at the start and where the language model joins
 
 
@@ -217,8 +218,16 @@ class Trainer:
             losses = token_losses(self.model, self.collate.finish(batch))
             hook.remove()
             probe_loss, recall = self.probe(seen[0], lessons)
-            loss = (losses * answer_weights(batch["labels"])).sum() / self.batch_size + TOWER_WEIGHT * probe_loss
+            loss = (losses * answer_weights(batch["labels"])).sum() / self.batch_size
             shown = losses.mean().item()
+            if (
+                self.step < int(TOWER_SHARE * self.steps) + SETTLE
+            ):  # the gradients of an untrained language model would spoil it
+                loss.backward(retain_graph=True)
+                self.model.model.vision_tower.zero_grad()
+                loss = TOWER_WEIGHT * probe_loss
+            else:
+                loss = loss + TOWER_WEIGHT * probe_loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for group in self.optimizer.param_groups:
