@@ -25,7 +25,7 @@ from addressvlm.gazetteer.spatial_index import METRES_PER_DEGREE
 from addressvlm.storage import tables
 from addressvlm.storage.remote_path import AnyPath
 
-CHUNK = 256  # photos whose scores are in memory
+CHUNK = 64  # photos whose scores are in memory
 COLUMNS = ["id", "place", "lat", "lon", "street", "district", "image"]  # of tables.PHOTOS, needed to score
 DEVIATIONS_95 = math.sqrt(-2 * math.log(0.05))  # radius that holds 95 % of a two-dimensional Gaussian, in deviations
 
