@@ -71,7 +71,7 @@ def _section(path: str, method: str, operation: dict[str, Any], schemas: dict[st
     fields = _fields("Parameters", parameters, []) if parameters else ""
     for kind, content in operation.get("requestBody", {}).get("content", {}).items():
         schema = _resolved(content["schema"], schemas)
-        fields += _fields(f"Fields as {kind}", schema["properties"], schema.get("required", []))
+        fields += _fields(f"Fields as {kind}", _with_parts(schema["properties"], schemas), schema.get("required", []))
     answers = "".join(
         f"<tr><td>{status}<td>{escape(answer['description'])}" for status, answer in sorted(operation["responses"].items())
     )
@@ -90,6 +90,19 @@ def _fields(title: str, fields: dict[str, Any], required: list[str]) -> str:
     return f"<h3>{escape(title)}</h3><table>{rows}</table>"
 
 
+def _with_parts(fields: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """The fields, each followed by those of the object, or of the objects of the list, that it is: `prior.districts`."""
+    shown = {}
+    for name, schema in fields.items():
+        shown[name] = schema
+        for option in schema.get("anyOf", [schema]):
+            part = option.get("items", option) if isinstance(option.get("items", option), dict) else {}
+            if "$ref" in part:
+                parts = _with_parts(_resolved(part, schemas)["properties"], schemas)
+                shown |= {f"{name}.{key}": value for key, value in parts.items()}
+    return shown
+
+
 def _resolved(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
     return schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
 
@@ -97,7 +110,7 @@ def _resolved(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]
 def _type(schema: dict[str, Any]) -> str:
     """A schema in a few words: `integer, 1 to 50`, `list of string`."""
     if "$ref" in schema:
-        return schema["$ref"].rpartition("/")[2]
+        return "object"
     if options := schema.get("anyOf") or schema.get("oneOf"):
         return " or ".join(dict.fromkeys(_type(option) for option in options if option.get("type") != "null"))
     if "const" in schema or "enum" in schema:

@@ -177,6 +177,23 @@ def test_request_ids_and_metrics_of_all_replicas(url: str) -> None:
     assert len(front | decoder | model) == 3
 
 
+def test_a_caller_who_leaves_a_stream_ends_it_in_the_model(url: str, client: openai.OpenAI) -> None:
+    request = {"model": MODEL, "messages": chat_messages("Tell me a story.", data_url(photo())), "temperature": 2}
+    for seed in range(8):  # one of them does not end by itself at once
+        stream = client.chat.completions.create(**request, n=8, seed=seed, stream=True, max_tokens=400)
+        next(iter(stream))
+        stream.close()
+    left = 'route="/v1/chat/completions",status="499"'
+    assert any(left in httpx.get(f"{url}/metrics", timeout=60).text for _ in range(300))
+    assert localize(url, photo()).status_code == 200
+
+
+def test_openai_client_finds_a_model_by_its_name(client: openai.OpenAI) -> None:
+    assert client.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-4o")
+
+
 def test_bad_input_crosses_replicas_as_a_sentence(url: str) -> None:
     check_error(localize(url, b"<html>"), 400, "not a JPEG, PNG or WebP")
     check_error(localize(url, photo(), prior='{"streets": ["Nowhere"]}'), 400, "no street 'Nowhere'")
