@@ -247,7 +247,12 @@ class Engine:
             for rows, state in owners[0].prefill_prompts([job.prompt for job in some], owners):
                 answers = [(row, answer) for row, i in enumerate(rows) for answer in some[i].answers]
                 self._jobs |= {answer: some[i] for i in rows for answer in some[i].answers}
-                self._put(self.decoder.join(state.rows([row for row, _ in answers]), [answer for _, answer in answers]))
+                try:
+                    tokens = self.decoder.join(state.rows([row for row, _ in answers]), [answer for _, answer in answers])
+                except torch.OutOfMemoryError as error:  # they have begun, so there is no second try
+                    self._fail([some[i] for i in rows], self._for_caller(error))
+                else:
+                    self._put(tokens)
 
         with self._timed("prefill", len(jobs)):
             self._attempt(begin, jobs)
@@ -261,9 +266,8 @@ class Engine:
             with self._timed("chat", count):
                 self._put(self.decoder.step())
         except Exception as error:
-            jobs = list(dict.fromkeys(self._jobs.values()))
-            self.decoder, self._jobs = Decoder(), {}
-            self._fail(jobs, self._for_caller(error))
+            self.decoder = Decoder()
+            self._fail(list(dict.fromkeys(self._jobs.values())), self._for_caller(error))
         return True
 
     def _put(self, tokens: Tokens) -> None:
@@ -304,6 +308,9 @@ class Engine:
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         for job in jobs:
+            job.cancel()
+            for answer in job.answers:
+                self._jobs.pop(answer, None)
             job.put(error)
 
     def _take(self, queue: deque[Job], count: int) -> list[Job]:
@@ -326,11 +333,8 @@ class Engine:
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         token_bytes = 2 * text.num_hidden_layers * heads * head_dim * self.model.dtype.itemsize
-        free = (
-            torch.cuda.mem_get_info()[0] * GPU_CACHE_SHARE
-            if cuda
-            else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * CPU_CACHE_SHARE
-        )
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = torch.cuda.mem_get_info()[0] * GPU_CACHE_SHARE if cuda else memory * CPU_CACHE_SHARE
         return int((self.settings.chat_memory_mb * 2**20 or free) // token_bytes)
 
     def warm_up(self) -> None:

@@ -543,6 +543,23 @@ def test_too_little_memory_for_a_batch_is_enough_for_its_halves(engine: Engine, 
     assert sizes == [2, 1, 2]
 
 
+def test_chats_that_run_out_of_memory_fail_and_the_next_ones_are_answered(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    query = chat_query("Tell me a story.", 1, max_tokens=4)
+    expected = chat(engine, [query])
+    for broken in ("extend", "prefill"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Localizer, broken, no_memory)
+            errors = chat(engine, [query, chat_query("Tell me.", 2, max_tokens=4)])
+        assert [error.status for error in errors] == [503, 503]
+        assert (len(engine.decoder), engine._jobs) == (0, {})
+        assert chat(engine, [query]) == expected
+
+
 @pytest.mark.parametrize(
     ("size", "by_area", "side"),
     [
