@@ -166,10 +166,10 @@ class _PhotoRequest(RetryState):
 
     def __init__(self, request: Request, text: str, config: LabelsConfig) -> None:
         self.request, self.prompt, self.config, self.question = request, _SystemPrompt(), config, text  # type: ignore[assignment]
-        self.attempts, self._rejected = 0, None
+        self.attempts, self._rejected, self.useless = 0, None, None
 
-    def add_answer(self, text: str | None, refusal: str | None = None) -> Label:
-        self.attempts += 1
+    def add_answer(self, text: str | None, refusal: str | None = None, unusable: str | None = None) -> Label:
+        self.attempts, self.useless = self.attempts + 1, unusable
         return Label(self.question, text or refusal or "", label_source(self.config), self.attempts)
 
     def fall_back(self, *problems: str) -> Label:

@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible endpoint, its rate limits and the budget.
+"""Requests to an OpenAI-compatible endpoint.
 
 The key comes from OPENAI_API_KEY only; it is removed from everything that the endpoint returns.
 """
@@ -8,23 +8,24 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+import aiohttp
 import httpx2
 import openai
 from pydantic_core import to_json
 
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.errors import InputError
+from addressvlm.labels.answer_text import completion_text, token_counts
 from addressvlm.labels.response_cache import MAX_TEXT, CachedAnswer
 from addressvlm.storage.http_client import retry_after
 
 KEY = "OPENAI_API_KEY"
 KEEPALIVE_S = 4.0  # of an idle connection: vLLM's server closes them after 5 s, even if a request is on its way
 MAX_MESSAGE = 300  # characters of the endpoint's message in an error
-MAX_PAGE = 10_000  # characters
+MAX_PAGE = 10_000  # characters of a page in which the message is looked for
 KEY_PATTERN = re.compile(r"(?i)\bsk-[\w-]{8,}")  # in a label, where "bearer" may be an ordinary word
 BEARER_PATTERN = re.compile(r"(?i)\bbearer\s+\S+|\bsk-[\w-]{8,}")
 TRANSIENT_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
@@ -42,11 +43,12 @@ class TransientError(Exception):
         message: what happened, without the key.
         kind: for statistics: the HTTP status, or `time-out`, `connection`, `no JSON`.
         retry_after_s: how long the endpoint asks to wait, None if it does not say.
+        paid: the endpoint may have charged the request.
     """
 
-    def __init__(self, message: str, kind: str, retry_after_s: float | None = None) -> None:
+    def __init__(self, message: str, kind: str, retry_after_s: float | None = None, paid: bool = False) -> None:
         super().__init__(message)
-        self.message, self.kind, self.retry_after_s = message, kind, retry_after_s
+        self.message, self.kind, self.retry_after_s, self.paid = message, kind, retry_after_s, paid
 
 
 class EndpointClient:
@@ -99,38 +101,47 @@ class EndpointClient:
                     self._url, content=body, cast_to=httpx2.Response, options={"headers": headers}
                 )
         except TimeoutError:
-            raise TransientError(f"no answer within {self.config.timeout_s:g} s", "time-out") from None
+            raise TransientError(f"no answer within {self.config.timeout_s:g} s", "time-out", paid=True) from None
         except openai.APIStatusError as error:
             return self._answer_of_error(error.status_code, error.body, error.response.headers, error.response.text)
         except openai.APIError as error:
             cause: BaseException = error  # the client calls a refused connection a time-out as well
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            raise TransientError(self._redact(f"the connection failed: {cause}"), "connection") from None
+            paid = not isinstance(cause, aiohttp.ClientConnectorError | ConnectionRefusedError)  # it was sent
+            raise TransientError(self._redact(f"the connection failed: {cause}"), "connection", paid=paid) from None
         return self._answer_of_success(response.content, response.headers, time.monotonic() - start)
 
     def _answer_of_success(self, content: bytes, headers: Any, seconds: float) -> CachedAnswer:
         """The answer in a response with status 200, which may hold an error or no JSON nevertheless."""
         try:
             response = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             kind = "a page instead of JSON" if content.lstrip()[:1] == b"<" else "incomplete JSON"
             page = _plain_text(content[:MAX_MESSAGE].decode(errors="replace"))
-            raise TransientError(self._redact(f"{kind} came back (“{page}”); is labels.base_url right?"), "no JSON") from None
-        if not isinstance(response, dict) or (response.get("error") and not response.get("choices")):
-            error = response.get("error") if isinstance(response, dict) else response
+            raise TransientError(
+                self._redact(f"{kind} came back (“{page}”); is labels.base_url right?"), "no JSON", paid=True
+            ) from None
+        fields = response if isinstance(response, dict) else {}
+        choices, error = fields.get("choices"), fields.get("error")
+        if error and not choices:
             code = str(error.get("code") or error.get("status") if isinstance(error, dict) else None)
-            return self._answer_of_error(int(code) if code.isdigit() else 500, error, headers, str(error))
-        choice = (response.get("choices") or [{}])[0] or {}
-        message, usage = choice.get("message") or {}, response.get("usage") or {}
-        text, refusal = message.get("content"), message.get("refusal")
-        if choice.get("finish_reason") == "content_filter":
-            refusal = refusal or "content filter"
+            return self._answer_of_error(
+                int(code) if re.fullmatch("[1-5][0-9][0-9]", code) else 500, error, headers, str(error)
+            )
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        if isinstance(choice, dict) and isinstance(choice.get("error"), dict):  # OpenRouter, when a provider fails half-way
+            raise TransientError(
+                self._redact(f"the model broke off ({choice['error'].get('message')})"), "broken off", paid=True
+            )
+        text, refusal, unusable = completion_text(response, self.config.max_tokens)
+        tokens_in, tokens_out = token_counts(fields.get("usage"))
         return CachedAnswer(
-            text=None if refusal or not isinstance(text, str) else self._redact(text.strip(), KEY_PATTERN, MAX_TEXT),
-            refusal=self._redact(str(refusal)) if refusal else None,
-            tokens_in=int(usage.get("prompt_tokens") or 0),
-            tokens_out=int(usage.get("completion_tokens") or 0),
+            text=self._redact(text, KEY_PATTERN, MAX_TEXT) if text else text,
+            refusal=self._redact(refusal) if refusal else None,
+            unusable=unusable,
+            tokens_in=tokens_in,
+            tokens_out=tokens_out,
             seconds=seconds,
         )
 
@@ -177,82 +188,3 @@ def endpoint_key(config: LabelsConfig) -> str:
 def _plain_text(page: str) -> str:
     """Text of an HTML page or a message, on one line, from its beginning (time grows by the square of what is read)."""
     return " ".join(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", page[:MAX_PAGE]).split())
-
-
-class AsyncRateLimiter:
-    """Requests and tokens per minute, evenly spread: no window of any length holds more than its share and one request.
-
-    A token bucket would let a minute's worth pass in its first second, which endpoints refuse.
-    """
-
-    def __init__(self, requests: float | None, tokens: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        """Limits per minute; None is no limit."""
-        self._request_s = 60 / requests if requests else 0.0
-        self._token_s = 60 / tokens if tokens else 0.0
-        self._clock = clock
-        self._next_request = self._next_token = clock()
-
-    def reserve_slot(self, tokens: float) -> float:
-        """Reserve the next slot for a request of so many tokens; seconds until then."""
-        now = self._clock()
-        slot = max(now, self._next_request, self._next_token)
-        self._next_request = slot + self._request_s
-        self._next_token = slot + tokens * self._token_s
-        return slot - now
-
-    async def wait(self, tokens: float) -> None:
-        """Return when a request of so many tokens may be sent."""
-        if self._request_s or self._token_s:
-            await asyncio.sleep(self.reserve_slot(tokens))
-
-
-class Budget:
-    """Tokens and money of a run: the limits, what is spent, and what is reserved for requests in flight.
-
-    A request starts only if its highest possible price is left, so the limit holds although many are in flight. It is exceeded
-    only where an endpoint counts more tokens than estimated, by no more requests than are in flight.
-    """
-
-    def __init__(self, config: LabelsConfig, tokens: int = 0, usd: float = 0.0) -> None:
-        """`tokens` and `usd` are already spent."""
-        self.config, self.tokens, self.usd = config, tokens, usd
-        self._reserved_tokens, self._reserved_usd, self._reservations = 0.0, 0.0, 0
-        self._changed = asyncio.Event()
-
-    def price(self, tokens_in: float, tokens_out: float) -> float:
-        """US dollars for so many tokens; 0 where no prices are set."""
-        return (tokens_in * (self.config.usd_per_million_in or 0) + tokens_out * (self.config.usd_per_million_out or 0)) / 1e6
-
-    async def reserve(self, tokens_in: float, tokens_out: float) -> None:
-        """Reserve the highest possible price of a request; waits while requests in flight may leave enough."""
-        tokens, usd = tokens_in + tokens_out, self.price(tokens_in, tokens_out)
-        max_tokens, max_usd = self.config.budget_tokens, self.config.budget_usd
-        while (max_tokens is not None and self.tokens + self._reserved_tokens + tokens > max_tokens) or (
-            max_usd is not None and self.usd + self._reserved_usd + usd > max_usd + 1e-9
-        ):
-            if not self._reservations:
-                limits = [f"{self.tokens:,} of labels.budget_tokens={max_tokens:,} tokens"] if max_tokens is not None else []
-                limits += [f"{self.usd:.4g} of labels.budget_usd={max_usd:g} dollars"] if max_usd is not None else []
-                raise InputError(
-                    f"label budget exhausted ({' and '.join(limits)} spent on this run): raise it and rerun to resume; all "
-                    "answers so far are saved."
-                )
-            self._changed.clear()
-            await self._changed.wait()
-        self._reserved_tokens += tokens
-        self._reserved_usd += usd
-        self._reservations += 1
-
-    def release(self, tokens_in: float, tokens_out: float) -> None:
-        """Undo a reservation."""
-        self._reserved_tokens -= tokens_in + tokens_out
-        self._reserved_usd -= self.price(tokens_in, tokens_out)
-        self._reservations -= 1
-        self._changed.set()
-
-    def spend(self, tokens_in: int, tokens_out: int) -> float:
-        """Count the price of an answer, and return it in US dollars."""
-        usd = self.price(tokens_in, tokens_out)
-        self.tokens += tokens_in + tokens_out
-        self.usd += usd
-        return usd

@@ -12,6 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 
 from addressvlm.config.labels import LabelsConfig
@@ -22,7 +23,7 @@ from addressvlm.labels.facts import Facts, photo_facts
 from addressvlm.labels.prompt import Prompt, configured_prompt
 from addressvlm.labels.response_cache import RequestKey, ResponseCache
 from addressvlm.labels.templates import explain, reason
-from addressvlm.labels.validator import LabelValidator, make_validator
+from addressvlm.labels.validator import LabelValidator, Problem, make_validator
 from addressvlm.pictures import orientation, to_rgb, upright
 from addressvlm.questions import SUFFIXES, TEMPLATES
 from addressvlm.storage.remote_path import path_of
@@ -30,12 +31,15 @@ from addressvlm.storage.shards import ShardResult
 
 JPEG_QUALITY = 92  # of an image that is only resized
 SENT_AS_IS = {"image/jpeg", "image/png", "image/webp", "image/gif"}  # formats that endpoints take
+FALLBACK = "fallback:template"
 NO_ANSWER = "no answer"  # problem of a row for which the endpoint keeps failing
 # Settings that change what the model answers, and so are part of the cache key.
 CACHE_KEY_SETTINGS = {
     "send_image", "image_pixels", "image_quality", "image_detail", "max_tokens", "temperature", "extra_body", "language",
 }  # fmt: skip
 LEVELS = {"graft": "alignment", "photo": "reasoning"}  # by what the prompt shows
+# Kinds of problems that settings or the prompt may cause in every answer, whatever the photo shows.
+SETTING_PROBLEMS = {"text", "language", "length", "form", "rating"}
 FACTS_PIXELS = 168  # longer side of a photo whose facts are measured
 CHECK_PIXELS = 42  # of an image that is only checked
 
@@ -70,24 +74,43 @@ class Labeler(Protocol):
         ...
 
 
-def make_labeler(config: LabelsConfig, seed: int = 0, gazetteer: Gazetteer | None = None) -> Labeler:
-    """The labeler that the settings name; texts are validated against the names of the gazetteer."""
+def make_labeler(config: LabelsConfig, seed: int = 0, gazetteer: Gazetteer | None = None, base: str | None = None) -> Labeler:
+    """The labeler that the settings name; gazetteer and base as for `state_factory`."""
     if config.labeler == "openai":
         from addressvlm.labels.request_scheduler import OpenAILabeler
 
-        return OpenAILabeler(config, state_factory(config, seed, gazetteer))
+        return OpenAILabeler(config, state_factory(config, seed, gazetteer, base))
     if config.labeler == "local":
         from addressvlm.labels.local_labeler import LocalLabeler
 
-        return LocalLabeler(state_factory(config, seed, gazetteer), config)
+        return LocalLabeler(state_factory(config, seed, gazetteer, base), config)
     return TemplateLabeler(configured_prompt(config), seed)
 
 
-def state_factory(config: LabelsConfig, seed: int = 0, gazetteer: Gazetteer | None = None) -> Callable[[Request], "RetryState"]:
-    """A function that makes the state of a row; without a gazetteer the validator knows fewer names."""
+def state_factory(
+    config: LabelsConfig, seed: int = 0, gazetteer: Gazetteer | None = None, base: str | None = None
+) -> Callable[[Request], "RetryState"]:
+    """A function that makes the state of a row.
+
+    Args:
+        gazetteer: without it the validator knows fewer names.
+        base: the model that learns from the labels; none of its special tokens may be in one.
+    """
     prompt = configured_prompt(config)
-    validator = make_validator(config, prompt, gazetteer)
+    validator = make_validator(config, prompt, gazetteer, special_tokens(base) if base else ())
     return partial(RetryState, prompt=prompt, validator=validator, config=config, seed=seed)
+
+
+@cache
+def special_tokens(base: str) -> frozenset[str]:
+    """Of a base model in a folder or in the hub's local cache; of others, where only the usual ones are refused, none."""
+    try:
+        cached = try_to_load_from_cache(base, "tokenizer.json") if base.count("/") == 1 else None
+        file = Path(cached) if isinstance(cached, str) else path_of(base) / "tokenizer.json"
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        return frozenset(token["content"] for token in tree["added_tokens"] if token["special"])
+    except (OSError, ValueError, KeyError, TypeError, InputError):
+        return frozenset()
 
 
 def label_source(config: LabelsConfig) -> str:
@@ -146,6 +169,7 @@ class RetryState:
         self.request, self.prompt, self.validator, self.config, self.seed = request, prompt, validator, config, seed
         self.attempts = 0
         self.question = random.Random(f"{seed}:{request.id}").choice(prompt.questions)  # the one of `template_label`
+        self.useless: str | None = None  # why no answer like the last one can become a label
         self._problems: list[str] = []  # kinds, over all attempts
         self._rejected: tuple[str, list[str]] | None = None  # the text of the last attempt, and its problems
 
@@ -166,49 +190,53 @@ class RetryState:
             messages += [{"role": "assistant", "content": self._rejected[0]}, {"role": "user", "content": retry}]
         return messages
 
-    def add_answer(self, text: str | None, refusal: str | None = None) -> Label | None:
+    def add_answer(self, text: str | None, refusal: str | None = None, unusable: str | None = None) -> Label | None:
         """The label of the row, None if another attempt is needed.
 
         Args:
             text: the answer; None or blank if there is none.
             refusal: why the endpoint or the model refuses to answer.
+            unusable: a kind and a sentence, `limit: …`, why what came holds no text.
 
         Returns:
             The first valid text, or after the last attempt the template's, marked `fallback:template`.
         """
         self.attempts += 1
         text = (text or "").strip()
-        self._rejected = None
-        if refusal or not text:
-            self._problems.append("refused" if refusal else "empty")
-        elif problems := self.validator.problems(text, self.request.facts):
+        self._rejected = self.useless = None
+        if refusal or unusable or not text:
+            self.useless = f"refused: {refusal}" if refusal else unusable or "empty: it has no text"
+            self._problems.append(self.useless.partition(":")[0])
+        elif problems := self._validated(text):
             self._problems += [problem.kind for problem in problems]
             self._rejected = (text, [problem.text for problem in problems])
+            self.useless = next((f"{kind}: {why}" for kind, why in problems if kind in SETTING_PROBLEMS), None)
         else:
             return Label(self.question, text, label_source(self.config), self.attempts, tuple(self._problems))
         return self.fall_back() if self.attempts >= self.config.max_attempts else None
 
+    def _validated(self, text: str) -> list[Problem]:
+        """The problems of a text; one that the validator can't read is the fault of that text alone."""
+        try:
+            return self.validator.problems(text, self.request.facts)
+        except Exception as error:
+            return [Problem("text", f"it can't be read ({type(error).__name__})")]
+
     def fall_back(self, *problems: str) -> Label:
         """The template's label, marked as such; `problems` are added to those of the attempts."""
         text = template_label(self.request, self.prompt, self.seed).text
-        return Label(self.question, text, "fallback:template", self.attempts, (*self._problems, *problems))
+        return Label(self.question, text, FALLBACK, self.attempts, (*self._problems, *problems))
 
     def request_key(self) -> RequestKey:
         """The cache key of the next attempt."""
         config = self.config
-        sent = [
-            # The job's own vLLM server has another port each time.
-            [config.labeler, config.model, config.base_url if config.labeler == "openai" else None],
-            self.prompt.version,
-            self.prompt.user_message(self.request.facts, self.question),
-            config.model_dump(include=CACHE_KEY_SETTINGS),
-        ]
         return RequestKey(
             id=self.request.id,
             prompt=self.prompt.version,
             model=label_source(config),
+            settings=settings_digest(config, self.prompt.version),
             image=blake2b(self.request.image, digest_size=16).hexdigest(),
-            digest=blake2b(json.dumps(sent, sort_keys=True).encode(), digest_size=16).hexdigest(),
+            digest=blake2b(self.prompt.user_message(self.request.facts, self.question).encode(), digest_size=16).hexdigest(),
             number=self.attempts + 1,
         )
 
@@ -223,11 +251,19 @@ class RetryState:
         while (answer := cache.get(key)) is not None and not (retry_failed and answer.failure):
             if answer.failure is not None:
                 return self.fall_back(NO_ANSWER)
-            label = self.add_answer(answer.text, answer.refusal)
+            label = self.add_answer(answer.text, answer.refusal, answer.unusable)
             if label is not None:
                 return label
             key = replace(key, number=self.attempts + 1)
         return None
+
+
+def settings_digest(config: LabelsConfig, prompt_version: str) -> str:
+    """Changes when the prompt, the model or what is sent with every row does; all answers before are to something else."""
+    # The job's own vLLM server has another port each time.
+    endpoint = [config.labeler, config.model, config.base_url if config.labeler == "openai" else None]
+    sent = [endpoint, prompt_version, config.model_dump(include=CACHE_KEY_SETTINGS)]
+    return blake2b(json.dumps(sent, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def data_url(request: Request, config: LabelsConfig) -> str:
@@ -250,7 +286,9 @@ def data_url(request: Request, config: LabelsConfig) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def label_batch(labels: str, seed: int, gazetteer: str, response_cache: str, rows: Iterable[Row]) -> ShardResult:
+def label_batch(
+    labels: str, seed: int, gazetteer: str, response_cache: str, rows: Iterable[Row], base: str | None = None
+) -> ShardResult:
     """Rows of GRAFTS to rows of ALIGNMENT, or, by a prompt that shows photos alone, rows of PHOTOS to rows of REASONING.
 
     Images that can't be decoded become rejects; labels are counted by source, rejected texts by problem. The labeler is kept
@@ -260,11 +298,12 @@ def label_batch(labels: str, seed: int, gazetteer: str, response_cache: str, row
         labels: a LabelsConfig as JSON.
         gazetteer: path of the city's gazetteer; without that file the validator knows fewer streets.
         response_cache: folder of the response cache that holds all answers; empty: the labeler writes the texts now.
+        base: as for `state_factory`.
     """
     config = LabelsConfig.model_validate_json(labels)
     prompt, city = configured_prompt(config), load_gazetteer(gazetteer)
     pairs, rejects = label_requests(rows, prompt, city.city if city else "")
-    results = _labeler(labels, seed, gazetteer, response_cache).label([request for _, request in pairs])
+    results = _labeler(labels, seed, gazetteer, response_cache, base).label([request for _, request in pairs])
     counts = Counter(f"source {label.source}" for label in results)
     counts.update(f"problem {kind}" for label in results for kind in label.problems)
     labelled = [_label_row(row, label, config, prompt, seed) for (row, _), label in zip(pairs, results, strict=True)]
@@ -314,8 +353,8 @@ def _label_row(row: Row, label: Label, config: LabelsConfig, prompt: Prompt, see
 
 
 @cache
-def _labeler(labels: str, seed: int, gazetteer: str, response_cache: str) -> Labeler:
+def _labeler(labels: str, seed: int, gazetteer: str, response_cache: str, base: str | None) -> Labeler:
     config, city = LabelsConfig.model_validate_json(labels), load_gazetteer(gazetteer)
     if response_cache:
-        return CachedLabeler(state_factory(config, seed, city), ResponseCache(path_of(response_cache)))
-    return make_labeler(config, seed, city)
+        return CachedLabeler(state_factory(config, seed, city, base), ResponseCache(path_of(response_cache)))
+    return make_labeler(config, seed, city, base)

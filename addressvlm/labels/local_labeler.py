@@ -16,6 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from addressvlm.answers.chat_model import ChatModel
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.errors import InputError
+from addressvlm.labels.answer_text import AnswerText, cut_reasoning, no_text
 from addressvlm.labels.labelers import Label, Request, RetryState
 from addressvlm.models.loading import dtype_of, local
 
@@ -41,7 +42,7 @@ class LocalLabeler:
             seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6])
             texts = self._writer.write([state.messages() for _, state in batch], seed)
             for (position, state), text in zip(batch, texts, strict=True):
-                label = state.add_answer(text)
+                label = state.add_answer(*text)
                 if label is None:
                     waiting.append((position, state))
                 else:
@@ -76,8 +77,8 @@ class Writer(ABC):
         """Tensors for `generate`, padded on the left."""
 
     @torch.inference_mode()
-    def write(self, conversations: Sequence[Messages], seed: int) -> list[str]:
-        """The assistant's next message in each, without special tokens; `seed` is for a temperature above 0."""
+    def write(self, conversations: Sequence[Messages], seed: int) -> list[AnswerText]:
+        """The assistant's next message in each, without special tokens and reasoning; `seed` is for a temperature above 0."""
         inputs = self.inputs(conversations)
         sampling = {"do_sample": True, "temperature": self.config.temperature, "top_k": 0, "top_p": 1.0}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
@@ -90,8 +91,12 @@ class Writer(ABC):
                 pad_token_id=self.tokenizer.pad_token_id,
                 **(sampling if self.config.temperature > 0 else {"do_sample": False}),
             )
-        texts = self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        answers = []
+        for answer in ids[:, inputs["input_ids"].shape[1] :]:
+            text, reasoned = cut_reasoning(self.tokenizer.decode(answer, skip_special_tokens=True))
+            limit_reached = not self.end_tokens.intersection(answer.tolist())
+            answers.append(AnswerText(text) if text else no_text(reasoned, limit_reached, self.config.max_tokens))
+        return answers
 
 
 class VisionWriter(Writer):

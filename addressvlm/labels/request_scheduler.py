@@ -8,7 +8,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -19,9 +19,10 @@ import uvloop
 
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.errors import InputError
-from addressvlm.labels.api_client import AsyncRateLimiter, Budget, EndpointClient, TransientError, endpoint_key
-from addressvlm.labels.costs import LabelStats, input_tokens, text_tokens
-from addressvlm.labels.labelers import NO_ANSWER, Label, Request, RetryState
+from addressvlm.labels.api_client import EndpointClient, TransientError, endpoint_key
+from addressvlm.labels.costs import LabelStats, input_tokens, price, text_tokens
+from addressvlm.labels.labelers import FALLBACK, NO_ANSWER, Label, Request, RetryState
+from addressvlm.labels.limits import Exchange, LimitsClient, RequestLimits, StoppedError, in_process
 from addressvlm.labels.response_cache import CachedAnswer, RequestKey, WritableResponseCache
 
 MAX_FAILED_IN_A_ROW = 16  # rows; then the endpoint counts as down
@@ -32,6 +33,7 @@ BUSY_RETRIES = 4  # a busy endpoint (429) is retried so often for each of `label
 THREADS = 4  # that encode images
 READ_BATCH = 16  # rows
 PROGRESS_EVERY_S = 5
+MAX_REASON = 300  # characters of a failure in the cache
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class OpenAILabeler:
         new_state: makes the state of a row.
         cache: records answers, and holds those that are already paid for.
         log: gets a line of progress every few seconds.
+        exchange, asker: to the limits of all asking tasks, and this one's name; default: this is the only one.
         retry_failed: send rows again for which the endpoint kept failing in an earlier job.
     """
 
@@ -50,6 +53,8 @@ class OpenAILabeler:
     cache: WritableResponseCache | None = None
     log: Callable[[str], object] = lambda line: None
     retry_failed: bool = False
+    exchange: Exchange | None = None
+    asker: str = ""
 
     def __post_init__(self) -> None:
         endpoint_key(self.config)  # a missing one is an error before anything is read
@@ -85,10 +90,6 @@ class OpenAILabeler:
             return runner.run(job())
 
 
-class _StoppedError(Exception):
-    """The job ends: send nothing more."""
-
-
 class _RetriesUsedUpError(Exception):
     """A request failed as often as the settings allow."""
 
@@ -113,14 +114,14 @@ class RequestScheduler:
         self.config, self.new_state, self.cache = config, labeler.new_state, labeler.cache
         self.log, self.retry_failed, self.on_label = labeler.log, labeler.retry_failed, on_label
         self.client = EndpointClient(config)
-        self.rate_limiter = AsyncRateLimiter(config.requests_per_minute, config.tokens_per_minute)
-        self.budget = Budget(config, self.cache.tokens if self.cache else 0, self.cache.usd if self.cache else 0.0)
-        self.in_flight = asyncio.Semaphore(config.concurrency)
+        self.stats = LabelStats()
+        cache = self.cache
+        own_limits = in_process(RequestLimits(config, cache.tokens if cache else 0, cache.usd if cache else 0.0))
+        self.limits = LimitsClient(labeler.exchange or own_limits, config, self.stats, labeler.asker)
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="encode")
         self.ready: asyncio.Queue[_PreparedRow | None] = asyncio.Queue(READ_BATCH)
-        self.stats = LabelStats()
         self.start = time.monotonic()
-        self.error: InputError | None = None  # that ends the job
+        self.error: Exception | None = None  # that ends the job
         self.stopping = asyncio.Event()
         self.in_progress: dict[str, asyncio.Event] = {}  # ids of rows
         self.postponed: list[tuple[int, Request]] = []
@@ -130,7 +131,7 @@ class RequestScheduler:
     async def run(self, requests: Iterable[Request], total: int) -> LabelStats:
         """Label all rows; see `OpenAILabeler.run`."""
         self.stats.total = total
-        clock = asyncio.create_task(self._tick())
+        clock, exchange = (asyncio.create_task(self._clock(work())) for work in (self._tick, self.limits.run))
         try:
             if self.cache:
                 await self._in_thread(self.cache.reserve_space, self.config.concurrency)
@@ -141,7 +142,7 @@ class RequestScheduler:
         finally:
             self.stats.seconds = time.monotonic() - self.start
             clock.cancel()
-            await self.client.close()
+            await asyncio.gather(self.limits.close(exchange), self.client.close(), return_exceptions=True)
             self.threads.shutdown(cancel_futures=True)
         self.log(self.stats.line())
         if self.error:
@@ -170,7 +171,7 @@ class RequestScheduler:
                     return
                 for prepared in await self._in_thread(lambda batch=batch: [self._prepare(*row) for row in batch]):
                     await self.ready.put(prepared)
-        except InputError as error:
+        except Exception as error:
             self._stop(error)
 
     def _prepare(self, position: int, request: Request) -> _PreparedRow:
@@ -190,10 +191,18 @@ class RequestScheduler:
             try:
                 async with self._one_at_a_time(prepared.key.id):
                     await self._label(prepared)
-            except _StoppedError:
+            except StoppedError:
                 continue
             except InputError as error:
                 self._stop(error)
+            except Exception as error:  # whatever an answer does is the failure of its row alone
+                self.failed_in_a_row += 1
+                if self.failed_in_a_row >= MAX_FAILED_IN_A_ROW:
+                    self._stop(error)
+                try:
+                    self._fail(prepared, f"{type(error).__name__}: {error}")
+                except InputError as unwritable:
+                    self._stop(unwritable)
 
     @asynccontextmanager
     async def _one_at_a_time(self, row_id: str) -> AsyncIterator[None]:
@@ -220,17 +229,28 @@ class RequestScheduler:
                 if body is None or state.attempts:
                     body = await self._in_thread(lambda: self.client.body(state.messages()))
                 answer = await self._send_with_retries(state, prepared.key, body)
-                await asyncio.sleep(0)  # the next request goes out before this answer is validated
-                label = state.add_answer(answer.text, answer.refusal)
+                try:
+                    await asyncio.sleep(0)  # the next request goes out before this answer is validated
+                    label = state.add_answer(answer.text, answer.refusal, answer.unusable)
+                finally:
+                    self.limits.judge(state.useless)
         except _RetriesUsedUpError as failure:
             if not self.final_pass:
                 self.postponed.append((prepared.position, state.request))
-                return
-            self._record(state, prepared.key, CachedAnswer(failure=str(failure)))
-            self.stats.failed += 1
-            label = state.fall_back(NO_ANSWER)
+            else:
+                self._fail(prepared, str(failure))
+            return
+        if cached and label.source != FALLBACK:
+            self.limits.judge(None)
         self.stats.rows += not cached
         self.on_label(prepared.position, label)
+
+    def _fail(self, prepared: _PreparedRow, reason: str) -> None:
+        """Give up a row: record it as failed, and take the template's label."""
+        self._record(prepared.state, prepared.key, CachedAnswer(failure=reason[:MAX_REASON]))
+        self.stats.failed += 1
+        self.stats.rows += 1
+        self.on_label(prepared.position, prepared.state.fall_back(NO_ANSWER))
 
     async def _send_with_retries(self, state: RetryState, key: RequestKey, body: bytes) -> CachedAnswer:
         for retries in count():
@@ -246,24 +266,37 @@ class RequestScheduler:
 
     async def _send(self, state: RetryState, key: RequestKey, body: bytes) -> CachedAnswer:
         """Send a request when concurrency, rate limits, budget and disk allow it, and record its answer."""
-        async with self.in_flight:
-            self._check_running()
-            stats, tokens_out = self.stats, self.config.max_tokens
+        stats = self.stats
+        spent, is_answered = (0, 0), False
+
+        def estimate() -> tuple[int, int]:
             tokens_in = math.ceil(stats.tokens_in / stats.answered) if stats.answered else input_tokens(state)
-            await self.budget.reserve(tokens_in, tokens_out)
+            return tokens_in, self.config.max_tokens
+
+        reserved = await self.limits.acquire(estimate)
+        try:
+            self._check_running()
+            stats.asked += 1
             try:
-                await self.rate_limiter.wait(tokens_in + tokens_out)
-                self._check_running()
-                stats.asked += 1
                 answer = await self.client.send(body)
-                if not answer.tokens_in:  # the endpoint does not report usage
-                    answer = replace(answer, tokens_in=tokens_in, tokens_out=text_tokens(answer.text or ""))
-                answer = replace(answer, usd=self.budget.spend(answer.tokens_in, answer.tokens_out))
-                self._record(state, key, answer)
-                stats.count(answer)
-                return answer
-            finally:
-                self.budget.release(tokens_in, tokens_out)
+            except (TransientError, asyncio.CancelledError) as failure:
+                if isinstance(failure, TransientError) and not failure.paid:
+                    raise
+                lost = CachedAnswer(lost=getattr(failure, "kind", "stopped"), tokens_in=reserved[0], tokens_out=reserved[1])
+                spent, lost = reserved, replace(lost, usd=price(self.config, *reserved))
+                stats.count_lost(lost)
+                self._record(state, key, lost)
+                raise
+            if not answer.tokens_in:  # the endpoint does not report usage
+                answer = replace(answer, tokens_in=reserved[0], tokens_out=text_tokens(answer.text or ""))
+            spent = (answer.tokens_in, answer.tokens_out)
+            answer = replace(answer, usd=price(self.config, *spent))
+            self._record(state, key, answer)
+            stats.count(answer)
+            is_answered = True
+            return answer
+        finally:
+            self.limits.settle(reserved, spent, is_answered)
 
     async def _wait_to_retry(self, failure: TransientError, retries: int) -> None:
         """Wait as long as the endpoint says and a little more, else longer after each retry; both with jitter."""
@@ -291,7 +324,7 @@ class RequestScheduler:
             await asyncio.wait_for(self.stopping.wait(), seconds)
         except TimeoutError:
             return
-        raise _StoppedError
+        raise StoppedError
 
     def _record(self, state: RetryState, key: RequestKey, answer: CachedAnswer) -> None:
         if self.cache:
@@ -300,14 +333,24 @@ class RequestScheduler:
     def _check_running(self) -> None:
         """Raise before a request that should not be sent any more."""
         if self.error:
-            raise _StoppedError
+            raise StoppedError
         if self.cache:
             self.cache.check_space()
 
-    def _stop(self, error: InputError) -> None:
+    def _stop(self, error: Exception) -> None:
         """Send nothing more; requests in flight are answered and recorded."""
         self.error = self.error or error
+        self.limits.stop(str(error))
         self.stopping.set()
+
+    async def _clock(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do what must go on beside the rows; its end is the job's."""
+        try:
+            await work
+            if self.limits.stopped:
+                self._stop(InputError(self.limits.stopped))
+        except Exception as error:
+            self._stop(error)
 
     async def _in_thread(self, function: Callable[..., Any], *args: object) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
@@ -317,10 +360,7 @@ class RequestScheduler:
         for second in count(1):
             await asyncio.sleep(1)
             self.stats.seconds = time.monotonic() - self.start
-            try:
-                if self.cache:
-                    await self._in_thread(self.cache.sync)
-            except InputError as error:
-                self._stop(error)
+            if self.cache:
+                await self._in_thread(self.cache.sync)
             if second % PROGRESS_EVERY_S == 0:
                 self.log(self.stats.line())

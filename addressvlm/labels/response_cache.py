@@ -1,25 +1,28 @@
 """Answers of an endpoint, row by row, so that none is paid for twice.
 
-A cache is a folder of segments, one for each job that wrote to it: lines of JSON, append-only, so that it works on any file
+A cache is a folder of segments, one for each task that wrote to it: lines of JSON, append-only, so that it works on any file
 system that nodes share. An answer is looked up by what was sent, so another prompt, model, image or setting has none. A line
 that a kill cut off does not count. In a store, a segment is several objects, `<segment>.<first byte>-<end byte>.jsonl`.
+One job at a time has a cache (`job_lock`); its tasks write segments of their own.
 """
 
 import errno
+import fcntl
 import json
+import math
 import os
 import secrets
 import socket
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from filelock import FileLock, Timeout
 
@@ -31,17 +34,20 @@ from addressvlm.storage.run_dir import storage_error, storage_errors
 MAX_TEXT = 4000  # characters of an answer; the rest is cut off
 MAX_LINE = 32 * 1024  # bytes of an entry with such a text in any script
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+FETCH_ATTEMPTS = 5
 MAX_OBJECTS = 64  # of a segment in a store, which are then merged into one
 LEASE_RENEWAL_S, LEASE_EXPIRY_S = 15.0, 60.0  # a job that has not renewed its lease for so long counts as dead
 
 
 @dataclass(frozen=True)
 class CachedAnswer:
-    """The result of one request. Of `text`, `refusal` and `failure` at most one is set; an empty answer has none."""
+    """The result of one request. At most one of the first five is set; an empty answer has none."""
 
     text: str | None = None
     refusal: str | None = None  # why the endpoint or the model refuses to answer
+    unusable: str | None = None  # a kind and a sentence, `limit: …`, why what came holds no text
     failure: str | None = None  # why there is no answer after all retries
+    lost: str | None = None  # why the answer was lost, `time-out`; it counts as spent, and the request is sent again
     tokens_in: int = 0
     tokens_out: int = 0
     usd: float = 0.0
@@ -53,21 +59,46 @@ class RequestKey:
     """What identifies one request.
 
     Attributes:
+        settings: digest of what is the same for all rows: prompt, model, endpoint, settings of the request.
         image: digest of the row's image.
-        digest: of everything else that is sent: prompt, model, text, settings of the image.
+        digest: of the row's text.
         number: of the attempt, from 1.
     """
 
     id: str
     prompt: str
     model: str
+    settings: str
     image: str
     digest: str
     number: int
 
     def cache_key(self) -> bytes:
         """16 bytes that never change for the same request."""
-        return blake2b(json.dumps([self.id, self.image, self.digest, self.number]).encode(), digest_size=16).digest()
+        return blake2b(
+            json.dumps([self.id, self.settings, self.image, self.digest, self.number]).encode(), digest_size=16
+        ).digest()
+
+
+Location = tuple[Path, int, int]  # segment, offset, size in bytes
+
+
+def read_answers(folder: AnyPath) -> Iterator[tuple[RequestKey, CachedAnswer, Location] | None]:
+    """Every answer of a cache; None for a line that can't be read. A folder that does not exist is an empty cache."""
+    with storage_errors(folder):
+        segments = RemoteSegments(folder).fetch() if isinstance(folder, RemotePath) else sorted(Path(folder).glob("*.jsonl"))
+        for path in segments:
+            offset = 0
+            with path.open("rb") as file:
+                for line in file:
+                    content = line.rstrip(b"\0")  # a machine that crashes may leave zeros
+                    if content:
+                        try:
+                            entry = json.loads(content)
+                            yield RequestKey(**entry["asked"]), _parse_answer(entry), (path, offset, len(content))
+                        except (ValueError, KeyError, TypeError):
+                            yield None
+                    offset += len(line)
 
 
 class ResponseCache:
@@ -79,75 +110,76 @@ class ResponseCache:
         torn: number of lines that can't be read.
     """
 
-    def __init__(self, folder: AnyPath) -> None:
-        """Read all segments; a folder that does not exist is an empty cache."""
-        self.folder = folder
-        self.remote = RemoteSegments(folder) if isinstance(folder, RemotePath) else None
+    def __init__(self, folder: AnyPath, ids: Container[str] | None = None) -> None:
+        """Read all segments; only answers for rows of `ids`, by default all, can be looked up."""
+        self.folder, self._ids = folder, ids
         self.tokens, self.usd, self.seconds, self.torn = 0, 0.0, 0.0, 0
         self.answers: Counter[tuple[str, str]] = Counter()
-        self._index: dict[bytes, tuple[Path, int, int]] = {}  # segment, offset, size in bytes
+        self._index: dict[bytes, Location] = {}
         self._files: dict[Path, BinaryIO] = {}  # stay open: on a network file system opening is slow
         self._opening = threading.Lock()
-        with storage_errors(folder):
-            for path in self.remote.fetch() if self.remote else sorted(Path(str(folder)).glob("*.jsonl")):
-                self._read(path)
+        for entry in read_answers(folder):
+            if entry is None:
+                self.torn += 1
+            else:
+                self._add_to_index(*entry)
 
     def get(self, key: RequestKey) -> CachedAnswer | None:
         """The answer to a request, None if there is none."""
-        entry = self._index.get(key.cache_key())
-        if entry is None:
+        location = self._index.get(key.cache_key())
+        if location is None:
             return None
-        path, offset, size = entry
+        path, offset, size = location
         with self._opening:  # else two threads open it, and one closes the file that the other reads
             if path not in self._files:
                 self._files[path] = path.open("rb", buffering=0)
         return _parse_answer(json.loads(os.pread(self._files[path].fileno(), size, offset)))
 
-    def _read(self, path: Path) -> None:
-        offset = 0
-        with path.open("rb") as file:
-            for line in file:
-                content = line.rstrip(b"\0")  # a machine that crashes may leave zeros
-                if content:
-                    try:
-                        entry = json.loads(content)
-                        key, answer = RequestKey(**entry["asked"]), _parse_answer(entry)
-                    except (ValueError, KeyError, TypeError):
-                        self.torn += 1
-                    else:
-                        self._add_to_index(key, answer, (path, offset, len(content)))
-                offset += len(line)
-
-    def _add_to_index(self, key: RequestKey, answer: CachedAnswer, location: tuple[Path, int, int]) -> None:
-        name = key.cache_key()
-        if answer.failure is None or name not in self._index:  # an answer replaces a failure, whichever is read first
-            self._index[name] = location
+    def _add_to_index(self, key: RequestKey, answer: CachedAnswer, location: Location) -> None:
         self.tokens += answer.tokens_in + answer.tokens_out
         self.usd += answer.usd
-        if answer.failure is None:
+        if answer.failure is None and answer.lost is None:
             self.answers[key.prompt, key.model] += 1
             self.seconds += answer.seconds
+        if answer.lost is None and (self._ids is None or key.id in self._ids):
+            name = key.cache_key()
+            if answer.failure is None or name not in self._index:  # an answer replaces a failure, whichever is read first
+                self._index[name] = location
 
 
 class WritableResponseCache(ResponseCache):
-    """A cache with a segment to append to, from any thread. Methods raise InputError: the disk is full or can't be written.
+    """A cache with a segment to append to, from any thread, inside `job_lock` or in one of the job's tasks.
+
+    Methods raise InputError: the disk is full or can't be written.
 
     A full disk must not lose answers that are already paid for. So a reserve file takes the space that the requests in flight
     may need; when the disk is full it is deleted, which leaves room for their answers, and `check_space` stops new requests.
     """
 
-    def __init__(self, folder: AnyPath) -> None:
-        """Read the folder and begin a segment."""
-        super().__init__(folder)
+    def __init__(self, folder: AnyPath, ids: Container[str] | None = None, lock: "JobLock | None" = None) -> None:
+        """Read the folder as ResponseCache and begin a segment; `sync` renews `lock`."""
+        local, self._lock_of_job = local_folder_for(folder), lock
+        self.remote = RemoteSegments(folder) if isinstance(folder, RemotePath) else None
+        if self.remote:
+            self.remote.send_unsent()
+        super().__init__(folder, ids)
         stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-        local = local_folder_for(folder)
         self._path = (self.remote.unsent if self.remote else local) / f"{stamp}.jsonl"
-        self._reserve = local / "reserve"
+        self._reserve = local / f"{stamp}.reserve"
         self._full = False
         self._lock = threading.Lock()
         self._end = self._synced = 0
         with self._writing():
+            local.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+            if self.remote:
+                fcntl.flock(self._file, fcntl.LOCK_EX)  # until this process ends: see `send_unsent`
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def reserve_space(self, answers: int) -> None:
         """Reserve disk space for as many answers as may be in flight."""
@@ -187,8 +219,8 @@ class WritableResponseCache(ResponseCache):
 
     def sync(self) -> None:
         """Return when all answers so far survive a crash of the machine; in a store, renew the lease and send them."""
-        if self.remote:
-            self.remote.renew_lease()
+        if self._lock_of_job:
+            self._lock_of_job.renew()
         end = self._end
         if end > self._synced:
             with self._writing():
@@ -225,6 +257,17 @@ class WritableResponseCache(ResponseCache):
 @contextmanager
 def open_for_writing(folder: AnyPath) -> Iterator[WritableResponseCache]:
     """The cache of a folder, for one job at a time; an InputError if another job has it open."""
+    with job_lock(folder) as lock, WritableResponseCache(folder, lock=lock) as cache:
+        yield cache
+
+
+@contextmanager
+def job_lock(folder: AnyPath) -> Iterator["JobLock"]:
+    """Keep other jobs from a cache: on this machine by a locked file, on others by a lease in the store.
+
+    Raises:
+        InputError: another job has it.
+    """
     local = local_folder_for(folder)
     holder, lock = local / "holder.json", FileLock(local / "lock")
     with storage_errors(folder):
@@ -239,19 +282,60 @@ def open_for_writing(folder: AnyPath) -> Iterator[WritableResponseCache]:
         job = {"host": socket.gethostname(), "process": os.getpid(), "started": f"{datetime.now():%Y-%m-%d %H:%M}"}
         with storage_errors(folder):
             holder.write_text(json.dumps(job))
-        if isinstance(folder, RemotePath):
-            remote = RemoteSegments(folder)
-            remote.renew_lease()
-            remote.send_unsent()
-        cache = WritableResponseCache(folder)
+            for reserve in local.glob("*.reserve"):
+                reserve.unlink()  # of killed tasks
+        lease = JobLock(folder)
         try:
-            yield cache
+            yield lease
         finally:
-            cache.close()
-            if cache.remote:
-                cache.remote.release_lease()
+            lease.release()
     finally:
         lock.release()
+
+
+class JobLock:
+    """A job's lease on a cache in a store, an object that it renews; on a file system it does nothing.
+
+    Stores have no locks that all of them share. But whoever lists objects sees every object written before. So a job first
+    writes its claim, then looks for others', and withdraws if there is one: of two jobs at the same moment at least one sees
+    the other. A claim that is not renewed expires.
+    """
+
+    def __init__(self, folder: AnyPath) -> None:
+        """Claim the cache; an InputError if another machine's job has it."""
+        self.folder = folder
+        self._claim = folder / f"holder-{secrets.token_hex(8)}.json" if isinstance(folder, RemotePath) else None
+        self._renewed = -math.inf
+        self.renew()
+
+    def renew(self) -> None:
+        """Write every LEASE_RENEWAL_S that the job is alive; an InputError if it has lost the cache to another."""
+        now = time.monotonic()
+        if self._claim is None or now - self._renewed < LEASE_RENEWAL_S:
+            return
+        host = socket.gethostname()
+        job = {"host": host, "process": os.getpid(), "at": datetime.now(UTC).isoformat()}
+        self._claim.write_text(json.dumps(job))
+        expired = now - self._renewed > LEASE_EXPIRY_S  # then others may have taken it, else a new one withdraws
+        self._renewed = now
+        for other in self.folder.glob("holder-*.json") if expired else ():
+            holder = _read_holder(other)
+            if other == self._claim or holder is None:
+                continue
+            age = (datetime.now(UTC) - datetime.fromisoformat(holder["at"])).total_seconds()
+            if holder["host"] == host or age >= LEASE_EXPIRY_S:  # the locked file keeps out those of this machine
+                other.unlink(missing_ok=True)
+            else:
+                self.release()
+                raise InputError(
+                    f"another job labels {self.folder.parent} (process {holder['process']} on {holder['host']}, seen "
+                    f"{age:.0f} s ago): wait until it has ended, or {LEASE_EXPIRY_S:.0f} s after it was killed."
+                )
+
+    def release(self) -> None:
+        """Let the next job have the cache at once."""
+        if self._claim is not None:
+            self._claim.unlink(missing_ok=True)
 
 
 class RemoteSegments:
@@ -264,10 +348,17 @@ class RemoteSegments:
         self.unsent.mkdir(parents=True, exist_ok=True)
         self._objects: list[RemotePath] = []
         self._merged = 0  # bytes of the segment that are in merged objects
-        self._renewed = 0.0
 
     def fetch(self) -> list[Path]:
         """Local copies of all objects, in order, less those that are part of a merged one."""
+        for _ in range(FETCH_ATTEMPTS - 1):
+            try:
+                return self._fetch()
+            except FileNotFoundError:
+                continue  # another task has just merged some
+        return self._fetch()
+
+    def _fetch(self) -> list[Path]:
         segments: dict[str, list[tuple[int, int, RemotePath]]] = defaultdict(list)
         for file in self.folder.glob("*.jsonl"):
             name, _, span = file.stem.rpartition(".")
@@ -286,13 +377,18 @@ class RemoteSegments:
         return [self.local / file.name for file in chosen]
 
     def send_unsent(self) -> None:
-        """Send the segments of this machine's killed jobs."""
+        """Send the segments of this machine's killed tasks."""
         for segment in sorted(self.unsent.glob("*.jsonl")):
-            content = segment.read_bytes().rstrip(b"\0")
+            try:
+                with segment.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    content = file.read().rstrip(b"\0")
+            except (BlockingIOError, FileNotFoundError):
+                continue  # its task is alive, or another task has just sent it
             content = content[: content.rfind(b"\n") + 1]  # the last line may be cut off
             if content:
                 self._object(segment, 0, len(content)).write_bytes(content)
-            segment.unlink()
+            segment.unlink(missing_ok=True)
 
     def send(self, segment: Path, file: int, start: int, end: int) -> None:
         """Send the bytes `start` to `end` of a segment that is open as `file`."""
@@ -312,27 +408,6 @@ class RemoteSegments:
 
     def _object(self, segment: Path, start: int, end: int) -> RemotePath:
         return self.folder / f"{segment.stem}.{start:012d}-{end:012d}.jsonl"
-
-    def renew_lease(self) -> None:
-        """Write into the store every LEASE_RENEWAL_S that this machine's job has the cache open."""
-        now = time.monotonic()
-        if self._renewed and now - self._renewed < LEASE_RENEWAL_S:
-            return
-        file, host = self.folder / "holder.json", socket.gethostname()
-        job = _read_holder(file)
-        if job and job["host"] != host:
-            age = (datetime.now(UTC) - datetime.fromisoformat(job["at"])).total_seconds()
-            if age < LEASE_EXPIRY_S:
-                raise InputError(
-                    f"another job labels {self.folder.parent} (process {job['process']} on {job['host']}, seen {age:.0f} s "
-                    f"ago): wait until it has ended, or {LEASE_EXPIRY_S:.0f} s after it was killed."
-                )
-        file.write_text(json.dumps({"host": host, "process": os.getpid(), "at": datetime.now(UTC).isoformat()}))
-        self._renewed = now
-
-    def release_lease(self) -> None:
-        """Let the next job have it at once."""
-        (self.folder / "holder.json").unlink(missing_ok=True)
 
 
 def _read_holder(file: AnyPath) -> dict[str, Any] | None:

@@ -53,9 +53,42 @@ _CONCLUSION = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’)]*\s*$")
-_MARKUP = re.compile(r"^[^\S\n]*([-*•#]|\d+[.)])\s|\*\*|```", re.MULTILINE)
+_MARKUP = re.compile(
+    r"^[^\S\n]*([-*•#>]|\d+[.)])\s|\*\*|\*\S|`|__|\]\(|https?://|^[^\S\n]*\|.*\||&(amp|lt|gt|quot|nbsp|#x?\w+);|\\[\[(n]|\\\w+\{",
+    re.MULTILINE,
+)
+_JSON = re.compile(r"^\s*[\[{]|[\]}]\s*$|\"\w+\"\s*:")
+# Special tokens of chat templates and processors: <image>, <|im_end|>, </s>, <start_of_turn>, [INST], <<SYS>>, ▁, ｜
+_SPECIAL_TOKEN = re.compile(r"<[^<>\s][^<>\n]{0,60}>|<\||\|>|<<|\[/?[A-Z][A-Z_]{2,}\]|[｜▁◁▷]")
+_ROLE = re.compile(
+    r"^[^\w\n]{0,8}(assistant|user|system|human|ai|model|bot|answer|response|explanation|label|output|reasoning|final)[^\w\n:]{0,8}(:|：|$)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_PREFACE = re.compile(
+    r"\A\W{0,8}((sure|certainly|of course|absolutely|okay|ok|great|understood|got it|natürlich|gerne|bien sûr|claro|certo)"
+    r"\b\s?[,!.:—–-]"
+    r"|[^.!?:\n]{0,60}\b(here(['’]s| is| are)|below is|the following|as requested|voici|hier ist|aquí (está|tienes)|ecco"
+    r"|aqui está)\b[^.!?:\n]{0,80}:)"
+    r"|\b(let me know|feel free to|i hope (this|that|it)|is there anything|would you like me|word count)\b|\(\d+ words\)",
+    re.IGNORECASE,
+)
+_QUOTED = re.compile(r"(?s)\A\s*[\"“”„«'‘].*[\"”“»'’]\s*\Z")
+# Control and format characters that no plain text has; joiners and direction marks belong to some scripts.
+_CONTROL = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffd\ud800-\udfff\ue000-\uf8ff]"
+)
 _MAP = re.compile(r"\b(on|the|a|this) (map|tile|satellite)|from above|\baerial\b", re.IGNORECASE)
 _ENGLISH = frozenset("the and this with from that which are".split())
+
+
+_FORM = (
+    (_MARKUP, "has lists, headings, bold type, links or other markup"),
+    (_JSON, "is JSON"),
+    (_ROLE, "begins a line with the name of a role or part"),
+    (_PREFACE, "speaks to the reader before or after the text"),
+    (_QUOTED, "stands in quotation marks"),
+    (_CONTROL, "has control characters"),
+)
 
 
 class Problem(NamedTuple):
@@ -242,7 +275,7 @@ class LabelValidator:
         variants: their other names, which count as the names.
         verified: every claim must be among the facts (English only).
         mapless: the label is of a street view alone, and must not mention a map.
-        concludes: address, or district, of which a label concludes on the district and names no street.
+        special_tokens: of the model that learns from the labels, which must not be in one.
         config: length, language and tolerance of distances; wording is validated in English only.
     """
 
@@ -255,7 +288,10 @@ class LabelValidator:
         mapless: bool = False,
         concludes: str = "address",
         config: LabelsConfig | None = None,
+        special_tokens: Iterable[str] = (),
     ) -> None:
+        tokens = sorted(filter(str.strip, special_tokens), key=len, reverse=True)
+        self._special_tokens = re.compile("|".join(map(re.escape, tokens))) if tokens else None
         self._variants = variants or {}
         self._streets, self._districts = self._finder(streets), self._finder(districts)
         self._verified, self._mapless, self._concludes = verified, mapless, concludes
@@ -292,8 +328,12 @@ class LabelValidator:
             problems.append(Problem("repetition", "it says the same thing in the same words more than once"))
         if not _SENTENCE_END.search(text):
             problems.append(Problem("form", "it breaks off in the middle of a sentence"))
-        if _MARKUP.search(text):
-            problems.append(Problem("form", "it has lists, headings or marks of bold type instead of plain sentences"))
+        token = _SPECIAL_TOKEN.search(text) or (self._special_tokens and self._special_tokens.search(text))
+        if token:
+            problems.append(Problem("form", f"it has a special token or a tag (“{token[0]}”) instead of plain sentences"))
+        problems += [
+            Problem("form", f"it {fault} instead of plain sentences") for pattern, fault in _FORM if pattern.search(text)
+        ]
         language, expected = _detect_language(_remove_names(text, self._streets)), self.config.language
         if language != expected:
             problems.append(Problem("language", f"it is in the language '{language}' instead of '{expected}'"))
@@ -312,7 +352,9 @@ class LabelValidator:
         return problems
 
 
-def make_validator(config: LabelsConfig, prompt: Prompt, gazetteer: Gazetteer | None = None) -> LabelValidator:
+def make_validator(
+    config: LabelsConfig, prompt: Prompt, gazetteer: Gazetteer | None = None, special_tokens: Iterable[str] = ()
+) -> LabelValidator:
     """The validator of a prompt's labels in one city; without a gazetteer it knows fewer names."""
     return LabelValidator(
         streets=gazetteer.streets if gazetteer else (),
@@ -322,6 +364,7 @@ def make_validator(config: LabelsConfig, prompt: Prompt, gazetteer: Gazetteer | 
         mapless=prompt.shows == "photo",
         concludes=prompt.concludes,
         config=config,
+        special_tokens=special_tokens,
     )
 
 

@@ -13,7 +13,7 @@ from addressvlm.config.labels import LabelsConfig
 from addressvlm.labels.costs import CostEstimate, estimate_cost, image_tokens, input_tokens, text_tokens
 from addressvlm.labels.facts import Facts
 from addressvlm.labels.labelers import Request, state_factory
-from addressvlm.labels.response_cache import CachedAnswer, ResponseCache, open_for_writing
+from addressvlm.labels.response_cache import CachedAnswer, open_for_writing
 from tests.support.label_requests import GOOD, requests
 
 
@@ -55,7 +55,6 @@ def test_an_estimate_says_rows_tokens_cost_and_time() -> None:
         config,
         rows=1000,
         answered=400,
-        partly_answered=10,
         tokens_in=600_000,
         other_answers=7,
         spent_tokens=12_345,
@@ -65,7 +64,7 @@ def test_an_estimate_says_rows_tokens_cost_and_time() -> None:
     assert plan.minutes() == 11  # 660,000 tokens
     text = plan.text()
     for part in (
-        "1,000 rows: 400 have cached answers, 600 will be sent (10 of them again)",
+        "1,000 rows: 400 have cached answers, 600 will be sent",
         "7 cached answers are to other prompts",
         "about 600,000 in (1,000 a row), at most 60,000 out",
         "at most 0.42 US dollars (0.3 for tokens in, 0.12 for tokens out); spent so far 12,345 tokens, 0.5 US dollars",
@@ -110,6 +109,8 @@ def test_an_estimate_uses_the_times_of_earlier_answers(tmp_path: Path) -> None:
                 CachedAnswer(GOOD, tokens_in=7, tokens_out=3, usd=0.5, seconds=seconds),
             )
         cache.add(state_factory(config)(rows[2]).request_key(), CachedAnswer(failure="500"))
-    plan = estimate_cost(config, state_factory(config), rows, ResponseCache(tmp_path))
+    ids = [row.id for row in rows]
+    plan = estimate_cost(config, [*ids, "new"], [state_factory(config)(rows[0])], tmp_path)
     assert (plan.answer_s, plan.spent_tokens, plan.spent_usd, plan.answered) == (3.0, 20, 1.0, 3)
-    assert estimate_cost(config, state_factory(config), rows, ResponseCache(tmp_path), retry_failed=True).rows_left == 1
+    assert plan.tokens_in == input_tokens(state_factory(config)(rows[0]))
+    assert estimate_cost(config, ids, [], tmp_path, retry_failed=True).rows_left == 1

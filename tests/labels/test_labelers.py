@@ -296,7 +296,7 @@ def test_models_of_one_name_in_two_folders_are_two_and_a_server_of_ours_may_move
 
     def digest(**settings: str) -> tuple[str, str]:
         key = state_factory(LabelsConfig(labeler="vllm", **settings))(row).request_key()  # type: ignore[arg-type]
-        return key.model, key.digest
+        return key.model, key.settings
 
     first, second = digest(model="/a/small"), digest(model="/b/small")
     assert first[0] == second[0] == "vllm:small"

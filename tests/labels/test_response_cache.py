@@ -19,6 +19,7 @@ from addressvlm.labels.response_cache import (
     MAX_LINE,
     MAX_TEXT,
     CachedAnswer,
+    JobLock,
     RemoteSegments,
     RequestKey,
     ResponseCache,
@@ -29,7 +30,7 @@ from addressvlm.storage.files import CACHE_VARIABLE, local_folder_for
 from addressvlm.storage.remote_path import RemotePath
 from tests.support.full_disk import disk_of
 
-REQUEST = RequestKey("row", "v1", "openai:m", "a" * 32, "b" * 32, 1)
+REQUEST = RequestKey("row", "v1", "openai:m", "s" * 32, "a" * 32, "b" * 32, 1)
 
 
 TEXTS = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -106,13 +107,13 @@ def test_a_job_that_sends_nothing_leaves_nothing(tmp_path: Path) -> None:
     with open_for_writing(tmp_path) as cache:
         cache.reserve_space(1)
     assert list(tmp_path.glob("*.jsonl")) == []
-    assert not (tmp_path / "reserve").exists()
+    assert not list(tmp_path.glob("*.reserve"))
 
 
 def test_what_is_spent_is_known_again_whatever_came_back(tmp_path: Path) -> None:
     answers = [
-        CachedAnswer("x", None, None, 10, 1, 0.5, 2.0),
-        CachedAnswer(None, "no", None, 20, 2, 0.25, 4.0),
+        CachedAnswer("x", tokens_in=10, tokens_out=1, usd=0.5, seconds=2.0),
+        CachedAnswer(None, "no", tokens_in=20, tokens_out=2, usd=0.25, seconds=4.0),
         CachedAnswer(failure="500"),
     ]
     with open_for_writing(tmp_path) as cache:
@@ -198,7 +199,7 @@ def test_a_disk_that_is_full_from_the_start_is_an_error_before_anything_is_sent(
         open_for_writing(tmp_path) as cache,
     ):
         cache.reserve_space(2)
-    assert not (tmp_path / "reserve").exists()
+    assert not list(tmp_path.glob("*.reserve"))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def names(folder: RemotePath) -> list[str]:
 
 
 def request(number: int) -> RequestKey:
-    return RequestKey("row", "v1", "m", "image", "digest", number)
+    return RequestKey("row", "v1", "m", "settings", "image", "digest", number)
 
 
 def test_where_a_merge_was_cut_off_the_larger_object_is_read_and_every_line_once(folder: RemotePath) -> None:
@@ -271,43 +272,88 @@ def test_unsent_segments_of_a_killed_job_are_sent_without_the_cut_line(folder: R
     assert list(unsent.unsent.iterdir()) == []
 
 
-def write_holder(folder: RemotePath, host: str, ago_s: float) -> None:
+def write_holder(folder: RemotePath, host: str, ago_s: float) -> RemotePath:
     at = (datetime.now(UTC) - timedelta(seconds=ago_s)).isoformat()
-    (folder / "holder.json").write_text(json.dumps({"host": host, "process": 7, "at": at}))
+    claim = folder / f"holder-{host}.json"
+    claim.write_text(json.dumps({"host": host, "process": 7, "at": at}))
+    return claim
 
 
 def test_a_lease_keeps_other_machines_out_until_it_expires(folder: RemotePath) -> None:
-    write_holder(folder, "another", LEASE_EXPIRY_S - 10)
+    other = write_holder(folder, "another", LEASE_EXPIRY_S - 10)
     with pytest.raises(InputError, match=r"another job labels .* \(process 7 on another, seen 5\d s ago\)"):
-        RemoteSegments(folder).renew_lease()
-    assert json.loads((folder / "holder.json").read_text())["host"] == "another"
+        JobLock(folder)
+    assert list(folder.glob("holder-*")) == [other]  # the claim is withdrawn
     write_holder(folder, "another", LEASE_EXPIRY_S + 10)
-    RemoteSegments(folder).renew_lease()
-    mine = json.loads((folder / "holder.json").read_text())
-    assert (mine["host"], mine["process"]) == (socket.gethostname(), os.getpid())
     write_holder(folder, socket.gethostname(), 1)  # one of this machine is kept out by its lock
-    RemoteSegments(folder).renew_lease()
+    lock = JobLock(folder)
+    (mine,) = (json.loads(claim.read_text()) for claim in folder.glob("holder-*"))
+    assert (mine["host"], mine["process"]) == (socket.gethostname(), os.getpid())
+    lock.release()
+    assert not list(folder.glob("holder-*"))
+
+
+def test_of_two_jobs_at_the_same_moment_not_both_get_the_cache(folder: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second writes its claim between the first one's look and its first answer, or before that look."""
+    monkeypatch.setattr(socket, "gethostname", iter(["first", "second", "third", "fourth"]).__next__)
+    JobLock(folder)
+    with pytest.raises(InputError, match="another job labels"):
+        JobLock(folder)
+    write = RemotePath.write_text
+
+    def write_both(path: RemotePath, text: str) -> None:
+        write(path, text)
+        monkeypatch.setattr(RemotePath, "write_text", write)
+        write_holder(folder, "meanwhile", 0)
+
+    for claim in folder.glob("holder-*"):
+        claim.unlink()
+    monkeypatch.setattr(RemotePath, "write_text", write_both)
+    with pytest.raises(InputError, match=r"process 7 on meanwhile"):
+        JobLock(folder)
 
 
 def test_a_lease_is_renewed_now_and_then_and_may_be_lost(folder: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    segments = RemoteSegments(folder)
-    segments.renew_lease()
-    (folder / "holder.json").unlink()
+    lock = JobLock(folder)
+    (claim,) = folder.glob("holder-*")
+    claim.unlink()
     now += LEASE_RENEWAL_S - 1
-    segments.renew_lease()
-    assert not (folder / "holder.json").exists()
+    lock.renew()
+    assert not claim.exists()
     now += 2
-    segments.renew_lease()
-    assert (folder / "holder.json").is_file()
-    write_holder(folder, "another", 0)
+    lock.renew()
+    assert claim.is_file()
+    write_holder(folder, "another", 0)  # which withdraws when it sees ours
     now += LEASE_RENEWAL_S + 1
+    lock.renew()
+    now += LEASE_EXPIRY_S + 1  # this process stood still, and the other one took the cache
     with pytest.raises(InputError, match="another job labels"):
-        segments.renew_lease()
-    segments.release_lease()
-    assert not (folder / "holder.json").exists()
-    segments.release_lease()
+        lock.renew()
+    assert not claim.exists()
+
+
+def test_segments_of_living_tasks_are_not_sent_for_them(folder: RemotePath) -> None:
+    with WritableResponseCache(folder) as alive:
+        alive.add(request(1), CachedAnswer("x"))
+        with WritableResponseCache(folder) as other:
+            assert alive._path.exists()
+            assert names(folder) == []
+            other.add(request(2), CachedAnswer("y"))
+        assert len(names(folder)) == 1
+    cached = ResponseCache(folder)
+    assert (cached.get(request(1)), cached.get(request(2))) == (CachedAnswer("x"), CachedAnswer("y"))
+
+
+def test_only_rows_of_a_part_are_in_memory_and_all_are_counted(tmp_path: Path) -> None:
+    with open_for_writing(tmp_path) as cache:
+        for row in range(4):
+            cache.add(request_of(row), CachedAnswer("x", usd=1.0))
+        cache.add(request_of(9), CachedAnswer(lost="time-out", usd=0.5))
+    part = ResponseCache(tmp_path, {"row 1", "row 3"})
+    assert [part.get(request_of(row)) is not None for row in (0, 1, 2, 3, 9)] == [False, True, False, True, False]
+    assert (part.usd, part.answers.total(), len(part._index)) == (4.5, 4, 2)
 
 
 def test_two_caches_have_two_local_folders(folder: RemotePath) -> None:

@@ -11,7 +11,7 @@ from addressvlm.labels.costs import CostEstimate, LabelStats, estimate_cost
 from addressvlm.labels.facts import Facts
 from addressvlm.labels.labelers import Label, Request, state_factory
 from addressvlm.labels.request_scheduler import OpenAILabeler
-from addressvlm.labels.response_cache import ResponseCache, open_for_writing
+from addressvlm.labels.response_cache import open_for_writing
 from tests.support.label_texts import GOOD
 from tests.support.openai_endpoint import Endpoint
 
@@ -41,4 +41,5 @@ def run_labeler(
 
 
 def estimate(config: LabelsConfig, folder: Path, rows: list[Request]) -> CostEstimate:
-    return estimate_cost(config, state_factory(config), rows, ResponseCache(folder))
+    sample = map(state_factory(config), rows[:2])
+    return estimate_cost(config, [row.id for row in rows], sample, folder)
