@@ -29,8 +29,8 @@ from addressvlm.storage.run_dir import Run, is_done, resumable_dir
 from addressvlm.storage.shards import ShardWork, plan_shards, sources_fingerprint
 from ray_jobs import common, graft, prepare
 from ray_jobs.cluster import Workers, wait_for_workers
-from ray_jobs.progress import display
 from ray_jobs.label_requests import estimate_requests, fill_response_cache
+from ray_jobs.progress import display
 from ray_jobs.ray_data import run_shards
 
 # Of a local model an interruption may lose the work on a shard; those of an endpoint are shared out among the asking tasks.
@@ -75,7 +75,7 @@ def run_step(config: Config, redo: bool, dry_run: bool = False) -> None:
         free = f"label: {rows:,} rows; this labeler sends no requests and costs nothing"
         print(estimate_requests(config, shards, redo).text() if cached else free, flush=True)
         return
-    if cached:
+    if labels.labeler == "openai":
         endpoint_key(labels)  # a missing one is an error before anything is read
     stats = fill_response_cache(config, shards, redo) if cached else {}
     columns = list((tables.GRAFTS if grafts else tables.PHOTOS).names)

@@ -6,6 +6,7 @@ driver's node keeps requests in flight, rates and budget of all tasks. The drive
 """
 
 import itertools
+import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from addressvlm import InputError
 from addressvlm.config import Config
 from addressvlm.config.labels import LabelsConfig
+from addressvlm.labels.api_client import KEY
 from addressvlm.labels.costs import CostEstimate, LabelStats, estimate_cost
 from addressvlm.labels.labelers import Request, label_requests, load_gazetteer, state_factory
 from addressvlm.labels.limits import Grant, Report, RequestLimits
@@ -134,9 +136,12 @@ class _AskingTask:
 
     def __init__(self, config: Config, parts: list[list[Shard]], redo: bool, limits: Any) -> None:
         self.config, self.parts, self.redo, self.limits = config, parts, redo, limits
+        self.key = os.environ.get(KEY)  # of the job, which nodes of a cluster don't have
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, str]]:
         """The error that ended the part, empty if all rows have their answers."""
+        if self.key:
+            os.environ[KEY] = self.key
         try:
             self._ask(row["part"])
         except InputError as error:

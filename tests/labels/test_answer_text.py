@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from hypothesis import strategies as st
 
 from addressvlm import InputError
 from addressvlm.labels.answer_text import completion_text, cut_reasoning, token_counts
+from addressvlm.labels.api_client import EndpointClient, TransientError
 from addressvlm.labels.labelers import FALLBACK
 from addressvlm.labels.limits import PROBE
-from addressvlm.labels.response_cache import ResponseCache
+from addressvlm.labels.response_cache import CachedAnswer, ResponseCache
 from addressvlm.labels.validator import LabelValidator
 from tests.support.label_requests import FACTS, GOOD, config_of, requests, run_labeler
 from tests.support.openai_endpoint import Endpoint, Reply, says
@@ -269,20 +269,19 @@ def test_a_few_useless_answers_among_others_are_counted(endpoint: Endpoint, tmp_
     assert labels[19].source == FALLBACK
 
 
-def test_a_request_that_timed_out_counts_as_spent(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_a_request_that_timed_out_counts_as_spent(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have been charged, so the budget of this job and of the next counts it in full."""
-    release = threading.Event()
+    send, failures = EndpointClient.send, [TransientError("no answer within 60 s", "time-out", paid=True)]
 
-    def reply(n: int, body: dict[str, Any]) -> Reply:
-        if n == 1:
-            release.wait(20)
-        return says(GOOD)
+    async def time_out_once(client: EndpointClient, body: bytes) -> CachedAnswer:
+        if failures:
+            raise failures.pop()
+        return await send(client, body)
 
-    endpoint.reply = reply
+    monkeypatch.setattr(EndpointClient, "send", time_out_once)
     prices = {"usd_per_million_in": 1e6, "usd_per_million_out": 1e6, "image_rule": "fixed", "image_base": 600}
-    config = config_of(endpoint, timeout_s=1.0, concurrency=1, **prices)
+    config = config_of(endpoint, concurrency=1, **prices)
     _, stats = run_labeler(config, tmp_path, requests(2))
-    release.set()
     assert (stats.lost, stats.again["time-out"], stats.rows) == (1, 1, 2)
     assert stats.lost_tokens > 600 + config.max_tokens
     assert ResponseCache(tmp_path).tokens == stats.lost_tokens + stats.tokens_in + stats.tokens_out == stats.usd

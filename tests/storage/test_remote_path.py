@@ -149,7 +149,7 @@ def test_answers_are_saved_locally_at_once_and_remotely_on_sync(bucket: Path) ->
     assert [again.get(replace(ASKED, number=n)) for n in (2, 5)] == [CachedAnswer("two", usd=1.0), CachedAnswer("5")]
     assert again.usd == 2.0
     assert not list(here.glob("holder-*.json"))
-    (here / "holder.json").write_text(json.dumps({"host": "another", "process": 7, "at": "2999-01-01T00:00:00+00:00"}))
+    (here / "holder-1.json").write_text(json.dumps({"host": "another", "process": 7, "at": "2999-01-01T00:00:00+00:00"}))
     with (
         pytest.raises(InputError, match=r"another job labels s3://bucket/run .process 7 on another"),
         open_for_writing(folder),
