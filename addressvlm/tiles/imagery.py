@@ -121,7 +121,9 @@ class XyzServer:
             raise InputError(
                 f"{self._folder} can't be created ({error.strerror}): set tiles.cache to a folder with free space."
             ) from None
-        limiter = SharedRateLimiter(self._folder / "pace", per_second)
+        limiter = SharedRateLimiter(
+            self._folder.parent / f"{self._folder.name.rpartition('-')[0]}.pace", per_second
+        )  # of the host
         headers = {"User-Agent": user_agent, "Accept": "image/*"}
         self._client = HttpClient(limiter, headers, timeout_s, MAX_BYTES, MAX_WAIT_S, backoff_s)
         self._absent: set[tuple[int, int, int]] = set()
@@ -166,7 +168,7 @@ class XyzServer:
             self._failures, self._retry_at = self._failures + 1, time.monotonic() + DOWN_S
             raise InputError(f"{name} can't be downloaded ({error}): rerun this step when the server works.") from None
         self._failures = 0
-        if response.status in NO_TILE_STATUS:
+        if response.status in NO_TILE_STATUS or response.headers.get("X-VE-Tile-Info") == "no-tile":  # the latter is Bing's
             return None
         if response.status != 200:
             hint = HINTS.get(response.status, "check tiles.imagery.")

@@ -177,10 +177,12 @@ class Mosaic:
         self._source, self._fixed_zoom = source, zoom
         self._to_mercator = pyproj.Transformer.from_crs(crs, "EPSG:3857", always_xy=True).transform
         self._tile = lru_cache(CACHED_TILES)(source.tile)
+        self._pictures: dict[int, set[int]] = {}  # zoom -> digests of the first tiles, until two differ
 
     def read(self, bounds: Bounds, pixels: int) -> Image.Image:
         """As `Imagery.read`."""
         metres = np.column_stack(self._to_mercator(*three_corners(bounds)))
+        metres[:, 0] += WORLD_M * np.round((metres[0, 0] - metres[:, 0]) / WORLD_M)  # across 180 degrees
         if not np.isfinite(metres).all() or abs(metres[:, 1]).max() > WORLD_M / 2:
             raise InputError(f"{self._source.name} covers only 0% of the tile.")
         zoom = self._fixed_zoom
@@ -215,6 +217,7 @@ class Mosaic:
             for x in range(first[0], last[0])
             if 0 <= y < n
         }
+        self._refuse_placeholders(zoom, [tile for tile in tiles.values() if tile])
         side = max((tile.width for tile in tiles.values() if tile), default=TILE_SIDE)
         columns, rows = last - first
         mosaic = Image.new("RGBA", (int(columns) * side, int(rows) * side))
@@ -223,6 +226,17 @@ class Mosaic:
                 scaled = tile if tile.size == (side, side) else tile.resize((side, side), Image.Resampling.BILINEAR)
                 mosaic.paste(scaled, (int(column) * side, int(row) * side))
         return mosaic
+
+    def _refuse_placeholders(self, zoom: int, tiles: list[Image.Image]) -> None:
+        """Servers without imagery at a zoom level may send one and the same picture for every tile of it."""
+        pictures = self._pictures.setdefault(zoom, set())
+        if len(pictures) < 2:
+            pictures.update(hash(tile.tobytes()) for tile in tiles)
+            if len(pictures) == 1 and len(tiles) > 1:
+                raise InputError(
+                    f"{self._source.name} has the same picture for all {len(tiles)} tiles of a place at zoom {zoom}, so "
+                    f"probably no imagery there: set tiles.zoom to {zoom - 1} or lower."
+                )
 
 
 def decode_tile(data: bytes, name: str) -> Image.Image:
@@ -272,13 +286,20 @@ class MbTiles:
             raise InputError(f"{path} has no tiles: export the imagery again.")
         self.zooms = (int(zooms[0]), int(zooms[1]))
         self.attribution = attribution or str(self._metadata.get("attribution") or "")
+        self._from_north = str(self._metadata.get("scheme")).lower() == "xyz"
 
     def tile(self, z: int, x: int, y: int) -> Image.Image | None:
         """As `TileSource.tile`."""
-        place = (z, x, 2**z - 1 - y)
+        place = (z, x, y if self._from_north else 2**z - 1 - y)
         query = "SELECT CAST(tile_data AS BLOB) FROM tiles WHERE zoom_level = ? AND tile_column = ? AND tile_row = ?"
         try:
             row = self._database.execute(query, place).fetchone()
+            if row is None and not self._from_north and self._database.execute(query, (z, x, y)).fetchone():
+                raise InputError(
+                    f"{self.name} seems to be upside down: it has no tile {z}/{x}/{y} counted from the south, as in MBTiles, "
+                    "but one counted from the north (XYZ). If so, add ('scheme', 'xyz') to its table `metadata`, or export it "
+                    "again."
+                )
         except sqlite3.Error as error:
             raise InputError(f"{self.name} can't be read ({error}): is the file complete?") from None
         return decode_tile(row[0], f"{self.name} tile {z}/{x}/{y}") if row and row[0] else None

@@ -14,7 +14,7 @@ from pmtiles.writer import Writer
 
 from addressvlm import InputError
 from addressvlm.config import TilesConfig
-from addressvlm.tiles.raster import Mosaic, decode_tile
+from addressvlm.tiles.raster import MbTiles, Mosaic, decode_tile
 from addressvlm.tiles.renderer import TileRenderer
 from tests.support import town
 from tests.support.tile_server import png, tiles_of_town
@@ -83,6 +83,27 @@ def test_tiles_wrap_around_the_date_line() -> None:
     assert {x for _, x, _ in source.requests} >= {0, 1023}
     Mosaic(source, "EPSG:3857", 10).read((-30_000, edge - 60_001, 30_000, edge - 1), 64)
     assert all(0 <= y < 1024 for _, _, y in source.requests)
+
+
+def test_a_place_on_the_date_line_has_a_tile_of_both_sides() -> None:
+    for lon in (180.0, -180.0, 179.9999, -179.9999):
+        source = Source(0.0, lon)
+        pixels = np.asarray(Mosaic(source, crs(0.0, lon)).read((-100, -100, 100, 100), 50)).astype(float)
+        assert abs(pixels[25, :, 0] - (128 + (np.arange(50) * 4 - 98) / 2)).max() <= 2
+        assert len({x for _, x, _ in source.requests}) < 4
+
+
+def test_one_picture_for_every_tile_of_a_zoom_level_is_a_placeholder() -> None:
+    """Servers send it with status 200 where they have no imagery; two different pictures show that it is imagery."""
+
+    class Placeholder(Source):
+        def tile(self, z: int, x: int, y: int) -> Image.Image:
+            return super().tile(z, x, y) if z < 18 else Image.new("RGBA", (256, 256), (128, 128, 128))
+
+    mosaic = Mosaic(Placeholder(60.0, 25.0), crs(60.0, 25.0))
+    with pytest.raises(InputError, match=r"same picture for all \d+ tiles .* zoom 18.*set tiles\.zoom to 17 or lower"):
+        mosaic.read((-100, -100, 100, 100), 336)
+    mosaic.read((-100, -100, 100, 100), 100)
 
 
 def test_each_tile_is_decoded_once() -> None:
@@ -233,3 +254,19 @@ def test_oversized_tiles_are_refused_before_decoding() -> None:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
     with pytest.raises(InputError, match=r"bomb .*(60000|limit)"):
         decode_tile(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""), "bomb")
+
+
+@pytest.mark.parametrize("scheme", [None, "xyz", "tms"])
+def test_mbtiles_that_are_stored_upside_down_are_read_only_if_they_say_so(tmp_path: Path, scheme: str | None) -> None:
+    file = write_mbtiles(tmp_path / "town.mbtiles", {"scheme": scheme} if scheme else None)
+    right = np.asarray(MbTiles(file).tile(17, *next(tiles_of_town(17)))) if scheme != "xyz" else None
+    with sqlite3.connect(file) as base:
+        base.execute("UPDATE tiles SET tile_row = (1 << zoom_level) - 1 - tile_row")
+    base.close()
+    z, (x, y) = 17, next(tiles_of_town(17))
+    if scheme == "xyz":
+        assert np.array_equal(np.asarray(MbTiles(file).tile(z, x, y)), np.asarray(decode_tile(png(z, x, y), "")))
+    else:
+        assert right is not None
+        with pytest.raises(InputError, match=r"upside down: .*add \('scheme', 'xyz'\)"):
+            MbTiles(file).tile(z, x, y)

@@ -367,3 +367,13 @@ def test_finer_tiles_than_usual(tmp_path: Path) -> None:
             mosaic = Mosaic(server_of(running, tmp_path / str(number)), crs)
             pictures.append(np.asarray(mosaic.read((-100, -100, 100, 100), 336)).astype(int))
     assert (abs(pictures[0] - pictures[1]).max(axis=-1) > 60).mean() < 0.02
+
+
+def test_two_addresses_of_one_host_share_its_rate_limit(tmp_path: Path, clock: Clock) -> None:
+    with Server(good).running() as server:
+        places = ("{z}/{x}/{y}.png", "/{z}/{x}/{y}.png")
+        first, second = (XyzServer(f"{server.url}/{place}", tmp_path, "test", per_second=0.5) for place in places)
+        began = clock.now
+        first.tile(18, 131159, 86000)
+        second.tile(18, 131160, 86000)
+        assert clock.now - began == 2.0
