@@ -20,11 +20,12 @@ from addressvlm.config import Config
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.labels.api_client import KEY
 from addressvlm.labels.costs import CostEstimate, LabelStats, estimate_cost
+from addressvlm.labels.job_lock import job_lock
 from addressvlm.labels.labelers import Request, label_requests, load_gazetteer, state_factory
 from addressvlm.labels.limits import Grant, Report, RequestLimits
 from addressvlm.labels.prompt import configured_prompt
 from addressvlm.labels.request_scheduler import OpenAILabeler
-from addressvlm.labels.response_cache import WritableResponseCache, job_lock
+from addressvlm.labels.response_cache import WritableResponseCache
 from addressvlm.labels.vllm_server import serving
 from addressvlm.storage.files import local_folder_for
 from addressvlm.storage.run_dir import Run

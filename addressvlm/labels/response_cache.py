@@ -9,24 +9,21 @@ One job at a time has a cache (`job_lock`); its tasks write segments of their ow
 import errno
 import fcntl
 import json
-import math
 import os
 import secrets
 import socket
 import threading
-import time
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from filelock import FileLock, Timeout
-
 from addressvlm.errors import InputError
+from addressvlm.labels.job_lock import JobLock, is_written, job_lock
 from addressvlm.storage.files import download, local_folder_for
 from addressvlm.storage.remote_path import AnyPath, RemotePath
 from addressvlm.storage.run_dir import storage_error, storage_errors
@@ -36,7 +33,6 @@ MAX_LINE = 32 * 1024  # bytes of an entry with such a text in any script
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 FETCH_ATTEMPTS = 5
 MAX_OBJECTS = 64  # of a segment in a store, which are then merged into one
-LEASE_RENEWAL_S, LEASE_EXPIRY_S = 15.0, 60.0  # a job that has not renewed its lease for so long counts as dead
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,7 @@ class WritableResponseCache(ResponseCache):
     may need; when the disk is full it is deleted, which leaves room for their answers, and `check_space` stops new requests.
     """
 
-    def __init__(self, folder: AnyPath, ids: Container[str] | None = None, lock: "JobLock | None" = None) -> None:
+    def __init__(self, folder: AnyPath, ids: Container[str] | None = None, lock: JobLock | None = None) -> None:
         """Read the folder as ResponseCache and begin a segment; `sync` renews `lock`."""
         local, self._lock_of_job = local_folder_for(folder), lock
         self.remote = RemoteSegments(folder) if isinstance(folder, RemotePath) else None
@@ -172,8 +168,8 @@ class WritableResponseCache(ResponseCache):
         with self._writing():
             local.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-            if self.remote:
-                fcntl.flock(self._file, fcntl.LOCK_EX)  # until this process ends: see `send_unsent`
+            with suppress(OSError):  # not every network file system has locks
+                fcntl.flock(self._file, fcntl.LOCK_EX)  # until this process ends: see `is_written`
 
     def __enter__(self) -> Self:
         return self
@@ -261,83 +257,6 @@ def open_for_writing(folder: AnyPath) -> Iterator[WritableResponseCache]:
         yield cache
 
 
-@contextmanager
-def job_lock(folder: AnyPath) -> Iterator["JobLock"]:
-    """Keep other jobs from a cache: on this machine by a locked file, on others by a lease in the store.
-
-    Raises:
-        InputError: another job has it.
-    """
-    local = local_folder_for(folder)
-    holder, lock = local / "holder.json", FileLock(local / "lock")
-    with storage_errors(folder):
-        local.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            job = _read_holder(holder)
-            who = f"process {job['process']} on {job['host']} since {job['started']}" if job else "just started"
-            raise InputError(f"another job labels {folder.parent} ({who}): wait until it has ended, or stop it.") from None
-    try:
-        job = {"host": socket.gethostname(), "process": os.getpid(), "started": f"{datetime.now():%Y-%m-%d %H:%M}"}
-        with storage_errors(folder):
-            holder.write_text(json.dumps(job))
-            for reserve in local.glob("*.reserve"):
-                reserve.unlink()  # of killed tasks
-        lease = JobLock(folder)
-        try:
-            yield lease
-        finally:
-            lease.release()
-    finally:
-        lock.release()
-
-
-class JobLock:
-    """A job's lease on a cache in a store, an object that it renews; on a file system it does nothing.
-
-    Stores have no locks that all of them share. But whoever lists objects sees every object written before. So a job first
-    writes its claim, then looks for others', and withdraws if there is one: of two jobs at the same moment at least one sees
-    the other. A claim that is not renewed expires.
-    """
-
-    def __init__(self, folder: AnyPath) -> None:
-        """Claim the cache; an InputError if another machine's job has it."""
-        self.folder = folder
-        self._claim = folder / f"holder-{secrets.token_hex(8)}.json" if isinstance(folder, RemotePath) else None
-        self._renewed = -math.inf
-        self.renew()
-
-    def renew(self) -> None:
-        """Write every LEASE_RENEWAL_S that the job is alive; an InputError if it has lost the cache to another."""
-        now = time.monotonic()
-        if self._claim is None or now - self._renewed < LEASE_RENEWAL_S:
-            return
-        host = socket.gethostname()
-        job = {"host": host, "process": os.getpid(), "at": datetime.now(UTC).isoformat()}
-        self._claim.write_text(json.dumps(job))
-        expired = now - self._renewed > LEASE_EXPIRY_S  # then others may have taken it, else a new one withdraws
-        self._renewed = now
-        for other in self.folder.glob("holder-*.json") if expired else ():
-            holder = _read_holder(other)
-            if other == self._claim or holder is None:
-                continue
-            age = (datetime.now(UTC) - datetime.fromisoformat(holder["at"])).total_seconds()
-            if holder["host"] == host or age >= LEASE_EXPIRY_S:  # the locked file keeps out those of this machine
-                other.unlink(missing_ok=True)
-            else:
-                self.release()
-                raise InputError(
-                    f"another job labels {self.folder.parent} (process {holder['process']} on {holder['host']}, seen "
-                    f"{age:.0f} s ago): wait until it has ended, or {LEASE_EXPIRY_S:.0f} s after it was killed."
-                )
-
-    def release(self) -> None:
-        """Let the next job have the cache at once."""
-        if self._claim is not None:
-            self._claim.unlink(missing_ok=True)
-
-
 class RemoteSegments:
     """A cache in a store: copies of its objects on this machine, and the segment that is not sent yet."""
 
@@ -380,11 +299,11 @@ class RemoteSegments:
         """Send the segments of this machine's killed tasks."""
         for segment in sorted(self.unsent.glob("*.jsonl")):
             try:
-                with segment.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    content = file.read().rstrip(b"\0")
-            except (BlockingIOError, FileNotFoundError):
-                continue  # its task is alive, or another task has just sent it
+                if is_written(segment):
+                    continue
+                content = segment.read_bytes().rstrip(b"\0")
+            except FileNotFoundError:
+                continue  # another task has just sent it
             content = content[: content.rfind(b"\n") + 1]  # the last line may be cut off
             if content:
                 self._object(segment, 0, len(content)).write_bytes(content)
@@ -408,15 +327,6 @@ class RemoteSegments:
 
     def _object(self, segment: Path, start: int, end: int) -> RemotePath:
         return self.folder / f"{segment.stem}.{start:012d}-{end:012d}.jsonl"
-
-
-def _read_holder(file: AnyPath) -> dict[str, Any] | None:
-    """The job that has the cache, None if there is none or its file is unreadable."""
-    try:
-        job: dict[str, Any] = json.loads(file.read_text())
-        return job if {"host", "process"} < job.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def _parse_answer(entry: dict[str, Any]) -> CachedAnswer:

@@ -253,11 +253,8 @@ def test_a_setting_that_makes_every_answer_useless_stops_the_job(
 ) -> None:
     endpoint.reply = lambda n, _: reply_of(body)
     with pytest.raises(InputError, match=f"first {PROBE} answers of m are all useless .*{why}"):
-        run_labeler(config_of(endpoint, concurrency=64), tmp_path, requests(200))
+        run_labeler(config_of(endpoint, concurrency=64), tmp_path, requests(40))
     assert len(endpoint.requests) == PROBE
-    endpoint.reply = lambda n, _: says(GOOD)  # as with other settings
-    labels, _ = run_labeler(config_of(endpoint, concurrency=64, max_tokens=300), tmp_path, requests(200))
-    assert {label.source for label in labels.values()} == {"openai:m"}
 
 
 def test_a_few_useless_answers_among_others_are_counted(endpoint: Endpoint, tmp_path: Path) -> None:

@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 
 from addressvlm import InputError
 from addressvlm.labels import response_cache
+from addressvlm.labels.job_lock import LEASE_EXPIRY_S, LEASE_RENEWAL_S, JobLock
 from addressvlm.labels.response_cache import (
-    LEASE_EXPIRY_S,
-    LEASE_RENEWAL_S,
     MAX_LINE,
     MAX_TEXT,
     CachedAnswer,
-    JobLock,
     RemoteSegments,
     RequestKey,
     ResponseCache,
@@ -360,3 +358,18 @@ def test_two_caches_have_two_local_folders(folder: RemotePath) -> None:
     other = folder.parent / "other"
     assert local_folder_for(folder) != local_folder_for(other)
     assert local_folder_for(folder) == local_folder_for(RemotePath(str(folder)))
+
+
+def test_the_next_job_waits_until_the_tasks_of_a_killed_one_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = WritableResponseCache(tmp_path)  # of a task that outlives its job for a moment
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        left.add(REQUEST, CachedAnswer("x"))
+        left.close()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with open_for_writing(tmp_path) as cache:
+        assert cache.get(REQUEST) == CachedAnswer("x")
+    assert waits == [0.1]
