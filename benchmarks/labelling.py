@@ -1,9 +1,10 @@
-"""Throughput of the labeler as a share of what the endpoint allows: python benchmarks/labelling.py
+"""Throughput of the labeler as a share of what the endpoint allows: python benchmarks/labelling.py [--tasks 1 2 4]
 
 An OpenAI-compatible server in a separate process answers after 200 ms and refuses (429) more than C requests in flight, so the
 upper bound is C / 0.2 s. Rows come from a Parquet table with images and answers go into a response cache, as in the job.
 Then 5 % of the requests get a 429 and 2 % a 500, and the server counts its requests. Each round is a separate process, so that
-its peak memory can be measured.
+its peak memory can be measured. With `--tasks` the job's asking tasks send the requests, on a Ray of their own, and the time is
+the server's, from its first request to its last answer.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import asyncio
 import contextlib
 import io
 import json
+import math
+import os
 import random
 import resource
 import subprocess
@@ -63,6 +66,7 @@ class Server(asyncio.Protocol):
     statuses: ClassVar[Counter[int]] = Counter()
     statuses_of: ClassVar[dict[int, list[int]]] = {}  # checksum of a request -> statuses of its answers
     rng = random.Random(0)
+    first = last = 0.0  # when requests began and ended
 
     def connection_made(self, transport: Any) -> None:
         self.transport, self.head, self.remaining, self.sum = transport, b"", 0, 0
@@ -87,6 +91,7 @@ class Server(asyncio.Protocol):
 
     def reply(self) -> None:
         cls = type(self)
+        cls.first = cls.first or time.perf_counter()
         cls.in_flight += 1
         cls.max_in_flight = max(cls.max_in_flight, cls.in_flight)
         draw, status, data = cls.rng.random(), 200, GOOD
@@ -99,14 +104,15 @@ class Server(asyncio.Protocol):
         asyncio.get_running_loop().call_later(LATENCY_S if status == 200 else 0.01, self.send, data)
 
     def send(self, data: bytes) -> None:
-        type(self).in_flight -= 1
+        type(self).in_flight, type(self).last = self.in_flight - 1, time.perf_counter()
         self.transport.write(data)
 
     def counts(self) -> dict[str, Any]:
         requests = self.statuses_of.values()
         needless = sum(len(statuses) - 1 - statuses[:-1].count(429) - statuses[:-1].count(500) for statuses in requests)
         answered = sum(200 in statuses for statuses in requests)
-        return {"in_flight": self.max_in_flight, "statuses": self.statuses, "answered": answered, "needless": needless}
+        return {"in_flight": self.max_in_flight, "statuses": self.statuses, "answered": answered, "needless": needless,
+                "seconds": self.last - self.first}  # fmt: skip
 
 
 async def serve(limit: int, faults: float) -> None:
@@ -172,6 +178,25 @@ def label(grafts: str, rows: int, url: str, concurrency: int) -> None:
     print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_mb": peak, "answers": answers, **stats.to_dict()}))
 
 
+def label_by_tasks(grafts: str, rows: int, url: str, concurrency: int, tasks: int) -> None:
+    """One round of the job's asking tasks; prints its statistics."""
+    import ray
+
+    from addressvlm.config import validate
+    from addressvlm.storage.files import remove_tree
+    from addressvlm.storage.run_dir import Run
+    from addressvlm.storage.shards import plan_shards
+    from ray_jobs.label_requests import fill_response_cache
+
+    folder = Path(grafts).parent
+    labels = {"labeler": "openai", "model": "m", "base_url": url, "concurrency": concurrency, "workers": tasks}
+    config = validate({"name": folder.name, "storage": str(folder.parent), "labels": labels}, "benchmark")
+    remove_tree(Run(config).response_cache)
+    shards = plan_shards(Path(grafts), "train", 64)[: rows // 64]
+    ray.init(address="local", num_cpus=max(tasks, 2), include_dashboard=False, logging_level="warning")
+    print(json.dumps(fill_response_cache(config, shards, redo=False)))
+
+
 # Rounds
 
 
@@ -186,11 +211,12 @@ def running_server(concurrency: int, faults: float) -> Iterator[str]:
             process.kill()
 
 
-def run_round(grafts: Path, rows: int, concurrency: int, faults: float = 0.0) -> dict[str, Any]:
+def run_round(grafts: Path, rows: int, concurrency: int, faults: float = 0.0, tasks: int = 0) -> dict[str, Any]:
     """A round against a new server; the results of both."""
     with running_server(concurrency, faults) as url:
         command = [sys.executable, __file__, "--label", str(grafts), "--rows", str(rows), "--url", f"{url}/v1"]
-        done = subprocess.run([*command, "--concurrency", str(concurrency)], capture_output=True, text=True, check=True)
+        command += ["--concurrency", str(concurrency), *(["--tasks", str(tasks)] if tasks else [])]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={"OPENAI_API_KEY": "none", **os.environ})
         with urllib.request.urlopen(url) as response:
             return {**json.loads(done.stdout.splitlines()[-1]), "server": json.load(response)}
 
@@ -200,6 +226,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--tasks", type=int, nargs="+", help="asking tasks on Ray, some numbers of them in turn")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--fault-share", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--label", help=argparse.SUPPRESS)
@@ -207,10 +234,30 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve:
         asyncio.run(serve(args.concurrency, args.fault_share))
+    elif args.label and args.tasks:
+        label_by_tasks(args.label, args.rows, args.url, args.concurrency, args.tasks[0])
     elif args.label:
         label(args.label, args.rows, args.url, args.concurrency)
+    elif args.tasks:
+        compare_tasks(args.rows // 64 * 64, args.tasks, args.concurrency)
     else:
         compare(args.rows, args.rounds, args.concurrency)
+
+
+def compare_tasks(rows: int, numbers: list[int], concurrency: int) -> None:
+    ideal = math.ceil(rows / concurrency) * LATENCY_S
+    print(f"{rows:,} rows, {concurrency} in flight, {LATENCY_S:g} s an answer: an ideal asker takes {ideal:.1f} s")
+    with tempfile.TemporaryDirectory() as folder:
+        grafts = Path(folder) / "run" / "grafts"
+        write_grafts(grafts, 336, rows)
+        for tasks, faults in [*((tasks, 0.0) for tasks in numbers), (numbers[-1], 0.07)]:
+            result = run_round(grafts, rows, concurrency, faults, tasks)
+            server = result["server"]
+            print(
+                f"{tasks} tasks{', with faults' if faults else ''}: {ideal / server['seconds']:.1%} of the ideal, at most "
+                f"{server['in_flight']} in flight, {server['answered']:,} rows answered, {server['needless']} needless requests",
+                flush=True,
+            )
 
 
 def compare(rows: int, rounds: int, concurrency: int) -> None:

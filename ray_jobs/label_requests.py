@@ -68,9 +68,10 @@ def fill_response_cache(config: Config, shards: list[Shard], redo: bool) -> dict
                 progress.done, progress.note = estimate.answered + stats.rows, stats.note()
 
             parts = parts_of(shards, labels.workers)
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = False
+            context.execution_no_progress_timeout_s = -1  # a task gives no row before its end
             items = ray.data.from_items([{"part": part} for part in range(len(parts))], override_num_blocks=len(parts))
-            items.context.enable_progress_bars = False
-            items.context.execution_no_progress_timeout_s = -1
             ask = _AskingTask(config, parts, redo, limits)
             resources = {"num_cpus": labels.cpus_per_worker, "num_gpus": labels.gpus_per_worker}
             dataset = items.flat_map(ask.__call__, concurrency=len(parts), **resources)

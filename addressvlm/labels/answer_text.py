@@ -5,7 +5,6 @@ Models and servers mark reasoning in many ways: `<think>` (DeepSeek, Qwen, whose
 Ollama, OpenRouter), parts of the content (Mistral). Cutting takes linear time.
 """
 
-import math
 import re
 from typing import Any, NamedTuple
 
@@ -131,8 +130,9 @@ def token_counts(usage: Any) -> tuple[int, int]:
 
     def count(name: str) -> int:
         value = counts.get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return int(value) if is_number and 0 <= value <= MAX_COUNT else 0
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= MAX_COUNT:
+            return 0  # NaN is in no range
+        return int(value)
 
     return count("prompt_tokens"), count("completion_tokens")
 

@@ -10,6 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.labels.costs import LabelStats, price
@@ -326,9 +327,10 @@ class LimitsClient:
     def stop(self, reason: str) -> None:
         """Send nothing more, in any asker."""
         self.stopped = self.stopped or reason
-        for waiting in [*self._waiting, *(turn for _, _, turn in self._turns)]:
-            if not waiting.done():
-                waiting.set_exception(StoppedError())
+        futures: list[asyncio.Future[Any]] = [*self._waiting, *(turn for _, _, turn in self._turns)]
+        for future in futures:
+            if not future.done():
+                future.set_exception(StoppedError())
         self._waiting.clear()
         self._turns.clear()
         self._changed.set()

@@ -191,6 +191,32 @@ def test_labels_are_paid_once(tmp_path: Path) -> None:
     assert len(endpoint.requests) <= 8 * 24 + at_once  # no more than those that were under way
 
 
+def test_a_killed_asking_task_pays_for_no_row_twice(tmp_path: Path) -> None:
+    """One of two tasks gets kill -9 while answers are under way; it begins anew, and only those are asked for again."""
+    text = (
+        "The road leads on between two plain walls here, and the map shows it running straight. This is Mill Street in Harbour."
+    )
+    at_once, killed = 8, []
+
+    def reply(number: int, body: dict[str, Any]) -> Any:
+        if number >= 100 and not killed:
+            segment = next(Run(config).response_cache.glob("*.jsonl"))
+            killed.append(int(segment.stem.split("-")[-2]))  # its writer
+            os.kill(killed[0], signal.SIGKILL)
+        return says(text)
+
+    with Endpoint(reply).running() as endpoint:
+        settings = {"labeler": "openai", "model": "m", "base_url": endpoint.url, "concurrency": at_once, "workers": 2}
+        config = config_of(tmp_path, labels=settings, tiles={"pixels": 96})
+        tables.write_table(Run(config).photos, "train", rows(places=16, views=36), tables.PHOTOS)
+        graft.run_step(config, redo=False)
+        label.run_step(config, redo=False)
+    labels = list(tables.iter_rows(Run(config).alignment, "train", ["id", "source"]))
+    assert Counter(row["source"] for row in labels) == {"openai:m": 16 * 36}
+    assert killed
+    assert len(endpoint.requests) <= 16 * 36 + at_once
+
+
 def die_once(flag: Path, function: Callable[[Rows], ShardResult], batch: Rows) -> ShardResult:
     """The function, in a worker that gets kill -9 at its second batch."""
     made = function(batch)
