@@ -255,7 +255,8 @@ def compare_tasks(rows: int, numbers: list[int], concurrency: int) -> None:
             server = result["server"]
             print(
                 f"{tasks} tasks{', with faults' if faults else ''}: {ideal / server['seconds']:.1%} of the ideal, at most "
-                f"{server['in_flight']} in flight, {server['answered']:,} rows answered, {server['needless']} needless requests",
+                f"{server['in_flight']} in flight, {server['answered']:,} rows answered, {server['needless']} needless "
+                "requests",
                 flush=True,
             )
 

@@ -26,7 +26,7 @@ class LabelsConfig(Section):
     ask_address: bool = False  # begin each conversation about a grafted image with a stage 2 question for the address
     model: str = "gpt-4o-mini"  # its name at the endpoint (the key is in OPENAI_API_KEY), or a folder or hub name
     base_url: str | None = None  # for `openai`: any compatible endpoint
-    concurrency: int = Field(16, ge=1)  # requests in flight
+    concurrency: int = Field(16, ge=1)  # requests in flight, of all workers together
     max_attempts: int = Field(3, ge=1)  # answers per row before the template is used and marked as fallback
     timeout_s: float = Field(60.0, gt=0)  # of a request, in seconds
     retries: int = Field(5, ge=0)  # of a transient error (429, 5xx, time-out), after the wait that the endpoint asks for
@@ -44,7 +44,7 @@ class LabelsConfig(Section):
     image_rule: Literal["tiles", "patches", "fixed"] = "tiles"
     image_base: int = Field(2833, ge=0)
     image_each: float = Field(5667.0, ge=0)
-    workers: int = Field(1, ge=1)  # for `local`: copies of the model
+    workers: int = Field(1, ge=1)  # `local`: copies of the model; `openai`: asking tasks; `vllm`: servers
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)  # for `local` and the server of `vllm`, which needs all of `tensor_parallel`
     temperature: float = Field(0.0, ge=0)  # 0 is greedy
