@@ -30,7 +30,7 @@ from addressvlm.labels.vllm_server import serving
 from addressvlm.storage.files import local_folder_for
 from addressvlm.storage.run_dir import Run
 from addressvlm.storage.shards import Shard
-from ray_jobs.cluster import Workers, wait_for_workers
+from ray_jobs.cluster import Workers, notify_progress, wait_for_workers
 from ray_jobs.progress import Progress, display
 from ray_jobs.ray_data import to_input_error
 
@@ -66,6 +66,7 @@ def fill_response_cache(config: Config, shards: list[Shard], redo: bool) -> dict
                     raise
                 stats = ray.get(limits.stats.remote())
                 progress.done, progress.note = estimate.answered + stats.rows, stats.note()
+                progress.context.run(notify_progress, "label", progress.done, rows)
 
             parts = parts_of(shards, labels.workers)
             context = ray.data.DataContext.get_current()
