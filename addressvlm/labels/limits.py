@@ -17,7 +17,7 @@ from addressvlm.labels.costs import LabelStats, price
 
 PROBE = 12  # answers; the job stops if none of the first ones is usable, whatever the reason
 BEAT_S = 0.25  # between two reports of an asker that needs nothing
-SILENT_S = 15.0  # an asker that has not reported for so long is dead
+SILENT_S = 60.0  # an asker that has not reported for so long is dead; one that Ray starts anew says so
 
 
 class MinuteRateLimiter:
