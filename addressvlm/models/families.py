@@ -108,6 +108,8 @@ def rope_positions(types: Sequence[int], grids: Sequence[Sequence[int]], merge: 
 
 def check_image_token(model: Any, processor: Any, name: str) -> None:
     """Refuse a processor whose image token is not the model's, with an InputError; `name` is the model's."""
+    if not hasattr(processor, "image_token"):
+        return
     token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     expected = getattr(model.config, "image_token_id", token)
     if token != expected:
