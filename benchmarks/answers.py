@@ -4,7 +4,7 @@
     python benchmarks/answers.py --model base --gazetteer city/photos/gazetteer.geojson --data city/photos --photos 4
 
 Constrained against free generation (decoding passes per answer, and accuracy on the same photos with an exact paired test),
-scoring the trie in one pass against a batch of answers, and ten questions about a photo against one.
+scoring the trie in one pass against a batch of answers, ten questions about a photo against one, many chats against one.
 """
 
 import argparse
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
+from addressvlm.answers.generate import Answer, Decoder
 from addressvlm.answers.sequence_scorer import SequenceScorer
 from addressvlm.evaluation.parsing import Judge
 from addressvlm.evaluation.run_questions import photo_image
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
-from addressvlm.inference import Localizer, user_turn
+from addressvlm.inference import Localizer, Sampling, user_turn
 from addressvlm.questions import ADDRESS_QUESTION, templates
 from addressvlm.storage import tables
 
@@ -94,6 +95,24 @@ def compare_scoring(localizer: Localizer, photo: dict[str, Any], rounds: int) ->
     print(f"prefill of photo and question: {1000 * prefill:.0f} ms, then scoring: {1000 * scoring:.0f} ms")
 
 
+def compare_chats(localizer: Localizer, photos: list[dict[str, Any]], chats: int = 32) -> None:
+    """Tokens a CPU second of many chats in one batch, against one after the other; all of the same length."""
+    sampling, ends, localizer.end_tokens = Sampling(MAX_TOKENS, 1.0, seed=0), localizer.end_tokens, set()
+    images = [photo_image(photos[i % len(photos)]) for i in range(chats)]
+    states = [localizer.prefill_questions([image], ["What do you see?"])[0][1] for image in images]
+
+    def write(some: list[Any]) -> None:
+        decoder = Decoder()
+        for state in some:
+            decoder.join(state, [Answer(localizer, sampling, int(state.mask.sum()))])
+        while decoder.step():
+            pass
+
+    ratios = [_cpu(lambda: [write([state]) for state in states]) / _cpu(lambda: write(states)) for _ in range(3)]
+    print(f"{chats} chats of {MAX_TOKENS} tokens together: {statistics.median(ratios):.1f}x the tokens/s of one at a time")
+    localizer.end_tokens = ends
+
+
 def compare_questions(localizer: Localizer, photos: list[dict[str, Any]], rounds: int) -> None:
     """Ten questions about one photo against one question; every round has new photos, so no cache helps."""
     city = localizer.require_gazetteer()
@@ -150,6 +169,7 @@ def main() -> None:
     compare_passes(localizer, photos)
     compare_scoring(localizer, photos[0], args.rounds)
     compare_questions(localizer, photos, args.rounds)
+    compare_chats(localizer, photos)
 
 
 if __name__ == "__main__":
