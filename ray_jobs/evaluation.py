@@ -11,7 +11,8 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -241,9 +242,8 @@ def run_model(step: str, config: Config, photos: AnyPath, outputs: Sequence[Mode
             size = max(1, min(MAX_SHARD, -(-len(output.ids) // need.workers)))
             shards = plan_photos(tables.table_files(photos, output.split), output.ids, size)
             jobs.append(ShardJob(list(shards), folder, output.work))
-        unit = (
-            f"photos in {len(jobs)} tables" if len(jobs) > 1 else "photos"
-        )  # a photo that is scored and asked about is in two
+        # a photo that is scored and asked about is in two tables
+        unit = f"photos in {len(jobs)} tables" if len(jobs) > 1 else "photos"
         run_on_actors(step, jobs, need.workers, {"num_cpus": need.cpus_per_worker, "num_gpus": need.gpus_per_worker}, unit)
     return True
 
@@ -418,8 +418,15 @@ def model_digest(model: str) -> str:
     folder = local_model_copy(model)
     if not folder.is_dir():
         return model
-    files = [file for kind in ("*.safetensors", "*.json", "*.jinja") for file in folder.glob(kind)]
-    return files_digest([file for file in files if file.name != CALIBRATION_FILE])
+    files = [file for kind in ("*.safetensors", "*.json", "*.jinja") for file in sorted(folder.glob(kind))]
+    stats = ((file, file.stat()) for file in files if file.name != CALIBRATION_FILE)
+    return _unchanged_files_digest(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+
+
+@lru_cache(maxsize=32)
+def _unchanged_files_digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """`files_digest` of files with their sizes and times of change: several tables depend on one model of gigabytes."""
+    return files_digest([file for file, _, _ in files])
 
 
 def files_digest(files: Sequence[AnyPath]) -> str:
