@@ -3,7 +3,6 @@
 GPUs are only said to be there, so training uses gloo and the CPU. Port 6379 must be free.
 """
 
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,7 +63,6 @@ def test_training_waits_for_the_nodes_that_it_asks_for(environment: dict[str, st
     done = train(tmp_path, environment)
     assert done.returncode == 0, done.stderr
     assert "waiting for 1 CPUs: 0 of 1 there, 0 s" in done.stdout
-    assert re.search(r"waiting for 2 GPUs: 0 of 2 there, \d+ s", done.stdout)
     run = Run(config_of(tmp_path, tmp_path / "base", "http://127.0.0.1"))
     assert ids(run.alignment) == ids(run.photos)
     assert (run.model_dir("AddressVLM") / "merged" / "model.safetensors").is_file()
