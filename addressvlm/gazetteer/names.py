@@ -25,7 +25,7 @@ NO_VALUE = frozenset(
 _BLANKS = dict.fromkeys((0x2800, 0x3164, 0x115F, 0x1160, 0xFFA0), " ")  # look like a blank and count as a symbol or letter
 _JOINERS = "\u200c\u200d"  # belong to the spelling in Arabic, Persian and Indian scripts
 _JOINED = re.compile("[\u0600-\u06ff\u0900-\u0dff]")
-_SEPARATOR = re.compile(r"\s*;\s*|\s+/\s+|\s*[\r\n\u2028\u2029]+\s*")
+_SEPARATOR = re.compile(r";|(?<=\s)/(?=\s)|[\r\n\u2028\u2029]+")
 _LIST = re.compile(r"\s*(\[.*\]|\{.*\}|\(\s*['\"].*\))\s*", re.DOTALL)
 _QUOTED = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""")
 _SIDES = ("name:left", "name:right")

@@ -36,7 +36,7 @@ class Ial:
     POSITION = ("gps", "coordinates", "coordinate", "location", "latlon", "lat_lon", "geometry")
     PHOTO = ("file", "id", "place", "lat", "lon", "heading", "fov_deg", "panorama", "block", "split")
     UNIQUE = frozenset(("neighborhood", "neighbourhood", "main_street", *CROSS_STREETS))  # no other table has these
-    SEPARATOR = re.compile(r"\s*[&;|]\s*|\s*,\s*|\s+and\s+")
+    SEPARATOR = re.compile(r"[&;|,]|(?<=\s)and(?=\s)")
 
     def recognizes(self, sample: SourceSample) -> bool:
         """A table with a column that only such annotations have, unless it is a manifest without it."""
