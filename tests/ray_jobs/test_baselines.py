@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,21 @@ import torch
 from PIL import Image
 
 from addressvlm import InputError
+from addressvlm.baselines import addressclip
 from addressvlm.baselines import rag as rag_module
+from addressvlm.baselines.dual_encoder import build_dual_encoder, open_encoder
 from addressvlm.baselines.retrieval import VectorIndex
 from addressvlm.config import validate
-from addressvlm.config.compare import RagConfig
+from addressvlm.config.compare import AddressClipConfig, BlindConfig, GuessConfig, RagConfig
 from addressvlm.gazetteer.gazetteer import Gazetteer
-from ray_jobs.baselines import rag, retrieval, trained
+from ray_jobs.baselines import addressclip as clip
+from ray_jobs.baselines import load_system, rag, retrieval, trained
 from ray_jobs.baselines.retrieval import Embeddings, GallerySearch, IndexParts, build_index, index_loaders
 from ray_jobs.baselines.system import ComparisonContext, SystemOutcome
 from ray_jobs.evaluation import PhotoModel, write_scores
 from tests.support.baselines import GAZETTEER, comparison_in, photo
+from tests.support.dual_encoders import tiny_clip
+from tests.support.families import picture
 from tests.support.label_requests import config_of
 from tests.support.openai_endpoint import Endpoint, says
 
@@ -266,3 +272,52 @@ def test_a_system_made_of_others_has_all_that_they_have(context: ComparisonConte
     result = trained.combined_stats(context, ["a", "b", "a system that did not run"])
     assert (result.parameters, result.stored_bytes) == (7, 30)
     assert result.licences == {"model": "mit", "encoder": "apache-2.0"}
+
+
+# Systems without a photo, and a dual encoder as it is
+
+
+@pytest.mark.parametrize("by", ["commonest", "random"])
+def test_a_guess_answers_every_question_and_sees_no_photo(context: ComparisonContext, by: str) -> None:
+    system = GuessConfig(name="A guess", kind="guess", by=by)
+    assert load_system("guess", system).run(context).answered
+    answers = list(context.task.answers("A guess"))
+    assert len(answers) == sum(len(photo("test", n)["rounds"]) for n in range(6))
+    assert all(isinstance(row["correct"], bool) and row["answer"] for row in answers)
+
+
+def test_a_blind_system_scores_all_photos_alike(context: ComparisonContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(PhotoModel):
+        def address_scores(self, images: Any) -> np.ndarray:
+            assert [image.getextrema() for image in images] == [((128, 128),) * 3]  # grey
+            return np.array([[0.0, 2.0, 1.0]])
+
+    def here(function: Any) -> Any:
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=function))
+
+    monkeypatch.setattr(trained, "PhotoModel", Model)
+    monkeypatch.setattr(trained, "ray", SimpleNamespace(get=lambda result: result, remote=here))
+    monkeypatch.setattr(trained.train, "run_step", lambda *_, **__: None)
+    monkeypatch.setattr(trained, "trained_model", lambda *_: "owner/model")
+    monkeypatch.setattr(trained, "model_stats", lambda *_: SystemOutcome(stored_bytes=7))
+    outcome = load_system("blind", BlindConfig(name="Blind", kind="blind")).run(context)
+    assert outcome.stored_bytes == 7
+    assert outcome.scores is not None
+    rows = list(outcome.scores.rows("test"))
+    assert [row["id"] for row in rows] == context.ids["test"]
+    assert {tuple(row["scores"]) for row in rows} == {(0.0, 2.0, 1.0)}
+    with pytest.raises(InputError, match=r"'Blind' is of nothing: systems of train\.systems are zero-shot"):
+        load_system("blind", BlindConfig(name="Blind", kind="blind", of="nothing")).run(context)
+
+
+def test_a_clip_is_kept_as_it_is_without_epochs(context: ComparisonContext, tmp_path: Path) -> None:
+    base = tiny_clip(tmp_path / "clip")
+    system = AddressClipConfig(name="zero-shot CLIP", kind="addressclip", base=str(base), epochs=0, captions="none")
+    clip.AddressClipSystem(system).keep_untrained(context, clip.settings(context.config, system))
+    folder = context.run.model_dir("zero-shot CLIP")
+    images = [picture(5), picture(9)]
+    kept, original = open_encoder(folder), build_dual_encoder(str(base), "", "float32", 0)
+    assert torch.equal(kept.encode_images(images), original.encode_images(images))
+    assert addressclip.trained_parameters(folder) == {"parameters": 0, "steps": 0, "without_caption": 0}
+    with pytest.raises(InputError, match=r"'x' is not trained .* set base to a CLIP"):
+        validate({"compare": {"systems": [{"name": "x", "kind": "addressclip", "epochs": 0}]}}, "test")
