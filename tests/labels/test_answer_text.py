@@ -212,21 +212,22 @@ def reply_of(body: Any) -> Reply:
     return 200, {"Content_Type": "application/json"}, body if isinstance(body, str) else json.loads(json.dumps(body))
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [{"choices": "x"}, {"choices": [1]}, [], "[" * 100_000,
-     {"choices": [{"message": {"content": GOOD}}], "usage": [1]}, '"x"', "7",
-     {"choices": [{"message": {"content": [None]}}]}, {"error": {"code": "²"}}, {"error": [1]},
-     {"choices": [{"error": {"code": 502, "message": "gone"}, "message": {"content": "Half"}}]}],
-)  # fmt: skip
-def test_an_odd_answer_is_the_failure_of_its_row_alone(endpoint: Endpoint, tmp_path: Path, shape: Any) -> None:
+ODD = [
+    {"choices": "x"}, {"choices": [1]}, [], "[" * 100_000, {"choices": [{"message": {"content": GOOD}}], "usage": [1]}, "7",
+    {"choices": [{"message": {"content": [None]}}]}, {"error": {"code": "²"}}, {"error": [1]},
+    {"choices": [{"error": {"code": 502, "message": "gone"}, "message": {"content": "Half"}}]},
+]  # fmt: skip
+
+
+def test_an_odd_answer_is_the_failure_of_its_row_alone(endpoint: Endpoint, tmp_path: Path) -> None:
     """All other answers are recorded, and none is paid twice."""
-    endpoint.reply = lambda n, body: reply_of(shape) if n % 20 == 7 else says(GOOD)
-    labels, stats = run_labeler(config_of(endpoint, concurrency=8), tmp_path, requests(60))
-    assert len(labels) == 60
+    endpoint.reply = lambda n, body: reply_of(ODD[n // 6 % len(ODD)]) if n % 6 == 5 else says(GOOD)
+    labels, stats = run_labeler(config_of(endpoint, concurrency=8), tmp_path, requests(100))
     assert {label.source for label in labels.values()} == {"openai:m"}
+    assert len(labels) == 100
+    assert (stats.unusable > 5, stats.again.keys()) == (True, {"500", "no JSON", "broken off"})
     assert ResponseCache(tmp_path).answers.total() == stats.answered
-    assert run_labeler(config_of(endpoint, concurrency=8), tmp_path, requests(60))[1].asked == 0
+    assert run_labeler(config_of(endpoint, concurrency=8), tmp_path, requests(100))[1].asked == 0
 
 
 @pytest.mark.parametrize(
