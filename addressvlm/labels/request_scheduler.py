@@ -33,6 +33,7 @@ BUSY_RETRIES = 4  # a busy endpoint (429) is retried so often for each of `label
 THREADS = 4  # that encode images
 READ_BATCH = 16  # rows
 PROGRESS_EVERY_S = 5
+VALIDATION_DELAY, MAX_VALIDATION_DELAY_S = 0.25, 0.5  # of the time that the answer took
 MAX_REASON = 300  # characters of a failure in the cache
 
 
@@ -230,7 +231,8 @@ class RequestScheduler:
                     body = await self._in_thread(lambda: self.client.body(state.messages()))
                 answer = await self._send_with_retries(state, prepared.key, body)
                 try:
-                    await asyncio.sleep(0)  # the next request goes out before this answer is validated
+                    # Answers come together: each is followed by a request before any is validated, which takes time.
+                    await asyncio.sleep(min(answer.seconds * VALIDATION_DELAY, MAX_VALIDATION_DELAY_S))
                     label = state.add_answer(answer.text, answer.refusal, answer.unusable)
                 finally:
                     self.limits.judge(state.useless)
