@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
-LINE_EVERY_S = 4.0  # without a terminal
+LINE_EVERY_S = 3.0  # without a terminal; Python may hold the thread back for a moment
 LOOK_EVERY_S = 0.5  # with one
 
 
