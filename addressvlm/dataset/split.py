@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import shapely
+from numpy.typing import NDArray
 
 from addressvlm.config.city import CityConfig
 from addressvlm.dataset.geocoding import Place
@@ -23,6 +24,7 @@ from addressvlm.dataset.photos import Photo
 from addressvlm.errors import InputError
 from addressvlm.gazetteer.gazetteer import Address
 
+Ints = NDArray[np.int64]
 MIN_BLOCK_M = 5.0
 
 Part = Literal["train", "val", "test", "aside"]
@@ -87,7 +89,7 @@ def split_places(places: Sequence[Place], city: CityConfig, seed: int, photos: I
     after = {address for address, part in zip(splitter.addresses, splitter.part, strict=True) if part == "train"}
     ids = [p.id for p in places]
     return PlaceSplit(
-        part=dict(zip(ids, splitter.part, strict=True)),
+        part=dict(zip(ids, splitter.part.tolist(), strict=True)),
         reason={ids[i]: reason for i, reason in sorted(splitter.reason.items())},
         min_distance_m=splitter.min_distance(),
         map_only=tuple(sorted(before - after)),
@@ -123,15 +125,20 @@ class _Splitter:
         self.points = shapely.points(self.xy)
         self.addresses = [p.address for p in places]
         self.split_buffer_m = split_buffer_m
-        self.part: list[Part] = ["train"] * len(places)
+        self.part = np.full(len(places), "train", dtype="<U5")  # a Part each
         self.reason: dict[int, str] = {}
         self.train_counts = Counter(self.addresses)  # address -> number of its training places
-        self.near: list[list[int]] = [[] for _ in places]  # the others within the buffer
-        if split_buffer_m > 0 and places:
-            tree = shapely.STRtree(self.points)
-            for i, j in tree.query(self.points, predicate="dwithin", distance=split_buffer_m).T:
-                if i != j and np.hypot(*(self.xy[i] - self.xy[j])) < split_buffer_m:
-                    self.near[i].append(int(j))
+        self.tree = shapely.STRtree(self.points)
+
+    def near(self, places: Iterable[int]) -> tuple[Ints, Ints]:
+        """Pairs of one of these places and another place within the buffer; searched for when needed, all would be too many."""
+        asked = np.array(list(places), dtype=np.int64)
+        if not len(asked) or self.split_buffer_m <= 0:
+            return asked[:0], asked[:0]
+        index, other = self.tree.query(self.points[asked], predicate="dwithin", distance=self.split_buffer_m)
+        place = asked[index]
+        within = (place != other) & (np.hypot(*(self.xy[place] - self.xy[other]).T) < self.split_buffer_m)
+        return place[within], other[within]
 
     def take(self, named: Sequence[set[str]]) -> None:
         """The split that the table gives each place.
@@ -167,16 +174,17 @@ class _Splitter:
         sides = itertools.takewhile(lambda side: side >= least, (split_block_m / 2**n for n in itertools.count()))
         for side in [split_block_m] if self.blocks else sides:
             for block in self._cells(range(len(self.part)), side, rng):
-                members = [
-                    i for i in block
-                    if self.part[i] in ("train", "aside") and {self.part[j] for j in self.near[i]} <= {"train", "aside", part}
-                ]  # fmt: skip
+                free = [i for i in block if self.part[i] in ("train", "aside")]
+                place, other = self.near(free)
+                taken = set(place[np.isin(self.part[other], ("train", "aside", part), invert=True)].tolist())
+                members = [i for i in free if i not in taken]
                 counts = Counter(self.addresses[i] for i in members)
                 if self.blocks:  # whole or not at all
                     members = members if len(members) < 2 * sum(max(0, missing[address]) for address in counts) else []
                 else:
                     members = [i for i in members if counts[self.addresses[i]] < 2 * missing[self.addresses[i]]]
-                if not members or not self._keeps_addresses_trained(members):
+                around = set(other[np.isin(place, members) & (self.part[other] == "train")].tolist()).difference(members)
+                if not members or not self._keeps_addresses_trained(members, around):
                     continue
                 for m in members:
                     missing[self.addresses[m]] -= 1
@@ -184,7 +192,7 @@ class _Splitter:
                         self.train_counts[self.addresses[m]] -= 1
                     self.part[m] = part
                     self.reason.pop(m, None)
-                for i in sorted({j for m in members for j in self.near[m] if self.part[j] == "train"}):
+                for i in sorted(around):
                     self.train_counts[self.addresses[i]] -= 1
                     self.part[i] = "aside"
                     self.reason[i] = f"nearer than {self.split_buffer_m:g} m to a {part} place"
@@ -216,8 +224,8 @@ class _Splitter:
 
     def min_distance(self) -> float | None:
         """Smallest distance from a training place to a validation or test place."""
-        train = self.points[[p == "train" for p in self.part]]
-        others = self.points[[p in ("val", "test") for p in self.part]]
+        train = self.points[self.part == "train"]
+        others = self.points[np.isin(self.part, ("val", "test"))]
         if not len(train) or not len(others):
             return None
         _, distances = shapely.STRtree(train).query_nearest(others, return_distance=True, all_matches=False)
@@ -243,9 +251,8 @@ class _Splitter:
         rng.shuffle(blocks)
         return blocks
 
-    def _keeps_addresses_trained(self, members: list[int]) -> bool:
-        """Whether each address in the block, and each that its buffer takes places from, keeps a training place."""
-        leaving = {i for m in members for i in (m, *self.near[m]) if self.part[i] == "train"}
-        loss = Counter(self.addresses[i] for i in leaving)
+    def _keeps_addresses_trained(self, members: list[int], around: set[int]) -> bool:
+        """Whether each address in the block, and each that its buffer takes places from (`around`), keeps a training place."""
+        loss = Counter(self.addresses[i] for i in (*members, *around) if self.part[i] == "train")
         touched = set(loss) | {self.addresses[m] for m in members}
         return all(self.train_counts[address] > loss[address] for address in touched)
