@@ -1,6 +1,7 @@
 """The served cities: one merged model, or adapters of several cities on one base; and the geometry of their streets."""
 
 import gzip
+import itertools
 import json
 import os
 import re
@@ -14,13 +15,18 @@ import shapely
 
 from addressvlm.answers.calibration import Calibration
 from addressvlm.gazetteer.gazetteer import GAZETTEER_FILE, Gazetteer
-from addressvlm.storage.remote_path import AnyPath, RemotePath, path_of
+from addressvlm.storage.remote_path import AnyPath, RemotePath, list_files, path_of
 from addressvlm.storage.run_dir import LAST_MODEL_FILE, storage_dir
+from addressvlm.storage.tables import iter_rows
 from serve.errors import ApiError
 from serve.schemas import CityAnswer
 from serve.settings import ServiceSettings, SettingsError
 
 SERVED_SYSTEM = "addressvlm"  # of a run with several trained systems
+MAX_SAMPLES = 6
+MAX_ROWS = 200  # that are looked at for them
+MAX_SAMPLE_BYTES = 1_000_000
+JPEG = b"\xff\xd8"
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,7 @@ def _last_model(storage: str) -> AnyPath:
 
 
 class CityGeometry:
-    """The map of a city and the positions of its streets, loaded on first use."""
+    """The map of a city, the positions of its streets and photos of it, loaded on first use."""
 
     def __init__(self, city: City) -> None:
         self.city = city
@@ -178,6 +184,20 @@ class CityGeometry:
     def calibration(self) -> Calibration:
         """What the model's confidence was checked on."""
         return Calibration.load(self.city.folder)
+
+    @cached_property
+    def samples(self) -> list[bytes]:
+        """Photos to try, as JPEG: one of each street, of the test split of the run that the model is from, if that is there."""
+        folders = [self.city.folder, *(parent / "photos" for parent in list(self.city.folder.parents)[:3])]
+        with_photos = [folder for folder in folders if list_files(folder, "test-*.parquet")]
+        photos: dict[str, bytes] = {}
+        for row in itertools.islice(iter_rows(with_photos[0], "test", ["street", "image"]) if with_photos else (), MAX_ROWS):
+            data = (row["image"] or {}).get("bytes") or b""
+            if data.startswith(JPEG) and len(data) <= MAX_SAMPLE_BYTES:
+                photos.setdefault(row["street"], data)
+            if len(photos) == MAX_SAMPLES:
+                break
+        return list(photos.values())
 
     @cached_property
     def geojson(self) -> bytes:

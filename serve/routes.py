@@ -39,7 +39,6 @@ from serve.errors import LOGGING_CONFIG, ApiError, add_exception_handlers
 from serve.metrics import MetricsReplica, ServiceMetrics, render_metrics
 from serve.middleware import AccessMiddleware
 from serve.requests import ChatQuery, LocalizeQuery, read_json, read_localize
-from serve.samples import SamplePhotos
 from serve.schemas import (
     ChatCompletion,
     ChatRequest,
@@ -117,7 +116,6 @@ class Routes:
     def __init__(self, settings: ServiceSettings, cities: Sequence[City], backend: Backend, metrics: ServiceMetrics) -> None:
         self.settings, self.cities, self.backend, self.metrics = settings, list(cities), backend, metrics
         self.geometries = {city.id: CityGeometry(city) for city in cities}
-        self.samples = {city.id: SamplePhotos(city.folder) for city in cities}
         self._health_lock, self._health_until, self._replicas = asyncio.Lock(), 0.0, cast("int | None", None)
 
     def app(self, key_hashes: Sequence[str] = (), **access: Any) -> FastAPI:
@@ -308,13 +306,13 @@ class Routes:
     async def list_samples(self, request: Request) -> SampleList:
         """List photos to try, of places that training never saw."""
         city = pick_city(self.cities, request.query_params.get("city"))
-        photos = await asyncio.to_thread(lambda: self.samples[city.id].photos)
+        photos = await asyncio.to_thread(lambda: self.geometries[city.id].samples)
         return SampleList(data=[SampleAnswer(id=n, url=f"v1/samples/{n}?city={quote(city.id)}") for n in range(len(photos))])
 
     async def sample(self, request: Request, number: str) -> Response:
         """A photo to try, as JPEG."""
         city = pick_city(self.cities, request.query_params.get("city"))
-        photos = await asyncio.to_thread(lambda: self.samples[city.id].photos)
+        photos = await asyncio.to_thread(lambda: self.geometries[city.id].samples)
         if number not in map(str, range(len(photos))):
             raise ApiError(404, f"No sample photo '{number[:20]}' here, see /v1/samples.", code="sample_not_found")
         return Response(photos[int(number)], media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})

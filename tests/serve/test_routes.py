@@ -19,6 +19,7 @@ from addressvlm.answers.address_distribution import Candidate, Circle, Localizat
 from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.types import Completion, TextChunk
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
+from addressvlm.storage.tables import PHOTOS, write_table
 from serve.cities import City, CityGeometry
 from serve.metrics import ServiceMetrics
 from serve.requests import ChatQuery, LocalizeQuery
@@ -26,7 +27,7 @@ from serve.routes import Routes
 from serve.schemas import CircleFields, PriorFields
 from serve.settings import ServiceSettings
 from tests.support.in_process_service import served
-from tests.support.running_service import STREETS, chat_messages, check_error, save_gazetteer
+from tests.support.running_service import STREETS, chat_messages, check_error, photo, save_gazetteer
 
 pytestmark = pytest.mark.xdist_group("serve")
 
@@ -216,6 +217,21 @@ def test_a_street_is_placed_on_its_longest_part(tmp_path: Path) -> None:
     assert (one["lat"], one["lon"], one["geometry"]["type"]) == (pytest.approx(52.01), 1, "MultiLineString")
     assert (two["lat"], two["lon"]) == pytest.approx((52.05, 3.1))
     assert three == {"street": "Three", "district": "A", "probability": 0.5, "lat": None, "lon": None, "geometry": None}
+
+
+def test_samples_are_one_photo_of_each_street_from_the_runs_test_split(tmp_path: Path) -> None:
+    model = tmp_path / "run" / "models" / "addressvlm" / "merged"
+    model.mkdir(parents=True)
+    assert CityGeometry(City("x", "X", "x", model)).samples == []
+    images = [
+        ("Mill Street", photo(1)),
+        ("Mill Street", photo(2)),
+        ("Oak Avenue", b"\x89PNG"),
+        *((f"S{n}", photo(n)) for n in range(9)),
+    ]
+    rows = [{"id": str(n), "street": s, "image": {"bytes": data, "path": None}} for n, (s, data) in enumerate(images)]
+    write_table(tmp_path / "run" / "photos", "test", rows, PHOTOS)
+    assert CityGeometry(City("x", "X", "x", model)).samples == [photo(1), *(photo(n) for n in range(5))]
 
 
 def test_parts_of_a_prior_are_independent() -> None:
