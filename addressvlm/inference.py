@@ -322,10 +322,10 @@ class Localizer(ChatModel):
 
     def _prefill_whole(self, prompts: Sequence[tuple["Localizer", PreparedPrompt, Tensors]]) -> States:
         """The states after inputs of prompts, those with images of the same shape as one batch."""
-        mixed = len({owner for owner, _, _ in prompts}) > 1 and self.mixes_photos
+        several = len({owner for owner, _, _ in prompts}) > 1
         groups: dict[Any, list[int]] = defaultdict(list)
         for row, (owner, prompt, tensors) in enumerate(prompts):
-            groups[None if mixed and prompt.photo else owner, input_shapes(tensors)].append(row)
+            groups[None if several and prompt.photo and self.can_mix(tensors) else owner, input_shapes(tensors)].append(row)
         states = []
         for rows in groups.values():
             tensors = merge_inputs([prompts[row][2] for row in rows], self.tokenizer.pad_token_id)

@@ -184,9 +184,13 @@ class ChatModel:
     def _adapted_modules(self) -> list[Any]:
         return [m for m in self.adapters.modules() if isinstance(m, LoraLayer | ModulesToSaveWrapper)]
 
+    def can_mix(self, inputs: Tensors) -> bool:
+        """Whether a prompt can be in a batch with those of other adapters: all that they adapt sees a row a prompt."""
+        return self._mixable_shapes == _image_shapes(inputs)
+
     @cached_property
-    def mixes_photos(self) -> bool:
-        """Whether adapters can be mixed in a batch of prompts with one photo each: all that they adapt sees a row a prompt."""
+    def _mixable_shapes(self) -> tuple[Any, ...] | None:
+        """The `_image_shapes` of a prompt with one photo, if adapters can be mixed in a batch of such prompts."""
         photo = Image.new("RGB", (self.image_size, self.image_size))
         prepared = self.prepare(self.prompt([user_turn("?")]), [photo])
         inputs = self.to_device(merge_inputs([prepared.whole()] * 2, self.tokenizer.pad_token_id))
@@ -195,7 +199,7 @@ class ChatModel:
         self.prefill(inputs)
         for hook in hooks:
             hook.remove()
-        return sizes == {2}
+        return _image_shapes(prepared.whole()) if sizes == {2} else None
 
     def _activate(self, adapter: str) -> None:
         if self.adapters is not None and self.adapters.active_adapter != adapter:
@@ -337,6 +341,10 @@ def merge_inputs(rows: Sequence[Tensors], pad_token: int) -> Tensors:
 def input_shapes(inputs: Tensors) -> tuple[Any, ...]:
     """What inputs of one batch must have in common: the kinds and sizes of their images."""
     return tuple((key, value.shape[1:]) for key, value in inputs.items() if value.shape != inputs["input_ids"].shape)
+
+
+def _image_shapes(inputs: Tensors) -> tuple[Any, ...]:
+    return tuple((key, value.shape) for key, value in inputs.items() if value.shape != inputs["input_ids"].shape)
 
 
 def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -47,4 +47,8 @@ def test_adapters_are_mixed_where_every_layer_sees_a_row_a_prompt(family, mixes,
     base, processor = load_model(str(tiny_llava(tmp_path))) if family == "llava" else FAMILIES[family]()
     model, _ = attach_lora(base, ModelConfig(vision=PartConfig(rank=2), adapter=PartConfig(full=True), llm=PartConfig(rank=2)))
     chat = ChatModel(tmp_path, device="cpu", loaded=(base, processor), adapters=model.eval(), adapter="default")
-    assert chat.mixes_photos is mixes
+    one, two = (chat.prepare(chat.prompt([turn]), photos).whole() for turn, photos in (
+        (user_turn("?"), [picture(1)]), ({"role": "user", "content": [{"type": "image"}] * 2}, [picture(1), picture(2)])
+    ))  # fmt: skip
+    assert chat.can_mix(one) is mixes
+    assert not chat.can_mix(two)
