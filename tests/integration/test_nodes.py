@@ -130,15 +130,14 @@ def test_photos_are_grafted_once_when_a_node_is_lost(made: tuple[Config, Kills, 
     assert f"graft: {len(photos):,} grafted images" in text
 
 
-def test_no_label_is_requested_twice(made: tuple[Config, Kills, Endpoint, str]) -> None:
+def test_no_label_is_paid_twice_but_those_in_flight_on_the_lost_node(made: tuple[Config, Kills, Endpoint, str]) -> None:
     config, _, endpoint, _ = made
     run = Run(config)
     labels = list(tables.iter_rows(run.alignment, "train", ["id", "source"]))
     assert [row["id"] for row in labels] == ids(run.grafts)
     assert Counter(row["source"] for row in labels) == {"openai:m": len(labels)}
-    assert len(endpoint.requests) == len(
-        labels
-    )  # whoever asks is on the node of the driver, so nothing was in flight on the lost one
+    in_flight = config.labels.concurrency  # of a task on the lost node, which nobody recorded
+    assert len(endpoint.requests) <= len(labels) + in_flight
 
 
 def test_training_resumes_from_the_checkpoint(made: tuple[Config, Kills, Endpoint, str]) -> None:
