@@ -1,9 +1,9 @@
 """The model as a Ray Serve deployment: requests become jobs of the engine's thread, and cities load on demand."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from ray import serve
@@ -48,15 +48,17 @@ class Model:
         from addressvlm.answers.generate import completion
 
         answers: list[list[TextChunk]] = [[] for _ in range(query.sampling.n)]
-        async for chunk in self._chunks(query):
-            answers[chunk.index].append(chunk)
+        async with aclosing(self._chunks(query)) as chunks:
+            async for chunk in chunks:
+                answers[chunk.index].append(chunk)
         return list(map(completion, answers))
 
-    async def stream_chat(self, query: ChatQuery) -> AsyncIterator[TextChunk | Exception]:
+    async def stream_chat(self, query: ChatQuery) -> AsyncGenerator[TextChunk | Exception]:
         """The answers chunk by chunk."""
         try:
-            async for chunk in self._chunks(query):
-                yield chunk
+            async with aclosing(self._chunks(query)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         except (InputError, ApiError) as error:
             yield error
 
@@ -64,7 +66,7 @@ class Model:
         """Raises if the device failed or the model's thread is stuck; Ray Serve then replaces the replica."""
         self.engine.check_health()
 
-    async def _chunks(self, query: ChatQuery) -> AsyncIterator[TextChunk]:
+    async def _chunks(self, query: ChatQuery) -> AsyncGenerator[TextChunk]:
         from addressvlm.answers.generate import AnswerText
 
         async with self._job(self.engine.prepare_chat, query) as (job, receive):

@@ -77,6 +77,7 @@ def test_a_caller_who_leaves_frees_the_place_and_the_city(model: Model) -> None:
         stream = model.stream_chat(chat("Tell me.", temperature=3.0, max_tokens=400))
         await anext(stream)
         await stream.aclose()
+        assert not model.engine.cities._uses["toytown"]
         task = asyncio.create_task(model.chat(chat("Tell me.", temperature=3.0, max_tokens=400)))
         await model.localize(photo())
         task.cancel()
