@@ -53,7 +53,7 @@ class Model:
                 answers[chunk.index].append(chunk)
         return list(map(completion, answers))
 
-    async def stream_chat(self, query: ChatQuery) -> AsyncGenerator[TextChunk | Exception]:
+    async def stream_chat(self, query: ChatQuery) -> AsyncGenerator[TextChunk | Exception, None]:
         """The answers chunk by chunk."""
         try:
             async with aclosing(self._chunks(query)) as chunks:
@@ -66,7 +66,7 @@ class Model:
         """Raises if the device failed or the model's thread is stuck; Ray Serve then replaces the replica."""
         self.engine.check_health()
 
-    async def _chunks(self, query: ChatQuery) -> AsyncGenerator[TextChunk]:
+    async def _chunks(self, query: ChatQuery) -> AsyncGenerator[TextChunk, None]:
         from addressvlm.answers.generate import AnswerText
 
         async with self._job(self.engine.prepare_chat, query) as (job, receive):
