@@ -105,8 +105,9 @@ class BodyReader:
         length = headers.get("content-length", "")
         if length.isdigit() and int(length[:20]) > limit:
             raise too_large
-        if len(self.arriving) >= MAX_ARRIVING:
-            min(self.arriving, key=lambda timeout: timeout.when() or 0).reschedule(0)
+        arriving = [timeout for timeout in self.arriving if not timeout.expired()]
+        if len(arriving) >= MAX_ARRIVING:
+            min(arriving, key=lambda timeout: timeout.when() or 0).reschedule(0)
         start, body = asyncio.get_running_loop().time(), bytearray()
         try:
             async with asyncio.timeout(GRACE_S) as timeout:

@@ -67,21 +67,21 @@ def test_a_body_that_does_not_come_to_its_end(monkeypatch: pytest.MonkeyPatch) -
 def test_slow_bodies_keep_out_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.requests.MAX_ARRIVING", 3)
 
-    async def arrive() -> tuple[list[Any], bytes]:
+    async def arrive() -> tuple[list[Any], list[bytes]]:
         reader = BodyReader(1)
         sizes = (900_000, 1, 500_000)  # what has come of each; the second has least time left
         slow = [asyncio.ensure_future(read(reader, [b"a" * size, b""], room(1e9))) for size in sizes]
         while len(reader.arriving) < 3 or len({timeout.when() for timeout in reader.arriving}) < 3:
             await asyncio.sleep(0)
-        body = await read(reader, [b"fast"])
+        bodies = await asyncio.gather(*(read(reader, [b"fast"]) for _ in range(5)))
         (done,), waiting = await asyncio.wait(slow, return_when=asyncio.FIRST_COMPLETED)
         for task in waiting:
             task.cancel()
         await asyncio.wait(waiting)
-        return [slow.index(done), done.exception()], body
+        return [slow.index(done), done.exception()], bodies
 
-    (index, error), body = asyncio.run(arrive())
-    assert (index, error.status, body) == (1, 408, b"fast")
+    (index, error), bodies = asyncio.run(arrive())
+    assert (index, error.status, bodies) == (1, 408, [b"fast"] * 5)
 
 
 @pytest.fixture(scope="module")
