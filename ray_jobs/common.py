@@ -72,6 +72,8 @@ def run_main(main: Callable[[], None], name: str = "") -> None:
         try:
             with display.show(name or Path(sys.argv[0]).stem):
                 main()
+            with display.show("stopping Ray"):
+                ray.shutdown()
         finally:
             display.clear()  # also what the file shows while it loads libraries
     except InputError as error:

@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
     display.begin(Progress("serve: loading libraries"))
 
-import ray
 from ray import serve as ray_serve
 
 from addressvlm import InputError
@@ -59,8 +58,8 @@ def main() -> None:
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        ray_serve.shutdown()
-        ray.shutdown()
+        with display.show("serve: stopping"):
+            ray_serve.shutdown()
 
 
 if __name__ == "__main__":

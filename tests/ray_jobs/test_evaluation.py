@@ -17,7 +17,7 @@ from addressvlm import InputError
 from addressvlm.answers import calibration
 from addressvlm.answers.calibration import Calibration
 from addressvlm.config import Config, validate
-from addressvlm.evaluation import run_questions
+from addressvlm.evaluation import report, run_questions
 from addressvlm.evaluation.likelihood import scored_photos
 from addressvlm.evaluation.run_questions import judge_answers, questions_of
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
@@ -283,6 +283,19 @@ def test_answers_by_scores_are_those_of_the_calibrated_model(tmp_path: Path) -> 
     Calibration(2.0, own_prior=[5.0, 0.0, 1.0]).save(model)
     with pytest.raises(InputError, match="calibration: "):
         evaluation.likelihood_answers(task, "A", str(model))
+
+
+def test_a_report_ends_with_the_path_of_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, model = run_in(tmp_path, answers="likelihood", bootstrap=100), tmp_path / "m"
+    model.mkdir()
+    task = task_of(config)
+    scores = evaluation.write_scores(task, "A", {"test": scores_of(config, "test")}, {})
+    evaluation.likelihood_answers(task, "A", str(model))
+    (system,) = evaluation.report(task, ["A"], report.ReportSources(), None, (scores, GAZETTEER))
+    assert system["metrics"]["A_ds"]["n"] == 9
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == [str(task.out / name) for name in ("metrics.json", "report.html", "result.png")]
+    assert Image.open(task.out / "result.png").width == 1500
 
 
 @pytest.mark.parametrize(

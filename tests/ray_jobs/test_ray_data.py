@@ -82,7 +82,9 @@ def test_errors_of_a_failed_training_are_sentences() -> None:
     assert ray_train.user_message(KeyError("x"), config) is None
 
 
-def test_exit_status_and_message_of_a_job(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_status_and_message_of_a_job(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # other tests may use it
+
     def fails(error: BaseException) -> int:
         def main() -> None:
             raise error

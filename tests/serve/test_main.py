@@ -26,7 +26,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(command, "connect", record("connect"))
     names = ("start", "run", "shutdown")
     monkeypatch.setattr(command, "ray_serve", SimpleNamespace(**{name: record(name) for name in names}))
-    monkeypatch.setattr(command.ray, "shutdown", record("ray.shutdown"))
     monkeypatch.setattr(command, "free_port", lambda: 8001)
     monkeypatch.setattr(command, "threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=interrupt)))
     return calls
@@ -37,7 +36,7 @@ def test_the_address_is_told_when_the_model_is_there_and_all_ends_with_an_interr
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["serve", "model=runs/x/models/addressvlm", "num_cpus=0.5"])
     command.main()
-    assert [name for name, *_ in calls] == ["connect", "start", "run", "shutdown", "ray.shutdown"]
+    assert [name for name, *_ in calls] == ["connect", "start", "run", "shutdown"]
     assert calls[1][1] == {"host": "127.0.0.1", "port": 8001}
     assert (calls[2][1].model, calls[2][1].num_cpus) == ("runs/x/models/addressvlm", 0.5)
     assert capsys.readouterr().out == "\nopen http://127.0.0.1:8001    (Ctrl-C ends it)\n"
