@@ -66,8 +66,9 @@ class Backend:
                     yield _raise_if_error(chunk)
                     async with asyncio.timeout(self.timeout_s):
                         chunk = await anext(chunks, done)
-            finally:  # it failed, or the caller left
-                chunks.cancel()
+            finally:
+                if chunk is not done:  # it took too long, or the caller left
+                    chunks.cancel()
 
         first = await self._within_time(chunks, anext(chunks))
         return stream()
@@ -101,15 +102,17 @@ class Backend:
         return await self._within_time(response, response)
 
     async def _within_time(self, response: Any, result: Any) -> Any:
-        """The result of a response, which is cancelled if it fails, takes too long, or the caller leaves."""
+        """The result of a response, which is cancelled if it takes too long or the caller leaves."""
         try:
             async with asyncio.timeout(self.timeout_s):
                 return _raise_if_error(await result)
-        except BaseException as error:
+        except asyncio.CancelledError:
             response.cancel()
-            if isinstance(error, Exception):  # Ray Serve would answer a full queue itself, hence an ApiError
-                raise to_api_error(error) from None
             raise
+        except Exception as error:
+            if isinstance(error, TimeoutError):
+                response.cancel()
+            raise to_api_error(error) from None  # Ray Serve would answer a full queue itself
 
 
 def _raise_if_error(value: Any) -> Any:
