@@ -105,7 +105,7 @@ def load_prompt(source: str = "alignment") -> Prompt:
     """Read a shipped prompt by its name (`alignment`, `grounded`, `grounded_small`, `reasoning`), or any file by its path."""
     path = Path(source) if source.endswith(".md") else FOLDER / f"{source}.md"
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         names = ", ".join(sorted(p.stem for p in FOLDER.glob("*.md")))
         raise InputError(f"no prompt '{source}' (labels.prompt): give the path of a .md file, or one of {names}.") from None
