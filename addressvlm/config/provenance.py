@@ -114,6 +114,8 @@ def _likeness(word: str, name: str) -> float:
     parts, pieces = name.split("_"), word.split("_")
     if OTHER_WORDS.get(word) == name:
         return 1.0
+    if len(name) > 4 and any(name[:at] + name[at + 1 :] == word for at in range(len(name))):  # one letter too few
+        return 0.97
     if len(parts) > 1 and word == "".join(part[:1] for part in parts):
         return 0.95
     short = len(word) > 3 and len(pieces) <= len(parts)
