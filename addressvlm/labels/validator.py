@@ -290,7 +290,7 @@ class LabelValidator:
         config: LabelsConfig | None = None,
         special_tokens: Iterable[str] = (),
     ) -> None:
-        tokens = sorted(filter(str.strip, special_tokens), key=len, reverse=True)
+        tokens = [token for token in special_tokens if token.strip() and not _SPECIAL_TOKEN.search(token)]  # few: most are <…>
         self._special_tokens = re.compile("|".join(map(re.escape, tokens))) if tokens else None
         self._variants = variants or {}
         self._streets, self._districts = self._finder(streets), self._finder(districts)
