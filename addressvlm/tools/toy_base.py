@@ -132,6 +132,11 @@ class TowerProbe(nn.Module):
         present = torch.tensor([[float(word in lesson.words) for word in NAME_WORDS] for lesson in lessons])
         logits = torch.logsumexp(self.words(features.flatten(2).transpose(1, 2)), 1) - 6.0
         loss = F.binary_cross_entropy_with_logits(logits, present, reduction="sum") / len(lessons)
+        at = [(i, NAME_WORDS.index(word), x, y) for i, lesson in enumerate(lessons) for word, x, y in lesson.places]
+        if at:  # the patch in the middle of a word that the lesson wrote shows that word
+            images, words, x, y = (torch.tensor(column) for column in zip(*at, strict=True))
+            row, column = (pixel.div(data.SIDE / features.shape[2]).long().clamp(0, features.shape[2] - 1) for pixel in (y, x))
+            loss = loss + F.cross_entropy(self.words(features[images, :, row, column]), words, reduction="sum") / len(lessons)
         quarter = features.shape[2] // 4
         middle = features[:, :, quarter:-quarter, quarter:-quarter].mean((2, 3))
         centre = torch.tensor([lesson.centre for lesson in lessons])[:, None]

@@ -9,10 +9,11 @@ of names that the map has, or of any names written in any direction over a tile 
 
 import argparse
 import json
+import math
 import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ class Lesson:
         words: the words of all names on the image.
         traits: one a kind of `TRAITS`, None where it can't be seen; all None for an image of both views.
         centre: whether the traits are those at the image's centre.
+        places: words of the names that the lesson wrote, and the pixel (x, y) at their middle.
     """
 
     image: Image.Image
@@ -92,6 +94,7 @@ class Lesson:
     words: set[str]
     traits: list[str | None]
     centre: bool
+    places: list[tuple[str, float, float]] = field(default_factory=list)
 
 
 def draw_city(seed: int, folder: Path) -> None:
@@ -178,8 +181,9 @@ def _any_names(city: City, number: int, rng: random.Random) -> Lesson:
         image = graft(image, Image.fromarray(_any_photo(city, rng)), TILES.delta)
         taken.append((SIDE // 2, 0, SIDE, SIDE // 2))
     names = [f"{word} {rng.choice(KINDS)}" for word in rng.sample(WORDS, rng.randint(1, MAX_NAMES))]
-    written = [name for name in names if _write(image, name, rng, taken)]
-    return Lesson(image, _reading(written, rng), _words(written), [None] * len(TRAITS), False)
+    places: list[tuple[str, float, float]] = []
+    written = [name for name in names if _write(image, name, rng, taken, places)]
+    return Lesson(image, _reading(written, rng), _words(written), [None] * len(TRAITS), False, places)
 
 
 def _map_names(city: City, number: int, rng: random.Random) -> Lesson:
@@ -287,13 +291,19 @@ def _words(names: list[str]) -> set[str]:
     return {word for name in names for word in name.split()}
 
 
-def _write(image: Image.Image, name: str, rng: random.Random, taken: list[tuple[int, int, int, int]]) -> bool:
-    """Write a name at a random free place, in any direction; `taken` boxes stay free, and its own is added."""
+def _write(
+    image: Image.Image,
+    name: str,
+    rng: random.Random,
+    taken: list[tuple[int, int, int, int]],
+    places: list[tuple[str, float, float]],
+) -> bool:
+    """Write a name at a random free place, in any direction; `taken` boxes stay free. Adds its box and its words' places."""
     font = _font(rng.randint(*FONT_SIZES))
     left, top, right, bottom = font.getbbox(name, stroke_width=2)
     label = Image.new("RGBA", (int(right - left), int(bottom - top)))
     ImageDraw.Draw(label).text((-left, -top), name, TEXT, font, stroke_width=2, stroke_fill="white")
-    angle = 0.0 if rng.random() < 0.3 else rng.uniform(-90, 90)
+    long, angle = label.width, 0.0 if rng.random() < 0.3 else rng.uniform(-90, 90)
     label = label.rotate(angle, Image.Resampling.BICUBIC, expand=True)
     width, height = label.size
     if width > SIDE or height > SIDE:
@@ -304,6 +314,11 @@ def _write(image: Image.Image, name: str, rng: random.Random, taken: list[tuple[
         if all(box[0] >= b[2] or b[0] >= box[2] or box[1] >= b[3] or b[1] >= box[3] for b in taken):
             image.paste(label, (x, y), label)
             taken.append(box)
+            word, kind = name.split()
+            for text, along in ((word, font.getlength(word) / 2), (kind, long - font.getlength(kind) / 2)):
+                forward = along - long / 2  # from the middle of the name, in its direction
+                turn = math.radians(angle)
+                places.append((text, x + width / 2 + forward * math.cos(turn), y + height / 2 - forward * math.sin(turn)))
             return True
     return False
 

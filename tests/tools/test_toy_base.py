@@ -117,3 +117,15 @@ def test_a_card_has_the_gates(tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "3.3 million parameters" in text
     assert "| own names | 97.0% (at least 95% wanted) |" in text
+
+
+def test_the_middle_of_a_written_word_lies_on_its_letters(city: City) -> None:
+    """Dark letters with a white rim are at each place, and its word is one of the image's."""
+    for seed in range(12):
+        lesson = toy_base_data._any_names(city, 0, random.Random(seed))
+        assert {word for word, *_ in lesson.places} == lesson.words
+        pixels = np.asarray(lesson.image.convert("L"))
+        for _, x, y in lesson.places:
+            around = pixels[max(0, int(y) - 6) : int(y) + 7, max(0, int(x) - 6) : int(x) + 7]
+            assert around.min() < 60
+            assert around.max() > 240
