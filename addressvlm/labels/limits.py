@@ -250,6 +250,9 @@ class LimitsClient:
             report, self._report = self._report, Report(self._asker)
             report.in_flight, report.waiting, report.stats = self._in_flight, len(self._waiting), self._stats
             report.turns = tuple((tokens_in, tokens_out) for tokens_in, tokens_out, _ in turns)
+            self._allowed = min(
+                self._allowed, report.in_flight
+            )  # others may get what this report leaves while it is on its way
             grant = await self._exchange(report)
             self._allowed, self._probing = grant.in_flight, grant.probing
             for (_, _, turn), wait_s in zip(turns, grant.waits, strict=False):

@@ -1,5 +1,6 @@
 """Limits that all askers of a job share."""
 
+import asyncio
 from collections import Counter, deque
 from typing import Any
 
@@ -8,8 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from addressvlm.config.labels import LabelsConfig
-from addressvlm.labels.costs import price
-from addressvlm.labels.limits import PROBE, SILENT_S, Budget, MinuteRateLimiter, Report, RequestLimits, fair_shares
+from addressvlm.labels.costs import LabelStats, price
+from addressvlm.labels.limits import (
+    PROBE,
+    SILENT_S,
+    Budget,
+    Grant,
+    LimitsClient,
+    MinuteRateLimiter,
+    Report,
+    RequestLimits,
+    fair_shares,
+)
 
 
 class Clock:
@@ -174,3 +185,34 @@ def test_a_dozen_useless_answers_and_no_usable_one_end_the_job() -> None:
     fine = RequestLimits(LabelsConfig(concurrency=64))
     fine.exchange(Report("a", usable=1))
     assert fine.exchange(Report("a", waiting=64, useless=Counter({"limit": 99}))).in_flight == 64
+
+
+def test_an_asker_takes_no_further_place_while_its_report_is_on_its_way() -> None:
+    """Others may get at that moment what the report leaves."""
+
+    async def story() -> bool:
+        arrives = asyncio.Event()
+        arrives.set()
+
+        async def exchange(report: Report) -> Grant:
+            await arrives.wait()
+            return Grant(4)
+
+        client = LimitsClient(exchange, LabelsConfig(), LabelStats())
+        run = asyncio.create_task(client.run())
+        for _ in range(2):
+            await client.acquire(lambda: (1, 1))
+        arrives.clear()
+        client._changed.set()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        third = asyncio.create_task(client.acquire(lambda: (1, 1)))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        waits = not third.done()
+        arrives.set()
+        await third
+        await client.close(run)
+        return waits
+
+    assert asyncio.run(story())
