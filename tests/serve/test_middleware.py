@@ -241,6 +241,9 @@ def test_a_concurrency_slot_is_released_whatever_happens() -> None:
             raise ends.pop()
         await fine(scope, receive, send)
 
+    async def body() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
     async def none(*_: Any) -> Any:
         return {}
 
@@ -249,7 +252,7 @@ def test_a_concurrency_slot_is_released_whatever_happens() -> None:
         around = Around(fails, **room)
         while ends:
             with suppress(asyncio.CancelledError):
-                await around.access({"type": "http", "method": "POST", "path": "/v1/localize", "headers": []}, none, none)
+                await around.access({"type": "http", "method": "POST", "path": "/v1/localize", "headers": []}, body, none)
             assert around.access.in_flight == 0
         async with httpx.AsyncClient(transport=httpx.ASGITransport(around.access), base_url="http://test") as client:
             assert (await client.post("/v1/localize")).status_code == 200
