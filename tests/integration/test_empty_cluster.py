@@ -45,7 +45,7 @@ def environment() -> Iterator[dict[str, str]]:
         yield environment
 
 
-def train(folder: Path, environment: dict[str, str], **settings: object) -> subprocess.CompletedProcess[str]:
+def train(folder: Path, environment: dict[str, str], **settings: object) -> tuple[subprocess.CompletedProcess[str], Run]:
     config = config_of(folder, folder / "base", "http://127.0.0.1")
     config.labels.labeler, config.train.gpus_per_worker = "template", 1
     for stage in config.train.stages.values():
@@ -55,22 +55,21 @@ def train(folder: Path, environment: dict[str, str], **settings: object) -> subp
     file = folder / "town.yaml"
     file.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-c", ON_CPU, "--config", str(file)]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True), Run(config)
 
 
 def test_training_waits_for_the_nodes_that_it_asks_for(environment: dict[str, str], tmp_path: Path) -> None:
     tiny_llava(tmp_path / "base")
-    done = train(tmp_path, environment)
+    done, run = train(tmp_path, environment)
     assert done.returncode == 0, done.stderr
     assert "waiting for 1 CPUs: 0 of 1 there, 0 s" in done.stdout
-    run = Run(config_of(tmp_path, tmp_path / "base", "http://127.0.0.1"))
     assert ids(run.alignment) == ids(run.photos)
     assert (run.model_dir("AddressVLM") / "merged" / "model.safetensors").is_file()
 
 
 def test_what_no_node_type_holds_is_refused(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "base").symlink_to(tiny_llava(tmp_path / "other"))
-    done = train(tmp_path, environment, cpus_per_worker=3, workers=1, gpus_per_worker=2)
+    done, run = train(tmp_path, environment, cpus_per_worker=3, workers=1, gpus_per_worker=2)
     assert done.returncode == 1
     assert "the cluster can have at most room for 0 of them: lower train.workers or train.gpus_per_worker" in done.stderr
-    assert not Run(config_of(tmp_path, tmp_path / "base", "http://127.0.0.1")).photos.exists()
+    assert not run.photos.exists()
