@@ -98,7 +98,8 @@ def test_an_error_of_one_task_ends_all_and_keeps_their_answers(endpoint: Endpoin
     endpoint.reply = lambda n, _: says(GOOD) if n != 60 else (401, {}, {"error": {"message": "who are you"}})
     config = config_of(tmp_path, endpoint)
     errors = ask(config, Actor(RequestLimits(config.labels)))
-    assert all("401: who are you" in error for error in errors)
+    assert any(errors)
+    assert all("401: who are you" in error for error in errors if error)  # a task may have done its rows before
     assert ResponseCache(Run(config).response_cache).answers.total() == len(endpoint.requests) - 1 < ROWS
 
 
