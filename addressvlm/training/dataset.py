@@ -5,8 +5,9 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -77,14 +78,14 @@ class TableRows:
         self._forget()
 
     def _forget(self) -> None:
-        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._idle: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._groups: OrderedDict[int, Future[pa.Table]] = OrderedDict()
         self._keep, self._lock, self._pool = CACHED_GROUPS, threading.Lock(), ThreadPoolExecutor(READERS)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without files and row groups, for another process."""
         return {
-            key: value for key, value in self.__dict__.items() if key not in ("_open", "_groups", "_lock", "_pool", "_keep")
+            key: value for key, value in self.__dict__.items() if key not in ("_idle", "_groups", "_lock", "_pool", "_keep")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,12 +140,11 @@ class TableRows:
         for attempt in range(READ_ATTEMPTS):
             try:
                 self.reads += 1
-                return self._opened(file).read_row_group(number, columns=self.columns)
+                with self._borrowed(file) as opened:
+                    return opened.read_row_group(number, columns=self.columns)
             except pa.ArrowInvalid as error:
                 raise InputError(f"{path} is damaged ({error}): repeat the step that wrote it with --redo.") from error
             except (OSError, InputError) as error:
-                with self._lock:
-                    self._open.pop(file, None)
                 if attempt + 1 == READ_ATTEMPTS:
                     reason = " ".join(str(error).split())[:160]
                     raise InputError(
@@ -154,17 +154,19 @@ class TableRows:
             time.sleep(FIRST_WAIT_S * 2**attempt)
         raise AssertionError
 
-    def _opened(self, file: int) -> pq.ParquetFile:
+    @contextmanager
+    def _borrowed(self, file: int) -> Iterator[pq.ParquetFile]:
+        """An open file of this thread alone: two threads that read row groups of one ParquetFile wait for ever."""
         with self._lock:
-            if file in self._open:
-                self._open.move_to_end(file)
-                return self._open[file]
-        opened = open_parquet(self.folder / self.files[file])
-        with self._lock:
-            self._open[file] = opened
-            if len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)
-        return opened
+            opened = self._idle.pop(file, None)
+        if opened is None:
+            opened = open_parquet(self.folder / self.files[file])
+        yield opened
+        with self._lock:  # after an error it is opened anew
+            self._idle[file] = opened
+            self._idle.move_to_end(file)
+            if len(self._idle) > OPEN_FILES:
+                self._idle.popitem(last=False)
 
 
 class MixedRows:

@@ -5,6 +5,7 @@ python -m pytest -q tests/training/test_dataset.py
 
 import itertools
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,23 @@ def test_a_read_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
     else:
         with pytest.raises(InputError, match=r"row group 0 of .*train-00000.parquet can't be read after 6 attempts \(AWS"):
             table[0]
+
+
+def test_an_open_file_is_read_by_one_thread_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables.write_table(tmp_path, "train", [{"id": str(n)} for n in range(130)], tables.pa.schema([("id", tables.pa.string())]))
+    two, readers = threading.Barrier(2), set()
+
+    class File:
+        def read_row_group(self, number: int, columns: list[str]) -> Any:
+            two.wait(60)
+            readers.add(self)
+            return open_parquet(tmp_path / "train-00000.parquet").read_row_group(number, columns)
+
+    table = TableRows(tmp_path, "train", ("id",))
+    monkeypatch.setattr(dataset, "open_parquet", lambda file: File())
+    table.prefetch([0, 64], 2)
+    assert [table[n]["id"] for n in (0, 64)] == ["0", "64"]
+    assert len(readers) == 2
 
 
 def test_rows_that_are_damaged_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
