@@ -34,7 +34,7 @@ serve: install  ## the page with the model trained last, on this machine
 test: install lint  ## format, lint, types and all tests but those of `make nodes`
 	$(BIN)/python -m pytest -q -m "not nodes" -n 2 --dist loadgroup   # what needs Ray are two groups: a Ray for each
 
-nodes: install  ## tests with three Ray nodes, one of which is killed: some minutes
+nodes: install  ## tests with several Ray nodes, and those that take a minute each
 	$(BIN)/python -m pytest -q -m nodes
 
 lint: install  ## ruff and mypy

@@ -94,6 +94,7 @@ def test_beyond_the_queue_requests_are_refused_with_retry_after(url: str) -> Non
     assert again.raise_for_status().json()["candidates"]
 
 
+@pytest.mark.nodes
 def test_an_update_under_load_fails_no_request(url: str, root: Path) -> None:
     model = root / "toytown" / "models" / "addressvlm" / "merged"
     settings = service.ServiceSettings(model=str(model), num_cpus=0.5, min_replicas=2, max_replicas=2, batch_size=4)

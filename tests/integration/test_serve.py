@@ -195,7 +195,7 @@ def test_openai_client_finds_a_model_by_its_name(client: openai.OpenAI) -> None:
 
 
 def test_bad_input_crosses_replicas_as_a_sentence(url: str) -> None:
-    check_error(localize(url, b"<html>"), 400, "not a JPEG, PNG or WebP")
+    check_error(localize(url, b"<html>"), 400, "a web page or XML")
     check_error(localize(url, photo(), prior='{"streets": ["Nowhere"]}'), 400, "no street 'Nowhere'")
     check_error(localize(url, b"\0" * 3_000_000), 413, "larger than 2 MB")
     check_error(httpx.get(f"{url}/v1/localize"), 405, "Method Not Allowed")

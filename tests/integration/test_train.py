@@ -174,6 +174,7 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(tmp_p
     assert same(weights(config), weights(pair))
 
 
+@pytest.mark.nodes
 def test_a_killed_job_goes_on_when_the_command_is_given_again(tmp_path: Path, base: Path, alone: Config) -> None:
     config = ready(tmp_path, base, workers=1)
     file = tmp_path / "small.yaml"
