@@ -54,7 +54,7 @@ def draw_answers(examples: Sequence[Example]) -> Image.Image:
             draw.text((x + side - 8, y + 30 + BAR / 2), f"{candidate.probability:.0%}", INK, font(17), anchor="rm")
             y += ROW
         if example.truth not in [Address(c.street, c.district) for c in example.candidates]:
-            draw.text((x, y), f"taken on {example.truth.text()}", WRONG, font(18, bold=True))
+            draw.text((x, y), f"taken on\n{example.truth.text()}", WRONG, font(18, bold=True))
     return sheet
 
 
