@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from addressvlm import InputError
 from addressvlm.config import PRESETS, Config, load, provenance, validate
+from addressvlm.config.city import GeocoderConfig
 from addressvlm.config.compare import AddressClipConfig
 
 
@@ -159,6 +160,13 @@ def test_defaults_are_those_of_the_papers() -> None:
     assert {layout: config.tiles.model_copy(update={"layout": layout}).covered for layout in ("beside", "two")} == {
         "beside": 0.0, "two": 0.0,
     }  # fmt: skip
+
+
+def test_a_run_stops_by_itself_where_much_is_bad_or_dear() -> None:
+    config = validate({}, "x")
+    assert (config.city.max_reject_share, config.city.max_megapixels) == (0.1, 100.0)
+    assert (config.city.max_distance_m, config.city.split_buffer_m) == (40.0, 25.0)
+    assert (config.city.geocoder, GeocoderConfig().per_second, config.tiles.per_second) == (None, 1.0, 4.0)
 
 
 @pytest.mark.parametrize(("run", "train", "used"), [(3, None, 3), (3, 7, 7), (3, 0, 0)])

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyproj import Geod
+from shapely import LineString
+from shapely.affinity import translate
 
 from addressvlm.config.city import CityConfig
 from addressvlm.dataset import readers
 from addressvlm.dataset.build import answer_places, build_gazetteer
 from addressvlm.dataset.geocoding import Place, assign_addresses
 from addressvlm.dataset.photos import Photo
-from addressvlm.dataset.spellings import KnownNames, most_frequent_spellings
+from addressvlm.dataset.spellings import KnownNames, most_frequent_spellings, unify_spellings
 from addressvlm.dataset.streets import StreetMap
 from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.gazetteer.name_matcher import normalize_name
@@ -128,6 +131,14 @@ def test_the_name_of_the_map_for_a_spelling(spelling: str, street: str | None) -
         {"Mill Street": ["Miller's Way"]},
     )  # fmt: skip
     assert known.candidates(spelling) == ([street] if street else [])
+
+
+@pytest.mark.parametrize(("metres", "streets"), [(45, 1), (55, 2)])
+@pytest.mark.parametrize("lat", [0.0, 60.0, -70.0])
+def test_how_near_two_spellings_are_is_measured_in_metres_at_any_latitude(lat: float, metres: float, streets: int) -> None:
+    one = LineString([(10, lat), (10, lat + 0.001)])
+    other = translate(one, xoff=Geod(ellps="WGS84").fwd(10, lat, 90, metres)[0] - 10)
+    assert len(set(unify_spellings(["Mill Road", "Mill Rd"], [one, other]).values())) == streets
 
 
 def test_of_streets_spelled_alike_the_near_one_is_meant(tmp_path: Path) -> None:

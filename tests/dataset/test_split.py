@@ -337,6 +337,19 @@ def test_fewer_training_places_are_a_subset_of_more(
         assert set(result.reason) == {p for p, part in result.part.items() if part == "aside"}
 
 
+@pytest.mark.parametrize("density", [DensityConfig(places=0.3), DensityConfig(blocks=0.3)])
+def test_what_is_thinned_is_drawn_by_the_seed(density: DensityConfig) -> None:
+    places = scattered(3, 150, 1)
+    photos = [Photo(0, p.id, "a.jpg", p.id, 0, 0, split="train") for p in places]
+    city = CityConfig(split_method="table", density=density)  # nothing else is drawn
+    kept = [
+        frozenset(p for p, part in split_places(places, city, seed, photos).part.items() if part == "train")
+        for seed in (0, 1, 2, 0)
+    ]
+    assert kept[0] == kept[3]
+    assert len(set(kept)) == 3
+
+
 def test_leak_distance_is_of_the_places_that_remain() -> None:
     places = scattered(3, 150, 6)
     sparse = split_places(places, thinned(0.05), 0)

@@ -174,6 +174,23 @@ def test_an_asker_that_dies_leaves_its_places_and_what_it_may_have_spent() -> No
     assert (ours.budget.tokens, ours.budget.reserved) == (90, (0, 0))
 
 
+@pytest.mark.parametrize("silent", [False, True])
+def test_what_an_asker_settled_is_not_given_back_or_spent_again_when_it_ends(silent: bool) -> None:
+    clock = Clock()
+    ours = usable(priced(budget_tokens=1000), clock)
+    ours.exchange(Report("a", waiting=2, turns=((20, 10),) * 2))
+    ours.exchange(Report("b", waiting=1, turns=((7, 3),)))
+    ours.exchange(Report("a", released=(40, 20), spent=(30, 5)))
+    if silent:
+        clock.now += SILENT_S / 2
+        ours.exchange(Report("b", in_flight=1))
+        clock.now += SILENT_S / 2 + 1
+        ours.exchange(Report("b", in_flight=1))
+    else:
+        ours.exchange(Report("a", last=True))
+    assert (ours.budget.tokens, ours.budget.reserved) == (35, (7, 3))
+
+
 def test_a_dozen_useless_answers_and_no_usable_one_end_the_job() -> None:
     ours = RequestLimits(LabelsConfig(concurrency=64, model="m"))
     assert ours.exchange(Report("a", waiting=64)).in_flight == PROBE

@@ -11,6 +11,7 @@ import pytest
 
 from addressvlm import InputError
 from addressvlm.config import Config
+from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run, is_done, mark_done
 from ray_jobs import cities, evaluate, graft, label, prepare, train
 from ray_jobs.cities import Pipeline, Slots, mean_metrics, status_table, write_results
@@ -195,6 +196,18 @@ def test_the_table_says_what_is_missing(steps: Steps, tmp_path: Path) -> None:
     assert lines[1].split() == ["graz", "0", "25.0", "–", "–", "25.0", "prepare", "is", "not", "done"]
     assert lines[2].endswith("failed: no photos.")
     assert lines[-2].split()[:4] == ["mean", "of", "cities", "25.0"]
+
+
+@pytest.mark.parametrize(("limit", "counts"), [(0, ["30", "10", "35.0"]), (20, ["20", "10", "40.0"])])
+def test_a_city_weighs_as_many_photos_as_were_asked_about(steps: Steps, tmp_path: Path, limit: int, counts: list[str]) -> None:
+    settings = {"evaluate": {"max_photos": limit}} if limit else {}
+    world = pipeline(tmp_path, cities=TABLE[:2], **settings).world
+    schema = tables.pa.schema([("id", tables.pa.string())])
+    for name, value, photos in (("graz", 0.2, 30), ("linz", 0.8, 10)):
+        write_metrics(world.cities[name], value, photos)
+        tables.write_table(Run(world.cities[name]).photos, "test", [{"id": str(n)} for n in range(photos)], schema)
+    lines = [line.split() for line in write_results(world, {}).splitlines()]
+    assert [lines[1][1], lines[2][1], lines[-1][3]] == counts
 
 
 def test_lines_say_of_which_city_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,21 @@ def test_a_body_that_does_not_come_to_its_end(monkeypatch: pytest.MonkeyPatch) -
     assert caught.value.status == 408
 
 
+def test_a_body_has_time_for_all_that_came_of_it_up_to_a_limit() -> None:
+    reader, deadlines = BodyReader(10), []
+    sizes = [40_000, 8_000, 80_000, 900_000, 40_000]
+    left = iter(sizes)
+
+    async def receive() -> dict[str, Any]:
+        deadlines.append(next(iter(reader.arriving)).when() or 0)
+        size = next(left, 0)
+        return {"type": "http.request", "body": b"a" * size, "more_body": size > 0}
+
+    assert len(asyncio.run(reader.read(Headers({}), receive, room(1e9)))) == sum(sizes)
+    _, first, *later = deadlines
+    assert [round(deadline - first, 3) for deadline in later] == [1, 11, 105, 105]  # after 15 s, until 120
+
+
 def test_slow_bodies_keep_out_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.requests.MAX_ARRIVING", 3)
 

@@ -30,10 +30,12 @@ def write_file(folder: Path, content: Any, name: str = "export.json") -> str:
 
 
 def photo(
-    path: Path, gps: dict[int, Any] | None = None, size: tuple[int, int] = (40, 30), focal_mm: int = 27, **options: Any
-) -> None:
+    path: Path, gps: dict[int, Any] | None = None, size: tuple[int, int] = (40, 30), focal_mm: int = 27, turned: int = 1,
+    **options: Any,
+) -> None:  # fmt: skip
     exif = Image.Exif()
     exif[ExifTags.Base.Make] = "Camera"  # Pillow writes no EXIF into a PNG without a tag of the first level
+    exif[ExifTags.Base.Orientation] = turned
     if gps is not None:
         exif.get_ifd(ExifTags.IFD.GPSInfo).update(gps)
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = focal_mm

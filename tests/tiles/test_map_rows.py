@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,13 @@ def test_a_matched_photo_is_off_the_centre_and_half_without_names(town: Any, mon
     assert 20 <= sum(names for *_, names in drawn) <= 40
     answers = Counter(r["answer"] for row in rows for r in row["rounds"] if r["level"] == "alignment")
     assert set(answers) == {"Yes", "No"}
-    for row, photo, (lat, _, _) in zip(rows, photos, drawn, strict=True):
+    north, east = [], []
+    for row, photo, (lat, lon, _) in zip(rows, photos, drawn, strict=True):
         red = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))[8:40, 56:88]
         assert (red[..., 0] > 150).all()  # the photo is in the corner
         if row["rounds"][0]["answer"] != "No":
-            assert abs(lat - photo["lat"]) * 111_195 <= OFF_CENTRE * TILES.side_m + 0.1
+            north.append(abs(lat - photo["lat"]) * 111_195)
+            east.append(abs(lon - photo["lon"]) * 111_195 * math.cos(math.radians(lat)))
+    reach = OFF_CENTRE * TILES.side_m
+    assert 0.9 * reach < max(north) <= reach + 0.1
+    assert 0.9 * reach < max(east) <= reach + 0.1

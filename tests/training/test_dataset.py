@@ -6,7 +6,9 @@ python -m pytest -q tests/training/test_dataset.py
 import itertools
 import pickle
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -91,6 +93,24 @@ def test_each_row_group_is_read_once_and_files_are_opened_when_they_are_needed(
     assert [table[n]["id"] for n in (45, 31, 59)] == ["45", "31", "59"]
     assert (table.reads, len(opened)) == (1, 1)
     assert [again[n]["id"] for n in (89, 0, 45)] == ["89", "0", "45"]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_rows_come_in_the_order_of_file_names_however_the_folder_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool
+) -> None:
+    schema = tables.pa.schema([("id", tables.pa.string())])
+    tables.write_table(tmp_path, "train", [{"id": str(n)} for n in range(20)], schema, rows_per_file=2)
+
+    def listed(folder: Path) -> Any:
+        return nullcontext(sorted(folder.iterdir(), reverse=backwards))
+
+    monkeypatch.setattr(table_index, "os", SimpleNamespace(scandir=listed))
+    for indexed in (False, True):
+        if indexed:
+            write_indexes(tmp_path)
+        table = TableRows(tmp_path, "train", ("id",))
+        assert [table[n]["id"] for n in range(20)] == [str(n) for n in range(20)]
 
 
 def test_an_index_that_no_longer_holds_is_not_believed(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from addressvlm import InputError
-from addressvlm.config.train import AugmentConfig, StageConfig
+from addressvlm.config.train import AugmentConfig, StageConfig, TrainConfig
 from addressvlm.models import load_model
 from addressvlm.training.collator import Collator
 from addressvlm.training.dataset import Schedule
-from addressvlm.training.loader import StepBatches, StepLoader
+from addressvlm.training.loader import StepBatches, StepLoader, loader_processes
 from addressvlm.training.stages import Stage
 from tests.support.training_tables import ListTable, table_rows
 
@@ -36,6 +36,14 @@ def stage_of(rows: list[dict[str, Any]], steps: int = 4) -> Stage:
 def same(one: StepBatches, other: StepBatches) -> bool:
     pairs = zip(one.batches, other.batches, strict=True)
     return one.tokens == other.tokens and all(torch.equal(a[key], b[key]) for a, b in pairs for key in a | b)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "cpus", "on_gpu", "processes"),
+    [(None, 8, True, 7), (None, 1, True, 1), (None, 8, False, 0), (0, 8, True, 0), (3, 8, True, 3), (3, 8, False, 3)],
+)
+def test_how_many_processes_encode_rows(chosen: int | None, cpus: int, on_gpu: bool, processes: int) -> None:
+    assert loader_processes(TrainConfig(loader_processes=chosen, cpus_per_worker=cpus), on_gpu) == processes
 
 
 def test_processes_make_what_a_thread_makes_in_the_same_order(base: Path) -> None:

@@ -87,6 +87,13 @@ def test_odd_settings_of_the_camera_do_not_lose_its_position(tmp_path: Path) -> 
     assert (odd.lat, odd.lon, odd.fov_deg) == (zoom.lat, zoom.lon, zoom.fov_deg) == (pytest.approx(38.675), zoom.lon, None)
 
 
+def test_the_field_of_view_is_that_of_the_picture_as_it_is_shown(tmp_path: Path) -> None:
+    photo(tmp_path / "a.jpg", ALMADA, size=(40, 30))
+    photo(tmp_path / "b.jpg", ALMADA, size=(40, 30), turned=6)  # stored lying, shown upright
+    (lying, upright), _ = read(photos=str(tmp_path))
+    assert (lying.fov_deg, upright.fov_deg) == (pytest.approx(65.3, abs=0.1), pytest.approx(51.3, abs=0.1))
+
+
 @given(st.binary(max_size=300))
 @settings(max_examples=100, deadline=None)
 def test_any_bytes_as_exif_are_read_or_rejected(tmp_path_factory: pytest.TempPathFactory, noise: bytes) -> None:
