@@ -114,6 +114,20 @@ def test_many_questions_look_once(localizer):
     assert vision_passes(localizer, ask) == 1
 
 
+def test_answers_come_in_the_order_of_their_questions_whatever_is_read_first(localizer, monkeypatch):
+    images, questions = [picture(n) for n in range(4)], ["What do you see?", "And else?", "Why?", "What is in front of you?"]
+    answers = localizer.answer(images, questions, max_new_tokens=8)
+    assert len(set(answers)) > 1
+    assert answers != answers[::-1]
+    prefill = localizer.prefill_questions
+
+    def backwards(images, questions):
+        return [([3 - number for number in rows], state) for rows, state in prefill(images[::-1], questions[::-1])]
+
+    monkeypatch.setattr(localizer, "prefill_questions", backwards)
+    assert localizer.answer(images, questions, max_new_tokens=8) == answers
+
+
 def test_a_conversation_goes_on_from_what_was_said(localizer):
     conversation = localizer.conversation(picture(1))
     first = conversation.ask("What do you see?", max_tokens=6)

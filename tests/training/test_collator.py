@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter
 from addressvlm.config.train import AugmentConfig
 from addressvlm.models import load_model
 from addressvlm.models.loading import enable_packing
-from addressvlm.training.collator import IGNORE_INDEX, Collator, Sample, SkipSampleError
+from addressvlm.training.collator import IGNORE_INDEX, KINDS, Collator, Sample, SkipSampleError
 from addressvlm.training.loss import answer_loss, answer_weights
 from addressvlm.training.pixels import PixelEncoder, decode, decoded_size
 
@@ -51,6 +51,14 @@ def test_loss_is_on_the_answers_and_their_end_only(loaded: tuple) -> None:
     batch = Collator(loaded[1])([sample(("Which street is this?", "Mill Street"), ("Is it?", "Yes"))])
     learned = batch["labels"][0][batch["labels"][0] != IGNORE_INDEX]
     assert loaded[1].tokenizer.decode(learned) == "Mill Street<|end|>Yes<|end|>"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_tokens_count_for_the_kind_of_their_own_question(loaded: tuple, apart: bool) -> None:
+    kinds = ("choice", "judgment", "of another kind")
+    row = Collator(loaded[1], isolate_questions=apart).encode(Sample(noise(0), ROUNDS, kinds))
+    of_answers = {(number, kind) for number, kind, label in zip(row.rounds, row.kinds, row.labels, strict=True) if label >= 0}
+    assert of_answers == {(1, KINDS.index("choice")), (2, KINDS.index("judgment")), (3, len(KINDS))}
 
 
 def test_tokens_are_those_of_the_whole_text(loaded: tuple) -> None:
