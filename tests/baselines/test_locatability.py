@@ -280,6 +280,7 @@ def test_the_command_s_own_functions_reach_its_workers(
     command = ["--config", "city.yaml", "--segmentation", models[0], "--clip", models[1], "--clues", "clues.yaml"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["locatability.py", *command])
+    monkeypatch.setattr("ray.shutdown", lambda: None)  # it would end the Ray of other tests
     runpy.run_path(job.__file__, run_name="__main__")
     assert tables.count_rows(Run(config).locatability, "train") == 6
     assert locatability_scored_by(Run(config))["clues"] == ["a church"]
