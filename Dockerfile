@@ -1,7 +1,8 @@
 # Images for the nodes of kuberay.yaml: Ray's own, with the pinned dependencies and this repository. RAY is the version in
-# constraints.txt. An edit of the source ships only the last layer; nodes without a GPU get no CUDA wheels.
+# constraints.txt. An edit of the source ships only the last layer. CPU_WHEELS is the package index
+# of PyTorch's CPU builds (pytorch.org, Get Started); without it nodes without a GPU get the CUDA wheels too.
 #
-#   docker build --target cpu -t <registry>/addressvlm:0.1.0-cpu . && docker push <registry>/addressvlm:0.1.0-cpu
+#   docker build --target cpu --build-arg CPU_WHEELS=<index> -t <registry>/addressvlm:0.1.0-cpu . && docker push <registry>/addressvlm:0.1.0-cpu
 #   docker build --target gpu -t <registry>/addressvlm:0.1.0-gpu . && docker push <registry>/addressvlm:0.1.0-gpu
 ARG RAY=2.60.0
 

@@ -40,7 +40,8 @@ if [ ! -e /scratch ]; then
 fi
 mkdir -p /scratch/spill
 
-# A virtual environment: Ubuntu's own Python takes no packages. CUDA wheels (3 GB) only where there is a GPU.
+# A virtual environment: Ubuntu's own Python takes no packages. Where there is no GPU, CPU_WHEELS saves 3 GB of CUDA wheels: the
+# package index of PyTorch's CPU builds (pytorch.org, Get Started).
 test -x ~/venv/bin/pip || python3 -m venv ~/venv
 torch=(torch ${CPU_WHEELS:+--index-url "$CPU_WHEELS"})
 if nvidia-smi -L > /dev/null 2>&1; then torch=(torch); fi

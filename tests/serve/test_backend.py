@@ -15,29 +15,21 @@ from serve.backend import Backend
 from serve.errors import ApiError
 from serve.metrics import ServiceMetrics
 from serve.requests import ChatQuery, LocalizeQuery
+from tests.support import in_process_service
 
 pytestmark = pytest.mark.xdist_group("serve")
 LOCALIZE = LocalizeQuery("toytown", np.zeros((16, 16, 3), np.uint8), 5, Prior(), None)
 CHAT = ChatQuery("toytown", [], [], Sampling())
 
 
-class Response:
-    """A `DeploymentResponse`, or its generator: a coroutine or an asynchronous generator that can be cancelled."""
+class Response(in_process_service.Response):
+    """One that begins when it is awaited, and remembers that it was cancelled."""
 
     def __init__(self, result: Any) -> None:
         self.result, self.cancelled = result, False
 
     def cancel(self) -> None:
         self.cancelled = True
-
-    def __await__(self) -> Any:
-        return self.result.__await__()
-
-    def __aiter__(self) -> Any:
-        return self
-
-    def __anext__(self) -> Any:
-        return self.result.__anext__()
 
 
 class Handle:
