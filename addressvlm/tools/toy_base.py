@@ -59,11 +59,11 @@ TOKENIZER_LESSONS = 4000
 TRAIT_WORDS = [word for kind in data.TRAITS for word in kind]
 NAME_WORDS = [*WORDS, *KINDS]
 FIRST_UNSEEN = 3000  # seeds of cities that are never trained on
-TOWER_SHARE = 0.3  # share of the steps in which the tower learns alone
+TOWER_SHARE = 0.4  # share of the steps in which the tower learns alone
+LANGUAGE_SHARE = 0.25  # share of those after them, in which the language model learns from a tower at rest
 DECAY_SHARE = 0.25  # share of the steps at whose end the learning rate falls to zero
 TOWER_WEIGHT = 0.3  # of the tower's own loss while the whole model learns
-SETTLE = 1000  # steps in which the language model learns from the tower and not the tower from it
-WARMUP = 200  # steps, at the start and where the language model joins
+WARMUP = 100  # steps at the start of each stage
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, words_anywhere: bool = False) -> PreTrainedTokenizerFast:
@@ -120,42 +120,69 @@ def build(tokenizer: PreTrainedTokenizerFast) -> tuple[FastVlmForConditionalGene
 
 
 class TowerProbe(nn.Module):
-    """What the tower alone tells: one logit a word, from the patch that shows it most, and one a trait, from a mean."""
+    """What the tower tells without the language model.
 
-    def __init__(self, width: int) -> None:
+    An image token that shows a word of a name is to be like that word's own token, which the language model then only has to
+    copy: a logit a word is their product, and a word is on the image if any of its tokens is. Traits are read from a mean.
+    """
+
+    def __init__(self, model: FastVlmForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
-        self.words = nn.Linear(width, len(NAME_WORDS))
-        self.traits = nn.Linear(width, len(TRAIT_WORDS))
+        tokens = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in NAME_WORDS]
+        self.register_buffer("tokens", torch.tensor(tokens))
+        self.scale = nn.Parameter(torch.tensor(10.0))
+        self.traits = nn.Linear(model.config.vision_config.hidden_size, len(TRAIT_WORDS))
 
-    def forward(self, features: torch.Tensor, lessons: Sequence[data.Lesson]) -> tuple[torch.Tensor, float]:
+    def word_logits(self, model: FastVlmForConditionalGeneration, features: torch.Tensor) -> torch.Tensor:
+        """From features (B, C, H, W) one logit a word and image token: (B, H, W, words)."""
+        image_tokens = model.model.multi_modal_projector(features.permute(0, 2, 3, 1))
+        return self.scale * image_tokens @ model.get_input_embeddings().weight[self.tokens].T
+
+    def forward(
+        self, model: FastVlmForConditionalGeneration, features: torch.Tensor, lessons: Sequence[data.Lesson]
+    ) -> tuple[torch.Tensor, float]:
         """The loss of these lessons from features (B, C, H, W), and the share of their words with a positive logit."""
         present = torch.tensor([[float(word in lesson.words) for word in NAME_WORDS] for lesson in lessons])
-        logits = torch.logsumexp(self.words(features.flatten(2).transpose(1, 2)), 1) - 6.0
+        each = self.word_logits(model, features)
+        logits = anywhere(each)
         loss = F.binary_cross_entropy_with_logits(logits, present, reduction="sum") / len(lessons)
         at = [(i, NAME_WORDS.index(word), x, y) for i, lesson in enumerate(lessons) for word, x, y in lesson.places]
-        if at:  # the patch in the middle of a word that the lesson wrote shows that word
+        if at:  # the token in the middle of a word that the lesson wrote shows that word
             images, words, x, y = (torch.tensor(column) for column in zip(*at, strict=True))
             row, column = (pixel.div(data.SIDE / features.shape[2]).long().clamp(0, features.shape[2] - 1) for pixel in (y, x))
-            loss = loss + F.cross_entropy(self.words(features[images, :, row, column]), words, reduction="sum") / len(lessons)
+            loss = loss + F.cross_entropy(each[images, row, column], words, reduction="sum") / len(lessons)
+        return loss + self._trait_loss(features, lessons), ((logits > 0) & (present > 0)).sum().item() / present.sum().clamp(
+            min=1
+        ).item()
+
+    def _trait_loss(self, features: torch.Tensor, lessons: Sequence[data.Lesson]) -> torch.Tensor:
         quarter = features.shape[2] // 4
         middle = features[:, :, quarter:-quarter, quarter:-quarter].mean((2, 3))
         centre = torch.tensor([lesson.centre for lesson in lessons])[:, None]
         scores = self.traits(torch.where(centre, middle, features.mean((2, 3))))
-        first = 0
+        first, loss = 0, features.new_zeros(())
         for number, kind in enumerate(data.TRAITS):
             shown = [(i, kind.index(t)) for i, lesson in enumerate(lessons) if (t := lesson.traits[number])]
             if shown:
                 rows, right = map(torch.tensor, zip(*shown, strict=True))
                 loss = loss + F.cross_entropy(scores[rows, first : first + len(kind)], right, reduction="sum") / len(lessons)
             first += len(kind)
-        recall = ((logits > 0) & (present > 0)).sum() / present.sum().clamp(min=1)
-        return loss, recall.item()
+        return loss
+
+
+def anywhere(logits: torch.Tensor) -> torch.Tensor:
+    """Logits (B, words) that a word is on an image, from those of each image token (B, H, W, words)."""
+    return torch.logsumexp(logits.flatten(1, 2), 1) - 6.0
+
+
+def stage_starts(steps: int) -> tuple[int, int]:
+    """The steps at which the language model begins to learn, and at which the tower joins it."""
+    return int(TOWER_SHARE * steps), int((TOWER_SHARE + LANGUAGE_SHARE) * steps)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up at both beginnings, a constant rate, then a linear fall to zero."""
-    tower_steps = int(TOWER_SHARE * steps)
-    since = step if step < tower_steps else step - tower_steps
+    """Warm-up at the beginning of each stage, a constant rate, then a linear fall to zero."""
+    since = step - max(start for start in (0, *stage_starts(steps)) if start <= step)
     return peak * min(1.0, (since + 1) / WARMUP, (steps - step) / (DECAY_SHARE * steps))
 
 
@@ -179,7 +206,8 @@ class Trainer:
         self.model, self.processor = build(PreTrainedTokenizerFast.from_pretrained(saved))
         enable_packing(self.model, "on", torch.device("cpu"), "the toy base")
         to_device(self.model, "cpu")
-        self.probe = TowerProbe(self.model.config.vision_config.hidden_size)
+        self.tower = self.model.model.vision_tower
+        self.probe = TowerProbe(self.model, self.processor.tokenizer)
         self.parameters = [*self.model.parameters(), *self.probe.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
         self.collate = Collator(self.processor, isolate_questions=True, packed=True)
@@ -207,32 +235,25 @@ class Trainer:
     def train_step(self) -> tuple[float, float]:
         """One step; returns the loss a token (of the probe, while the tower learns alone) and the probe's recall of words."""
         rng = random.Random(self.step)
-        alone = self.step < int(TOWER_SHARE * self.steps)
-        shares = data.TOWER_SHARES if alone else data.SHARES
+        language, both = stage_starts(self.steps)
+        shares = data.TOWER_SHARES if self.step < language else data.SHARES
         lessons = [data.draw_lesson(self.cities, rng, shares) for _ in range(self.batch_size)]
         self.model.train()
-        if alone:
-            pixels = self.processor.image_processor([lesson.image for lesson in lessons], return_tensors="pt")["pixel_values"]
-            features = self.model.model.vision_tower(pixels.to(memory_format=torch.channels_last)).last_hidden_state
-            loss, recall = self.probe(features, lessons)
+        if self.step < language:
+            features = self.tower(pixels_of(self.processor, lessons)).last_hidden_state
+            loss, recall = self.probe(self.model, features, lessons)
             shown = loss.item()
         else:
+            learns = self.step >= both  # the gradients of an untrained language model would spoil the tower
+            self.tower.requires_grad_(learns).train(learns)
             seen: list[torch.Tensor] = []
-            hook = self.model.model.vision_tower.register_forward_hook(lambda *call: seen.append(call[2].last_hidden_state))
+            hook = self.tower.register_forward_hook(lambda *call: seen.append(call[2].last_hidden_state))
             batch = self.collate([Sample(lesson.image, lesson.rounds) for lesson in lessons])
             losses = token_losses(self.model, self.collate.finish(batch))
             hook.remove()
-            probe_loss, recall = self.probe(seen[0], lessons)
-            loss = (losses * answer_weights(batch["labels"])).sum() / self.batch_size
+            probe_loss, recall = self.probe(self.model, seen[0], lessons)
+            loss = (losses * answer_weights(batch["labels"])).sum() / self.batch_size + TOWER_WEIGHT * probe_loss
             shown = losses.mean().item()
-            if (
-                self.step < int(TOWER_SHARE * self.steps) + SETTLE
-            ):  # the gradients of an untrained language model would spoil it
-                loss.backward(retain_graph=True)
-                self.model.model.vision_tower.zero_grad()
-                loss = TOWER_WEIGHT * probe_loss
-            else:
-                loss = loss + TOWER_WEIGHT * probe_loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for group in self.optimizer.param_groups:
@@ -243,6 +264,12 @@ class Trainer:
         return shown, recall
 
 
+def pixels_of(processor: LlavaProcessor, lessons: Sequence[data.Lesson]) -> torch.Tensor:
+    """What the tower takes: (B, 3, SIDE, SIDE)."""
+    pixels = processor.image_processor([lesson.image for lesson in lessons], return_tensors="pt")["pixel_values"]
+    return pixels.to(memory_format=torch.channels_last)
+
+
 def tower_recall(trainer: Trainer, cities: list[data.City]) -> tuple[float, float]:
     """Shares of the words on unseen tiles that the probe finds, and of those it finds that are there."""
     trainer.model.eval()
@@ -250,10 +277,9 @@ def tower_recall(trainer: Trainer, cities: list[data.City]) -> tuple[float, floa
     for city in cities:
         lessons = [data.Lesson(Image.fromarray(city.tiles[i]), [], {w for n in city.about[i]["names"] for w in n.split()[:1]},
                                [None] * len(data.TRAITS), False) for i in rng.sample(range(len(city.about)), 20)]  # fmt: skip
-        pixels = trainer.processor.image_processor([lesson.image for lesson in lessons], return_tensors="pt")["pixel_values"]
         with torch.no_grad():
-            features = trainer.model.model.vision_tower(pixels).last_hidden_state.flatten(2).transpose(1, 2)
-            logits = torch.logsumexp(trainer.probe.words(features), 1) - 6.0
+            features = trainer.tower(pixels_of(trainer.processor, lessons)).last_hidden_state
+            logits = anywhere(trainer.probe.word_logits(trainer.model, features))
         for lesson, row in zip(lessons, logits, strict=True):
             named = {word for word, logit in zip(WORDS, row.tolist(), strict=False) if logit > 0}
             found, right, all_words = found + len(named), right + len(named & lesson.words), all_words + len(lesson.words)

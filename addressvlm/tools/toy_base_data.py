@@ -35,13 +35,13 @@ from addressvlm.labels.templates import explain
 from addressvlm.questions import OPTIONS, SUFFIXES, templates, training_rounds
 from addressvlm.tiles.renderer import TEXT, TileRenderer
 
-SIDE = 160  # pixels
-TILES = TilesConfig(side_m=120, pixels=SIDE, font_px=14)  # as in the demo presets
+SIDE = 128  # pixels
+TILES = TilesConfig(side_m=120, pixels=SIDE, font_px=11)  # as in the demo presets
 COHERENCE = 0.3  # less than in the demo, for more variety
 PLACES, VIEWS = 50, 3  # places of a city, photos of each
 DRAWN_MAPS = 4  # one city in so many has drawn maps instead of imagery
 FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf")
-FONT_SIZES = (11, 17)  # least and greatest height of a name that a lesson writes, pixels
+FONT_SIZES = (10, 13)  # least and greatest height of a name that a lesson writes, pixels
 TRAITS = Character.trait_values()
 
 READ = ["Which street names are on this map?", "Read the names on the map.", "Name the streets written on this map."]
@@ -299,12 +299,9 @@ def _write(
     places: list[tuple[str, float, float]],
 ) -> bool:
     """Write a name at a random free place, in any direction; `taken` boxes stay free. Adds its box and its words' places."""
-    font = _font(rng.randint(*FONT_SIZES))
-    left, top, right, bottom = font.getbbox(name, stroke_width=2)
-    label = Image.new("RGBA", (int(right - left), int(bottom - top)))
-    ImageDraw.Draw(label).text((-left, -top), name, TEXT, font, stroke_width=2, stroke_fill="white")
-    long, angle = label.width, 0.0 if rng.random() < 0.3 else rng.uniform(-90, 90)
-    label = label.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    size, angle = rng.randint(*FONT_SIZES), _angle(rng)
+    font, label = _font(size), _label(name, size)
+    long, label = label.width, label.rotate(angle, Image.Resampling.BICUBIC, expand=True)
     width, height = label.size
     if width > SIDE or height > SIDE:
         return False
@@ -323,9 +320,26 @@ def _write(
     return False
 
 
+def _angle(rng: random.Random) -> float:
+    """Degrees that a name is turned by: as on maps of this world, mostly level, or along streets of a tilted grid."""
+    tilt = rng.uniform(0, 22)
+    angle: float = rng.choice([0.0, 0.0, 0.0, tilt, 90 - tilt, rng.uniform(0, 90)])
+    return rng.choice([-angle, angle])
+
+
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(FONT, size)
+
+
+@cache
+def _label(name: str, size: int) -> Image.Image:
+    """A level name with a white rim, on nothing."""
+    font = _font(size)
+    left, top, right, bottom = font.getbbox(name, stroke_width=2)
+    label = Image.new("RGBA", (int(right - left), int(bottom - top)))
+    ImageDraw.Draw(label).text((-left, -top), name, TEXT, font, stroke_width=2, stroke_fill="white")
+    return label
 
 
 def main() -> None:
