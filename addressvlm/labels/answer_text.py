@@ -12,8 +12,8 @@ _REASONING = (
     r"(?:[a-z]+:)?(?:inner_)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflect(?:ion)?|analysis|scratch_?pad|monologue)"
 )
 _MARK = re.compile(
-    rf"(?i)(?P<opening><\s?{_REASONING}(?:\s[^<>]{0, 200})?>|\[think(?:ing)?\]|◁\s?think\s?▷"
-    rf"|<\|(?:begin[_ ]of[_ ]|start_)?{_REASONING}\|>|<\|channel>\s?(?:thought|analysis)|<details[^<>]{0, 200}>"
+    rf"(?i)(?P<opening><\s?{_REASONING}(?:\s[^<>]{{0,200}})?>|\[think(?:ing)?\]|◁\s?think\s?▷"
+    rf"|<\|(?:begin[_ ]of[_ ]|start_)?{_REASONING}\|>|<\|channel>\s?(?:thought|analysis)|<details[^<>]{{0,200}}>"
     r"|```(?:think|thinking|thoughts?|reasoning)\b)"
     rf"|<\s?/\s?{_REASONING}\s?>|\[/think(?:ing)?\]|◁\s?/\s?think\s?▷|<\|(?:/|end[_ ](?:of[_ ])?){_REASONING}\|>"
     r"|<channel\|>|</details>|```"

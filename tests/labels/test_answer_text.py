@@ -53,7 +53,15 @@ def test_reasoning_is_cut_off_in_any_wrapping(wrapping: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [f"<think>{THOUGHT}", f"<|channel|>analysis<|message|>{THOUGHT}", f"analysis{THOUGHT}", "[THINK]a"]
+    "text",
+    [
+        f"<think>{THOUGHT}",
+        f'<think effort="low">{THOUGHT}',
+        f'<details type="reasoning"><summary>Thought</summary>{THOUGHT}',
+        f"<|channel|>analysis<|message|>{THOUGHT}",
+        f"analysis{THOUGHT}",
+        "[THINK]a",
+    ],
 )
 def test_reasoning_that_never_ends_leaves_no_text(text: str) -> None:
     assert cut_reasoning(text) == ("", True)
