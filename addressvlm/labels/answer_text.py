@@ -31,11 +31,11 @@ LIMIT_REACHED = {"length", "max_tokens", "model_length", "max_output_tokens"}
 MAX_COUNT = 10**8  # tokens of one request; more is no count
 
 
-class AnswerText(NamedTuple):
-    """The outcome of an answer; at most one field is set, none if it is empty.
+class ParsedAnswer(NamedTuple):
+    """What a model's answer holds; at most one field is set, none if it is empty.
 
     Attributes:
-        unusable: a kind and a sentence, `limit: …`, why there is no text.
+        unusable: why there is no text: a kind and a sentence, `limit: …`.
     """
 
     text: str | None = None
@@ -57,7 +57,7 @@ def cut_reasoning(text: str) -> tuple[str, bool]:
     elif _PLAIN_ANALYSIS.match(text):
         text = ""
     parts: list[str] = []
-    position, opened_by = 0, ""
+    position, opened_by = 0, ""  # of the text that is kept next; the kind of mark that began the reasoning
     for mark in _MARK.finditer(text):
         kind = "```" if mark[0].startswith("```") else "tag"
         if mark["opening"] and not opened_by:
@@ -73,7 +73,7 @@ def cut_reasoning(text: str) -> tuple[str, bool]:
     return kept, kept != whole.strip()
 
 
-def completion_text(response: Any, max_tokens: int) -> AnswerText:
+def completion_text(response: Any, max_tokens: int) -> ParsedAnswer:
     """The text of a chat completion as an endpoint sent it, of any shape.
 
     Args:
@@ -82,22 +82,22 @@ def completion_text(response: Any, max_tokens: int) -> AnswerText:
     """
     choices = response.get("choices") if isinstance(response, dict) else None
     if choices == []:
-        return AnswerText()
+        return ParsedAnswer()
     choice = choices[0] if isinstance(choices, list) else None
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
-        return AnswerText(unusable="shape: it has no choices[0].message, as a chat completion has")
-    content, refusal, reasoned = _joined(message.get("content"))
+        return ParsedAnswer(unusable="shape: it has no choices[0].message, as a chat completion has")
+    content, refusal, reasoned = _join_parts(message.get("content"))
     finish = str(choice.get("finish_reason") or "").lower()
     if finish == "content_filter":
-        return AnswerText(refusal="content filter")
+        return ParsedAnswer(refusal="content filter")
     if refusal := refusal or str(message.get("refusal") or ""):
-        return AnswerText(refusal=refusal)
+        return ParsedAnswer(refusal=refusal)
     if content is None:
-        return AnswerText(unusable="shape: its content is neither text nor a list of parts")
+        return ParsedAnswer(unusable="shape: its content is neither text nor a list of parts")
     text, was_cut = cut_reasoning(content)
     if text:
-        return AnswerText(text)
+        return ParsedAnswer(text)
     return no_text(
         reasoned or was_cut or any(message.get(field) for field in REASONING_FIELDS),
         finish in LIMIT_REACHED,
@@ -106,22 +106,22 @@ def completion_text(response: Any, max_tokens: int) -> AnswerText:
     )
 
 
-def no_text(reasoned: bool, limit_reached: bool, max_tokens: int, calls_tool: bool = False) -> AnswerText:
-    """The outcome where nothing is left after the reasoning."""
+def no_text(reasoned: bool, limit_reached: bool, max_tokens: int, calls_tool: bool = False) -> ParsedAnswer:
+    """The answer where nothing is left after the reasoning."""
     if limit_reached:
         used_up = "was used up by reasoning" if reasoned else "was reached"
-        return AnswerText(
+        return ParsedAnswer(
             unusable=f"limit: labels.max_tokens={max_tokens} {used_up} before the text began: raise labels.max_tokens, or "
             "switch reasoning off with labels.extra_body"
         )
     if calls_tool:
-        return AnswerText(unusable="shape: it calls a tool instead of writing a text")
+        return ParsedAnswer(unusable="shape: it calls a tool instead of writing a text")
     if reasoned:
-        return AnswerText(
+        return ParsedAnswer(
             unusable="reasoning: it is reasoning and no text: raise labels.max_tokens, switch reasoning off with "
             "labels.extra_body, or check the server's reasoning parser"
         )
-    return AnswerText()
+    return ParsedAnswer()
 
 
 def token_counts(usage: Any) -> tuple[int, int]:
@@ -137,7 +137,7 @@ def token_counts(usage: Any) -> tuple[int, int]:
     return count("prompt_tokens"), count("completion_tokens")
 
 
-def _joined(content: Any) -> tuple[str | None, str, bool]:
+def _join_parts(content: Any) -> tuple[str | None, str, bool]:
     """The text of a message's content, None if it can't be one; a refusal in its parts; whether a part is reasoning."""
     if content is None or isinstance(content, str):
         return content or "", "", False

@@ -16,7 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from addressvlm.answers.chat_model import ChatModel
 from addressvlm.config.labels import LabelsConfig
 from addressvlm.errors import InputError
-from addressvlm.labels.answer_text import AnswerText, cut_reasoning, no_text
+from addressvlm.labels.answer_text import ParsedAnswer, cut_reasoning, no_text
 from addressvlm.labels.labelers import Label, Request, RetryState
 from addressvlm.models.loading import dtype_of, local
 
@@ -77,7 +77,7 @@ class Writer(ABC):
         """Tensors for `generate`, padded on the left."""
 
     @torch.inference_mode()
-    def write(self, conversations: Sequence[Messages], seed: int) -> list[AnswerText]:
+    def write(self, conversations: Sequence[Messages], seed: int) -> list[ParsedAnswer]:
         """The assistant's next message in each, without special tokens and reasoning; `seed` is for a temperature above 0."""
         inputs = self.inputs(conversations)
         sampling = {"do_sample": True, "temperature": self.config.temperature, "top_k": 0, "top_p": 1.0}
@@ -95,7 +95,7 @@ class Writer(ABC):
         for answer in ids[:, inputs["input_ids"].shape[1] :]:
             text, reasoned = cut_reasoning(self.tokenizer.decode(answer, skip_special_tokens=True))
             limit_reached = not self.end_tokens.intersection(answer.tolist())
-            answers.append(AnswerText(text) if text else no_text(reasoned, limit_reached, self.config.max_tokens))
+            answers.append(ParsedAnswer(text) if text else no_text(reasoned, limit_reached, self.config.max_tokens))
         return answers
 
 

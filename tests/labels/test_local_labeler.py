@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from addressvlm import InputError
 from addressvlm.config.labels import LabelsConfig
-from addressvlm.labels.answer_text import AnswerText
+from addressvlm.labels.answer_text import ParsedAnswer
 from addressvlm.labels.labelers import Request, make_labeler, state_factory
 from addressvlm.labels.local_labeler import LocalLabeler
 from addressvlm.tools.toy_base import CHAT_TEMPLATE, train_tokenizer
@@ -124,7 +124,7 @@ def test_good_texts_are_taken(llama: Path) -> None:
     settings = config(llama, send_image=False, prompt="grounded")
     labeler = LocalLabeler(state_factory(settings), settings)
     answers = iter(["no", GOOD, GOOD])
-    labeler._writer.write = lambda conversations, seed: [AnswerText(next(answers)) for _ in conversations]  # type: ignore[method-assign]
+    labeler._writer.write = lambda conversations, seed: [ParsedAnswer(next(answers)) for _ in conversations]  # type: ignore[method-assign]
     labels = labeler.label([replace(r, facts=FACTS) for r in requests(2)])
     assert [(label.text, label.source, label.attempts) for label in labels] == [
         (GOOD, "local:tiny-llama", 2), (GOOD, "local:tiny-llama", 1),
