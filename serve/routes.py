@@ -215,7 +215,7 @@ class Routes:
             raise ApiError(404, "This model has no gazetteer: it can chat, but rank no addresses.", code="no_gazetteer")
         prior = (fields.prior or PriorFields()).prior()
         await asyncio.to_thread(prior.log_weights, gazetteer)  # InputError here, not among the other photos of a batch
-        pixels = await self._read_image(request, source)
+        (pixels,) = await self._read_images(request, [source])
         result = await self.backend.localize(LocalizeQuery(city.id, pixels, fields.top_k or TOP_K, prior, fields.threshold))
         self.metrics.count("addressvlm_localized", city.id, str(result.known).lower())
         self.metrics.observe("addressvlm_confidence", result.confidence, city.id)
@@ -242,7 +242,7 @@ class Routes:
         fields = parse_chat(await read_json(request))
         city = self._city_of_model(fields.model)
         messages, urls = conversation(fields)
-        images = list(await asyncio.gather(*(self._read_image(request, url) for url in urls)))
+        images = await self._read_images(request, urls)
         query = ChatQuery(city.id, messages, images, fields.sampling(self.settings.max_tokens))
         response = ChatResponse(city.model, bool(fields.logprobs))
         request.state.log_fields = {"city": city.id, "images": len(images), "stream": bool(fields.stream)}
@@ -263,11 +263,20 @@ class Routes:
         served = ", ".join(f"'{city.model}'" for city in self.cities)
         raise ApiError(404, f"No model '{model[:100]}' here, this service has {served}.", "model", "model_not_found")
 
-    async def _read_image(self, request: Request, source: bytes | str) -> np.ndarray:
-        """The pixels of a photo, which count as the request's memory."""
-        pixels = await self.backend.read_image(source)
-        request.state.memory.take(pixels.nbytes)
-        return pixels
+    async def _read_images(self, request: Request, sources: Sequence[bytes | str]) -> list[np.ndarray]:
+        """The pixels of photos, which count as the request's memory; none is read any more once one can't be."""
+
+        async def read(source: bytes | str) -> np.ndarray:
+            pixels = await self.backend.read_image(source)
+            request.state.memory.take(pixels.nbytes)
+            return pixels
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(read(source)) for source in sources]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     async def _count_after(self, request: Request, response: ChatResponse, events: AsyncIterator[str]) -> AsyncIterator[str]:
         request.state.stream_status = 499  # until it is complete

@@ -15,6 +15,7 @@ import pytest
 import shapely
 from fastapi.testclient import TestClient
 
+from addressvlm import InputError
 from addressvlm.answers.address_distribution import Candidate, Circle, Localization, Prior
 from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.types import Completion, TextChunk
@@ -173,6 +174,29 @@ def test_photos_beyond_the_memory_of_requests_are_refused(tmp_path: Path, double
     for images, status in ((1, 200), (2, 503), (1, 200)):
         body = {"model": "t", "messages": chat_messages("Where?", *["data:1"] * images)}
         assert client.post("/v1/chat/completions", json=body).status_code == status
+
+
+def test_a_photo_that_fails_ends_the_reading_of_the_others(client: TestClient, double: Double) -> None:
+    """Else they would be counted as memory of a request that is over, which nobody gives back."""
+    ended: list[str] = []
+
+    async def read_image(source: str) -> np.ndarray:
+        if source == "data:bad":
+            raise InputError("The image is damaged.")
+        try:
+            return await asyncio.Future()
+        finally:
+            ended.append(source)
+
+    async def status() -> int:
+        body = {"model": "run/alder", "messages": chat_messages("Where?", "data:slow", "data:bad")}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(client.app), base_url="http://x") as caller:
+            response = await caller.post("/v1/chat/completions", json=body)
+            assert ended == ["data:slow"]
+            return response.status_code
+
+    double.read_image = read_image  # type: ignore[method-assign, assignment]
+    assert asyncio.run(status()) == 400
 
 
 def test_streams_that_fail_are_counted_as_failures(client: TestClient, double: Double) -> None:
