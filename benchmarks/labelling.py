@@ -3,8 +3,8 @@
 An OpenAI-compatible server in a separate process answers after 200 ms and refuses (429) more than C requests in flight, so the
 upper bound is C / 0.2 s. Rows come from a Parquet table with images and answers go into a response cache, as in the job.
 Then 5 % of the requests get a 429 and 2 % a 500, and the server counts its requests. Each round is a separate process, so that
-its peak memory can be measured. With `--tasks` the job's asking tasks send the requests, on a Ray of their own, and the time is
-the server's, from its first request to its last answer.
+its peak memory can be measured. With `--tasks` the job's labelling tasks send the requests, on a Ray of their own, and the time
+is the server's, from its first request to its last answer.
 """
 
 import argparse
@@ -179,7 +179,7 @@ def label(grafts: str, rows: int, url: str, concurrency: int) -> None:
 
 
 def label_by_tasks(grafts: str, rows: int, url: str, concurrency: int, tasks: int) -> None:
-    """One round of the job's asking tasks; prints its statistics."""
+    """One round of the job's labelling tasks; prints its statistics."""
     import ray
 
     from addressvlm.config import validate
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--tasks", type=int, nargs="+", help="asking tasks on Ray, some numbers of them in turn")
+    parser.add_argument("--tasks", type=int, nargs="+", help="labelling tasks on Ray, some numbers of them in turn")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--fault-share", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--label", help=argparse.SUPPRESS)
@@ -246,7 +246,7 @@ def main() -> None:
 
 def compare_tasks(rows: int, numbers: list[int], concurrency: int) -> None:
     ideal = math.ceil(rows / concurrency) * LATENCY_S
-    print(f"{rows:,} rows, {concurrency} in flight, {LATENCY_S:g} s an answer: an ideal asker takes {ideal:.1f} s")
+    print(f"{rows:,} rows, {concurrency} in flight, {LATENCY_S:g} s an answer: at best {ideal:.1f} s")
     with tempfile.TemporaryDirectory() as folder:
         grafts = Path(folder) / "run" / "grafts"
         write_grafts(grafts, 336, rows)

@@ -33,7 +33,7 @@ from ray_jobs.label_requests import estimate_requests, fill_response_cache
 from ray_jobs.progress import display
 from ray_jobs.ray_data import run_shards
 
-# Of a local model an interruption may lose the work on a shard; those of an endpoint are shared out among the asking tasks.
+# Of a local model an interruption may lose the work on a shard; those of an endpoint are shared out among the labelling tasks.
 SHARD_ROWS = {"template": 2048, "openai": 256, "vllm": 256, "local": 64}
 CACHED_LABELERS = ("openai", "vllm")  # their answers are in the response cache
 # Settings that no label depends on.

@@ -1,4 +1,4 @@
-"""Ask an endpoint, or vLLM servers of the job's own, for labels: tasks of Ray Data, all within one set of limits.
+"""Labels from an endpoint, or from vLLM servers of the job's own: tasks of Ray Data, all within one set of limits.
 
 Each of `labels.workers` tasks has a part of the table's shards. It reads their images, sends requests and writes the answers
 into a segment of its own of the run's response cache; a task that is killed begins anew and finds them there. One actor on the
@@ -34,7 +34,7 @@ from ray_jobs.cluster import Workers, notify_progress, wait_for_workers
 from ray_jobs.progress import Progress, display
 from ray_jobs.ray_data import to_input_error
 
-SAMPLED_SHARDS, SAMPLED_ROWS = 8, 4  # whose tokens are counted for the estimate
+SAMPLED_SHARDS, SAMPLED_ROWS = 8, 4  # rows of a shard; their tokens are counted for the estimate
 
 
 def fill_response_cache(config: Config, shards: list[Shard], redo: bool) -> dict[str, Any]:
@@ -66,16 +66,16 @@ def fill_response_cache(config: Config, shards: list[Shard], redo: bool) -> dict
                     raise
                 stats = ray.get(limits.stats.remote())
                 progress.done, progress.note = estimate.answered + stats.rows, stats.note()
-                progress.context.run(notify_progress, "label", progress.done, rows)
+                progress.context.copy().run(notify_progress, "label", progress.done, rows)
 
             parts = parts_of(shards, labels.workers)
             context = ray.data.DataContext.get_current()
             context.enable_progress_bars = False
             context.execution_no_progress_timeout_s = -1  # a task gives no row before its end
             items = ray.data.from_items([{"part": part} for part in range(len(parts))], override_num_blocks=len(parts))
-            ask = _AskingTask(config, parts, redo, limits)
+            label = _LabellingTask(config, parts, redo, limits)
             resources = {"num_cpus": labels.cpus_per_worker, "num_gpus": labels.gpus_per_worker}
-            dataset = items.flat_map(ask.__call__, concurrency=len(parts), **resources)
+            dataset = items.flat_map(label.__call__, concurrency=len(parts), **resources)
             with display.show("label", rows, "rows", look):
                 errors = [row["error"] for row in dataset.iter_rows() if row["error"]]
             stats: LabelStats = ray.get(limits.stats.remote())
@@ -96,7 +96,7 @@ def parts_of(shards: list[Shard], tasks: int) -> list[list[Shard]]:
 
 
 def estimate_requests(config: Config, shards: list[Shard], redo: bool) -> CostEstimate:
-    """What is left to do."""
+    """What the rows without an answer will cost, from some rows of some shards."""
     run = Run(config)
     new_state = state_factory(config.labels, config.seed, load_gazetteer(str(run.gazetteer)))
     ids = (row["id"] for shard in shards for batch in shard.batches(["id"]) for row in batch)
@@ -134,7 +134,7 @@ class _Limits:
         return stats
 
 
-class _AskingTask:
+class _LabellingTask:
     """Sends the requests of one part of the table."""
 
     def __init__(self, config: Config, parts: list[list[Shard]], redo: bool, limits: Any) -> None:
@@ -146,12 +146,12 @@ class _AskingTask:
         if self.key:
             os.environ[KEY] = self.key
         try:
-            self._ask(row["part"])
+            self._label(row["part"])
         except InputError as error:
             return [{"error": str(error)}]
         return [{"error": ""}]
 
-    def _ask(self, part: int) -> None:
+    def _label(self, part: int) -> None:
         config, shards, run = self.config, self.parts[part], Run(self.config)
         ids = {row["id"] for shard in shards for batch in shard.batches(["id"]) for row in batch}
         with WritableResponseCache(run.response_cache, ids) as cache:
@@ -160,7 +160,7 @@ class _AskingTask:
 
             def send(labels: LabelsConfig) -> None:
                 labeler = OpenAILabeler(
-                    labels, new_state(labels), cache, retry_failed=self.redo, exchange=self._exchange, asker=str(part)
+                    labels, new_state(labels), cache, retry_failed=self.redo, exchange=self._exchange, task=str(part)
                 )
                 labeler.run(_requests(config, shards), len(ids))
 

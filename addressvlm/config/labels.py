@@ -44,7 +44,7 @@ class LabelsConfig(Section):
     image_rule: Literal["tiles", "patches", "fixed"] = "tiles"
     image_base: int = Field(2833, ge=0)
     image_each: float = Field(5667.0, ge=0)
-    workers: int = Field(1, ge=1)  # `local`: copies of the model; `openai`: asking tasks; `vllm`: servers
+    workers: int = Field(1, ge=1)  # `local`: copies of the model; `openai`: labelling tasks; `vllm`: servers
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)  # for `local` and the server of `vllm`, which needs all of `tensor_parallel`
     temperature: float = Field(0.0, ge=0)  # 0 is greedy

@@ -1,6 +1,6 @@
 """The limits of a run for all that send its requests: in flight, rates, budget; and when to stop.
 
-`RequestLimits` knows what all askers do and lives in one place, with several asking tasks in an actor. Each asker has a
+`RequestLimits` knows what all labelling tasks do and lives in one place, with several tasks in an actor. Each task has a
 `LimitsClient`, which reports what it spent and gets leave to send: a share of the requests in flight, which it keeps from
 request to request, and, where there are rates or a budget, a turn for each request.
 """
@@ -16,8 +16,8 @@ from addressvlm.config.labels import LabelsConfig
 from addressvlm.labels.costs import LabelStats, price
 
 PROBE = 12  # answers; the job stops if none of the first ones is usable, whatever the reason
-BEAT_S = 0.25  # between two reports of an asker that needs nothing
-SILENT_S = 60.0  # an asker that has not reported for so long is dead; one that Ray starts anew says so
+BEAT_S = 0.25  # between two reports of a task that needs nothing
+SILENT_S = 60.0  # a task that has not reported for so long is dead; one that Ray starts anew says so
 
 
 class MinuteRateLimiter:
@@ -43,7 +43,7 @@ class MinuteRateLimiter:
 
 
 class Budget:
-    """Tokens and money of a run: the limits, what is spent, and what is reserved for requests in flight.
+    """Tokens and dollars of a run: the limits, what is spent, and what is reserved for requests in flight.
 
     A request starts only if its highest possible price is left, so the limit holds although many are in flight. It is exceeded
     only where an endpoint counts more tokens than estimated, by no more requests than are in flight.
@@ -54,7 +54,7 @@ class Budget:
         self.config, self.tokens, self.usd, self.reserved = config, tokens, usd, (0, 0)
 
     def reserve(self, tokens_in: int, tokens_out: int) -> bool:
-        """Reserve the highest possible price of a request, if it is left."""
+        """Reserve the most tokens that a request may take, if the budget has them left; whether it has."""
         reserved = (self.reserved[0] + tokens_in, self.reserved[1] + tokens_out)
         max_tokens, max_usd = self.config.budget_tokens, self.config.budget_usd
         if max_tokens is not None and self.tokens + sum(reserved) > max_tokens:
@@ -69,7 +69,7 @@ class Budget:
         self.reserved = (self.reserved[0] - tokens_in, self.reserved[1] - tokens_out)
 
     def spend(self, tokens_in: int, tokens_out: int) -> None:
-        """Count the price of an answer."""
+        """Count an answer's tokens and their price."""
         self.tokens += tokens_in + tokens_out
         self.usd += price(self.config, tokens_in, tokens_out)
 
@@ -86,20 +86,20 @@ class Budget:
 
 @dataclass
 class Report:
-    """What an asker did since its last report, and what it needs.
+    """What a task did since its last report, and what it needs.
 
     Attributes:
-        first, last: of the reports of an asker.
+        first, last: of the reports of a task.
         in_flight: its requests now.
         waiting: further requests that could be in flight.
         turns: estimated tokens in and out of each request that waits for its turn.
         released, spent: tokens in and out of reservations that ended, and of answers.
         usable: answers that a text came of or could have; `useless`: others, by reason.
-        error: ends the job, for all askers.
-        stats: of the asker since it began.
+        error: ends the job, for all tasks.
+        stats: of the task since it began.
     """
 
-    asker: str = ""
+    task: str = ""
     first: bool = False
     last: bool = False
     in_flight: int = 0
@@ -118,7 +118,7 @@ class Grant:
     """Leave to send.
 
     Attributes:
-        in_flight: how many requests the asker may have in flight.
+        in_flight: how many requests the task may have in flight.
         probing: each answer must be reported before another request takes its place.
         waits: seconds until the turn of each of the first waiting requests.
         stop: why nothing more may be sent.
@@ -134,16 +134,16 @@ Exchange = Callable[[Report], Awaitable[Grant]]
 
 
 @dataclass
-class _Asker:
-    seen: float = 0.0
-    demand: int = 0
+class _Task:
+    seen: float = 0.0  # when it last reported, in seconds of the clock
+    demand: int = 0  # requests that it could have in flight
     granted: int = 0  # requests that it may have in flight
-    reserved: tuple[int, int] = (0, 0)
+    reserved: tuple[int, int] = (0, 0)  # tokens in and out
     stats: LabelStats = field(default_factory=LabelStats)
 
 
 class RequestLimits:
-    """The limits of one job; `exchange` is called by all askers."""
+    """The limits of one job; `exchange` is called by all tasks."""
 
     def __init__(
         self, config: LabelsConfig, tokens: int = 0, usd: float = 0.0, clock: Callable[[], float] = time.monotonic
@@ -154,24 +154,24 @@ class RequestLimits:
         self.rates = MinuteRateLimiter(config.requests_per_minute, config.tokens_per_minute, clock)
         self.error: str | None = None  # ends the job
         self.usable, self.useless = 0, Counter[str]()
-        self._askers: dict[str, _Asker] = {}
-        self._ended = LabelStats()  # of askers that are gone
+        self._tasks: dict[str, _Task] = {}
+        self._ended = LabelStats()  # of tasks that are gone
 
     def exchange(self, report: Report) -> Grant:
         """Take a report and answer it."""
         now = self._clock()
-        for name in [
-            n for n, other in self._askers.items() if now - other.seen > SILENT_S or (report.first and n == report.asker)
-        ]:
-            self._forget(name, spend=True)  # its requests in flight may have been charged
-        asker = self._askers.setdefault(report.asker, _Asker())
-        asker.seen, asker.stats, asker.demand = now, report.stats, report.in_flight + report.waiting
-        for_in, for_out = map(min, asker.reserved, report.released)  # less only if it counted as dead in between
-        asker.reserved = (asker.reserved[0] - for_in, asker.reserved[1] - for_out)
+        for name, other in list(self._tasks.items()):
+            if now - other.seen > SILENT_S or (report.first and name == report.task):
+                self._forget(name, spend=True)  # its requests in flight may have been charged
+        task = self._tasks.setdefault(report.task, _Task())
+        task.seen, task.stats, task.demand = now, report.stats, report.in_flight + report.waiting
+        for_in, for_out = map(min, task.reserved, report.released)  # less only if it counted as dead in between
+        task.reserved = (task.reserved[0] - for_in, task.reserved[1] - for_out)
         self.budget.release(for_in, for_out)
         self.budget.spend(*report.spent)
         self.usable += report.usable
-        self.useless.update(report.useless)
+        if not self.usable:  # afterwards they would only fill the memory: refusals are all different
+            self.useless.update(report.useless)
         self.stop(report.error)
         if not self.usable and self.useless.total() >= PROBE:
             reasons = "; ".join(f"{n} times: {reason}" for reason, n in self.useless.most_common(3))
@@ -180,37 +180,37 @@ class RequestLimits:
                 "settings named there, or the model or the prompt; answers so far are saved."
             )
         if report.last:
-            self._forget(report.asker, spend=False)
+            self._forget(report.task, spend=False)
             return Grant(0, stop=self.error)
         waits: list[float] = []
         for turn in report.turns if not self.error else ():
             if not self.budget.reserve(*turn):
                 break
-            asker.reserved = (asker.reserved[0] + turn[0], asker.reserved[1] + turn[1])
+            task.reserved = (task.reserved[0] + turn[0], task.reserved[1] + turn[1])
             waits.append(self.rates.reserve_slot(sum(turn)))
         if report.turns and not waits and not any(self.budget.reserved):
             self.stop(self.budget.exhausted())
         limit = min(self.config.concurrency, self.config.concurrency if self.usable else PROBE - self.useless.total())
-        share = fair_shares(limit, {name: other.demand for name, other in self._askers.items()})[report.asker]
-        free = limit - sum(other.granted for other in self._askers.values() if other is not asker)
+        share = fair_shares(limit, {name: other.demand for name, other in self._tasks.items()})[report.task]
+        free = limit - sum(other.granted for other in self._tasks.values() if other is not task)
         granted = 0 if self.error else max(0, min(share, free))
-        asker.granted = max(granted, report.in_flight)
+        task.granted = max(granted, report.in_flight)
         return Grant(granted, not self.usable, tuple(waits), self.error)
 
     def stop(self, reason: str | None) -> None:
-        """End the job for all askers; the first reason counts."""
+        """End the job for all tasks; the first reason counts."""
         self.error = self.error or reason
 
     def stats(self) -> LabelStats:
-        """Of all askers together."""
-        return sum((asker.stats for asker in self._askers.values()), self._ended)
+        """Of all tasks together."""
+        return sum((task.stats for task in self._tasks.values()), self._ended)
 
     def _forget(self, name: str, spend: bool) -> None:
-        asker = self._askers.pop(name)
-        self._ended += asker.stats
-        self.budget.release(*asker.reserved)
+        task = self._tasks.pop(name)
+        self._ended += task.stats
+        self.budget.release(*task.reserved)
         if spend:
-            self.budget.spend(*asker.reserved)
+            self.budget.spend(*task.reserved)
 
 
 def fair_shares(limit: int, demands: dict[str, int]) -> dict[str, int]:
@@ -227,17 +227,17 @@ class StoppedError(Exception):
 
 
 class LimitsClient:
-    """One asker's side of the limits; needs a running event loop, in which `run` is a task."""
+    """One task's side of the limits; needs a running event loop, in which `run` goes on."""
 
-    def __init__(self, exchange: Exchange, config: LabelsConfig, stats: LabelStats, asker: str = "") -> None:
-        self._exchange, self._stats, self._asker = exchange, stats, asker
+    def __init__(self, exchange: Exchange, config: LabelsConfig, stats: LabelStats, task: str = "") -> None:
+        self._exchange, self._stats, self._task = exchange, stats, task
         limits = (config.budget_tokens, config.budget_usd, config.requests_per_minute, config.tokens_per_minute)
         self._needs_turns = any(limit is not None for limit in limits)
         self._allowed = self._in_flight = self._unjudged = 0
         self._probing = True
         self._waiting: deque[asyncio.Future[None]] = deque()  # for a place in flight
         self._turns: deque[tuple[int, int, asyncio.Future[float]]] = deque()
-        self._report = Report(asker, first=True)
+        self._report = Report(task, first=True)
         self._changed = asyncio.Event()
         self._closing = False
         self.stopped: str | None = None  # why nothing more may be sent
@@ -247,12 +247,10 @@ class LimitsClient:
         while not self.stopped and not self._closing:
             self._changed.clear()
             turns = list(self._turns)
-            report, self._report = self._report, Report(self._asker)
+            report, self._report = self._report, Report(self._task)
             report.in_flight, report.waiting, report.stats = self._in_flight, len(self._waiting), self._stats
             report.turns = tuple((tokens_in, tokens_out) for tokens_in, tokens_out, _ in turns)
-            self._allowed = min(
-                self._allowed, report.in_flight
-            )  # others may get what this report leaves while it is on its way
+            self._allowed = min(self._allowed, report.in_flight)  # what is left others may get before the grant comes
             grant = await self._exchange(report)
             self._allowed, self._probing = grant.in_flight, grant.probing
             for (_, _, turn), wait_s in zip(turns, grant.waits, strict=False):
@@ -269,7 +267,7 @@ class LimitsClient:
                 continue
 
     async def close(self, run: "asyncio.Task[None]") -> None:
-        """Let the task `run` end, and send the last report."""
+        """Let `run` end, and send the last report."""
         self._closing = True
         self._changed.set()
         await asyncio.wait([run])
@@ -328,7 +326,7 @@ class LimitsClient:
             self._leave()
 
     def stop(self, reason: str) -> None:
-        """Send nothing more, in any asker."""
+        """Send nothing more, in any task."""
         self.stopped = self.stopped or reason
         futures: list[asyncio.Future[Any]] = [*self._waiting, *(turn for _, _, turn in self._turns)]
         for future in futures:
@@ -355,7 +353,7 @@ class LimitsClient:
 
 
 def in_process(limits: RequestLimits) -> Exchange:
-    """The exchange of a job with one asker."""
+    """The exchange of a job with one task."""
 
     async def exchange(report: Report) -> Grant:
         return limits.exchange(report)

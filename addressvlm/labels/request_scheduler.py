@@ -45,7 +45,7 @@ class OpenAILabeler:
         new_state: makes the state of a row.
         cache: records answers, and holds those that are already paid for.
         log: gets a line of progress every few seconds.
-        exchange, asker: to the limits of all asking tasks, and this one's name; default: this is the only one.
+        exchange, task: to the limits of all labelling tasks, and this one's name; default: this is the only one.
         retry_failed: send rows again for which the endpoint kept failing in an earlier job.
     """
 
@@ -55,7 +55,7 @@ class OpenAILabeler:
     log: Callable[[str], object] = lambda line: None
     retry_failed: bool = False
     exchange: Exchange | None = None
-    asker: str = ""
+    task: str = ""
 
     def __post_init__(self) -> None:
         endpoint_key(self.config)  # a missing one is an error before anything is read
@@ -118,7 +118,7 @@ class RequestScheduler:
         self.stats = LabelStats()
         cache = self.cache
         own_limits = in_process(RequestLimits(config, cache.tokens if cache else 0, cache.usd if cache else 0.0))
-        self.limits = LimitsClient(labeler.exchange or own_limits, config, self.stats, labeler.asker)
+        self.limits = LimitsClient(labeler.exchange or own_limits, config, self.stats, labeler.task)
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="encode")
         self.ready: asyncio.Queue[_PreparedRow | None] = asyncio.Queue(READ_BATCH)
         self.start = time.monotonic()

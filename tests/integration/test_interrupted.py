@@ -191,7 +191,7 @@ def test_labels_are_paid_once(tmp_path: Path) -> None:
     assert len(endpoint.requests) <= 8 * 24 + at_once  # no more than those that were under way
 
 
-def test_a_killed_asking_task_pays_for_no_row_twice(tmp_path: Path) -> None:
+def test_a_killed_labelling_task_pays_for_no_row_twice(tmp_path: Path) -> None:
     """One of two tasks gets kill -9 while answers are under way; it begins anew, and only those are asked for again."""
     text = (
         "The road leads on between two plain walls here, and the map shows it running straight. This is Mill Street in Harbour."

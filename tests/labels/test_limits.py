@@ -1,4 +1,4 @@
-"""Limits that all askers of a job share."""
+"""Limits that all tasks of a job share."""
 
 import asyncio
 from collections import Counter, deque
@@ -97,7 +97,7 @@ def priced(**limits: Any) -> LabelsConfig:
     return LabelsConfig(usd_per_million_in=1e6, usd_per_million_out=2e6, **limits)  # a dollar a token sent, two a token written
 
 
-def test_requests_in_flight_count_against_the_budget_of_all_askers() -> None:
+def test_requests_in_flight_count_against_the_budget_of_all_tasks() -> None:
     ours = RequestLimits(priced(budget_tokens=100), tokens=40)
     turn = (20, 10)
     assert len(ours.exchange(Report("a", turns=(turn, turn, turn))).waits) == 2  # 40 spent and 60 set aside: full
@@ -122,9 +122,9 @@ def test_a_budget_is_never_overshot_by_requests_that_cost_no_more_than_reserved(
 ) -> None:
     ours, flying = RequestLimits(priced(**{by: limit})), deque[tuple[str, tuple[int, int]]]()
     for number, (sent, written) in enumerate(costs):
-        asker = "abc"[number % 3]
-        if ours.exchange(Report(asker, turns=((sent, 50),))).waits:
-            flying.append((asker, (sent, written)))
+        task = "abc"[number % 3]
+        if ours.exchange(Report(task, turns=((sent, 50),))).waits:
+            flying.append((task, (sent, written)))
         while len(flying) >= in_flight:
             name, cost = flying.popleft()
             ours.exchange(Report(name, released=(cost[0], 50), spent=cost))
@@ -161,7 +161,7 @@ def test_fair_shares(limit: int, demands: dict[str, int]) -> None:
     assert all(shares[name] >= min(demand, limit // len(demands)) for name, demand in demands.items())
 
 
-def test_an_asker_that_dies_leaves_its_places_and_what_it_may_have_spent() -> None:
+def test_a_task_that_dies_leaves_its_places_and_what_it_may_have_spent() -> None:
     clock = Clock()
     ours = usable(priced(concurrency=4, budget_tokens=100), clock)
     assert len(ours.exchange(Report("a", waiting=4, turns=((20, 10),) * 2)).waits) == 2
@@ -175,7 +175,7 @@ def test_an_asker_that_dies_leaves_its_places_and_what_it_may_have_spent() -> No
 
 
 @pytest.mark.parametrize("silent", [False, True])
-def test_what_an_asker_settled_is_not_given_back_or_spent_again_when_it_ends(silent: bool) -> None:
+def test_what_a_task_settled_is_not_given_back_or_spent_again_when_it_ends(silent: bool) -> None:
     clock = Clock()
     ours = usable(priced(budget_tokens=1000), clock)
     ours.exchange(Report("a", waiting=2, turns=((20, 10),) * 2))
@@ -204,7 +204,15 @@ def test_a_dozen_useless_answers_and_no_usable_one_end_the_job() -> None:
     assert fine.exchange(Report("a", waiting=64, useless=Counter({"limit": 99}))).in_flight == 64
 
 
-def test_an_asker_takes_no_further_place_while_its_report_is_on_its_way() -> None:
+def test_reasons_of_useless_answers_are_kept_only_until_one_is_usable() -> None:
+    limits = RequestLimits(LabelsConfig())
+    limits.exchange(Report(useless=Counter({"refused: a": 1})))
+    for number in range(3):
+        limits.exchange(Report(usable=1, useless=Counter({f"refused: {number}": 1})))
+    assert list(limits.useless) == ["refused: a"]
+
+
+def test_a_task_takes_no_further_place_while_its_report_is_on_its_way() -> None:
     """Others may get at that moment what the report leaves."""
 
     async def story() -> bool:

@@ -1,4 +1,4 @@
-"""Asking tasks share one set of limits; what Ray does between them is tested in tests/integration."""
+"""Labelling tasks share one set of limits; what Ray does between them is tested in tests/integration."""
 
 import asyncio
 import io
@@ -18,7 +18,7 @@ from addressvlm.labels.response_cache import ResponseCache
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run
 from addressvlm.storage.shards import Shard, plan_shards
-from ray_jobs.label_requests import _AskingTask, estimate_requests, parts_of
+from ray_jobs.label_requests import _LabellingTask, estimate_requests, parts_of
 from tests.support.label_requests import FACTS, GOOD
 from tests.support.openai_endpoint import Endpoint, says
 
@@ -26,7 +26,7 @@ ROWS = 3 * 64
 
 
 class Actor:
-    """In place of the actor that has the limits; the loops of all asking threads call it."""
+    """In place of the actor that has the limits; the loops of the threads of all tasks call it."""
 
     def __init__(self, limits: RequestLimits) -> None:
         self.limits, self.lock, self.reports = limits, threading.Lock(), 0
@@ -55,7 +55,7 @@ def config_of(folder: Path, endpoint: Endpoint, **labels: Any) -> Config:
 def ask(config: Config, actor: Any, redo: bool = False) -> list[str]:
     """The errors of all parts, each in a thread of its own."""
     parts = parts_of(plan_shards(Run(config).grafts, "train", 64), config.labels.workers)
-    task = _AskingTask(config, parts, redo, actor)
+    task = _LabellingTask(config, parts, redo, actor)
     with ThreadPoolExecutor(len(parts)) as threads:
         return [row["error"] for rows in threads.map(task, [{"part": n} for n in range(len(parts))]) for row in rows]
 
