@@ -37,10 +37,10 @@ class Progress:
     done: int = 0
     note: str = ""
     look: "Callable[[Progress], None] | None" = None
-    began: float = 0.0  # of a clock that never goes back
-    first: int | None = None  # what was done when it began, in an earlier attempt
+    began: float = 0.0  # time.monotonic()
+    first: int | None = None  # units that were done before, by an earlier attempt
     bar: Any = None  # its number among the bars of a terminal
-    context: Context = field(default_factory=copy_context)  # of the thread that does it
+    context: Context = field(default_factory=copy_context)  # of the thread that does it; enter only copies, threads share it
 
     def refresh(self) -> None:
         """Bring the figures up to date."""
@@ -62,7 +62,7 @@ class Progress:
 
 
 class Display:
-    """Shows the innermost of the activities that are under way, in each thread that has any."""
+    """Shows the innermost activity of each thread that has any."""
 
     def __init__(self) -> None:
         self.steps: Sequence[str] = ()
@@ -74,7 +74,7 @@ class Display:
     @property
     def activities(self) -> list[Progress]:
         """Those of this thread, the outermost first."""
-        return self._of_threads.setdefault(threading.get_ident(), [])
+        return self._of_threads.get(threading.get_ident(), [])
 
     def heading(self, step: str, text: str) -> None:
         """Announce one of `steps` with its number."""
@@ -114,9 +114,8 @@ class Display:
                 for outer in self.activities[-1:]:
                     self._bars.update(outer.bar, visible=False)
                 activity.bar = self._bars.add_task(activity.what, total=activity.total, figures="")
-            self.activities.append(activity)
+            self._of_threads.setdefault(threading.get_ident(), []).append(activity)
             if self._thread is None:
-                self._wake.clear()
                 self._thread = threading.Thread(target=self._watch, args=(self._wake,), daemon=True)
                 self._thread.start()
         return activity
@@ -161,7 +160,7 @@ class Display:
                 if not any(activity in activities for activities in self._of_threads.values()):
                     continue
                 if not self._bars:
-                    activity.context.run(print, activity.line(), flush=True)
+                    activity.context.copy().run(print, activity.line(), flush=True)
                     continue
                 figures = activity.line().removeprefix(f"{activity.what}: ")
                 self._bars.update(activity.bar, completed=activity.done, total=activity.total, figures=figures, refresh=True)
