@@ -36,10 +36,8 @@ def examples(method: str, path: str) -> list[dict[str, str]]:
         curl, python = f"echo '{CHAT}' |\n  curl -H 'Content-Type: application/json' -d @- {URL}{path}", PYTHON_CHAT
     else:
         path = path.replace("{model}", "addressvlm").replace("{number}", "0")
-        text = "text" if path in ("/metrics", "/v1/samples/0") else "json()"
-        text = "content" if path == "/v1/samples/0" else text
-        save = " -o sample.jpg" if text == "content" else ""
-        curl, python = f"curl{save} {URL}{path}", f'import httpx\n\nprint(httpx.get("{URL}{path}").{text})'
+        body, save = {"/metrics": ("text", ""), "/v1/samples/0": ("content", " -o sample.jpg")}.get(path, ("json()", ""))
+        curl, python = f"curl{save} {URL}{path}", f'import httpx\n\nprint(httpx.get("{URL}{path}").{body})'
     return [{"lang": "curl", "source": curl}, {"lang": "Python", "source": python}]
 
 
@@ -70,8 +68,8 @@ def _section(path: str, method: str, operation: dict[str, Any], schemas: dict[st
     parameters = {p["name"]: p["schema"] | {"description": f"in the {p['in']}"} for p in operation.get("parameters", [])}
     fields = _fields("Parameters", parameters, []) if parameters else ""
     for kind, content in operation.get("requestBody", {}).get("content", {}).items():
-        schema = _resolved(content["schema"], schemas)
-        fields += _fields(f"Fields as {kind}", _with_parts(schema["properties"], schemas), schema.get("required", []))
+        schema = _resolve(content["schema"], schemas)
+        fields += _fields(f"Fields as {kind}", _with_nested(schema["properties"], schemas), schema.get("required", []))
     answers = "".join(
         f"<tr><td>{status}<td>{escape(answer['description'])}" for status, answer in sorted(operation["responses"].items())
     )
@@ -90,20 +88,19 @@ def _fields(title: str, fields: dict[str, Any], required: list[str]) -> str:
     return f"<h3>{escape(title)}</h3><table>{rows}</table>"
 
 
-def _with_parts(fields: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
-    """The fields, each followed by those of the object, or of the objects of the list, that it is: `prior.districts`."""
+def _with_nested(fields: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """The fields, an object or a list of objects followed by its own fields, such as `prior.districts`."""
     shown = {}
     for name, schema in fields.items():
         shown[name] = schema
         for option in schema.get("anyOf", [schema]):
-            part = option.get("items", option) if isinstance(option.get("items", option), dict) else {}
-            if "$ref" in part:
-                parts = _with_parts(_resolved(part, schemas)["properties"], schemas)
-                shown |= {f"{name}.{key}": value for key, value in parts.items()}
+            if "$ref" in (item := option.get("items", option)):
+                nested = _with_nested(_resolve(item, schemas)["properties"], schemas)
+                shown |= {f"{name}.{key}": value for key, value in nested.items()}
     return shown
 
 
-def _resolved(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+def _resolve(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
     return schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
 
 
@@ -119,7 +116,7 @@ def _type(schema: dict[str, Any]) -> str:
         return f"list of {_type(schema['items'])}" if schema.get("items") else "list"
     low = schema.get("minimum", schema.get("exclusiveMinimum"))
     high = schema.get("maximum", schema.get("exclusiveMaximum"))
-    limits = (
-        f", {low if low is not None else '…'} to {high if high is not None else '…'}" if (low, high) != (None, None) else ""
-    )
-    return f"{schema.get('type', 'any')}{limits}"
+    kind = str(schema.get("type", "any"))
+    if (low, high) == (None, None):
+        return kind
+    return f"{kind}, {'…' if low is None else low} to {'…' if high is None else high}"

@@ -17,7 +17,6 @@ from ray.serve.handle import DeploymentHandle
 from addressvlm.answers.address_distribution import Localization
 from addressvlm.answers.types import Completion, TextChunk
 from serve.errors import to_api_error
-from serve.metrics import ServiceMetrics
 from serve.requests import ChatQuery, LocalizeQuery
 
 METRICS_TIMEOUT_S = 5
@@ -32,11 +31,8 @@ class Backend:
         timeout_s: time limit of a call; of a stream, for each chunk. What is given up is cancelled.
     """
 
-    def __init__(
-        self, model: DeploymentHandle, images: DeploymentHandle, metrics: ServiceMetrics, multiplexed: bool, timeout_s: float
-    ) -> None:
-        self.model, self.images, self.metrics = model, images, metrics
-        self.multiplexed, self.timeout_s = multiplexed, timeout_s
+    def __init__(self, model: DeploymentHandle, images: DeploymentHandle, multiplexed: bool, timeout_s: float) -> None:
+        self.model, self.images, self.multiplexed, self.timeout_s = model, images, multiplexed, timeout_s
         self._image_size: int | None = None
         self._status_thread = ThreadPoolExecutor(1)  # the controller may be slow, and must not hold what requests need
 
@@ -56,8 +52,8 @@ class Backend:
 
     async def stream_chat(self, query: ChatQuery) -> AsyncIterator[TextChunk]:
         """The answers to a conversation, chunk by chunk; returns when the first chunk is there."""
-
         chunks = self._model_of(query.city).options(stream=True).stream_chat.remote(query)
+        first = await self._within_time(chunks, anext(chunks))
 
         async def stream() -> AsyncIterator[TextChunk]:
             chunk, done = first, object()
@@ -70,7 +66,6 @@ class Backend:
                 if chunk is not done:  # it took too long, or the caller left
                     chunks.cancel()
 
-        first = await self._within_time(chunks, anext(chunks))
         return stream()
 
     async def running_replicas(self) -> int:

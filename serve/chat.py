@@ -96,8 +96,8 @@ class ChatResponse:
     async def events(self, chunks: AsyncIterator[TextChunk], include_usage: bool) -> AsyncIterator[str]:
         """`chat.completion.chunk` events as the chunks come, then `[DONE]`; an error on the way is an event, too."""
         usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        tokens: dict[int, int] = {}
-        blanks: dict[int, str] = {}  # at the end of an answer so far
+        tokens: dict[int, int] = {}  # of each answer
+        blanks: dict[int, str] = {}  # at the end of each answer so far
         started: set[int] = set()  # answers that have text
         try:
             async for chunk in chunks:
@@ -107,7 +107,8 @@ class ChatResponse:
                 tokens[index] = chunk.tokens
                 self.usage = chunk.prompt_tokens, sum(tokens.values())
                 text, blanks[index] = strip_stream(blanks.get(index, ""), chunk.text, index not in started)
-                started |= {index} if text else set()
+                if text:
+                    started.add(index)
                 if text or chunk.scores:
                     yield self._event(index, {"content": text}, scores=chunk.scores, **usage)
                 if chunk.finish:

@@ -24,7 +24,7 @@ from serve.settings import ServiceSettings, SettingsError
 
 SERVED_SYSTEM = "addressvlm"  # of a run with several trained systems
 MAX_SAMPLES = 6
-MAX_ROWS = 200  # that are looked at for them
+MAX_SAMPLE_ROWS = 200  # that are searched for samples
 MAX_SAMPLE_BYTES = 1_000_000
 JPEG = b"\xff\xd8"
 
@@ -191,7 +191,8 @@ class CityGeometry:
         folders = [self.city.folder, *(parent / "photos" for parent in list(self.city.folder.parents)[:3])]
         with_photos = [folder for folder in folders if list_files(folder, "test-*.parquet")]
         photos: dict[str, bytes] = {}
-        for row in itertools.islice(iter_rows(with_photos[0], "test", ["street", "image"]) if with_photos else (), MAX_ROWS):
+        rows = iter_rows(with_photos[0], "test", ["street", "image"]) if with_photos else ()
+        for row in itertools.islice(rows, MAX_SAMPLE_ROWS):
             data = (row["image"] or {}).get("bytes") or b""
             if data.startswith(JPEG) and len(data) <= MAX_SAMPLE_BYTES:
                 photos.setdefault(row["street"], data)
@@ -217,8 +218,8 @@ class CityGeometry:
     def summary(self) -> CityAnswer:
         """The city's entry in `/v1/cities`."""
         gazetteer, city = self.gazetteer or Gazetteer([]), self.city
-        counts = {"streets": len(gazetteer.streets), "districts": len(gazetteer.districts)}
-        return CityAnswer(id=city.id, name=city.name, model=city.model, addresses=len(gazetteer.addresses), **counts)
+        counts = {kind: len(getattr(gazetteer, kind)) for kind in ("streets", "districts", "addresses")}
+        return CityAnswer(id=city.id, name=city.name, model=city.model, **counts)
 
     @cached_property
     def streets(self) -> dict[str, dict[str, Any]]:

@@ -23,11 +23,11 @@ class CityModels:
     """Loads and evicts adapters; any thread may use it.
 
     Args:
-        call: has a function that changes the model called by the model's thread, and returns its result.
+        call: runs a function that changes the model in the model's thread, and returns its result.
 
     Attributes:
-        localizers: by city, the one that was used last comes last.
-        model: the one that all share.
+        localizers: by city, the most recently used last.
+        model: the base model that all share.
 
     Raises:
         InputError: the model can't be loaded.
@@ -71,7 +71,7 @@ class CityModels:
         return localizer
 
     def acquire_loaded(self, city: str) -> Localizer | None:
-        """The same for a city that is loaded; None if it is not."""
+        """As `acquire` for a city that is loaded; None if it is not."""
         with self._lock:
             if localizer := self.localizers.get(city):
                 self.localizers.move_to_end(city)
@@ -109,7 +109,7 @@ class CityModels:
             adapter=name,
         )
         if localizer.gazetteer and localizer.gazetteer.addresses:
-            _ = localizer.scorer
+            _ = localizer.scorer  # made here, not in the model's thread: it takes a while
         return localizer
 
     def _attach(self, name: str, config: PeftConfig, weights: dict[str, torch.Tensor]) -> None:

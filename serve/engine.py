@@ -36,6 +36,7 @@ from serve.settings import ServiceSettings
 
 GPU_CACHE_SHARE = 0.4  # of the memory free after loading, for the caches of chats; twice that while answers join
 CPU_CACHE_SHARE = 0.25  # of the machine's memory
+ADDRESS_TURN = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ADDRESS_QUESTION}]}]
 
 Tokens = list[tuple[Answer, Token]]
 
@@ -45,10 +46,11 @@ class Job:
     """A request for the model's thread, prepared.
 
     Attributes:
-        put: gets the scores of all addresses, or again and again new tokens, or an exception; called in the model's thread.
+        put: called in the model's thread with the scores of all addresses, float64 (addresses,), or with the new tokens of
+            each turn, or with the exception that ends the job.
         answers: to be written; without any, addresses are scored.
         weights: of the addresses, see `Localizer.address_weights`.
-        result: what the request wants to know, from the scores.
+        result: makes of the scores what the caller gets.
     """
 
     localizer: Localizer
@@ -72,8 +74,8 @@ class Engine:
     Attributes:
         cities: their localizers.
         image_size: longer side of the model's input in pixels.
-        context_length: tokens.
-        cache_tokens: room for the key-value caches of chats.
+        context_length: of the model, in tokens.
+        cache_tokens: how many tokens may be in the key-value caches of all chats together.
         failure: why the process can't be used any more.
 
     Raises:
@@ -132,12 +134,12 @@ class Engine:
             raise InputError(
                 f"The conversation has {length} tokens and the model reads {self.context_length}: send a shorter one."
             )
-        most = min(query.sampling.max_tokens, self.context_length - length)
+        max_tokens = min(query.sampling.max_tokens, self.context_length - length)
         if question:
-            result = _exact_answer(localizer, question, length, most)
+            result = _exact_answer(localizer, question, length, max_tokens)
             return Job(localizer, prompt, put, weights=localizer.address_weights(None), result=result)
-        sampling = replace(query.sampling, max_tokens=most)
-        needed = sampling.n * (length + most)
+        sampling = replace(query.sampling, max_tokens=max_tokens)
+        needed = sampling.n * (length + max_tokens)
         if needed > self.cache_tokens:
             message = f"{needed:,} tokens in {sampling.n} answers are more than the {self.cache_tokens:,} that fit in memory"
             raise ApiError(503, f"{message}: ask for fewer or shorter answers.", code="overloaded")
@@ -259,6 +261,7 @@ class Engine:
         return True
 
     def _write(self) -> bool:
+        """The next token of every answer."""
         count = len(self.decoder)
         if not count:
             return False
@@ -271,7 +274,7 @@ class Engine:
         return True
 
     def _put(self, tokens: Tokens) -> None:
-        """Hand tokens to their jobs."""
+        """Hand tokens to their jobs, and forget answers that ended or that nobody waits for."""
         by_job: dict[Job, Tokens] = defaultdict(list)
         for answer, token in tokens:
             by_job[self._jobs[answer]].append((answer, token))
@@ -358,9 +361,6 @@ class Engine:
             return None
         text = " ".join(part["text"] for part in query.messages[-1]["content"] if part["type"] == "text")
         return parse_question(text, gazetteer)
-
-
-ADDRESS_TURN = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ADDRESS_QUESTION}]}]
 
 
 def _exact_answer(

@@ -190,7 +190,7 @@ class ImageFetcher:
         except TimeoutError:
             raise _not_fetched(f"The image's server took more than {self.timeout_s:g} s: send the image itself.") from None
         except (aiohttp.ClientError, OSError, UnicodeError, ValueError) as error:
-            if isinstance(error.__cause__ or error.__context__, PrivateAddressError) or isinstance(error, PrivateAddressError):
+            if any(isinstance(e, PrivateAddressError) for e in (error, error.__cause__, error.__context__)):
                 raise _not_fetched("The image's address is in a private network: send the image itself.") from None
             raise _not_fetched(f"The image could not be fetched ({type(error).__name__}): send the image itself.") from None
 
@@ -270,13 +270,12 @@ def is_public(address: str) -> bool:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return False
-    inner: list[ipaddress.IPv4Address | None] = []
+    embedded: list[ipaddress.IPv4Address] = []
     if isinstance(ip, ipaddress.IPv6Address):
-        inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+        embedded = [inner for inner in (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())) if inner is not None]
         if ip in ipaddress.ip_network("64:ff9b::/96"):
-            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-    wrapped = [one for one in inner if one is not None]
-    return (all(one.is_global for one in wrapped) and (bool(ip.is_global) or bool(wrapped))) and not ip.is_multicast
+            embedded.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    return all(one.is_global for one in embedded or [ip]) and not ip.is_multicast
 
 
 def _not_fetched(message: str) -> ApiError:

@@ -12,8 +12,9 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -67,7 +68,7 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 TOP_K = 5
-HEALTH_S = 1.0  # for so long an answer of /healthz holds
+HEALTH_S = 1.0  # the controller is asked at most this often
 
 # ---- what FastAPI can't derive for /openapi.json: error responses, and bodies that are read by hand to bound their size
 ERRORS = {
@@ -116,7 +117,8 @@ class Routes:
     def __init__(self, settings: ServiceSettings, cities: Sequence[City], backend: Backend, metrics: ServiceMetrics) -> None:
         self.settings, self.cities, self.backend, self.metrics = settings, list(cities), backend, metrics
         self.geometries = {city.id: CityGeometry(city) for city in cities}
-        self._health_lock, self._health_until, self._replicas = asyncio.Lock(), 0.0, cast("int | None", None)
+        self._health_lock, self._health_until = asyncio.Lock(), 0.0
+        self._replicas: int | None = None
 
     def app(self, key_hashes: Sequence[str] = (), **access: Any) -> FastAPI:
         """The ASGI application; the arguments go to `serve.middleware.AccessMiddleware`."""
@@ -193,6 +195,7 @@ class Routes:
         app.get("/healthz", responses=_responses([500, 503]))(self.health)
         generate = app.openapi
 
+        @cache
         def openapi() -> dict[str, Any]:
             modes: Any = [(model, "validation") for model in REQUESTS]
             document, (_, schemas) = generate(), models_json_schema(modes, ref_template=SCHEMA_PATH)
@@ -388,7 +391,7 @@ class HttpApi(MetricsReplica):
         key_hashes: Sequence[str],
     ) -> None:
         self.key_hashes, self.rate_limit, self.metrics = list(key_hashes), rate_limit, ServiceMetrics()
-        backend = Backend(model, images, self.metrics, len(cities) > 1, settings.request_s)
+        backend = Backend(model, images, len(cities) > 1, settings.request_s)
         self.routes = Routes(settings, cities, backend, self.metrics)
         logger = logging.getLogger("addressvlm.access")  # one line of JSON per request, on standard output
         logger.setLevel(logging.INFO)

@@ -12,8 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from addressvlm import InputError
 
-_DOMAIN = re.compile(r"\.?([a-z0-9_]([a-z0-9_-]*[a-z0-9_])?\.)*[a-z]([a-z0-9-]*[a-z0-9])?(:\d{1,5})?")
 BODY_COPIES = 3  # in memory: as it came, parsed, and on its way to another deployment
+_DOMAIN = re.compile(r"\.?([a-z0-9_]([a-z0-9_-]*[a-z0-9_])?\.)*[a-z]([a-z0-9-]*[a-z0-9])?(:\d{1,5})?")
 _ORIGIN = re.compile(r"https?://[^/\s]+")
 
 
@@ -65,7 +65,7 @@ class ServiceSettings(BaseModel):
     num_gpus: float = Field(0, ge=0)
     cities_per_replica: int = Field(8, ge=1)  # adapters in a model replica; the least recently used one is evicted
     photo_memory_mb: float = Field(256, ge=0)  # per model replica, of the latest photos: more questions on them are faster
-    chat_memory_mb: float = Field(0, ge=0)  # per model replica, of the chats in progress; 0: 40 % of free GPU memory
+    chat_memory_mb: float = Field(0, ge=0)  # per model replica, for chats; 0: 40 % of free GPU memory, or 25 % of main memory
     batch_size: int = Field(8, ge=1)  # photos scored together
     batch_wait_s: float = Field(0.01, ge=0)  # how long the first of a batch waits for others, in seconds
     http_replicas: int = Field(2, ge=1)  # at most

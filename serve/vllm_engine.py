@@ -111,13 +111,14 @@ class VllmModel:
         except (InputError, ApiError) as error:
             yield error
             return
-        async for chunk in chunks:
-            for choice in chunk.choices:
-                text, usage = choice.delta.content or "", chunk.usage
-                finish = "length" if choice.finish_reason == "length" else "stop" if choice.finish_reason else None
-                if text or finish:
-                    scores = _token_scores(choice)
-                    yield TextChunk(choice.index, text, finish, scores, usage.prompt_tokens, usage.completion_tokens)
+        async with chunks:  # else vLLM would go on for a caller who left
+            async for chunk in chunks:
+                for choice in chunk.choices:
+                    text, usage = choice.delta.content or "", chunk.usage
+                    finish = "length" if choice.finish_reason == "length" else "stop" if choice.finish_reason else None
+                    if text or finish:
+                        scores = _token_scores(choice)
+                        yield TextChunk(choice.index, text, finish, scores, usage.prompt_tokens, usage.completion_tokens)
 
     async def check_health(self) -> None:
         """Raises if the vLLM server does not answer; Ray Serve then replaces the replica."""

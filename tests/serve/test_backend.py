@@ -13,7 +13,6 @@ from addressvlm.answers.address_distribution import Prior
 from addressvlm.answers.types import Sampling, TextChunk
 from serve.backend import Backend
 from serve.errors import ApiError
-from serve.metrics import ServiceMetrics
 from serve.requests import ChatQuery, LocalizeQuery
 from tests.support import in_process_service
 
@@ -53,11 +52,9 @@ class Handle:
         return type("Method", (), {"remote": staticmethod(remote)})
 
 
-def backend(
-    metrics: ServiceMetrics, multiplexed: bool = False, timeout_s: float = 60, **methods: Callable[..., Any]
-) -> tuple[Backend, list[Any]]:
+def backend(multiplexed: bool = False, timeout_s: float = 60, **methods: Callable[..., Any]) -> tuple[Backend, list[Any]]:
     calls: list[Any] = []
-    return Backend(Handle(calls, **methods), Handle(calls, **methods), metrics, multiplexed, timeout_s), calls
+    return Backend(Handle(calls, **methods), Handle(calls, **methods), multiplexed, timeout_s), calls
 
 
 def gives(result: Any) -> Callable[..., Any]:
@@ -72,7 +69,7 @@ def gives(result: Any) -> Callable[..., Any]:
 
 
 def test_what_killed_a_replica_is_not_asked_again() -> None:
-    front, calls = backend(ServiceMetrics(), localize=gives(RayActorError()))
+    front, calls = backend(localize=gives(RayActorError()))
     with pytest.raises(ApiError) as caught:
         asyncio.run(front.localize(LOCALIZE))
     assert (caught.value.status, len(calls)) == (503, 1)
@@ -82,7 +79,7 @@ def test_a_call_that_takes_too_long_is_overloaded() -> None:
     async def never(*_: Any) -> Any:
         return await asyncio.get_running_loop().create_future()
 
-    front, _ = backend(ServiceMetrics(), timeout_s=0.01, chat=never)
+    front, _ = backend(timeout_s=0.01, chat=never)
     with pytest.raises(ApiError) as caught:
         asyncio.run(front.chat(CHAT))
     assert (caught.value.status, caught.value.code) == (503, "overloaded")
@@ -97,7 +94,7 @@ def test_a_call_whose_caller_left_is_cancelled() -> None:
             asked.set()
             return await asyncio.get_running_loop().create_future()
 
-        front, _ = backend(ServiceMetrics(), localize=never)
+        front, _ = backend(localize=never)
         task = asyncio.create_task(front.localize(LOCALIZE))
         await asked.wait()
         task.cancel()
@@ -111,7 +108,7 @@ def test_errors_that_come_as_values_are_raised() -> None:
     async def refuses(*_: Any) -> Any:
         return InputError("no such street")
 
-    front, calls = backend(ServiceMetrics(), localize=refuses)
+    front, calls = backend(localize=refuses)
     with pytest.raises(ApiError, match="no such street") as caught:
         asyncio.run(front.localize(LOCALIZE))
     assert (caught.value.status, len(calls)) == (400, 1)
@@ -119,14 +116,14 @@ def test_errors_that_come_as_values_are_raised() -> None:
 
 def test_requests_go_where_their_city_is_loaded() -> None:
     for multiplexed, options in ((True, {"multiplexed_model_id": "toytown"}), (False, {})):
-        front, calls = backend(ServiceMetrics(), multiplexed, localize=gives(1), chat=gives(1))
+        front, calls = backend(multiplexed, localize=gives(1), chat=gives(1))
         asyncio.run(front.localize(LOCALIZE))
         asyncio.run(front.chat(CHAT))
         assert calls == [("localize", options), ("chat", options)]
 
 
 def test_photos_are_read_at_the_models_image_size_which_is_requested_once() -> None:
-    front, calls = backend(ServiceMetrics(), image_size=gives(336), read=gives("pixels"))
+    front, calls = backend(image_size=gives(336), read=gives("pixels"))
 
     async def read_two() -> list[Any]:
         return [await front.read_image(b"one"), await front.read_image("two")]
@@ -154,7 +151,7 @@ def test_a_stream_that_breaks_off_is_not_asked_again() -> None:
         yield TextChunk(0, "b")
         raise RayActorError
 
-    front, calls = backend(ServiceMetrics(), True, stream_chat=stream)
+    front, calls = backend(True, stream_chat=stream)
     *chunks, error = received(front)
     assert chunks == ["a", "b"]
     assert isinstance(error, RayActorError)
@@ -167,7 +164,7 @@ def test_a_stream_whose_caller_left_is_cancelled() -> None:
             yield TextChunk(0, "a")
 
     async def leave() -> Backend:
-        front, _ = backend(ServiceMetrics(), stream_chat=stream)
+        front, _ = backend(stream_chat=stream)
         chunks: Any = await front.stream_chat(CHAT)
         await anext(chunks)
         await chunks.aclose()
@@ -180,7 +177,7 @@ def test_a_stream_that_is_refused_or_stalls() -> None:
     async def refused(_: ChatQuery) -> AsyncIterator[Any]:
         yield InputError("too long")
 
-    (error,) = received(backend(ServiceMetrics(), stream_chat=refused)[0])
+    (error,) = received(backend(stream_chat=refused)[0])
     assert isinstance(error, ApiError)
     assert error.status == 400
 
@@ -188,6 +185,6 @@ def test_a_stream_that_is_refused_or_stalls() -> None:
         yield TextChunk(0, "a")
         await asyncio.get_running_loop().create_future()
 
-    chunk, error = received(backend(ServiceMetrics(), timeout_s=0.2, stream_chat=stalls)[0])
+    chunk, error = received(backend(timeout_s=0.2, stream_chat=stalls)[0])
     assert chunk == "a"
     assert isinstance(error, TimeoutError)

@@ -75,7 +75,7 @@ def application(root: Path, **settings: Any) -> FastAPI:
         async def collect_metrics(self) -> Any:
             return {"front": metrics.collect(), "model": model.metrics.collect(), "images": images.metrics.collect()}
 
-    backend = InProcessBackend(Handle(model), Handle(images), metrics, len(cities) > 1, config.request_s)
+    backend = InProcessBackend(Handle(model), Handle(images), len(cities) > 1, config.request_s)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
