@@ -4,7 +4,7 @@
 between two steps. What an answer says depends on nothing but its own prompt and sampling.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -159,7 +159,7 @@ class _Batch:
 
 
 def _penalize(logits: torch.Tensor, answers: Sequence[Sequence[int]], penalty: float) -> torch.Tensor:
-    """The repetition penalty (Keskar et al. 2019) of tokens of the answer; names in the question are free to be said."""
+    """The repetition penalty (Keskar et al. 2019), for tokens of the answer alone: names in the question may be repeated."""
     logits = logits.clone()
     for row, ids in enumerate(answers):
         used = torch.tensor(sorted(set(ids)), dtype=torch.long, device=logits.device)
@@ -205,12 +205,11 @@ class AnswerText:
     """
 
     def __init__(self, answer: Answer) -> None:
-        self.answer, self.finish = answer, None
+        self.answer = answer
+        self.finish: str | None = None
         self._ids: list[int] = []
         self._sent = ""
         self._scores: list[TokenScore] = []
-
-    finish: str | None
 
     def add(self, token: Token) -> TextChunk | None:
         """Append a token; the next chunk, if there is any. Tokens after the end change nothing.
@@ -236,7 +235,7 @@ class AnswerText:
             self.answer.cancelled = True
         elif len(self._ids) >= sampling.max_tokens:
             self.finish = "length"
-        # characters at the end that may still change, or turn out to be the beginning of a stop
+        # at the end, a character whose bytes are not all here, or what may be the beginning of a stop text
         partial = [n for stop in sampling.stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])]
         undecided = max(len(text) - len(text.rstrip("\ufffd")), *partial, 0)
         ready = text[:cut] if self.finish else text[: len(text) - undecided]
@@ -255,8 +254,23 @@ def completion(chunks: Sequence[TextChunk]) -> Completion:
     return Completion(text, last.finish or "stop", scores, last.prompt_tokens, last.tokens)
 
 
+def _completions(chunks: Iterable[tuple[int, TextChunk]], count: int) -> list[Completion]:
+    """The finished answers, from chunks with the number of the answer that each is of."""
+    by_answer: list[list[TextChunk]] = [[] for _ in range(count)]
+    for number, chunk in chunks:
+        by_answer[number].append(chunk)
+    return list(map(completion, by_answer))
+
+
 def stream_answers(states: Sequence[tuple[PrefillCache, Sequence[Answer]]]) -> Iterator[tuple[int, TextChunk]]:
-    """Chunks of answers, each with the number of its answer among all; stop iterating to stop the model."""
+    """Chunks of answers, each with the number of its answer among all; stop iterating to stop the model.
+
+    Args:
+        states: each with the answers that continue from its rows.
+
+    Raises:
+        RuntimeError: the model's logits are not finite.
+    """
     decoder = Decoder()
     answers = [answer for _, some in states for answer in some]
     texts = {answer: (number, AnswerText(answer)) for number, answer in enumerate(answers)}
@@ -278,10 +292,7 @@ def stream_tokens(model: ChatModel, prefill: PrefillCache, sampling: Sampling) -
 
 def complete_chat(model: ChatModel, prefill: PrefillCache, sampling: Sampling) -> list[Completion]:
     """The finished continuations of one prompt, `sampling.n` of them."""
-    chunks: list[list[TextChunk]] = [[] for _ in range(sampling.n)]
-    for chunk in stream_tokens(model, prefill, sampling):
-        chunks[chunk.index].append(chunk)
-    return list(map(completion, chunks))
+    return _completions(((chunk.index, chunk) for chunk in stream_tokens(model, prefill, sampling)), sampling.n)
 
 
 def generate_batch(
@@ -289,15 +300,12 @@ def generate_batch(
 ) -> list[Completion]:
     """One answer to each question about the image at the same position."""
     sampling = Sampling(max_tokens, temperature)
-    states, order = [], []
+    states, order = [], []  # the number of the question that each answer is to
     for rows, state in model.prefill_questions(images, questions):
         some = [Answer(model, sampling, length) for length in state.mask.sum(1).tolist()]
         states.append((state, some))
         order += rows
-    chunks: list[list[TextChunk]] = [[] for _ in questions]
-    for number, chunk in stream_answers(states):
-        chunks[order[number]].append(chunk)
-    return list(map(completion, chunks))
+    return _completions(((order[number], chunk) for number, chunk in stream_answers(states)), len(questions))
 
 
 @dataclass(frozen=True)

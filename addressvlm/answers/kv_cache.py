@@ -148,6 +148,7 @@ def keeps_all_tokens(cache: Any, length: int) -> bool:
 
 
 def _cut_columns(cache: Any, start: int, stop: int) -> None:
+    """Keep only the tokens from `start` to `stop`, in place."""
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, start:stop].clone(), layer.values[:, :, start:stop].clone()
         if hasattr(layer, "cumulative_length"):
