@@ -9,17 +9,25 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from addressvlm.config.train import TrainConfig
 from addressvlm.errors import InputError
+from addressvlm.training.collator import Collator
+
+if TYPE_CHECKING:
+    from addressvlm.training.stages import Stage
 
 STEPS_A_PROCESS = 2  # that are encoded ahead
 READ_AHEAD = 4  # steps whose row groups are read before they are encoded
 PRELOADED = ["addressvlm.training.stages"]  # imported once by the server that loader processes are forked from
+
+StepRows = tuple[
+    int, list[tuple[int, dict[str, Any]]]
+]  # a step, and the worker's rows of it, each with its number in the table
 
 
 def loader_processes(settings: TrainConfig, on_gpu: bool) -> int:
@@ -31,11 +39,16 @@ def loader_processes(settings: TrainConfig, on_gpu: bool) -> int:
 
 @dataclass
 class StepBatches:
-    """A worker's share of a step: its batches, their number of tokens without padding, and rows that could not be used."""
+    """A worker's share of a step.
+
+    Attributes:
+        tokens: of all batches, without padding.
+        rejected: id of each row that could not be used -> why.
+    """
 
     batches: list[dict[str, torch.Tensor]]
     tokens: int
-    rejected: dict[str, str] = field(default_factory=dict)  # id -> why
+    rejected: dict[str, str] = field(default_factory=dict)
 
     def pin_memory(self) -> "StepBatches":
         """The same in page-locked memory, from which a GPU copies while it computes."""
@@ -48,20 +61,20 @@ class StepLoader(Dataset):
     """The worker's shares of a stage's steps from `start` on, in order.
 
     Attributes:
-        stage, collator: a `training.stages.Stage` and what encodes its rows.
+        rank, world: the worker's number, and how many there are.
         processes: that encode rows; 0 for a thread of this process.
         pin: whether batches lie in page-locked memory.
     """
 
-    stage: Any
-    collator: Any
+    stage: "Stage"
+    collator: Collator
     start: int
     rank: int
     world: int
     processes: int = 0
     pin: bool = False
 
-    def __getitem__(self, item: tuple[int, list[tuple[int, dict[str, Any]]]]) -> StepBatches | InputError:
+    def __getitem__(self, item: StepRows) -> StepBatches | InputError:
         """The batches of a step from its rows; an error is returned, since a loader would wrap it in its trace."""
         try:
             return self.stage.encode_step(self.collator, *item, self.rank, self.world)
@@ -74,39 +87,38 @@ class StepLoader(Dataset):
         Raises:
             InputError: rows can't be read or used, or a loader process was killed.
         """
-        shares = self._by_processes() if self.processes else self._by_a_thread()
-        for share in shares:
-            if isinstance(share, InputError):
-                raise share
-            self.stage.schedule.rejected |= share.rejected
-            yield share
+        for batches in self._encode_in_processes() if self.processes else self._encode_in_thread():
+            if isinstance(batches, InputError):
+                raise batches
+            self.stage.schedule.rejected |= batches.rejected
+            yield batches
 
-    def _rows(self) -> Iterator[tuple[int, list[tuple[int, dict[str, Any]]]]]:
-        """Number and rows of every step, read ahead."""
-        schedule, share = self.stage.schedule, (self.rank, self.world)
+    def _rows(self) -> Iterator[StepRows]:
+        """The rows of every step, read ahead."""
+        schedule, worker = self.stage.schedule, (self.rank, self.world)
         for step in range(self.start, min(self.start + READ_AHEAD, self.stage.steps)):
-            schedule.prefetch(step, *share)
+            schedule.prefetch(step, *worker)
         for step in range(self.start, self.stage.steps):
             if step + READ_AHEAD < self.stage.steps:
-                schedule.prefetch(step + READ_AHEAD, *share)
-            yield step, schedule.read(step, *share)
+                schedule.prefetch(step + READ_AHEAD, *worker)
+            yield step, schedule.read(step, *worker)
 
-    def _by_a_thread(self) -> Iterator[StepBatches | InputError]:
-        def share(item: Any) -> StepBatches | InputError:
-            made = self[item]
-            return made.pin_memory() if self.pin and isinstance(made, StepBatches) else made
+    def _encode_in_thread(self) -> Iterator[StepBatches | InputError]:
+        def encode(item: StepRows) -> StepBatches | InputError:
+            batches = self[item]
+            return batches.pin_memory() if self.pin and isinstance(batches, StepBatches) else batches
 
         rows = self._rows()
         with ThreadPoolExecutor(1) as pool:
             pending: deque[Future[Any]] = deque()
             while True:
                 while len(pending) < STEPS_A_PROCESS and (item := pool.submit(next, rows, None).result()):
-                    pending.append(pool.submit(share, item))
+                    pending.append(pool.submit(encode, item))
                 if not pending:
                     return
                 yield pending.popleft().result()
 
-    def _by_processes(self) -> Iterator[StepBatches | InputError]:
+    def _encode_in_processes(self) -> Iterator[StepBatches | InputError]:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each tensor in shared memory is an open file
         context = torch.multiprocessing.get_context("forkserver")

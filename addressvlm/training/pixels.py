@@ -1,4 +1,4 @@
-"""Images from encoded bytes to pixel values: decoded at the scale needed, moved as bytes, normalized on the device."""
+"""Images from encoded files to pixel values: decoded at the scale needed, moved as bytes, normalized on the device."""
 
 import io
 import math
@@ -35,17 +35,17 @@ def decode(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
 
 
 def decoded_size(image_processor: Any, augment: AugmentConfig) -> tuple[int, int] | None:
-    """The size that `decode` needs for a processor, None if it depends on the image's own size."""
+    """The width and height that `decode` needs for a processor, None if they depend on the image's own."""
     size = dict(image_processor.size)
     width, height = (size.get(key) or size.get("shortest_edge") for key in ("width", "height"))
     if not width or not height or "longest_edge" in size or not image_processor.do_resize:
         return None
-    grown = ASPECT / augment.crop if augment.crop < 1 else 1.0  # the whole of a photo of which a crop is shown
-    return math.ceil(width * grown), math.ceil(height * grown)
+    scale = ASPECT / augment.crop if augment.crop < 1 else 1.0  # of the whole photo to the crop that is shown
+    return math.ceil(width * scale), math.ceil(height * scale)
 
 
 class PixelEncoder:
-    """Prepares images for a processor, and turns the bytes it makes of them into its pixel values.
+    """Resizes images for a processor, has it leave their values as bytes, and normalizes those on the device.
 
     A processor rescales and normalizes each byte of an image by itself. Without that it is quicker, and its output a quarter
     of the size; the same numbers to the last bit are looked up later, on the device.
@@ -57,62 +57,66 @@ class PixelEncoder:
     def __init__(self, image_processor: Any) -> None:
         self.image_processor = image_processor
         self.options: dict[str, Any] = {}
-        self._table: torch.Tensor | None = None  # float32 (3, 256)
-        kind, size = type(image_processor), dict(image_processor.size)
-        plain = kind._preprocess is PilBackend._preprocess and kind.resize is PilBackend.resize
-        whole = image_processor.do_resize and not image_processor.do_center_crop and {"height", "width"} <= size.keys()
-        self._resized = (size["width"], size["height"]) if plain and whole else None
-        if self._resized:
+        self._normalized: torch.Tensor | None = None  # the value of each byte in each channel, float32 (3, 256)
+        cls, size = type(image_processor), dict(image_processor.size)
+        standard = cls._preprocess is PilBackend._preprocess and cls.resize is PilBackend.resize
+        fixed = image_processor.do_resize and not image_processor.do_center_crop and {"height", "width"} <= size.keys()
+        self._size = (size["width"], size["height"]) if standard and fixed else None
+        if self._size:
             self.options["do_resize"] = False
 
     def prepare(self, image: Image.Image) -> Image.Image:
-        """The image as the processor takes it: of its size if that is fixed.
+        """An RGB image as the processor takes it: of its size if that is fixed.
 
         PyTorch resizes bytes in a quarter of Pillow's time; of a photo half a percent of the values differ, by 1 or 2 of 255.
         """
-        if self._resized is None or image.size == self._resized:
+        if self._size is None or image.size == self._size:
             return image
         mode = RESAMPLE.get(self.image_processor.resample)
         if mode is None:
-            return image.resize(self._resized, self.image_processor.resample)
+            return image.resize(self._size, self.image_processor.resample)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-        resized = F.interpolate(pixels, size=self._resized[::-1], mode=mode, antialias=True)
+        resized = F.interpolate(pixels, size=self._size[::-1], mode=mode, antialias=True)
         return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
 
     def use_bytes(self, processor: Any, prompt: str) -> None:
-        """From now on let the processor leave bytes as they are, if `normalize` gives what it makes of them."""
-        kind = self.image_processor
-        if not (kind.do_rescale and kind.do_normalize):
+        """From now on let the processor leave bytes as they are, if `normalize` makes of them what it would.
+
+        Args:
+            prompt: a text that shows one image.
+        """
+        image_processor = self.image_processor
+        if not (image_processor.do_rescale and image_processor.do_normalize):
             return
         try:
             every_byte = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
-            scaled = kind.normalize(kind.rescale(every_byte, kind.rescale_factor), kind.image_mean, kind.image_std)
+            scaled = image_processor.rescale(every_byte, image_processor.rescale_factor)
+            normalized = image_processor.normalize(scaled, image_processor.image_mean, image_processor.image_std)
             noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
             image = self.prepare(Image.fromarray(noise))
-            whole = processor(text=[prompt], images=[image], **self.options)
-            options = {"do_rescale": False, "do_normalize": False}
-            plain = processor(text=[prompt], images=[image], **self.options, **options)
+            expected = processor(text=[prompt], images=[image], **self.options)
+            keep_bytes = {"do_rescale": False, "do_normalize": False}
+            output = processor(text=[prompt], images=[image], **self.options, **keep_bytes)
         except (TypeError, ValueError, AttributeError, KeyError, RuntimeError):
             return
-        self._table = torch.from_numpy(np.ascontiguousarray(scaled[:, 0]))
-        left = {key: tensor_of(plain[key]) for key in (PIXELS, MASK) if key in plain}
-        left[PIXELS] = as_bytes(left[PIXELS])
-        if left[PIXELS].dtype != torch.uint8 or not torch.equal(self.normalize(left)[PIXELS], tensor_of(whole[PIXELS])):
-            self._table = None
+        self._normalized = torch.from_numpy(np.ascontiguousarray(normalized[:, 0]))
+        inputs = {key: tensor_of(output[key]) for key in (PIXELS, MASK) if key in output}
+        inputs[PIXELS] = as_bytes(inputs[PIXELS])
+        if inputs[PIXELS].dtype == torch.uint8 and torch.equal(self.normalize(inputs)[PIXELS], tensor_of(expected[PIXELS])):
+            self.options |= keep_bytes
         else:
-            self.options |= options
+            self._normalized = None
 
     def normalize(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Inputs whose pixels, if they are bytes, are the processor's float32 values; on the device of the inputs."""
         pixels = inputs.get(PIXELS)
         if pixels is None or pixels.dtype != torch.uint8:
             return inputs
-        assert self._table is not None
-        if self._table.device != pixels.device:
-            self._table = self._table.to(pixels.device)
+        assert self._normalized is not None
+        self._normalized = self._normalized.to(pixels.device)
         channels = pixels.view(len(pixels), 3, -1) if pixels.dim() == 2 else pixels.flatten(0, -4)  # (N, 3, …)
         first = torch.arange(0, 768, 256, device=pixels.device, dtype=torch.int32).view(3, *[1] * (channels.dim() - 2))
-        values = self._table.flatten().index_select(0, (channels.int() + first).flatten()).view(pixels.shape)
+        values = self._normalized.flatten().index_select(0, (channels.int() + first).flatten()).view(pixels.shape)
         if MASK in inputs:
             values *= inputs[MASK].unsqueeze(-3)
         return {**inputs, PIXELS: values}
