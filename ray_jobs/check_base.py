@@ -11,6 +11,7 @@ shares of right answers with 95 % intervals and what stage 1 can be expected to 
 
 import base64
 import json
+import os
 import random
 from collections.abc import Sequence
 
@@ -22,6 +23,7 @@ from addressvlm.config.city import TilesConfig
 from addressvlm.evaluation.base_check import CANDIDATES, CHANCE, Answer, CheckedPlace, check_base, verdict
 from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.grafting import decode_photo, encode_jpeg
+from addressvlm.labels.api_client import KEY
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run, slug
 from addressvlm.tiles.renderer import TileRenderer
@@ -41,10 +43,10 @@ def run_step(config: Config, model: str, endpoint: str | None, places: int) -> d
     """
     run = Run(config)
     prepare.run_step(config)
-    chosen = checked_places(config, run, places)
+    checked = checked_places(config, run, places)
     answer = ask_endpoint(endpoint, model) if endpoint else ask_model(config, model)
-    shares = check_base(chosen, answer, Gazetteer.load(run.gazetteer).streets, config.tiles.delta, config.seed)
-    result = {"model": model, "endpoint": endpoint, "places": len(chosen), "shares": shares, "verdict": verdict(shares)}
+    shares = check_base(checked, answer, Gazetteer.load(run.gazetteer).streets, config.tiles.delta, config.seed)
+    result = {"model": model, "endpoint": endpoint, "places": len(checked), "shares": shares, "verdict": verdict(shares)}
     file = run.folder / "base_check" / f"{slug(model)}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -64,15 +66,15 @@ def checked_places(config: Config, run: Run, count: int) -> list[CheckedPlace]:
     settings = TilesConfig.model_validate_json(tiles)
     named = TileRenderer(*files, settings)
     bare = TileRenderer(*files, settings.model_copy(update={"names": False}))
-    first = {row["place"]: row["id"] for row in tables.iter_rows(run.photos, "train", ["id", "place"])}
-    drawn = set(random.Random(config.seed).sample(sorted(first), min(count, len(first))))
+    photo_of = {row["place"]: row["id"] for row in tables.iter_rows(run.photos, "train", ["id", "place"])}
+    drawn = set(random.Random(config.seed).sample(sorted(photo_of), max(0, min(count, len(photo_of)))))
     chosen = []
     for row in tables.iter_rows(run.photos, "train", COLUMNS):
-        if row["place"] in drawn and first[row["place"]] == row["id"]:
-            at = (row["lat"], row["lon"], row["main_street"])
-            tile = named.tile(*at)
+        place, street = row["place"], row["main_street"]
+        if place in drawn and photo_of[place] == row["id"]:
+            tile, without_names = (renderer.tile(row["lat"], row["lon"], street) for renderer in (named, bare))
             photo = decode_photo(row["image"]["bytes"])
-            chosen.append(CheckedPlace(row["place"], row["main_street"], photo, tile.image, bare.tile(*at).image, tile.names))
+            chosen.append(CheckedPlace(place, street, photo, tile.image, without_names.image, tile.names))
     streets = {place.street for place in chosen}
     if min((sum(place.street != street for place in chosen) for street in streets), default=0) < CANDIDATES - 1:
         raise InputError(f"{len(chosen)} places of {len(streets)} streets are too few to match photos with: raise --places.")
@@ -83,37 +85,34 @@ def ask_model(config: Config, model: str) -> Answer:
     """A model on this machine."""
     from addressvlm.inference import Localizer
 
-    loaded = Localizer(model, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code, memory_mb=0)
+    localizer = Localizer(model, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code, memory_mb=0)
 
     def answer(images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
-        said: list[str] = []
-        for start in range(0, len(images), BATCH):
-            batch = slice(start, start + BATCH)
-            said += loaded.answer(images[batch], questions[batch], MAX_TOKENS, 0.0)
-        return said
+        batches = [slice(start, start + BATCH) for start in range(0, len(images), BATCH)]
+        return [text for batch in batches for text in localizer.answer(images[batch], questions[batch], MAX_TOKENS)]
 
     return answer
 
 
 def ask_endpoint(endpoint: str, model: str) -> Answer:
-    """A model behind an OpenAI-compatible endpoint; one request a question."""
+    """A model behind an OpenAI-compatible endpoint, which may need no key; one request a question."""
     import openai
 
-    client = openai.OpenAI(base_url=endpoint)
+    client = openai.OpenAI(base_url=endpoint, api_key=os.environ.get(KEY) or "none")
 
     def answer(images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
-        said = []
+        answers = []
         for image, question in zip(images, questions, strict=True):
             url = "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(image.convert("RGB"), JPEG_QUALITY)).decode()
             content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
             try:
-                reply = client.chat.completions.create(
+                response = client.chat.completions.create(
                     model=model, messages=[{"role": "user", "content": content}], max_tokens=MAX_TOKENS, temperature=0,
                 )  # fmt: skip
             except openai.OpenAIError as error:
                 raise InputError(f"{endpoint} does not answer for {model} ({' '.join(str(error).split())[:200]}).") from error
-            said.append(reply.choices[0].message.content or "")
-        return said
+            answers.append(response.choices[0].message.content or "")
+        return answers
 
     return answer
 

@@ -19,16 +19,16 @@ def picture(red: int) -> Image.Image:
     return Image.new("RGB", (40, 30), (red, 0, 0))
 
 
-@pytest.fixture
-def key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server of one's own needs none."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-@pytest.mark.usefixtures("key")
 def test_an_endpoint_sees_each_picture_with_its_question() -> None:
     with Endpoint(lambda n, body: says(f"answer {body['messages'][0]['content'][1]['text']}")).running() as endpoint:
-        said = check_base.ask_endpoint(endpoint.url, "some-model")([picture(10), picture(200)], ["one?", "two?"])
-    assert said == ["answer one?", "answer two?"]
+        answers = check_base.ask_endpoint(endpoint.url, "some-model")([picture(10), picture(200)], ["one?", "two?"])
+    assert answers == ["answer one?", "answer two?"]
     for request, red in zip(endpoint.requests, (10, 200), strict=True):
         assert (request["model"], request["temperature"]) == ("some-model", 0)
         url = request["messages"][0]["content"][0]["image_url"]["url"]
@@ -36,7 +36,6 @@ def test_an_endpoint_sees_each_picture_with_its_question() -> None:
         assert abs(shown.getpixel((20, 15))[0] - red) < 6
 
 
-@pytest.mark.usefixtures("key")
 def test_an_endpoint_that_refuses_is_one_sentence() -> None:
     with (
         Endpoint(lambda n, body: refuses(400, "no images here")).running() as endpoint,
