@@ -72,7 +72,7 @@ def run(world: World, args: argparse.Namespace) -> None:
 
 @dataclass
 class Slots:
-    """Lets as many threads in at a time as `limit` says when one asks."""
+    """A semaphore whose limit may change: it is what `limit` returns when a thread asks for a slot."""
 
     limit: Callable[[], int]
     used: int = 0
@@ -96,6 +96,9 @@ class Slots:
 class Pipeline:
     """All steps of all cities.
 
+    Args:
+        only: names of the systems to train, None for all.
+
     Attributes:
         errors: city -> why it failed.
     """
@@ -105,6 +108,7 @@ class Pipeline:
         self.is_joint = world.settings.adapter == "joint"
         self.systems = train.select_systems(world.base, only)
         self.errors: dict[str, str] = {}
+        self._counting = threading.Lock()
         workers = training_workers(world.base, "of a city", world.base.train.min_workers)
         self.preparing = Slots(lambda: world.settings.preparing)
         self.labelling = Slots(lambda: 1)
@@ -150,15 +154,15 @@ class Pipeline:
             if known is None:
                 traceback.print_exc()
             print(f"failed: {self.errors[name]}", flush=True)
-        with self.training.changed:
+        with self._counting:
             self.progress.done += 1
 
     def _do_city(self, config: Config) -> None:
         run, systems = Run(config), train.select_systems(config, self.only)
         trained = {system.name: train.settings(config, system) for system in systems}
-        result = json.loads(json.dumps({"systems": trained, "evaluate": config.evaluate.model_dump()}))
+        settings = json.loads(json.dumps({"systems": trained, "evaluate": config.evaluate.model_dump()}))
         marker = run.folder / EVALUATED_FILE
-        if not self.redo and not self.is_joint and marker.is_file() and json.loads(marker.read_text()) == result:
+        if not self.redo and not self.is_joint and marker.is_file() and json.loads(marker.read_text()) == settings:
             print("already done", flush=True)
             return
         missing = systems if self.is_joint else train.untrained_systems(config, systems, self.redo)
@@ -173,7 +177,7 @@ class Pipeline:
             if self.with_evaluation:
                 evaluate.run_step(config, self.redo, only=self.only)
                 with atomic_write(marker) as temporary:
-                    temporary.write_text(json.dumps(result))
+                    temporary.write_text(json.dumps(settings))
 
     def _make_data(self, config: Config, kinds: set[Data]) -> None:
         require_files(config)
@@ -201,7 +205,7 @@ class Pipeline:
         labels = config.labels
         if labels.budget_usd is None and labels.budget_tokens is None:
             return config
-        spent = [label_costs(Run(other)) for name, other in self.world.cities.items() if name != config.name]
+        spent = [label_costs(other) for name, other in self.world.cities.items() if name != config.name]
         tokens, usd = sum(cost[0] for cost in spent), sum(cost[1] for cost in spent)
         left: dict[str, Any] = {}
         if labels.budget_tokens is not None:
@@ -256,9 +260,11 @@ def calibrate_jointly(run: Run, tasks: Mapping[str, EvaluationTask], models: Map
             evaluation.calibrate(together, system, model)
 
 
-def label_costs(run: Run) -> tuple[int, float]:
-    """Tokens and dollars that the labels of a run have cost so far."""
-    file = run.alignment / "labels.json"
+def label_costs(config: Config) -> tuple[int, float]:
+    """Tokens and dollars that the labels of a city have cost so far, those of both kinds in its one response cache."""
+    run = Run(config)
+    kinds = {kind for system in config.train.systems for kind in train.tables_of(config, system)}
+    file = (run.reasoning if "reasoning" in kinds else run.alignment) / "labels.json"  # of the kind that is done last
     if file.is_file():
         cost = json.loads(file.read_text())["run"]
         return cost.get("tokens", 0), cost.get("usd", 0.0)
@@ -386,7 +392,7 @@ class _CityPrefix(io.TextIOBase):
 
     def __init__(self, out: Any) -> None:
         self.out = out
-        self.begun: dict[str, str] = {}
+        self.begun: dict[str, str] = {}  # city -> the line that it has not ended yet
         self.lock = threading.Lock()
 
     def write(self, text: str) -> int:

@@ -20,11 +20,11 @@ from addressvlm.training.metrics_logger import peak_flops
 from ray_jobs import train
 
 PHOTO_BYTES, GRAFT_BYTES, LABEL_BYTES = 64_236, 20_426, 20_458  # a row of each table, measured: docs/scale.md
-FACTS_TOKENS = 200  # of a prompt, about
+FACTS_TOKENS = 200  # of the facts in a prompt, about
 
 
 def count_photos(config: Config) -> int | None:
-    """Photos of a city: those prepared, else the rows of its table; None where counting needs more than a glance."""
+    """Photos of a city: those prepared, else the rows of its table; None where it would take reading all photos."""
     run = Run(config)
     if (run.photos / "card.json").is_file():
         return sum(tables.count_rows(run.photos, split) for split in ("train", "val", "test"))
@@ -60,7 +60,7 @@ def print_world_estimate(world: World, names: Sequence[str], only: list[str] | N
     """Print the estimate.
 
     Args:
-        photos: of a city whose photos can't be counted at a glance.
+        photos: how many a city has where `count_photos` can't tell; None leaves such cities out.
     """
     counts = {name: count_photos(world.cities[name]) or photos for name in names}
     unknown = [name for name, count in counts.items() if count is None]
@@ -69,23 +69,23 @@ def print_world_estimate(world: World, names: Sequence[str], only: list[str] | N
         print(f"{name}: {count:,} photos", flush=True)
     if unknown:
         print(f"not counted: {', '.join(unknown)} (give --photos N for each of them)", flush=True)
-    total = sum(known.values())
-    rows = sum(count * world.cities[name].city.split.train for name, count in known.items())
-    storage = total * PHOTO_BYTES + rows * (GRAFT_BYTES + LABEL_BYTES)
+    rows = {name: count * world.cities[name].city.split.train for name, count in known.items()}  # to train on
+    total, training = sum(known.values()), sum(rows.values())
+    storage = total * PHOTO_BYTES + training * (GRAFT_BYTES + LABEL_BYTES)
     cities = f"{len(known)} {'city' if len(known) == 1 else 'cities'}"
-    print(f"{cities}: {total:,} photos, about {rows:,.0f} to train on, {storage / 1e9:,.1f} GB of tables", flush=True)
+    print(f"{cities}: {total:,} photos, about {training:,.0f} to train on, {storage / 1e9:,.1f} GB of tables", flush=True)
     costs = {name: label_cost(world.cities[name]) for name in known}
-    shares = {name: known[name] * world.cities[name].city.split.train for name in known}
-    tokens = sum(shares[name] * costs[name][0] for name in known)
+    tokens = sum(rows[name] * cost for name, (cost, _) in costs.items())
     if any(usd is None for _, usd in costs.values()):
         money = "unknown cost without labels.usd_per_million_in and labels.usd_per_million_out"
     else:
-        money = f"at most {sum(shares[name] * (costs[name][1] or 0) for name in known):,.4g} US dollars"
+        money = f"at most {sum(rows[name] * (usd or 0) for name, (_, usd) in costs.items()):,.4g} US dollars"
     print(f"labels: {tokens:,.0f} tokens, {money}, for one request a photo", flush=True)
     print(_training_hours(world, known, only), flush=True)
 
 
 def _training_hours(world: World, counts: dict[str, int], only: list[str] | None) -> str:
+    """PFLOP and hours of all trainings as a line, by the mean of the photo counts."""
     config, settings = world.base, world.base.train
     shape, systems = model_shape(config), train.select_systems(config, only)
     mean = round(sum(counts.values()) * config.city.split.train / max(len(counts), 1))

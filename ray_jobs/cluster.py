@@ -88,7 +88,7 @@ def require_possible(workers: Workers) -> None:
         if types.is_file():
             lack = workers.lack(_most_nodes(yaml.safe_load(types.read_text()), workers), "can have at most")
         elif _autoscaler():
-            lack = None  # it answers when it is asked
+            lack = None  # it says only once nodes are requested
         if lack:
             raise InputError(lack)
 
@@ -141,7 +141,7 @@ _progress_listener: ContextVar[Callable[[str, int, int], None] | None] = Context
 
 
 def notify_progress(step: str, done: int, total: int) -> None:
-    """Called with the progress of every step."""
+    """Tell an enclosing `nodes_ahead` how far a step is."""
     if listener := _progress_listener.get():
         listener(step, done, total)
 
@@ -154,7 +154,7 @@ def nodes_ahead(workers: Workers, step: str, boot_s: float) -> Iterator[None]:
         step: beginning of its name in the progress lines.
     """
     group: PlacementGroup | None = None
-    first: tuple[float, int] | None = None
+    first: tuple[float, int] | None = None  # when the step was first seen, and what was done then
 
     def listen(name: str, done: int, total: int) -> None:
         nonlocal group, first
@@ -162,10 +162,10 @@ def nodes_ahead(workers: Workers, step: str, boot_s: float) -> Iterator[None]:
             return
         now = time.monotonic()
         first = first or (now, done)
-        left = (
-            (total - done) * (now - first[0]) / (done - first[1]) if done > first[1] else 0.0 if done >= total else boot_s + 1
-        )
-        if left <= boot_s and workers.lack(_node_resources()):
+        if done <= first[1] and done < total:
+            return  # its speed is not known yet
+        left_s = (total - done) * (now - first[0]) / max(1, done - first[1])
+        if left_s <= boot_s and workers.lack(_node_resources()):
             group = workers.request()
 
     token = _progress_listener.set(listen)

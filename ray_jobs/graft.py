@@ -83,22 +83,26 @@ def graft_photos(config: Config, source: Run, split: str, redo: bool = False) ->
 
 def sources(config: Config, run: Run) -> tuple[tuple[str | None, str | None], str]:
     """The files of streets and imagery, and the tile settings as JSON; opens the files, so that errors come before any task."""
-    sources = resolve_city_files(config, run)
-    if sources.city.streets and not run.roads.is_file():
+    config = resolve_city_files(config, run)
+    if config.city.streets and not run.roads.is_file():
         raise InputError(f"there is no {run.roads} to draw tiles from: rerun prepare with --redo.")
-    files = (str(run.roads) if sources.city.streets else None, sources.tiles.imagery)
-    Grafter(*files, sources.tiles)
-    return files, sources.tiles.model_dump_json()
+    files = (str(run.roads) if config.city.streets else None, config.tiles.imagery)
+    Grafter(*files, config.tiles)
+    return files, config.tiles.model_dump_json()
 
 
-def _graft_split(run: Run, split: str, folder: AnyPath, work: ShardWork, step: str) -> tuple[int, int]:
-    """Graft a split of a run's photos; the numbers written and rejected."""
+def _graft_split(run: Run, split: str, folder: AnyPath, work: ShardWork, rejects_name: str) -> tuple[int, int]:
+    """Graft a split of a run's photos; the numbers written and rejected, the latter in a file of `run.rejects`.
+
+    Raises:
+        InputError: no photo has a tile, or more than `city.max_reject_share` have none.
+    """
     shards = plan_shards(run.photos, split, SHARD_ROWS)
     total = sum(shard.rows for shard in shards)
     summaries = run_shards("graft", shards, folder, work)
     written = sum(summary["written"].get(split, 0) for summary in summaries)
     rejects = [reject for summary in summaries for reject in summary["rejects"]]
-    file = run.rejects / f"{step}.parquet"
+    file = run.rejects / f"{rejects_name}.parquet"
     write_parquet(pa.Table.from_pylist(rejects, schema=tables.REJECTS), file)
     if not written or len(rejects) > run.config.city.max_reject_share * total:
         invalidate_shards(folder, [summary for summary in summaries if summary["rejects"]])

@@ -48,7 +48,7 @@ def run_step(config: Config, redo: bool = False, kinds: Collection[Data] = KINDS
     gazetteer = (str(run.gazetteer), sources_fingerprint(str(run.gazetteer)))
     for kind in missing:
         batch, columns = (map_batch, None) if kind == "map" else (matching_batch, COLUMNS)
-        function = partial(batch, files[0], files[1], tiles, gazetteer, config.seed)
+        function = partial(batch, *files, tiles, gazetteer, config.seed)
         work = ShardWork(function, tables.ALIGNMENT, columns, sources_fingerprint(*files) + gazetteer[1])
         with resumable_dir(getattr(run, kind), graft.settings(config), redo) as folder:
             source = run.photos

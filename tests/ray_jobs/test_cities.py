@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from addressvlm import InputError
-from addressvlm.config import Config
+from addressvlm.config import Config, validate
 from addressvlm.storage import tables
 from addressvlm.storage.run_dir import Run, is_done, mark_done
 from ray_jobs import cities, evaluate, graft, label, prepare, train
@@ -147,6 +147,16 @@ def test_one_budget_holds_for_the_labels_of_all(steps: Steps, tmp_path: Path) ->
     steps.done.clear()
     pipeline(tmp_path, labels={**labels, "budget_tokens": 300}).run(["graz", "linz", "wien"])
     assert len([step for step, _ in steps.done if step == "label"]) == 1
+
+
+def test_labels_of_both_kinds_count_for_the_budget(tmp_path: Path) -> None:
+    stages = {"alignment": {"data": "alignment"}, "reasons": {"data": "reasoning"}}
+    systems = [{"name": "both", "stages": list(stages)}]
+    config = validate({"storage": str(tmp_path), "train": {"stages": stages, "systems": systems}}, "test")
+    for folder, tokens in ((Run(config).alignment, 10), (Run(config).reasoning, 25)):
+        folder.mkdir(parents=True)
+        (folder / "labels.json").write_text(json.dumps({"run": {"tokens": tokens, "usd": 0.5}}))
+    assert cities.label_costs(config) == (25, 0.5)
 
 
 def test_cities_wait_for_what_they_share() -> None:
