@@ -1,7 +1,7 @@
 """Where a setting came from, and which key was meant: the sentences of configuration errors."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -97,34 +97,34 @@ def _problem(error: Any, root: type[Section]) -> str:
         everywhere = {".".join(keys): keys[-1] for keys in _all_keys(root)}
         if near := nearest(str(word), set(everywhere.values())):
             paths = [key for key, last in everywhere.items() if last == near]
-            closest = max(paths, key=lambda key: (_common(key.split("."), path), -len(key)))
+            closest = max(paths, key=lambda key: (_shared_depth(key.split("."), path), -len(key)))
             return f"unknown key '{location}', did you mean '{closest}'?"
         return f"unknown key '{location}', known are {', '.join(known)}"
     message = error["msg"].removeprefix("Value error, ")
     return f"'{location}' is {error['input']!r}: {message}" if error["type"] != "value_error" else f"'{location}': {message}"
 
 
-def nearest(word: str, names: "Sequence[str] | set[str]") -> str | None:
+def nearest(word: str, names: Iterable[str]) -> str | None:
     """The name that is most like a word: by spelling, as its initials or short forms of its parts, or in other tools' words."""
     scored = sorted(((_likeness(word.lower(), name), name) for name in sorted(names)), key=lambda pair: -pair[0])
     return scored[0][1] if scored and scored[0][0] >= SIMILAR else None
 
 
 def _likeness(word: str, name: str) -> float:
-    parts, pieces = name.split("_"), word.split("_")
+    """From 0 to 1."""
     if OTHER_WORDS.get(word) == name:
         return 1.0
     if len(name) > 4 and any(name[:at] + name[at + 1 :] == word for at in range(len(name))):  # one letter too few
         return 0.97
+    parts, beginnings = name.split("_"), word.split("_")
     if len(parts) > 1 and word == "".join(part[:1] for part in parts):
         return 0.95
-    short = len(word) > 3 and len(pieces) <= len(parts)
-    if short and all(part.startswith(piece) for part, piece in zip(parts, pieces, strict=False)):
+    if len(word) > 3 and len(beginnings) <= len(parts) and all(map(str.startswith, parts, beginnings)):
         return 0.9
     return difflib.SequenceMatcher(None, word, name).ratio()
 
 
-def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+def _shared_depth(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many first parts two paths share."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 

@@ -27,7 +27,7 @@ from addressvlm.config.provenance import error_sentences
 from addressvlm.dataset.readers.rows import clean_text
 from addressvlm.dataset.readers.table import open_table
 from addressvlm.errors import InputError
-from addressvlm.storage.remote_path import is_remote, path_of
+from addressvlm.storage.remote_path import AnyPath, is_remote, path_of
 from addressvlm.storage.run_dir import storage_dir
 
 JOINT = "joint"  # the run of one model of all cities
@@ -72,7 +72,7 @@ class World:
     cities: dict[str, Config]
 
     @property
-    def folder(self) -> Any:
+    def folder(self) -> AnyPath:
         """`<storage>/<name>`; the run of a city is `<storage>/<name>/<city>`."""
         return storage_dir(self.base.storage)
 
