@@ -25,9 +25,8 @@ STEPS_A_PROCESS = 2  # that are encoded ahead
 READ_AHEAD = 4  # steps whose row groups are read before they are encoded
 PRELOADED = ["addressvlm.training.stages"]  # imported once by the server that loader processes are forked from
 
-StepRows = tuple[
-    int, list[tuple[int, dict[str, Any]]]
-]  # a step, and the worker's rows of it, each with its number in the table
+# A step, and the worker's rows of it, each with its number in the table
+StepRows = tuple[int, list[tuple[int, dict[str, Any]]]]
 
 
 def loader_processes(settings: TrainConfig, on_gpu: bool) -> int:
