@@ -37,7 +37,7 @@ def test_lessons_are_about_what_the_image_shows(city: City) -> None:
     rng, kinds = random.Random(0), set()
     for _ in range(200):
         lesson = toy_base_data.draw_lesson([city], rng)
-        assert lesson.image.size == (160, 160)
+        assert lesson.image.size == (128, 128)
         assert 1 <= len(lesson.rounds) <= toy_base_data.MAX_ROUNDS
         assert lesson.words <= {*WORDS, *KINDS}
         for trait, possible in zip(lesson.traits, toy_base_data.TRAITS, strict=True):
@@ -85,30 +85,48 @@ def test_answers_weigh_by_the_root_of_their_length() -> None:
     assert toy_base.answer_weights(labels).tolist() == pytest.approx([0.5] * 4 + [1.0, 1.0])
 
 
-def test_the_probe_learns_words_from_the_patch_that_shows_them() -> None:
-    """A feature in one patch is enough for a word, and the traits of a tile are those at its centre."""
-    probe = toy_base.TowerProbe(4)
-    with torch.no_grad():
-        for layer in (probe.words, probe.traits):
-            layer.weight.zero_()
-            layer.bias.zero_()
-        probe.words.weight[toy_base.NAME_WORDS.index("Oak"), 0] = 40.0
-    features = torch.zeros(1, 4, 10, 10)
+def test_an_image_token_like_a_word_s_token_tells_that_word(tokenizer: PreTrainedTokenizerFast) -> None:
+    """One image token is enough, wherever it is; whether it is the right one counts where the lesson wrote the word."""
+    model, _ = toy_base.build(tokenizer)
+    probe = toy_base.TowerProbe(model, tokenizer)
+    (oak,) = tokenizer("Oak", add_special_tokens=False)["input_ids"]
+    model.model.multi_modal_projector = torch.nn.Identity()
+    torch.nn.init.zeros_(model.get_input_embeddings().weight)
+    model.get_input_embeddings().weight.data[oak, 0] = 4.0
+    features = torch.zeros(1, 192, 8, 8)
     features[0, 0, 2, 7] = 1.0
-    traits: list[str | None] = [None] * len(toy_base_data.TRAITS)
-    image = toy_base.Image.new("RGB", (160, 160))
-    right, recall = probe(features, [Lesson(image, [], {"Oak"}, traits, False)])
-    wrong, missed = probe(features, [Lesson(image, [], {"Elm"}, traits, False)])
+    image = toy_base.Image.new("RGB", (128, 128))
+
+    def judged(words: set[str], *places: tuple[str, float, float]) -> tuple[float, float]:
+        loss, recall = probe(model, features, [Lesson(image, [], words, [None] * len(toy_base_data.TRAITS), False, [*places])])
+        return loss.item(), recall
+
+    (right, recall), (wrong, missed) = judged({"Oak"}), judged({"Elm"})
     assert (recall, missed) == (1.0, 0.0)
     assert right < wrong
+    assert judged({"Oak"}, ("Oak", 7.5 * 16, 2.5 * 16))[0] < judged({"Oak"}, ("Oak", 2.5 * 16, 7.5 * 16))[0]
 
 
-def test_the_rate_falls_to_zero_and_warms_up_twice() -> None:
+def test_traits_of_a_tile_are_those_at_its_centre(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, _ = toy_base.build(tokenizer)
+    probe = toy_base.TowerProbe(model, tokenizer)
+    torch.nn.init.zeros_(probe.traits.weight)
+    torch.nn.init.zeros_(probe.traits.bias)
+    probe.traits.weight.data[0, 0] = 9.0
+    features = torch.zeros(1, 192, 8, 8)
+    features[0, 0, 2:6, 2:6] = 1.0  # only the inner half
+    traits = [toy_base_data.TRAITS[0][0], *[None] * (len(toy_base_data.TRAITS) - 1)]
+    losses = [probe._trait_loss(features, [Lesson(None, [], set(), traits, centre)]).item() for centre in (True, False)]  # type: ignore[arg-type]
+    assert losses[0] < losses[1]
+
+
+def test_the_rate_warms_up_at_each_stage_and_falls_to_zero() -> None:
     rates = [toy_base.learning_rate(step, 10_000, 1.0) for step in range(10_000)]
-    assert rates[0] < 0.01
-    assert rates[199] == 1.0
-    assert rates[3000] < 0.01
-    assert rates[3300] == 1.0
+    language, both = toy_base.stage_starts(10_000)
+    for start in (0, language, both):
+        assert rates[start] == pytest.approx(0.01)
+        assert rates[start + 50] == pytest.approx(0.51)
+        assert rates[start + 200] == 1.0
     assert rates[-1] < 0.001
 
 
