@@ -4,8 +4,10 @@ An OpenStreetMap file is read in three passes (the selected objects, the ways of
 that memory holds the selection and not the file, and the order of its objects does not matter.
 """
 
+import bz2
 import codecs
 import glob
+import gzip
 import json
 import re
 import zipfile
@@ -288,11 +290,24 @@ def require_whole(path: Path, remark: str) -> None:
 # OpenStreetMap
 
 
+def _end_of_xml(path: Path) -> bytes:
+    """The last bytes of an XML file, compressed or not, where a remark stands; nothing of other formats and damaged files."""
+    with path.open("rb") as file:  # raises OSError: pyosmium has one error for everything
+        unpacked = {".osm": file, ".gz": gzip.GzipFile(fileobj=file), ".bz2": bz2.BZ2File(file)}.get(path.suffix.lower())
+        end = b""
+        try:
+            if unpacked is file:
+                file.seek(max(0, file.seek(0, 2) - REMARK_BYTES))
+            while unpacked and (chunk := unpacked.read(REMARK_BYTES)):
+                end = (end + chunk)[-REMARK_BYTES:]
+        except (OSError, EOFError):
+            return b""
+    return end
+
+
 def _read_osm(path: Path, select: TagFilter) -> GeoExtract:
     """The selected ones among the objects with one of OBJECT_KEYS; nodes that the file lacks are missing from their ways."""
-    with path.open("rb") as file:  # raises OSError: pyosmium has one error for everything
-        file.seek(max(0, file.seek(0, 2) - REMARK_BYTES))
-        remark = REMARK.search(file.read()) if path.suffix.lower() == ".osm" else None
+    remark = REMARK.search(_end_of_xml(path))
     require_whole(path, remark[1].decode("utf-8", "replace").strip() if remark else "")
     try:
         with osmium.io.Reader(str(path), osmium.osm.NOTHING) as reader:

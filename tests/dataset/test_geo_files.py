@@ -1,5 +1,7 @@
 """OpenStreetMap files, Overpass answers and tables of a GIS"""
 
+import bz2
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -342,7 +344,10 @@ def test_an_answer_of_overpass_that_is_not_whole_is_refused(tmp_path: Path) -> N
     path.write_text(json.dumps(json.loads(path.read_text()) | {"remark": remark}))
     xml = town().save(tmp_path / "town.osm")
     xml.write_text(xml.read_text().replace("</osm>", f"<remark> {remark} </remark>\n</osm>"))
-    for file in (path, xml):
+    packed = [tmp_path / "town.osm.gz", tmp_path / "town.osm.bz2"]
+    for file, pack in zip(packed, (gzip.compress, bz2.compress), strict=True):
+        file.write_bytes(pack(xml.read_bytes()))
+    for file in (path, xml, *packed):
         with pytest.raises(
             InputError, match=r"is cut short, Overpass says 'runtime error: Query timed out .*: ask again for a smaller"
         ):
