@@ -76,15 +76,24 @@ def _option_list(question: str) -> str:
 
 
 def _parse_choice(listed: str, gazetteer: Gazetteer) -> ParsedQuestion | None:
-    """A choice, if an option is a street or a district."""
+    """A choice, if an option is a street, a district, or both; options with commas in them stand between semicolons."""
     for separator in (";", ","):
         options = [name.strip() for name in listed.split(separator) if name.strip()]
-        if not 1 < len(options) <= MAX_OPTIONS:
-            continue
-        for level, names in gazetteer.normal_names.items():
-            if not names.isdisjoint(map(normalize_name, options)):
-                return ParsedQuestion("choice", level, tuple(options))
+        if len(options) > 1:
+            level = _level(options, gazetteer) if len(options) <= MAX_OPTIONS else None
+            return ParsedQuestion("choice", level, tuple(options)) if level else None
     return None
+
+
+def _level(options: list[str], gazetteer: Gazetteer) -> Level | None:
+    """The level of the first kind of names that is among the options."""
+    names = gazetteer.normal_names
+    for level in names:
+        if not names[level].isdisjoint(map(normalize_name, options)):
+            return level
+    pairs = [option.rpartition(",") for option in options]
+    addresses = any(normalize_name(a) in names["street"] and normalize_name(b) in names["district"] for a, _, b in pairs)
+    return "address" if addresses else None
 
 
 def _parse_judgment(question: str, gazetteer: Gazetteer) -> ParsedQuestion | None:

@@ -70,6 +70,11 @@ def test_answers_come_with_the_probability_that_they_are_right():
         (question_parser.ParsedQuestion("choice", "street", ("Elm Row", "Mill Street", "Station Road")), "Mill Street", 0.3),
         (question_parser.ParsedQuestion("choice", "street", ("Elm Row", "Oak Avenue")), "Oak Avenue", 0.4),
         (question_parser.ParsedQuestion("choice", "district", ("Atlantis", "Harbour")), "Harbour", 0.4),
+        (
+            question_parser.parse_question("Options: mill st, Old Town; Elm Row, Harbour; Oak Avenue, Harbour.", CITY),
+            "mill st, Old Town",
+            0.2,
+        ),
     ]:
         assert parsed.answer(distribution) == (answer, pytest.approx(probability))
 
@@ -82,6 +87,21 @@ def test_the_district_is_the_likeliest_one_not_that_of_the_likeliest_address():
     assert [distribution.name(level) for level in ("address", "street", "district")] == [
         "Elm Row, Harbour", "Elm Row", "Old Town"
     ]  # fmt: skip
+
+
+def test_of_equally_likely_names_that_of_the_likeliest_address_is_the_answer():
+    """Half of it at three addresses in Harbour, half at one in Old Town: as likely, whatever rounding makes of the sums."""
+    for share in (0.1, 0.2, 0.3, 0.7, 1 / 3):
+        p = {("Elm Row", "Harbour"): share, ("Mill Street", "Harbour"): share, ("Station Road", "Harbour"): share,
+             ("Oak Avenue", "Old Town"): 3 * share}  # fmt: skip
+        with np.errstate(divide="ignore"):
+            distribution = AddressDistribution(
+                CITY.addresses, np.log([p.get((a.street, a.district), 0) for a in CITY.addresses])
+            )
+        assert distribution.name("district") == "Old Town"
+        assert distribution.choose(["Harbour", "Old Town"], "district") == "Old Town"
+        assert not distribution.judge("Harbour", "district")
+        assert distribution.choose(["Station Road", "Elm Row", "Mill Street"], "street") == "Station Road"
 
 
 def test_of_equal_addresses_the_first_is_named_and_ranked_first():
@@ -129,6 +149,25 @@ def test_of_equal_addresses_the_first_is_named_and_ranked_first():
         ("Tell me about Mill Street.", None),
         ("Is it Mill Street or Elm Row?", None),
         ("Options: a; b.", None),
+        ("Options: Mill Street.", None),  # nothing to choose from
+        (
+            "Options: ; Mill Street ;; Elm Row;",
+            question_parser.ParsedQuestion("choice", "street", ("Mill Street", "Elm Row")),
+        ),
+        (
+            "Options: Mill Street, Harbour; Mill Street, Old Town",
+            question_parser.ParsedQuestion("choice", "address", ("Mill Street, Harbour", "Mill Street, Old Town")),
+        ),
+        (
+            f"{'I walked a long way. ' * 20}Where am I? Choose from [Mill Street, Elm Row].",
+            question_parser.ParsedQuestion("choice", "street", ("Mill Street", "Elm Row")),
+        ),
+        (
+            "Options: Elm Row; Oak Avenue. Select one of them from [Mill Street, Elm Row]",  # the last list counts
+            question_parser.ParsedQuestion("choice", "street", ("Mill Street", "Elm Row")),
+        ),
+        (f"Options: Mill Street; {'x; ' * (question_parser.MAX_OPTIONS - 1)}Elm Row", None),
+        (f"Options: Mill Street; {chr(0xFDFA) * 300}", None),  # each of them stands for 18 characters
         ("", None),
     ],
 )
@@ -141,3 +180,14 @@ def test_a_district_in_the_name_of_a_street():
     assert question_parser.parse_question("Is it on Harbour Street?", city) == question_parser.ParsedQuestion(
         "judgment", "street", ("Harbour Street",)
     )
+
+
+def test_the_longest_spelling_of_a_name_is_the_one_that_was_said():
+    city = Gazetteer(
+        [Address("Mill Street", "Harbour"), Address("Elm Row", "Old Town")],
+        variants={"Mill Street": ["Mill", "Mill Street West", "West Mill Street"]},
+    )
+    for said in ("Mill", "Mill Street West", "West Mill Street", "mill st"):
+        assert question_parser.parse_question(f"Is this {said}?", city) == question_parser.ParsedQuestion(
+            "judgment", "street", ("Mill Street",)
+        )

@@ -71,6 +71,7 @@ def test_a_soft_circle_falls_with_the_distance():
         (Prior(circle=Circle(1, 1, 50)), "no address of Toytown is left.*widen circle"),
         (Prior(circle=Circle(91, 0, 50)), "give latitude and longitude"),
         (Prior(circle=Circle(float("nan"), 0, 50)), "give latitude and longitude"),
+        (Prior(circle=Circle(0, -180.5, 50)), "give latitude and longitude"),
         (Prior(circle=Circle(0, 0, 0)), "radius_m is 0: give metres above 0"),
         (Prior(circle=Circle(0, 0, float("inf"))), "radius_m is inf"),
         (Prior(weights={"Mill Street": 2, "mill st": 3}), "name 'Mill Street' twice, once as 'mill st'"),
@@ -82,6 +83,28 @@ def test_what_can_be_no_prior_is_one_sentence(prior, sentence):
     with pytest.raises(InputError, match=sentence) as caught:
         prior.log_weights(CITY)
     assert str(caught.value).endswith(".")
+
+
+def test_names_alike_are_proposed_three_at_most():
+    names = ["Mill Street", "Mill Lane", "Mill Street North", "Mill Row", "Harbour Road", "Quay"]
+    city = Gazetteer([Address(name, "Town") for name in names], city="Toytown")
+    with pytest.raises(InputError, match=r"nearest is Mill Street or Mill \w+( North)? or Mill \w+( North)?\.$"):
+        Prior(streets=("Mil Street",)).log_weights(city)
+    with pytest.raises(InputError, match=r"such as [^,]+, [^,]+, [^,]+\.$"):
+        Prior(streets=("Xyzzy",)).log_weights(city)
+
+
+def test_the_likeliest_of_very_many_names_is_proposed():
+    names = [f"{letter}{number} Way" for letter in "ABC" for number in range(60)]
+    city = Gazetteer([Address(name, "Town") for name in ["Kirchstrasse", *names]])
+    with pytest.raises(InputError, match="nearest is Kirchstrasse"):
+        Prior(streets=("Krichstrasse",)).log_weights(city)
+
+
+def test_a_circle_anywhere_on_earth():
+    line = shapely.LineString([(179.5, -89), (179.5, -88.9)])
+    city = Gazetteer([Address("Far Street", "Town"), Address("Elm Row", "Town")], {"Far Street": line})
+    assert Prior(circle=Circle(-89, 179.5, 5)).log_weights(city).tolist() == [-math.inf, 0]  # sorted: Elm Row, Far Street
 
 
 def test_no_circle_without_shapes():
