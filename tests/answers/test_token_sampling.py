@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 from addressvlm.answers import generate
 from addressvlm.answers.chat_model import ChatModel
@@ -163,6 +164,59 @@ def test_a_seed_draws_the_same_again_and_leaves_torchs_own_state_alone():
     torch.manual_seed(7)
     assert texts() == once
     assert len(set(first)) > 1
+
+
+def test_an_answer_is_greedy_and_whole_unless_something_else_is_asked_for():
+    assert Sampling() == Sampling(max_tokens=256, temperature=0.0, top_p=1.0, n=1, stop=(), logprobs=None, seed=None)
+
+
+def test_seeds_of_64_bits_draw_too():
+    def texts(seed):
+        return [c.text for c in generate.complete_chat(drawing(), drawing().read(), Sampling(8, 1.5, n=3, seed=seed))]
+
+    seeds = (2**63 - 1, 2**63 - 2, -(2**63), 5)
+    assert len({tuple(texts(seed)) for seed in seeds}) == len(seeds)
+    assert texts(2**63 - 1) == texts(2**63 - 1)
+
+
+def test_each_answer_of_a_batch_reports_as_many_alternatives_as_it_asked_for():
+    model = drawing()
+    samplings = [Sampling(3, logprobs=n) for n in (1, None, 3, 0, 20)]
+    states = [(model.read(), [generate.Answer(model, sampling, 3)]) for sampling in samplings]
+    counts = [set() for _ in samplings]
+    for number, chunk in generate.stream_answers(states):
+        counts[number] |= {len(score.top) for score in chunk.scores}
+    assert counts == [{1}, set(), {3}, {0}, {len(LETTERS)}]
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.3, 1.0, 4.0]), st.sampled_from([0.2, 0.6, 1.0])), min_size=2, max_size=7))
+def test_each_row_is_drawn_by_its_own_temperature_top_p_and_number(ways):
+    generator = torch.Generator().manual_seed(len(ways))
+    logits = torch.randn((len(ways), 9), generator=generator) * 3
+    draws = torch.rand(len(ways), dtype=torch.float64, generator=generator)
+    samplings = [Sampling(temperature=temperature, top_p=top_p) for temperature, top_p in ways]
+    alone = [generate.sample_tokens(logits[[i]], samplings[i : i + 1], draws[[i]]).item() for i in range(len(ways))]
+    assert generate.sample_tokens(logits, samplings, draws).tolist() == alone
+
+
+def test_a_state_can_be_continued_from_again():
+    """What answers add to the cache is their own."""
+    model, state = drawing(), drawing().read()
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), 0)
+
+    def grow(input_ids, attention_mask, position_ids, past_key_values, **kwargs):
+        new = torch.zeros(len(input_ids), 1, input_ids.shape[1], 2)
+        past_key_values.update(new, new, 0)
+        assert past_key_values.get_seq_length() == attention_mask.shape[1]
+        return SimpleNamespace(logits=model.logits[input_ids], past_key_values=past_key_values)
+
+    model.model.forward = grow
+    answer = generate.Answer(model, Sampling(5), 3)
+    chunks = list(generate.stream_answers([(replace(state, cache=cache), [answer])]))
+    assert len(answer.ids) > 1
+    assert chunks[-1][1].finish
+    assert cache.get_seq_length() == 4
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -169,3 +170,57 @@ def test_a_stripped_stream_is_the_stripped_text(chunks: list[str]) -> None:
         text, blanks = strip_stream(blanks, chunk, not text_so_far)
         text_so_far += text
     assert text_so_far == "".join(chunks).strip()
+
+
+@pytest.mark.parametrize(
+    ("turns", "param"),
+    [
+        ([user("a"), {"role": "assistant", "content": user("data:")["content"]}, user("b")], "messages.1.content"),
+        ([user("a"), {"role": "user", "content": [{"type": "image_url"}]}], "messages.1.content"),
+        ([user("a"), {"role": "user", "content": [{"type": "text", "text": 5}]}], "messages.1.content"),
+        ([{"role": "system", "content": user("data:")["content"]}, user("b")], "messages.0.content"),
+    ],
+)
+def test_an_error_names_the_turn_that_is_wrong(turns: list[dict[str, Any]], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        conversation(parse_chat({"model": "x", "messages": turns}))
+    assert (caught.value.status, (caught.value.param or "")[: len(param)]) == (400, param)
+
+
+def test_what_is_not_supported_is_told_apart_from_what_is_wrong() -> None:
+    for fields, message in (
+        ({"logit_bias": {"5": 1}}, "logit_bias is not supported"),
+        ({"modalities": ["text", "audio"]}, "modalities is not supported"),
+        ({"temperature": 3}, "less than or equal to 2"),
+    ):
+        with pytest.raises(ApiError, match=message):
+            parse_chat({"model": "x", "messages": [user("a")], **fields})
+
+
+def test_a_responses_time_is_in_seconds_as_openai_has_it() -> None:
+    before = int(time.time())
+    head = ChatResponse("x", logprobs=False).head
+    assert before <= head["created"] <= time.time()
+    assert head["id"] != ChatResponse("x", logprobs=False).head["id"]
+
+
+LIMITS = {"n": 8, "temperature": 2, "top_p": 1, "seed": 2**63 - 1, "max_tokens": 10**9, "top_logprobs": 20, "logprobs": True}
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"seed": -(2**63), "temperature": 0, "top_p": 1e-9, "n": 1, "top_logprobs": 0, "max_tokens": 1},
+    {"stop": ["a" * 200] * 4}, {"stop": "a" * 200}, {"messages": [user("a")] * 64},
+])  # fmt: skip
+def test_what_is_just_allowed(change: dict[str, Any]) -> None:
+    assert parse_chat({"model": "x", "messages": [user("a")], **LIMITS, **change})
+
+
+@pytest.mark.parametrize("change", [
+    {"seed": -(2**63) - 1}, {"seed": 2**63}, {"temperature": -0.01}, {"temperature": 2.01}, {"top_p": 1.01}, {"n": 9},
+    {"top_logprobs": 21}, {"top_logprobs": -1}, {"stop": ["a"] * 5}, {"stop": ["a" * 201]}, {"max_tokens": 0},
+    {"messages": [user("a")] * 65}, {"max_completion_tokens": 0},
+])  # fmt: skip
+def test_what_is_just_not_allowed(change: dict[str, Any]) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_chat({"model": "x", "messages": [user("a")], **LIMITS, **change})
+    assert (caught.value.param or "").partition(".")[0] == next(iter(change))

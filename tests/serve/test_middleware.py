@@ -1,12 +1,15 @@
 """API keys, rate limit, access log and metrics; the routes without Ray, over a real tiny model."""
 
 import asyncio
+import hashlib
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -68,6 +71,8 @@ def test_only_allowed_origins_may_call(client: TestClient) -> None:
     preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     allowed = client.options("/v1/localize", headers={"Origin": "https://maps.example.org", **preflight})
     assert allowed.headers["access-control-allow-origin"] == "https://maps.example.org"
+    seen = client.get("/healthz", headers={"Origin": "https://maps.example.org"}).headers["access-control-expose-headers"]
+    assert set(seen.split(", ")) == {"X-Request-Id", "Retry-After"}
     assert client.options("/v1/localize", headers={"Origin": "https://evil.example", **preflight}).status_code == 400
     refused = client.get("/healthz", headers={"Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in refused.headers
@@ -126,6 +131,11 @@ def test_short_keys_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADDRESSVLM_API_KEYS", "short")
     with pytest.raises(InputError, match="openssl rand"):
         key_hashes()
+    monkeypatch.setenv("ADDRESSVLM_API_KEYS", f"{'a' * 16},{'b' * 15}")
+    with pytest.raises(InputError, match="fewer than 16"):
+        key_hashes()
+    monkeypatch.setenv("ADDRESSVLM_API_KEYS", f" {'a' * 16} ,{'b' * 17},")
+    assert key_hashes() == [hashlib.sha256(key).hexdigest() for key in (b"a" * 16, b"b" * 17)]
     for nothing in ("", " ,"):
         monkeypatch.setenv("ADDRESSVLM_API_KEYS", nothing)
         with pytest.raises(InputError, match="holds no key"):
@@ -285,3 +295,65 @@ def test_failures_are_not_logged_as_callers_that_left(caplog: pytest.LogCaptureF
     statuses = [json.loads(r.message)["status"] for r in caplog.records if r.name == "addressvlm.access"]
     assert statuses == [500, 500, 499]
     check_error(Around(broken).client().get("/v1/x"), 500, "operator's log")
+
+
+def test_a_place_that_is_taken_while_a_body_arrives_is_not_given_twice() -> None:
+    inside, over = asyncio.Event(), asyncio.Event()
+    statuses: dict[str, int] = {}
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        inside.set()
+        await over.wait()
+        await fine(scope, receive, send)
+
+    async def post(around: Around, name: str, body: Any) -> None:
+        async def send(message: Any) -> None:
+            statuses.setdefault(name, message.get("status"))
+
+        await around.access({"type": "http", "method": "POST", "path": f"/{name}", "headers": []}, body, send)
+
+    async def at_once() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    async def late() -> dict[str, Any]:
+        await inside.wait()
+        return {"type": "http.request", "body": b""}
+
+    async def send_requests() -> None:
+        around = Around(slow, max_queued_requests=0, max_replicas=1, max_ongoing_requests=1, target_ongoing_requests=0.5)
+        waits = asyncio.create_task(post(around, "late", late))
+        await asyncio.sleep(0)
+        first = asyncio.create_task(post(around, "first", at_once))
+        while "late" not in statuses and around.access.in_flight < 2:
+            await asyncio.sleep(0)
+        over.set()
+        await asyncio.gather(waits, first)
+
+    asyncio.run(send_requests())
+    assert statuses == {"late": 503, "first": 200}
+
+
+def test_a_requests_time_is_logged_in_milliseconds_and_counted_in_seconds(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 101.5])
+    names = SimpleNamespace(strftime=time.strftime, gmtime=time.gmtime, perf_counter=clock.__next__)
+    monkeypatch.setattr("serve.middleware.time", names)
+    around = Around(fine)
+    with caplog.at_level(logging.INFO, "addressvlm.access"):
+        around.client().get("/v1/x")
+    assert json.loads(caplog.records[-1].message)["ms"] == 1500
+    samples = {s.name: s.value for metric in around.access.metrics.collect() for s in metric.samples}
+    assert samples["addressvlm_request_seconds_sum"] == 1.5
+
+
+def test_limits_of_memory_are_in_millions_of_bytes() -> None:
+    access = Around(fine, request_memory_mb=100, max_body_mb=3).access
+    assert (access.memory.limit, access.bodies.max_mb) == (100e6, 3)
+
+
+def test_ray_serves_proxy_sets_the_request_id_itself() -> None:
+    for own in (True, False):
+        access = AccessMiddleware(fine, ServiceSettings(), ServiceMetrics(), set_request_id=own)
+        answer = TestClient(access).get("/v1/x", headers={"X-Request-Id": "ours"})
+        assert answer.headers.get("x-request-id") == ("ours" if own else None)

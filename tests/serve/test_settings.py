@@ -1,7 +1,9 @@
 """Settings of the service: wrong ones are one sentence, and each deployment gets its own."""
 
 import pickle
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -83,3 +85,76 @@ def test_requests_in_flight_are_those_that_may_queue_and_be_processed() -> None:
 def test_lists_come_as_text_or_lists() -> None:
     for value in ("example.org, .example.net:8443,", ["example.org", ".example.net:8443"]):
         assert service.ServiceSettings(image_domains=value).image_domains == ["example.org", ".example.net:8443"]
+
+
+def deployed(application: Any) -> dict[str, Any]:
+    """The deployments of an application, by name."""
+    deployment = application._bound_deployment
+    parts = [part for part in deployment.init_args if isinstance(part, type(application))]
+    return {deployment.name: deployment} | {name: one for part in parts for name, one in deployed(part).items()}
+
+
+def test_each_deployment_scales_as_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADDRESSVLM_API_KEYS", raising=False)
+    (tmp_path / "config.json").write_text("{}")
+    settings = service.ServiceSettings(
+        model=str(tmp_path), num_cpus=3, num_gpus=0.5, max_ongoing_requests=41, max_queued_requests=77, drain_s=33,
+        min_replicas=2, max_replicas=5, target_ongoing_requests=9, upscale_delay_s=4, downscale_delay_s=44, image_cpus=0.25,
+        image_processes=3, image_replicas=6, http_replicas=7, rate_limit=30, batch_size=11,
+    )  # fmt: skip
+    found = deployed(service.config(settings))
+    scale = {
+        name: (config.min_replicas, config.max_replicas, config.target_ongoing_requests)
+        for name, one in found.items()
+        if (config := one._deployment_config.autoscaling_config)
+    }
+    assert scale == {"Localizer": (2, 5, 9), "Images": (1, 6, 6), "HttpApi": (1, 7, 64)}
+    for name in scale:
+        config = found[name]._deployment_config.autoscaling_config
+        assert (config.upscale_delay_s, config.downscale_delay_s) == (4, 44)
+    model, images, limit = (found[name] for name in ("Localizer", "Images", "RateLimit"))
+    assert (model.max_ongoing_requests, model.max_queued_requests) == (41, 77)
+    assert (images.max_ongoing_requests, images.max_queued_requests) == (24, 77)
+    assert {key: model.ray_actor_options[key] for key in ("num_cpus", "num_gpus")} == {"num_cpus": 3, "num_gpus": 0.5}
+    assert images.ray_actor_options["num_cpus"] == 0.25
+    assert [found[n]._deployment_config.graceful_shutdown_timeout_s for n in ("Localizer", "HttpApi")] == [33, 33]
+    assert (limit.num_replicas, limit.init_args) == (1, (30,))  # one, or each would allow as many
+    assert (model.init_args[0].batch_size, images.init_args[0].image_processes) == (11, 3)
+    assert found["HttpApi"].init_args[3] == settings
+    assert "RateLimit" not in deployed(service.config(settings.model_copy(update={"rate_limit": 0.0})))
+
+
+def test_settings_that_may_be_equal() -> None:
+    settings = service.ServiceSettings(min_replicas=3, max_replicas=3, max_body_mb=20, request_memory_mb=60)
+    assert (settings.min_replicas, settings.request_memory_mb) == (3, 60)
+
+
+def test_the_last_model_is_sought_where_runs_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADDRESSVLM_STORAGE", "/elsewhere")
+    assert service.ServiceSettings().storage == "/elsewhere"
+    monkeypatch.delenv("ADDRESSVLM_STORAGE")
+    assert service.ServiceSettings().storage == "runs"
+
+
+def test_what_nobody_set_keeps_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running services change with these: nothing is fetched, no proxy believed, no foreign code run unless that is set."""
+    monkeypatch.delenv("ADDRESSVLM_STORAGE", raising=False)
+    assert service.ServiceSettings().model_dump() == {
+        "model": None, "cities": [], "base": None, "storage": "runs", "engine": "transformers", "vllm_python": None,
+        "vllm_options": [], "dtype": "auto", "trust_remote_code": False, "exact_answers": True,
+        "min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 8, "max_ongoing_requests": 32,
+        "max_queued_requests": 128, "upscale_delay_s": 10, "downscale_delay_s": 300, "drain_s": 120, "num_cpus": 1,
+        "num_gpus": 0, "cities_per_replica": 8, "photo_memory_mb": 256, "chat_memory_mb": 0, "batch_size": 8,
+        "batch_wait_s": 0.01, "http_replicas": 2, "image_replicas": 2, "image_processes": 2, "image_cpus": 0,
+        "max_body_mb": 20, "request_memory_mb": 1000, "max_megapixels": 50, "decode_s": 10, "max_tokens": 512,
+        "request_s": 300, "require_keys": False, "rate_limit": 0, "forwarded": False, "image_domains": [],
+        "private_addresses": False, "fetch_s": 10, "allowed_origins": [],
+    }  # fmt: skip
+
+
+def test_replicas_get_all_settings_that_they_use() -> None:
+    """What a deployment reads of its settings is among those that are given to it."""
+    folder = Path(service.__file__).parent
+    for part, files in ((MODEL_SETTINGS, ("engine", "city_models", "model", "vllm_engine")), (IMAGE_SETTINGS, ("images",))):
+        used = {name for file in files for name in re.findall(r"settings\.(\w+)", (folder / f"{file}.py").read_text())}
+        assert used & service.ServiceSettings.model_fields.keys() <= {*part}
