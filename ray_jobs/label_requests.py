@@ -8,6 +8,7 @@ driver's node keeps requests in flight, rates and budget of all tasks. The drive
 import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -56,7 +57,11 @@ def fill_response_cache(config: Config, shards: list[Shard], redo: bool) -> dict
                 estimate = ray.get(ray.remote(estimate_requests).remote(config, shards, redo))
             print(estimate.text(), flush=True)
             node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            limits = ray.remote(num_cpus=0)(_Limits).options(scheduling_strategy=node).remote(labels, estimate)  # type: ignore[attr-defined]
+            actor = ray.remote(num_cpus=0)(RequestLimits).options(scheduling_strategy=node)  # type: ignore[attr-defined]
+            limits = actor.remote(labels, estimate.spent_tokens, estimate.spent_usd)
+
+            def job_stats() -> LabelStats:
+                return replace(ray.get(limits.stats.remote()), total=estimate.rows_left)
 
             def look(progress: Progress) -> None:
                 try:
@@ -64,7 +69,7 @@ def fill_response_cache(config: Config, shards: list[Shard], redo: bool) -> dict
                 except Exception as error:  # the cache is another job's now, or can't be written
                     ray.get(limits.stop.remote(str(error)))
                     raise
-                stats = ray.get(limits.stats.remote())
+                stats = job_stats()
                 progress.done, progress.note = estimate.answered + stats.rows, stats.note()
                 progress.context.copy().run(notify_progress, "label", progress.done, rows)
 
@@ -78,7 +83,7 @@ def fill_response_cache(config: Config, shards: list[Shard], redo: bool) -> dict
             dataset = items.flat_map(label.__call__, concurrency=len(parts), **resources)
             with display.show("label", rows, "rows", look):
                 errors = [row["error"] for row in dataset.iter_rows() if row["error"]]
-            stats: LabelStats = ray.get(limits.stats.remote())
+            stats = job_stats()
         except ray.exceptions.RayError as error:
             raise to_input_error(error) or error from None
     print(f"label: {stats.line()}", flush=True)
@@ -113,25 +118,6 @@ def _requests(config: Config, shards: list[Shard]) -> Iterator[Request]:
         for row in rows:  # one at a time, so that memory holds only the rows in flight
             for _, request in label_requests([row], prompt, gazetteer.city if gazetteer else "")[0]:
                 yield request
-
-
-class _Limits:
-    """The limits of the job, in an actor."""
-
-    def __init__(self, config: LabelsConfig, estimate: CostEstimate) -> None:
-        self.limits = RequestLimits(config, estimate.spent_tokens, estimate.spent_usd)
-        self.rows = estimate.rows_left
-
-    def exchange(self, report: Report) -> Grant:
-        return self.limits.exchange(report)
-
-    def stop(self, reason: str) -> None:
-        self.limits.stop(reason)
-
-    def stats(self) -> LabelStats:
-        stats = self.limits.stats()
-        stats.total = self.rows
-        return stats
 
 
 class _LabellingTask:
