@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -188,3 +190,44 @@ def test_a_stream_that_is_refused_or_stalls() -> None:
     chunk, error = received(backend(timeout_s=0.2, stream_chat=stalls)[0])
     assert chunk == "a"
     assert isinstance(error, TimeoutError)
+
+
+def test_replicas_that_run_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model, of this application; not those that start or stop."""
+    state = Enum("State", {"UP": "RUNNING", "COMING": "STARTING"})
+    states = {state["UP"]: 2, "RUNNING": 1, state["COMING"]: 4, "STOPPING": 8}
+    deployments = {
+        "Localizer": SimpleNamespace(replica_states=states),
+        "Images": SimpleNamespace(replica_states={"RUNNING": 16}),
+    }
+    idle = {"Localizer": SimpleNamespace(replica_states={"RUNNING": 32})}
+    applications = {"ours": SimpleNamespace(deployments=deployments), "other": SimpleNamespace(deployments=idle)}
+    monkeypatch.setattr("serve.backend.serve.get_replica_context", lambda: SimpleNamespace(app_name="ours"))
+    monkeypatch.setattr("serve.backend.serve.status", lambda: SimpleNamespace(applications=applications))
+    front, _ = backend()
+    assert asyncio.run(front.running_replicas()) == 3
+
+
+def test_metrics_are_those_of_all_replicas_that_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deployment(*results: Any) -> Any:
+        async def results_async(timeout_s: float, return_exceptions: bool) -> list[Any]:
+            assert return_exceptions
+            if isinstance(results[0], TimeoutError):
+                raise results[0]
+            return list(results)
+
+        def broadcast(method: str) -> Any:
+            assert method == "collect"
+            return SimpleNamespace(results_async=results_async)
+
+        return SimpleNamespace(broadcast=broadcast)
+
+    context = SimpleNamespace(app_name="ours", deployment="HttpApi")
+    fronts = {("HttpApi", "ours"): deployment(("front1", ["a"]), ("front2", ["b"]))}
+    monkeypatch.setattr("serve.backend.serve.get_replica_context", lambda: context)
+    monkeypatch.setattr("serve.backend.serve.get_deployment_handle", lambda *name: fronts[name])
+    front, _ = backend()
+    front.model, front.images = deployment(RayActorError(), ("model2", ["c"])), deployment(TimeoutError())
+    assert asyncio.run(front.collect_metrics()) == {"front1": ["a"], "front2": ["b"], "model2": ["c"]}
+    front.model, front.images = deployment(TimeoutError()), deployment(("images1", ["d"]))
+    assert asyncio.run(front.collect_metrics()) == {"front1": ["a"], "front2": ["b"], "images1": ["d"]}

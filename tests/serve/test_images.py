@@ -20,7 +20,7 @@ from addressvlm.image_decode_worker import limit_resources
 from serve.errors import ApiError
 from serve.images import WORKER_COMMAND, DecodePool, ImageFetcher, Images, decode_base64, is_public
 from tests.support.images import encoded
-from tests.support.running_service import photo
+from tests.support.running_service import data_url, photo
 
 pytestmark = pytest.mark.xdist_group("serve")
 # ---- decoding
@@ -154,9 +154,10 @@ class Server(BaseHTTPRequestHandler):
             "/to-photo-by-3": "/to-photo-by-2",
             "/to-photo-by-2": "/to-photo",
             "/to-other": f"http://other.test:{port}/photo",
+            **{f"/moved/{status}": "/photo" for status in (301, 302, 303, 307, 308)},
         }
         if self.path in away:
-            self.send_response(302)
+            self.send_response(int(self.path[-3:]) if self.path.startswith("/moved/") else 302)
             self.send_header("Location", away[self.path])
             self.end_headers()
             return
@@ -344,3 +345,93 @@ def test_the_service_fetches_when_it_may(port: int, names: dict[str, list[str]])
         return result
 
     assert asyncio.run(read()).shape == (240, 320, 3)
+
+
+def test_a_photo_is_shrunk_for_the_models_input() -> None:
+    async def read() -> list[Any]:
+        images = Images(service.ServiceSettings(image_processes=1))
+        shapes = [(await images.read(source, side)).shape for source in (photo(), data_url(photo())) for side in (60, 336)]
+        await images.decode_pool.close()
+        return shapes
+
+    assert asyncio.run(read()) == [(120, 160, 3), (240, 320, 3)] * 2
+
+
+def test_limits_of_images_reach_those_who_keep_them() -> None:
+    images = Images(
+        service.ServiceSettings(
+            image_processes=3, decode_s=7, max_megapixels=5, image_domains="A.test", private_addresses=True, max_body_mb=11,
+            fetch_s=13,
+        )
+    )  # fmt: skip
+    pool, fetcher = images.decode_pool, images.fetcher
+    assert (pool.slots._value, pool.cpu_s, pool.max_megapixels) == (3, 7, 5)
+    assert (fetcher.private, fetcher.max_mb, fetcher.timeout_s) == (True, 11, 13)
+    fetcher.check_url("http://a.test/")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/+Dw",
+        " /+\r\nDw\n",
+        "data:;base64,/+Dw",
+        "DATA:IMAGE/PNG;BASE64,/+Dw",
+        "data:image/png;charset=utf-8;name=a;base64, /+D w",
+    ],
+)
+def test_base64_may_be_written_in_any_of_its_ways(text: str) -> None:
+    assert decode_base64(text) == b"\xff\xe0\xf0"
+
+
+@pytest.mark.parametrize(
+    ("url", "domain", "fine"),
+    [
+        ("http://a.test/", "a.test", True),
+        ("http://a.test:80/", "a.test", True),
+        ("https://a.test/", "a.test", True),
+        ("https://a.test:443/", "A.TEST", True),
+        ("https://a.test/", "a.test:443", True),
+        ("https://a.test:80/", "a.test", False),
+        ("http://a.test:443/", "a.test", False),
+        ("http://a.test/", "a.test:443", False),
+        ("https://x.a.test/", ".a.test", True),
+        ("https://a.test/", ".a.test", False),
+        ("https://xa.test/", ".a.test", False),
+        ("https://x.a.test:8443/", ".a.test:8443", True),
+        ("https://x.a.test/", ".a.test:8443", False),
+    ],
+)
+def test_a_host_is_allowed_with_its_port(url: str, domain: str, fine: bool) -> None:
+    fetcher = ImageFetcher(["other.test", domain], False, 1, 1)
+    if fine:
+        return fetcher.check_url(url)
+    with pytest.raises(ApiError):
+        fetcher.check_url(url)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_every_kind_of_redirect_is_followed(port: int, names: dict[str, list[str]], status: int) -> None:
+    names["images.test"] = ["127.0.0.1"]
+    assert get(f"http://images.test:{port}/moved/{status}", f"images.test:{port}") == photo()
+
+
+def test_a_process_that_says_nothing_is_ended_and_its_place_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.images.WALL_TIME_FACTOR", 0.2)
+    started: list[Any] = []
+
+    async def decode_slowly() -> None:
+        pool = DecodePool(1, 1, 4, ["sleep", "600"])
+        start = pool._start
+
+        async def remember() -> Any:
+            started.append(await start())
+            return started[-1]
+
+        monkeypatch.setattr(pool, "_start", remember)
+        with pytest.raises(ApiError) as caught:
+            await pool.decode(photo(), 336)
+        assert (caught.value.status, pool.idle, pool.slots.locked()) == (503, [], False)
+        assert started[0].returncode is not None
+
+    run(decode_slowly())

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,10 +23,11 @@ from addressvlm.answers.types import Completion, TextChunk
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.storage.tables import PHOTOS, write_table
 from serve.cities import City, CityGeometry
+from serve.errors import ApiError
 from serve.metrics import ServiceMetrics
-from serve.requests import ChatQuery, LocalizeQuery
+from serve.requests import ChatQuery, LocalizeQuery, validate
 from serve.routes import Routes
-from serve.schemas import CircleFields, PriorFields
+from serve.schemas import CircleFields, LocalizeFields, PriorFields
 from serve.settings import ServiceSettings
 from tests.support.in_process_service import served
 from tests.support.running_service import STREETS, chat_messages, check_error, photo, save_gazetteer
@@ -319,3 +321,130 @@ def test_slow_bodies_and_callers_who_leave_a_stream_hold_no_place(tmp_path: Path
             pass
         assert response.status_code == 200
         assert 'route="/v1/chat/completions",status="499"' in httpx.get(f"{url}/metrics", timeout=60).text
+
+
+def test_empty_fields_of_a_form_are_as_if_they_were_not_there(client: TestClient, double: Double) -> None:
+    fields = {"city": "alder", "top_k": "", "threshold": "", "prior": ""}
+    assert client.post("/v1/localize", files={"file": b"abcd"}, data=fields).status_code == 200
+    query = double.requests[-1]
+    assert (query.city, query.top_k, query.threshold, query.prior) == ("alder", 5, None, Prior())
+    two = [("file", b"abcd"), ("file", b"efgh")]
+    check_error(client.post("/v1/localize", files=two, data={"city": "alder"}), 400, "form can't be read")
+
+
+@pytest.mark.parametrize("kind", [None, "application/json", "Application/JSON; charset=utf-8"])
+def test_json_may_come_with_or_without_its_type(client: TestClient, kind: str | None) -> None:
+    body = json.dumps({"model": "run/alder", "messages": chat_messages("Where?")})
+    headers = {"Content-Type": kind} if kind else {}
+    assert client.post("/v1/chat/completions", content=body, headers=headers).status_code == 200
+    localize = json.dumps({"image": "abcd", "city": "alder"})
+    assert client.post("/v1/localize", content=localize, headers=headers).status_code == (200 if kind else 415)
+
+
+def test_samples_are_found_by_their_addresses(tmp_path: Path, double: Double) -> None:
+    cities = [City(name, name, name, tmp_path / name / "models" / "addressvlm" / "merged") for name in ("a", "b+c & d")]
+    for city, seeds in zip(cities, ((1,), (2, 3)), strict=True):
+        city.folder.mkdir(parents=True)
+        rows = [{"id": str(n), "street": str(n), "image": {"bytes": photo(n), "path": None}} for n in seeds]
+        write_table(tmp_path / city.id / "photos", "test", rows, PHOTOS)
+    client = TestClient(Routes(ServiceSettings(), cities, double, double.metrics).app())
+    for city, seeds in zip(cities, ((1,), (2, 3)), strict=True):
+        listed = client.get("/v1/samples", params={"city": city.id}).json()["data"]
+        assert [sample["id"] for sample in listed] == [*range(len(seeds))]
+        assert [client.get("/" + sample["url"]).content for sample in listed] == [photo(n) for n in seeds]
+    for number in ("1", "-1", "00", "x"):
+        check_error(client.get(f"/v1/samples/{number}", params={"city": "a"}), 404, "No sample photo")
+
+
+def test_health_is_what_the_controller_said_in_the_last_second(
+    client: TestClient, double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, said = [100.0], iter([3, TimeoutError(), 0, 2])
+
+    async def running_replicas() -> int:
+        result = next(said)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    double.running_replicas = running_replicas  # type: ignore[method-assign]
+    monkeypatch.setattr("serve.routes.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for now, replicas in ((100.0, 3), (100.9, 3), (101.1, None), (102.0, None), (102.2, 0), (103.3, 2), (104.2, 2)):
+        clock[0] = now
+        answer = client.get("/healthz")
+        if replicas:
+            assert answer.json() == {"status": "ok", "replicas": replicas}
+        else:
+            check_error(answer, 503, "No model replica" if replicas == 0 else "does not say")
+
+
+def test_the_controller_is_asked_once_by_callers_who_come_together(client: TestClient, double: Double) -> None:
+    asked = []
+
+    async def running_replicas() -> int:
+        asked.append(1)
+        for _ in range(9):
+            await asyncio.sleep(0)
+        return 2
+
+    double.running_replicas = running_replicas  # type: ignore[method-assign]
+
+    async def ask() -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(client.app), base_url="http://test") as together:
+            return [answer.status_code for answer in await asyncio.gather(*(together.get("/healthz") for _ in range(4)))]
+
+    assert (asyncio.run(ask()), len(asked)) == ([200] * 4, 1)
+
+
+def test_files_of_the_page_come_with_their_type_and_run_no_other_scripts(client: TestClient) -> None:
+    kinds = {"/": "text/html", "/docs": "text/html", "/page.js": "text/javascript", "/page.css": "text/css"}
+    for path, kind in kinds.items():
+        answer = client.get(path)
+        assert answer.headers["content-type"].startswith(kind)
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'; script-src 'self';" in policy
+        assert "frame-ancestors 'none'" in policy
+    assert len({client.get(path).text for path in kinds}) == len(kinds)
+
+
+FIELDS = {"top_k": 1, "threshold": 0.0}
+CIRCLE = {"lat": 90, "lon": 180, "radius_m": 1}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 50, "threshold": 1.0, "city": "a" * 200},
+        {"prior": {"circle": CIRCLE}},
+        {"prior": {"circle": {"lat": -90.0, "lon": -180.0, "radius_m": 1e6, "soft": True}}},
+        {"prior": {"streets": ["a" * 200] * 1000, "districts": ["a"] * 1000, "weights": {str(n): 0 for n in range(1000)}}},
+    ],
+)
+def test_what_is_just_allowed(fields: dict[str, Any]) -> None:
+    assert validate(LocalizeFields, FIELDS | fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"top_k": 51}, "top_k"),
+        ({"threshold": 1.01}, "threshold"),
+        ({"threshold": -0.01}, "threshold"),
+        ({"city": "a" * 201}, "city"),
+        ({"prior": {"circle": CIRCLE | {"lat": 90.1}}}, "prior.circle.lat"),
+        ({"prior": {"circle": CIRCLE | {"lat": -90.1}}}, "prior.circle.lat"),
+        ({"prior": {"circle": CIRCLE | {"lon": 180.1}}}, "prior.circle.lon"),
+        ({"prior": {"circle": CIRCLE | {"lon": -180.1}}}, "prior.circle.lon"),
+        ({"prior": {"circle": CIRCLE | {"radius_m": 0.9}}}, "prior.circle.radius_m"),
+        ({"prior": {"circle": CIRCLE | {"radius_m": 1000001}}}, "prior.circle.radius_m"),
+        ({"prior": {"streets": ["a", "b" * 201]}}, "prior.streets.1"),
+        ({"prior": {"districts": ["a"] * 1001}}, "prior.districts"),
+        ({"prior": {"weights": {"a": -1}}}, "prior.weights.a"),
+        ({"prior": {"weights": {str(n): 0 for n in range(1001)}}}, "prior.weights"),
+    ],
+)
+def test_what_is_just_not_allowed_is_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        validate(LocalizeFields, FIELDS | fields)
+    assert (caught.value.status, caught.value.param) == (400, param)
