@@ -1,4 +1,4 @@
-"""The served cities: one merged model, or adapters of several cities on one base; and the geometry of their streets."""
+"""The served cities: one merged model, or adapters of several cities on one base; and what the front shows of each."""
 
 import gzip
 import itertools
@@ -169,8 +169,8 @@ def _last_model(storage: str) -> AnyPath:
     return model
 
 
-class CityGeometry:
-    """The map of a city, the positions of its streets and photos of it, loaded on first use."""
+class CityData:
+    """A city's gazetteer and map, the calibration of its model, and photos of it; each loaded on first use."""
 
     def __init__(self, city: City) -> None:
         self.city = city

@@ -35,7 +35,7 @@ from addressvlm.answers.calibration import NEVER, Calibration
 from serve.api_docs import examples, render
 from serve.backend import Backend
 from serve.chat import MODEL_ALIAS, ChatResponse, conversation, parse_chat
-from serve.cities import City, CityGeometry, pick_city
+from serve.cities import City, CityData, pick_city
 from serve.errors import LOGGING_CONFIG, ApiError, add_exception_handlers
 from serve.metrics import MetricsReplica, ServiceMetrics, render_metrics
 from serve.middleware import AccessMiddleware
@@ -116,7 +116,7 @@ class Routes:
 
     def __init__(self, settings: ServiceSettings, cities: Sequence[City], backend: Backend, metrics: ServiceMetrics) -> None:
         self.settings, self.cities, self.backend, self.metrics = settings, list(cities), backend, metrics
-        self.geometries = {city.id: CityGeometry(city) for city in cities}
+        self.city_data = {city.id: CityData(city) for city in cities}
         self._health_lock, self._health_until = asyncio.Lock(), 0.0
         self._replicas: int | None = None
 
@@ -212,8 +212,8 @@ class Routes:
         """Rank the addresses of a photo."""
         source, fields = await read_localize(request)
         city = pick_city(self.cities, fields.city)
-        geometry = self.geometries[city.id]
-        gazetteer = await asyncio.to_thread(lambda: geometry.gazetteer)
+        data = self.city_data[city.id]
+        gazetteer = await asyncio.to_thread(lambda: data.gazetteer)
         if not (gazetteer and gazetteer.addresses):
             raise ApiError(404, "This model has no gazetteer: it can chat, but rank no addresses.", code="no_gazetteer")
         prior = (fields.prior or PriorFields()).prior()
@@ -223,9 +223,9 @@ class Routes:
         self.metrics.count("addressvlm_localized", city.id, str(result.known).lower())
         self.metrics.observe("addressvlm_confidence", result.confidence, city.id)
         request.state.log_fields = {"city": city.id, "known": result.known, "confidence": round(result.confidence, 4)}
-        await asyncio.to_thread(lambda: geometry.streets)
-        calibration = await asyncio.to_thread(lambda: geometry.calibration)
-        candidates = [geometry.candidate(c.street, c.district, c.probability) for c in result.candidates]
+        await asyncio.to_thread(lambda: data.streets)
+        calibration = await asyncio.to_thread(lambda: data.calibration)
+        candidates = [data.candidate(c.street, c.district, c.probability) for c in result.candidates]
         address = {key: candidates[0][key] for key in ("street", "district")} if result.known else None
         body = {
             "known": result.known,
@@ -294,6 +294,10 @@ class Routes:
         for kind, tokens in zip(("prompt", "completion"), response.usage, strict=True):
             self.metrics.count("addressvlm_tokens", kind, by=tokens)
 
+    def _data_of_query(self, request: Request) -> CityData:
+        """Of the city in the query string. ApiError: see `pick_city`."""
+        return self.city_data[pick_city(self.cities, request.query_params.get("city")).id]
+
     async def list_models(self) -> ModelList:
         """List the models, one per city."""
         return ModelList(data=[ModelAnswer(id=city.model) for city in self.cities])
@@ -304,27 +308,27 @@ class Routes:
 
     async def list_cities(self) -> CityList:
         """List the cities."""
-        return CityList(data=await asyncio.to_thread(lambda: [geometry.summary for geometry in self.geometries.values()]))
+        return CityList(data=await asyncio.to_thread(lambda: [data.summary for data in self.city_data.values()]))
 
     async def city_map(self, request: Request) -> Response:
         """A city's streets and districts as GeoJSON."""
-        geometry = self.geometries[pick_city(self.cities, request.query_params.get("city")).id]
-        headers, body = {"Cache-Control": "private, max-age=60"}, await asyncio.to_thread(lambda: geometry.geojson)
+        data = self._data_of_query(request)
+        headers, body = {"Cache-Control": "private, max-age=60"}, await asyncio.to_thread(lambda: data.geojson)
         if "gzip" in request.headers.get("accept-encoding", ""):
             headers |= {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
-            body = await asyncio.to_thread(lambda: geometry.geojson_gzip)
+            body = await asyncio.to_thread(lambda: data.geojson_gzip)
         return Response(body, media_type="application/geo+json", headers=headers)
 
     async def list_samples(self, request: Request) -> SampleList:
         """List photos to try, of places that training never saw."""
-        city = pick_city(self.cities, request.query_params.get("city"))
-        photos = await asyncio.to_thread(lambda: self.geometries[city.id].samples)
-        return SampleList(data=[SampleAnswer(id=n, url=f"v1/samples/{n}?city={quote(city.id)}") for n in range(len(photos))])
+        data = self._data_of_query(request)
+        count, city = len(await asyncio.to_thread(lambda: data.samples)), quote(data.city.id)
+        return SampleList(data=[SampleAnswer(id=n, url=f"v1/samples/{n}?city={city}") for n in range(count)])
 
     async def sample(self, request: Request, number: str) -> Response:
         """A photo to try, as JPEG."""
-        city = pick_city(self.cities, request.query_params.get("city"))
-        photos = await asyncio.to_thread(lambda: self.geometries[city.id].samples)
+        data = self._data_of_query(request)
+        photos = await asyncio.to_thread(lambda: data.samples)
         if number not in map(str, range(len(photos))):
             raise ApiError(404, f"No sample photo '{number[:20]}' here, see /v1/samples.", code="sample_not_found")
         return Response(photos[int(number)], media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})

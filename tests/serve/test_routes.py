@@ -22,7 +22,7 @@ from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.types import Completion, TextChunk
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.storage.tables import PHOTOS, write_table
-from serve.cities import City, CityGeometry
+from serve.cities import City, CityData
 from serve.errors import ApiError
 from serve.metrics import ServiceMetrics
 from serve.requests import ChatQuery, LocalizeQuery, validate
@@ -238,8 +238,8 @@ def test_a_street_is_placed_on_its_longest_part(tmp_path: Path) -> None:
     ring = shapely.box(3, 52, 3.2, 52.1)
     city = Gazetteer([Address(s, "A") for s in ("One", "Two", "Three")], {"One": parts, "Two": ring}, {}, city="X")
     city.save(tmp_path / "gazetteer.geojson")
-    geometry = CityGeometry(City("x", "X", "x", tmp_path))
-    one, two, three = (geometry.candidate(street, "A", 0.5) for street in ("One", "Two", "Three"))
+    data = CityData(City("x", "X", "x", tmp_path))
+    one, two, three = (data.candidate(street, "A", 0.5) for street in ("One", "Two", "Three"))
     assert (one["lat"], one["lon"], one["geometry"]["type"]) == (pytest.approx(52.01), 1, "MultiLineString")
     assert (two["lat"], two["lon"]) == pytest.approx((52.05, 3.1))
     assert three == {"street": "Three", "district": "A", "probability": 0.5, "lat": None, "lon": None, "geometry": None}
@@ -248,7 +248,7 @@ def test_a_street_is_placed_on_its_longest_part(tmp_path: Path) -> None:
 def test_samples_are_one_photo_of_each_street_from_the_runs_test_split(tmp_path: Path) -> None:
     model = tmp_path / "run" / "models" / "addressvlm" / "merged"
     model.mkdir(parents=True)
-    assert CityGeometry(City("x", "X", "x", model)).samples == []
+    assert CityData(City("x", "X", "x", model)).samples == []
     images = [
         ("Mill Street", photo(1)),
         ("Mill Street", photo(2)),
@@ -257,7 +257,7 @@ def test_samples_are_one_photo_of_each_street_from_the_runs_test_split(tmp_path:
     ]
     rows = [{"id": str(n), "street": s, "image": {"bytes": data, "path": None}} for n, (s, data) in enumerate(images)]
     write_table(tmp_path / "run" / "photos", "test", rows, PHOTOS)
-    assert CityGeometry(City("x", "X", "x", model)).samples == [photo(1), *(photo(n) for n in range(5))]
+    assert CityData(City("x", "X", "x", model)).samples == [photo(1), *(photo(n) for n in range(5))]
 
 
 def test_parts_of_a_prior_are_independent() -> None:
