@@ -80,12 +80,12 @@ def _parse_choice(listed: str, gazetteer: Gazetteer) -> ParsedQuestion | None:
     for separator in (";", ","):
         options = [name.strip() for name in listed.split(separator) if name.strip()]
         if len(options) > 1:
-            level = _level(options, gazetteer) if len(options) <= MAX_OPTIONS else None
+            level = _level_of(options, gazetteer) if len(options) <= MAX_OPTIONS else None
             return ParsedQuestion("choice", level, tuple(options)) if level else None
     return None
 
 
-def _level(options: list[str], gazetteer: Gazetteer) -> Level | None:
+def _level_of(options: list[str], gazetteer: Gazetteer) -> Level | None:
     """The level of the first kind of names that is among the options."""
     names = gazetteer.normal_names
     for level in names:
