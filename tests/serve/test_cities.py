@@ -9,7 +9,9 @@ import pytest
 
 import serve as service
 from addressvlm import InputError
-from serve.cities import City, base_model, find_cities, model_folder, pick_city
+from addressvlm.storage.tables import PHOTOS, write_table
+from serve import cities as served
+from serve.cities import City, CityGeometry, base_model, find_cities, model_folder, pick_city
 from serve.engine import Engine
 from serve.errors import ApiError
 from tests.support.running_service import two_cities
@@ -96,3 +98,48 @@ def test_the_last_trained_model_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     (merged / "config.json").write_text(json.dumps({}))
     assert model_folder(service.ServiceSettings()) == merged
     assert model_folder(service.ServiceSettings(model=str(merged.parent))) == merged
+
+
+def test_a_system_that_is_given_twice_is_one_city(systems: list[Path]) -> None:
+    run = systems[0].parents[1]
+    assert [c.id for c in find_cities(service.ServiceSettings(cities=f"{systems[0]},{run},{run}/../run0"))] == ["toytown"]
+
+
+def test_the_gazetteer_of_an_adapter_may_be_beside_it_or_with_the_runs_photos(systems: list[Path], tmp_path: Path) -> None:
+    system = tmp_path / "run" / "models" / "addressvlm"
+    (system / "adapter").mkdir(parents=True)
+    shutil.copy(systems[0] / "adapter" / "adapter_config.json", system / "adapter")
+    with pytest.raises(InputError, match=r"no gazetteer\.geojson for .*run its training again"):
+        find_cities(settings([system]))
+    for folder in (tmp_path / "run" / "photos", system / "adapter", system / "merged"):  # what is nearest counts
+        folder.mkdir(exist_ok=True)
+        shutil.copy(systems[0] / "merged" / "gazetteer.geojson", folder)
+        (city,) = find_cities(settings([system]))
+        assert (city.id, city.model, city.folder, city.adapter) == ("toytown", "run/addressvlm", folder, system / "adapter")
+
+
+def test_a_model_without_a_gazetteer_has_the_name_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "My model").mkdir()
+    (tmp_path / "My model" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    (city,) = find_cities(service.ServiceSettings(model="My model"))  # whatever folder a replica runs in
+    assert city == City("My model", "", "My model", tmp_path / "My model")
+    assert pick_city([city], "my MODEL") is city
+
+
+def test_a_base_on_the_hub_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
+    assert base_model([City("x", "X", "x", tmp_path, tmp_path)] * 2, None) == "someone/base"
+
+
+def test_samples_are_small_and_among_the_first_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "MAX_SAMPLE_ROWS", 4)
+    monkeypatch.setattr(served, "MAX_SAMPLE_BYTES", 5)
+    images = [("One", b"\xff\xd8abcd"), ("One", b"\xff\xd8abc"), ("Two", None), ("Three", b"\xff\xd83"), ("Four", b"\xff\xd84")]
+    rows = [
+        {"id": str(n), "street": street, "image": data and {"bytes": data, "path": None}}
+        for n, (street, data) in enumerate(images)
+    ]
+    write_table(tmp_path / "photos", "test", rows, PHOTOS)
+    deep = City("x", "X", "x", tmp_path / "models" / "addressvlm" / "merged")
+    assert CityGeometry(deep).samples == [b"\xff\xd8abc", b"\xff\xd83"]
