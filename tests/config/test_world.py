@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from addressvlm import InputError
-from addressvlm.config import load
+from addressvlm.config import load, validate
 from addressvlm.config.world import World, load_world, require_files
 
 
@@ -35,11 +35,39 @@ def test_a_city_has_the_settings_of_all_and_its_own(tmp_path: Path) -> None:
         None,
         "graz.tif",
     )
+    assert (two.city.manifest, two.city.streets, two.tiles.imagery) == (None, None, None)
     assert (two.city.toy, two.labels.language, two.train.workers) == ("brinemouth", "de", 3)
     assert [c.city.rounds for c in (one, two)] == [5, 5]
     assert (one.labels.language, one.train.workers) == ("en", 2)
     assert world.joint.name == "joint"
     assert world.joint.train.cities == {"graz": 1.0, "linz": 2.0}
+
+
+def test_a_city_takes_the_common_files_but_no_photos_of_others(tmp_path: Path) -> None:
+    common = {"name": "earth", "manifest": "all.csv", "photos": "all", "streets": "all.geojson", "districts": "all.gpkg"}
+    rows = [{"name": "graz", "photos": "graz"}, {"name": "linz", "manifest": "linz.csv", "districts": "linz.gpkg"}]
+    result = world_of(tmp_path, rows, name="earth", city=common)
+    assert [(c.city.name, c.city.toy, c.city.manifest, c.city.photos) for c in result.cities.values()] == [
+        ("graz", None, None, "graz"), ("linz", None, "linz.csv", None)
+    ]  # fmt: skip
+    assert [(c.city.streets, c.city.districts) for c in result.cities.values()] == [
+        ("all.geojson", "all.gpkg"), ("all.geojson", "linz.gpkg")
+    ]  # fmt: skip
+
+
+def test_the_settings_of_one_city_are_not_those_of_the_next(tmp_path: Path) -> None:
+    own = {"tiles.pixels": 320, "city.rounds": 7, "train.stages.localization.epochs": 3}
+    rows = [{"name": "graz", "manifest": "g.csv", "imagery": "g.tif", "set": own}, {"name": "linz", "manifest": "l.csv"}]
+    one, two = world_of(tmp_path, rows, tiles={"imagery": "all.tif"}).cities.values()
+    alone = world_of(tmp_path, rows[1:], tiles={"imagery": "all.tif"}).cities["linz"]
+    assert two.model_dump(exclude={"storage"}) == alone.model_dump(exclude={"storage"})
+    assert (one.tiles.imagery, two.tiles.imagery) == ("g.tif", "all.tif")
+    assert (one.tiles.pixels, one.city.rounds, one.train.stages["localization"].epochs) == (320, 7, 3)
+
+
+def test_by_default_each_city_has_an_adapter_and_two_are_prepared_at_a_time(tmp_path: Path) -> None:
+    chosen = world_of(tmp_path, [{"name": "graz"}]).settings
+    assert (chosen.adapter, chosen.preparing, chosen.training, chosen.cities[0].weight) == ("per city", 2, None, 1.0)
 
 
 def test_the_world_is_called_as_its_file_is(tmp_path: Path) -> None:
@@ -124,3 +152,10 @@ def test_a_missing_file_is_named_with_its_city(tmp_path: Path) -> None:
     require_files(graz)
     with pytest.raises(InputError, match=r"city 'linz': there is no streets .*gone.geojson: fix its path in the table"):
         require_files(linz)
+
+
+@pytest.mark.parametrize("key", ["manifest", "photos", "streets", "districts"])
+def test_each_local_file_of_a_city_must_be_there(tmp_path: Path, key: str) -> None:
+    require_files(validate({"city": {key: f"s3://bucket/{key}"}}, "test"))
+    with pytest.raises(InputError, match=f"there is no {key} {tmp_path}/gone"):
+        require_files(validate({"city": {key: str(tmp_path / "gone")}}, "test"))

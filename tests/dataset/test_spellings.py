@@ -18,7 +18,7 @@ from addressvlm.dataset import readers
 from addressvlm.dataset.build import answer_places, build_gazetteer
 from addressvlm.dataset.geocoding import Place, assign_addresses
 from addressvlm.dataset.photos import Photo
-from addressvlm.dataset.spellings import KnownNames, most_frequent_spellings, unify_spellings
+from addressvlm.dataset.spellings import KnownNames, most_frequent_spellings, translate_spellings, unify_spellings
 from addressvlm.dataset.streets import StreetMap
 from addressvlm.gazetteer.gazetteer import Gazetteer
 from addressvlm.gazetteer.name_matcher import normalize_name
@@ -131,6 +131,52 @@ def test_the_name_of_the_map_for_a_spelling(spelling: str, street: str | None) -
         {"Mill Street": ["Miller's Way"]},
     )  # fmt: skip
     assert known.candidates(spelling) == ([street] if street else [])
+
+
+def test_of_what_a_spelling_may_stand_for_a_name_s_own_comes_first() -> None:
+    known = KnownNames(
+        ["Mill Street", "Quay Road", "QUAY RD", "Oak Row"], {"Mill Street": ["Quay Road.", "Oak Lane"], "Oak Row": ["Oak Ln"]}
+    )
+    assert known.candidates("Quay Road") == ["Quay Road"]
+    assert known.candidates("quay rd.") == ["QUAY RD", "Quay Road"]  # not the other name of Mill Street
+    assert known.candidates("OAK LN.") == ["Mill Street", "Oak Row"]
+    assert known.candidates("Elm Row") == []
+
+
+@pytest.mark.parametrize(
+    ("counts", "one"),
+    [
+        ({"Mill St": 3, "Mill Street": 2}, "Mill St"),
+        ({"Mill St": 2, "Mill Street": 2}, "Mill Street"),  # of equally frequent ones the longest
+        ({"mill street": 2, "Mill Street": 2}, "Mill Street"),
+    ],
+)
+def test_the_most_frequent_spelling_is_shown(counts: dict[str, int], one: str) -> None:
+    assert most_frequent_spellings(Counter({**counts, "Oak Row": 9})) == {**dict.fromkeys(counts, one), "Oak Row": "Oak Row"}
+    names = [name for name, count in counts.items() for _ in range(count)]
+    assert unify_spellings(names, [LineString([(10, 50), (10, 50.001)])] * len(names)) == dict.fromkeys(counts, one)
+
+
+def test_spellings_of_a_street_are_followed_from_line_to_line() -> None:
+    """Each 40 m east of the one before: the first and the last are far from each other."""
+    line = LineString([(10, 0), (10, 0.001)])
+    shapes = [translate(line, xoff=east / 111_320) for east in (0, 80, 40, 300)]
+    names = ["Mill Street", "Mill St", "Mill Str.", "Mill Strasse"]
+    assert unify_spellings(names, shapes) == {**dict.fromkeys(names[:3], "Mill Street"), "Mill Strasse": "Mill Strasse"}
+    assert unify_spellings([*names, "Mill St", "Mill St"], [*shapes, *shapes[1:2] * 2])["Mill Street"] == "Mill St"
+    crossing = unify_spellings(["E Street", "East Street", "E ST."], [line] * 3)
+    assert crossing == {"E Street": "E Street", "East Street": "East Street", "E ST.": "E Street"}
+    far = unify_spellings(["Mill Street", "MILL  STREET", "mill-street"], [shapes[0], shapes[3], shapes[3]])
+    assert set(far.values()) == {"MILL  STREET"}  # the same letters are the same street, wherever it goes on
+
+
+def test_ways_without_a_translation_take_the_most_frequent_one_of_their_street() -> None:
+    street = {"Rue A": "Rue A", "rue a": "Rue A", "Rue B": "Rue B"}
+    local = ["Rue A", "Rue A", "rue a", "Rue A", "Rue A", "Rue B"]
+    spellings = ["A Street", "Rue A", "rue a", "Street A", "Street A", "Rue B"]
+    assert translate_spellings(spellings, local, street) == [
+        "A Street", "Street A", "Street A", "Street A", "Street A", "Rue B"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("metres", "streets"), [(45, 1), (55, 2)])

@@ -49,7 +49,24 @@ WRAPPINGS = [
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_reasoning_is_cut_off_in_any_wrapping(wrapping: str) -> None:
     assert cut_reasoning(wrapping.format(THOUGHT, GOOD)) == (GOOD, True)
-    assert cut_reasoning(GOOD) == (GOOD, False)
+    assert cut_reasoning(f" {GOOD}\n") == (GOOD, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("<think>a ``` b</think>c", "c"),  # a fence within a tag ends nothing
+        ("```thinking\na </think> b\n```\nc", "c"),
+        ("a ``` b", "a ``` b"),  # a fence that no reasoning began
+        ("a <think>b</think> c <think>d</think> e", "a  c  e"),
+        ("<|channel|>final<|message|>one<|end|><|channel|>analysis<|message|>two<|end|>", "one"),
+        ("<|channel|>FINAL<|message|>one<|return|>two", "one"),
+        ("<Answer>a</Answer>", "a"),
+        ("<|begin_of_box|>a<|end_of_box|>", "a"),
+    ],
+)
+def test_each_mark_ends_what_it_began(text: str, kept: str) -> None:
+    assert cut_reasoning(text) == (kept, kept != text)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +124,12 @@ def test_the_text_is_that_of_its_parts_without_reasoning(response: Any) -> None:
         (completion(f"<think>{THOUGHT}", "length"), "limit: labels.max_tokens=256 was used up by reasoning"),
         (completion("", "length"), "limit: labels.max_tokens=256 was reached before the text"),
         (completion(None, "MAX_TOKENS", reasoning=THOUGHT), "raise labels.max_tokens"),
+        *((completion("", finish), "limit: .*was reached") for finish in ("MODEL_LENGTH", "max_tokens", "max_output_tokens")),
         (completion(None, reasoning_content=GOOD), "reasoning: .*reasoning parser"),
+        *((completion("", **{field: THOUGHT}), "reasoning: ") for field in ("reasoning", "reasoning_details", "thinking")),
+        (completion([{"type": "redacted_thinking", "data": "x"}]), "reasoning: "),
+        (completion([{"thinking": THOUGHT}]), "reasoning: "),
+        (completion(None, function_call={"name": "f"}, thinking=THOUGHT), "shape: it calls a tool"),
         (completion(None, "tool_calls", tool_calls=[{"id": "1"}]), "shape: it calls a tool"),
         (completion({"a": 1}), "shape: its content is neither"),
         (completion(7), "shape: its content"),
@@ -128,13 +150,36 @@ def test_where_there_is_no_text_the_reason_is_named(response: Any, why: str) -> 
     assert re.search(why, unusable), unusable
 
 
-def test_refusals_in_any_place() -> None:
-    for response in (
-        completion([{"type": "refusal", "refusal": "I can't."}]),
-        completion(None, refusal="I can't."),
-        completion(GOOD, "content_filter"),
-    ):
-        assert completion_text(response, 256).refusal in ("I can't.", "content filter")
+@pytest.mark.parametrize(
+    ("response", "refusal"),
+    [
+        (completion([{"type": "refusal", "refusal": "I can't."}]), "I can't."),
+        (completion([{"type": "refusal", "text": "I won't."}, {"refusal": "No."}]), "I won't. No."),
+        (completion([{"type": "refusal"}, {"type": "text", "text": GOOD}]), "refused"),
+        (completion(None, refusal="I can't."), "I can't."),
+        (completion(GOOD, refusal="I can't."), "I can't."),
+        (completion(GOOD, "Content_Filter"), "content filter"),
+    ],
+)
+def test_refusals_in_any_place(response: Any, refusal: str) -> None:
+    assert completion_text(response, 256) == (None, refusal, None)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [{"choices": []}, completion(""), completion(None), completion([]), completion(" \n", reasoning=None, tool_calls=[])],
+)
+def test_an_answer_may_be_empty(response: Any) -> None:
+    assert completion_text(response, 256) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "count"),
+    [(3, 3), (3.9, 3), (0, 0), (10**8, 10**8), (10**8 + 1, 0), (-1, 0), (True, 0), ("7", 0), (None, 0), (float("nan"), 0)],
+)
+def test_tokens_in_and_out_are_those_of_the_endpoint(value: Any, count: int) -> None:
+    assert token_counts({"prompt_tokens": value, "completion_tokens": 5}) == (count, 5)
+    assert token_counts({"prompt_tokens": 4, "completion_tokens": value}) == (4, count)
 
 
 @given(
