@@ -6,6 +6,8 @@ python -m pytest -q tests/training/test_dataset.py
 import itertools
 import pickle
 import threading
+import weakref
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,19 +17,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from addressvlm import InputError
-from addressvlm.config import load
-from addressvlm.config.train import AugmentConfig
 from addressvlm.models import load_model
 from addressvlm.storage import table_index, tables
 from addressvlm.storage.files import open_parquet
 from addressvlm.storage.table_index import write_indexes
 from addressvlm.training import dataset
 from addressvlm.training.collator import Collator
-from addressvlm.training.dataset import ASPECT, MixedRows, Schedule, TableRows, augment_photo
-from tests.support.images import encoded
+from addressvlm.training.dataset import (
+    LocatableRows,
+    MixedRows,
+    Schedule,
+    TableRows,
+    low_locatability,
+)
 from tests.support.training_tables import ListTable, picture, table_rows
 
 
@@ -65,16 +69,124 @@ def test_steps_cover_each_epoch_once_whatever_the_workers(rows: int, group: int,
         assert schedule(seed + 1).indices(0) != whole.indices(0)
 
 
-def test_row_groups_are_dealt_to_workers_whole() -> None:
-    rows, world, seen = 64 * 1200, 64, np.zeros((1200, 64), dtype=bool)
+@pytest.mark.parametrize(("extra", "epoch"), [(0, 0), (500, 1)])
+def test_row_groups_are_dealt_to_workers_whole(extra: int, epoch: int) -> None:
+    """In the first epoch, and in one that begins in the middle of a step."""
+    rows, world, seen = 64 * 1200 + extra, 64, np.zeros((1210, 64), dtype=bool)
     schedule = Schedule(Counted(rows), 16 * world, 0)
-    for step in range(rows // (16 * world)):
+    for step in range(-(-epoch * rows // 1024), (epoch + 1) * rows // 1024):
         every = np.array([schedule._row(step * 16 * world + n) for n in range(16 * world)])
         for rank in range(world):
             seen[every[list(schedule.numbers(rank, world))] // 64, rank] = True
         assert len(set(every // 64)) >= schedule.lanes - 1  # of many groups in every step
     assert schedule.lanes == 64
-    assert seen.sum() <= 1.1 * 1200
+    assert seen.sum() <= 1.1 * 1208
+
+
+@pytest.mark.parametrize(
+    ("groups", "per_step", "lanes", "window"),
+    [(64, 8, 1, 32), (65, 8, 4, 8), (65, 6, 3, 10), (65, 7, 1, 32), (1200, 1024, 64, 1), (128, 4, 4, 8)],
+)
+def test_lanes_divide_a_step_and_are_long(groups: int, per_step: int, lanes: int, window: int) -> None:
+    schedule = Schedule(Counted(64 * groups), per_step, 0)
+    assert (schedule.lanes, schedule.window) == (lanes, window)
+
+
+def test_an_epoch_is_shuffled_once_although_steps_are_read_ahead() -> None:
+    shuffled: list[int] = []
+
+    class Shuffled(ListTable):
+        def epoch(self, seed: int, epoch: int, window: int = 1) -> np.ndarray:
+            shuffled.append(epoch)
+            return super().epoch(seed, epoch, window)
+
+    schedule = Schedule(Shuffled(table_rows(10)), 4, 0)
+    for step in range(20):
+        schedule.prefetch(step + 2)
+        schedule.indices(step)
+    assert shuffled == list(range(9))
+
+
+def small_groups(folder: Path, rows: int, in_file: int) -> TableRows:
+    """A table of the column id, 0, 1, …"""
+    schema = tables.pa.schema([("id", tables.pa.string())])
+    tables.write_table(folder, "train", [{"id": str(n)} for n in range(rows)], schema, rows_per_file=in_file)
+    return TableRows(folder, "train", ("id",))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_epoch_reads_each_row_group_about_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    for name, value in {"CACHED_GROUPS": 2, "GROUPS_A_LANE": 5, "SHUFFLED_GROUPS": 8}.items():
+        monkeypatch.setattr(dataset, name, value)
+    table = small_groups(tmp_path, 120, 3)
+    schedule = Schedule(table, 8, 0)
+    assert (schedule.lanes, schedule.window) == (8, 1)
+    for step in range(15):
+        for rank in range(world):
+            schedule.prefetch(step, rank, world)
+            assert len(schedule.read(step, rank, world)) == 8 // world
+    assert 40 <= table.reads <= 52
+
+
+def test_row_groups_used_last_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "CACHED_GROUPS", 2)
+    table = small_groups(tmp_path, 6, 1)
+    counts = []
+    for row in (0, 1, 0, 2, 0, 2, 1):
+        assert table[row] == {"id": str(row)}
+        counts.append(table.reads)
+    assert counts == [1, 2, 2, 3, 3, 3, 4]  # 1 had to go for 2
+    table.prefetch(range(6), 3)
+    assert [table[row]["id"] for row in range(6)] == list("012345")
+    assert table.reads <= 4 + 5  # none twice
+    assert {table[row]["id"] for row in range(6)} == set("012345")
+    assert table.reads <= 4 + 5
+
+
+def test_row_groups_are_read_in_the_order_in_which_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "READERS", 1)
+    read, one = [], TableRows._read
+    monkeypatch.setattr(TableRows, "_read", lambda self, group: read.append(group) or one(self, group))
+    table = small_groups(tmp_path, 12, 2)
+    table.prefetch([9, 0, 8, 5, 1], 1)
+    assert table[4] == {"id": "4"}
+    assert read == [4, 0, 2]
+
+
+def test_rows_are_found_in_files_of_several_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr(dataset, "open_parquet", lambda file: opened.append(file) or open_parquet(file))
+    monkeypatch.setattr(dataset, "READERS", 1)
+    table = small_groups(tmp_path, 300, 150)
+    assert (len(table), table.group_count, table.starts.tolist()) == (300, 6, [0, 64, 128, 150, 214, 278, 300])
+    assert [table[n]["id"] for n in range(300)] == [str(n) for n in range(300)]
+    assert len(opened) == 2  # each file once
+
+
+def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "OPEN_FILES", 2)
+    opened: list[Any] = []
+
+    def watched(file: Path) -> Any:
+        parquet = open_parquet(file)
+        opened.append(weakref.ref(parquet))
+        return parquet
+
+    monkeypatch.setattr(dataset, "open_parquet", watched)
+    table = small_groups(tmp_path, 5, 1)
+    assert [table[n]["id"] for n in range(5)] == list("01234")
+    table._pool.shutdown()
+    assert len(opened) == 5
+    assert [one() is not None for one in opened] == [False, False, False, True, True]
+
+
+def test_the_rows_of_a_window_are_of_as_many_groups(tmp_path: Path) -> None:
+    table = small_groups(tmp_path, 80, 10)
+    order = table.epoch(1, 0, window=2)
+    parts = [{int(row) // 10 for row in order[at : at + 20]} for at in range(0, 80, 20)]
+    assert [len(part) for part in parts] == [2] * 4
+    assert sorted(group for part in parts for group in part) == list(range(8))
+    assert sorted(map(tuple, parts)) != [(0, 1), (2, 3), (4, 5), (6, 7)]  # in a random order
 
 
 def test_each_row_group_is_read_once_and_files_are_opened_when_they_are_needed(
@@ -189,7 +301,9 @@ def test_rows_are_those_of_the_table(tmp_path: Path) -> None:
     assert [table[i]["id"] for i in (149, 0, 64, 63)] == ["149", "0", "64", "63"]
 
 
-@pytest.mark.parametrize(("weights", "counts"), [((1, 1), (6, 9)), ((2, 1), (12, 9)), ((0.5, 3), (3, 27))])
+@pytest.mark.parametrize(
+    ("weights", "counts"), [((1, 1), (6, 9)), ((2, 1), (12, 9)), ((0.5, 3), (3, 27)), ((0.3, 0.01), (2, 1))]
+)
 def test_a_mix_goes_through_its_tables_as_often_as_they_weigh(weights: tuple, counts: tuple) -> None:
     mix = MixedRows([(named("a", 6), weights[0]), (named("b", 9), weights[1])])
     assert len(mix) == sum(counts)
@@ -199,9 +313,32 @@ def test_a_mix_goes_through_its_tables_as_often_as_they_weigh(weights: tuple, co
         times = np.bincount([int(row[1:]) for row in seen if row.startswith(name)], minlength=size)
         assert times.max() - times.min() <= 1
         assert times.sum() == 2 * count
-    first = "".join(row[0] for row in seen[: len(mix)])
-    assert "ab" in first
-    assert "ba" in first  # mixed, not one after the other
+    first, second = ("".join(row[0] for row in part) for part in (seen[: len(mix)], seen[len(mix) :]))
+    assert len(mix) < 9 or ("ab" in first and "ba" in first and first != second)  # mixed, not one after the other
+
+
+def test_a_mix_reads_ahead_in_each_of_its_tables() -> None:
+    class Asked(ListTable):
+        def prefetch(self, indices: Iterable[int], keep: int) -> None:
+            self.asked = list(indices), keep
+
+    parts = [Asked(table_rows(6)), Asked(table_rows(9)), Asked([])]
+    mix = MixedRows([(parts[0], 1), (parts[1], 2), (parts[2], 1)])
+    mix.prefetch([7, 0, 14, 5, 6], 3)
+    assert [part.asked for part in parts] == [([0, 5], 3), ([1, 8, 0], 3), ([], 3)]
+    assert (mix.group_count, len(mix), mix.counts) == (3, 24, [6, 18, 0])
+
+
+def test_what_is_below_a_threshold_is_known_of_all_tables_of_a_mix() -> None:
+    def below(**why: str) -> LocatableRows:
+        table = object.__new__(LocatableRows)
+        table.skipped = why
+        return table
+
+    mix = object.__new__(MixedRows)
+    mix.tables = [below(a="low"), named("c", 2), below(b="lower")]
+    assert low_locatability(mix) == {"a": "low", "b": "lower"}
+    assert low_locatability(named("c", 2)) == {}
 
 
 def test_the_order_of_a_mix_is_that_of_seed_and_step_alone() -> None:
@@ -252,82 +389,34 @@ def test_replacing_a_row_is_the_same_whatever_the_workers() -> None:
         assert [row for share in shares for row in share] == whole
 
 
-CHANGED = AugmentConfig(crop=0.5, colour=0.3)
+class Question:
+    """Keeps the row's question."""
+
+    def encode(self, sample: Any) -> str:
+        return sample.rounds[0][0]
 
 
-def noise(width: int = 60, height: int = 40) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+def asking(name: str, count: int, broken: Iterable[int] = ()) -> ListTable:
+    """Rows whose questions are their ids; of some the image is broken."""
+    table = named(name, count)
+    for row in table.rows:
+        row["rounds"] = [{"question": row["id"], "answer": "a"}]
+    for number in broken:
+        table.rows[number]["image"] = {"bytes": b"?", "path": None}
+    return table
 
 
-class Seen:
-    """Keeps what would be shown."""
-
-    def encode(self, sample: Any) -> Image.Image:
-        return sample.image
-
-
-def shown(schedule: Schedule, step: int, rank: int = 0, world: int = 1) -> list[bytes]:
-    return [image.tobytes() for image in schedule.encoded(Seen(), step, rank, world)]
-
-
-def photos(count: int) -> ListTable:
-    image = {"bytes": encoded(noise(), "PNG"), "path": None}
-    return ListTable([{"id": str(i), "image": image, "rounds": [{"question": "q", "answer": "a"}]} for i in range(count)])
-
-
-@given(st.integers(1, 400), st.integers(1, 400), st.floats(0.05, 0.99), st.integers(0, 99))
-def test_a_crop_is_a_part_of_the_photo_of_at_least_its_share(width: int, height: int, share: float, seed: int) -> None:
-    made = augment_photo(Image.new("RGB", (width, height)), AugmentConfig(crop=share), np.random.default_rng(seed))
-    wide, high = made.width / width, made.height / height
-    assert 0 < wide <= 1
-    assert 0 < high <= 1
-    pixel = 1 / width + 1 / height  # of rounding
-    assert wide * high >= share / ASPECT - pixel
-    assert high / ASPECT - pixel * ASPECT <= wide <= high * ASPECT + pixel * ASPECT
-
-
-def test_a_crop_is_taken_from_where_it_is() -> None:
-    photo = noise()
-    made = np.asarray(augment_photo(photo, AugmentConfig(crop=0.4), np.random.default_rng(3)))
-    whole = np.asarray(photo)
-    places = [
-        (y, x)
-        for y in range(whole.shape[0] - made.shape[0] + 1)
-        for x in range(whole.shape[1] - made.shape[1] + 1)
-        if np.array_equal(whole[y : y + made.shape[0], x : x + made.shape[1]], made)
-    ]
-    assert len(places) == 1
-
-
-def test_colours_change_and_the_size_does_not() -> None:
-    grey = Image.new("RGB", (8, 8), (100, 120, 140))
-    values = [
-        augment_photo(grey, AugmentConfig(colour=0.3), np.random.default_rng(seed)).getpixel((3, 3)) for seed in range(40)
-    ]
-    brightness = np.array(values, dtype=float).sum(axis=1) / 360
-    assert len(set(values)) > 30
-    assert 0.68 < brightness.min() < 0.85
-    assert 1.15 < brightness.max() < 1.32
-    assert augment_photo(grey, CHANGED.model_copy(update={"crop": 1.0}), np.random.default_rng(0)).size == (8, 8)
-
-
-def test_nothing_is_changed_by_default() -> None:
-    table = photos(6)
-    assert set(shown(Schedule(table, 3, 0), 0)) == {noise().tobytes()}
-
-
-def test_what_is_shown_depends_on_seed_and_step_alone() -> None:
-    table, whole = photos(6), Schedule(photos(6), 6, 4, CHANGED)
-    first = shown(whole, 0)
-    assert shown(whole, 1) != first
-    assert len(set(first)) == 6
-    assert shown(Schedule(table, 6, 4, CHANGED), 0) == first  # as after a resume
-    dealt = [shown(Schedule(table, 6, 4, CHANGED), 0, rank, 2) for rank in range(2)]
-    assert [image for share in dealt for image in share] == first
-    assert shown(Schedule(table, 6, 5, CHANGED), 0) != first
-
-
-def test_a_grafted_image_is_not_cropped() -> None:
-    stages = "{alignment: {data: [photos, alignment], augment: {crop: 0.5}}, localization: {data: photos}}"
-    with pytest.raises(InputError, match=r"augment\.crop is 0\.5, which cuts the map off a grafted image: leave it at 1"):
-        load("demo", [f"train.stages={stages}"])
+def test_what_replaces_a_row_is_drawn_again_until_one_can_be_used() -> None:
+    """From all rows of all tables, by seed and by the row's place in the step."""
+    mix = MixedRows([(asking("a", 6, range(6)), 2), (asking("b", 6, [0]), 0.5)])
+    drawn: dict[str, set[str]] = {"seed": set(), "number": set()}
+    for seed in range(60):
+        schedule = Schedule(mix, 4, seed)
+        (taken,) = schedule.encode_rows(Question(), 0, 3, [(2, mix[2])])
+        drawn["seed"].add(taken)
+        assert schedule.rejected.keys() >= {"a2"}
+        assert taken not in schedule.rejected
+        assert set(schedule.rejected.values()) == {schedule.rejected["a2"]}
+    for number in range(60):
+        drawn["number"] |= set(Schedule(mix, 4, 0).encode_rows(Question(), 0, number, [(2, mix[2])]))
+    assert list(drawn.values()) == [{f"b{n}" for n in range(1, 6)}] * 2
