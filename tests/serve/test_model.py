@@ -1,6 +1,7 @@
 """Requests as jobs of the engine's thread: what callers get, and what they leave behind when they go."""
 
 import asyncio
+import threading
 from typing import Any
 
 import numpy as np
@@ -90,3 +91,39 @@ def test_a_caller_who_leaves_frees_the_place_and_the_city(model: Model) -> None:
     assert not any(answer.live for batch in model.engine.decoder._batches for answer in batch.answers)
     assert not any(model.engine.cities._uses.values())
     asyncio.run(model.check_health())
+
+
+def test_a_caller_who_leaves_while_a_city_is_loaded_does_not_keep_it(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, go_on, cities = threading.Event(), threading.Event(), model.engine.cities
+    load = cities._load
+
+    def slow(city: str) -> Any:
+        reading.set()
+        assert go_on.wait(60)
+        return load(city)
+
+    async def leave() -> Any:
+        await model.localize(photo())
+        monkeypatch.setattr(cities, "_load", slow)
+        task = asyncio.create_task(model.localize(photo("st-alder")))
+        assert await asyncio.to_thread(reading.wait, 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+        return await model.localize(photo("st-alder"))
+
+    assert isinstance(asyncio.run(leave()), Localization)
+    assert not any(cities._uses.values())
+
+
+def test_a_city_that_can_not_be_loaded_is_not_the_callers_fault(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(city: str) -> Any:
+        raise InputError("no adapter that can be read")
+
+    cities = model.engine.cities
+    monkeypatch.setattr(cities, "acquire_loaded", lambda city: None)
+    monkeypatch.setattr(cities, "acquire", broken)
+    for ask in (lambda: model.localize(photo()), lambda: model.chat(chat("Tell me."))):
+        with pytest.raises(RuntimeError, match="no adapter that can be read"):
+            asyncio.run(ask())

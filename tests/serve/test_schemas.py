@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 from schemathesis.config import SchemathesisConfig
 
 from addressvlm.storage.tables import PHOTOS, write_table
-from serve.api_docs import URL
+from serve.api_docs import URL, render
 from serve.metrics import ServiceMetrics
 from serve.routes import Routes
 from serve.settings import ServiceSettings
@@ -117,3 +117,17 @@ def test_with_keys_all_but_health_needs_one() -> None:
         "/healthz"
     }
     assert {path for path, operation in operations.items() if "401" in operation["responses"]} == {*operations} - {"/healthz"}
+
+
+def test_the_documentation_says_what_values_fields_may_have() -> None:
+    page = render(document)
+    for field, kind in {
+        "top_k": "integer, 1 to 50", "threshold": "number, 0 to 1", "prior.circle.lat": "number, -90 to 90",
+        "prior.circle.radius_m": "number, 1 to 1000000.0", "prior.districts": "list of string", "n": "integer, 1 to 8",
+        "messages.role": "system or developer or user or assistant", "stop": "string or list of string",
+        "temperature": "number, 0 to 2", "max_tokens": "integer, 1 to …", "stream_options.include_usage": "boolean",
+        "messages.content.image_url.url": "string", "messages.content.type": "text or image_url",
+    }.items():  # fmt: skip
+        assert re.search(rf"<code>{re.escape(field)}</code>(?: \(required\))?<td>{re.escape(kind)}<td>", page), field
+    required = set(re.findall(r"<code>([^<]+)</code> \(required\)", page))
+    assert required == {"image", "file", "model", "messages"}

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.image_decode_worker import decode_image
 from addressvlm.inference import Localizer
 from addressvlm.questions import ADDRESS_QUESTION
+from serve.cities import City
 from serve.errors import ApiError
 from serve.images import decode_base64
 from serve.metrics import ServiceMetrics
 from serve.requests import ChatQuery, LocalizeQuery
+from serve.settings import ServiceSettings
 from serve.vllm_engine import VllmModel, _end_tokens, _image_size, answer_logprobs, openai_request, unique_prefix_lengths
 from tests.support.running_service import two_cities
 
@@ -241,6 +244,7 @@ def test_an_addresss_score_is_that_of_its_tokens_up_to_the_end() -> None:
     log_p = [None, logprob(2, -9), logprob(7, -0.5), logprob(8, -0.25), logprob(3, -0.125), logprob(4, -9)]
     assert answer_logprobs([1, 2], [1, 2, 7, 8, 3, 4], log_p, {3}) == [-0.5, -0.25, -0.125]
     assert answer_logprobs([1, 2], [1, 2, 7, 8, 3, 4], log_p, set()) == [-0.5, -0.25, -0.125, -9]
+    assert answer_logprobs([1, 2, 7, 8], [1, 2], log_p, {3}) == []
     assert answer_logprobs([1, 5], [1, 2, 7, 8, 3, 4], log_p, {3}) == [-9, -0.5, -0.25, -0.125]  # the boundary is another token
 
 
@@ -269,3 +273,56 @@ def test_a_vllm_server_that_is_gone_is_overloaded() -> None:
     with pytest.raises(ApiError) as caught:
         asyncio.run(model._create(messages=[{"role": "user", "content": "?"}]))
     assert caught.value.status == 503
+
+
+def test_vllm_is_started_as_the_service_is_set(systems: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+
+    @contextmanager
+    def serving(config: Any, log: Path) -> Iterator[str]:
+        started.append(config)
+        if config.vllm_python == "/nowhere":
+            raise InputError("labels.vllm_python: /nowhere can't be run: give a Python interpreter.")
+        yield "http://vllm/v1"
+
+    monkeypatch.setattr("serve.vllm_engine.serving", serving)
+    monkeypatch.setattr("serve.vllm_engine.export_for_vllm", lambda folder, out: out.mkdir())
+    city = City("toytown", "Toytown", "toytown", systems[0] / "merged")
+
+    def start(**settings: Any) -> VllmModel:
+        return VllmModel(ServiceSettings(engine="vllm", **settings), [city])
+
+    model = start(vllm_options="--seed,1", vllm_python="/python", dtype="bfloat16", trust_remote_code=True, request_s=7)
+    (config,) = started
+    assert (config.vllm_python, config.dtype, config.vllm_arguments) == (
+        "/python", "bfloat16", ["--seed", "1", "--trust-remote-code"]
+    )  # fmt: skip
+    assert Path(config.model).is_dir()
+    assert (model.name, model.client.timeout, str(model.client.base_url)) == (config.model, 7, "http://vllm/v1/")
+    assert set(model.prefix_lengths) == {address.text() for address in model.gazetteer.addresses}
+    assert (model.side, model.end_tokens) == (32, Localizer(city.folder).end_tokens)
+    model.resources.close()
+    assert not Path(config.model).exists()
+    start().resources.close()
+    assert started[1].vllm_arguments == []
+    with pytest.raises(InputError, match=r"^vllm_python: /nowhere"):
+        start(vllm_python="/nowhere")
+
+
+def test_no_more_addresses_are_scored_at_once_than_is_set() -> None:
+    model, now, most = vllm(read, []), 0, 0
+
+    async def handle(request: httpx.Request) -> httpx.Response:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        for _ in range(9):
+            await asyncio.sleep(0)
+        now -= 1
+        return httpx.Response(200, json=read(json.loads(request.content))[1])
+
+    http = httpx.AsyncClient(transport=httpx.MockTransport(handle))
+    model.client = AsyncOpenAI(base_url="http://vllm/v1", api_key="none", max_retries=0, http_client=http)
+    scores = asyncio.run(model._address_scores("data:image/png;base64,AAAA", list(ANSWERS)))
+    assert scores.tolist() == [-0.75, -2.5, -1.5, -3.5]
+    assert most == 2
