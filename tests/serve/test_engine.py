@@ -30,6 +30,7 @@ from serve import city_models
 from serve.cities import find_cities
 from serve.engine import Engine, Job
 from serve.errors import ApiError
+from serve.metrics import ServiceMetrics
 from serve.requests import ChatQuery, LocalizeQuery
 from tests.support.running_service import two_cities
 from tests.support.tiny import tiny_llava
@@ -581,3 +582,133 @@ def test_answers_from_probabilities_keep_to_max_tokens(engine: Engine) -> None:
     assert (whole.finish, cut.finish, one.finish, cut.tokens, one.tokens) == ("stop", "length", "length", 2, 1)
     assert whole.text.startswith(cut.text)
     assert len(one.text) <= len(cut.text) < len(whole.text)
+
+
+# ---- limits and settings of the engine
+
+
+def test_no_more_photos_go_through_the_model_together_than_is_set(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, score = [], Localizer.score_prompts
+    monkeypatch.setattr(Localizer, "score_prompts", lambda self, *batch: sizes.append(len(batch[0])) or score(self, *batch))
+    monkeypatch.setattr(engine.settings, "batch_size", 2)
+    assert len(localize(engine, [LocalizeQuery("toytown", pixels(seed), 2, Prior(), None) for seed in range(5)])) == 5
+    assert sizes == [2, 2, 1]
+
+
+def test_no_more_tokens_of_chats_are_read_together_than_is_set_unless_one_has_more(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = [chat_query("Tell me a story.", n, max_tokens=3) for n in range(3)]
+    alone = [chat(engine, [query])[0] for query in queries]
+    sizes, prefill = [], Localizer.prefill_prompts
+    monkeypatch.setattr(Localizer, "prefill_prompts", lambda self, *batch: sizes.append(len(batch[0])) or prefill(self, *batch))
+    length = alone[0][0].prompt_tokens
+    for most, expected in ((2 * length, [2, 1]), (3 * length - 1, [2, 1]), (3 * length, [3]), (1, [1, 1, 1])):
+        sizes.clear()
+        monkeypatch.setattr("serve.engine.PREFILL_TOKENS", most)
+        assert chat(engine, queries) == alone
+        assert sizes == expected
+
+
+def test_a_chat_that_waits_for_room_and_is_given_up_keeps_no_other_waiting(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, large, small = (chat_query("Tell me a story.", 1, max_tokens=n, n=k) for n, k in ((20, 1), (20, 2), (6, 1)))
+    length = chat(engine, [small])[0][0].prompt_tokens
+    monkeypatch.setattr(engine, "cache_tokens", 2 * (length + 20))
+    got: list[int] = []
+    jobs_of(engine, engine.prepare_chat, [running], lambda *_: None)
+    engine.turn()
+    jobs = jobs_of(engine, engine.prepare_chat, [large, small], lambda number, _: got.append(number))
+    engine.turn()
+    assert got == []
+    jobs[0].cancel()
+    engine.turn()
+    assert 1 in got
+    while engine.turn():
+        pass
+    assert set(got) == {1}
+
+
+def test_questions_about_the_address_are_generated_if_that_is_set(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    query = chat_query("Which street is this?", 1, max_tokens=40)
+    exact = chat(engine, [query])[0][0]
+    monkeypatch.setattr(engine.settings, "exact_answers", False)
+    generated = chat(engine, [query])[0][0]
+    assert generated.text != exact.text
+    assert generated.prompt_tokens == exact.prompt_tokens
+
+
+def test_the_last_turn_is_the_question(engine: Engine) -> None:
+    (best,) = localize(engine, [LocalizeQuery("toytown", pixels(1), 1, Prior(), None)])
+
+    def turn(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    before = [turn("user", "Hello."), turn("assistant", "Hello.")]
+    asked = chat(engine, [chat_query("Which street is this?", 1, before=before, max_tokens=30)])[0][0]
+    assert (asked.text, asked.finish) == (best.candidates[0].street, "stop")
+    before = [turn("user", "Which street is this?"), turn("assistant", "Mill Street")]
+    other = chat(engine, [chat_query("Tell me a story.", 1, before=before, max_tokens=30)])[0][0]
+    assert other.text not in {"Mill Street", "Oak Avenue", "Quay Lane", "Station Road"}
+
+
+def test_the_models_own_prior_is_divided_out_of_addresses_and_answers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    localizer = engine.cities.acquire("toytown")
+    engine.cities.release("toytown")
+    streets = [address.street for address in localizer.require_gazetteer().addresses]
+    for number, street in enumerate(streets):
+        own = tuple(-1000.0 if n == number else 0.0 for n in range(len(streets)))
+        monkeypatch.setattr(localizer, "calibration", Calibration(2.0, own_prior=own))
+        (found,) = localize(engine, [LocalizeQuery("toytown", pixels(1), 1, Prior(), None)])
+        assert (found.candidates[0].street, found.confidence) == (street, pytest.approx(1))
+        assert chat(engine, [chat_query("Which street is this?", 1, max_tokens=30)])[0][0].text == street
+
+
+def test_a_merged_model_has_all_memory_for_photos_and_its_warm_up_leaves_none(systems: list[Path]) -> None:
+    metrics = ServiceMetrics()
+    config = service.ServiceSettings(
+        model=str(systems[0] / "merged"), dtype="float32", photo_memory_mb=8, chat_memory_mb=1, cities_per_replica=4
+    )
+    engine = Engine(config, find_cities(config), metrics)
+    engine.warm_up()
+    (localizer,) = engine.cities.localizers.values()
+    assert localizer.photo_caches.max_bytes == 8 * 2**20
+    assert not localizer.photo_caches._caches
+    assert not any(engine.cities._uses.values())
+    ((_, state),) = localizer.prefill_questions([Image.fromarray(PIXELS)], ["Where?"])
+    a_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in state.cache.layers) / state.mask.shape[1]
+    assert engine.cache_tokens == 2**20 // a_token
+    localize(engine, [LocalizeQuery("toytown", pixels(seed), 1, Prior(), None) for seed in range(3)])
+    chat(engine, [chat_query("Tell me a story.", seed, max_tokens=1) for seed in range(2)])
+    sizes = {s.labels["kind"]: s.value for m in metrics.collect() for s in m.samples if s.name == "addressvlm_batch_size_sum"}
+    assert (sizes["localize"], sizes["prefill"]) == (3, 2)
+
+
+def test_the_first_of_a_batch_waits_for_the_others(systems: list[Path]) -> None:
+    config = settings(systems, batch_size=2, batch_wait_s=600)
+    engine = Engine(config, find_cities(config))
+    waits: list[tuple[int, int, bool, float]] = []
+    turns: set[float | None] = set()
+    waiting, results, wait_for = threading.Semaphore(0), Queue[Any](), engine._wake.wait_for
+
+    def remember(enough: Callable[[], Any], seconds: float | None = None) -> Any:
+        turns.add(engine._turn_began)
+        if seconds is not None:
+            waits.append((len(engine._photos), len(engine._chats), bool(enough()), seconds))
+            waiting.release()
+        return wait_for(enough, seconds)
+
+    engine._wake.wait_for = remember  # type: ignore[method-assign]
+    engine.cities.acquire("toytown")
+    engine.start()
+    for prepare, query in (
+        (engine.prepare_localize, LocalizeQuery("toytown", PIXELS, 1, Prior(), None)),
+        (engine.prepare_chat, chat_query("Tell me a story.", 1, max_tokens=1)),
+    ):
+        jobs_of(engine, prepare, [query], lambda *result: results.put(result[1]))
+        assert waiting.acquire(timeout=60)
+        jobs_of(engine, prepare, [query], lambda *result: results.put(result[1]))
+        assert not [error for error in (results.get(timeout=120) for _ in range(2)) if isinstance(error, Exception)]
+    assert waits == [(1, 0, False, 600), (0, 1, False, 600)]
+    assert turns == {None}  # no turn goes on while the thread waits
