@@ -72,7 +72,7 @@ class CostEstimate:
         rows, answered: rows, and how many of them have an answer in the cache; a changed image or text counts as answered here.
         tokens_in: estimate for one request per row that is left.
         other_answers: cached answers to another prompt or from another model.
-        answer_s: mean time of an answer so far, in seconds.
+        answer_s: mean time of the answers that count here, in seconds.
     """
 
     config: LabelsConfig
@@ -151,14 +151,16 @@ def estimate_cost(
         if answer.lost is None and key.settings == settings:
             answered.add(key.id)
         if answer.lost is None and answer.failure is None:
-            answers, seconds = answers + 1, seconds + answer.seconds
-            estimate.other_answers += key.settings != settings
+            if key.settings == settings:
+                answers, seconds = answers + 1, seconds + answer.seconds
+            else:
+                estimate.other_answers += 1
     for row_id in ids:
         estimate.rows += 1
         estimate.answered += row_id in answered
     if tokens := [input_tokens(state) for state in sample]:
         estimate.tokens_in = round(fmean(tokens) * estimate.rows_left)
-    if answers > estimate.other_answers:
+    if answers:
         estimate.answer_s = seconds / answers
     return estimate
 

@@ -1,6 +1,7 @@
 """Estimates of tokens, money and time."""
 
 import io
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,17 @@ from PIL import Image
 from addressvlm import InputError
 from addressvlm.config import validate
 from addressvlm.config.labels import LabelsConfig
-from addressvlm.labels.costs import CostEstimate, estimate_cost, image_tokens, input_tokens, text_tokens
+from addressvlm.labels.costs import (
+    ANSWER_S,
+    CostEstimate,
+    LabelStats,
+    estimate_cost,
+    image_tokens,
+    input_tokens,
+    label_report,
+    report_summary,
+    text_tokens,
+)
 from addressvlm.labels.facts import Facts
 from addressvlm.labels.labelers import Request, state_factory
 from addressvlm.labels.response_cache import CachedAnswer, open_for_writing
@@ -114,3 +125,46 @@ def test_an_estimate_uses_the_times_of_earlier_answers(tmp_path: Path) -> None:
     assert (plan.answer_s, plan.spent_tokens, plan.spent_usd, plan.answered) == (3.0, 20, 1.0, 3)
     assert plan.tokens_in == input_tokens(state_factory(config)(rows[0]))
     assert estimate_cost(config, ids, [], tmp_path, retry_failed=True).rows_left == 1
+    other = config.model_copy(update={"model": "slow"})
+    assert estimate_cost(other, ids, [], tmp_path).answer_s == ANSWER_S  # nothing is known of it
+    with open_for_writing(tmp_path) as cache:
+        cache.add(state_factory(other)(rows[0]).request_key(), CachedAnswer(GOOD, seconds=100.0))
+    times = [(plan.answer_s, plan.other_answers) for plan in (estimate_cost(c, ids, [], tmp_path) for c in (config, other))]
+    assert times == [(3.0, 1), (100.0, 2)]
+
+
+def test_each_answer_counts_as_one_kind() -> None:
+    stats = LabelStats(total=10, rows=4, seconds=8.0)
+    answers = [
+        CachedAnswer("text", tokens_in=100, tokens_out=10, usd=0.5), CachedAnswer(""), CachedAnswer(refusal="no"),
+        CachedAnswer(unusable="limit: raise it"), CachedAnswer(refusal="no", tokens_out=5),
+    ]  # fmt: skip
+    for answer in answers:
+        stats.count(answer)
+    assert (stats.answered, stats.refused, stats.empty, stats.unusable) == (5, 2, 1, 1)
+    stats.count_lost(CachedAnswer(lost="time-out", tokens_in=1000, tokens_out=200, usd=0.25))
+    stats.again["429"] += 3
+    assert (stats.tokens_in, stats.tokens_out, stats.lost, stats.lost_tokens, stats.usd) == (100, 15, 1, 1200, 0.75)
+    assert stats.line() == "label: 4/10 rows labelled, 1,315 tokens, 0.75 US dollars, 3 retries, 12 s left"
+    both = stats + LabelStats(total=5, rows=5, usd=0.25, seconds=30.0, again=Counter({"429": 1, "500": 2}))
+    assert (both.total, both.rows, both.usd, both.seconds, both.again) == (15, 9, 1.0, 30.0, {"429": 4, "500": 2})
+    assert list(both.to_dict()["again"]) == ["429", "500"]
+
+
+def test_the_report_adds_up_sources_problems_and_all_that_the_run_has_cost(tmp_path: Path) -> None:
+    config = LabelsConfig(labeler="openai", model="m")
+    with open_for_writing(tmp_path) as cache:
+        for number, answer in enumerate((CachedAnswer("a", tokens_in=7, tokens_out=3, usd=0.5),
+                                         CachedAnswer(lost="time-out", tokens_in=20, tokens_out=10, usd=0.25))):  # fmt: skip
+            cache.add(state_factory(config)(requests(2)[number]).request_key(), answer)
+    counts = Counter({"source openai:m": 5, "source fallback:template": 2, "problem length": 4, "problem limit": 1})
+    stats = LabelStats(asked=9, refused=1, empty=2, unusable=3, lost=4, again=Counter({"429": 2}))
+    report = label_report(config, counts, stats.to_dict(), tmp_path)
+    assert (report["rows"], report["writer"], report["sources"]) == (7, "openai:m", {"openai:m": 5, "fallback:template": 2})
+    assert (report["problems"], report["run"]) == ({"length": 4, "limit": 1}, {"tokens": 40, "usd": 0.75})
+    assert report_summary(report) == (
+        "7 labels: 5 openai:m, 2 fallback:template; texts rejected for: 4 length, 1 limit (raise labels.max_tokens); "
+        "9 requests (retries: 2 429), answers without a text: 1 refused, 2 empty, 3 unusable, 4 lost; "
+        "the run has cost 40 tokens, 0.75 US dollars"
+    )
+    assert report_summary(label_report(LabelsConfig(), Counter({"source template": 3}), {}, None)) == "3 labels: 3 template"
