@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from addressvlm.config.labels import LabelsConfig
+from addressvlm.labels import limits
 from addressvlm.labels.costs import LabelStats, price
 from addressvlm.labels.limits import (
     PROBE,
@@ -19,6 +20,7 @@ from addressvlm.labels.limits import (
     MinuteRateLimiter,
     Report,
     RequestLimits,
+    StoppedError,
     fair_shares,
 )
 
@@ -161,6 +163,59 @@ def test_fair_shares(limit: int, demands: dict[str, int]) -> None:
     assert all(shares[name] >= min(demand, limit // len(demands)) for name, demand in demands.items())
 
 
+def test_a_task_that_counted_as_dead_gives_back_nothing_twice() -> None:
+    clock = Clock()
+    ours = usable(priced(concurrency=4, budget_tokens=1000), clock)
+    ours.exchange(Report("a", waiting=4, turns=((20, 10),)))
+    clock.now += SILENT_S - 1
+    assert ours.exchange(Report("b", waiting=4)).in_flight == 0
+    assert (ours.budget.tokens, ours.budget.reserved) == (0, (20, 10))  # so far it is only slow
+    clock.now += 2
+    ours.exchange(Report("b", in_flight=1, turns=((7, 3),)))
+    assert (ours.budget.tokens, ours.budget.reserved) == (30, (7, 3))
+    ours.exchange(Report("a", in_flight=1, released=(20, 10), spent=(20, 5)))
+    assert (ours.budget.tokens, ours.budget.reserved) == (55, (7, 3))
+    ours.exchange(Report("b", released=(7, 3)))
+    assert ours.budget.reserved == (0, 0)
+
+
+def test_what_is_in_flight_counts_as_needed() -> None:
+    ours = usable(LabelsConfig(concurrency=10))
+    assert ours.exchange(Report("a", waiting=6)).in_flight == 10
+    ours.exchange(Report("b", waiting=20))
+    assert ours.exchange(Report("a", in_flight=6)).in_flight == 5
+    assert ours.exchange(Report("b", waiting=20)).in_flight == 4  # the other one has six
+
+
+def test_turns_keep_both_paces_and_end_with_the_job() -> None:
+    clock = Clock()
+    ours = usable(LabelsConfig(requests_per_minute=60, tokens_per_minute=1200), clock)
+    assert ours.exchange(Report("a", turns=((5, 5), (20, 40), (1, 1), (1, 1)))).waits == pytest.approx((0, 1, 4, 5))
+    assert ours.exchange(Report("b", turns=((1, 1),))).waits == pytest.approx((6,))
+    reserved = ours.budget.reserved
+    grant = ours.exchange(Report("b", waiting=1, turns=((1, 1),), error="the disk is full"))
+    assert (grant.in_flight, grant.waits, grant.stop) == (0, (), "the disk is full")
+    assert ours.budget.reserved == reserved
+    assert ours.exchange(Report("a", waiting=2, turns=((1, 1),), error="another reason")) == Grant(
+        0, False, (), "the disk is full"
+    )
+
+
+def test_figures_are_of_all_tasks_those_that_ended_too() -> None:
+    clock = Clock()
+    ours = usable(LabelsConfig(), clock)
+    ours.exchange(Report("a", stats=LabelStats(asked=1)))
+    ours.exchange(Report("a", stats=LabelStats(asked=3)))
+    ours.exchange(Report("b", stats=LabelStats(asked=10)))
+    assert ours.stats().asked == 13
+    ours.exchange(Report("a", first=True, stats=LabelStats(asked=100)))  # began anew
+    ours.exchange(Report("b", last=True, stats=LabelStats(asked=20)))
+    assert ours.stats().asked == 123
+    clock.now += SILENT_S + 1
+    ours.exchange(Report("c"))
+    assert ours.stats().asked == 123
+
+
 def test_a_task_that_dies_leaves_its_places_and_what_it_may_have_spent() -> None:
     clock = Clock()
     ours = usable(priced(concurrency=4, budget_tokens=100), clock)
@@ -201,7 +256,115 @@ def test_a_dozen_useless_answers_and_no_usable_one_end_the_job() -> None:
     assert "first 12 answers of m are all useless (11 times: limit: raise it; 1 times: empty" in str(grant.stop)
     fine = RequestLimits(LabelsConfig(concurrency=64))
     fine.exchange(Report("a", usable=1))
-    assert fine.exchange(Report("a", waiting=64, useless=Counter({"limit": 99}))).in_flight == 64
+    assert fine.exchange(Report("a", waiting=64, useless=Counter({"limit": 99}))) == Grant(64)
+    each = {f"reason {n}": n for n in range(1, 5)}
+    why = str(RequestLimits(LabelsConfig()).exchange(Report("a", useless=Counter({**each, "worst": 6}))).stop)
+    assert "first 16 answers" in why
+    assert "(6 times: worst; 4 times: reason 4; 3 times: reason 3)" in why
+
+
+def client_of(*grants: Grant, **settings: Any) -> tuple[LimitsClient, list[Report]]:
+    """A client, and the reports that it makes; the last grant goes on for ever."""
+    reports: list[Report] = []
+    left = list(grants)
+
+    async def exchange(report: Report) -> Grant:
+        reports.append(report)
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    return LimitsClient(exchange, LabelsConfig(**settings), LabelStats(asked=7), "a"), reports
+
+
+def test_the_first_and_the_last_report_are_called_so_and_hold_what_was_done() -> None:
+    async def story() -> list[Report]:
+        client, reports = client_of(Grant(4), budget_tokens=100)
+        run = asyncio.create_task(client.run())
+        waiting = asyncio.create_task(client.acquire(lambda: (5, 6)))
+        while not client._turns:
+            await asyncio.sleep(0)
+        client.stop("the disk is full")
+        with pytest.raises(StoppedError):
+            await waiting
+        client.settle((5, 6), (5, 1), answered=True)
+        client.judge(None)
+        client.judge("empty")
+        await client.close(run)
+        return reports
+
+    reports = asyncio.run(story())
+    assert [report.first for report in reports] == [True] + [False] * (len(reports) - 1)
+    assert [report.last for report in reports] == [False] * (len(reports) - 1) + [True]
+    assert {(report.task, report.stats.asked) for report in reports} == {("a", 7)}
+    last = reports[-1]
+    assert (last.error, last.released, last.spent) == ("the disk is full", (5, 6), (5, 1))
+    assert (sum(report.usable for report in reports), last.useless) == (1, {"empty": 1})
+
+
+@pytest.mark.parametrize("key", ["budget_tokens", "budget_usd", "requests_per_minute", "tokens_per_minute", None])
+def test_each_limit_alone_makes_a_request_wait_for_its_turn(monkeypatch: pytest.MonkeyPatch, key: str | None) -> None:
+    slept: list[float] = []
+    sleep = asyncio.sleep
+
+    async def note(seconds: float) -> None:
+        if seconds:
+            slept.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(limits.asyncio, "sleep", note)
+    prices = {"usd_per_million_in": 1.0, "usd_per_million_out": 1.0}
+
+    async def story() -> tuple[int, int]:
+        client, reports = client_of(Grant(4, waits=(2.5,)), **({key: 10**6, **prices} if key else {}))
+        run = asyncio.create_task(client.run())
+        reserved = await client.acquire(lambda: (5, 6))
+        asked = [report.turns for report in reports if report.turns]
+        assert asked == ([((5, 6),)] if key else [])
+        await client.close(run)
+        return reserved
+
+    assert asyncio.run(story()) == (5, 6)
+    assert slept == ([2.5] if key else [])
+
+
+def test_a_request_that_is_given_up_leaves_its_place() -> None:
+    async def story() -> None:
+        client, _ = client_of(Grant(1))
+        run = asyncio.create_task(client.run())
+
+        def fails() -> tuple[int, int]:
+            raise KeyError
+
+        for _ in range(3):
+            with pytest.raises(KeyError):
+                await client.acquire(fails)
+        first = await client.acquire(lambda: (1, 1))
+        given_up, waits = (asyncio.create_task(client.acquire(lambda: (2, 2))) for _ in range(2))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        client.settle(first)
+        assert await waits == (2, 2)
+        await client.close(run)
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+
+
+def test_while_answers_are_on_trial_each_is_judged_before_the_next_request() -> None:
+    async def story() -> tuple[bool, int]:
+        client, reports = client_of(Grant(1, probing=True))
+        run = asyncio.create_task(client.run())
+        first = await client.acquire(lambda: (1, 1))
+        following = asyncio.create_task(client.acquire(lambda: (1, sum(report.useless.total() for report in reports))))
+        await asyncio.sleep(0)
+        client.settle(first, answered=True)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        unjudged = following.done()
+        client.judge("empty")
+        told = (await following)[1]
+        await client.close(run)
+        return unjudged, told
+
+    assert asyncio.run(asyncio.wait_for(story(), 60)) == (False, 1)  # it was told when the next one began
 
 
 def test_reasons_of_useless_answers_are_kept_only_until_one_is_usable() -> None:

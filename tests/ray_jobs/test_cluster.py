@@ -7,7 +7,7 @@ import yaml
 
 from addressvlm import InputError
 from ray_jobs import cluster, progress
-from ray_jobs.cluster import Workers, nodes_ahead, notify_progress, require_possible, wait_for_workers
+from ray_jobs.cluster import Workers, nodes_ahead, notify_progress, require_possible, room_for, wait_for_workers
 from ray_jobs.progress import Display
 
 TYPES = {
@@ -153,6 +153,67 @@ def test_the_limit_of_all_nodes_together_counts(fake: Ray) -> None:
     cluster.LAUNCHED_FROM.write_text(yaml.safe_dump({**TYPES, "max_workers": 1}))
     with pytest.raises(InputError, match="needs 8 GPUs and the cluster can have at most 4"):
         require_possible(training(8))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "node", "fit"),
+    [
+        (0.1, 0, {"CPU": 0.3}, 3),
+        (1, 0.25, {"CPU": 9, "GPU": 1}, 4),
+        (2, 0.25, {"CPU": 3, "GPU": 1}, 1),
+        (1, 1, {"CPU": 4}, 0),
+        (1, 0, {}, 0),
+        (0, 0, {}, 5),
+    ],
+)
+def test_how_many_workers_a_node_holds(cpus: float, gpus: float, node: dict[str, float], fit: int) -> None:
+    assert Workers("x", 5, cpus, gpus).fit_on(node) == fit
+
+
+def test_workers_without_gpus_ask_for_none(fake: Ray) -> None:
+    fake.coming = [[{"CPU": 4.0}]]
+    wait_for_workers(training(3, 0.5, 0), 60)
+    assert fake.requested == [[{"CPU": 0.5}] * 3]
+
+
+def test_the_setting_of_their_number_is_named_where_it_has_another_name() -> None:
+    other = Workers("labels", 2, 1, 1, "labels", "labels.endpoints")
+    assert other.lack([]) == (
+        "labels needs 2 CPUs and the cluster has 0: lower labels.endpoints or labels.cpus_per_worker, or add nodes."
+    )
+    assert "lower labels.endpoints or labels.gpus_per_worker, or take larger nodes" in str(
+        other.lack([{"CPU": 2.0}, {"GPU": 2.0}])
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "launched", "workers", "times"),
+    [
+        ([{"CPU": 8.0}, {"CPU": 4.0}], False, training(2, 1, 0), 6),
+        ([{"CPU": 8.0}, {"CPU": 5.0}], False, training(3, 2, 0), 2),  # six workers
+        ([{"CPU": 1.0}], False, training(2, 1, 0), 1),
+        ([{"CPU": 1.0}], True, training(2, 1, 1), 4),  # two nodes of four GPUs can come
+        ([{"CPU": 90.0}], True, training(2, 1, 0), 45),  # more than can come
+    ],
+)
+def test_how_many_trainings_a_cluster_has_room_for(
+    fake: Ray, nodes: list[dict[str, float]], launched: bool, workers: Workers, times: int
+) -> None:
+    fake.nodes = nodes
+    if launched:
+        cluster.LAUNCHED_FROM.write_text(yaml.safe_dump(TYPES))
+    assert room_for(workers) == times
+
+
+def test_the_time_left_follows_from_what_was_done_since_the_job_began(fake: Ray) -> None:
+    """Half was done before, and a row takes a second."""
+    asked = []
+    with nodes_ahead(training(), "label", 10.0):
+        for done in range(50, 101):
+            notify_progress("label: graz", done, 100)
+            asked.append(bool(fake.requested))
+            fake.clock += 1
+    assert 50 + asked.index(True) == 90
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from addressvlm.demo import city
 from addressvlm.gazetteer.gazetteer import Address, Gazetteer
 from addressvlm.grafting import encode_jpeg
 from addressvlm.storage import tables
+from addressvlm.tiles import map_rows
 from addressvlm.tiles.map_rows import OFF_CENTRE, map_batch, matching_batch, street_points
 from addressvlm.tiles.roads import Roads
+from tests.support import north
 
 TILES = TilesConfig(side_m=120, pixels=96, font_px=9, map_rows=MapRowsConfig(spacing_m=40))
 
@@ -110,3 +113,38 @@ def test_a_matched_photo_is_off_the_centre_and_half_without_names(town: Any, mon
     reach = OFF_CENTRE * TILES.side_m
     assert 0.9 * reach < max(north) <= reach + 0.1
     assert 0.9 * reach < max(east) <= reach + 0.1
+
+
+@pytest.mark.parametrize(("apart", "wrong"), [(90, False), (150, True)])
+@pytest.mark.parametrize("way", [(1, 0), (0, 1)])
+def test_a_photo_s_wrong_tile_shows_another_place(
+    town: Any, monkeypatch: pytest.MonkeyPatch, way: tuple[int, int], apart: float, wrong: bool
+) -> None:
+    """Two spots far from the equator: where a tile of 120 m shows both, no photo is asked about the other spot's."""
+    drawn: list[tuple[float, float, str]] = []
+
+    def tile(lat: float, lon: float, street: str) -> Any:
+        drawn.append((lat, lon, street))
+        return SimpleNamespace(image=Image.new("RGB", (96, 96)))
+
+    monkeypatch.setattr(map_rows, "_renderer", lambda *_: SimpleNamespace(tile=tile))
+    jpeg = {"bytes": encode_jpeg(Image.new("RGB", (32, 32)), 90), "path": "x.jpg"}
+    spots = [north.at(0, 0), north.at(apart * way[0], apart * way[1])]
+    address = town[0].addresses[0]
+    about = {"street": address.street, "district": address.district, "image": jpeg}
+    photos = [
+        {"id": f"{n}", "place": "p", "lat": spots[n % 2][0], "lon": spots[n % 2][1], "main_street": f"Street {n % 2}", **about}
+        for n in range(80)
+    ]
+    rows = matching_batch("s", None, TILES.model_dump_json(), (str(town[2]), "1"), 0, photos).tables["train"]
+    answers = [row["rounds"][0]["answer"] for row in rows if row["rounds"][0]["level"] == "alignment"]
+    assert len(answers) > 10
+    assert ("No" in answers) is wrong
+    reach = OFF_CENTRE * TILES.side_m
+    for number, (row, (lat, lon, street)) in enumerate(zip(rows, drawn, strict=True)):
+        first = row["rounds"][0]
+        spot = 1 - number % 2 if (first["level"], first["answer"]) == ("alignment", "No") else number % 2
+        assert street == f"Street {spot}"
+        assert north.metres((lat, lon), spots[spot]) <= 1.01 * reach * 2**0.5
+    east = [north.metres((lat, lon), (lat, spots[int(street[-1])][1])) for lat, lon, street in drawn]
+    assert 0.9 * reach < max(east) <= 1.01 * reach

@@ -18,9 +18,10 @@ from PIL import Image, ImageFilter
 from addressvlm.config.train import AugmentConfig
 from addressvlm.models import load_model
 from addressvlm.models.loading import enable_packing
+from addressvlm.training import collator as collator_module
 from addressvlm.training.collator import IGNORE_INDEX, KINDS, Collator, Sample, SkipSampleError
 from addressvlm.training.loss import answer_loss, answer_weights
-from addressvlm.training.pixels import PixelEncoder, decode, decoded_size
+from addressvlm.training.pixels import PixelEncoder, as_bytes, decode, decoded_size
 
 
 def sample(*rounds: tuple[str, str]) -> Sample:
@@ -158,8 +159,45 @@ def test_a_photo_of_which_a_crop_is_shown_is_decoded_larger(loaded: tuple) -> No
     images = loaded[1].image_processor
     assert decoded_size(images, AugmentConfig()) == (32, 32)
     assert decoded_size(images, AugmentConfig(crop=0.5)) == (86, 86)
-    images.size = {"longest_edge": 64}
+    for size, expected in (
+        ({"longest_edge": 64}, None),
+        ({"shortest_edge": 24}, (24, 24)),
+        ({"height": 20, "width": 30}, (30, 20)),
+        ({"shortest_edge": 24, "longest_edge": 64}, None),
+        ({"max_pixels": 4096}, None),
+    ):
+        images.size = size
+        assert decoded_size(images, AugmentConfig()) == expected
+    images.size, images.do_resize = {"height": 20, "width": 30}, False
     assert decoded_size(images, AugmentConfig()) is None
+
+
+def test_photos_are_resized_to_the_height_and_width_of_the_processor(loaded: tuple) -> None:
+    images = loaded[1].image_processor
+    images.size = {"height": 20, "width": 30}
+    photo = Image.new("RGB", (300, 200), "red")
+    photo.paste("blue", (0, 0, 300, 100))
+    made = PixelEncoder(images).prepare(photo)
+    assert (made.size, made.getpixel((15, 3)), made.getpixel((15, 17))) == ((30, 20), (0, 0, 255), (255, 0, 0))
+    images.do_center_crop = True
+    assert PixelEncoder(images).prepare(photo).size == (300, 200)  # left to the processor
+
+
+def test_pixels_that_are_no_bytes_stay_what_they_are() -> None:
+    whole = torch.tensor([0.0, 7.0, 255.0])
+    assert as_bytes(whole).tolist() == [0, 7, 255]
+    assert as_bytes(whole).dtype == torch.uint8
+    for other in (torch.tensor([0.5]), torch.tensor([256.0]), torch.tensor([-1.0])):
+        assert as_bytes(other) is other
+
+
+def test_a_full_memory_of_texts_changes_no_tokens(loaded: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collator_module, "CACHED_TEXTS", 3)
+    small = Collator(loaded[1], isolate_questions=True)
+    samples = [*SAMPLES, *(sample((f"Is it {n}?", "Yes"), ("Where is it?", f"Oak Avenue {n}")) for n in range(4)), *SAMPLES]
+    for one in samples:
+        made, fresh = small.encode(one), Collator(loaded[1], isolate_questions=True).encode(one)
+        assert (made.ids, made.labels, made.positions, made.rounds) == (fresh.ids, fresh.labels, fresh.positions, fresh.rounds)
 
 
 def test_a_row_longer_than_the_context_is_skipped(loaded: tuple) -> None:

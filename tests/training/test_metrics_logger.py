@@ -46,6 +46,34 @@ def test_the_line_is_a_mean_over_the_steps_since_the_last_one(tmp_path: Path) ->
     )
 
 
+def test_a_line_comes_first_last_and_every_five_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(metrics_logger.time, "monotonic", lambda: now[0])
+    account = metrics_logger.MetricsLogger(tmp_path, "system", 20, 32)
+    for step in range(1, 13):
+        now[0] += 2.0
+        account.log_step(progress_of(step, samples_per_s=float(step), seconds=2.0))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("step ")[1].split("/")[0] for line in lines] == ["1", "4", "7", "10", "12"]
+    photos = [line.split(" photos/s")[0].split(", ")[-1] for line in lines]
+    assert photos == ["1.0", "3.0", "6.0", "9.0", "11.5"]  # of the steps since the line before
+    assert [line.split(", ")[-1] for line in lines] == ["22 s left", "16 s left", "10 s left", "4 s left", "0 s left"]
+    assert len((tmp_path / "loss.jsonl").read_text().splitlines()) == 12
+
+
+def test_a_curve_goes_on_after_the_step_resumed_from(tmp_path: Path) -> None:
+    whole = metrics_logger.MetricsLogger(tmp_path, "system", 0, 9)
+    for step in range(1, 6):
+        whole.log_step(progress_of(step, loss=float(step)))
+    resumed = metrics_logger.MetricsLogger(tmp_path, "system", 3, 9)
+    resumed.log_step(progress_of(4, loss=40.0))
+    lines = [json.loads(line) for line in (tmp_path / "loss.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [1, 2, 3, 40]
+    assert (resumed.done, resumed.first) == (4, 3)
+
+
 def test_a_step_lasts_until_the_next_and_every_wait_is_a_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(metrics_logger.time, "perf_counter", lambda: now[0])
@@ -141,3 +169,5 @@ def test_peaks_are_found_by_a_part_of_the_name() -> None:
     assert peak_of_gpu("NVIDIA H100 PCIe") == 756e12
     assert peak_of_gpu("NVIDIA L40S") == 362e12
     assert peak_of_gpu("some other card") is None
+    assert metrics_logger.peak_flops(torch.device("cpu"), torch.bfloat16) is None
+    assert metrics_logger.peak_flops(torch.device("cpu"), torch.float32, 2.5) == 2.5e12

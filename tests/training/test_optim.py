@@ -28,6 +28,9 @@ def test_steps_and_learning_rate() -> None:
     assert count_steps(100, 8, 2, None) == 25
     assert count_steps(3, 8, 1, None) == 1
     assert count_steps(100, 8, 2, 7) == 7
+    assert count_steps(100, 8, 2, 70) == 25
+    assert count_steps(30, 8, 1, None) == 4  # of 3.75
+    assert count_steps(100, 8, 0.5, None) == 6
     rates = [learning_rate(s, 100, 1.0, 0.1) for s in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == rates[10] == 1.0
