@@ -4,6 +4,7 @@ What is needed is asked for with a placement group. `ray.autoscaler.sdk.request_
 cluster, which Ray Data and Ray Train overwrite every 20 seconds; placement groups add up, and the autoscaler answers each.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -155,24 +156,28 @@ def nodes_ahead(workers: Workers, step: str, boot_s: float) -> Iterator[None]:
     """
     group: PlacementGroup | None = None
     first: tuple[float, int] | None = None  # when the step was first seen, and what was done then
+    lock, has_ended = threading.Lock(), False  # several threads look at the progress, one perhaps after the block
 
     def listen(name: str, done: int, total: int) -> None:
         nonlocal group, first
-        if group is not None or not name.startswith(step):
-            return
-        now = time.monotonic()
-        first = first or (now, done)
-        if done <= first[1] and done < total:
-            return  # its speed is not known yet
-        left_s = (total - done) * (now - first[0]) / max(1, done - first[1])
-        if left_s <= boot_s and workers.lack(_node_resources()):
-            group = workers.request()
+        with lock:
+            if has_ended or group is not None or not name.startswith(step):
+                return
+            now = time.monotonic()
+            first = first or (now, done)
+            if done <= first[1] and done < total:
+                return  # its speed is not known yet
+            left_s = (total - done) * (now - first[0]) / max(1, done - first[1])
+            if left_s <= boot_s and workers.lack(_node_resources()):
+                group = workers.request()
 
     token = _progress_listener.set(listen)
     try:
         yield
     finally:
         _progress_listener.reset(token)
+        with lock:
+            has_ended = True
         if group is not None:
             remove_placement_group(group)
 

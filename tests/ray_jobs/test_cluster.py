@@ -1,5 +1,6 @@
 """Whether a cluster can have a job's workers, and waiting for them, without Ray"""
 
+from contextvars import copy_context
 from types import SimpleNamespace
 
 import pytest
@@ -234,6 +235,14 @@ def test_nodes_are_asked_for_when_labels_are_nearly_done(fake: Ray, boot_s: floa
     assert (len(fake.requested), fake.removed) == (1, 1)
     notify_progress("label", 100, 100)
     assert len(fake.requested) == 1
+
+
+def test_progress_that_is_told_late_asks_for_no_nodes_that_nobody_gives_back(fake: Ray) -> None:
+    """The thread that shows it has the context of the block, and may be in the middle of a look when that ends."""
+    with nodes_ahead(training(), "label", 300.0):
+        shown = copy_context()
+    shown.run(notify_progress, "label", 1, 1)
+    assert not fake.requested
 
 
 def test_nodes_that_are_there_are_not_asked_for(fake: Ray) -> None:
