@@ -45,13 +45,10 @@ class Model:
     @return_user_errors
     async def chat(self, query: ChatQuery) -> list[Completion]:
         """The answers to a conversation. InputError: the prompt is longer than the model's context. ApiError: 503 no memory."""
-        from addressvlm.answers.generate import completion
+        from addressvlm.answers.generate import completions
 
-        answers: list[list[TextChunk]] = [[] for _ in range(query.sampling.n)]
         async with aclosing(self._chunks(query)) as chunks:
-            async for chunk in chunks:
-                answers[chunk.index].append(chunk)
-        return list(map(completion, answers))
+            return completions([(chunk.index, chunk) async for chunk in chunks], query.sampling.n)
 
     async def stream_chat(self, query: ChatQuery) -> AsyncGenerator[TextChunk | Exception, None]:
         """The answers chunk by chunk."""

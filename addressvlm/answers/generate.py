@@ -254,7 +254,7 @@ def completion(chunks: Sequence[TextChunk]) -> Completion:
     return Completion(text, last.finish or "stop", scores, last.prompt_tokens, last.tokens)
 
 
-def _completions(chunks: Iterable[tuple[int, TextChunk]], count: int) -> list[Completion]:
+def completions(chunks: Iterable[tuple[int, TextChunk]], count: int) -> list[Completion]:
     """The finished answers, from chunks with the number of the answer that each is of."""
     by_answer: list[list[TextChunk]] = [[] for _ in range(count)]
     for number, chunk in chunks:
@@ -292,7 +292,7 @@ def stream_tokens(model: ChatModel, prefill: PrefillCache, sampling: Sampling) -
 
 def complete_chat(model: ChatModel, prefill: PrefillCache, sampling: Sampling) -> list[Completion]:
     """The finished continuations of one prompt, `sampling.n` of them."""
-    return _completions(((chunk.index, chunk) for chunk in stream_tokens(model, prefill, sampling)), sampling.n)
+    return completions(((chunk.index, chunk) for chunk in stream_tokens(model, prefill, sampling)), sampling.n)
 
 
 def generate_batch(
@@ -305,7 +305,7 @@ def generate_batch(
         some = [Answer(model, sampling, length) for length in state.mask.sum(1).tolist()]
         states.append((state, some))
         order += rows
-    return _completions(((order[number], chunk) for number, chunk in stream_answers(states)), len(questions))
+    return completions(((order[number], chunk) for number, chunk in stream_answers(states)), len(questions))
 
 
 @dataclass(frozen=True)
