@@ -6,6 +6,7 @@ import math
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,10 +72,18 @@ class JobLock:
         self.folder = folder
         self._claim = folder / f"holder-{secrets.token_hex(8)}.json" if isinstance(folder, RemotePath) else None
         self._renewed = -math.inf
+        self._lock = threading.RLock()
         self.renew()
 
     def renew(self) -> None:
-        """Write every LEASE_RENEWAL_S that the job is alive; an InputError if it has lost the cache to another."""
+        """Write every LEASE_RENEWAL_S that the job is alive; an InputError if it has lost the cache to another.
+
+        Any thread may call it; after `release` it does nothing.
+        """
+        with self._lock:
+            self._renew()
+
+    def _renew(self) -> None:
         now = time.monotonic()
         if self._claim is None or now - self._renewed < LEASE_RENEWAL_S:
             return
@@ -99,8 +108,10 @@ class JobLock:
 
     def release(self) -> None:
         """Let the next job have the cache at once."""
-        if self._claim is not None:
-            self._claim.unlink(missing_ok=True)
+        with self._lock:
+            if self._claim is not None:
+                self._claim.unlink(missing_ok=True)
+            self._claim = None
 
 
 def is_written(segment: Path) -> bool:

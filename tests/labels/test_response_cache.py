@@ -330,6 +330,9 @@ def test_a_lease_is_renewed_now_and_then_and_may_be_lost(folder: RemotePath, mon
     with pytest.raises(InputError, match="another job labels"):
         lock.renew()
     assert not claim.exists()
+    now += LEASE_RENEWAL_S + 1
+    lock.renew()  # as by the thread that shows the progress, a moment after the end
+    assert not claim.exists()
 
 
 def test_segments_of_living_tasks_are_not_sent_for_them(folder: RemotePath) -> None:
