@@ -8,6 +8,7 @@ of four tiles without names, and which of two colours prevails in a photo and fr
 """
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -55,8 +56,8 @@ def check_base(
     """
     rng, finder = random.Random(seed), NameFinder(sorted({*streets, *(place.street for place in places)}))
     readable = [place for place in places if place.street in place.names]
-    said = answer([place.tile for place in readable], [READ] * len(readable))
-    read = [finder.find(text) == {normalize_name(place.street)} for text, place in zip(said, readable, strict=True)]
+    answers = answer([place.tile for place in readable], [READ] * len(readable))
+    read = [finder.find(text) == {normalize_name(place.street)} for text, place in zip(answers, readable, strict=True)]
 
     others = {p.id: rng.sample([q for q in places if q.street != p.street], CANDIDATES - 1) for p in places}
     tiles = [[place.bare, *(other.bare for other in others[place.id])] for place in places]
@@ -76,12 +77,12 @@ def check_base(
                 questions.append(f"{COLOUR[view]} {SUFFIXES['choice'].format(options='; '.join(options))}")
                 right.append((colours[0], wrong))
                 where.append(place.id)
-    said = answer(images, questions)
-    told = [true in text.lower() and wrong not in text.lower() for text, (true, wrong) in zip(said, right, strict=True)]
+    words = [set(re.findall("[a-z]+", text.lower().replace("gray", "grey"))) for text in answer(images, questions)]
+    told_apart = [true in named and wrong not in named for named, (true, wrong) in zip(words, right, strict=True)]
     return {
         "names read": share_ci(read, [place.id for place in readable], seed=seed),
         "photos matched": share_ci(matched, [place.id for place in places], seed=seed),
-        "colours told apart": share_ci(told, where, seed=seed),
+        "colours told apart": share_ci(told_apart, where, seed=seed),
     }
 
 

@@ -39,7 +39,8 @@ def knowing(images: list[Image.Image], questions: list[str]) -> list[str]:
             said.append("Yes" if np.abs(corner - tile).max() < 20 else "No, they differ.")
         else:
             colour = pixels[32, 32]
-            said.append(min(COLOURS, key=lambda name: np.abs(np.array(COLOURS[name]) - colour).sum()))
+            name = min(COLOURS, key=lambda name: np.abs(np.array(COLOURS[name]) - colour).sum())
+            said.append(f"What is covered and rendered here is {name}.")  # where no colour but one is named
     return said
 
 
