@@ -11,7 +11,7 @@ import serve as service
 from addressvlm import InputError
 from addressvlm.storage.tables import PHOTOS, write_table
 from serve import cities as served
-from serve.cities import City, CityGeometry, base_model, find_cities, model_folder, pick_city
+from serve.cities import City, CityData, base_model, find_cities, model_folder, pick_city
 from serve.engine import Engine
 from serve.errors import ApiError
 from tests.support.running_service import two_cities
@@ -142,4 +142,4 @@ def test_samples_are_small_and_among_the_first_rows(tmp_path: Path, monkeypatch:
     ]
     write_table(tmp_path / "photos", "test", rows, PHOTOS)
     deep = City("x", "X", "x", tmp_path / "models" / "addressvlm" / "merged")
-    assert CityGeometry(deep).samples == [b"\xff\xd8abc", b"\xff\xd83"]
+    assert CityData(deep).samples == [b"\xff\xd8abc", b"\xff\xd83"]
