@@ -52,3 +52,29 @@ def test_adapters_are_mixed_where_every_layer_sees_a_row_a_prompt(family, mixes,
     ))  # fmt: skip
     assert chat.can_mix(one) is mixes
     assert not chat.can_mix(two)
+
+
+def test_ends_of_answers_are_those_of_the_tokenizer_and_of_generation(tmp_path):
+    loaded = load_model(str(tiny_llava(tmp_path)))
+    model, tokenizer = loaded[0], loaded[1].tokenizer
+    own = tokenizer.eos_token_id
+    for setting, ends in ((7, {own, 7}), ([7, 8], {own, 7, 8}), (None, {own}), (own, {own})):
+        model.generation_config.eos_token_id = setting
+        assert ChatModel(tmp_path, device="cpu", loaded=loaded).end_tokens == ends
+    tokenizer.pad_token = None
+    chat = ChatModel(tmp_path, device="cpu", loaded=loaded)
+    assert (tokenizer.pad_token_id, tokenizer.padding_side) == (own, "left")
+    assert chat.decode([*tokenizer("Mill Street")["input_ids"], own]) == "Mill Street"
+
+
+def test_a_prompt_takes_the_photo_of_another_one_only_if_both_begin_alike(tmp_path):
+    chat = ChatModel(tiny_llava(tmp_path), device="cpu")
+    photo, before = picture(1), [{"role": "user", "content": [{"type": "text", "text": "Hello."}]}]
+    first = chat.prepare(chat.prompt([user_turn("Which street?")]), [photo])
+    for turns, same in (([user_turn("And this?")], True), ([*before, user_turn("And this?")], False)):
+        alone, other = (chat.prepare(chat.prompt(turns), [photo], known) for known in (None, first))
+        assert (other.inputs is first.inputs) is same
+        assert all(torch.equal(alone.whole()[key], other.whole()[key]) for key in alone.whole())
+        assert other.photo == first.photo
+    both = {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]}
+    assert chat.prepare(chat.prompt([both]), [photo, picture(2)]).photo == b""

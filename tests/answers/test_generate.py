@@ -166,6 +166,26 @@ def test_what_is_not_to_be_remembered_changes_nothing(localizer):
     assert plain.ask("What do you see?", max_tokens=6) == other.ask("What do you see?", max_tokens=6)
 
 
+def test_the_same_question_again_has_the_same_answer(localizer):
+    conversation = localizer.conversation(picture(1))
+    first = conversation.ask("What do you see?", max_tokens=6, remember=False)
+    assert conversation.ask("What do you see?", max_tokens=6, remember=False) == first
+    assert conversation.ask("What", max_tokens=6, remember=False) == localizer.conversation(picture(1)).ask(
+        "What", max_tokens=6
+    )
+
+
+def test_a_conversation_is_as_hot_as_is_asked_for(localizer):
+    def texts(**sampling):
+        torch.manual_seed(1)
+        conversation = localizer.conversation(picture(1))
+        return {conversation.ask("What do you see?", 6, remember=False, **sampling).text for _ in range(4)}
+
+    (greedy,) = texts()
+    assert len(texts(temperature=3.0) - {greedy}) > 1
+    assert localizer.answer([picture(1)], ["What do you see?"], 6) == [greedy]
+
+
 PROMPTS = ["What do you see?", "Tell me.", "Which streets are near here, and which of them is the longest?"]
 SAMPLINGS = [
     Sampling(9), Sampling(3), Sampling(7, 0.9, seed=4), Sampling(9, 1.4, 0.7, seed=5), Sampling(5, 2.0, seed=4, logprobs=2),

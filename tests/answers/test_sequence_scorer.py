@@ -58,6 +58,10 @@ def test_the_tree_equals_one_answer_after_another(localizer, monkeypatch):
         assert (together - apart).abs().max() < 1e-5
         monkeypatch.setattr("addressvlm.answers.sequence_scorer.NODES_AT_ONCE", {"eager": 9})
         assert (SequenceScorer(localizer, trie).score(prefix) - together).abs().max() < 1e-5
+        monkeypatch.setattr("addressvlm.answers.sequence_scorer.LOGITS_AT_ONCE", 6)  # two nodes of each photo
+        assert (SequenceScorer(localizer, trie).score(prefix) - together).abs().max() < 1e-5
+        monkeypatch.setattr("addressvlm.answers.sequence_scorer.TOKENS_AT_ONCE", 2 * prefix.mask.shape[1])
+        assert (SequenceScorer(localizer, trie, as_batch=True).score(prefix) - together).abs().max() < 1e-5
     finally:
         with torch.no_grad():
             weight.mul_(20)
@@ -66,7 +70,9 @@ def test_the_tree_equals_one_answer_after_another(localizer, monkeypatch):
 def test_attention_that_takes_no_mask_scores_beside(localizer, monkeypatch):
     trie, prefix = localizer.trie(TEXTS), read(localizer)
     expected = SequenceScorer(localizer, trie).score(prefix)
-    monkeypatch.setattr("addressvlm.answers.sequence_scorer.keeps_all_tokens", lambda cache, length: False)
+    monkeypatch.setattr(
+        "addressvlm.answers.sequence_scorer.keeps_all_tokens", lambda cache, length: length < prefix.mask.shape[1] + len(trie)
+    )
     monkeypatch.setattr(SequenceScorer, "_feed", None)
     assert torch.allclose(SequenceScorer(localizer, trie).score(prefix), expected, atol=1e-3)
 
@@ -180,9 +186,10 @@ def test_what_is_not_scored_has_less_probability_than_the_bound(localizer, monke
     exact = scorer.score(state).numpy() / temperature + weights
     fed, feed = [], SequenceScorer._feed
     monkeypatch.setattr(SequenceScorer, "_feed", lambda self, *args: fed.append(1) or feed(self, *args))
-    for error in (1e-9, 1e-2, 0.3):
+    for error in (1e-6, 1e-9, 1e-2, 0.3):
         fed.clear()
-        pruned = scorer.score(state, Pruning(temperature, weights, error)).numpy() / temperature + weights
+        pruning = Pruning(temperature, weights, *([error] if error != 1e-6 else []))  # which is the default
+        pruned = scorer.score(state, pruning).numpy() / temperature + weights
         difference = np.abs(softmax(pruned) - softmax(exact)).sum(axis=1) / 2
         assert (difference <= error + 1e-6).all()
         assert np.isfinite(pruned).sum() == np.isfinite(exact).sum()
