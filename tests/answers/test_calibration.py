@@ -39,6 +39,41 @@ def test_the_temperature_minimizes_the_loss():
     assert min(losses) == losses[1]
 
 
+@pytest.mark.parametrize("temperature", [0.1, 20.0])
+def test_a_temperature_far_from_1_is_found(temperature):
+    scored = drawn(photos=200, temperature=temperature)
+    assert calibration.fit_calibration(scored, 0.8).temperature == pytest.approx(temperature, rel=0.2)
+
+
+def test_photos_whose_true_address_was_ruled_out_decide_no_temperature():
+    scored = drawn(photos=60, views=1)
+    out = np.arange(60) % 3 == 0
+    scores = scored.scores.copy()
+    scores[out, scored.truth[out]] = -math.inf
+    left = ScoredPhotos(scores[~out], scored.truth[~out], [scored.places[i] for i in np.flatnonzero(~out)])
+    cut = ScoredPhotos(scores, scored.truth, scored.places)
+    assert cut.reachable.tolist() == (~out).tolist()
+    assert calibration.fit_calibration(cut, 0.8).temperature == calibration.fit_calibration(left, 0.8).temperature
+    assert cut.truth.tolist() == scored.truth.tolist()
+
+
+@given(st.integers(1, 45), st.sampled_from([0.3, 0.5, 0.8]), st.integers(0, 999))
+@settings(max_examples=25)
+def test_a_threshold_keeps_the_most_tenths_whose_answers_bear_the_target_out(photos, target, seed):
+    rng = np.random.default_rng(seed)
+    confidence, places = rng.random(photos).round(2), [str(n) for n in rng.integers(0, photos, photos)]
+    right = rng.random(photos) < 0.97
+    sure = sorted(confidence, reverse=True)
+    expected = calibration.NEVER
+    for tenths in range(1, 11):
+        kept = confidence >= sure[-(-photos * tenths // 10) - 1]  # so many of the surest, and those as sure as the last one
+        trials = len({places[i] for i in np.flatnonzero(kept)})
+        successes = int(right[kept].mean() * trials + 1e-9)
+        if calibration.lower_bound(successes, trials, TRIED) >= target:
+            expected = (confidence[kept].min() + confidence[~kept].max()) / 2 if (~kept).any() else calibration.ALWAYS
+    assert calibration.threshold(confidence, right, places, target) == pytest.approx(expected)
+
+
 def test_a_threshold_keeps_its_target_on_other_photos():
     kept = []
     others = drawn(2000, seed=1000)
@@ -221,7 +256,11 @@ def test_a_prior_of_another_gazetteer_is_one_sentence():
 def test_errors_of_bins():
     confidence, right = np.array([0.95, 0.95, 0.55, 1.0]), np.array([True, False, True, True])
     bins = calibration.reliability(confidence, right)
-    assert [(b["low"], b["photos"]) for b in bins] == [(0.5, 1), (0.9, 3)]
+    assert [(b["low"], b["high"], b["photos"], b["right"]) for b in bins] == [
+        (0.5, 0.6, 1, 1),
+        (0.9, 1, 3, pytest.approx(2 / 3)),
+    ]
+    assert [b["confidence"] for b in bins] == pytest.approx([0.55, 2.9 / 3])
     assert calibration.ece(confidence, right) == pytest.approx((0.45 + abs(2.9 - 2)) / 4)
 
 
@@ -235,6 +274,7 @@ def test_saved_and_loaded(tmp_path):
     assert Calibration.load(tmp_path) == divided
     assert Calibration.load(tmp_path / "nowhere") == Calibration()
     assert Calibration().threshold == calibration.ALWAYS
+    assert Calibration(target=1.0, thresholds={"1": 0.97, "0.9": 0.5}).threshold == 0.97
 
 
 @pytest.mark.parametrize(
@@ -245,6 +285,9 @@ def test_saved_and_loaded(tmp_path):
         "{}",
         '{"temperature": 0, "target": 0.8, "thresholds": {}}',
         "\x00",
+        '{"temperature": Infinity, "target": 0.8, "thresholds": {}}',
+        '{"temperature": NaN, "target": 0.8, "thresholds": {}}',
+        '{"temperature": -1, "target": 0.8, "thresholds": {}}',
         '{"temperature": 1, "target": 0.8, "thresholds": {}, "own_prior": [NaN]}',
     ],
 )
@@ -275,4 +318,6 @@ def test_views_of_one_place_are_in_one_half_and_a_single_place_is_no_half():
     assert fold[1] == fold[3]
     assert sorted(fold[[0, 1, 4, 6]]) == [0, 0, 1, 1]
     assert not calibration._folds(["a"] * 8, reachable).any()
+    lost = np.array([place == "a" for place in "aabbccdd"])  # the other half has no photo to fit a temperature on
+    assert not calibration._folds(list("aabbccdd"), lost).any()
     assert calibration.fit_calibration(ScoredPhotos(np.eye(2), np.array([0, 1]), ["a", "a"]), 0.8).temperature > 0
