@@ -158,16 +158,17 @@ def test_of_equal_addresses_the_first_is_named_and_ranked_first():
             "Options: Mill Street, Harbour; Mill Street, Old Town",
             question_parser.ParsedQuestion("choice", "address", ("Mill Street, Harbour", "Mill Street, Old Town")),
         ),
-        (
+        pytest.param(
             f"{'I walked a long way. ' * 20}Where am I? Choose from [Mill Street, Elm Row].",
             question_parser.ParsedQuestion("choice", "street", ("Mill Street", "Elm Row")),
+            id="a long introduction",
         ),
         (
             "Options: Elm Row; Oak Avenue. Select one of them from [Mill Street, Elm Row]",  # the last list counts
             question_parser.ParsedQuestion("choice", "street", ("Mill Street", "Elm Row")),
         ),
-        (f"Options: Mill Street; {'x; ' * (question_parser.MAX_OPTIONS - 1)}Elm Row", None),
-        (f"Options: Mill Street; {chr(0xFDFA) * 300}", None),  # each of them stands for 18 characters
+        pytest.param(f"Options: Mill Street; {'x; ' * (question_parser.MAX_OPTIONS - 1)}Elm Row", None, id="one too many"),
+        pytest.param(f"Options: Mill Street; {chr(0xFDFA) * 300}", None, id="each of them stands for 18 characters"),
         ("", None),
     ],
 )
