@@ -294,6 +294,52 @@ def test_the_split_of_the_table_is_taken_as_it_is() -> None:
         split_places(places, CityConfig(split_method="table"), 0)
 
 
+def test_every_word_for_a_split_of_the_table_is_known() -> None:
+    words = ["train", "Training", "val", "valid", "VALIDATION", "dev", "test", "Testing"]
+    photos = [Photo(i, f"{i}", f"{i}.jpg", f"{i}", 0, 0, split=word) for i, word in enumerate(words)]
+    result = split_places(scattered(0, 8, 2), CityConfig(split_method="table"), 0, photos)
+    assert [result.part[f"{i}"] for i in range(8)] == ["train"] * 2 + ["val"] * 4 + ["test"] * 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_address_gives_no_more_than_twice_its_share_at_once(seed: int) -> None:
+    """Forty places on two spots: a block of either is half of all."""
+    places = grid(*((1000.0 * (i // 20) + i % 20, 0.0) for i in range(40)))
+    city = CityConfig(split_buffer_m=0, split_block_m=60, split=SplitShares(train=0.9, val=0.0, test=0.1))
+    assert 1 <= split_places(places, city, seed).count("test") < 8
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_largest_remainder_decides_who_gives_a_place(seed: int) -> None:
+    """Of nine places 0.9 and of a single one 0.1, which could not be spared."""
+    places = grid(*((1000.0 * i, 0.0) for i in range(10)))
+    places[4] = replace(places[4], address=Address("Oak Row", "Town"))
+    city = CityConfig(split_buffer_m=0, split=SplitShares(train=0.9, val=0.0, test=0.1))
+    result = split_places(places, city, seed)
+    assert (result.count("test"), result.part["4"]) == (1, "train")
+
+
+def test_held_out_blocks_are_all_over_the_city() -> None:
+    places = scattered(1, 600, 1)
+    part = split_places(places, CityConfig(split_buffer_m=0, split_block_m=40), 0).part
+    for name in ("val", "test"):
+        quarters = Counter((p.x > 400, p.y > 400) for p in places if part[p.id] == name)
+        assert len(quarters) == 4
+        assert min(quarters.values()) > 0.1 * quarters.total()
+
+
+@pytest.mark.parametrize(("share", "left"), [(0.3, 45), (0.5, 75), (0.01, 15), (1.0, 150)])
+def test_as_many_blocks_are_left_as_the_share_says(share: float, left: int) -> None:
+    """Of ten blocks of the table with fifteen places each; at least one."""
+    places = scattered(3, 150, 1)
+    photos = [Photo(0, p.id, "a.jpg", p.id, 0, 0, split="train", block=f"{i % 10}") for i, p in enumerate(places)]
+    city = CityConfig(split_method="table", density=DensityConfig(blocks=share))
+    result = split_places(places, city, 0, photos)
+    kept = {photo.block for photo in photos if result.part[photo.place] == "train"}
+    assert (result.count("train"), len(kept)) == (left, left // 15)
+    assert set(result.reason.values()) == ({f"thinned to {share:g} of the training blocks"} if share < 1 else set())
+
+
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.5])
 def test_thinned_blocks_have_no_photo_and_their_addresses_stay_known(share: float) -> None:
     places = street_grid(2)
@@ -348,6 +394,7 @@ def test_what_is_thinned_is_drawn_by_the_seed(density: DensityConfig) -> None:
     ]
     assert kept[0] == kept[3]
     assert len(set(kept)) == 3
+    assert density.places == 1 or {len(one) for one in kept} == {45}
 
 
 def test_leak_distance_is_of_the_places_that_remain() -> None:
@@ -384,4 +431,5 @@ def test_places_keep_different_views() -> None:
     part = {f"{i}": "train" for i in range(20)}
     kept = thin_views(views(8, part), part, 0.25, 0)
     assert len({p.file for p in kept}) > 4
+    assert {p.id for p in thin_views(views(8, part)[::-1], part, 0.25, 0)} == {p.id for p in kept}  # in whatever order
     assert thin_views(views(8, part), part, 0.25, 1) != kept

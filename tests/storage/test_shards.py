@@ -21,6 +21,7 @@ from addressvlm.storage.run_dir import (
     resumable_dir,
 )
 from addressvlm.storage.shards import (
+    FOOTER_BYTES,
     MARKS_DIR,
     Rows,
     Shard,
@@ -279,3 +280,32 @@ def test_sources_fingerprint_depends_on_content_and_order(tmp_path: Path) -> Non
         (str(one), str(two), None, None),
     ]
     assert len({before, *(sources_fingerprint(*other) for other in others)}) == 4
+
+
+def test_a_file_that_was_written_again_has_another_fingerprint(tmp_path: Path) -> None:
+    photo, names = tmp_path / "photo.jpg", [str(tmp_path / "photo.jpg"), str(tmp_path / "gone.jpg"), "s3://bucket/a.jpg"]
+    photo.write_text("one")
+    os.utime(photo, ns=(10**18, 10**18))
+    seen = [files_fingerprint(names), files_fingerprint(names[::-1]), files_fingerprint(names[:1])]
+    assert files_fingerprint(names) == seen[0]
+    os.utime(photo, ns=(10**18, 10**18 + 1))  # as long as before
+    seen.append(files_fingerprint(names))
+    photo.write_text("longer")
+    os.utime(photo, ns=(10**18, 10**18 + 1))
+    seen.append(files_fingerprint(names))
+    assert len(set(seen)) == 5
+
+
+def test_a_large_source_is_told_by_its_size_and_its_end(tmp_path: Path) -> None:
+    file, size = tmp_path / "streets.osm.pbf", 3 * FOOTER_BYTES
+    content, seen = bytearray(size), []
+    for change in (None, size - 1, size - FOOTER_BYTES):
+        if change is not None:
+            content[change] = 1
+        file.write_bytes(content)
+        seen.append(sources_fingerprint(str(file)))
+    file.write_bytes(b"\0" + content)
+    seen.append(sources_fingerprint(str(file)))
+    assert len(set(seen)) == 4
+    other = file.rename(tmp_path / "other.osm.pbf")
+    assert sources_fingerprint(str(other)) not in seen
