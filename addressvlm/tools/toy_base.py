@@ -2,16 +2,17 @@
 
     python -m addressvlm.tools.toy_base_data /tmp/toy-data --cities 3 --first-seed 3000      # never trained on: for the gates
     python -m addressvlm.tools.toy_base_data /tmp/toy-data --cities 48 --first-seed 2001
-    python -m addressvlm.tools.toy_base /tmp/toy-data /tmp/base-run --steps 24000
+    python -m addressvlm.tools.toy_base /tmp/toy-data /tmp/base-run
     python -m addressvlm.tools.toy_base /tmp/toy-data /tmp/base-run --check     # measure run/model and write its card
     cp /tmp/base-run/model/* addressvlm/demo/base/
 
-The demo's tiles must be as those of the lessons: tiles.pixels 160 and font_px 14 in presets/demo.yaml. About six hours on two
-cores.
+The demo's tiles are drawn as those of the lessons (tiles.pixels and font_px in presets/demo.yaml). About an hour and a half on two
+cores that do nothing else.
 
-First the tower alone learns which words and traits an image shows, since an untrained language model long ignores image tokens;
-then the whole model learns to answer. Rerun it to resume; a run is done after `--steps`. `log.txt` has the gates: how many own
-names the whole model reads on tiles of cities it never saw, and how many traits it sees from the street and from above.
+First the tower alone learns which words and traits an image shows; then the language model learns to answer from a tower at rest,
+since the gradients of an untrained one would spoil it; then both. Rerun it to resume; a run is done after `--steps`. `log.txt` has
+the gates: how many own names the whole model reads on tiles of cities it never saw, and how many traits it sees from the street
+and from above.
 """
 
 import argparse
@@ -56,7 +57,7 @@ CHAT_TEMPLATE = (
 PATCH = 16  # pixels of an image a token: a photo grafted with delta 0.5 ends on a patch's edge
 VOCABULARY = 1024
 TOKENIZER_LESSONS = 4000
-TRAIT_WORDS = [word for kind in data.TRAITS for word in kind]
+TRAIT_WORDS = [trait.split()[0] for kind in data.TRAITS for trait in kind]  # "gravel" of "gravel road"
 NAME_WORDS = [*WORDS, *KINDS]
 FIRST_UNSEEN = 3000  # seeds of cities that are never trained on
 TOWER_SHARE = 0.4  # share of the steps in which the tower learns alone
@@ -122,52 +123,61 @@ def build(tokenizer: PreTrainedTokenizerFast) -> tuple[FastVlmForConditionalGene
 class TowerProbe(nn.Module):
     """What the tower tells without the language model.
 
-    An image token that shows a word of a name is to be like that word's own token, which the language model then only has to
-    copy: a logit a word is their product, and a word is on the image if any of its tokens is. Traits are read from a mean.
+    An image token is to be like the tokens of the words it shows, names' and traits', which the language model then only has to
+    copy: a logit a word is their product. A word is on the image if any of its tokens shows it.
     """
 
-    def __init__(self, model: FastVlmForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
-        tokens = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in NAME_WORDS]
-        self.register_buffer("tokens", torch.tensor(tokens))
+        self.register_buffer("tokens", torch.tensor([token_of(tokenizer, word) for word in (*NAME_WORDS, *TRAIT_WORDS)]))
         self.scale = nn.Parameter(torch.tensor(10.0))
-        self.traits = nn.Linear(model.config.vision_config.hidden_size, len(TRAIT_WORDS))
 
     def word_logits(self, model: FastVlmForConditionalGeneration, features: torch.Tensor) -> torch.Tensor:
-        """From features (B, C, H, W) one logit a word and image token: (B, H, W, words)."""
+        """From features (B, C, H, W) one logit a word of names and traits and image token: (B, H, W, words)."""
         image_tokens = model.model.multi_modal_projector(features.permute(0, 2, 3, 1))
-        return self.scale * image_tokens @ model.get_input_embeddings().weight[self.tokens].T
+        logits: torch.Tensor = self.scale * image_tokens @ model.get_input_embeddings().weight[self.tokens].T
+        return logits
 
     def forward(
         self, model: FastVlmForConditionalGeneration, features: torch.Tensor, lessons: Sequence[data.Lesson]
     ) -> tuple[torch.Tensor, float]:
         """The loss of these lessons from features (B, C, H, W), and the share of their words with a positive logit."""
+        names, traits = self.word_logits(model, features).split([len(NAME_WORDS), len(TRAIT_WORDS)], -1)
         present = torch.tensor([[float(word in lesson.words) for word in NAME_WORDS] for lesson in lessons])
-        each = self.word_logits(model, features)
-        logits = anywhere(each)
-        loss = F.binary_cross_entropy_with_logits(logits, present, reduction="sum") / len(lessons)
+        found = anywhere(names)
+        loss = F.binary_cross_entropy_with_logits(found, present, reduction="sum")
         at = [(i, NAME_WORDS.index(word), x, y) for i, lesson in enumerate(lessons) for word, x, y in lesson.places]
         if at:  # the token in the middle of a word that the lesson wrote shows that word
             images, words, x, y = (torch.tensor(column) for column in zip(*at, strict=True))
-            row, column = (pixel.div(data.SIDE / features.shape[2]).long().clamp(0, features.shape[2] - 1) for pixel in (y, x))
-            loss = loss + F.cross_entropy(each[images, row, column], words, reduction="sum") / len(lessons)
-        return loss + self._trait_loss(features, lessons), ((logits > 0) & (present > 0)).sum().item() / present.sum().clamp(
-            min=1
-        ).item()
+            row, column = (pixel.div(PATCH).long().clamp(0, features.shape[2] - 1) for pixel in (y, x))
+            loss = loss + F.cross_entropy(names[images, row, column], words, reduction="sum")
+        recall = ((found > 0) & (present > 0)).sum().item() / max(1.0, present.sum().item())
+        return (loss + trait_loss(traits, lessons)) / len(lessons), recall
 
-    def _trait_loss(self, features: torch.Tensor, lessons: Sequence[data.Lesson]) -> torch.Tensor:
-        quarter = features.shape[2] // 4
-        middle = features[:, :, quarter:-quarter, quarter:-quarter].mean((2, 3))
-        centre = torch.tensor([lesson.centre for lesson in lessons])[:, None]
-        scores = self.traits(torch.where(centre, middle, features.mean((2, 3))))
-        first, loss = 0, features.new_zeros(())
-        for number, kind in enumerate(data.TRAITS):
-            shown = [(i, kind.index(t)) for i, lesson in enumerate(lessons) if (t := lesson.traits[number])]
-            if shown:
-                rows, right = map(torch.tensor, zip(*shown, strict=True))
-                loss = loss + F.cross_entropy(scores[rows, first : first + len(kind)], right, reduction="sum") / len(lessons)
-            first += len(kind)
-        return loss
+
+def trait_loss(logits: torch.Tensor, lessons: Sequence[data.Lesson]) -> torch.Tensor:
+    """Cross-entropy of the traits that the images show, from logits (B, H, W, trait words).
+
+    Those of a tile are told by the four tokens around its centre, those of a photo by all.
+    """
+    first = logits.shape[1] // 2 - 1
+    middle = anywhere(logits[:, first : first + 2, first : first + 2])
+    pooled = torch.where(torch.tensor([lesson.centre for lesson in lessons])[:, None], middle, anywhere(logits))
+    loss = logits.new_zeros(())
+    for number, (kind, scores) in enumerate(
+        zip(data.TRAITS, pooled.split([len(kind) for kind in data.TRAITS], -1), strict=True)
+    ):
+        shown = [(i, kind.index(t)) for i, lesson in enumerate(lessons) if (t := lesson.traits[number])]
+        if shown:
+            rows, right = map(torch.tensor, zip(*shown, strict=True))
+            loss = loss + F.cross_entropy(scores[rows], right, reduction="sum")
+    return loss
+
+
+def token_of(tokenizer: PreTrainedTokenizerFast, word: str) -> int:
+    """The one token of a word."""
+    (token,) = tokenizer(word, add_special_tokens=False)["input_ids"]
+    return int(token)
 
 
 def anywhere(logits: torch.Tensor) -> torch.Tensor:
@@ -207,7 +217,7 @@ class Trainer:
         enable_packing(self.model, "on", torch.device("cpu"), "the toy base")
         to_device(self.model, "cpu")
         self.tower = self.model.model.vision_tower
-        self.probe = TowerProbe(self.model, self.processor.tokenizer)
+        self.probe = TowerProbe(self.processor.tokenizer)
         self.parameters = [*self.model.parameters(), *self.probe.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
         self.collate = Collator(self.processor, isolate_questions=True, packed=True)
@@ -279,9 +289,9 @@ def tower_recall(trainer: Trainer, cities: list[data.City]) -> tuple[float, floa
                                [None] * len(data.TRAITS), False) for i in rng.sample(range(len(city.about)), 20)]  # fmt: skip
         with torch.no_grad():
             features = trainer.tower(pixels_of(trainer.processor, lessons)).last_hidden_state
-            logits = anywhere(trainer.probe.word_logits(trainer.model, features))
+            logits = anywhere(trainer.probe.word_logits(trainer.model, features))[:, : len(WORDS)]
         for lesson, row in zip(lessons, logits, strict=True):
-            named = {word for word, logit in zip(WORDS, row.tolist(), strict=False) if logit > 0}
+            named = {word for word, logit in zip(WORDS, row.tolist(), strict=True) if logit > 0}
             found, right, all_words = found + len(named), right + len(named & lesson.words), all_words + len(lesson.words)
     return right / max(all_words, 1), right / max(found, 1)
 
@@ -368,9 +378,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder that addressvlm.tools.toy_base_data wrote")
     parser.add_argument("run", type=Path, help="folder of the run: state.pt, log.txt, model/")
-    parser.add_argument("--steps", type=int, default=24_000)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--save-minutes", type=float, default=5)
     parser.add_argument("--gate-minutes", type=float, default=20)
     parser.add_argument("--check", action="store_true", help="train nothing: measure the model of the run, and write its card")

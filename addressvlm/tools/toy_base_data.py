@@ -52,8 +52,8 @@ ABOVE = ["What does the street at the centre look like from above?", "Describe t
 CLAIMS = ["Is this:", "Do we see:", "What is this street like? Is it:"]
 MATCH = ["Was the photo taken at the centre of the map?", "Do the photo and the map show the same place?"]
 MAX_ROUNDS = 3
-SHARES = (0.25, 0.15, 0.15, 0.22, 0.23)  # of kinds of lessons
-TOWER_SHARES = (0.65, 0.1, 0.1, 0.15, 0.0)  # while the tower learns alone: reading takes it longest
+SHARES = (0.15, 0.15, 0.25, 0.25, 0.2)  # of kinds of lessons
+TOWER_SHARES = (0.4, 0.1, 0.3, 0.2, 0.0)  # while the tower learns alone: reading takes it longest
 MAX_NAMES = 5  # that a lesson writes, as far as there is room
 Rounds = list[tuple[str, str]]
 

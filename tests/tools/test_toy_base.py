@@ -88,8 +88,8 @@ def test_answers_weigh_by_the_root_of_their_length() -> None:
 def test_an_image_token_like_a_word_s_token_tells_that_word(tokenizer: PreTrainedTokenizerFast) -> None:
     """One image token is enough, wherever it is; whether it is the right one counts where the lesson wrote the word."""
     model, _ = toy_base.build(tokenizer)
-    probe = toy_base.TowerProbe(model, tokenizer)
-    (oak,) = tokenizer("Oak", add_special_tokens=False)["input_ids"]
+    probe = toy_base.TowerProbe(tokenizer)
+    oak = toy_base.token_of(tokenizer, "Oak")
     model.model.multi_modal_projector = torch.nn.Identity()
     torch.nn.init.zeros_(model.get_input_embeddings().weight)
     model.get_input_embeddings().weight.data[oak, 0] = 4.0
@@ -107,17 +107,18 @@ def test_an_image_token_like_a_word_s_token_tells_that_word(tokenizer: PreTraine
     assert judged({"Oak"}, ("Oak", 7.5 * 16, 2.5 * 16))[0] < judged({"Oak"}, ("Oak", 2.5 * 16, 7.5 * 16))[0]
 
 
-def test_traits_of_a_tile_are_those_at_its_centre(tokenizer: PreTrainedTokenizerFast) -> None:
-    model, _ = toy_base.build(tokenizer)
-    probe = toy_base.TowerProbe(model, tokenizer)
-    torch.nn.init.zeros_(probe.traits.weight)
-    torch.nn.init.zeros_(probe.traits.bias)
-    probe.traits.weight.data[0, 0] = 9.0
-    features = torch.zeros(1, 192, 8, 8)
-    features[0, 0, 2:6, 2:6] = 1.0  # only the inner half
-    traits = [toy_base_data.TRAITS[0][0], *[None] * (len(toy_base_data.TRAITS) - 1)]
-    losses = [probe._trait_loss(features, [Lesson(None, [], set(), traits, centre)]).item() for centre in (True, False)]  # type: ignore[arg-type]
-    assert losses[0] < losses[1]
+@pytest.mark.parametrize(("centre", "told"), [(True, "asphalt road"), (False, "brick road")])
+def test_traits_of_a_tile_are_those_at_its_centre_and_those_of_a_photo_are_told_anywhere(centre: bool, told: str) -> None:
+    assert toy_base.TRAIT_WORDS[:3] == ["asphalt", "concrete", "brick"]
+    logits = torch.zeros(1, 8, 8, len(toy_base.TRAIT_WORDS))
+    logits[0, 3, 4, 0] = 5.0
+    logits[0, 0, 7, 2] = 9.0
+    losses = {}
+    for trait in toy_base_data.TRAITS[0]:
+        traits = [trait, *[None] * (len(toy_base_data.TRAITS) - 1)]
+        lesson = Lesson(toy_base.Image.new("RGB", (128, 128)), [], set(), traits, centre)
+        losses[trait] = toy_base.trait_loss(logits, [lesson]).item()
+    assert min(losses, key=losses.__getitem__) == told
 
 
 def test_the_rate_warms_up_at_each_stage_and_falls_to_zero() -> None:
