@@ -194,6 +194,22 @@ def test_validation_reads_only_the_photos_that_it_asks_about(
     assert sorted(int(photo["id"]) for photo in photos) == sorted(reads)
 
 
+def test_the_photos_of_a_validation_are_drawn_by_the_run_s_seed(tmp_path: Path, base: Path) -> None:
+    def drawn(seed: int, count: int) -> list[int]:
+        config = trained_config(tmp_path, base, validate_photos=count)
+        config.seed = seed
+        return [int(photo["id"]) for photo in Validation(config).photos]
+
+    columns = ("id", "place", "lat", "lon", "street", "district", "image", "rounds")
+    schema = tables.with_features(tables.pa.schema([tables.PHOTOS.field(c) for c in columns]))
+    tables.write_table(Run(trained_config(tmp_path, base)).photos, "val", table_rows(40), schema)
+    results = [drawn(seed, 4) for seed in (0, 1, 2, 0)]
+    assert results[3] == results[0]
+    assert len({tuple(one) for one in results}) == 3
+    assert all(one == sorted(set(one)) and len(one) == 4 for one in results)
+    assert drawn(0, 99) == list(range(40))
+
+
 def test_random_weights_are_those_of_training_s_seed(tmp_path: Path, base: Path) -> None:
     def first(seed: int, own: int | None) -> dict[str, torch.Tensor]:
         config = trained_config(tmp_path, base, seed=own)
