@@ -6,13 +6,13 @@
     python -m addressvlm.tools.toy_base /tmp/toy-data /tmp/base-run --check     # measure run/model and write its card
     cp /tmp/base-run/model/* addressvlm/demo/base/
 
-The demo's tiles are drawn as those of the lessons (tiles.pixels and font_px in presets/demo.yaml). About an hour and a half on two
-cores that do nothing else.
+The demo's tiles are drawn as those of the lessons (tiles.pixels and font_px in presets/demo.yaml). About an hour and a half on
+two cores that do nothing else.
 
-First the tower alone learns which words and traits an image shows; then the language model learns to answer from a tower at rest,
-since the gradients of an untrained one would spoil it; then both. Rerun it to resume; a run is done after `--steps`. `log.txt` has
-the gates: how many own names the whole model reads on tiles of cities it never saw, and how many traits it sees from the street
-and from above.
+First the tower alone learns which words and traits an image shows; then the language model learns to answer from a tower at
+rest, since the gradients of an untrained one would spoil it; then both. Rerun it to resume; a run is done after `--steps`.
+`log.txt` has the gates: how many own names the whole model reads on tiles of cities it never saw, and how many traits it sees
+from the street and from above.
 """
 
 import argparse
