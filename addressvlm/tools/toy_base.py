@@ -89,11 +89,11 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, words_anywhere: bool 
 
 
 def base_tokenizer(cities: list[data.City]) -> PreTrainedTokenizerFast:
-    """The base's tokenizer: every word of a street's or district's name is one token, wherever it stands."""
+    """The base's tokenizer: every word of a street's or district's name or of a trait is one token, wherever it stands."""
     rng = random.Random(0)
     lessons = [data.draw_lesson(cities, rng) for _ in range(TOKENIZER_LESSONS)]
     texts = [f" {text}" for lesson in lessons for text in chain(*lesson.rounds)]
-    names = [f" {word}" for word in (*NAME_WORDS, *DISTRICTS)]
+    names = [f" {word}" for word in (*NAME_WORDS, *DISTRICTS, *TRAIT_WORDS)]
     return train_tokenizer(texts + names * 400, VOCABULARY, words_anywhere=True)
 
 

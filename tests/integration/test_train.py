@@ -165,6 +165,7 @@ def test_what_is_trained_is_not_trained_again(pair: Config, capsys: pytest.Captu
     assert capsys.readouterr().out == "train: AddressVLM: already done\n"
 
 
+@pytest.mark.nodes
 def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(tmp_path: Path, base: Path, pair: Config) -> None:
     config = ready(tmp_path, base, workers=2)
     with killing(config, a_worker) as then:

@@ -683,32 +683,3 @@ def test_a_merged_model_has_all_memory_for_photos_and_its_warm_up_leaves_none(sy
     chat(engine, [chat_query("Tell me a story.", seed, max_tokens=1) for seed in range(2)])
     sizes = {s.labels["kind"]: s.value for m in metrics.collect() for s in m.samples if s.name == "addressvlm_batch_size_sum"}
     assert (sizes["localize"], sizes["prefill"]) == (3, 2)
-
-
-def test_the_first_of_a_batch_waits_for_the_others(systems: list[Path]) -> None:
-    config = settings(systems, batch_size=2, batch_wait_s=600)
-    engine = Engine(config, find_cities(config))
-    waits: list[tuple[int, int, bool, float]] = []
-    turns: set[float | None] = set()
-    waiting, results, wait_for = threading.Semaphore(0), Queue[Any](), engine._wake.wait_for
-
-    def remember(enough: Callable[[], Any], seconds: float | None = None) -> Any:
-        turns.add(engine._turn_began)
-        if seconds is not None:
-            waits.append((len(engine._photos), len(engine._chats), bool(enough()), seconds))
-            waiting.release()
-        return wait_for(enough, seconds)
-
-    engine._wake.wait_for = remember  # type: ignore[method-assign]
-    engine.cities.acquire("toytown")
-    engine.start()
-    for prepare, query in (
-        (engine.prepare_localize, LocalizeQuery("toytown", PIXELS, 1, Prior(), None)),
-        (engine.prepare_chat, chat_query("Tell me a story.", 1, max_tokens=1)),
-    ):
-        jobs_of(engine, prepare, [query], lambda *result: results.put(result[1]))
-        assert waiting.acquire(timeout=60)
-        jobs_of(engine, prepare, [query], lambda *result: results.put(result[1]))
-        assert not [error for error in (results.get(timeout=120) for _ in range(2)) if isinstance(error, Exception)]
-    assert waits == [(1, 0, False, 600), (0, 1, False, 600)]
-    assert turns == {None}  # no turn goes on while the thread waits
