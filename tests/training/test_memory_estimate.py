@@ -36,20 +36,23 @@ from tests.support.tiny_families import FAMILIES
 from tests.support.training_tables import ListTable, table_rows, trained_config
 
 
-@pytest.fixture(scope="module")
-def full_size(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shape of xtuner/llava-phi-3-mini-hf without its weights, with a tokenizer of few words."""
-    folder = tmp_path_factory.mktemp("full") / "base"
+def shaped(base: Path, folder: Path, vision_layers: int, layers: int) -> Path:
+    """The shape of xtuner/llava-phi-3-mini-hf, with so many layers, without its weights and with a tokenizer of few words."""
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     processor = json.loads((folder / "processor_config.json").read_text())
     processor["patch_size"] = 14
     processor["image_processor"]["size"] = {"height": 336, "width": 336}
     (folder / "processor_config.json").write_text(json.dumps(processor))
     vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
     )
     text = LlamaConfig(
-        hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=32,
         vocab_size=32064, max_position_embeddings=4096,
     )  # fmt: skip
     token = load_model(str(base))[0].config.image_token_id
@@ -57,6 +60,18 @@ def full_size(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         vision_config=vision, text_config=text, image_token_index=token, architectures=["LlavaForConditionalGeneration"]
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def full_size(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All layers."""
+    return shaped(base, tmp_path_factory.mktemp("full") / "base", 24, 32)
+
+
+@pytest.fixture(scope="module")
+def half_depth(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As wide, of half as many layers."""
+    return shaped(base, tmp_path_factory.mktemp("half") / "base", 12, 16)
 
 
 def paper(full_size: Path, tmp_path: Path, *sets: str) -> Config:
@@ -88,8 +103,8 @@ def test_the_paper_is_estimated_from_its_shape_alone(full_size: Path, tmp_path: 
     assert stage.seconds(71e12, 8, 0.4) == pytest.approx(177_840 * stage.flops / (0.4 * 71e12 * 8), rel=0.01)
 
 
-def test_memory_of_the_machine_is_for_loading_rows_and_checkpoints(full_size: Path, tmp_path: Path) -> None:
-    config = paper(full_size, tmp_path)
+def test_memory_of_the_machine_is_for_loading_rows_and_checkpoints(half_depth: Path, tmp_path: Path) -> None:
+    config = paper(half_depth, tmp_path)
     made = model_shape(config)
     stage = estimate_stages(config, config.train.systems[-1], made, photos=1000)[1]
     assert stage.loading == 2 * sum(made.totals.values())
@@ -141,8 +156,8 @@ def test_presets_of_today_s_families_fit_their_card(
     assert stage.loading / GIB < stage.memory / GIB < 24
 
 
-def test_a_system_of_equal_steps_is_estimated_with_them(full_size: Path, tmp_path: Path) -> None:
-    config = paper(full_size, tmp_path)
+def test_a_system_of_equal_steps_is_estimated_with_them(half_depth: Path, tmp_path: Path) -> None:
+    config = paper(half_depth, tmp_path)
     made = model_shape(config)
     whole = [stage.steps for stage in estimate_stages(config, config.train.systems[-1], made, photos=177_840)]
     equal = next(s for s in config.train.systems if s.match_steps_of == config.train.systems[-1].name)
@@ -167,8 +182,8 @@ def test_an_estimate_that_does_not_fit_is_refused_and_one_that_fits_is_printed(
         print_estimate(config, systems, 177_840)
 
 
-def test_an_estimate_without_data_says_what_is_unknown(full_size: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    config = paper(full_size, tmp_path)
+def test_an_estimate_without_data_says_what_is_unknown(half_depth: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = paper(half_depth, tmp_path)
     print_estimate(config, config.train.systems[1:2], None)
     assert "steps: unknown (give --photos)" in capsys.readouterr().out
 
@@ -210,8 +225,8 @@ def test_the_shape_of_llava_is_counted_and_not_guessed(base: Path) -> None:
     assert not sketched(*load_model(str(base))).guessed
 
 
-def test_memory_is_what_the_strategy_does_not_shard(full_size: Path, tmp_path: Path) -> None:
-    config = paper(full_size, tmp_path)
+def test_memory_is_what_the_strategy_does_not_shard(half_depth: Path, tmp_path: Path) -> None:
+    config = paper(half_depth, tmp_path)
     made = model_shape(config)
     result = {}
     for strategy in ("ddp", "zero2", "fsdp2", "zero3"):
