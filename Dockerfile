@@ -1,8 +1,8 @@
 # Images for the nodes of kuberay.yaml: Ray's own, with the pinned dependencies and this repository. RAY is the version in
-# constraints.txt. An edit of the source ships only the last layer. CPU_WHEELS is the package index
-# of PyTorch's CPU builds (pytorch.org, Get Started); without it nodes without a GPU get the CUDA wheels too.
+# constraints.txt. An edit of the source ships only the last layer. CPU_WHEELS is the page, or a folder, of PyTorch's CPU wheels
+# (pytorch.org, Get Started; then /torch); without it nodes without a GPU get the CUDA wheels too.
 #
-#   docker build --target cpu --build-arg CPU_WHEELS=<index> -t <registry>/addressvlm:0.1.0-cpu . && docker push <registry>/addressvlm:0.1.0-cpu
+#   docker build --target cpu --build-arg CPU_WHEELS=<page> -t <registry>/addressvlm:0.1.0-cpu . && docker push <registry>/addressvlm:0.1.0-cpu
 #   docker build --target gpu -t <registry>/addressvlm:0.1.0-gpu . && docker push <registry>/addressvlm:0.1.0-gpu
 ARG RAY=2.60.0
 
@@ -14,7 +14,7 @@ FROM rayproject/ray:${RAY}-py311-cpu AS cpu
 WORKDIR /home/ray/addressvlm
 COPY --chown=ray:users constraints.txt .
 ARG CPU_WHEELS=
-RUN pip install --no-cache-dir -c constraints.txt torch ${CPU_WHEELS:+--index-url "$CPU_WHEELS"}
+RUN pip install --no-cache-dir -c constraints.txt torch ${CPU_WHEELS:+--find-links "$CPU_WHEELS"}
 COPY --from=requirements /requirements.txt /tmp/
 RUN pip install --no-cache-dir -c constraints.txt -r /tmp/requirements.txt
 COPY --chown=ray:users . .

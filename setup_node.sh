@@ -41,9 +41,9 @@ fi
 mkdir -p /scratch/spill
 
 # A virtual environment: Ubuntu's own Python takes no packages. Where there is no GPU, CPU_WHEELS saves 3 GB of CUDA wheels: the
-# package index of PyTorch's CPU builds (pytorch.org, Get Started).
+# page, or a folder, of PyTorch's CPU wheels (pytorch.org, Get Started; then /torch).
 test -x ~/venv/bin/pip || python3 -m venv ~/venv
-torch=(torch ${CPU_WHEELS:+--index-url "$CPU_WHEELS"})
+torch=(torch ${CPU_WHEELS:+--find-links "$CPU_WHEELS"})
 if nvidia-smi -L > /dev/null 2>&1; then torch=(torch); fi
 ~/venv/bin/pip install -q --disable-pip-version-check -c constraints.txt "${torch[@]}"
 ~/venv/bin/pip install -q --disable-pip-version-check -c constraints.txt . boto3
