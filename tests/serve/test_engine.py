@@ -1,11 +1,8 @@
 """Requests of one batch are answered as each alone, in order: two cities on one tiny base, without Ray."""
 
 import threading
-import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -15,117 +12,23 @@ import pytest
 import torch
 from PIL import Image
 
-import serve as service
 from addressvlm import InputError
 from addressvlm.answers.address_distribution import Circle, Localization, Prior
 from addressvlm.answers.calibration import Calibration
 from addressvlm.answers.chat_model import input_size
-from addressvlm.answers.generate import AnswerText, completion
-from addressvlm.answers.types import Completion, Sampling
+from addressvlm.answers.types import Sampling
 from addressvlm.config.train import ModelConfig, PartConfig
 from addressvlm.inference import Localizer
 from addressvlm.models.loading import load_model
 from addressvlm.models.lora import attach_lora
 from serve import city_models
 from serve.cities import find_cities
-from serve.engine import Engine, Job
-from serve.errors import ApiError
-from serve.metrics import ServiceMetrics
+from serve.engine import Engine
 from serve.requests import ChatQuery, LocalizeQuery
-from tests.support.running_service import two_cities
+from tests.support.engine_requests import PIXELS, chat, chat_query, jobs_of, localize, pixels, same, same_answers, settings
 from tests.support.tiny import tiny_llava
 
 pytestmark = pytest.mark.xdist_group("serve")
-
-
-@pytest.fixture(scope="module")
-def systems(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two trained cities; the first is calibrated, and knows above 0.9 only."""
-    systems = two_cities(tmp_path_factory.mktemp("cities"))
-    Calibration(2.0, 0.8, {"0.8": 0.9, "0.5": 0.1}).save(systems[0] / "merged")
-    return systems
-
-
-@pytest.fixture(scope="module")
-def engine(systems: list[Path]) -> Engine:
-    """One that remembers no photo, so that nothing but the question decides."""
-    config = service.ServiceSettings(cities=[str(system) for system in systems], dtype="float32", photo_memory_mb=0)
-    return Engine(config, find_cities(config))
-
-
-def pixels(seed: int) -> np.ndarray:
-    """A photo in a colour of its own, with some noise; no two seeds alike."""
-    random = np.random.default_rng(seed)
-    return (random.integers(0, 200, 3) + random.integers(0, 55, (40, 60, 3))).astype(np.uint8)
-
-
-def chat_query(
-    text: str, *photos: int, city: str = "toytown", before: Sequence[dict[str, Any]] = (), **sampling: Any
-) -> ChatQuery:
-    parts = [*[{"type": "image"}] * len(photos), {"type": "text", "text": text}]
-    turns = [*before, {"role": "user", "content": parts}]
-    return ChatQuery(city, turns, [pixels(seed) for seed in photos], Sampling(**{"max_tokens": 6, **sampling}))
-
-
-def jobs_of(
-    engine: Engine, prepare: Callable[..., Job], queries: Sequence[Any], put: Callable[[int, Any], None]
-) -> dict[int, Job]:
-    """The submitted jobs of queries that can be answered, by number; errors of others are put."""
-    jobs = {}
-    for number, query in enumerate(queries):
-        try:
-            jobs[number] = prepare(engine.cities.acquire(query.city), query, partial(put, number))
-        except (InputError, ApiError) as error:
-            put(number, error)
-        else:
-            engine.submit(jobs[number])
-        engine.cities.release(query.city)
-    return jobs
-
-
-def localize(engine: Engine, queries: Sequence[LocalizeQuery]) -> list[Any]:
-    """Results or errors, of jobs that wait together."""
-    results: dict[int, Any] = {}
-    jobs = jobs_of(engine, engine.prepare_localize, queries, results.__setitem__)
-    while engine.turn():
-        pass
-    return [jobs[n].result(r) if isinstance(r := results[n], np.ndarray) else r for n in range(len(queries))]
-
-
-def chat(engine: Engine, queries: Sequence[ChatQuery]) -> list[Any]:
-    """Answers or errors, of jobs that wait together."""
-    answers: list[Any] = [[[] for _ in range(query.sampling.n)] for query in queries]
-    texts: dict[Any, AnswerText] = {}
-
-    def put(number: int, result: Any) -> None:
-        if isinstance(result, Exception):
-            answers[number] = result
-        elif isinstance(result, np.ndarray):
-            answers[number] = [jobs[number].result(result)]
-        else:
-            for answer, token in result:
-                if chunk := texts.setdefault(answer, AnswerText(answer)).add(token):
-                    answers[number][chunk.index].append(chunk)
-
-    jobs = jobs_of(engine, engine.prepare_chat, queries, put)
-    while engine.turn():
-        pass
-    return [a if isinstance(a, Exception) else [completion(chunks) for chunks in a] for a in answers]
-
-
-def same(result: Localization | Exception, single: Localization | Exception) -> None:
-    assert isinstance(result, Localization)
-    assert isinstance(single, Localization)
-    assert (result.known, result.threshold) == (single.known, single.threshold)
-    assert [c.street for c in result.candidates] == [c.street for c in single.candidates]
-    assert [c.probability for c in result.candidates] == pytest.approx([c.probability for c in single.candidates], rel=1e-3)
-
-
-def same_answers(result: Sequence[Completion], single: Sequence[Completion], about: Any = None) -> None:
-    for one, other in zip(result, single, strict=True):
-        assert replace(one, scores=()) == replace(other, scores=()), about
-        assert [score.text for score in one.scores] == [score.text for score in other.scores]
-        assert [s.log_p for s in one.scores] == pytest.approx([s.log_p for s in other.scores], abs=1e-4)
 
 
 # ---- addresses
@@ -276,20 +179,7 @@ def test_a_prompts_length_is_known_before_it_is_read(engine: Engine, monkeypatch
         monkeypatch.undo()
 
 
-def test_memory_for_photos_is_shared_by_the_cities_of_a_replica(systems: list[Path]) -> None:
-    config = service.ServiceSettings(cities=[str(s) for s in systems], dtype="float32", photo_memory_mb=8, cities_per_replica=4)
-    engine = Engine(config, find_cities(config))
-    assert engine.cities.acquire("toytown").photo_caches.max_bytes == 4 * 2**20
-
-
 # ---- adapters of several cities
-
-
-PIXELS = np.random.default_rng(1).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-
-
-def settings(systems: list[Path], **more: object) -> service.ServiceSettings:
-    return service.ServiceSettings(cities=[str(system) for system in systems], dtype="float32", **more)
 
 
 def test_each_city_answers_as_its_merged_model(systems: list[Path]) -> None:
@@ -446,121 +336,6 @@ def test_answers_of_two_cities_are_one_batch(systems: list[Path]) -> None:
     assert len({answers[0].text for answers in alone}) > 3
 
 
-def test_chats_wait_until_there_is_room_for_them_and_none_that_never_fits_is_taken(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    queries = [chat_query("Tell me a story.", n, max_tokens=6, n=2, temperature=1.0, seed=n) for n in range(4)]
-    alone = [chat(engine, [query])[0] for query in queries]
-    length = alone[0][0].prompt_tokens
-    monkeypatch.setattr(engine, "cache_tokens", 4 * (length + 6))
-    most = []
-    step = engine.decoder.step
-    monkeypatch.setattr(engine.decoder, "step", lambda: most.append(engine.decoder.cached_tokens()) or step())
-    assert chat(engine, queries) == alone
-    assert length < max(most) <= engine.cache_tokens
-    (refused,) = chat(engine, [chat_query("Tell me a story.", 1, max_tokens=6, n=5)])
-    assert isinstance(refused, ApiError)
-    assert refused.status == 503
-
-
-def test_one_for_which_nobody_waits_any_more_frees_its_place(engine: Engine) -> None:
-    got: list[Any] = []
-    long, photo = (
-        chat_query("Tell me a story.", 1, max_tokens=50, temperature=1.0),
-        LocalizeQuery("toytown", PIXELS, 1, Prior(), None),
-    )
-    jobs = jobs_of(engine, engine.prepare_chat, [long], lambda *r: got.append(r))
-    engine.turn()
-    jobs[0].cancel()
-    engine.turn()
-    assert len(engine.decoder) == 0
-    assert engine._jobs == {}
-    before = len(got)
-    jobs_of(engine, engine.prepare_localize, [photo], lambda *r: got.append(r))[0].cancel()
-    assert not engine.turn()
-    assert len(got) == before
-
-
-def test_an_error_of_the_device_fails_the_health_check_and_all_that_wait(
-    systems: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = settings(systems)
-    engine = Engine(config, find_cities(config))
-    query = LocalizeQuery("toytown", PIXELS, 9, Prior(), None)
-    engine.check_health()
-
-    def broken(*_: Any) -> None:
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700)
-
-    monkeypatch.setattr(Localizer, "score_prompts", broken)
-    (failed,) = localize(engine, [query])
-    assert isinstance(failed, ApiError)
-    assert failed.status == 503
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        engine.check_health()
-    engine.start()
-    results: Queue[Any] = Queue()
-    jobs_of(engine, engine.prepare_localize, [query], lambda *result: results.put(result[1]))
-    assert results.get(timeout=60).status == 503
-
-
-def test_a_fault_of_the_thread_itself_fails_the_health_check_and_running_chats(
-    systems: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = settings(systems)
-    engine = Engine(config, find_cities(config))
-    results: Queue[Any] = Queue()
-    jobs_of(engine, engine.prepare_chat, [chat_query("Tell me.", 1)], lambda *result: results.put(result[1]))
-    engine.turn()
-    while not results.empty():
-        results.get()
-    monkeypatch.setattr(engine, "_write", lambda: 1 // 0)
-    engine.start()
-    assert results.get(timeout=60).status == 503
-    with pytest.raises(RuntimeError, match="by zero"):
-        engine.check_health()
-
-
-def test_a_stuck_thread_fails_the_health_check(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_turn_began", time.monotonic() - engine.settings.request_s + 60)
-    engine.check_health()
-    monkeypatch.setattr(engine, "_turn_began", time.monotonic() - engine.settings.request_s - 1)
-    with pytest.raises(RuntimeError, match="in one turn for more than 300 s"):
-        engine.check_health()
-
-
-def test_too_little_memory_for_a_batch_is_enough_for_its_halves(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, score = [], Localizer.score_prompts
-
-    def two_at_most(self: Localizer, prompts: Sequence[Any], *more: Any) -> Any:
-        if len(prompts) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        sizes.append(len(prompts))
-        return score(self, prompts, *more)
-
-    monkeypatch.setattr(Localizer, "score_prompts", two_at_most)
-    results = localize(engine, [LocalizeQuery("toytown", pixels(seed), 2, Prior(), None) for seed in range(5)])
-    assert [isinstance(result, Localization) for result in results] == [True] * 5
-    assert sizes == [2, 1, 2]
-
-
-def test_chats_that_run_out_of_memory_fail_and_the_next_ones_are_answered(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_memory(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    query = chat_query("Tell me a story.", 1, max_tokens=4)
-    expected = chat(engine, [query])
-    for broken in ("extend", "prefill"):
-        with monkeypatch.context() as patch:
-            patch.setattr(Localizer, broken, no_memory)
-            errors = chat(engine, [query, chat_query("Tell me.", 2, max_tokens=4)])
-        assert [error.status for error in errors] == [503, 503]
-        assert (len(engine.decoder), engine._jobs) == (0, {})
-        assert chat(engine, [query]) == expected
-
-
 @pytest.mark.parametrize(
     ("size", "by_area", "side"),
     [
@@ -584,50 +359,7 @@ def test_answers_from_probabilities_keep_to_max_tokens(engine: Engine) -> None:
     assert len(one.text) <= len(cut.text) < len(whole.text)
 
 
-# ---- limits and settings of the engine
-
-
-def test_no_more_photos_go_through_the_model_together_than_is_set(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, score = [], Localizer.score_prompts
-    monkeypatch.setattr(Localizer, "score_prompts", lambda self, *batch: sizes.append(len(batch[0])) or score(self, *batch))
-    monkeypatch.setattr(engine.settings, "batch_size", 2)
-    assert len(localize(engine, [LocalizeQuery("toytown", pixels(seed), 2, Prior(), None) for seed in range(5)])) == 5
-    assert sizes == [2, 2, 1]
-
-
-def test_no_more_tokens_of_chats_are_read_together_than_is_set_unless_one_has_more(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    queries = [chat_query("Tell me a story.", n, max_tokens=3) for n in range(3)]
-    alone = [chat(engine, [query])[0] for query in queries]
-    sizes, prefill = [], Localizer.prefill_prompts
-    monkeypatch.setattr(Localizer, "prefill_prompts", lambda self, *batch: sizes.append(len(batch[0])) or prefill(self, *batch))
-    length = alone[0][0].prompt_tokens
-    for most, expected in ((2 * length, [2, 1]), (3 * length - 1, [2, 1]), (3 * length, [3]), (1, [1, 1, 1])):
-        sizes.clear()
-        monkeypatch.setattr("serve.engine.PREFILL_TOKENS", most)
-        assert chat(engine, queries) == alone
-        assert sizes == expected
-
-
-def test_a_chat_that_waits_for_room_and_is_given_up_keeps_no_other_waiting(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    running, large, small = (chat_query("Tell me a story.", 1, max_tokens=n, n=k) for n, k in ((20, 1), (20, 2), (6, 1)))
-    length = chat(engine, [small])[0][0].prompt_tokens
-    monkeypatch.setattr(engine, "cache_tokens", 2 * (length + 20))
-    got: list[int] = []
-    jobs_of(engine, engine.prepare_chat, [running], lambda *_: None)
-    engine.turn()
-    jobs = jobs_of(engine, engine.prepare_chat, [large, small], lambda number, _: got.append(number))
-    engine.turn()
-    assert got == []
-    jobs[0].cancel()
-    engine.turn()
-    assert 1 in got
-    while engine.turn():
-        pass
-    assert set(got) == {1}
+# ---- settings
 
 
 def test_questions_about_the_address_are_generated_if_that_is_set(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -663,23 +395,3 @@ def test_the_models_own_prior_is_divided_out_of_addresses_and_answers(engine: En
         (found,) = localize(engine, [LocalizeQuery("toytown", pixels(1), 1, Prior(), None)])
         assert (found.candidates[0].street, found.confidence) == (street, pytest.approx(1))
         assert chat(engine, [chat_query("Which street is this?", 1, max_tokens=30)])[0][0].text == street
-
-
-def test_a_merged_model_has_all_memory_for_photos_and_its_warm_up_leaves_none(systems: list[Path]) -> None:
-    metrics = ServiceMetrics()
-    config = service.ServiceSettings(
-        model=str(systems[0] / "merged"), dtype="float32", photo_memory_mb=8, chat_memory_mb=1, cities_per_replica=4
-    )
-    engine = Engine(config, find_cities(config), metrics)
-    engine.warm_up()
-    (localizer,) = engine.cities.localizers.values()
-    assert localizer.photo_caches.max_bytes == 8 * 2**20
-    assert not localizer.photo_caches._caches
-    assert not any(engine.cities._uses.values())
-    ((_, state),) = localizer.prefill_questions([Image.fromarray(PIXELS)], ["Where?"])
-    a_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in state.cache.layers) / state.mask.shape[1]
-    assert engine.cache_tokens == 2**20 // a_token
-    localize(engine, [LocalizeQuery("toytown", pixels(seed), 1, Prior(), None) for seed in range(3)])
-    chat(engine, [chat_query("Tell me a story.", seed, max_tokens=1) for seed in range(2)])
-    sizes = {s.labels["kind"]: s.value for m in metrics.collect() for s in m.samples if s.name == "addressvlm_batch_size_sum"}
-    assert (sizes["localize"], sizes["prefill"]) == (3, 2)
