@@ -14,18 +14,9 @@ from serve import cities as served
 from serve.cities import City, CityData, base_model, find_cities, model_folder, pick_city
 from serve.engine import Engine
 from serve.errors import ApiError
-from tests.support.running_service import two_cities
+from tests.support.engine_requests import settings
 
 pytestmark = pytest.mark.xdist_group("serve")
-
-
-@pytest.fixture(scope="module")
-def systems(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return two_cities(tmp_path_factory.mktemp("cities"))
-
-
-def settings(systems: list[Path], **more: object) -> service.ServiceSettings:
-    return service.ServiceSettings(cities=[str(system) for system in systems], dtype="float32", **more)
 
 
 def test_runs_and_folders_of_runs_are_found(systems: list[Path]) -> None:

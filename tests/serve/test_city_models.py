@@ -13,14 +13,8 @@ from addressvlm.inference import Localizer
 from serve.cities import find_cities
 from serve.city_models import CityModels
 from tests.support.families import picture
-from tests.support.running_service import two_cities
 
 pytestmark = pytest.mark.xdist_group("serve")
-
-
-@pytest.fixture(scope="module")
-def systems(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return two_cities(tmp_path_factory.mktemp("cities"))
 
 
 def models(systems: list[Path], dtype: str = "float32", **settings: object) -> CityModels:
