@@ -131,11 +131,24 @@ def test_the_rate_warms_up_at_each_stage_and_falls_to_zero() -> None:
     assert rates[-1] < 0.001
 
 
+def test_gates_count_names_and_each_kind_of_trait_that_can_be_seen(city: City, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = "brick road, red fronts, 3 floors."
+    monkeypatch.setattr(toy_base, "answers", lambda model, processor, images, question: [answer] * len(images))
+    shares = toy_base.gates(None, None, [city], 2)
+    shown = [about["traits"][0] for about in city.about]
+    assert shares["own names"] == shares["own names on grafts"] == 0
+    assert shares["traits, paving"] == sum(traits[0] == "brick road" for traits in shown) / 2
+    right = [trait in answer[:-1].split(", ") for traits in shown for trait in traits if trait]
+    assert shares["traits"] == sum(right) / len(right)
+    assert not any("from above, floors" in name for name in shares)
+
+
 def test_a_card_has_the_gates(tmp_path: Path) -> None:
-    toy_base.write_card(tmp_path, 3_250_976, {"own names": 0.97, "traits": 0.5}, 3)
+    toy_base.write_card(tmp_path, 3_250_976, {"own names": 0.97, "traits": 0.5, "traits, floors": 0.4}, 3)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "3.3 million parameters" in text
     assert "| own names | 97.0% (at least 95% wanted) |" in text
+    assert "| traits, floors | 40.0% |" in text
 
 
 def test_the_middle_of_a_written_word_lies_on_its_letters(city: City) -> None:
